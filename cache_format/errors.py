@@ -1,0 +1,56 @@
+"""Every error the project raises on purpose, under one base class.
+
+    LogitcaskError
+    ├── UserError            something asked for cannot be done; the message says what to do       exit 2
+    │   ├── ConfigError      a config file or an override is wrong
+    │   └── CacheError       a cache cannot be used
+    │       ├── CacheNotFoundError      no cache there
+    │       ├── IncompleteCacheError    its build has not finished
+    │       ├── UnsupportedCacheError   written by a newer format, or needs a feature this reader lacks
+    │       ├── CacheInUseError         another process is writing it
+    │       └── DamagedCacheError       its bytes are not what the manifest says                   exit 1
+
+Messages follow one pattern: what was found, what was expected, what to do.
+"""
+
+from __future__ import annotations
+
+
+class LogitcaskError(Exception):
+    """Base of all errors raised on purpose. ``exit_code`` is what a command exits with."""
+
+    exit_code = 2
+
+
+class UserError(LogitcaskError):
+    """What was asked for cannot be done as asked; the message says what to change."""
+
+
+class ConfigError(UserError):
+    """A config file or an override does not describe a valid run."""
+
+
+class CacheError(UserError):
+    """A cache cannot be used as asked."""
+
+
+class CacheNotFoundError(CacheError):
+    """There is no cache at that place."""
+
+
+class IncompleteCacheError(CacheError):
+    """A build was begun there and has not finished: there is no manifest yet."""
+
+
+class UnsupportedCacheError(CacheError):
+    """The cache is of a newer format version, or requires a feature this reader does not have."""
+
+
+class CacheInUseError(CacheError):
+    """Another process is writing to that cache."""
+
+
+class DamagedCacheError(CacheError):
+    """The bytes of the cache contradict its manifest or the specification."""
+
+    exit_code = 1

@@ -1,0 +1,145 @@
+"""Reading a cache: random access by sequence, one record batch at a time, each shard's hash checked before its first use."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Iterator
+from typing import Any
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+
+from cache_format.codec import PackedBatch
+from cache_format.errors import CacheNotFoundError, DamagedCacheError, IncompleteCacheError
+from cache_format.manifest import Manifest, ShardEntry
+from cache_format.schema import shard_schema
+from cache_format.sequence import CachedSequence
+from cache_format.writer import BUILD_DIR, MANIFEST
+
+OPEN_BATCHES = 8
+"""Record batches kept decompressed: enough for a shuffled loader to profit, a few MiB at most."""
+
+
+class CacheReader:
+    """The sequences of a finished cache, by index.
+
+    ``path`` is a folder or any fsspec URL. Raises CacheNotFoundError, IncompleteCacheError, UnsupportedCacheError, or
+    DamagedCacheError. With ``check`` (the default) a shard's sha256 is compared with the manifest when it is first
+    touched; switch it off only after ``verify``.
+
+    Reading is safe across processes: a pickled or forked reader reopens its files.
+    """
+
+    def __init__(self, path: str | Any, *, check: bool = True) -> None:
+        self.path = str(path)
+        self.check = check
+        self._filesystem, self._root = fsspec.core.url_to_fs(self.path)
+        self._local = self._filesystem.protocol in ("file", ("file", "local"))
+        self.manifest = self._read_manifest()
+        counts = np.array([shard.sequences for shard in self.manifest.shards], np.int64)
+        self._first = np.concatenate([[0], np.cumsum(counts)])
+        self._shards: dict[int, pa.ipc.RecordBatchFileReader] = {}
+        self._batches: OrderedDict[tuple[int, int], PackedBatch] = OrderedDict()
+
+    def __len__(self) -> int:
+        return int(self._first[-1])
+
+    def __getitem__(self, index: int) -> CachedSequence:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"sequence {index} of a cache with {len(self)}")
+        index %= len(self)
+        shard = int(np.searchsorted(self._first, index, side="right")) - 1
+        batch, row = divmod(index - int(self._first[shard]), self.manifest.shards[shard].sequences_per_batch)
+        return self._batch(shard, batch).decode(row)
+
+    def __iter__(self) -> Iterator[CachedSequence]:
+        for index in range(len(self)):
+            yield self[index]
+
+    def iter_column(self, name: str) -> Iterator[pa.Array]:
+        """One Arrow array of a column per record batch, in order; no other column is decompressed."""
+        index = shard_schema(self.manifest.store.vocab_size).get_field_index(name)
+        for shard in range(len(self.manifest.shards)):
+            with self._open(shard, pa.ipc.IpcReadOptions(included_fields=[index])) as file:
+                for batch in range(file.num_record_batches):
+                    yield self._get_batch(file, shard, batch).column(0)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Open files and Arrow readers do not travel to other processes.
+        return {**self.__dict__, "_shards": {}, "_batches": OrderedDict()}
+
+    def _read_manifest(self) -> Manifest:
+        try:
+            text = self._filesystem.cat_file(f"{self._root}/{MANIFEST}")
+        except FileNotFoundError:
+            if self._filesystem.exists(f"{self._root}/{BUILD_DIR}"):
+                raise IncompleteCacheError(
+                    f"{self.path} is an unfinished cache; run the same `teacher-cache build` again to complete it"
+                ) from None
+            raise CacheNotFoundError(
+                f"{self.path} holds no cache (no {MANIFEST}); build one with `teacher-cache build CONFIG`"
+            ) from None
+        except NotADirectoryError:
+            raise CacheNotFoundError(f"{self.path} is a file; a cache is a folder") from None
+        return Manifest.from_json(text, f"{self.path}/{MANIFEST}")
+
+    def _batch(self, shard: int, batch: int) -> PackedBatch:
+        key = (shard, batch)
+        if key in self._batches:
+            self._batches.move_to_end(key)
+            return self._batches[key]
+        if shard not in self._shards:
+            if self.check:
+                check_shard(self._filesystem, self._root, self.manifest.shards[shard])
+            self._shards[shard] = self._open(shard)
+        store = self.manifest.store
+        where = f"{self.manifest.shards[shard].path}, batch {batch}"
+        packed = PackedBatch(
+            self._get_batch(self._shards[shard], shard, batch), store.vocab_size, store.logprob_step, where
+        )
+        self._batches[key] = packed
+        if len(self._batches) > OPEN_BATCHES:
+            self._batches.popitem(last=False)
+        return packed
+
+    def _open(self, shard: int, options: pa.ipc.IpcReadOptions | None = None) -> pa.ipc.RecordBatchFileReader:
+        entry = self.manifest.shards[shard]
+        path = f"{self._root}/{entry.path}"
+        try:
+            source = pa.memory_map(path) if self._local else pa.PythonFile(self._filesystem.open(path, "rb"), "r")
+            return pa.ipc.open_file(source, options=options)
+        except (OSError, pa.ArrowException) as error:
+            raise DamagedCacheError(f"{entry.path} cannot be opened: {error}") from error
+
+    def _get_batch(self, file: pa.ipc.RecordBatchFileReader, shard: int, batch: int) -> pa.RecordBatch:
+        entry = self.manifest.shards[shard]
+        expected = min(entry.sequences_per_batch, entry.sequences - batch * entry.sequences_per_batch)
+        try:
+            found = file.get_batch(batch)
+        except (OSError, ValueError, pa.ArrowException) as error:
+            raise DamagedCacheError(f"{entry.path}, batch {batch}, cannot be read: {error}") from error
+        if found.num_rows != expected:
+            raise DamagedCacheError(f"{entry.path}, batch {batch}, has {found.num_rows} rows; expected {expected}")
+        return found
+
+
+def check_shard(filesystem: fsspec.AbstractFileSystem, root: str, entry: ShardEntry) -> None:
+    """Raises DamagedCacheError, naming the shard, unless its size and sha256 are those of the manifest."""
+    path = f"{root}/{entry.path}"
+    try:
+        size = filesystem.size(path)
+        if size != entry.bytes:
+            raise DamagedCacheError(
+                f"{entry.path} is damaged: {size} bytes, {entry.bytes} expected; fetch or build the cache again"
+            )
+        with filesystem.open(path, "rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+    except FileNotFoundError:
+        raise DamagedCacheError(f"{entry.path} is missing; fetch or build the cache again") from None
+    if found != entry.sha256:
+        raise DamagedCacheError(
+            f"{entry.path} is damaged: sha256 {found[:12]}..., {entry.sha256[:12]}... expected; "
+            "fetch or build the cache again"
+        )

@@ -1,0 +1,314 @@
+"""Writing a cache so that a crash at any moment leaves it either incomplete or right (SPEC.md section 6).
+
+``CacheWriter`` owns the folder, the lock and the commit protocol; ``ShardWriter`` one Arrow file. Neither knows a teacher.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Self
+
+import filelock
+import numpy as np
+import pyarrow as pa
+
+from cache_format import card
+from cache_format.codec import ContentHash, encode_batch, validate
+from cache_format.configuration import describe_difference
+from cache_format.errors import CacheInUseError, DamagedCacheError, UserError
+from cache_format.manifest import Header, Manifest, ShardEntry, StoreSettings
+from cache_format.schema import BATCH_BYTES, shard_schema
+from cache_format.sequence import CachedSequence
+
+BUILD_DIR = ".build"
+MANIFEST = "manifest.json"
+
+
+class CacheWriter:
+    """The exclusive writer of the cache in ``path``; use it as a context manager.
+
+    Opening takes the lock (CacheInUseError if another process holds it), removes what a crash left behind, and finds the
+    shards that are committed already. ``begin`` states what the cache is, ``shard`` writes one shard, ``finish`` makes
+    the cache complete. Raises UserError for a folder that cannot be written, and for a finished cache.
+    """
+
+    def __init__(self, path: str | Path, *, compression_level: int = 3) -> None:
+        self.path = Path(path)
+        self.build_dir = self.path / BUILD_DIR
+        self.compression_level = compression_level
+        self.committed: dict[int, ShardEntry] = {}
+        self._exit = ExitStack()
+
+    def __enter__(self) -> Self:
+        if (self.path / MANIFEST).exists():
+            raise UserError(f"{self.path} already holds a finished cache; remove it or choose another output")
+        with _explained(self.path), ExitStack() as opening:
+            opening.enter_context(_locked(self.path))
+            (self.build_dir / "commits").mkdir(exist_ok=True)
+            (self.path / "data").mkdir(exist_ok=True)
+            self._recover()
+            self._exit = opening.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._exit.close()
+
+    def _recover(self) -> None:
+        """Reads the commit records and removes every file that none of them vouches for."""
+        for record in sorted((self.build_dir / "commits").glob("*.json")):
+            entry = ShardEntry.model_validate_json(record.read_bytes())
+            shard = self.path / entry.path
+            if not shard.exists() or shard.stat().st_size != entry.bytes:
+                raise DamagedCacheError(f"{shard} is not the file its commit record describes; remove {self.path}")
+            self.committed[int(record.stem.removeprefix("shard-"))] = entry
+        known = {self.path / entry.path for entry in self.committed.values()}
+        for file in (self.path / "data").iterdir():
+            if file not in known:
+                file.unlink()
+        for file in self.build_dir.rglob("*.tmp"):
+            file.unlink()
+
+    def begin(self, header: Header) -> Header:
+        """Fixes what this cache is. On a resumed build ``header`` must describe the same content as the first time.
+
+        Returns the header with its fingerprint. Raises UserError naming the fields that differ.
+        """
+        header = header.with_fingerprint()
+        if self._header_file.exists():
+            first = self.header()
+            if first.fingerprint != header.fingerprint:
+                raise UserError(
+                    f"{self.path} holds an unfinished build of something else: "
+                    f"{describe_difference(first.content_identity(), header.content_identity())}; "
+                    "go on with the old settings, start afresh with --restart, or choose another output"
+                )
+            return first
+        with _explained(self.path):
+            write_durably(self._header_file, header.model_dump_json(indent=2))
+        return header
+
+    @property
+    def _header_file(self) -> Path:
+        return self.build_dir / "header.json"
+
+    def header(self) -> Header:
+        """The header that ``begin`` fixed, now or in an earlier run."""
+        return Header.model_validate_json(self._header_file.read_bytes())
+
+    @contextmanager
+    def shard(self, index: int, header: Header) -> Iterator[ShardWriter]:
+        """Writes shard ``index``: committed when the block ends, gone if it raises."""
+        if index in self.committed:
+            raise ValueError(f"shard {index} is committed already")
+        name = f"shard-{index:05d}"
+        temporary = self.build_dir / f"{name}.arrow.tmp"
+        with _explained(self.path):
+            writer = ShardWriter(temporary, header.store, self.compression_level)
+            try:
+                yield writer
+                totals = writer.close()
+            except BaseException:
+                writer.abort()
+                raise
+            final = self.path / "data" / f"{name}.arrow"
+            os.replace(temporary, final)
+            sync_folder(final.parent)
+            entry = ShardEntry(path=f"data/{name}.arrow", **totals)
+            write_durably(self.build_dir / "commits" / f"{name}.json", entry.model_dump_json(indent=2))
+        self.committed[index] = entry
+
+    def entries(self) -> tuple[ShardEntry, ...]:
+        """The committed shards in order."""
+        return tuple(self.committed[index] for index in sorted(self.committed))
+
+    def finish(self, header: Header, shards: int) -> Manifest:
+        """Writes the manifest of a build of ``shards`` shards, which makes the cache complete, and cleans up."""
+        if sorted(self.committed) != list(range(shards)):
+            raise ValueError(f"{len(self.committed)} of {shards} shards are committed")
+        manifest = Manifest.complete(header, self.entries(), datetime.now(UTC).isoformat(timespec="seconds"))
+        with _explained(self.path):
+            write_durably(self.path / "README.md", card.dataset_card(manifest), scratch=self.build_dir)
+            write_durably(self.path / MANIFEST, manifest.to_json(), scratch=self.build_dir)
+            shutil.rmtree(self.build_dir)
+        return manifest
+
+
+class ShardWriter:
+    """One Arrow file in the making. The number of sequences per record batch is fixed by the first batch."""
+
+    def __init__(self, path: Path, store: StoreSettings, compression_level: int) -> None:
+        self.store = store
+        self._file: IO[bytes] = open(path, "wb")  # noqa: SIM115 - closed by close() or abort()
+        self._path = path
+        self._sink = _HashingFile(self._file)
+        options = pa.ipc.IpcWriteOptions(compression=pa.Codec("zstd", compression_level=compression_level))
+        self._arrow = pa.ipc.new_file(
+            pa.PythonFile(self._sink, mode="w"), shard_schema(store.vocab_size), options=options
+        )
+        self._content = ContentHash()
+        self._waiting: list[CachedSequence] = []
+        self._waiting_bytes = 0
+        self._per_batch: int | None = None
+        self.sequences = self.tokens = self.positions = 0
+        self._head_mass_sum = self._target_nll_sum = 0.0
+
+    @property
+    def bytes_written(self) -> int:
+        """Bytes handed to the file so far."""
+        return self._sink.size
+
+    def append(self, sequence: CachedSequence) -> None:
+        """Adds one sequence. Raises UserError if it is not one (see ``codec.validate``)."""
+        validate(sequence, self.store.vocab_size)
+        self._waiting.append(sequence)
+        self._waiting_bytes += 5 * len(sequence) + 20 * len(sequence.positions) + 3 * sequence.ids.size
+        self.sequences += 1
+        self.tokens += len(sequence)
+        self.positions += len(sequence.positions)
+        self._head_mass_sum -= float(np.expm1(sequence.tail_logprob.astype(np.float64)).sum())
+        self._target_nll_sum -= float(sequence.target_logprob.sum(dtype=np.float64))
+        if self._per_batch is None and self._waiting_bytes >= BATCH_BYTES:
+            self._per_batch = len(self._waiting)
+        if len(self._waiting) == self._per_batch:
+            self._flush()
+
+    def _flush(self) -> None:
+        batch = encode_batch(self._waiting, self.store.vocab_size, self.store.logprob_step)
+        self._content.update(batch)
+        self._arrow.write_batch(batch)
+        self._waiting, self._waiting_bytes = [], 0
+
+    def close(self) -> dict[str, object]:
+        """Completes the file on disk (fsync) and returns the fields of its ShardEntry, but for the path."""
+        if self._per_batch is None:
+            self._per_batch = max(1, len(self._waiting))
+        if self._waiting:
+            self._flush()
+        self._arrow.close()
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        return {
+            "bytes": self._sink.size,
+            "sha256": self._sink.sha.hexdigest(),
+            "content_sha256": self._content.hexdigest(),
+            "sequences": self.sequences,
+            "sequences_per_batch": self._per_batch,
+            "tokens": self.tokens,
+            "positions": self.positions,
+            "head_mass_sum": self._head_mass_sum,
+            "target_nll_sum": self._target_nll_sum,
+        }
+
+    def abort(self) -> None:
+        """Removes the file."""
+        self._file.close()
+        self._path.unlink(missing_ok=True)
+
+
+class _HashingFile:
+    """A file that hashes what passes through, so that no shard is read back for its sha256."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.sha = hashlib.sha256()
+        self.size = 0
+        self.closed = False
+
+    def write(self, data: bytes) -> int:
+        self.sha.update(data)
+        self.size += len(memoryview(data))
+        return self._file.write(data)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def tell(self) -> int:
+        return self.size
+
+    def writable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return False
+
+    def seekable(self) -> bool:
+        return False
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def remove_cache(path: Path) -> None:
+    """Removes a cache, finished or not, and nothing else that lies in its folder.
+
+    Raises CacheInUseError while another process writes it, UserError where it cannot be removed.
+    """
+    if not path.exists():
+        return
+    with _explained(path), _locked(path):
+        # The manifest goes first: half a cache must never be taken for a whole one.
+        for name in (MANIFEST, "README.md"):
+            (path / name).unlink(missing_ok=True)
+        shutil.rmtree(path / "data", ignore_errors=True)
+        shutil.rmtree(path / BUILD_DIR)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Holds the writer's lock on the cache at ``path``. Raises CacheInUseError at once if another process has it."""
+    (path / BUILD_DIR).mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(path / BUILD_DIR / "lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise CacheInUseError(
+            f"{path} is being written by another process; wait for it, or choose another output"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def write_durably(file: Path, text: str, *, scratch: Path | None = None) -> None:
+    """Temporary file, fsync, rename, fsync of the folder: afterwards ``file`` is there whole, or as it was before."""
+    temporary = (scratch or file.parent) / f"{file.name}.tmp"
+    with open(temporary, "w", encoding="utf-8") as handle:
+        handle.write(text)
+        handle.flush()
+        os.fsync(handle.fileno())
+    os.replace(temporary, file)
+    sync_folder(file.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes renames in ``folder`` survive a power cut (a no-op where folders cannot be opened, as on Windows)."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Turns the operating system's refusal to write into one line that says where and what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot write to {path}: {error.strerror or error}; make room or permit it, then run the same command again: "
+            "finished shards are kept"
+        ) from error

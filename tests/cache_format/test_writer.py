@@ -1,0 +1,172 @@
+"""The commit protocol: killed anywhere, a cache is incomplete or right, and the same build goes on."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cache_format import CacheInUseError, CacheReader, CacheWriter, IncompleteCacheError, UserError, verify
+from cache_format.writer import BUILD_DIR, remove_cache
+
+SHARDS = 3
+
+
+def build(path, header, sequences):
+    with CacheWriter(path) as writer:
+        started = writer.begin(header)
+        for index in range(SHARDS):
+            if index not in writer.committed:
+                with writer.shard(index, started) as shard:
+                    for each in sequences[index::SHARDS]:
+                        shard.append(each)
+        return writer.finish(started, SHARDS)
+
+
+@pytest.fixture()
+def sequences(rng, sequence):
+    return [sequence(rng, f"s{i}") for i in range(12)]
+
+
+def test_what_is_written_is_read(tmp_path, header, sequences, same):
+    manifest = build(tmp_path / "c", header(), sequences)
+    cache = CacheReader(tmp_path / "c")
+    expected = [each for index in range(SHARDS) for each in sequences[index::SHARDS]]
+    assert len(cache) == len(expected)
+    for original, found in zip(expected, cache, strict=True):
+        same(original, found, 1 / 64)
+    assert manifest.statistics.tokens == sum(len(s) for s in sequences)
+    assert manifest.statistics.bytes == sum(f.stat().st_size for f in (tmp_path / "c/data").iterdir())
+    assert sorted(f.name for f in (tmp_path / "c").iterdir()) == ["README.md", "data", "manifest.json"]
+
+
+def kill_at(operation, path, header, sequences):
+    """Builds in a child process that dies, without any clean-up, at its n-th rename, fsync, unlink or open for writing.
+
+    Returns whether the child got to the end.
+    """
+    child = os.fork()
+    if child == 0:
+        done = 0
+
+        def counted(real):
+            def call(*arguments, **options):
+                nonlocal done
+                if done == operation:
+                    os._exit(9)
+                done += 1
+                return real(*arguments, **options)
+
+            return call
+
+        for name in ("replace", "fsync", "unlink", "rmdir"):
+            setattr(os, name, counted(getattr(os, name)))
+        try:
+            build(path, header, sequences)
+        finally:
+            os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_killed_at_every_operation(tmp_path, header, sequences):
+    expected = build(tmp_path / "whole", header(), sequences)
+    operation, finished = 0, False
+    while not finished:
+        path = tmp_path / f"killed-{operation}"
+        finished = kill_at(operation, path, header(), sequences)
+        if (path / "manifest.json").exists():
+            assert CacheReader(path).manifest.content_sha256 == expected.content_sha256
+        else:
+            with pytest.raises(IncompleteCacheError):
+                CacheReader(path)
+            assert build(path, header(), sequences).content_sha256 == expected.content_sha256
+        assert verify(str(path)) == []
+        assert not list(path.rglob("*.tmp"))
+        operation += 1
+    assert operation > 20, "the build does fewer durable operations than the protocol asks for"
+
+
+def test_finished_shards_are_not_written_again(tmp_path, header, sequences):
+    with pytest.raises(ZeroDivisionError), CacheWriter(tmp_path / "c") as writer:
+        started = writer.begin(header())
+        with writer.shard(0, started) as shard:
+            shard.append(sequences[0])
+        with writer.shard(1, started) as shard:
+            shard.append(sequences[1])
+            raise ZeroDivisionError
+    with CacheWriter(tmp_path / "c") as writer:
+        assert sorted(writer.committed) == [0]
+        assert writer.committed[0].sequences == 1
+    assert [f.name for f in (tmp_path / "c/data").iterdir()] == ["shard-00000.arrow"]
+
+
+def test_a_reader_during_writing_sees_incomplete(tmp_path, header, sequences):
+    with CacheWriter(tmp_path / "c") as writer:
+        started = writer.begin(header())
+        with writer.shard(0, started) as shard:
+            shard.append(sequences[0])
+            with pytest.raises(IncompleteCacheError, match="unfinished"):
+                CacheReader(tmp_path / "c")
+
+
+def test_the_second_writer_is_refused(tmp_path):
+    with CacheWriter(tmp_path / "c"), pytest.raises(CacheInUseError, match="another process"):
+        CacheWriter(tmp_path / "c").__enter__()
+    with CacheWriter(tmp_path / "c"):
+        pass
+
+
+def test_another_build_in_the_same_folder_is_refused(tmp_path, header):
+    with CacheWriter(tmp_path / "c") as writer:
+        writer.begin(header(top_k=8))
+    with CacheWriter(tmp_path / "c") as writer, pytest.raises(UserError, match="store.top_k: 8 -> 4"):
+        writer.begin(header(top_k=4).model_copy(update={"store": header(top_k=4).store}))
+
+
+def test_a_finished_cache_is_never_written_to(tmp_path, header, sequences):
+    build(tmp_path / "c", header(), sequences)
+    with pytest.raises(UserError, match="finished cache"):
+        CacheWriter(tmp_path / "c").__enter__()
+
+
+def test_remove_leaves_what_is_not_the_caches(tmp_path, header, sequences):
+    build(tmp_path / "c", header(), sequences)
+    (tmp_path / "c" / "notes.txt").write_text("mine")
+    remove_cache(tmp_path / "c")
+    assert [f.name for f in (tmp_path / "c").iterdir()] == ["notes.txt"]
+    remove_cache(tmp_path / "nothing")
+
+
+def test_a_full_disk_is_one_clear_line_and_loses_no_shard(tmp_path, header, sequences, monkeypatch):
+    """The disk fills while shard 1 is written; with room again, only shard 1 and later are written."""
+    real = os.fsync
+    path = tmp_path / "c"
+
+    def full(descriptor):
+        if Path(f"/proc/self/fd/{descriptor}").resolve().name == "shard-00001.arrow.tmp":
+            raise OSError(28, "No space left on device")
+        return real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match="No space left on device; make room"):
+        build(path, header(), sequences)
+    monkeypatch.setattr(os, "fsync", real)
+    first = (path / "data" / "shard-00000.arrow").stat()
+    assert not list((path / BUILD_DIR).glob("*.tmp"))
+    build(path, header(), sequences)
+    assert (path / "data" / "shard-00000.arrow").stat().st_mtime_ns == first.st_mtime_ns
+    assert len(CacheReader(path)) == len(sequences)
+
+
+def test_batches_are_small_and_uniform(tmp_path, rng, header, sequence):
+    """About 256 KiB each before compression, every one but the last of the same number of sequences."""
+    many = [sequence(rng, f"s{i}", tokens=300, top_k=32, vocab_size=5000) for i in range(90)]
+    manifest = build(tmp_path / "c", header(5000, 32), many)
+    per_batch = [shard.sequences_per_batch for shard in manifest.shards]
+    assert all(2 <= count < 30 for count in per_batch)
+    cache = CacheReader(tmp_path / "c")
+    order = rng.permutation(len(cache))
+    assert all(cache[int(i)].sequence_id == many[(int(i) % 30) * 3 + int(i) // 30].sequence_id for i in order)
+    assert np.array_equal(cache[-1].input_ids, cache[len(cache) - 1].input_ids)
