@@ -180,14 +180,15 @@ class PackedBatch:
         ids, logprobs = self._decode_head(index, size)
         return CachedSequence(
             sequence_id=self._ids[index].as_py(),
-            input_ids=input_ids,
-            loss_mask=loss_mask,
-            positions=positions,
+            # Copies: what a reader returns may be written to, and keeps no record batch alive.
+            input_ids=input_ids.copy(),
+            loss_mask=loss_mask.copy(),
+            positions=positions.copy(),
             ids=ids,
             logprobs=logprobs,
-            tail_logprob=tail_logprob,
-            target_logprob=target_logprob,
-            target_rank=target_rank,
+            tail_logprob=tail_logprob.copy(),
+            target_logprob=target_logprob.copy(),
+            target_rank=target_rank.copy(),
         )
 
     def _decode_head(self, index: int, size: _Array) -> tuple[NDArray[np.int32], NDArray[np.float32]]:

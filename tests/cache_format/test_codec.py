@@ -24,7 +24,14 @@ def round_trip(sequences, vocab_size, step):
 @pytest.mark.parametrize("step", [1.0, 1 / 16, 1 / 64, 2.0**-16])
 def test_round_trip(rng, sequence, same, vocab_size, ragged, step):
     sequences = [
-        sequence(rng, f"s{i}", tokens=int(rng.integers(1, 60)), vocab_size=vocab_size, top_k=min(8, vocab_size), ragged=ragged)
+        sequence(
+            rng,
+            f"s{i}",
+            tokens=int(rng.integers(1, 60)),
+            vocab_size=vocab_size,
+            top_k=min(8, vocab_size),
+            ragged=ragged,
+        )
         for i in range(7)
     ]
     for original, decoded in zip(sequences, round_trip(sequences, vocab_size, step), strict=True):
@@ -93,7 +100,9 @@ def test_one_sequence_or_many_is_the_same_content(rng, sequence):
 BROKEN = {
     "falling": lambda s: {"logprobs": s.logprobs[:, ::-1].copy()},
     "vocabulary": lambda s: {"ids": s.ids + 1000},
-    "finite": lambda s: {"logprobs": np.where(np.arange(s.logprobs.size).reshape(s.logprobs.shape) == 0, -np.inf, s.logprobs)},
+    "finite": lambda s: {
+        "logprobs": np.where(np.arange(s.logprobs.size).reshape(s.logprobs.shape) == 0, -np.inf, s.logprobs)
+    },
     "not a number": lambda s: {"target_logprob": s.target_logprob * np.nan},
     "mass": lambda s: {"logprobs": np.full_like(s.logprobs, -0.01)},
     "mask": lambda s: {"positions": s.positions - 1},

@@ -20,7 +20,9 @@ def test_the_fingerprint_is_of_the_content(header):
     assert base.fingerprint == header().with_fingerprint().fingerprint
 
     def with_teacher(**changes):
-        return base.model_copy(update={"teacher": base.teacher.model_copy(update=changes)}).with_fingerprint().fingerprint
+        return (
+            base.model_copy(update={"teacher": base.teacher.model_copy(update=changes)}).with_fingerprint().fingerprint
+        )
 
     assert with_teacher(route="flat") == base.fingerprint
     assert with_teacher(model="other") != base.fingerprint
@@ -33,4 +35,11 @@ def test_the_fingerprint_is_of_the_content(header):
 
 def test_public_names():
     """What other people import; a name that goes is a breaking change."""
-    assert set(cache_format.__all__) >= {"CacheReader", "CacheWriter", "Manifest", "CacheError", "CachedSequence", "verify"}
+    assert set(cache_format.__all__) >= {
+        "CacheReader",
+        "CacheWriter",
+        "Manifest",
+        "CacheError",
+        "CachedSequence",
+        "verify",
+    }

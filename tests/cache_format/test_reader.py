@@ -126,7 +126,9 @@ def test_unknown_features_are_refused_and_unknown_keys_kept(path):
         CacheReader(path)
 
 
-@pytest.mark.parametrize("name", ["../secrets.arrow", "data/../../x.arrow", "/etc/passwd", "data/x.txt", "data/.arrow", "data//x.arrow"])
+@pytest.mark.parametrize(
+    "name", ["../secrets.arrow", "data/../../x.arrow", "/etc/passwd", "data/x.txt", "data/.arrow", "data//x.arrow"]
+)
 def test_shards_may_not_leave_the_cache(path, name):
     manifest = json.loads((path / "manifest.json").read_text())
     manifest["shards"][0]["path"] = name

@@ -1,0 +1,52 @@
+"""``teacher-cache``: build caches, and look at them. The commands that need only a cache come from ``cache_format.cli``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cache_format import cli as cache_commands
+from cache_format.command import new_app, run
+from cache_format.configuration import load_config
+
+app = new_app("Runs a teacher LLM once over a data set and keeps its next-token distributions in a cache.")
+app.command()(cache_commands.info)
+app.command()(cache_commands.verify)
+
+
+@app.command()
+def build(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file, e.g. pipeline/configs/quickstart.yaml.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE ...]", help="Override fields, e.g. store.top_k=8.")
+    ] = None,
+    restart: Annotated[bool, typer.Option("--restart", help="Remove what the output holds and begin afresh.")] = False,
+) -> None:
+    """Builds the cache that CONFIG describes; goes on where an interrupted build stopped; reuses a finished one."""
+    from pipeline.config import BuildConfig
+    from pipeline.run import build as build_cache
+
+    settings = load_config(BuildConfig, config, overrides or [])
+    result = build_cache(settings, restart=restart)
+    if result.reused:
+        totals = result.manifest.statistics
+        print(f"{settings.output} is there already: reusing it ({totals.tokens:,} tokens, {totals.bytes:,} bytes)")
+        return
+    print(cache_commands.describe(result.manifest, settings.output))
+    if result.tokens_scored:
+        print(f"{'scored':15} {result.tokens_scored:,} tokens at {result.tokens_scored / result.seconds:,.0f} tokens/s")
+
+
+@app.command()
+def model(name: Annotated[str, typer.Argument(help="A built-in model, such as smollm2-135m.")]) -> None:
+    """Fetches a built-in model into the local models folder and says where it is."""
+    from pipeline.models import prepare_model
+
+    print(prepare_model(name, None))
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    run(app)

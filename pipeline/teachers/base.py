@@ -1,0 +1,30 @@
+"""What the pipeline asks of a teacher. One file per engine implements it, and only that file imports the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from collections.abc import Sequence as Seq
+from typing import Protocol
+
+from cache_format.manifest import TeacherIdentity
+from pipeline.sequence import Scored, Sequence
+
+
+class Teacher(Protocol):
+    """A model that scores given text.
+
+    ``score`` yields one ``Scored`` per sequence, in the order given; every sequence has at least 2 tokens. ``top_k`` is
+    how many ids per row to return (1 <= top_k <= vocab_size).
+    """
+
+    vocab_size: int
+
+    def identity(self) -> TeacherIdentity:
+        """What produced the numbers, for the manifest (model, weights, engine, dtype, route)."""
+        ...
+
+    def score(self, sequences: Seq[Sequence], top_k: int) -> Iterator[Scored]: ...
+
+    def close(self) -> None:
+        """Frees the engine."""
+        ...

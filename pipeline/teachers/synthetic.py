@@ -1,0 +1,216 @@
+"""A teacher without a model: known, seeded distributions in closed form, and a byte tokenizer to go with it.
+
+With it the whole pipeline can be tried, tested and timed in seconds, and every number in a cache can be checked against
+the truth. It needs numpy alone, and scores more than a million tokens a second.
+
+The distribution. A hash of the last two tokens picks one of 16 Zipf laws (from flat to peaked) and a permutation
+``rank -> id`` of the vocabulary, ``id = (multiplier * rank + shift) mod V`` with a multiplier coprime to V. The head is
+then a row of a table, and the rank of any id follows from the inverse of the multiplier.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Iterator
+from collections.abc import Sequence as Seq
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cache_format.errors import ConfigError
+from cache_format.manifest import TeacherIdentity
+from pipeline.config import TeacherConfig
+from pipeline.sequence import Scored, Sequence
+
+# Part of the teacher's identity: a change to any number it gives is a new version.
+VERSION = 1
+
+_LAWS = 16
+_MULTIPLIERS = 64
+_BOS, _EOS = 256, 257
+_SPECIALS = {"<|im_start|>": _BOS, "<|im_end|>": _EOS}
+_SPLIT_SPECIALS = re.compile("|".join(f"({re.escape(token)})" for token in _SPECIALS))
+_CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+class SyntheticTeacher:
+    """Scores with distributions that depend on the last two tokens, ``seed`` and ``vocab_size``, and nothing else."""
+
+    def __init__(self, config: TeacherConfig) -> None:
+        self.vocab_size = vocab = config.vocab_size
+        if vocab < len(SyntheticTokenizer()):
+            raise ConfigError(
+                f"teacher.vocab_size is {vocab}; the synthetic teacher needs at least {len(SyntheticTokenizer())}"
+            )
+        self._name = config.model
+        self._seed = config.seed
+        random = np.random.default_rng([VERSION, config.seed, vocab])
+        multipliers: list[int] = []
+        while len(multipliers) < _MULTIPLIERS:
+            candidate = int(random.integers(1, vocab))
+            if math.gcd(candidate, vocab) == 1:
+                multipliers.append(candidate)
+        self._multipliers = np.array(multipliers, dtype=np.int64)
+        self._inverses = np.array([pow(multiplier, -1, vocab) for multiplier in multipliers], dtype=np.int64)
+        # Zipf-Mandelbrot: p(rank) ~ (rank + 2) ** -exponent, float64[laws, V] of logprobs.
+        exponents = np.linspace(0.9, 2.4, _LAWS)
+        weights = -exponents[:, None] * np.log(np.arange(vocab) + 2.0)
+        self._laws = weights - np.logaddexp.reduce(weights, axis=1, keepdims=True)
+        self._laws32 = self._laws.astype(np.float32)
+
+    def identity(self) -> TeacherIdentity:
+        return TeacherIdentity(
+            model=self._name,
+            revision=f"seed-{self._seed}",
+            weights_sha256=None,
+            backend="synthetic",
+            engine=f"synthetic {VERSION}",
+            dtype="float32",
+            route="synthetic",
+            vocab_size=self.vocab_size,
+        )
+
+    def score(self, sequences: Iterable[Sequence], top_k: int) -> Iterator[Scored]:
+        ranks = np.arange(top_k)
+        for sequence in sequences:
+            law, which, shift = self._context(sequence.input_ids)
+            target_ids = sequence.input_ids[1:].astype(np.int32)
+            target_rank = self._inverses[which] * (target_ids - shift) % self.vocab_size
+            yield Scored(
+                ids=((self._multipliers[which, None] * ranks + shift[:, None]) % self.vocab_size).astype(np.int32),
+                logprobs=self._laws32[law, :top_k],
+                target_ids=target_ids,
+                target_logprob=self._laws32[law, target_rank],
+                target_rank=target_rank.astype(np.int32),
+            )
+
+    def dense_logprobs(self, input_ids: NDArray[np.int32]) -> NDArray[np.float64]:
+        """float64[n-1, V]: the truth, nats; row ``i`` predicts token ``i + 1``."""
+        law, which, shift = self._context(input_ids)
+        ids = (self._multipliers[which, None] * np.arange(self.vocab_size) + shift[:, None]) % self.vocab_size
+        dense = np.empty(ids.shape)
+        np.put_along_axis(dense, ids, self._laws[law], axis=1)
+        return dense
+
+    def close(self) -> None:
+        """Nothing to free."""
+
+    def _context(self, input_ids: NDArray[np.int32]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """Law, multiplier and shift, int64[n-1] each, of every position."""
+        last = input_ids[:-1].astype(np.uint64)
+        # No token is V: it stands for "before the first token".
+        before = np.concatenate([np.array([self.vocab_size], dtype=np.uint64), last[:-1]])
+        with np.errstate(over="ignore"):
+            bits = _mix(_mix(_mix(np.uint64(self._seed % 2**64) + last) + before))
+        law = bits % np.uint64(_LAWS)
+        which = bits // np.uint64(_LAWS) % np.uint64(_MULTIPLIERS)
+        shift = bits // np.uint64(_LAWS * _MULTIPLIERS) % np.uint64(self.vocab_size)
+        return law.astype(np.int64), which.astype(np.int64), shift.astype(np.int64)
+
+
+def _mix(bits: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """One step of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014): a bijection of 64 bits that leaves no pattern."""
+    bits = bits + np.uint64(0x9E3779B97F4A7C15)
+    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return bits ^ (bits >> np.uint64(31))
+
+
+class SyntheticTokenizer:
+    """One token per UTF-8 byte, and two special tokens: the part of a transformers tokenizer that the pipeline uses.
+
+    Ids 0 to 255 are the bytes, 256 is ``<|im_start|>`` (also BOS), 257 is ``<|im_end|>`` (also EOS).
+    """
+
+    name_or_path = "synthetic"
+    is_fast = True
+    chat_template = _CHATML
+    bos_token, bos_token_id = "<|im_start|>", _BOS
+    eos_token, eos_token_id = "<|im_end|>", _EOS
+    all_special_ids = (_BOS, _EOS)
+    special_tokens_map = {"bos_token": bos_token, "eos_token": eos_token}  # noqa: RUF012
+
+    def __len__(self) -> int:
+        return 256 + len(_SPECIALS)
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids without the special ones."""
+        return 256
+
+    def get_vocab(self) -> dict[str, int]:
+        """Token to id; bytes are written like ``<0x41>``."""
+        return {token: index for index, token in enumerate(self.convert_ids_to_tokens(range(len(self))))}
+
+    def convert_ids_to_tokens(self, ids: Seq[int]) -> list[str]:
+        """Names of tokens; ids that the tokenizer lacks, which the teacher can still predict, are written like ``<300>``."""
+        specials = {index: token for token, index in _SPECIALS.items()}
+        return [f"<0x{index:02X}>" if index < 256 else specials.get(index, f"<{index}>") for index in map(int, ids)]
+
+    def __call__(
+        self, text: str | list[str], *, add_special_tokens: bool = True, return_offsets_mapping: bool = False, **_: Any
+    ) -> dict[str, Any]:
+        """Ids, and the characters [start, end) that each token came from; BOS in front where special tokens are added.
+
+        Lists of lists for a list of texts, plain lists for one text, as in transformers.
+        """
+        single = isinstance(text, str)
+        encoded = [_encode(each, add_special_tokens) for each in ([text] if isinstance(text, str) else text)]
+        result: dict[str, Any] = {"input_ids": [ids for ids, _ in encoded]}
+        if return_offsets_mapping:
+            result["offset_mapping"] = [offsets for _, offsets in encoded]
+        return {key: value[0] for key, value in result.items()} if single else result
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        return _encode(text, add_special_tokens)[0]
+
+    def decode(self, token_ids: int | Seq[int], *, skip_special_tokens: bool = False, **_: Any) -> str:
+        """Text of ids; invalid UTF-8 becomes U+FFFD, ids that the tokenizer lacks are written like ``<300>``."""
+        ids = np.atleast_1d(np.asarray(token_ids, dtype=np.int64)).tolist()
+        if skip_special_tokens:
+            ids = [index for index in ids if index not in self.all_special_ids]
+        names = self.convert_ids_to_tokens(ids)
+        pieces = [bytes([index]) if index < 256 else name.encode() for index, name in zip(ids, names, strict=True)]
+        return b"".join(pieces).decode("utf-8", errors="replace")
+
+    def apply_chat_template(
+        self,
+        conversation: list[dict[str, Any]],
+        *,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = False,
+        tokenize: bool = True,
+        **variables: Any,
+    ) -> Any:
+        """A chat, a list of {role, content}, as text (``tokenize=False``) or as ids; ChatML unless a template is given."""
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        template = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(
+            chat_template or self.chat_template
+        )
+        variables = self.special_tokens_map | variables
+        text = template.render(messages=conversation, add_generation_prompt=add_generation_prompt, **variables)
+        return self.encode(text, add_special_tokens=False) if tokenize else text
+
+
+def _encode(text: str, add_special_tokens: bool) -> tuple[list[int], list[tuple[int, int]]]:
+    ids: list[int] = [_BOS] if add_special_tokens else []
+    offsets: list[tuple[int, int]] = [(0, 0)] if add_special_tokens else []
+    at = 0
+    for piece in filter(None, _SPLIT_SPECIALS.split(text)):
+        if piece in _SPECIALS:
+            ids.append(_SPECIALS[piece])
+            offsets.append((at, at + len(piece)))
+        else:
+            data = np.frombuffer(piece.encode(), dtype=np.uint8)
+            # Every byte that does not continue a character begins one.
+            starts = at - 1 + np.cumsum((data & 0xC0) != 0x80)
+            ids.extend(data.tolist())
+            offsets.extend(zip(starts.tolist(), (starts + 1).tolist(), strict=True))
+        at += len(piece)
+    return ids, offsets

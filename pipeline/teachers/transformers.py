@@ -1,0 +1,125 @@
+"""The transformers teacher: the whole distribution by a plain forward pass, the reference other engines are held to.
+
+It is also the engine where vLLM is not installed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cache_format.errors import UserError
+from cache_format.manifest import TeacherIdentity
+from pipeline.config import TeacherConfig
+from pipeline.models import ResolvedModel, check_context
+from pipeline.sequence import Scored, Sequence
+from pipeline.teachers import bounded_groups
+
+# Sequences are batched with others of like length out of this many batches' worth, which keeps padding small.
+_BATCHES_PER_GROUP = 8
+
+
+class TransformersTeacher:
+    """A causal language model of transformers, in this process: on the GPU where there is one, else on the CPU.
+
+    Raises UserError, in one line with the cause, where the model cannot be loaded or is made for shorter text.
+    """
+
+    def __init__(self, config: TeacherConfig, model: ResolvedModel, *, max_length: int) -> None:
+        self._config = config
+        self._model = model
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        check_context(model, max_length)
+        dtype = "float32" if config.dtype == "auto" and self._device.type == "cpu" else config.dtype
+        # The bar for loading weights would run through the command's own progress.
+        bars = transformers.utils.logging.is_progress_bar_enabled()
+        transformers.utils.logging.disable_progress_bar()
+        try:
+            self._lm = transformers.AutoModelForCausalLM.from_pretrained(
+                model.location, revision=model.revision, **{"dtype": dtype, **config.engine_args}
+            )
+            if "device_map" not in config.engine_args:
+                self._lm.to(self._device)
+        except (OSError, ValueError, TypeError, ImportError, RuntimeError) as error:
+            cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise UserError(f"transformers cannot load {model.name}: {cause}") from error
+        finally:
+            if bars:
+                transformers.utils.logging.enable_progress_bar()
+        self._device = self._lm.device
+        self._lm.eval()
+        self.vocab_size: int = self._lm.config.get_text_config().vocab_size
+
+    def identity(self) -> TeacherIdentity:
+        return TeacherIdentity(
+            model=self._model.name,
+            revision=self._model.revision,
+            weights_sha256=self._model.weights_sha256(),
+            backend="transformers",
+            engine=f"transformers {transformers.__version__}",
+            dtype=str(self._lm.dtype).removeprefix("torch."),
+            route="dense",
+            vocab_size=self.vocab_size,
+        )
+
+    def score(self, sequences: Iterable[Sequence], top_k: int) -> Iterator[Scored]:
+        for group in bounded_groups(sequences, _BATCHES_PER_GROUP * self._config.batch_tokens):
+            scored: dict[int, Scored] = {}
+            for batch in self._batches(group):
+                logprobs = self._logprobs([group[index].input_ids for index in batch])
+                for index, rows in zip(batch, logprobs, strict=True):
+                    scored[index] = _summarise(rows, group[index].input_ids, top_k)
+            for index in range(len(group)):
+                yield scored.pop(index)
+
+    def dense_logprobs(self, input_ids: NDArray[np.int32]) -> NDArray[np.float32]:
+        """float32[n-1, V]: the whole distribution, nats; row ``i`` predicts token ``i + 1``."""
+        return next(self._logprobs([input_ids])).cpu().numpy()
+
+    def close(self) -> None:
+        """Frees the model."""
+        del self._lm
+
+    def _batches(self, group: list[Sequence]) -> Iterator[list[int]]:
+        """Indices into ``group``, by falling length, in batches of at most ``batch_tokens`` padded tokens (or of one)."""
+        by_length = sorted(range(len(group)), key=lambda index: -len(group[index].input_ids))
+        while by_length:
+            rows = max(1, self._config.batch_tokens // len(group[by_length[0]].input_ids))
+            yield by_length[:rows]
+            by_length = by_length[rows:]
+
+    @torch.inference_mode()
+    def _logprobs(self, batch: list[NDArray[np.int32]]) -> Iterator[Tensor]:
+        """float32[n-1, V] per sequence. Padding goes to the right, where causal attention never looks."""
+        width = max(map(len, batch))
+        input_ids = torch.zeros((len(batch), width), dtype=torch.int64)
+        attention_mask = torch.zeros((len(batch), width), dtype=torch.int64)
+        for row, ids in enumerate(batch):
+            input_ids[row, : len(ids)] = torch.from_numpy(ids.astype(np.int64))
+            attention_mask[row, : len(ids)] = 1
+        inputs: dict[str, Any] = {"input_ids": input_ids.to(self._device)}
+        if not bool(attention_mask.all()):
+            inputs["attention_mask"] = attention_mask.to(self._device)
+        logits = self._lm(**inputs, use_cache=False).logits
+        for row, ids in enumerate(batch):
+            yield logits[row, : len(ids) - 1].float().log_softmax(dim=-1)
+
+
+def _summarise(logprobs: Tensor, input_ids: NDArray[np.int32], top_k: int) -> Scored:
+    """What an engine keeps of float32[n-1, V] logprobs."""
+    target_ids = input_ids[1:].astype(np.int32)
+    target = logprobs.gather(1, torch.from_numpy(target_ids.astype(np.int64)).to(logprobs.device)[:, None])
+    head = logprobs.topk(top_k, dim=1)
+    return Scored(
+        ids=head.indices.to(torch.int32).cpu().numpy(),
+        logprobs=head.values.cpu().numpy(),
+        target_ids=target_ids,
+        target_logprob=target[:, 0].cpu().numpy(),
+        target_rank=(logprobs > target).sum(dim=1, dtype=torch.int32).cpu().numpy(),
+    )

@@ -1,0 +1,331 @@
+"""From rows to sequences: which tokens the teacher reads, and which of them a student will learn.
+
+Documents: every token but the first is learnt. One above ``max_length`` may be cut into consecutive pieces; each piece
+is scored on its own, so its teacher has not read the pieces before it, and its first token is learnt by nobody.
+
+Chats: rendered once as a whole with the chat template and tokenised once. What the assistant wrote is learnt, its
+end-of-turn token included: its characters are found in the rendered text, and a token is the assistant's if it holds at
+least one of them.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cache_format.errors import UserError
+from pipeline.config import DataConfig
+from pipeline.sequence import Sequence
+from pipeline.sources import Row
+
+_BATCH_ROWS = 256
+_BATCH_CHARACTERS = 1 << 20
+_GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+_PIECE_LIKE = re.compile(r"/\d+$")
+
+Span = tuple[int, int]
+_Counted = tuple[Sequence, tuple[str, ...]]
+"""A sequence, and the counters that go up if it is taken."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Rendered:
+    """A chat as text; ``spans`` are the characters of its assistant turns, rising, end exclusive."""
+
+    row_id: str
+    text: str
+    spans: list[Span]
+
+
+class _Refused(Exception):
+    """The chat template raised on this chat."""
+
+
+class Tokenization:
+    """Turns the rows of one source into sequences.
+
+    tokenizer:  a fast tokenizer of transformers, or anything with its surface: ``tokenizer(list of str,
+                add_special_tokens=..., return_offsets_mapping=...)`` and ``apply_chat_template``.
+    vocab_size: how many ids the teacher knows; every id must be below it.
+
+    ``chat_template`` is the template in force, None for documents.
+
+    ``counters`` describes the latest ``sequences()``: ``documents`` or ``chats`` used; ``split_documents`` and the
+    ``pieces`` they gave; ``truncated``; ``dropped_overlong``; ``without_tokens``; ``nothing_to_learn`` (chats in which
+    the assistant says nothing, or nothing within ``max_length``); ``refused_by_template``; ``sequences``; ``tokens``;
+    ``kept_positions``; ``stopped_at_max_tokens`` (0 or 1).
+
+    Raises UserError if the tokenizer lacks what the config asks for: a chat template, offsets, an EOS token.
+    """
+
+    def __init__(self, tokenizer: Any, config: DataConfig, vocab_size: int) -> None:
+        self.tokenizer = tokenizer
+        self.chat_template: str | None = None
+        self._config = config
+        self._vocab_size = vocab_size
+        self._counters: Counter[str] = Counter()
+        self._refusal = ""
+        # transformers warns about texts above the model's length, which is what the cutting here is for.
+        self._quiet = {"verbose": False} if hasattr(tokenizer, "model_max_length") else {}
+        if config.append_eos and tokenizer.eos_token_id is None:
+            raise UserError("data.append_eos is set, but the tokenizer has no EOS token; leave append_eos out")
+        if config.messages_field is not None:
+            self.chat_template = _template(tokenizer, config)
+            self._offset_tokenizer = _with_whole_offsets(tokenizer)
+
+    @property
+    def counters(self) -> dict[str, int]:
+        return dict(self._counters)
+
+    def sequences(self, rows: Iterable[Row]) -> Iterator[Sequence]:
+        """Streams the sequences of ``rows`` up to ``max_tokens``; ids are ``row_id``, or ``row_id/piece`` for pieces.
+
+        Rows are read in batches, so a source may have read a few more than there are sequences for.
+
+        Raises UserError: an id outside the vocabulary, two sequences of one id, a template whose assistant turns cannot
+        be found, the first sequence alone above ``max_tokens``, or no sequence at all.
+        """
+        self._counters = Counter(sequences=0, tokens=0, kept_positions=0, stopped_at_max_tokens=0)
+        self._refusal = ""
+        used: set[int] = set()
+        for batch in _batches(rows):
+            for sequence, kinds in self._chats(batch) if self.chat_template is not None else self._documents(batch):
+                if not self._fits(sequence):
+                    return
+                self._check(sequence, used)
+                self._counters.update(kinds)
+                self._counters["sequences"] += 1
+                self._counters["tokens"] += len(sequence.input_ids)
+                self._counters["kept_positions"] += int(sequence.loss_mask.sum())
+                yield sequence
+        if self._counters["sequences"] == 0:
+            raise UserError(self._nothing_made())
+
+    # --- documents ---
+
+    def _documents(self, batch: list[Row]) -> Iterator[_Counted]:
+        config = self._config
+        texts = [row.text or "" for row in batch]
+        all_ids = self.tokenizer(texts, add_special_tokens=config.add_special_tokens, **self._quiet)["input_ids"]
+        for row, ids in zip(batch, all_ids, strict=True):
+            if config.append_eos and ids and ids[-1] != self.tokenizer.eos_token_id:
+                ids = [*ids, self.tokenizer.eos_token_id]
+            if not ids:
+                self._counters["without_tokens"] += 1
+                continue
+            if len(ids) > config.max_length and config.overlong == "drop":
+                self._counters["dropped_overlong"] += 1
+                continue
+            if len(ids) <= config.max_length:
+                yield _document(row.row_id, ids), ("documents",)
+            elif config.overlong == "truncate":
+                yield _document(row.row_id, ids[: config.max_length]), ("documents", "truncated")
+            else:  # a last piece of one token is kept, so that the pieces together are the text
+                for number, start in enumerate(range(0, len(ids), config.max_length)):
+                    kinds = ("documents", "split_documents", "pieces") if number == 0 else ("pieces",)
+                    yield _document(f"{row.row_id}/{number}", ids[start : start + config.max_length]), kinds
+
+    # --- chats ---
+
+    def _chats(self, batch: list[Row]) -> Iterator[_Counted]:
+        rendered = list(self._render_all(batch))
+        if not rendered:
+            return
+        encoded = self._offset_tokenizer(
+            [chat.text for chat in rendered], add_special_tokens=False, return_offsets_mapping=True, **self._quiet
+        )
+        for chat, ids, offsets in zip(rendered, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+            mask = _tokens_in(chat.spans, np.asarray(offsets, np.int64).reshape(-1, 2))
+            mask[:1] = False
+            limit = self._config.max_length
+            if len(ids) > limit and self._config.overlong == "drop":
+                self._counters["dropped_overlong"] += 1
+            elif not mask[:limit].any():
+                self._counters["nothing_to_learn"] += 1
+            else:  # a piece from the middle of a chat is no chat, so `split` cuts off as `truncate` does
+                kinds = ("chats", "truncated") if len(ids) > limit else ("chats",)
+                yield Sequence(chat.row_id, np.asarray(ids[:limit], np.int32), mask[:limit]), kinds
+
+    def _render_all(self, batch: list[Row]) -> Iterator[_Rendered]:
+        for row in batch:
+            messages = row.messages or []
+            if all(message["role"] != "assistant" for message in messages):
+                self._counters["nothing_to_learn"] += 1
+                continue
+            try:
+                if _GENERATION.search(self.chat_template or ""):
+                    text, spans = self._render_marked(messages)
+                else:
+                    text, spans = self._render_by_prefixes(messages, row.row_id)
+            except _Refused as refusal:
+                self._counters["refused_by_template"] += 1
+                self._refusal = self._refusal or f"{row.row_id}: {refusal}"
+                continue
+            yield _Rendered(row.row_id, text, spans)
+
+    def _render_marked(self, messages: list[dict[str, Any]]) -> tuple[str, list[Span]]:
+        """A template with ``{% generation %}`` blocks says itself what the assistant wrote; its author's word counts.
+
+        Not ``apply_chat_template(return_assistant_tokens_mask=True)``: where the last character of a block has no token
+        (trimmed offsets), that masks in the rest of the chat.
+        """
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        try:
+            texts, spans = render_jinja_template(
+                conversations=[messages],
+                chat_template=self.chat_template,
+                return_assistant_tokens_mask=True,
+                **getattr(self.tokenizer, "special_tokens_map", {}),
+            )
+        except Exception as error:  # a template is a program that runs on the user's data
+            raise _Refused(" ".join(str(error).split())) from error
+        return texts[0], [(start, end) for start, end in spans[0]]
+
+    def _render_by_prefixes(self, messages: list[dict[str, Any]], row_id: str) -> tuple[str, list[Span]]:
+        """The assistant's turn ``i`` is what the chat up to it has more than the prompt that asks for it.
+
+        White space after the end-of-turn token separates turns and is nobody's. A chat that opens with the assistant
+        has no prompt for that turn: it is context.
+        """
+        text = self._render(messages)
+        spans = []
+        for turn, message in enumerate(messages):
+            if message["role"] != "assistant" or turn == 0:
+                continue
+            prompt = self._render(messages[:turn], add_generation_prompt=True)
+            through = text if turn + 1 == len(messages) else self._render(messages[: turn + 1])
+            if not (text.startswith(through) and through.startswith(prompt)):
+                raise UserError(self._unstable(row_id, turn))
+            spans.append((len(prompt), max(len(prompt), len(through.rstrip()))))
+        return text, spans
+
+    def _render(self, messages: list[dict[str, Any]], add_generation_prompt: bool = False) -> str:
+        own = {"chat_template": self.chat_template} if self._config.chat_template is not None else {}
+        try:
+            text: str = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=add_generation_prompt, **own
+            )
+        except Exception as error:  # a template is a program that runs on the user's data
+            raise _Refused(" ".join(str(error).split())) from error
+        return text
+
+    # --- checks ---
+
+    def _fits(self, sequence: Sequence) -> bool:
+        limit, tokens = self._config.max_tokens, len(sequence.input_ids)
+        if limit is None or self._counters["tokens"] + tokens <= limit:
+            return True
+        if self._counters["sequences"] == 0:
+            raise UserError(
+                f"data.max_tokens is {limit}, but the first sequence ({sequence.sequence_id}) alone has {tokens} "
+                "tokens; raise max_tokens or lower data.max_length"
+            )
+        self._counters["stopped_at_max_tokens"] = 1
+        return False
+
+    def _check(self, sequence: Sequence, used: set[int]) -> None:
+        largest = int(sequence.input_ids.max())
+        if largest >= self._vocab_size:
+            raise UserError(
+                f"the tokenizer gives id {largest} (sequence {sequence.sequence_id}), but the teacher knows ids below "
+                f"{self._vocab_size}; the tokenizer is not this teacher's"
+            )
+        # Row ids are unique; only one that looks like a piece ("book/0") can meet a piece of another row ("book").
+        if self._config.id_field is not None and _PIECE_LIKE.search(sequence.sequence_id):
+            digest = int.from_bytes(hashlib.blake2b(sequence.sequence_id.encode(), digest_size=8).digest())
+            if digest in used:
+                raise UserError(
+                    f"two sequences are called {sequence.sequence_id!r}, one of them a piece of a longer document; "
+                    "choose another data.id_field, or none to use row numbers"
+                )
+            used.add(digest)
+
+    def _unstable(self, row_id: str, turn: int) -> str:
+        name = str(self._config.chat_template) if self._config.chat_template else "the tokenizer's chat template"
+        return (
+            f"{name} renders the start of chat {row_id} otherwise than the whole (message {turn}), so the assistant's "
+            "tokens cannot be found; put {% generation %}...{% endgeneration %} around them in the template, "
+            "or set data.chat_template to one that does not look ahead"
+        )
+
+    def _nothing_made(self) -> str:
+        reasons = ", ".join(f"{n} {name}" for name, n in self._counters.items() if n) or "no rows"
+        first = f" (the first one: {self._refusal})" if self._refusal else ""
+        return (
+            f"no sequence came out of {self._config.path}: {reasons}{first}; "
+            "look at data.max_length, data.overlong and the chat template"
+        )
+
+
+def _document(sequence_id: str, ids: list[int]) -> Sequence:
+    mask = np.ones(len(ids), np.bool_)
+    mask[0] = False
+    return Sequence(sequence_id, np.asarray(ids, np.int32), mask)
+
+
+def _tokens_in(spans: list[Span], offsets: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """bool[n]: tokens that hold a character of a span. ``offsets``: int64[n, 2], characters, end exclusive."""
+    mask = np.zeros(len(offsets), np.bool_)
+    for start, end in spans:
+        mask |= (offsets[:, 0] < end) & (offsets[:, 1] > start)
+    return mask
+
+
+def _batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    """Rows to tokenise in one call: enough for the tokenizer's threads, few enough that long documents fit."""
+    batch: list[Row] = []
+    characters = 0
+    for row in rows:
+        batch.append(row)
+        characters += len(row.text or "") + sum(len(str(message.get("content"))) for message in row.messages or [])
+        if len(batch) == _BATCH_ROWS or characters >= _BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _template(tokenizer: Any, config: DataConfig) -> str:
+    """The text of the template in force."""
+    if config.chat_template is not None:
+        try:
+            return config.chat_template.expanduser().read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"cannot read data.chat_template {config.chat_template}: {error}") from error
+    template = getattr(tokenizer, "chat_template", None)
+    if isinstance(template, dict):  # several by name, as apply_chat_template chooses
+        template = template.get("default")
+    if not template:
+        raise UserError(
+            "data.messages_field is set, but the teacher's tokenizer has no chat template; set data.chat_template to a "
+            "Jinja file, or use documents (data.text_field)"
+        )
+    return str(template)
+
+
+def _with_whole_offsets(tokenizer: Any) -> Any:
+    """A tokenizer that gives the same ids for rendered chats, and the offsets of all their characters.
+
+    Without special tokens to add, all that a post-processor still does is to trim white space off the offsets, as those
+    of many byte-level tokenizers do; a token of spaces would then belong to nobody.
+    """
+    if hasattr(tokenizer, "backend_tokenizer"):
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.backend_tokenizer.post_processor = None
+    try:
+        tokenizer(["a"], add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    except (NotImplementedError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{type(tokenizer).__name__} gives no character offsets, which the loss mask of chats needs; "
+            "use a fast tokenizer (one with a tokenizer.json), or documents"
+        ) from error
+    return tokenizer

@@ -1,0 +1,406 @@
+"""Sources on real files of every format: the rows that come out, what is skipped, and what is said when it goes wrong."""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import gzip
+import json
+import lzma
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+
+from cache_format.errors import UserError
+from pipeline.config import DataConfig
+from pipeline.sources import Row, open_source
+
+HI = {"role": "user", "content": "hi"}
+YO = {"role": "assistant", "content": "yo"}
+
+Records = list[dict[str, Any]]
+
+
+def json_lines(records: Records) -> bytes:
+    return b"".join(json.dumps(record, ensure_ascii=False).encode() + b"\n" for record in records)
+
+
+def write_table(path: Path, records: Records, delimiter: str) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(records[0]), delimiter=delimiter)
+        writer.writeheader()
+        writer.writerows(records)
+
+
+def write_ipc(path: Path, records: Records, open_writer: Callable[..., Any]) -> None:
+    table = pa.Table.from_pylist(records)
+    with open_writer(str(path), table.schema) as writer:
+        writer.write_table(table, max_chunksize=3)
+
+
+WRITERS: dict[str, Callable[[Path, Records], object]] = {
+    "a.jsonl": lambda p, r: p.write_bytes(json_lines(r)),
+    "a.ndjson": lambda p, r: p.write_bytes(b"\xef\xbb\xbf" + json_lines(r)),  # a byte order mark, as Windows writes it
+    "a.json": lambda p, r: p.write_text(json.dumps(r, indent=1)),
+    "lines.json": lambda p, r: p.write_bytes(json_lines(r)),
+    "a.jsonl.gz": lambda p, r: p.write_bytes(gzip.compress(json_lines(r))),
+    "a.jsonl.bz2": lambda p, r: p.write_bytes(bz2.compress(json_lines(r))),
+    "a.jsonl.xz": lambda p, r: p.write_bytes(lzma.compress(json_lines(r))),
+    "a.jsonl.zst": lambda p, r: p.write_bytes(zstandard.compress(json_lines(r))),
+    "a.csv": lambda p, r: write_table(p, r, ","),
+    "a.tsv": lambda p, r: write_table(p, r, "\t"),
+    "a.parquet": lambda p, r: pq.write_table(pa.Table.from_pylist(r), p, row_group_size=3),
+    "a.arrow": lambda p, r: write_ipc(p, r, pa.ipc.new_stream),
+    "file.arrow": lambda p, r: write_ipc(p, r, pa.ipc.new_file),
+}
+
+
+def rows_of(path: object, **settings: Any) -> list[Row]:
+    return list(open_source(DataConfig(path=str(path), **settings)))
+
+
+def message_of(path: object, **settings: Any) -> str:
+    with pytest.raises(UserError) as caught:
+        rows_of(path, **settings)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.fixture
+def entropy() -> int:
+    return int(np.random.SeedSequence().entropy)  # type: ignore[arg-type]
+
+
+def random_texts(entropy: int, count: int) -> list[str]:
+    rng = np.random.default_rng(entropy)
+    alphabet = list('ab 1,;"\n\té日🙂👩‍👩‍👧 \u2028')
+    return ["x" + "".join(rng.choice(alphabet, rng.integers(1, 40))) + "." for _ in range(count)]
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_every_format_gives_the_rows_that_were_written(name: str, tmp_path: Path, entropy: int) -> None:
+    texts = random_texts(entropy, 11)
+    records = [{"n": i, "text": text, "key": f"k{i}"} for i, text in enumerate(texts)]
+    WRITERS[name](tmp_path / name, records)
+
+    rows = rows_of(tmp_path / name)
+    assert [row.text for row in rows] == texts, f"entropy {entropy}"
+    assert [row.row_id for row in rows] == [f"train/{i}" for i in range(11)]
+    assert all(row.messages is None for row in rows)
+    assert [row.row_id for row in rows_of(tmp_path / name, id_field="key")] == [f"k{i}" for i in range(11)]
+    assert [row.row_id for row in rows_of(tmp_path / name, id_field="n")] == [str(i) for i in range(11)]
+
+
+def test_only_a_line_feed_ends_a_json_line(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'\r\n{"text":\r"a"}\r\n\n{"text": "b\xe2\x80\xa8c"}')
+    assert rows_of(tmp_path / "a.jsonl") == [Row("train/0", "a", None), Row("train/1", "b\u2028c", None)]
+
+
+def test_a_line_of_a_text_file_is_a_row(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one\n\ntwo 🙂\r\nthree", encoding="utf-8")
+    source = open_source(DataConfig(path=str(tmp_path / "a.txt")))
+    assert [(row.row_id, row.text) for row in source] == [
+        ("train/0", "one"),
+        ("train/2", "two 🙂"),
+        ("train/3", "three"),
+    ]
+    assert source.counters == {"rows_read": 4, "rows_skipped_empty": 1}
+
+
+def test_csv_cells_stay_text(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('text,id\n007,1\nNA,2\n"",3\n"a ""quoted"", cell",4\nshort\n')
+    assert [row.text for row in rows_of(tmp_path / "a.csv")] == ["007", "NA", 'a "quoted", cell', "short"]
+    assert "row train/4" in message_of(tmp_path / "a.csv", id_field="id")
+
+
+def test_rows_without_text_are_counted_by_reason_and_keep_their_numbers(tmp_path: Path) -> None:
+    lines = ['{"text": null}', '{"text": "a"}', '{"text": 5}', '{"text": ["x"]}', '{"text": ""}', '{"text": " \\n"}']
+    lines += ['{"other": 1}', '{"text": "half \\ud83d"}', '{"text": "b"}']
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    source = open_source(DataConfig(path=str(tmp_path / "a.jsonl")))
+    for _ in range(2):  # and once more from the start
+        assert [(row.row_id, row.text) for row in source] == [("train/1", "a"), ("train/8", "b")]
+        assert source.counters == {
+            "rows_read": 9,
+            "rows_skipped_null": 2,
+            "rows_skipped_not_a_string": 2,
+            "rows_skipped_empty": 2,
+            "rows_skipped_broken_unicode": 1,
+        }
+
+
+def test_a_column_may_change_its_type_anywhere(tmp_path: Path) -> None:
+    records = [{"text": f"t{i}", "meta": None if i < 50 else {"at": i} if i < 70 else i} for i in range(100)]
+    (tmp_path / "a.jsonl").write_bytes(json_lines(records))
+    assert len(rows_of(tmp_path / "a.jsonl")) == 100
+
+
+def test_reading_is_lazy(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(json_lines([{"text": "good"}] * 2000) + b'{"text": oops\n')
+    rows = iter(open_source(DataConfig(path=str(tmp_path / "a.jsonl"))))
+    assert next(rows).text == "good"
+    with pytest.raises(UserError, match="line 2001"):
+        list(rows)
+
+
+# --- chats
+
+
+def test_chats(tmp_path: Path) -> None:
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {"x": 1}}}]}
+    records = [
+        {"messages": [HI, YO]},
+        {"messages": None},
+        {"messages": []},
+        {"messages": "text"},
+        {"messages": [HI, "yo"]},
+        {"messages": [{"from": "human", "value": "hi"}]},
+        {"messages": [HI, {"role": "gpt", "content": "yo"}]},
+        {"messages": [HI, {"role": "assistant", "content": None}]},
+        {"messages": [{"role": "user", "content": "half \ud83d"}, YO]},
+        {"messages": [HI, call, {"role": "tool", "content": "2"}, YO]},
+        {"messages": json.dumps([HI, YO])},
+    ]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, records)))
+    source = open_source(DataConfig(path=str(tmp_path / "a.jsonl"), messages_field="messages"))
+    rows = list(source)
+    assert [row.row_id for row in rows] == ["train/0", "train/9", "train/10"]
+    assert [row.text for row in rows] == [None] * 3
+    assert rows[0].messages == rows[2].messages == [HI, YO]
+    assert rows[1].messages == [HI, call, {"role": "tool", "content": "2"}, YO]
+    assert source.counters == {
+        "rows_read": 11,
+        "rows_skipped_null": 1,
+        "rows_skipped_empty": 1,
+        "rows_skipped_not_a_chat": 3,
+        "rows_skipped_unknown_role": 1,
+        "rows_skipped_null_content": 1,
+        "rows_skipped_broken_unicode": 1,
+    }
+
+
+def test_keys_that_arrow_filled_with_none_are_taken_out(tmp_path: Path) -> None:
+    chat = [HI, {**YO, "name": "bot"}]
+    pq.write_table(pa.Table.from_pylist([{"chat": chat}]), tmp_path / "a.parquet")
+    (row,) = rows_of(tmp_path / "a.parquet", messages_field="chat")
+    assert row.messages == chat
+
+
+# --- folders, saved data sets, the hub
+
+
+def test_a_folder_of_files(tmp_path: Path) -> None:
+    (tmp_path / "b.jsonl").write_bytes(json_lines([{"text": "third"}]))
+    (tmp_path / "a.jsonl").write_bytes(json_lines([{"text": "first"}, {"text": "second"}]))
+    (tmp_path / "README.md").write_text("# about it")
+    assert [(row.row_id, row.text) for row in rows_of(tmp_path)] == [
+        ("train/0", "first"),
+        ("train/1", "second"),
+        ("train/2", "third"),
+    ]
+
+
+def test_a_folder_with_splits(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+        pq.write_table(pa.table({"text": [f"of {split}"]}), tmp_path / split / "part.parquet")
+    assert rows_of(tmp_path, split="test") == [Row("test/0", "of test", None)]
+    assert "no split 'tset'; expected test, train; did you mean 'test'?" in message_of(tmp_path, split="tset")
+
+
+def test_files_of_a_folder_need_the_same_columns(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": ["a"]}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"body": ["b"]}), tmp_path / "b.parquet")
+    assert "b.parquet has no column 'text'" in message_of(tmp_path)
+
+
+def test_data_sets_saved_to_disk(tmp_path: Path) -> None:
+    from datasets import Dataset, DatasetDict
+
+    data = Dataset.from_dict({"text": ["a", None, "c"], "chat": [[HI, YO]] * 3})
+    data.save_to_disk(tmp_path / "one")
+    DatasetDict(train=data, test=data.select([2])).save_to_disk(tmp_path / "many")
+    assert rows_of(tmp_path / "one") == [Row("train/0", "a", None), Row("train/2", "c", None)]
+    assert rows_of(tmp_path / "many", split="test", messages_field="chat") == [Row("test/0", None, [HI, YO])]
+    assert "no split 'dev'" in message_of(tmp_path / "many", split="dev")
+    assert "no column 'txt'" in message_of(tmp_path / "one", text_field="txt")
+
+
+def test_the_files_of_a_hub_data_set_are_read_at_the_commit_that_was_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hub itself is out of reach of a test: what `datasets` answers is played, on a local folder."""
+    import datasets
+
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    folder = tmp_path / f"name@{commit}"
+    folder.mkdir()
+    pq.write_table(pa.table({"text": ["from the hub"]}), folder / "part.parquet")
+    asked = []
+
+    def builder(path: str, **settings: object) -> SimpleNamespace:
+        asked.append((path, settings))
+        files = {datasets.Split.TRAIN: [f"file://{folder}/part.parquet"]}
+        return SimpleNamespace(config=SimpleNamespace(data_files=files))
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", builder)
+    source = open_source(DataConfig(path="user/name", name="small", revision="v1"))
+    assert asked == [("user/name", {"name": "small", "revision": "v1"})]
+    assert list(source) == [Row("train/0", "from the hub", None)]
+    assert source.stamp() == f"hub:user/name@{commit}"
+
+
+def test_what_datasets_raises_becomes_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    def unreachable(path: str, **settings: object) -> None:
+        raise ConnectionError("no\nroute")
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", unreachable)
+    assert message_of("user/name") == "cannot open data set 'user/name': no route (ConnectionError)"
+
+
+# --- ids and stamps
+
+
+def test_an_id_that_occurs_twice_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(json_lines([{"text": "x", "id": key} for key in ("a", 7, "b", "7")]))
+    assert "'7' occurs twice in column 'id'" in message_of(tmp_path / "a.jsonl", id_field="id")
+
+
+def test_the_stamp_follows_the_files(tmp_path: Path) -> None:
+    file = tmp_path / "d" / "a.jsonl"
+    file.parent.mkdir()
+    file.write_bytes(json_lines([{"text": "one"}]))
+    os.utime(file, ns=(1, 10**18))
+
+    def stamp(path: Path) -> str:
+        return open_source(DataConfig(path=str(path))).stamp()
+
+    first, first_folder = stamp(file), stamp(file.parent)
+    assert first == stamp(file)
+    moved = file.parent.rename(tmp_path / "e")
+    assert stamp(moved) == first_folder
+    os.utime(moved / "a.jsonl", ns=(1, 10**18 + 1))
+    assert stamp(moved / "a.jsonl") != first
+    assert stamp(moved) != first_folder
+
+
+# --- mistakes
+
+
+def test_missing_and_unreadable_files(tmp_path: Path) -> None:
+    assert "no data at" in message_of(tmp_path / "nothing")
+    assert "no data at 'not/here.jsonl'" in message_of("not/here.jsonl")
+    (tmp_path / "a.parquet").write_bytes(b"not parquet")
+    assert "a.parquet" in message_of(tmp_path / "a.parquet")
+    (tmp_path / "a.docx").write_bytes(b"PK")
+    assert "expected a file of type .arrow, .csv, .json" in message_of(tmp_path / "a.docx")
+    (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
+    assert "utf-8" in message_of(tmp_path / "latin.txt")
+    (tmp_path / "list.jsonl").write_text('{"text": "a"}\n["b"]\n')
+    assert "line 2: found a list" in message_of(tmp_path / "list.jsonl")
+    (tmp_path / "mixed.json").write_text('[{"text": "a"}, "b"]')
+    assert "element 1: found a str" in message_of(tmp_path / "mixed.json")
+    (tmp_path / "cut.json").write_text('[{"text": "a"}, {"te')
+    assert "not JSON" in message_of(tmp_path / "cut.json")
+    (tmp_path / "none").mkdir()
+    assert "cannot open data set" in message_of(tmp_path / "none")
+
+
+def test_a_missing_column_is_named_with_those_that_exist(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(json_lines([{"body": "x", "messages": [HI, YO]}]))
+    path = tmp_path / "a.jsonl"
+    assert "no column 'text' (data.text_field); it has body, messages" in message_of(path)
+    assert "set data.messages_field=messages" in message_of(path)
+    assert "did you mean 'body'?" in message_of(path, text_field="bdy")
+    assert "no column 'id' (data.id_field)" in message_of(path, text_field="body", id_field="id")
+    assert "no split 'test'; expected train" in message_of(path, text_field="body", split="test")
+
+
+def test_a_field_may_first_appear_in_a_later_object(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(json_lines([{"other": 1}, {"text": "x"}]))
+    assert rows_of(tmp_path / "a.jsonl") == [Row("train/1", "x", None)]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.txt", "a.parquet"])
+def test_an_empty_data_set_is_an_error(name: str, tmp_path: Path) -> None:
+    if name.endswith("parquet"):
+        pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / name)
+    else:
+        (tmp_path / name).write_bytes(b"")
+    assert message_of(tmp_path / name).startswith("empty data set")
+
+
+def test_a_data_set_without_a_usable_row_says_why(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(json_lines([{"text": 1}, {"text": None}, {"text": 2}]))
+    assert "none of its 3 rows can be used (2 not_a_string, 1 null)" in message_of(tmp_path / "a.jsonl")
+
+
+# --- built-in
+
+
+def test_python_docs_is_the_whole_reference_in_fair_order() -> None:
+    from pydoc_data.topics import topics
+
+    rows = rows_of("python-docs")
+    assert len({row.row_id for row in rows}) == len(rows)
+    text_of = {row.row_id: row.text or "" for row in rows}
+    for topic, page in topics.items():
+        numbers = range(sum(name.startswith(f"topics/{topic}#") for name in text_of))
+        assert numbers, topic
+        together = "".join(text_of[f"topics/{topic}#{n}"] for n in numbers)
+        assert "".join(together.split()) == "".join(page.split())
+    assert sum(len(text) < 200 for text in text_of.values()) == 0
+    assert list(text_of) != sorted(text_of)
+    # A fair prefix holds many topics, not the beginning of the alphabet.
+    assert len({row.row_id.split("#")[0] for row in rows[: len(rows) // 4]}) > 20
+
+
+def test_python_docs_refuses_what_it_does_not_have() -> None:
+    assert "no split 'test'" in message_of("python-docs", split="test")
+    assert "no column 'messages'" in message_of("python-docs", messages_field="messages")
+
+
+def test_python_docs_needs_no_datasets_and_is_the_same_everywhere() -> None:
+    code = (
+        "import sys; from pipeline.config import DataConfig; from pipeline.sources import open_source;"
+        "source = open_source(DataConfig(path='python-docs')); ids = [row.row_id for row in source];"
+        "assert 'datasets' not in sys.modules; print(source.stamp(), ids[:3])"
+    )
+    outputs = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert len(outputs) == 1
+    source = open_source(DataConfig(path="python-docs"))
+    assert outputs == {f"{source.stamp()} {[row.row_id for row in source][:3]}\n"}
+
+
+def test_leaving_a_parquet_file_early_lets_the_process_end_well(tmp_path: Path) -> None:
+    rows = 20_000
+    table = pa.table({"text": ["some words " * 20] * rows, "wide": [bytes(500)] * rows})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=500)
+    code = (
+        "import sys; from pipeline.config import DataConfig; from pipeline.sources import open_source;"
+        "rows = iter(open_source(DataConfig(path=sys.argv[1]))); next(rows); rows.close()"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "a.parquet")], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -1,0 +1,1 @@
+"""Cache to student: streams a teacher cache and trains a model on it, without the teacher."""

@@ -1,0 +1,63 @@
+"""``train-student``: one command from a cache to a student and its report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cache_format.command import new_app, run
+from cache_format.configuration import load_config
+from train.config import TrainConfig
+
+app = new_app("Trains a student from a cache of teacher distributions, without the teacher.")
+
+
+@app.command()
+def train_student(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file, e.g. train/configs/quickstart.yaml.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE ...]", help="Override fields, e.g. training.max_steps=100."),
+    ] = None,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Forget the run in the output folder and begin afresh.")
+    ] = False,
+    report: Annotated[bool, typer.Option("--report", help="Only write the report of a finished run again.")] = False,
+    print_cache_config: Annotated[
+        bool, typer.Option("--print-cache-config", help="Only print the config that builds the cache, if one is named.")
+    ] = False,
+) -> None:
+    """Trains the student that CONFIG describes; goes on where an interrupted run stopped."""
+    settings = load_config(TrainConfig, config, overrides or [])
+    if print_cache_config:
+        print(settings.cache_config or "")
+        return
+    # Imported late: transformers takes seconds.
+    from train.run import rewrite_report, train
+
+    if report:
+        print(f"report: {rewrite_report(settings.output_dir)}")
+        return
+    metrics, found = train(settings, restart=restart)
+    if found:
+        print(f"{settings.output_dir} is trained already; --restart trains it again")
+    print(summary(metrics))
+    print(f"student: {settings.output_dir}\nreport:  {settings.output_dir / 'report.html'}")
+
+
+def summary(metrics: dict[str, Any]) -> str:
+    """The table that the command ends with: held-out metrics before and after."""
+    k, before, after = metrics["k"], metrics["before"], metrics["after"]
+    lines = [f"{'held out':16} {'before':>12} {'after':>12} {'teacher':>12}"]
+    for name in ("kl", "ce", "perplexity", "top1_agreement", f"mor@{k}", f"cr@{k}"):
+        teacher = metrics["teacher"].get(name)
+        last = "" if teacher is None else f"{teacher:12,.4f}"
+        lines.append(f"{name:16} {before[name]:12,.4f} {after[name]:12,.4f} {last}".rstrip())
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    run(app)

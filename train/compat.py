@@ -1,0 +1,54 @@
+"""May this student learn from this cache? Everything is compared with the manifest before the first step."""
+
+from __future__ import annotations
+
+import logging
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from cache_format import Manifest, UserError
+from cache_format.tokenizers import tokenizer_identity
+from train.config import TrainConfig
+
+log = logging.getLogger(__name__)
+
+
+def check(
+    config: TrainConfig, manifest: Manifest, student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
+) -> None:
+    """Raises UserError naming the first thing that does not fit, what was expected, and the ways out."""
+    teacher = manifest.teacher.model
+    if tokenizer is not None:
+        found = tokenizer_identity(tokenizer, None)
+        if found["vocab_sha256"] != manifest.tokenizer.vocab_sha256:
+            raise UserError(
+                f"the student's tokenizer is not the one that {config.cache} was made with, that of {teacher} "
+                f"({found['vocab_size']:,} tokens against {manifest.tokenizer.vocab_size:,}, or other ids for them); use a "
+                "student with the teacher's tokenizer, or set student.tokenizer to it for a student from scratch"
+            )
+        if found["sha256"] != manifest.tokenizer.sha256:
+            # Training reads ids, never text: the same ids for the same tokens are enough for it.
+            log.warning(
+                "the student's tokenizer has the teacher's tokens and ids, but cuts some texts otherwise than that of %s; "
+                "training is not touched by it",
+                teacher,
+            )
+    rows = student.get_output_embeddings().weight.shape[0]
+    if rows < manifest.store.vocab_size:
+        raise UserError(
+            f"the student predicts {rows:,} ids, but the teacher {teacher} of {config.cache} predicts "
+            f"{manifest.store.vocab_size:,}; use a student with at least that vocabulary (resize its embeddings, or set "
+            "vocab_size in student.config)"
+        )
+    wanted = max([config.evaluation.k, *(term.options.get("k", 5) for term in config.losses if term.name == "ranking")])
+    if wanted > manifest.store.top_k:
+        raise UserError(
+            f"the ranking loss or evaluation.k asks for the teacher's top {wanted}, but {config.cache} holds the top "
+            f"{manifest.store.top_k}; lower k, or build a cache with store.top_k >= {wanted}"
+        )
+    longest = getattr(student.config, "max_position_embeddings", None)
+    if longest is not None and longest < manifest.data.max_length:
+        raise UserError(
+            f"the student reads at most {longest} tokens, but {config.cache} has sequences of up to "
+            f"{manifest.data.max_length}; use a student with more positions, or a cache with a smaller data.max_length"
+        )

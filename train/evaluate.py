@@ -1,0 +1,113 @@
+"""How close a student is to the teacher and to the text, on held-out sequences."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from train.dataset import CachedDataset, collate, teacher_of
+from train.linear import LogitsHead, head_losses
+from train.losses import SparseTeacher, forward_kl
+from train.metrics import rank_agreement
+from train.report import perplexity
+
+KL_KIND = (
+    "The KL is from the stored head and the exact mass of everything outside it taken as one cell: a lower bound of the "
+    "KL over the whole vocabulary, the same one before and after."
+)
+SHOWN = 5
+"""Most probable tokens shown per example."""
+
+
+@torch.no_grad()
+def evaluate(head: LogitsHead, data: CachedDataset, vocab_size: int, *, k: int, batch_size: int) -> dict[str, float]:
+    """Means over the kept positions of ``data``.
+
+    ce, perplexity: of the data's own next tokens (nats, and exp of it). kl: KL(teacher || student), nats, see KL_KIND.
+    top1_agreement, mor@k, cr@k: shares; see ``train.metrics``.
+    """
+    sums: dict[str, float] = {}
+    positions = 0
+    loader = DataLoader(data, batch_size=batch_size, collate_fn=collate)  # type: ignore[arg-type]
+    for batch in tqdm(loader, desc="evaluate", unit="batch", leave=False, dynamic_ncols=True):
+        teacher, hidden_PH = _run(head, batch, vocab_size)
+
+        def measure(
+            logits_CV: Tensor, rows: slice, teacher: SparseTeacher = teacher
+        ) -> tuple[Tensor, dict[str, Tensor]]:
+            part = teacher[rows]
+            agreement = rank_agreement(logits_CV, part, k)
+            values = {
+                "ce": cross_entropy(logits_CV.float(), part.target_ids, reduction="none"),
+                "kl": forward_kl(logits_CV, part),
+                "top1_agreement": agreement.top_1.float(),
+                f"mor@{k}": agreement.overlap,
+                f"cr@{k}": agreement.identical.float(),
+            }
+            return values["kl"], values
+
+        for name, value in head_losses(head, hidden_PH, measure).values.items():
+            sums[name] = sums.get(name, 0.0) + value.sum(dtype=torch.float64).item()
+        positions += len(teacher)
+    means = {name: value / positions for name, value in sums.items()}
+    return {**means, "perplexity": perplexity(means["ce"])}
+
+
+def teacher_reference(data: CachedDataset) -> dict[str, float]:
+    """What the teacher itself reaches on the same positions, from the cache: ce (nats) and perplexity; and positions."""
+    total, positions = 0.0, 0
+    for sequence in data:  # type: ignore[attr-defined]
+        total -= float(sequence.target_logprob.sum())
+        positions += len(sequence.positions)
+    return {"ce": total / positions, "perplexity": perplexity(total / positions), "positions": positions}
+
+
+@torch.no_grad()
+def examples(
+    head: LogitsHead, data: CachedDataset, vocab_size: int, tokenizer: Any, *, count: int = 10
+) -> list[dict[str, Any]]:
+    """Some held-out positions with what both models expect there.
+
+    Each has ``context`` (the text before), ``target`` (the token that follows) and, as lists of (token, probability),
+    ``teacher`` and ``student``.
+    """
+    batch = collate([data[index] for index in range(min(len(data), 2))])
+    teacher, hidden_PH = _run(head, batch, vocab_size)
+    chosen = torch.linspace(0, len(teacher) - 1, min(count, len(teacher))).long()
+    probabilities = head.logits(hidden_PH[chosen]).float().softmax(-1).topk(SHOWN)
+    longest = batch["input_ids"].shape[1]
+    shown = []
+    for row, at in enumerate(chosen.tolist()):
+        sequence, position = divmod(int(batch["kept"][at]), longest)
+        context = batch["input_ids"][sequence, max(0, position - 24) : position + 1].tolist()
+        shown.append(
+            {
+                "context": tokenizer.decode(context),
+                "target": tokenizer.decode([int(batch["labels"][at])]),
+                "teacher": [
+                    (tokenizer.decode([int(i)]), float(p))
+                    for i, p in zip(teacher.ids[at, :SHOWN], teacher.logprobs[at, :SHOWN].exp(), strict=True)
+                ],
+                "student": [
+                    (tokenizer.decode([int(i)]), float(p))
+                    for i, p in zip(probabilities.indices[row], probabilities.values[row], strict=True)
+                ],
+            }
+        )
+    return shown
+
+
+def _run(head: LogitsHead, batch: dict[str, Tensor], vocab_size: int) -> tuple[SparseTeacher, Tensor]:
+    """The teacher and the student's hidden states [P, H] at the kept positions of a batch."""
+    device = next(head.backbone.parameters()).device
+    batch = {name: value.to(device) for name, value in batch.items()}
+    training = head.backbone.training
+    head.backbone.eval()
+    hidden = head.hidden(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    head.backbone.train(training)
+    return teacher_of(batch, vocab_size), hidden.flatten(0, 1)[batch["kept"]]

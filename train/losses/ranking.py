@@ -1,0 +1,146 @@
+"""The ranking loss of RLKD (arXiv 2409.12545): the student should order the teacher's peaks as the teacher does.
+
+Spearman's correlation over the union of both top-k, made differentiable by soft ranks. A cache serves it well: ranks
+need no tail mass, and adding a constant to all logits changes nothing, so stored logprobs stand in for logits.
+
+Shapes: P positions, K head entries (padded), V student vocabulary, U = 2k slots for the union (padded).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from cache_format.errors import UserError
+from train.losses.base import SparseTeacher
+
+SoftRank = Literal["sigmoid", "l2"]
+
+# Variances of ranks below this count as none. Hard ranks of two ids have variance 1/4.
+_NO_VARIANCE = 1e-6
+
+
+def ranking(
+    student_logits: Tensor,
+    teacher: SparseTeacher,
+    *,
+    k: int = 5,
+    soft_rank: SoftRank = "sigmoid",
+    strength: float = 1.0,
+) -> Tensor:
+    """1 - Spearman's correlation of soft ranks over the union of both top-k, per position; dimensionless.
+
+    ``1 - Cov(R_p, R_q) / (sd R_p * sd R_q)``, between 0 (same order) and 2 (reversed order). RLKD trains on
+    ``2 * ranking + logits loss``; its dynamic form weights the logits loss of each position by
+    ``train.metrics.top_k_overlap``, which is the trainer's to do.
+
+    Both sides get soft ranks, as in the paper. Then the loss is 0 where the student's logits equal the teacher's up to
+    a constant, and among other ids a near-tie of the teacher (within quantisation, say) asks for a near-tie and not for
+    an order. Hard teacher ranks would go on pulling near-ties apart for ever, against any KL loss beside them.
+
+    Exact up to this: ids of the student's top-k that the head does not hold rank below everything it holds and share
+    those ranks. One such id is ranked exactly, two or more count as tied. Rare when K is several times k.
+
+    Args:
+        student_logits: [P, V], any floating dtype; arithmetic is float32, or float64 for float64 logits.
+        teacher: the sparse teacher; the first k entries of a head are the teacher's top-k, ties in the stored order.
+            Shorter heads make the union smaller.
+        k: how many ids each side brings; 1 <= k <= V. The paper: 5 mixed with a logits loss, 10 to 15 alone.
+        soft_rank: ``"sigmoid"``: r_i = 1 + sum over j of sigmoid((z_j - z_i) / strength), at strength 1 the expected
+            rank if each pair is settled by a draw from its two probabilities. ``"l2"``: torchsort's soft rank (Blondel
+            et al., arXiv 2002.08871), which the paper's authors use; it equals the hard rank, and its gradient is
+            **zero**, wherever neighbouring logits are at least ``strength`` apart, so badly mis-ordered peaks learn
+            nothing from it. Hence the default.
+        strength: the difference of logits (nats) over which ranks change; towards 0 ranks become hard.
+
+    Returns:
+        float32[P] (float64 for float64 logits). A position where the teacher states no order (fewer than two ids in the
+        union, or all of them tied) has loss 0 and gradient 0. Where the student's ids are all tied the loss is 1.
+
+    Raises:
+        UserError: an unknown ``soft_rank``, or a ``strength`` that is not positive.
+    """
+    if soft_rank not in _SOFT_RANKS:
+        raise UserError(f"ranking: soft_rank is {soft_rank!r}, expected one of {', '.join(map(repr, _SOFT_RANKS))}")
+    if not strength > 0:
+        raise UserError(f"ranking: strength is {strength}, expected a positive number; 1 is the default")
+    dtype = torch.promote_types(student_logits.dtype, torch.float32)
+    ids_PU, valid_PU, teacher_PU = _union(student_logits.detach(), teacher, k)
+    rank = _SOFT_RANKS[soft_rank]
+    student_PU = student_logits.gather(1, ids_PU.clamp_min(0)).to(dtype)
+    ranks_q = rank(_sink(student_PU, valid_PU, strength), valid_PU, strength)
+    with torch.no_grad():
+        known_PU = valid_PU & ~torch.isneginf(teacher_PU)
+        ranks_p = rank(_sink(teacher_PU.to(dtype), known_PU, strength), valid_PU, strength)
+    return _one_minus_correlation(ranks_p, ranks_q, valid_PU)
+
+
+def _union(logits_PV: Tensor, teacher: SparseTeacher, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(ids, valid, teacher logprobs), each [P, U]: both top-k, each id once; -inf where the head lacks the id."""
+    theirs_Pk, theirs_logprob = teacher.ids[:, :k], teacher.logprobs[:, :k]
+    ours_Pk = logits_PV.topk(k, dim=1).indices
+    repeated_Pk = (ours_Pk.unsqueeze(2) == theirs_Pk.unsqueeze(1)).any(2)
+    stored_PkK = ours_Pk.unsqueeze(2) == teacher.ids.unsqueeze(1)
+    ours_logprob = torch.where(stored_PkK, teacher.logprobs.unsqueeze(1), -torch.inf).amax(2)
+    return (
+        torch.cat([theirs_Pk, ours_Pk], 1),
+        torch.cat([theirs_Pk >= 0, ~repeated_Pk], 1),
+        torch.cat([theirs_logprob, ours_logprob], 1),
+    )
+
+
+def _sink(values_PU: Tensor, known_PU: Tensor, strength: float) -> Tensor:
+    """The known values less their mean, and all others at one value so far below that no soft rank mixes them up."""
+    count_P1 = known_PU.sum(1, keepdim=True).clamp_min(1)
+    mean_P1 = values_PU.detach().where(known_PU, 0).sum(1, keepdim=True) / count_P1
+    centred = (values_PU - mean_P1).where(known_PU, 0)
+    # l2 keeps blocks apart that differ by twice the number of items; a sigmoid has no digits left beyond 20.
+    gap = strength * (20 + 2 * values_PU.shape[1])
+    return centred.where(known_PU, centred.detach().amin(1, keepdim=True) - gap)
+
+
+def _rank_sigmoid(values_PU: Tensor, valid_PU: Tensor, strength: float) -> Tensor:
+    """r_i = 1 + sum over valid j != i of sigmoid((v_j - v_i) / strength); 1 is the largest."""
+    above_PUU = torch.sigmoid((values_PU.unsqueeze(1) - values_PU.unsqueeze(2)) / strength)
+    # Every valid i also met itself, for 1/2.
+    return 0.5 + above_PUU.where(valid_PU.unsqueeze(1), 0).sum(2)
+
+
+def _rank_l2(values_PU: Tensor, valid_PU: Tensor, strength: float) -> Tensor:
+    """The projection of -v / strength onto the permutahedron of (1, ..., U); 1 is the largest. Invalid slots rank last.
+
+    Blondel et al. 2020, prop. 3: sort, isotonic regression, undo the sort. The regression uses the max-min formula
+    v_i = max over j <= i of min over l >= i of mean(y_j..y_l), which is U x U per position and needs no loop.
+    """
+    size = values_PU.shape[1]
+    # Invalid slots and unstored ids share the lowest value; listing the valid ones first gives them the better ranks.
+    lower_PU = torch.where(valid_PU, values_PU, values_PU - strength * 2 * size)
+    sorted_PU, order_PU = (-lower_PU / strength).sort(dim=1, stable=True)
+    hard_U = torch.arange(1, size + 1, device=values_PU.device, dtype=values_PU.dtype)
+    sums = torch.nn.functional.pad((sorted_PU - hard_U).cumsum(1), (1, 0))
+    first, last = torch.arange(size, device=sums.device).unsqueeze(1), torch.arange(size, device=sums.device)
+    mean_PUU = (sums[:, 1:].unsqueeze(1) - sums[:, :-1].unsqueeze(2)) / (last - first + 1).clamp_min(1)
+    mean_PUU = mean_PUU.masked_fill(last < first, torch.inf)
+    least_PUU = mean_PUU.flip(2).cummin(2).values.flip(2)
+    fitted_PU = least_PUU.masked_fill(first > last, -torch.inf).amax(1)
+    return torch.zeros_like(values_PU).scatter(1, order_PU, sorted_PU - fitted_PU)
+
+
+_SOFT_RANKS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {"sigmoid": _rank_sigmoid, "l2": _rank_l2}
+
+
+def _one_minus_correlation(x_PU: Tensor, y_PU: Tensor, valid_PU: Tensor) -> Tensor:
+    """1 - Pearson's correlation over the valid slots; 0 where x does not vary. Finite gradients in y throughout."""
+    count_P1 = valid_PU.sum(1, keepdim=True).clamp_min(1)
+    x_PU = (x_PU - x_PU.where(valid_PU, 0).sum(1, keepdim=True) / count_P1).where(valid_PU, 0)
+    y_PU = (y_PU - y_PU.where(valid_PU, 0).sum(1, keepdim=True) / count_P1).where(valid_PU, 0)
+    count_P = count_P1.squeeze(1)
+    covariance = (x_PU * y_PU).sum(1) / count_P
+    var_x, var_y = x_PU.square().sum(1) / count_P, y_PU.square().sum(1) / count_P
+    # Clamped and not shifted by an epsilon: exact wherever there is any variance, and where y has none the gradient is
+    # the covariance's, which still says which way to go.
+    correlation = covariance / (var_x.clamp_min(_NO_VARIANCE) * var_y.clamp_min(_NO_VARIANCE)).sqrt()
+    return torch.where(var_x < _NO_VARIANCE, 0, 1 - correlation)

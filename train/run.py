@@ -1,0 +1,278 @@
+"""``train-student``: cache -> student, from the first check to the report.
+
+What a run needs to go on after a crash stands in its output folder: ``run.json`` (which run this is, and how good the
+student was before it) and the Trainer's checkpoints. ``metrics.json`` is written last and says that it is finished.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import filelock
+from transformers import TrainingArguments, set_seed
+from transformers.utils import logging as transformers_logging
+
+from cache_format import CacheReader, Manifest, UserError
+from cache_format.configuration import describe_difference
+from cache_format.errors import ConfigError
+from cache_format.writer import write_durably
+from train import compat
+from train.config import TrainConfig
+from train.dataset import CachedDataset, split
+from train.evaluate import KL_KIND, evaluate, examples, teacher_reference
+from train.objective import Objective
+from train.report import write_report
+from train.student import build_student, load_student_tokenizer
+from train.trainer import DistillationTrainer
+
+log = logging.getLogger(__name__)
+
+_WHAT_A_RUN_WRITES = ("run.json", "metrics.json", "log.json", "examples.json", "report.html", "README.md")
+
+
+def train(config: TrainConfig, *, restart: bool = False) -> tuple[dict[str, Any], bool]:
+    """Trains the student that ``config`` describes, or goes on with it, or finds it trained.
+
+    Returns the content of metrics.json and whether it was there already. Raises UserError and its kinds.
+    """
+    output = config.output_dir
+    with _exclusive(output):
+        if restart:
+            _remove_run(output)
+        cache = CacheReader(config.cache)
+        run = {"config": _identity(config), "cache": cache.manifest.fingerprint}
+        before = _begun(output, run)
+        if before is not None and (output / "metrics.json").exists():
+            return json.loads((output / "metrics.json").read_text()), True
+        return _train(config, cache, run, before), False
+
+
+def rewrite_report(output: Path) -> Path:
+    """Writes ``report.html`` of a finished run again. Raises UserError where there is none."""
+    try:
+        metrics, history, shown = (
+            json.loads((output / name).read_text()) for name in ("metrics.json", "log.json", "examples.json")
+        )
+    except FileNotFoundError as error:
+        raise UserError(f"{output} holds no finished run (no {Path(error.filename).name}); train it first") from None
+    write_report(output / "report.html", metrics, history, shown)
+    return output / "report.html"
+
+
+def _train(
+    config: TrainConfig, cache: CacheReader, run: dict[str, Any], before: dict[str, Any] | None
+) -> dict[str, Any]:
+    manifest, output = cache.manifest, config.output_dir
+    arguments = _training_arguments(config)
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    set_seed(arguments.seed)
+    student = build_student(config.student, arguments.seed)
+    tokenizer = load_student_tokenizer(config.student)
+    compat.check(config, manifest, student, tokenizer)
+
+    train_indices, held_out_indices = split(cache, config.evaluation.held_out)
+    if not train_indices or not held_out_indices:
+        raise UserError(
+            f"{config.cache} splits into {len(train_indices)} sequences to train on and {len(held_out_indices)} held out; "
+            "both need some: change evaluation.held_out or use a larger cache"
+        )
+    held_out = CachedDataset(cache, held_out_indices[: config.evaluation.max_sequences])
+    objective = Objective(config)
+    trainer = DistillationTrainer(
+        student,
+        arguments,
+        objective,
+        CachedDataset(cache, train_indices),
+        held_out,
+        tokenizer,
+        vocab_size=manifest.store.vocab_size,
+        k=config.evaluation.k,
+        logits_chunk=config.logits_chunk,
+    )
+    student.to(arguments.device)
+
+    def measure() -> dict[str, float]:
+        return evaluate(
+            trainer.head,
+            held_out,
+            manifest.store.vocab_size,
+            k=config.evaluation.k,
+            batch_size=arguments.per_device_eval_batch_size,
+        )
+
+    def show() -> list[dict[str, Any]]:
+        return examples(trainer.head, held_out, manifest.store.vocab_size, tokenizer) if tokenizer is not None else []
+
+    if before is None:
+        before = {"metrics": measure(), "examples": show()}
+        write_durably(output / "run.json", json.dumps({**run, "before": before}, indent=2))
+    checkpoint = _last_checkpoint(output)
+    if checkpoint is None:
+        trainer.train()
+    else:
+        log.info("going on from %s", checkpoint)
+        trainer.continue_from(str(checkpoint))
+
+    trainer.save_model(str(output))
+    history = trainer.state.log_history
+    metrics = {
+        "before": before["metrics"],
+        "after": measure(),
+        "teacher": {
+            "model": manifest.teacher.model,
+            "engine": manifest.teacher.engine,
+            **(reference := teacher_reference(held_out)),
+        },
+        "k": config.evaluation.k,
+        "kl_kind": KL_KIND,
+        "steps": trainer.state.global_step,
+        "final_loss": next((record["loss"] for record in reversed(history) if "loss" in record), None),
+        "seconds": max((record.get("seconds", 0.0) for record in history), default=0.0),
+        "positions_trained": int(max((record.get("positions", 0) for record in history), default=0)),
+        "train_sequences": len(train_indices),
+        "held_out_sequences": len(held_out),
+        "held_out_positions": reference["positions"],
+        "losses": objective.weights(),
+        "student": {"parameters": student.num_parameters(), "architecture": type(student).__name__},
+        "cache": {
+            "path": config.cache,
+            "fingerprint": manifest.fingerprint,
+            "tokens": manifest.statistics.tokens,
+            "bytes_per_token": manifest.statistics.bytes_per_token,
+        },
+        "run": output.name,
+        "seed": arguments.seed,
+        "created_by": f"logitcask {version('logitcask')}",
+        "config": run["config"],
+    }
+    shown = [
+        {**then, "before": then["student"], "after": now["student"]}
+        for then, now in zip(before["examples"], show(), strict=True)
+    ]
+    write_durably(output / "log.json", json.dumps(history, indent=1))
+    write_durably(output / "examples.json", json.dumps(shown, indent=1, ensure_ascii=False))
+    write_durably(output / "README.md", _model_card(metrics, manifest, config))
+    write_report(output / "report.html", metrics, history, shown)
+    write_durably(output / "metrics.json", json.dumps(metrics, indent=2))
+    return metrics
+
+
+def _training_arguments(config: TrainConfig) -> TrainingArguments:
+    # Batches hold fields that no model signature knows; trackers are opted into, as everything that leaves the machine.
+    fields = {"report_to": "none", **config.training, "remove_unused_columns": False}
+    try:
+        return TrainingArguments(**fields)
+    except TypeError as error:
+        unknown = str(error).rpartition(" ")[2]
+        raise ConfigError(f"training.{unknown.strip(chr(39))} is no field of transformers.TrainingArguments") from error
+    except (ValueError, ImportError) as error:
+        raise ConfigError(f"training: {str(error).strip().splitlines()[0]}") from error
+
+
+def _identity(config: TrainConfig) -> dict[str, Any]:
+    """What makes two runs the same run; where the cache and the output lie does not."""
+    identity = config.model_dump(mode="json", exclude={"cache", "cache_config"})
+    identity["training"] = {key: value for key, value in config.training.items() if key != "output_dir"}
+    return identity
+
+
+def _begun(output: Path, run: dict[str, Any]) -> dict[str, Any] | None:
+    """What was measured before the first step, if this very run was begun in ``output``; None if nothing was.
+
+    Raises UserError where the folder holds another run.
+    """
+    if not (output / "run.json").exists():
+        return None
+    earlier = json.loads((output / "run.json").read_text())
+    before = earlier.pop("before")
+    if earlier != run:
+        raise UserError(
+            f"{output} holds a run with other settings or another cache: {describe_difference(earlier, run)}; "
+            "begin afresh with --restart, or choose another training.output_dir"
+        )
+    return before
+
+
+def _last_checkpoint(output: Path) -> Path | None:
+    """The newest checkpoint that was written to its end; any that was not is removed.
+
+    Trainer writes trainer_state.json after everything else in a checkpoint, so one that parses vouches for the rest.
+    """
+    last: tuple[int, Path] | None = None
+    for folder in output.glob("checkpoint-*"):
+        try:
+            step = json.loads((folder / "trainer_state.json").read_text())["global_step"]
+        except (OSError, ValueError, KeyError):
+            shutil.rmtree(folder)
+            continue
+        last = max(last or (step, folder), (step, folder))
+    return last[1] if last else None
+
+
+def _remove_run(output: Path) -> None:
+    for name in _WHAT_A_RUN_WRITES:
+        (output / name).unlink(missing_ok=True)
+    for checkpoint in output.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+
+
+@contextmanager
+def _exclusive(output: Path) -> Iterator[None]:
+    """Holds the run's lock. Raises UserError if another process trains into ``output`` or it cannot be written."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(output / ".lock", timeout=0):
+            yield
+    except filelock.Timeout:
+        raise UserError(
+            f"another process is training into {output}; wait for it, or choose another training.output_dir"
+        ) from (None)
+    except OSError as error:
+        raise UserError(
+            f"cannot write to {error.filename or output}: {error.strerror or error}; make room or permit it, then run the "
+            "same command again"
+        ) from error
+
+
+def _model_card(metrics: dict[str, Any], manifest: Manifest, config: TrainConfig) -> str:
+    before, after, k = metrics["before"], metrics["after"], metrics["k"]
+    losses = " + ".join(f"{weight:g} x {name}" for name, weight in metrics["losses"])
+    rows = "\n".join(
+        f"| {name} | {before[name]:.4f} | {after[name]:.4f} |"
+        for name in ("kl", "ce", "perplexity", "top1_agreement", f"mor@{k}", f"cr@{k}")
+    )
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- knowledge-distillation
+- logitcask
+---
+# {metrics["run"]}
+
+{metrics["student"]["architecture"]} of {metrics["student"]["parameters"]:,} parameters, distilled from {manifest.teacher.model}
+through a cache of its next-token distributions on {manifest.data.source} (fingerprint `{manifest.fingerprint}`), with
+[Logitcask](https://pypi.org/project/logitcask/): {losses}, {metrics["steps"]} steps, seed {metrics["seed"]}.
+
+On {metrics["held_out_positions"]:,} held-out positions ({KL_KIND}):
+
+| metric | before | after |
+| --- | --- | --- |
+{rows}
+
+The teacher's own cross-entropy there is {metrics["teacher"]["ce"]:.4f} nats. `report.html` shows the curves.
+
+```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("{config.output_dir}")
+```
+"""

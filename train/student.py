@@ -1,0 +1,144 @@
+"""The student before training: some layers of a model, a model as it is, or random weights from a config."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import safe_open
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from cache_format.errors import ConfigError, UserError
+from cache_format.places import local_model, models_dir
+from train.config import StudentConfig
+
+log = logging.getLogger(__name__)
+
+_LAYER = re.compile(r"^(?P<before>(?:.*\.)?(?:layers|h|blocks)\.)(?P<index>\d+)(?P<after>\..*)$")
+"""Where transformers' decoders keep a layer's number in the names of its weights."""
+
+
+def build_student(config: StudentConfig, seed: int) -> PreTrainedModel:
+    """The untrained student, in ``config.dtype``, on the CPU.
+
+    Raises UserError where its model is not to be had, ConfigError where keep_layers or config do not describe one.
+    """
+    dtype = getattr(torch, config.dtype)
+    if config.config is not None:
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(_student_config(config.config), dtype=dtype)
+    if config.model is not None:
+        folder = find_model(config.model, config.revision)
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    assert config.init_from is not None
+    folder = find_model(config.init_from, config.revision)
+    if config.keep_layers is None:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    return _from_layers(folder, config.keep_layers, dtype)
+
+
+def load_student_tokenizer(config: StudentConfig) -> PreTrainedTokenizerBase | None:
+    """The student's own tokenizer, or None for a student from scratch that names none."""
+    name = config.tokenizer or config.model or config.init_from
+    if name is None:
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(find_model(name, config.revision))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{name} has no tokenizer that transformers can load ({_line(error)}); set student.tokenizer"
+        ) from (error)
+
+
+def find_model(name: str, revision: str | None) -> Path:
+    """The folder of a model: a path, a name under the local models folder, or a hub name fetched to the hub's cache."""
+    if Path(name).is_dir():
+        return Path(name)
+    if (folder := local_model(name)) is not None:
+        return folder
+    try:
+        return Path(snapshot_download(name, revision=revision, ignore_patterns=["*.bin", "*.gguf", "*.pth", "*.onnx"]))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise UserError(
+            f"there is no model {name!r}: not a folder, not under {models_dir()}/, and not to be had from the hub "
+            f"({_line(error)}). A built-in one is fetched by `teacher-cache model NAME`"
+        ) from error
+
+
+def _student_config(fields: dict[str, object]) -> PretrainedConfig:
+    try:
+        return AutoConfig.for_model(**fields)
+    except (TypeError, ValueError, KeyError) as error:
+        raise ConfigError(
+            f"student.config does not describe a transformers model ({_line(error)}); it needs model_type and that "
+            "model's own fields"
+        ) from error
+
+
+def _from_layers(folder: Path, keep: list[int], dtype: torch.dtype) -> PreTrainedModel:
+    """A model with some of the layers of the one in ``folder``; the weights of all others are never read."""
+    config = AutoConfig.from_pretrained(folder)
+    layers = config.num_hidden_layers
+    if not keep or len(set(keep)) < len(keep) or not all(0 <= layer < layers for layer in keep):
+        raise ConfigError(f"student.keep_layers is {keep}; expected distinct numbers from 0 to {layers - 1}")
+    config.num_hidden_layers = len(keep)
+    for name, value in vars(config).items():
+        if isinstance(value, list) and len(value) == layers:  # layer_types and the like
+            setattr(config, name, [value[layer] for layer in keep])
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    new_number = {old: new for new, old in enumerate(keep)}
+    state = model.state_dict()
+    unset = set(state)
+    for file, names in _weight_files(folder).items():
+        with safe_open(file, framework="pt") as weights:
+            for name in names:
+                found = _LAYER.match(name)
+                if found and int(found["index"]) not in new_number:
+                    continue
+                new = name if found is None else f"{found['before']}{new_number[int(found['index'])]}{found['after']}"
+                if new in state:
+                    state[new].copy_(weights.get_tensor(name))
+                    unset.discard(new)
+    model.tie_weights()
+    tied = {
+        name
+        for name in unset
+        if any(state[name].data_ptr() == state[other].data_ptr() for other in state.keys() - unset)
+    }
+    if unset - tied:
+        raise UserError(
+            f"{folder} does not hold {sorted(unset - tied)[0]} where this expects it; keep_layers knows decoders whose "
+            "layers are named layers.N, h.N or blocks.N: give such a model, or use student.model"
+        )
+    return model
+
+
+def _weight_files(folder: Path) -> dict[Path, list[str]]:
+    """The safetensors files of a model folder and the names of the tensors in each."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        files: dict[Path, list[str]] = {}
+        for name, file in json.loads(index.read_text())["weight_map"].items():
+            files.setdefault(folder / file, []).append(name)
+        return files
+    file = folder / "model.safetensors"
+    if not file.exists():
+        raise UserError(f"{folder} has no safetensors weights; save the model with save_pretrained first")
+    with safe_open(file, framework="pt") as weights:
+        return {file: list(weights.keys())}
+
+
+def _line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
