@@ -11,7 +11,7 @@ from cache_format import CachedSequence
 from cache_format.manifest import DataIdentity, Header, StoreSettings, TeacherIdentity, TokenizerIdentity
 
 
-@pytest.fixture()
+@pytest.fixture
 def rng(request: pytest.FixtureRequest) -> np.random.Generator:
     """Fresh randomness in every run; a failing test prints the seed that repeats it."""
     seed = np.random.SeedSequence().entropy
@@ -93,12 +93,12 @@ def assert_same(expected: CachedSequence, found: CachedSequence, step: float) ->
         assert (np.abs(a[finite] - b[finite]) <= 2.0**-11).all(), name
 
 
-@pytest.fixture()
+@pytest.fixture
 def header() -> Callable[..., Header]:
     return make_header
 
 
-@pytest.fixture()
+@pytest.fixture
 def sequence() -> Callable[..., CachedSequence]:
     return make_sequence
 

@@ -24,7 +24,7 @@ from cache_format import (
 from cache_format.manifest import MAX_MANIFEST_BYTES
 
 
-@pytest.fixture()
+@pytest.fixture
 def path(tmp_path, rng, header, sequence):
     with CacheWriter(tmp_path / "c") as writer:
         started = writer.begin(header())
@@ -113,7 +113,7 @@ def test_no_cache_there(tmp_path):
 
 def test_a_newer_format_is_refused_before_anything_else(path):
     edit(path, format_version=2, shards="something else entirely")
-    with pytest.raises(UnsupportedCacheError, match="format version 2.*upgrade"):
+    with pytest.raises(UnsupportedCacheError, match=r"format version 2.*upgrade"):
         CacheReader(path)
 
 

@@ -25,7 +25,7 @@ def build(path, header, sequences):
         return writer.finish(started, SHARDS)
 
 
-@pytest.fixture()
+@pytest.fixture
 def sequences(rng, sequence):
     return [sequence(rng, f"s{i}") for i in range(12)]
 
@@ -121,7 +121,7 @@ def test_the_second_writer_is_refused(tmp_path):
 def test_another_build_in_the_same_folder_is_refused(tmp_path, header):
     with CacheWriter(tmp_path / "c") as writer:
         writer.begin(header(top_k=8))
-    with CacheWriter(tmp_path / "c") as writer, pytest.raises(UserError, match="store.top_k: 8 -> 4"):
+    with CacheWriter(tmp_path / "c") as writer, pytest.raises(UserError, match=r"store\.top_k: 8 -> 4"):
         writer.begin(header(top_k=4).model_copy(update={"store": header(top_k=4).store}))
 
 

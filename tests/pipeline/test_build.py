@@ -38,7 +38,7 @@ def synthetic(tmp_path, **changes):
     return BuildConfig.model_validate(fields)
 
 
-@pytest.fixture()
+@pytest.fixture
 def lines(tmp_path):
     """Writes rows as JSON lines and returns the file."""
 
@@ -238,7 +238,7 @@ def test_an_unfinished_build_keeps_its_settings(tmp_path):
     (config.output / "data").parent.mkdir(parents=True)
     process = subprocess.Popen([sys.executable, "-c", _UNFINISHED, config.model_dump_json()])
     assert process.wait() == 9
-    with pytest.raises(UserError, match="unfinished build with other settings: data.max_length: 128 -> 64"):
+    with pytest.raises(UserError, match=r"unfinished build with other settings: data\.max_length: 128 -> 64"):
         build(synthetic(tmp_path, data__max_length=64))
     assert not build(config).reused
 

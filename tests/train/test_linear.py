@@ -259,24 +259,24 @@ def test_adapters_on_the_head() -> None:
 
 @pytest.mark.parametrize("mode", ["autocast", "bfloat16 weights"])
 def test_bfloat16(mode: str) -> None:
-    """Chunks in bfloat16 add up in float32: as near to the exact gradient as one bfloat16 product is."""
+    """Chunks in bfloat16 add up in float32: as near to the exact gradient as one bfloat16 product."""
     exact, model = build("llama"), build("llama")
     model.load_state_dict(exact.state_dict())
     model.to(torch.float32 if mode == "autocast" else torch.bfloat16)
-    hidden, teacher = torch.randn(192, HIDDEN), teacher_of(192)
-    per_chunk = recipe(teacher, torch.ones(192))
+    hidden, teacher = torch.randn(512, HIDDEN), teacher_of(512)
+    per_chunk = recipe(teacher, torch.ones(512))
 
     def weight_gradient(model: PreTrainedModel, hidden: Tensor, chunk_size: int) -> Tensor:
         head_losses(LogitsHead(model), hidden, per_chunk, chunk_size=chunk_size).objective.backward()
         return gradients(model)["lm_head.weight"]
 
-    expected = weight_gradient(exact, hidden.double(), 192)
+    expected = weight_gradient(exact, hidden.double(), 512)
     with torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"):
         inputs = hidden.to(model.dtype)
-        whole, chunked = weight_gradient(model, inputs, 192), weight_gradient(model, inputs, 3)
+        whole, chunked = weight_gradient(model, inputs, 512), weight_gradient(model, inputs, 2)
     assert chunked.dtype == model.dtype
     error = [((found - expected).norm() / expected.norm()).item() for found in (whole, chunked)]
-    assert error[1] < max(1.5 * error[0], 0.02)
+    assert error[1] < 2 * error[0]
 
 
 def test_unknown_treatment_of_logits_is_refused() -> None:

@@ -42,7 +42,7 @@ def cache(tiny_llama, tmp_path_factory):
     return config.output
 
 
-@pytest.fixture()
+@pytest.fixture
 def config(cache, tiny_llama, tmp_path):
     """Makes a config; keyword arguments replace fields, ``training`` ones by update."""
 

@@ -116,5 +116,6 @@ class _GhostKL(torch.autograd.Function):
         # Within the tail the slope of the ghost cell is shared out by softmax: M q - m q / Q, without dividing by Q.
         work_PV[:, : ctx.vocab_size].mul_(torch.where(total_P1 > 0, slope[:, -1:] / total_P1, 0))
         work_PV[:, ctx.vocab_size :].sub_(lse_P1).exp_().mul_(grad_P1 * mass_P1)
-        work_PV.scatter_add_(1, ids_PK.clamp_min(0), slope[:, :-1].masked_fill(ids_PK < 0, 0))
+        # Padding has p = q = 0 and so adds nothing to the id it points at.
+        work_PV.scatter_add_(1, ids_PK.clamp_min(0), slope[:, :-1])
         return work_PV.to(logits_PV.dtype), None, None, None, None
