@@ -13,6 +13,8 @@ from cache_format.manifest import Manifest
 from cache_format.reader import CacheReader
 from cache_format.verify import verify as verify_cache
 
+_SHOWN_ELSEWHERE = ("sequences", "tokens", "kept_positions")
+
 Cache = Annotated[str, typer.Argument(metavar="CACHE", help="A cache folder or fsspec URL.")]
 
 
@@ -40,7 +42,11 @@ def describe(manifest: Manifest, path: str | Path) -> str:
     head = "" if totals.head_mass is None else f", holding {totals.head_mass:.1%} of the mass on average"
     loss = "none: no position is kept" if totals.teacher_ce is None else f"{totals.teacher_ce:.4f} nats per token"
     shape = f"{totals.tokens:,} in {totals.sequences:,} sequences, {totals.positions:,} kept positions"
-    counters = ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in data.counters.items() if count)
+    counters = ", ".join(
+        f"{name.replace('_', ' ')} {count:,}"
+        for name, count in data.counters.items()
+        if count and name not in _SHOWN_ELSEWHERE
+    )
     rows = {
         "cache": str(path),
         "teacher": f"{teacher.model} ({teacher.engine}, {teacher.dtype}, route {teacher.route})",

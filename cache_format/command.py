@@ -15,12 +15,17 @@ def new_app(summary: str) -> typer.Typer:
     return typer.Typer(help=summary, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
 
-def run(app: typer.Typer) -> None:
-    """Runs ``app`` on ``sys.argv``. Exit codes: 0, 2 for a user's mistake, 1 for damage, 130 after Ctrl-C."""
+def run(app: typer.Typer, extra: str) -> None:
+    """Runs ``app`` on ``sys.argv``. Exit codes: 0, 2 for a user's mistake, 1 for damage, 130 after Ctrl-C.
+
+    ``extra`` is the optional part of the distribution that the command needs beyond reading caches.
+    """
     debug = "--debug" in sys.argv
     if debug:
         sys.argv.remove("--debug")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    if debug:
+        logging.getLogger("pipeline").setLevel(logging.DEBUG)
     for chatty in ("httpx", "datasets", "fsspec", "filelock", "transformers", "matplotlib"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
@@ -30,6 +35,11 @@ def run(app: typer.Typer) -> None:
             raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except ModuleNotFoundError as error:
+        if debug:
+            raise
+        print(f"error: the package {error.name} is not installed; pip install 'logitcask[{extra}]'", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         if debug:
             raise

@@ -49,4 +49,4 @@ def model(name: Annotated[str, typer.Argument(help="A built-in model, such as sm
 
 def main() -> None:
     """Entry point of the console script."""
-    run(app)
+    run(app, extra="teacher")

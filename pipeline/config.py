@@ -28,14 +28,21 @@ class TeacherConfig(_Config):
         description="How logprobs leave vLLM: `raw` keeps its arrays (self-checked at start-up), `flat` is the public way.",
     )
     tensor_parallel_size: int = Field(1, ge=1, description="GPUs per engine.")
-    batch_tokens: int = Field(
-        1024, ge=16, description="Tokens per engine step; bounds memory, since a step holds tokens x vocabulary logits."
+    batch_tokens: int | None = Field(
+        None,
+        ge=16,
+        description="Tokens per engine step; bounds memory, since a step holds tokens x vocabulary logits. "
+        "Default: 1024 on a CPU, 8192 on a GPU.",
     )
     engine_args: dict[str, object] = Field(
         default_factory=dict, description="Passed to `vllm.LLM(...)` (or `from_pretrained(...)`) as they are."
     )
-    vocab_size: int = Field(49_152, ge=257, description="Synthetic teacher only: ids it can predict.")
+    vocab_size: int = Field(49_152, ge=258, description="Synthetic teacher only: ids it can predict.")
     seed: int = Field(0, description="Synthetic teacher only: which distribution.")
+
+    def step_tokens(self, *, on_cpu: bool) -> int:
+        """``batch_tokens``, or its default for the device."""
+        return self.batch_tokens or (1024 if on_cpu else 8192)
 
 
 class DataConfig(_Config):

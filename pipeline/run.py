@@ -28,13 +28,10 @@ from pipeline.estimator import keep_nothing, keep_top_k
 from pipeline.plan import DataHash, Plan, read_sequences, write_sequences
 from pipeline.sequence import Sequence
 from pipeline.sources import Source, open_source
-from pipeline.teachers import Teacher, bounded_groups, open_teacher, open_tokenizer, vocab_size_of
+from pipeline.teachers import Teacher, open_teacher, open_tokenizer, vocab_size_of
 from pipeline.tokenize import Tokenization
 
 log = logging.getLogger(__name__)
-
-GROUP_TOKENS = 16_384
-"""Tokens handed to the engine at a time: enough to batch well, little enough that memory stays flat."""
 
 _NOT_CONTENT: dict[str, Any] = {
     "output": True,
@@ -178,7 +175,7 @@ def _write_shards(writer: CacheWriter, plan: Plan, config: BuildConfig) -> tuple
         with tqdm(total=tokens, unit="tok", unit_scale=True, desc="teacher", dynamic_ncols=True) as bar:
             for index in pending:
                 with writer.shard(index, header) as shard:
-                    for cached in _score(teacher, read_sequences(writer.build_dir, index), header.store):
+                    for cached in _score(teacher, writer.build_dir, index, header.store):
                         shard.append(cached)
                         bar.update(len(cached))
                 entry = writer.committed[index]
@@ -206,13 +203,15 @@ def _header(plan: Plan, teacher: Teacher, config: BuildConfig) -> Header:
     )
 
 
-def _score(teacher: Teacher, sequences: Iterator[Sequence], store: StoreSettings) -> Iterator[CachedSequence]:
-    """What the cache keeps of each sequence, in order, scored in groups of bounded size."""
-    for group in bounded_groups(sequences, GROUP_TOKENS):
-        wanted = [sequence for sequence in group if sequence.loss_mask.any()]
-        scores = teacher.score(wanted, store.capture_k)
-        for sequence in group:
-            if sequence.loss_mask.any():
-                yield keep_top_k(sequence, next(scores), store.top_k, store.vocab_size)
-            else:
-                yield keep_nothing(sequence)
+def _score(teacher: Teacher, build_dir: Path, shard: int, store: StoreSettings) -> Iterator[CachedSequence]:
+    """What the cache keeps of each sequence of a shard, in order. What has nothing to learn is never scored.
+
+    The shard's plan is read twice side by side, so that the engine may take as much ahead as it likes.
+    """
+    wanted = (sequence for sequence in read_sequences(build_dir, shard) if sequence.loss_mask.any())
+    scores = teacher.score(wanted, store.capture_k)
+    for sequence in read_sequences(build_dir, shard):
+        if sequence.loss_mask.any():
+            yield keep_top_k(sequence, next(scores), store.top_k, store.vocab_size)
+        else:
+            yield keep_nothing(sequence)

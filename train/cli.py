@@ -9,7 +9,6 @@ import typer
 
 from cache_format.command import new_app, run
 from cache_format.configuration import load_config
-from train.config import TrainConfig
 
 app = new_app("Trains a student from a cache of teacher distributions, without the teacher.")
 
@@ -30,11 +29,13 @@ def train_student(
     ] = False,
 ) -> None:
     """Trains the student that CONFIG describes; goes on where an interrupted run stopped."""
+    # Torch and transformers take seconds to import: not for --help.
+    from train.config import TrainConfig
+
     settings = load_config(TrainConfig, config, overrides or [])
     if print_cache_config:
         print(settings.cache_config or "")
         return
-    # Imported late: transformers takes seconds.
     from train.run import rewrite_report, train
 
     if report:
@@ -60,4 +61,4 @@ def summary(metrics: dict[str, Any]) -> str:
 
 def main() -> None:
     """Entry point of the console script."""
-    run(app)
+    run(app, extra="train")

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from collections.abc import Sequence as Seq
+from collections.abc import Iterable, Iterator
 from typing import Protocol
 
 from cache_format.manifest import TeacherIdentity
@@ -13,8 +12,9 @@ from pipeline.sequence import Scored, Sequence
 class Teacher(Protocol):
     """A model that scores given text.
 
-    ``score`` yields one ``Scored`` per sequence, in the order given; every sequence has at least 2 tokens. ``top_k`` is
-    how many ids per row to return (1 <= top_k <= vocab_size).
+    ``score`` yields one ``Scored`` per sequence, in the order given; every sequence has at least 2 tokens. It reads no
+    more of ``sequences`` ahead than a group that it scores together, so they may be a stream. ``top_k`` is how many ids
+    per row to return (1 <= top_k <= vocab_size).
     """
 
     vocab_size: int
@@ -23,7 +23,7 @@ class Teacher(Protocol):
         """What produced the numbers, for the manifest (model, weights, engine, dtype, route)."""
         ...
 
-    def score(self, sequences: Seq[Sequence], top_k: int) -> Iterator[Scored]: ...
+    def score(self, sequences: Iterable[Sequence], top_k: int) -> Iterator[Scored]: ...
 
     def close(self) -> None:
         """Frees the engine."""

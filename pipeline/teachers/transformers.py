@@ -35,6 +35,7 @@ class TransformersTeacher:
         self._config = config
         self._model = model
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._step_tokens = config.step_tokens(on_cpu=self._device.type == "cpu")
         check_context(model, max_length)
         dtype = "float32" if config.dtype == "auto" and self._device.type == "cpu" else config.dtype
         # The bar for loading weights would run through the command's own progress.
@@ -69,7 +70,7 @@ class TransformersTeacher:
         )
 
     def score(self, sequences: Iterable[Sequence], top_k: int) -> Iterator[Scored]:
-        for group in bounded_groups(sequences, _BATCHES_PER_GROUP * self._config.batch_tokens):
+        for group in bounded_groups(sequences, _BATCHES_PER_GROUP * self._step_tokens):
             scored: dict[int, Scored] = {}
             for batch in self._batches(group):
                 logprobs = self._logprobs([group[index].input_ids for index in batch])
@@ -90,7 +91,7 @@ class TransformersTeacher:
         """Indices into ``group``, by falling length, in batches of at most ``batch_tokens`` padded tokens (or of one)."""
         by_length = sorted(range(len(group)), key=lambda index: -len(group[index].input_ids))
         while by_length:
-            rows = max(1, self._config.batch_tokens // len(group[by_length[0]].input_ids))
+            rows = max(1, self._step_tokens // len(group[by_length[0]].input_ids))
             yield by_length[:rows]
             by_length = by_length[rows:]
 

@@ -75,6 +75,7 @@ class VllmTeacher:
             with self._quiet():
                 self._vllm = _import_vllm()
                 self._on_cpu = self._vllm.platforms.current_platform.is_cpu()
+                self._step_tokens = config.step_tokens(on_cpu=self._on_cpu)
                 self._llm = self._start(max_length, max_top_k)
         except UserError:
             raise
@@ -106,7 +107,7 @@ class VllmTeacher:
     def score(self, sequences: Iterable[Sequence], top_k: int) -> Iterator[Scored]:
         """Scores in groups of a few engine steps, so that memory stays flat however many sequences there are."""
         steps = _STEPS_PER_GROUP["cpu" if self._on_cpu else "gpu"]
-        for group in bounded_groups(sequences, steps * self._config.batch_tokens):
+        for group in bounded_groups(sequences, steps * self._step_tokens):
             yield from self._score_group([sequence.input_ids.tolist() for sequence in group], top_k, self.route)
 
     def close(self) -> None:
@@ -163,8 +164,8 @@ class VllmTeacher:
             "dtype": "float32" if self._on_cpu and config.dtype == "auto" else config.dtype,
             "tensor_parallel_size": config.tensor_parallel_size,
             "max_model_len": max_model_len,
-            "max_num_batched_tokens": config.batch_tokens,
-            "max_num_seqs": min(256, config.batch_tokens),
+            "max_num_batched_tokens": self._step_tokens,
+            "max_num_seqs": min(256, self._step_tokens),
             "max_logprobs": max_top_k,
             "logprobs_mode": "raw_logprobs",
             # A prompt read from the prefix cache comes back with rows missing or stale (vllm-project/vllm#42019).
@@ -173,7 +174,7 @@ class VllmTeacher:
         }
         if self._on_cpu:
             arguments["enforce_eager"] = True
-            room = 2 * (max_model_len + config.batch_tokens)
+            room = 2 * (max_model_len + self._step_tokens)
             arguments["kv_cache_memory_bytes"] = max(1 << 30, room * kv_bytes_per_token(model, value_bytes=4))
         arguments |= config.engine_args
         asked = arguments.get("hf_overrides") or {}
@@ -200,7 +201,7 @@ class VllmTeacher:
                 raise
             raise UserError(
                 f"vLLM stopped while scoring: {_explain(error, self._engine_log)}; "
-                f"where memory ran out, lower teacher.batch_tokens ({self._config.batch_tokens}) or store.top_k ({top_k})"
+                f"where memory ran out, lower teacher.batch_tokens ({self._step_tokens}) or store.top_k ({top_k})"
             ) from error
         convert = _from_arrays if route == "raw" else _from_flat
         return [convert(output.prompt_logprobs, top_k) for output in outputs]

@@ -11,15 +11,6 @@ from cache_format import CachedSequence
 from cache_format.manifest import DataIdentity, Header, StoreSettings, TeacherIdentity, TokenizerIdentity
 
 
-@pytest.fixture
-def rng(request: pytest.FixtureRequest) -> np.random.Generator:
-    """Fresh randomness in every run; a failing test prints the seed that repeats it."""
-    seed = np.random.SeedSequence().entropy
-    request.node.user_properties.append(("seed", seed))
-    print("seed", seed)
-    return np.random.default_rng(seed)
-
-
 def make_header(vocab_size: int = 1000, top_k: int = 8, step: float = 1 / 64) -> Header:
     return Header(
         created_by="tests",

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import itertools
 import logging
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from pipeline.models import load_tokenizer
 from pipeline.sequence import Scored, Sequence
 from pipeline.teachers import bounded_groups, open_teacher, open_tokenizer, vocab_size_of
 from pipeline.teachers.synthetic import SyntheticTeacher, SyntheticTokenizer
+from pipeline.teachers.vllm import _explain, _scored
 
 MAX_LENGTH = 96
 TEXT = (
@@ -28,12 +31,7 @@ TEXT = (
     "The quick brown fox jumps over the lazy dog, and the lazy dog does not mind at all.\n"
 )
 
-needs_vllm = pytest.mark.skipif(
-    subprocess.run(
-        [sys.executable, "-c", "import importlib.util as u, sys; sys.exit(u.find_spec('vllm') is None)"]
-    ).returncode,
-    reason="vLLM is not installed",
-)
+needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 Make = Callable[[str, list[int]], Sequence]
 Check = Callable[..., None]
 
@@ -332,6 +330,59 @@ def test_vllm_failure_names_missing_weights(tiny_llama: Path, tmp_path: Path) ->
     with pytest.raises(UserError, match="vLLM cannot start") as caught:
         open_teacher(TeacherConfig(model=str(tmp_path)), max_length=64, max_top_k=4)
     assert "\n" not in str(caught.value)
+
+
+@needs_vllm
+def test_vllm_without_a_compiler_says_the_same(
+    vllm_tiny: Any,
+    transformers_tiny: Any,
+    tiny_llama: Path,
+    rng: np.random.Generator,
+    as_sequence: Make,
+    assert_same_scores: Check,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    check_all(vllm_tiny, transformers_tiny, texts(tiny_llama, rng, as_sequence, 256), 8, assert_same_scores)
+
+
+@needs_vllm
+def test_vllm_without_its_device_says_what_to_install(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import vllm.platforms
+
+    monkeypatch.setattr(vllm.platforms.current_platform, "is_unspecified", lambda: True)
+    with pytest.raises(UserError, match=r"finds no device.*teacher-cpu"):
+        open_teacher(TeacherConfig(model=str(tiny_llama)), max_length=64, max_top_k=4)
+
+
+def test_ranks_of_tied_ids_are_counted_from_the_ids_above_them() -> None:
+    """vLLM's own rank, the last column here, counts every id at or above the target, from 1."""
+    rows = [
+        ([7, 3, 7, 9], [-1.5, -1.0, -1.5, -1.5], 4, 1),  # tied with two others in the head
+        ([3, 3, 7, 9], [-1.0, -1.0, -1.5, -2.0], 1, 0),
+        ([5, 3, 7, 9], [-2.0, -1.0, -1.5, -2.0], 5, 2),  # tied with the last of the head, not in it
+        ([5, 3, 7, 9], [-6.0, -1.0, -1.5, -2.0], 41, 40),  # below the head
+    ]
+    ids, logprobs, ranks, expected = (list(column) for column in zip(*rows, strict=True))
+    scored = _scored(np.array(ids, np.int32), np.array(logprobs, np.float32), np.array(ranks), 3)
+    assert scored.target_rank.tolist() == expected
+    assert scored.target_ids.tolist() == [7, 3, 5, 5]
+    assert scored.ids.tolist() == [[3, 7, 9]] * 4
+
+
+def test_causes_are_found_in_what_other_processes_printed() -> None:
+    dead = RuntimeError(
+        "Engine core initialization failed. See root cause above. Failed core proc(s): {'EngineCore': 1}"
+    )
+    with tempfile.TemporaryFile() as log:
+        log.write(
+            b"(EngineCore pid=7) ERROR 01-01 [core.py:9] Traceback (most recent call last):\n"
+            b"(EngineCore pid=7) ERROR 01-01 [core.py:9] torch.OutOfMemoryError: CUDA out of memory. Tried 2 GiB\n"
+            b"RuntimeError: Engine core initialization failed\n"
+        )
+        assert _explain(dead, log) == "torch.OutOfMemoryError: CUDA out of memory. Tried 2 GiB"
+        assert _explain(MemoryError(), log) == "MemoryError"
+        assert _explain(ValueError("first\nsecond"), log) == "first"
 
 
 # --- synthetic ---

@@ -263,8 +263,10 @@ def test_bfloat16(mode: str) -> None:
     exact, model = build("llama"), build("llama")
     model.load_state_dict(exact.state_dict())
     model.to(torch.float32 if mode == "autocast" else torch.bfloat16)
-    hidden, teacher = torch.randn(512, HIDDEN), teacher_of(512)
-    per_chunk = recipe(teacher, torch.ones(512))
+    hidden, teacher = 0.2 * torch.randn(512, HIDDEN), teacher_of(512)
+
+    def per_chunk(logits: Tensor, rows: slice) -> tuple[Tensor, dict[str, Tensor]]:
+        return LOSSES["forward_kl"](logits, teacher[rows]), {}
 
     def weight_gradient(model: PreTrainedModel, hidden: Tensor, chunk_size: int) -> Tensor:
         head_losses(LogitsHead(model), hidden, per_chunk, chunk_size=chunk_size).objective.backward()
