@@ -140,7 +140,7 @@ def _train(
         "train_sequences": len(train_indices),
         "held_out_sequences": len(held_out),
         "held_out_positions": reference["positions"],
-        "losses": objective.weights(),
+        "losses": [list(term) for term in objective.weights()],
         "student": {"parameters": student.num_parameters(), "architecture": type(student).__name__},
         "cache": {
             "path": config.cache,

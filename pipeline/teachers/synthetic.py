@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cache_format.errors import ConfigError
 from cache_format.manifest import TeacherIdentity
 from pipeline.config import TeacherConfig
 from pipeline.sequence import Scored, Sequence
@@ -43,10 +42,6 @@ class SyntheticTeacher:
 
     def __init__(self, config: TeacherConfig) -> None:
         self.vocab_size = vocab = config.vocab_size
-        if vocab < len(SyntheticTokenizer()):
-            raise ConfigError(
-                f"teacher.vocab_size is {vocab}; the synthetic teacher needs at least {len(SyntheticTokenizer())}"
-            )
         self._name = config.model
         self._seed = config.seed
         random = np.random.default_rng([VERSION, config.seed, vocab])

@@ -450,8 +450,9 @@ def test_synthetic_needs_neither_torch_nor_transformers() -> None:
 
 
 def test_synthetic_refuses_a_vocabulary_below_its_tokenizers() -> None:
-    with pytest.raises(ConfigError, match="at least 258"):
-        SyntheticTeacher(TeacherConfig(model="synthetic", vocab_size=257))
+    assert len(SyntheticTokenizer()) == 258
+    with pytest.raises(ValueError, match="greater than or equal to 258"):
+        TeacherConfig(model="synthetic", vocab_size=257)
 
 
 def test_synthetic_tokenizer_round_trip_and_offsets() -> None:
