@@ -137,7 +137,7 @@ def _svg(figure: Figure) -> str:
     """The figure as an SVG element whose text is text, so that it takes the page's font and can be searched."""
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "logitcask"}):
         buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
+        figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     text = buffer.getvalue()
     return text[text.index("<svg") :]
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cache_format.errors import ConfigError, UserError
+from cache_format.errors import UserError
 from pipeline.config import TeacherConfig
 from pipeline.models import load_tokenizer
 from pipeline.sequence import Scored, Sequence
