@@ -168,6 +168,8 @@ def _train(
 def _training_arguments(config: TrainConfig) -> TrainingArguments:
     # Batches hold fields that no model signature knows; trackers are opted into, as everything that leaves the machine.
     fields = {"report_to": "none", **config.training, "remove_unused_columns": False}
+    # YAML 1.1 reads an unquoted `no` as false.
+    fields |= {name: "no" for name, value in fields.items() if name.endswith("_strategy") and value is False}
     try:
         return TrainingArguments(**fields)
     except TypeError as error:
