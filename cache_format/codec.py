@@ -39,8 +39,11 @@ def round_scalars(values: _Array) -> NDArray[np.float32]:
     )
 
 
-def validate(sequence: CachedSequence, vocab_size: int) -> None:
-    """Raises UserError, naming the sequence and what is wrong, unless it can be stored and read back as it is."""
+def validate(sequence: CachedSequence, vocab_size: int, *, mass_slack: float = 1e-3) -> None:
+    """Raises UserError, naming the sequence and what is wrong, unless it can be stored and read back as it is.
+
+    ``mass_slack`` is how far above 1 the head mass may be: fp32 rounding, or the grid for logprobs that were stored.
+    """
 
     def require(holds: bool, what: str) -> None:
         if not holds:
@@ -76,7 +79,7 @@ def validate(sequence: CachedSequence, vocab_size: int) -> None:
     # Padding is -inf, so that a rise anywhere in a row is a rise between stored entries.
     padded = np.where(stored, logprobs, -np.inf)
     require(bool((padded[:, 1:] <= padded[:, :-1]).all()), "head logprobs do not fall")
-    require(bool((np.exp(padded.astype(np.float64)).sum(axis=1) <= 1 + 1e-3).all()), "a head's mass is above 1")
+    require(bool((np.exp(padded.astype(np.float64)).sum(axis=1) <= 1 + mass_slack).all()), "a head's mass is above 1")
     require(bool((sequence.tail_logprob <= 1e-3).all()), "a tail logprob is above 0 or not a number")
     require(bool((np.isneginf(sequence.tail_logprob) == (size == vocab_size)).all()), "tail mass 0 without a full head")
     require(bool(np.isfinite(sequence.target_logprob).all()), "a target logprob is not finite")
@@ -136,6 +139,7 @@ class PackedBatch:
 
     def __init__(self, batch: pa.RecordBatch, vocab_size: int, logprob_step: float, where: str) -> None:
         self.where = where
+        self.batch = batch
         self.vocab_size = vocab_size
         self.logprob_step = logprob_step
         self.planes = id_planes(vocab_size)

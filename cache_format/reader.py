@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from cache_format.codec import PackedBatch
 from cache_format.errors import CacheNotFoundError, DamagedCacheError, IncompleteCacheError
-from cache_format.manifest import Manifest, ShardEntry
+from cache_format.manifest import Manifest
 from cache_format.schema import shard_schema
 from cache_format.sequence import CachedSequence
 from cache_format.writer import BUILD_DIR, MANIFEST
@@ -66,6 +66,30 @@ class CacheReader:
                 for batch in range(file.num_record_batches):
                     yield self._get_batch(file, shard, batch).column(0)
 
+    def iter_batches(self, shard: int) -> Iterator[PackedBatch]:
+        """The record batches of one shard, in order, opened for decoding; its hash is not checked."""
+        with self._open(shard) as file:
+            for batch in range(file.num_record_batches):
+                yield self._pack(file, shard, batch)
+
+    def check_shard(self, shard: int) -> None:
+        """Raises DamagedCacheError, naming the shard, unless its size and sha256 are those of the manifest."""
+        entry = self.manifest.shards[shard]
+        path = f"{self._root}/{entry.path}"
+        again = "fetch or build the cache again"
+        try:
+            size = self._filesystem.size(path)
+            if size != entry.bytes:
+                raise DamagedCacheError(f"{entry.path} is damaged: {size} bytes, {entry.bytes} expected; {again}")
+            with self._filesystem.open(path, "rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+        except FileNotFoundError:
+            raise DamagedCacheError(f"{entry.path} is missing; {again}") from None
+        if found != entry.sha256:
+            raise DamagedCacheError(
+                f"{entry.path} is damaged: sha256 {found[:12]}..., {entry.sha256[:12]}... expected; {again}"
+            )
+
     def __getstate__(self) -> dict[str, Any]:
         # Open files and Arrow readers do not travel to other processes.
         return {**self.__dict__, "_shards": {}, "_batches": OrderedDict()}
@@ -92,17 +116,18 @@ class CacheReader:
             return self._batches[key]
         if shard not in self._shards:
             if self.check:
-                check_shard(self._filesystem, self._root, self.manifest.shards[shard])
+                self.check_shard(shard)
             self._shards[shard] = self._open(shard)
-        store = self.manifest.store
-        where = f"{self.manifest.shards[shard].path}, batch {batch}"
-        packed = PackedBatch(
-            self._get_batch(self._shards[shard], shard, batch), store.vocab_size, store.logprob_step, where
-        )
+        packed = self._pack(self._shards[shard], shard, batch)
         self._batches[key] = packed
         if len(self._batches) > OPEN_BATCHES:
             self._batches.popitem(last=False)
         return packed
+
+    def _pack(self, file: pa.ipc.RecordBatchFileReader, shard: int, batch: int) -> PackedBatch:
+        store = self.manifest.store
+        where = f"{self.manifest.shards[shard].path}, batch {batch}"
+        return PackedBatch(self._get_batch(file, shard, batch), store.vocab_size, store.logprob_step, where)
 
     def _open(self, shard: int, options: pa.ipc.IpcReadOptions | None = None) -> pa.ipc.RecordBatchFileReader:
         entry = self.manifest.shards[shard]
@@ -123,23 +148,3 @@ class CacheReader:
         if found.num_rows != expected:
             raise DamagedCacheError(f"{entry.path}, batch {batch}, has {found.num_rows} rows; expected {expected}")
         return found
-
-
-def check_shard(filesystem: fsspec.AbstractFileSystem, root: str, entry: ShardEntry) -> None:
-    """Raises DamagedCacheError, naming the shard, unless its size and sha256 are those of the manifest."""
-    path = f"{root}/{entry.path}"
-    try:
-        size = filesystem.size(path)
-        if size != entry.bytes:
-            raise DamagedCacheError(
-                f"{entry.path} is damaged: {size} bytes, {entry.bytes} expected; fetch or build the cache again"
-            )
-        with filesystem.open(path, "rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-    except FileNotFoundError:
-        raise DamagedCacheError(f"{entry.path} is missing; fetch or build the cache again") from None
-    if found != entry.sha256:
-        raise DamagedCacheError(
-            f"{entry.path} is damaged: sha256 {found[:12]}..., {entry.sha256[:12]}... expected; "
-            "fetch or build the cache again"
-        )

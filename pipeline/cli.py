@@ -40,6 +40,29 @@ def build(
 
 
 @app.command()
+def inspect(
+    cache: Annotated[str, typer.Argument(metavar="CACHE", help="A cache folder or fsspec URL.")],
+    sequence: Annotated[
+        int, typer.Option("--sequence", "-s", help="Which sequence, by its index; -1 is the last.")
+    ] = 0,
+    top: Annotated[int, typer.Option("--top", min=1, help="How many entries of each head to show.")] = 5,
+    tokenizer: Annotated[
+        str | None, typer.Option("--tokenizer", help="Folder or hub name, where the manifest's is not to be had.")
+    ] = None,
+) -> None:
+    """Shows one sequence token by token, with what the teacher expected at each."""
+    from rich.console import Console
+
+    from cache_format import CacheReader, UserError
+    from pipeline.inspection import table, token_text
+
+    reader = CacheReader(cache)
+    if not -len(reader) <= sequence < len(reader):
+        raise UserError(f"{cache} has sequences 0 to {len(reader) - 1}; there is no {sequence}")
+    Console().print(table(reader[sequence], token_text(reader, tokenizer), top))
+
+
+@app.command()
 def model(name: Annotated[str, typer.Argument(help="A built-in model, such as smollm2-135m.")]) -> None:
     """Fetches a built-in model into the local models folder and says where it is."""
     from pipeline.models import prepare_model

@@ -228,7 +228,7 @@ def test_killed_ten_times_the_cache_is_the_same(tmp_path, rng):
     assert kills > 0
     assert found.content_sha256 == expected.content_sha256
     assert [s.content_sha256 for s in found.shards] == [s.content_sha256 for s in expected.shards]
-    assert verify(str(tmp_path / "killed")) == []
+    assert verify(str(tmp_path / "killed"), deep=True) == []
     left = sorted(str(p.relative_to(tmp_path / "killed")) for p in (tmp_path / "killed").iterdir())
     assert left == ["README.md", "data", "manifest.json"]
 
@@ -268,3 +268,14 @@ def test_overrides(tmp_path):
     for wrong in ("store.top_k", "=3", "store.top_kk=3", "store.top_k.x=3", "store.top_k=[unclosed"):
         with pytest.raises(UserError):
             load_config(BuildConfig, file, [wrong])
+
+
+def test_inspect_shows_text_and_probabilities(tmp_path, lines):
+    config = synthetic(tmp_path, data={"path": lines([{"text": "Grüße"}]), "max_length": 64})
+    build(config)
+    done = teacher_cache("inspect", config.output, "--top", "2", env={"COLUMNS": "200"})
+    assert done.returncode == 0, done.stderr
+    assert "7 kept positions" in done.stdout
+    (sequence,) = CacheReader(config.output)
+    assert f"{np.exp(sequence.tail_logprob[0]):.1%}" in done.stdout
+    assert teacher_cache("inspect", config.output, "--sequence", "1").returncode == 2

@@ -1,0 +1,76 @@
+"""``teacher-cache inspect``: one sequence as a table, token by token, with what the teacher expected at each."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import numpy as np
+from rich.table import Table
+from rich.text import Text
+
+from cache_format import CachedSequence, CacheReader, UserError
+from cache_format.tokenizers import tokenizer_identity
+from pipeline.config import TeacherConfig
+from pipeline.teachers import open_tokenizer
+
+log = logging.getLogger(__name__)
+
+
+def token_text(cache: CacheReader, tokenizer: str | None) -> Callable[[int], str]:
+    """Id -> readable text, by the tokenizer of the cache's teacher or the one named; by ids alone where it is not here.
+
+    Raises UserError for a named tokenizer that is not to be had or has other ids.
+    """
+    manifest = cache.manifest
+    backend = "synthetic" if manifest.teacher.backend == "synthetic" else "transformers"
+    try:
+        found = open_tokenizer(TeacherConfig(model=tokenizer or manifest.tokenizer.name, backend=backend))
+    except UserError as error:
+        if tokenizer is not None:
+            raise
+        log.warning("showing ids, since the teacher's tokenizer is not here: %s", error)
+        return str
+    if tokenizer_identity(found, None)["vocab_sha256"] != manifest.tokenizer.vocab_sha256:
+        raise UserError(
+            f"the tokenizer {tokenizer or manifest.tokenizer.name} has other ids than the one this cache was made with; "
+            "name that one with --tokenizer"
+        )
+    return lambda token: repr(found.decode([token]))[1:-1] or f"<{token}>"
+
+
+def table(sequence: CachedSequence, text: Callable[[int], str], top: int) -> Table:
+    """A row per token: its text, the teacher's probability and rank of it, and the ``top`` most probable tokens there.
+
+    Tokens outside the loss mask are dim; the token that really follows is green where the teacher lists it.
+    """
+    shown = Table(title=f"{sequence.sequence_id}: {len(sequence)} tokens, {len(sequence.positions)} kept positions")
+    for name, justify in (
+        ("token", "right"),
+        ("", "left"),
+        ("teacher", "right"),
+        ("rank", "right"),
+        (f"top {top}", "left"),
+        ("tail", "right"),
+    ):
+        shown.add_column(name, justify=justify)  # type: ignore[arg-type]
+    row_of = {int(position) + 1: row for row, position in enumerate(sequence.positions)}
+    for at, token in enumerate(sequence.input_ids.tolist()):
+        row = row_of.get(at)
+        if row is None:
+            shown.add_row(str(at), Text(text(token)), "", "", "", "", style="dim")
+            continue
+        head = Text()
+        for candidate, logprob in zip(sequence.ids[row, :top].tolist(), sequence.logprobs[row, :top], strict=True):
+            if candidate >= 0:
+                head.append(text(candidate), style="bold green" if candidate == token else "")
+                head.append(f" {np.exp(logprob):.0%}  ", style="dim")
+        shown.add_row(
+            str(at),
+            Text(text(token)),
+            f"{np.exp(sequence.target_logprob[row]):.1%}",
+            f"{sequence.target_rank[row]:,}",
+            head,
+            f"{np.exp(sequence.tail_logprob[row]):.1%}",
+        )
+    return shown

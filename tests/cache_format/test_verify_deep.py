@@ -1,0 +1,90 @@
+"""``verify --deep``: whatever a sound writer would never write is found, although every hash fits."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+import cache_format.writer
+from cache_format import CacheWriter, verify
+
+STEP = 1 / 64
+
+
+@pytest.fixture
+def consistent(rng, sequence):
+    """A sequence whose target agrees with its head, as real teachers' do."""
+
+    def make(name):
+        made = sequence(rng, name, kept=1.0)
+        ranks = rng.integers(0, 8, len(made.positions))
+        at = np.arange(len(made.positions))
+        input_ids = made.input_ids.copy()
+        input_ids[1:] = made.ids[at, ranks]
+        return dataclasses.replace(
+            made, input_ids=input_ids, target_rank=ranks.astype(np.int32), target_logprob=made.logprobs[at, ranks]
+        )
+
+    return make
+
+
+def written(tmp_path, header, sequences, monkeypatch):
+    """The sequences as a cache with right hashes, whatever is in them."""
+    monkeypatch.setattr(cache_format.writer, "validate", lambda *_: None)
+    with CacheWriter(tmp_path / "c") as writer:
+        started = writer.begin(header())
+        for index, part in enumerate((sequences[:2], sequences[2:])):
+            with writer.shard(index, started) as shard:
+                for each in part:
+                    shard.append(each)
+        writer.finish(started, 2)
+    monkeypatch.undo()
+    return str(tmp_path / "c")
+
+
+def test_a_sound_cache_passes(tmp_path, header, consistent, monkeypatch):
+    path = written(tmp_path, header, [consistent(f"s{i}") for i in range(4)], monkeypatch)
+    assert verify(path) == verify(path, deep=True) == []
+
+
+WRONG = {
+    "an id occurs twice": lambda s: {"ids": np.where(np.arange(8) == 7, s.ids[:, :1], s.ids)},
+    "add up to 1": lambda s: {"tail_logprob": s.tail_logprob - 0.7},
+    "target and head disagree": lambda s: {"target_logprob": s.target_logprob - 0.05},
+    "rank beyond it": lambda s: {"target_rank": s.target_rank + 8},
+    "head logprobs do not fall|mass is above 1": lambda s: {"logprobs": np.zeros_like(s.logprobs)},
+    "positions are not exactly": lambda s: {"loss_mask": np.where(np.arange(len(s)) == 3, False, s.loss_mask)},
+    "token ids outside": lambda s: {"input_ids": s.input_ids + 1000},
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_what_contradicts_the_specification_is_found(tmp_path, header, consistent, monkeypatch, what):
+    sequences = [consistent(f"s{i}") for i in range(4)]
+    sequences[3] = dataclasses.replace(sequences[3], **WRONG[what](sequences[3]))
+    path = written(tmp_path, header, sequences, monkeypatch)
+    assert verify(path) == [], "its hashes are right"
+    (problem,) = verify(path, deep=True)
+    assert "data/shard-00001.arrow" in problem
+    assert any(part in problem for part in what.split("|")), problem
+
+
+def test_an_id_that_occurs_twice(tmp_path, header, consistent, monkeypatch):
+    path = written(tmp_path, header, [consistent(name) for name in ("a", "b", "c", "a")], monkeypatch)
+    (problem,) = verify(path, deep=True)
+    assert "'a' occurs twice" in problem
+
+
+@pytest.mark.parametrize("field", ["content_sha256", "tokens", "positions", "head_mass_sum", "target_nll_sum"])
+def test_a_forged_manifest(tmp_path, header, consistent, monkeypatch, field):
+    path = written(tmp_path, header, [consistent(f"s{i}") for i in range(4)], monkeypatch)
+    manifest = json.loads((tmp_path / "c" / "manifest.json").read_text())
+    shard = manifest["shards"][1]
+    shard[field] = "0" * 64 if field == "content_sha256" else shard[field] + 1
+    (tmp_path / "c" / "manifest.json").write_text(json.dumps(manifest))
+    assert verify(path) == []
+    (problem,) = verify(path, deep=True)
+    assert "shard-00001" in problem
