@@ -49,7 +49,7 @@ class CacheWriter:
     def __enter__(self) -> Self:
         if (self.path / MANIFEST).exists():
             raise UserError(f"{self.path} already holds a finished cache; remove it or choose another output")
-        with _explained(self.path), ExitStack() as opening:
+        with writing_to(self.path), ExitStack() as opening:
             opening.enter_context(_locked(self.path))
             (self.build_dir / "commits").mkdir(exist_ok=True)
             (self.path / "data").mkdir(exist_ok=True)
@@ -92,7 +92,7 @@ class CacheWriter:
                     "go on with the old settings, start afresh with --restart, or choose another output"
                 )
             return first
-        with _explained(self.path):
+        with writing_to(self.path):
             write_durably(self._header_file, header.model_dump_json(indent=2))
         return header
 
@@ -111,7 +111,7 @@ class CacheWriter:
             raise ValueError(f"shard {index} is committed already")
         name = f"shard-{index:05d}"
         temporary = self.build_dir / f"{name}.arrow.tmp"
-        with _explained(self.path):
+        with writing_to(self.path):
             writer = ShardWriter(temporary, header.store, self.compression_level)
             try:
                 yield writer
@@ -135,7 +135,7 @@ class CacheWriter:
         if sorted(self.committed) != list(range(shards)):
             raise ValueError(f"{len(self.committed)} of {shards} shards are committed")
         manifest = Manifest.complete(header, self.entries(), datetime.now(UTC).isoformat(timespec="seconds"))
-        with _explained(self.path):
+        with writing_to(self.path):
             write_durably(self.path / "README.md", card.dataset_card(manifest), scratch=self.build_dir)
             write_durably(self.path / MANIFEST, manifest.to_json(), scratch=self.build_dir)
             shutil.rmtree(self.build_dir)
@@ -255,7 +255,7 @@ def remove_cache(path: Path) -> None:
     """
     if not path.exists():
         return
-    with _explained(path), _locked(path):
+    with writing_to(path), _locked(path):
         # The manifest goes first: half a cache must never be taken for a whole one.
         for name in (MANIFEST, "README.md"):
             (path / name).unlink(missing_ok=True)
@@ -303,7 +303,7 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def _explained(path: Path) -> Iterator[None]:
+def writing_to(path: Path) -> Iterator[None]:
     """Turns the operating system's refusal to write into one line that says where and what to do."""
     try:
         yield

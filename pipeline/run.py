@@ -22,7 +22,7 @@ from cache_format import CachedSequence, CacheReader, CacheWriter, Manifest, Use
 from cache_format.configuration import describe_difference
 from cache_format.manifest import DataIdentity, Header, StoreSettings, TokenizerIdentity
 from cache_format.tokenizers import tokenizer_identity
-from cache_format.writer import BUILD_DIR, MANIFEST, remove_cache
+from cache_format.writer import BUILD_DIR, MANIFEST, remove_cache, writing_to
 from pipeline.config import BuildConfig
 from pipeline.estimator import keep_nothing, keep_top_k
 from pipeline.plan import DataHash, Plan, read_sequences, write_sequences
@@ -132,7 +132,8 @@ def _make_plan(build_dir: Path, config: BuildConfig, request: dict[str, Any]) ->
                 bar.update(len(sequence.input_ids))
                 yield sequence
 
-        shards, digest = write_sequences(build_dir, counted(), config.store.shard_tokens)
+        with writing_to(config.output):
+            shards, digest = write_sequences(build_dir, counted(), config.store.shard_tokens)
     if not shards:
         raise UserError(f"{config.data.path} gives no sequence to score; check its fields and max_tokens")
     plan = Plan(
@@ -155,7 +156,8 @@ def _make_plan(build_dir: Path, config: BuildConfig, request: dict[str, Any]) ->
         ),
         shards=shards,
     )
-    plan.save(build_dir)
+    with writing_to(config.output):
+        plan.save(build_dir)
     return plan
 
 
