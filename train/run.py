@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import filelock
+import torch
+from safetensors import SafetensorError
 from transformers import TrainingArguments, set_seed
 from transformers.utils import logging as transformers_logging
 
@@ -167,7 +169,9 @@ def _train(
 
 def _training_arguments(config: TrainConfig) -> TrainingArguments:
     # Batches hold fields that no model signature knows; trackers are opted into, as everything that leaves the machine.
-    fields = {"report_to": "none", **config.training, "remove_unused_columns": False}
+    # Without a GPU, pinned memory is a warning and nothing else.
+    defaults = {"report_to": "none", "dataloader_pin_memory": torch.cuda.is_available()}
+    fields = {**defaults, **config.training, "remove_unused_columns": False}
     # YAML 1.1 reads an unquoted `no` as false.
     fields |= {name: "no" for name, value in fields.items() if name.endswith("_strategy") and value is False}
     try:
@@ -237,6 +241,11 @@ def _exclusive(output: Path) -> Iterator[None]:
         raise UserError(
             f"another process is training into {output}; wait for it, or choose another training.output_dir"
         ) from (None)
+    except (SafetensorError, RuntimeError) as error:
+        # How safetensors and torch.save say that a disk is full.
+        if not any(sign in str(error) for sign in ("No space left", "failed writing file", "unexpected pos")):
+            raise
+        raise UserError(f"no space left for {output}; make room, then run the same command again") from error
     except OSError as error:
         raise UserError(
             f"cannot write to {error.filename or output}: {error.strerror or error}; make room or permit it, then run the "

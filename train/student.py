@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -40,12 +40,11 @@ def build_student(config: StudentConfig, seed: int) -> PreTrainedModel:
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(_student_config(config.config), dtype=dtype)
     if config.model is not None:
-        folder = find_model(config.model, config.revision)
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        return _whole(find_model(config.model, config.revision), dtype)
     assert config.init_from is not None
     folder = find_model(config.init_from, config.revision)
     if config.keep_layers is None:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        return _whole(folder, dtype)
     return _from_layers(folder, config.keep_layers, dtype)
 
 
@@ -87,9 +86,21 @@ def _student_config(fields: dict[str, object]) -> PretrainedConfig:
         ) from error
 
 
+def _whole(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    try:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(
+            f"{folder} is not a causal language model that transformers can load: {_line(error)}"
+        ) from error
+
+
 def _from_layers(folder: Path, keep: list[int], dtype: torch.dtype) -> PreTrainedModel:
     """A model with some of the layers of the one in ``folder``; the weights of all others are never read."""
-    config = AutoConfig.from_pretrained(folder)
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} has no config.json that transformers can read: {_line(error)}") from error
     layers = config.num_hidden_layers
     if not keep or len(set(keep)) < len(keep) or not all(0 <= layer < layers for layer in keep):
         raise ConfigError(f"student.keep_layers is {keep}; expected distinct numbers from 0 to {layers - 1}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import (
@@ -51,7 +50,7 @@ class DistillationTrainer(Trainer):
         self.k = k
         self.logits_chunk = logits_chunk
         self._sums: dict[str, Tensor] = {}
-        self._positions = torch.zeros(())
+        self._positions = 0
         _route_forward(student, self._distil)
         super().__init__(
             model=student,
@@ -68,7 +67,7 @@ class DistillationTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = False
         self._resumed_seconds = 0.0
-        self._resumed_positions = 0.0
+        self._resumed_positions = 0
         self._started = time.monotonic()
 
     def compute_loss(
@@ -118,10 +117,10 @@ class DistillationTrainer(Trainer):
         """Adds, to training records, the mean of each loss since the last one, and totals over all resumed runs."""
         if "loss" in logs and self._positions:
             logs |= {f"loss_{name}": (value / self._positions).item() for name, value in self._sums.items()}
-            logs["positions"] = self._resumed_positions + self._positions.item()
+            self._resumed_positions += self._positions
+            logs["positions"] = self._resumed_positions
             logs["seconds"] = self._resumed_seconds + time.monotonic() - self._started
-            self._resumed_positions = logs["positions"]
-            self._sums, self._positions = {}, torch.zeros(())
+            self._sums, self._positions = {}, 0
         super().log(logs, start_time)
 
     def continue_from(self, checkpoint: str) -> None:
@@ -134,7 +133,8 @@ class DistillationTrainer(Trainer):
             return
         records = [record for record in state.log_history if "positions" in record]
         if records:
-            self._resumed_positions, self._resumed_seconds = records[-1]["positions"], records[-1]["seconds"]
+            self._resumed_positions = int(records[-1]["positions"])
+            self._resumed_seconds = records[-1]["seconds"]
         self._started = time.monotonic()
         self.train(resume_from_checkpoint=checkpoint)
 
