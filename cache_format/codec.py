@@ -178,6 +178,9 @@ class PackedBatch:
             index,
             "its position columns differ in length",
         )
+        in_range = n > 0 and int(input_ids.min()) >= 0 and int(input_ids.max()) < self.vocab_size
+        self._require(in_range, index, "its token ids leave the vocabulary, or there are none")
+        self._require(bool((positions[1:] > positions[:-1]).all()), index, "its positions do not rise")
         self._require(
             p == 0 or (positions[0] >= 0 and positions[-1] < n - 1), index, "its positions leave the sequence"
         )

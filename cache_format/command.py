@@ -33,15 +33,19 @@ def run(app: typer.Typer, extra: str) -> None:
     except LogitcaskError as error:
         if debug:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        # An error from a loader's worker process arrives with that process's traceback before it.
+        print(f"error: {str(error).strip().splitlines()[-1].removeprefix(_name_of(error))}", file=sys.stderr)
         sys.exit(error.exit_code)
     except ModuleNotFoundError as error:
         if debug:
             raise
         print(f"error: the package {error.name} is not installed; pip install 'logitcask[{extra}]'", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        if debug:
-            raise
-        print("interrupted; run the same command again to go on", file=sys.stderr)
-        sys.exit(130)
+    except SystemExit as stop:
+        if stop.code == 130:  # Typer has turned Ctrl-C into this
+            print("interrupted; run the same command again to go on", file=sys.stderr)
+        raise
+
+
+def _name_of(error: Exception) -> str:
+    return f"{type(error).__module__}.{type(error).__name__}: "

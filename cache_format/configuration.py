@@ -26,7 +26,7 @@ def load_config(model: type[Model], path: Path, overrides: list[str]) -> Model:
         config = OmegaConf.load(path)
     except FileNotFoundError:
         raise ConfigError(f"there is no config file {path}; configs that come along are in */configs/") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(f"{path} is not a YAML file: {' '.join(str(error).split())}") from error
     if not OmegaConf.is_dict(config):
         raise ConfigError(f"{path} is not a config: expected keys and values at the top level")
@@ -35,7 +35,8 @@ def load_config(model: type[Model], path: Path, overrides: list[str]) -> Model:
         if not equals or not key:
             raise ConfigError(f"override {override!r} is not of the form KEY=VALUE, such as training.max_steps=10")
         try:
-            OmegaConf.update(config, key, yaml.safe_load(value), force_add=True)
+            # Parsed as OmegaConf parses files, where 1e-4 is a number (to plain YAML 1.1 it is a string).
+            OmegaConf.update(config, key, OmegaConf.create(f"value: {value}")["value"], force_add=True)
         except (OmegaConfBaseException, yaml.YAMLError, AssertionError, ValueError) as error:
             raise ConfigError(f"override {override!r} cannot be applied: {str(error).splitlines()[0]}") from error
     try:

@@ -55,6 +55,9 @@ class DataIdentity(_Part):
     max_length: int
     overlong: str
     sha256: str = Field(description="Over ids, tokens and masks of all sequences in order.")
+    stamp: str | None = Field(
+        None, description="Cheap identity of the source (sizes, times), to see at once if it changed."
+    )
     counters: dict[str, int] = Field(default_factory=dict, description="Rows read, skipped, split, truncated.")
 
 
@@ -142,7 +145,7 @@ class Manifest(Header):
             created_at=created_at,
             statistics=summarise(shards),
             shards=shards,
-            content_sha256=hashlib.sha256(b"".join(bytes.fromhex(s.content_sha256) for s in shards)).hexdigest(),
+            content_sha256=content_sha256(shards),
         )
 
     def to_json(self) -> str:
@@ -169,18 +172,18 @@ class Manifest(Header):
             raise UnsupportedCacheError(
                 f"{where} has format version {version}; this logitcask reads up to {FORMAT_VERSION}: upgrade logitcask"
             )
-        try:
-            manifest = cls.model_validate_json(text)
-        except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(str(part) for part in first["loc"])
-            raise DamagedCacheError(f"{where} is not valid at {place}: {first['msg']}") from error
-        unknown = sorted(set(manifest.required_features) - KNOWN_FEATURES)
+        features = raw.get("required_features", [])
+        unknown = sorted(set(map(str, features)) - KNOWN_FEATURES) if isinstance(features, list) else []
         if unknown:
             raise UnsupportedCacheError(
                 f"{where} needs features {unknown}, unknown to this logitcask: upgrade logitcask"
             )
-        return manifest
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(str(part) for part in first["loc"])
+            raise DamagedCacheError(f"{where} is not valid at {place}: {first['msg']}") from error
 
 
 def summarise(shards: tuple[ShardEntry, ...]) -> Statistics:
@@ -196,6 +199,11 @@ def summarise(shards: tuple[ShardEntry, ...]) -> Statistics:
         head_mass=sum(s.head_mass_sum for s in shards) / positions if positions else None,
         teacher_ce=sum(s.target_nll_sum for s in shards) / positions if positions else None,
     )
+
+
+def content_sha256(shards: tuple[ShardEntry, ...]) -> str:
+    """sha256 of the shards' digests in order (SPEC.md section 3)."""
+    return hashlib.sha256(b"".join(bytes.fromhex(shard.content_sha256) for shard in shards)).hexdigest()
 
 
 def canonical_json(value: Any) -> str:

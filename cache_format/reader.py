@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
@@ -12,14 +13,17 @@ import numpy as np
 import pyarrow as pa
 
 from cache_format.codec import PackedBatch
-from cache_format.errors import CacheNotFoundError, DamagedCacheError, IncompleteCacheError
+from cache_format.errors import CacheError, CacheNotFoundError, DamagedCacheError, IncompleteCacheError
 from cache_format.manifest import Manifest
 from cache_format.schema import shard_schema
 from cache_format.sequence import CachedSequence
 from cache_format.writer import BUILD_DIR, MANIFEST
 
+OPEN_SHARDS = 64
+"""Shards kept open: far below any limit on open files."""
+
 OPEN_BATCHES = 8
-"""Record batches kept decompressed: enough for a shuffled loader to profit, a few MiB at most."""
+"""Record batches kept decompressed: enough for a shuffled loader to profit, usually a few MiB."""
 
 
 class CacheReader:
@@ -29,18 +33,23 @@ class CacheReader:
     DamagedCacheError. With ``check`` (the default) a shard's sha256 is compared with the manifest when it is first
     touched; switch it off only after ``verify``.
 
-    Reading is safe across processes: a pickled or forked reader reopens its files.
+    A reader may be pickled or forked: the copy in another process opens its own files.
     """
 
     def __init__(self, path: str | Any, *, check: bool = True) -> None:
         self.path = str(path)
         self.check = check
-        self._filesystem, self._root = fsspec.core.url_to_fs(self.path)
+        try:
+            self._filesystem, self._root = fsspec.core.url_to_fs(self.path)
+        except (ImportError, ValueError) as error:
+            raise CacheError(f"{self.path} cannot be opened: {error}") from error
         self._local = self._filesystem.protocol in ("file", ("file", "local"))
         self.manifest = self._read_manifest()
         counts = np.array([shard.sequences for shard in self.manifest.shards], np.int64)
         self._first = np.concatenate([[0], np.cumsum(counts)])
-        self._shards: dict[int, pa.ipc.RecordBatchFileReader] = {}
+        self._shards: OrderedDict[int, pa.ipc.RecordBatchFileReader] = OrderedDict()
+        self._checked: set[int] = set()
+        self._process = os.getpid()
         self._batches: OrderedDict[tuple[int, int], PackedBatch] = OrderedDict()
 
     def __len__(self) -> int:
@@ -62,6 +71,7 @@ class CacheReader:
         """One Arrow array of a column per record batch, in order; no other column is decompressed."""
         index = shard_schema(self.manifest.store.vocab_size).get_field_index(name)
         for shard in range(len(self.manifest.shards)):
+            self._check_once(shard)
             with self._open(shard, pa.ipc.IpcReadOptions(included_fields=[index])) as file:
                 for batch in range(file.num_record_batches):
                     yield self._get_batch(file, shard, batch).column(0)
@@ -85,6 +95,8 @@ class CacheReader:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
         except FileNotFoundError:
             raise DamagedCacheError(f"{entry.path} is missing; {again}") from None
+        except OSError as error:
+            raise CacheError(f"{self.path}/{entry.path} cannot be read: {error}") from error
         if found != entry.sha256:
             raise DamagedCacheError(
                 f"{entry.path} is damaged: sha256 {found[:12]}..., {entry.sha256[:12]}... expected; {again}"
@@ -92,7 +104,20 @@ class CacheReader:
 
     def __getstate__(self) -> dict[str, Any]:
         # Open files and Arrow readers do not travel to other processes.
-        return {**self.__dict__, "_shards": {}, "_batches": OrderedDict()}
+        return {**self.__dict__, "_shards": OrderedDict(), "_batches": OrderedDict()}
+
+    def _after_fork(self) -> None:
+        """Lets go of what belongs to the parent process: open files, and connections that do not survive a fork."""
+        self._process = os.getpid()
+        self._shards.clear()
+        self._batches.clear()
+        if not self._local:
+            self._filesystem, self._root = fsspec.core.url_to_fs(self.path, skip_instance_cache=True)
+
+    def _check_once(self, shard: int) -> None:
+        if self.check and shard not in self._checked:
+            self.check_shard(shard)
+            self._checked.add(shard)
 
     def _read_manifest(self) -> Manifest:
         try:
@@ -107,17 +132,23 @@ class CacheReader:
             ) from None
         except NotADirectoryError:
             raise CacheNotFoundError(f"{self.path} is a file; a cache is a folder") from None
+        except Exception as error:  # whatever a remote file system raises: no permission, no such host, ...
+            raise CacheError(f"{self.path}/{MANIFEST} cannot be read: {error}") from error
         return Manifest.from_json(text, f"{self.path}/{MANIFEST}")
 
     def _batch(self, shard: int, batch: int) -> PackedBatch:
+        if os.getpid() != self._process:
+            self._after_fork()
         key = (shard, batch)
         if key in self._batches:
             self._batches.move_to_end(key)
             return self._batches[key]
         if shard not in self._shards:
-            if self.check:
-                self.check_shard(shard)
+            self._check_once(shard)
             self._shards[shard] = self._open(shard)
+            if len(self._shards) > OPEN_SHARDS:
+                self._shards.popitem(last=False)
+        self._shards.move_to_end(shard)
         packed = self._pack(self._shards[shard], shard, batch)
         self._batches[key] = packed
         if len(self._batches) > OPEN_BATCHES:

@@ -10,7 +10,7 @@ import numpy as np
 
 from cache_format.codec import ContentHash, PackedBatch, validate
 from cache_format.errors import DamagedCacheError, UserError
-from cache_format.manifest import ShardEntry, StoreSettings
+from cache_format.manifest import Manifest, ShardEntry, StoreSettings, content_sha256, summarise
 from cache_format.reader import CacheReader
 from cache_format.sequence import CachedSequence
 
@@ -36,18 +36,35 @@ def verify(path: str, *, deep: bool = False, on_shard: Callable[[str], None] = l
         except DamagedCacheError as error:
             problems.append(str(error))
         on_shard(entry.path)
+    if deep:
+        problems += _check_totals(cache.manifest)
     return problems
+
+
+def _check_totals(manifest: Manifest) -> list[str]:
+    """What the manifest says of the whole, against what it says of the shards and of itself."""
+    wrong = [
+        name
+        for name, found, expected in (
+            ("statistics", manifest.statistics, summarise(manifest.shards)),
+            ("content_sha256", manifest.content_sha256, content_sha256(manifest.shards)),
+            ("fingerprint", manifest.fingerprint, manifest.with_fingerprint().fingerprint),
+        )
+        if found != expected
+    ]
+    return [f"manifest.json: {name} is not what the rest of it gives" for name in wrong]
 
 
 def _check_content(cache: CacheReader, index: int, entry: ShardEntry, seen: set[bytes]) -> None:
     store = cache.manifest.store
     content = ContentHash()
-    tokens = positions = 0
+    sequences = tokens = positions = 0
     head_mass = nll = 0.0
     for packed in cache.iter_batches(index):
         content.update(packed.batch)
         for sequence in _decoded(packed):
             _check_sequence(sequence, store, entry.path)
+            sequences += 1
             tokens += len(sequence)
             positions += len(sequence.positions)
             head_mass -= float(np.expm1(sequence.tail_logprob.astype(np.float64)).sum())
@@ -59,11 +76,10 @@ def _check_content(cache: CacheReader, index: int, entry: ShardEntry, seen: set[
             seen.add(name)
     if content.hexdigest() != entry.content_sha256:
         raise DamagedCacheError(f"{entry.path}: its content_sha256 is not the manifest's")
-    if (tokens, positions) != (entry.tokens, entry.positions):
-        raise DamagedCacheError(
-            f"{entry.path} has {tokens} tokens and {positions} positions; the manifest says {entry.tokens} and "
-            f"{entry.positions}"
-        )
+    found = (sequences, tokens, positions)
+    expected = (entry.sequences, entry.tokens, entry.positions)
+    if found != expected:
+        raise DamagedCacheError(f"{entry.path} has {found} sequences, tokens, positions; the manifest says {expected}")
     # The manifest's sums are of values before rounding to the scalar grid.
     room = positions * store.scalar_step + 1e-6
     if not (

@@ -6,29 +6,35 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Self
+from typing import IO, Self, TypeVar
 
 import filelock
 import numpy as np
 import pyarrow as pa
+from pydantic import BaseModel
 
 from cache_format import card
 from cache_format.codec import ContentHash, encode_batch, validate
 from cache_format.configuration import describe_difference
 from cache_format.errors import CacheInUseError, DamagedCacheError, UserError
 from cache_format.manifest import Header, Manifest, ShardEntry, StoreSettings
-from cache_format.schema import BATCH_BYTES, shard_schema
+from cache_format.schema import BATCH_BYTES, FORMAT, shard_schema
 from cache_format.sequence import CachedSequence
 
 BUILD_DIR = ".build"
 MANIFEST = "manifest.json"
+
+_SHARD = re.compile(r"shard-\d{5,}\.arrow")
+State = TypeVar("State", bound=BaseModel)
 
 
 class CacheWriter:
@@ -47,10 +53,12 @@ class CacheWriter:
         self._exit = ExitStack()
 
     def __enter__(self) -> Self:
-        if (self.path / MANIFEST).exists():
-            raise UserError(f"{self.path} already holds a finished cache; remove it or choose another output")
+        self._refuse_finished()
+        if not (self.build_dir).exists():
+            refuse_other_files(self.path)
         with writing_to(self.path), ExitStack() as opening:
             opening.enter_context(_locked(self.path))
+            self._refuse_finished()  # another process may have finished it since
             (self.build_dir / "commits").mkdir(exist_ok=True)
             (self.path / "data").mkdir(exist_ok=True)
             self._recover()
@@ -62,16 +70,20 @@ class CacheWriter:
     ) -> None:
         self._exit.close()
 
+    def _refuse_finished(self) -> None:
+        if (self.path / MANIFEST).exists():
+            raise UserError(f"{self.path} already holds a finished cache; remove it or choose another output")
+
     def _recover(self) -> None:
         """Reads the commit records and removes every file that none of them vouches for."""
         for record in sorted((self.build_dir / "commits").glob("*.json")):
-            entry = ShardEntry.model_validate_json(record.read_bytes())
+            entry = load_state(ShardEntry, record)
             shard = self.path / entry.path
             if not shard.exists() or shard.stat().st_size != entry.bytes:
                 raise DamagedCacheError(f"{shard} is not the file its commit record describes; remove {self.path}")
             self.committed[int(record.stem.removeprefix("shard-"))] = entry
         known = {self.path / entry.path for entry in self.committed.values()}
-        for file in (self.path / "data").iterdir():
+        for file in _shard_files(self.path):
             if file not in known:
                 file.unlink()
         for file in self.build_dir.rglob("*.tmp"):
@@ -102,17 +114,20 @@ class CacheWriter:
 
     def header(self) -> Header:
         """The header that ``begin`` fixed, now or in an earlier run."""
-        return Header.model_validate_json(self._header_file.read_bytes())
+        return load_state(Header, self._header_file)
 
     @contextmanager
-    def shard(self, index: int, header: Header) -> Iterator[ShardWriter]:
-        """Writes shard ``index``: committed when the block ends, gone if it raises."""
+    def shard(self, index: int, header: Header, *, sequences_per_batch: int | None = None) -> Iterator[ShardWriter]:
+        """Writes shard ``index``: committed when the block ends, gone if it raises.
+
+        ``sequences_per_batch``: rows of each record batch; by default as many as the first BATCH_BYTES hold.
+        """
         if index in self.committed:
             raise ValueError(f"shard {index} is committed already")
         name = f"shard-{index:05d}"
         temporary = self.build_dir / f"{name}.arrow.tmp"
         with writing_to(self.path):
-            writer = ShardWriter(temporary, header.store, self.compression_level)
+            writer = ShardWriter(temporary, header.store, self.compression_level, sequences_per_batch)
             try:
                 yield writer
                 totals = writer.close()
@@ -121,7 +136,7 @@ class CacheWriter:
                 raise
             final = self.path / "data" / f"{name}.arrow"
             os.replace(temporary, final)
-            sync_folder(final.parent)
+            sync(final.parent)
             entry = ShardEntry(path=f"data/{name}.arrow", **totals)
             write_durably(self.build_dir / "commits" / f"{name}.json", entry.model_dump_json(indent=2))
         self.committed[index] = entry
@@ -138,14 +153,16 @@ class CacheWriter:
         with writing_to(self.path):
             write_durably(self.path / "README.md", card.dataset_card(manifest), scratch=self.build_dir)
             write_durably(self.path / MANIFEST, manifest.to_json(), scratch=self.build_dir)
-            shutil.rmtree(self.build_dir)
+            shutil.rmtree(self.build_dir, ignore_errors=True)
         return manifest
 
 
 class ShardWriter:
-    """One Arrow file in the making. The number of sequences per record batch is fixed by the first batch."""
+    """One Arrow file in the making. Every record batch but the last has the same number of sequences."""
 
-    def __init__(self, path: Path, store: StoreSettings, compression_level: int) -> None:
+    def __init__(
+        self, path: Path, store: StoreSettings, compression_level: int, sequences_per_batch: int | None = None
+    ) -> None:
         self.store = store
         self._file: IO[bytes] = open(path, "wb")  # noqa: SIM115 - closed by close() or abort()
         self._path = path
@@ -157,20 +174,15 @@ class ShardWriter:
         self._content = ContentHash()
         self._waiting: list[CachedSequence] = []
         self._waiting_bytes = 0
-        self._per_batch: int | None = None
+        self._per_batch = sequences_per_batch
         self.sequences = self.tokens = self.positions = 0
         self._head_mass_sum = self._target_nll_sum = 0.0
-
-    @property
-    def bytes_written(self) -> int:
-        """Bytes handed to the file so far."""
-        return self._sink.size
 
     def append(self, sequence: CachedSequence) -> None:
         """Adds one sequence. Raises UserError if it is not one (see ``codec.validate``)."""
         validate(sequence, self.store.vocab_size)
         self._waiting.append(sequence)
-        self._waiting_bytes += 5 * len(sequence) + 20 * len(sequence.positions) + 3 * sequence.ids.size
+        self._waiting_bytes += uncompressed_bytes(len(sequence), len(sequence.positions), sequence.ids.size)
         self.sequences += 1
         self.tokens += len(sequence)
         self.positions += len(sequence.positions)
@@ -255,12 +267,52 @@ def remove_cache(path: Path) -> None:
     """
     if not path.exists():
         return
+    if not (path / BUILD_DIR).exists() and not _is_cache(path):
+        refuse_other_files(path)
     with writing_to(path), _locked(path):
         # The manifest goes first: half a cache must never be taken for a whole one.
         for name in (MANIFEST, "README.md"):
             (path / name).unlink(missing_ok=True)
-        shutil.rmtree(path / "data", ignore_errors=True)
-        shutil.rmtree(path / BUILD_DIR)
+        for shard in _shard_files(path):
+            shard.unlink()
+        with suppress(OSError):
+            (path / "data").rmdir()
+        shutil.rmtree(path / BUILD_DIR, ignore_errors=True)
+
+
+def refuse_other_files(path: Path) -> None:
+    """Raises UserError where something that is not a cache has files of a cache's names, which a build would replace."""
+    taken = [name for name in ("data", "README.md", MANIFEST) if (path / name).exists()]
+    if taken:
+        raise UserError(
+            f"{path} is no cache, but has {' and '.join(taken)} of its own, where a cache puts its files; "
+            "choose an empty or new folder as output"
+        )
+
+
+def _is_cache(path: Path) -> bool:
+    try:
+        return bool(json.loads((path / MANIFEST).read_bytes())["format"] == FORMAT)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _shard_files(path: Path) -> list[Path]:
+    """The files in ``data/`` that a writer may have put there."""
+    return [file for file in (path / "data").glob("shard-*.arrow") if _SHARD.fullmatch(file.name)]
+
+
+def load_state(model: type[State], file: Path) -> State:
+    """Reads a file of ``.build``. Raises UserError where it is not what this version writes."""
+    try:
+        return model.model_validate_json(file.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{file} was not written by this version of logitcask; start afresh with --restart") from error
+
+
+def uncompressed_bytes(tokens: int, positions: int, entries: int) -> int:
+    """About what sequences take in a record batch: ``tokens`` tokens, ``positions`` kept, ``entries`` of heads."""
+    return 5 * tokens + 20 * positions + 3 * entries
 
 
 @contextmanager
@@ -288,14 +340,14 @@ def write_durably(file: Path, text: str, *, scratch: Path | None = None) -> None
         handle.flush()
         os.fsync(handle.fileno())
     os.replace(temporary, file)
-    sync_folder(file.parent)
+    sync(file.parent)
 
 
-def sync_folder(folder: Path) -> None:
-    """Makes renames in ``folder`` survive a power cut (a no-op where folders cannot be opened, as on Windows)."""
+def sync(path: Path) -> None:
+    """Makes a file's content, or the names in a folder, survive a power cut (Windows cannot open folders: no-op there)."""
     if os.name == "nt":
         return
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 
 class _Config(BaseModel):
@@ -69,6 +69,11 @@ class DataConfig(_Config):
     add_special_tokens: bool = Field(True, description="Documents: let the tokenizer add what it adds (BOS, usually).")
     append_eos: bool = Field(False, description="Documents: end each with the tokenizer's EOS.")
     chat_template: Path | None = Field(None, description="A Jinja file used instead of the tokenizer's own template.")
+
+    @field_validator("chat_template")
+    @classmethod
+    def _home(cls, path: Path | None) -> Path | None:
+        return None if path is None else path.expanduser()
 
     @model_validator(mode="after")
     def _one_kind_of_text(self) -> Self:

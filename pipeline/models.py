@@ -149,16 +149,21 @@ def is_quantised(model: ResolvedModel) -> bool:
 
 
 def weights_sha256(folder: Path) -> str:
-    """sha256 over the (name, sha256) pairs of the weight files of a model folder, in order of name.
+    """sha256 over the (name, sha256) pairs of the weight files of a model folder, in order of name, and its config.
 
-    Raises UserError where there are none.
+    The config decides as much as the weights (RoPE, norms); what it says of its own origin does not count. Raises
+    UserError where there are no weights.
     """
     files = sorted(file for file in folder.iterdir() if file.suffix in {".safetensors", ".bin"})
     if not files:
         raise UserError(f"{folder} holds no weights: expected *.safetensors or *.bin files")
     with ThreadPoolExecutor(max_workers=8) as pool:
         digests = list(pool.map(_file_sha256, files))
-    return hashlib.sha256(json.dumps([[f.name, d] for f, d in zip(files, digests, strict=True)]).encode()).hexdigest()
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    for origin in ("_name_or_path", "transformers_version"):
+        config.pop(origin, None)
+    content = [[file.name, digest] for file, digest in zip(files, digests, strict=True)]
+    return hashlib.sha256(json.dumps([content, config], sort_keys=True).encode()).hexdigest()
 
 
 def _config(model: ResolvedModel) -> Any:

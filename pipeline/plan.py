@@ -17,7 +17,8 @@ import pyarrow as pa
 from pydantic import BaseModel, ConfigDict
 
 from cache_format.manifest import DataIdentity, TokenizerIdentity
-from cache_format.writer import write_durably
+from cache_format.schema import BATCH_BYTES
+from cache_format.writer import load_state, sync, uncompressed_bytes, write_durably
 from pipeline.sequence import Sequence
 
 _SCHEMA = pa.schema(
@@ -31,6 +32,12 @@ class PlannedShard(BaseModel):
 
     sequences: int
     tokens: int
+    positions: int
+
+    def sequences_per_batch(self, top_k: int) -> int:
+        """Rows per record batch, so that a batch of average sequences takes about BATCH_BYTES."""
+        size = uncompressed_bytes(self.tokens, self.positions, top_k * self.positions)
+        return max(1, min(self.sequences, round(BATCH_BYTES * self.sequences / size)))
 
 
 class Plan(BaseModel):
@@ -51,7 +58,7 @@ class Plan(BaseModel):
     def load(cls, build_dir: Path) -> Plan | None:
         """The plan of an earlier start, or None."""
         file = build_dir / "plan.json"
-        return cls.model_validate_json(file.read_bytes()) if file.exists() else None
+        return load_state(cls, file) if file.exists() else None
 
     def save(self, build_dir: Path) -> None:
         """Makes the plan count: from here on a resumed build follows it."""
@@ -92,7 +99,10 @@ def write_sequences(
     shards: list[PlannedShard] = []
     waiting: list[Sequence] = []
     file: pa.ipc.RecordBatchFileWriter | None = None
-    tokens = count = 0
+    tokens = positions = count = 0
+
+    def shard_file(index: int) -> Path:
+        return folder / f"shard-{index:05d}.arrow"
 
     def flush() -> None:
         if file is not None and waiting:
@@ -110,20 +120,23 @@ def write_sequences(
         flush()
         if file is not None:
             file.close()
-            shards.append(PlannedShard(sequences=count, tokens=tokens))
+            sync(shard_file(len(shards)))
+            shards.append(PlannedShard(sequences=count, tokens=tokens, positions=positions))
 
     for sequence in sequences:
         if file is None or tokens + len(sequence.input_ids) > shard_tokens:
             end_shard()
-            file = pa.ipc.new_file(str(folder / f"shard-{len(shards):05d}.arrow"), _SCHEMA)
-            tokens = count = 0
+            file = pa.ipc.new_file(str(shard_file(len(shards))), _SCHEMA)
+            tokens = positions = count = 0
         digest.update(sequence)
         waiting.append(sequence)
         tokens += len(sequence.input_ids)
+        positions += int(sequence.loss_mask.sum())
         count += 1
         if len(waiting) == _ROWS_PER_BATCH:
             flush()
     end_shard()
+    sync(folder)
     return tuple(shards), digest.hexdigest()
 
 

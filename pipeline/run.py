@@ -25,6 +25,7 @@ from cache_format.tokenizers import tokenizer_identity
 from cache_format.writer import BUILD_DIR, MANIFEST, remove_cache, writing_to
 from pipeline.config import BuildConfig
 from pipeline.estimator import keep_nothing, keep_top_k
+from pipeline.models import weights_sha256
 from pipeline.plan import DataHash, Plan, read_sequences, write_sequences
 from pipeline.sequence import Sequence
 from pipeline.sources import Source, open_source
@@ -57,6 +58,7 @@ def build(config: BuildConfig, *, restart: bool = False) -> BuildResult:
     """
     request = _request(config)
     if restart:
+        _check_before_removing(config)
         remove_cache(config.output)
     if (config.output / MANIFEST).exists():
         manifest = _reuse(config, request)
@@ -90,19 +92,20 @@ def _reuse(config: BuildConfig, request: dict[str, Any]) -> Manifest:
     """The finished cache in the way, if it is the one asked for; UserError naming what differs if it is not."""
     manifest = CacheReader(config.output).manifest
     ways_out = "choose another output, or replace the cache with --restart"
-    if manifest.config != request:
+    if _as_of_today(manifest.config, config) != request:
         raise UserError(
             f"{config.output} holds a finished cache with other settings: "
-            f"{describe_difference(manifest.config, request)}; {ways_out}"
+            f"{describe_difference(_as_of_today(manifest.config, config), request)}; {ways_out}"
         )
     shutil.rmtree(config.output / BUILD_DIR, ignore_errors=True)  # a crash between manifest and clean-up leaves it
+    _check_weights(manifest, config, ways_out)
     try:
         source = open_source(config.data)
     except UserError as error:
         # A cache outlives its source: it may have come from elsewhere, or its data may be out of reach for now.
         log.warning("whether the data has changed since cannot be checked: %s", error)
         return manifest
-    if source.stamp() != getattr(manifest.data, "stamp", None):
+    if source.stamp() != manifest.data.stamp:
         log.info("%s may have changed since the cache was built; comparing", config.data.path)
         digest = DataHash()
         for sequence in _tokenization(config).sequences(source):
@@ -112,17 +115,47 @@ def _reuse(config: BuildConfig, request: dict[str, Any]) -> Manifest:
     return manifest
 
 
+def _as_of_today(request: dict[str, Any], config: BuildConfig) -> dict[str, Any]:
+    """An earlier request with the defaults of fields that this version has added, or as it is if it no longer parses."""
+    try:
+        return _request(BuildConfig.model_validate({**request, "output": config.output}))
+    except ValueError:
+        return request
+
+
+def _check_weights(manifest: Manifest, config: BuildConfig, ways_out: str) -> None:
+    """Raises UserError where the teacher's folder now holds another model. Built-in and hub models are pinned anyway."""
+    folder = Path(config.teacher.model).expanduser()
+    if (
+        manifest.teacher.weights_sha256
+        and folder.is_dir()
+        and weights_sha256(folder) != manifest.teacher.weights_sha256
+    ):
+        raise UserError(f"the model in {folder} has changed since {config.output} was built; {ways_out}")
+
+
 def _tokenization(config: BuildConfig) -> Tokenization:
     return Tokenization(open_tokenizer(config.teacher), config.data, vocab_size_of(config.teacher))
 
 
-def _make_plan(build_dir: Path, config: BuildConfig, request: dict[str, Any]) -> Plan:
+def _check_top_k(config: BuildConfig) -> None:
     vocab_size = vocab_size_of(config.teacher)
     if config.store.top_k > vocab_size:
         raise UserError(
             f"store.top_k is {config.store.top_k}, but {config.teacher.model} can predict {vocab_size} ids; "
             "choose a smaller top_k"
         )
+
+
+def _check_before_removing(config: BuildConfig) -> None:
+    """Finds the mistakes that would make a restart fail at once: a cache is worth more than a mistyped name."""
+    _check_top_k(config)
+    open_source(config.data)
+    open_tokenizer(config.teacher)
+
+
+def _make_plan(build_dir: Path, config: BuildConfig, request: dict[str, Any]) -> Plan:
+    _check_top_k(config)
     source: Source = open_source(config.data)
     tokenization = _tokenization(config)
     with tqdm(unit="tok", unit_scale=True, desc="tokenise", leave=False, total=config.data.max_tokens) as bar:
@@ -172,19 +205,21 @@ def _write_shards(writer: CacheWriter, plan: Plan, config: BuildConfig) -> tuple
     teacher = open_teacher(config.teacher, max_length=config.data.max_length, max_top_k=config.store.top_k)
     try:
         header = writer.begin(_header(plan, teacher, config))
-        started = time.monotonic()
+        started, scored = time.monotonic(), 0
         tokens = sum(plan.shards[index].tokens for index in pending)
         with tqdm(total=tokens, unit="tok", unit_scale=True, desc="teacher", dynamic_ncols=True) as bar:
             for index in pending:
-                with writer.shard(index, header) as shard:
+                per_batch = plan.shards[index].sequences_per_batch(config.store.top_k)
+                with writer.shard(index, header, sequences_per_batch=per_batch) as shard:
                     for cached in _score(teacher, writer.build_dir, index, header.store):
                         shard.append(cached)
                         bar.update(len(cached))
+                        scored += len(cached) if len(cached.positions) else 0
                 entry = writer.committed[index]
                 bar.set_postfix_str(
                     f"{entry.bytes / max(1, entry.tokens):.1f} B/tok, shard {index + 1}/{len(plan.shards)}"
                 )
-        return header, time.monotonic() - started, tokens
+        return header, time.monotonic() - started, scored
     finally:
         teacher.close()
 

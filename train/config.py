@@ -29,7 +29,7 @@ class StudentConfig(_Config):
     )
     revision: str | None = Field(None, description="Branch, tag or commit of a hub model.")
     tokenizer: str | None = Field(None, description="Folder or hub name. Default: that of init_from or model.")
-    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="Of the weights that are trained.")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="Of the weights that are trained.")
 
     @model_validator(mode="after")
     def _one_origin(self) -> Self:
@@ -65,6 +65,9 @@ class LossTerm(BaseModel):
         for option in self.options:
             if option not in known:
                 raise ValueError(f"{self.name} has no option {option!r}; it has {', '.join(known)}")
+        k = self.options.get("k", 1)
+        if not isinstance(k, int) or isinstance(k, bool) or k < 1:
+            raise ValueError(f"{self.name}: k is {k!r}; expected a whole number from 1")
         return self
 
     @property
@@ -99,6 +102,9 @@ class TrainConfig(_Config):
     def _somewhere_to_write(self) -> Self:
         if not isinstance(self.training.get("output_dir"), str):
             raise ValueError("training.output_dir is missing: the folder for the student and its report")
+        names = [term.name for term in self.losses]
+        if len(set(names)) < len(names):
+            raise ValueError(f"losses are {', '.join(names)}: each may stand there once")
         dynamic = [term for term in self.losses if term.dynamic]
         if any(term.name != "ranking" for term in dynamic) or len(dynamic) > 1:
             raise ValueError("dynamic belongs to one loss, ranking")

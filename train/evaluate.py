@@ -25,7 +25,9 @@ SHOWN = 5
 
 
 @torch.no_grad()
-def evaluate(head: LogitsHead, data: CachedDataset, vocab_size: int, *, k: int, batch_size: int) -> dict[str, float]:
+def evaluate(
+    head: LogitsHead, data: CachedDataset, vocab_size: int, *, k: int, batch_size: int, logits_chunk: int
+) -> dict[str, float]:
     """Means over the kept positions of ``data``.
 
     ce, perplexity: of the data's own next tokens (nats, and exp of it). kl: KL(teacher || student), nats, see KL_KIND.
@@ -51,8 +53,8 @@ def evaluate(head: LogitsHead, data: CachedDataset, vocab_size: int, *, k: int, 
             }
             return values["kl"], values
 
-        for name, value in head_losses(head, hidden_PH, measure).values.items():
-            sums[name] = sums.get(name, 0.0) + value.sum(dtype=torch.float64).item()
+        for name, value in head_losses(head, hidden_PH, measure, chunk_size=logits_chunk).values.items():
+            sums[name] = sums.get(name, 0.0) + value.cpu().double().sum().item()
         positions += len(teacher)
     means = {name: value / positions for name, value in sums.items()}
     return {**means, "perplexity": perplexity(means["ce"])}
@@ -92,6 +94,7 @@ def examples(
                 "teacher": [
                     (tokenizer.decode([int(i)]), float(p))
                     for i, p in zip(teacher.ids[at, :SHOWN], teacher.logprobs[at, :SHOWN].exp(), strict=True)
+                    if i >= 0
                 ],
                 "student": [
                     (tokenizer.decode([int(i)]), float(p))

@@ -6,8 +6,10 @@ student was before it) and the Trainer's checkpoints. ``metrics.json`` is writte
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import math
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,7 +29,7 @@ from cache_format.errors import ConfigError
 from cache_format.writer import write_durably
 from train import compat
 from train.config import TrainConfig
-from train.dataset import CachedDataset, split
+from train.dataset import CachedDataset, collate, split, teacher_of
 from train.evaluate import KL_KIND, evaluate, examples, teacher_reference
 from train.objective import Objective
 from train.report import write_report
@@ -36,7 +38,13 @@ from train.trainer import DistillationTrainer
 
 log = logging.getLogger(__name__)
 
-_WHAT_A_RUN_WRITES = ("run.json", "metrics.json", "log.json", "examples.json", "report.html", "README.md")
+_WHAT_A_RUN_WRITES = ("metrics.json", "log.json", "examples.json", "report.html", "README.md", "run.json")
+_CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENOENT}
+_UNSUPPORTED = {
+    "group_by_length",  # needs a column of lengths
+    "label_smoothing_factor",  # the hard labels are a loss of their own: ce_weight
+    "save_only_model",  # a run could not go on exactly
+}
 
 
 def train(config: TrainConfig, *, restart: bool = False) -> tuple[dict[str, Any], bool]:
@@ -46,14 +54,12 @@ def train(config: TrainConfig, *, restart: bool = False) -> tuple[dict[str, Any]
     """
     output = config.output_dir
     with _exclusive(output):
-        if restart:
-            _remove_run(output)
         cache = CacheReader(config.cache)
         run = {"config": _identity(config), "cache": cache.manifest.fingerprint}
-        before = _begun(output, run)
+        before = None if restart else _begun(output, run)
         if before is not None and (output / "metrics.json").exists():
             return json.loads((output / "metrics.json").read_text()), True
-        return _train(config, cache, run, before), False
+        return _train(config, cache, run, before, restart=restart), False
 
 
 def rewrite_report(output: Path) -> Path:
@@ -69,7 +75,7 @@ def rewrite_report(output: Path) -> Path:
 
 
 def _train(
-    config: TrainConfig, cache: CacheReader, run: dict[str, Any], before: dict[str, Any] | None
+    config: TrainConfig, cache: CacheReader, run: dict[str, Any], before: dict[str, Any] | None, *, restart: bool
 ) -> dict[str, Any]:
     manifest, output = cache.manifest, config.output_dir
     arguments = _training_arguments(config)
@@ -88,6 +94,9 @@ def _train(
         )
     held_out = CachedDataset(cache, held_out_indices[: config.evaluation.max_sequences])
     objective = Objective(config)
+    _try_objective(objective, held_out, manifest.store.vocab_size)
+    if restart:  # only now that nothing stands against a new run
+        _remove_run(output)
     trainer = DistillationTrainer(
         student,
         arguments,
@@ -108,6 +117,7 @@ def _train(
             manifest.store.vocab_size,
             k=config.evaluation.k,
             batch_size=arguments.per_device_eval_batch_size,
+            logits_chunk=config.logits_chunk,
         )
 
     def show() -> list[dict[str, Any]]:
@@ -117,17 +127,23 @@ def _train(
         before = {"metrics": measure(), "examples": show()}
         write_durably(output / "run.json", json.dumps({**run, "before": before}, indent=2))
     checkpoint = _last_checkpoint(output)
-    if checkpoint is None:
-        trainer.train()
-    else:
+    if checkpoint is not None:
         log.info("going on from %s", checkpoint)
-        trainer.continue_from(str(checkpoint))
+    # Again: whether the evaluation above ran now or in an earlier start must not show in the training.
+    set_seed(arguments.seed)
+    trainer.run(None if checkpoint is None else str(checkpoint))
 
+    after = measure()
+    if not all(math.isfinite(value) for value in after.values()):
+        raise UserError(
+            f"the student has diverged: its held-out KL is {after['kl']}; lower training.learning_rate or set "
+            "training.max_grad_norm, and begin afresh with --restart"
+        )
     trainer.save_model(str(output))
     history = trainer.state.log_history
     metrics = {
         "before": before["metrics"],
-        "after": measure(),
+        "after": after,
         "teacher": {
             "model": manifest.teacher.model,
             "engine": manifest.teacher.engine,
@@ -174,12 +190,19 @@ def _training_arguments(config: TrainConfig) -> TrainingArguments:
     fields = {**defaults, **config.training, "remove_unused_columns": False}
     # YAML 1.1 reads an unquoted `no` as false.
     fields |= {name: "no" for name, value in fields.items() if name.endswith("_strategy") and value is False}
+    for name in _UNSUPPORTED & {name for name, value in fields.items() if value}:
+        raise ConfigError(f"training.{name} is {fields[name]}, which training from a cache does not support; remove it")
     try:
-        return TrainingArguments(**fields)
+        arguments = TrainingArguments(**fields)
+        if arguments.device.type == "cuda" and arguments.n_gpu > 1:
+            # Left alone, Trainer would wrap the student in nn.DataParallel, which cannot cut up cached batches.
+            log.info("training on one of %d GPUs", arguments.n_gpu)
+            arguments._n_gpu = 1
+        return arguments
     except TypeError as error:
         unknown = str(error).rpartition(" ")[2]
         raise ConfigError(f"training.{unknown.strip(chr(39))} is no field of transformers.TrainingArguments") from error
-    except (ValueError, ImportError) as error:
+    except (ValueError, ImportError, RuntimeError) as error:
         raise ConfigError(f"training: {str(error).strip().splitlines()[0]}") from error
 
 
@@ -196,6 +219,11 @@ def _begun(output: Path, run: dict[str, Any]) -> dict[str, Any] | None:
     Raises UserError where the folder holds another run.
     """
     if not (output / "run.json").exists():
+        if any(output.glob("checkpoint-*")):
+            raise UserError(
+                f"{output} holds checkpoints of a run that is not known here; begin afresh with --restart, or choose another "
+                "training.output_dir"
+            )
         return None
     earlier = json.loads((output / "run.json").read_text())
     before = earlier.pop("before")
@@ -224,10 +252,21 @@ def _last_checkpoint(output: Path) -> Path | None:
 
 
 def _remove_run(output: Path) -> None:
-    for name in _WHAT_A_RUN_WRITES:
-        (output / name).unlink(missing_ok=True)
+    """Removes what a run has written; ``run.json``, which says whose checkpoints these are, goes last."""
     for checkpoint in output.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
+    for name in _WHAT_A_RUN_WRITES:
+        (output / name).unlink(missing_ok=True)
+
+
+def _try_objective(objective: Objective, data: CachedDataset, vocab_size: int) -> None:
+    """Raises UserError or ConfigError for loss options that this cache cannot serve, before anything is written."""
+    teacher = teacher_of(collate([data[0]]), vocab_size)
+    rows = slice(0, min(4, len(teacher)))
+    try:
+        objective.per_chunk(teacher)(torch.zeros(rows.stop, vocab_size), rows)
+    except (TypeError, ValueError, RuntimeError, IndexError) as error:
+        raise ConfigError(f"losses: {str(error).strip().splitlines()[0]}; see the options in train/losses/") from error
 
 
 @contextmanager
@@ -243,10 +282,14 @@ def _exclusive(output: Path) -> Iterator[None]:
         ) from (None)
     except (SafetensorError, RuntimeError) as error:
         # How safetensors and torch.save say that a disk is full.
-        if not any(sign in str(error) for sign in ("No space left", "failed writing file", "unexpected pos")):
+        if "/torch_" in str(error) or not any(
+            sign in str(error) for sign in ("No space left", "failed writing file", "unexpected pos")
+        ):
             raise
         raise UserError(f"no space left for {output}; make room, then run the same command again") from error
     except OSError as error:
+        if error.errno not in _CANNOT_WRITE:
+            raise
         raise UserError(
             f"cannot write to {error.filename or output}: {error.strerror or error}; make room or permit it, then run the "
             "same command again"

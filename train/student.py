@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import logging
 import re
@@ -78,12 +79,20 @@ def find_model(name: str, revision: str | None) -> Path:
 
 def _student_config(fields: dict[str, object]) -> PretrainedConfig:
     try:
-        return AutoConfig.for_model(**fields)
-    except (TypeError, ValueError, KeyError) as error:
+        config = AutoConfig.for_model(**fields)
+        known = AutoConfig.for_model(fields["model_type"])
+    except Exception as error:  # every config class validates its fields in its own way
         raise ConfigError(
             f"student.config does not describe a transformers model ({_line(error)}); it needs model_type and that "
             "model's own fields"
         ) from error
+    # rope_theta stands inside rope_parameters nowadays; transformers still takes it by itself.
+    unknown = [name for name in fields if name != "rope_theta" and not hasattr(known, name)]
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], known.to_dict(), n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ConfigError(f"student.config: {type(known).__name__} has no field {unknown[0]!r}{hint}")
+    return config
 
 
 def _whole(folder: Path, dtype: torch.dtype) -> PreTrainedModel:

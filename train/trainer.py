@@ -59,7 +59,7 @@ class DistillationTrainer(Trainer):
             eval_dataset=held_out,
             data_collator=collate,
             processing_class=tokenizer,
-            callbacks=[_Progress()],
+            callbacks=[_LogWhenSaving(), _Progress()],
         )
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
@@ -107,6 +107,7 @@ class DistillationTrainer(Trainer):
             self.vocab_size,
             k=self.k,
             batch_size=self.args.per_device_eval_batch_size,
+            logits_chunk=self.logits_chunk,
         )
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         self.log(metrics)
@@ -123,19 +124,23 @@ class DistillationTrainer(Trainer):
             self._sums, self._positions = {}, 0
         super().log(logs, start_time)
 
-    def continue_from(self, checkpoint: str) -> None:
-        """Trains on from a checkpoint; ``positions`` and ``seconds`` of the log go on where it stopped."""
-        state = TrainerState.load_from_json(f"{checkpoint}/trainer_state.json")
-        if state.global_step >= state.max_steps:
-            # Killed after the last step. Trainer itself would take one step more.
-            self._load_from_checkpoint(checkpoint)
-            self.state = state
+    def run(self, checkpoint: str | None) -> None:
+        """Trains from the start, or on from a checkpoint; ``positions`` and ``seconds`` of the log go on where it stopped."""
+        self._started = time.monotonic()
+        if checkpoint is None:
+            self.train()
             return
+        state = TrainerState.load_from_json(f"{checkpoint}/trainer_state.json")
         records = [record for record in state.log_history if "positions" in record]
         if records:
             self._resumed_positions = int(records[-1]["positions"])
             self._resumed_seconds = records[-1]["seconds"]
-        self._started = time.monotonic()
+        if state.global_step >= state.max_steps:
+            # Killed after the last step. Trainer itself would take one step more.
+            best = state.best_model_checkpoint if self.args.load_best_model_at_end else None
+            self._load_from_checkpoint(best or checkpoint)
+            self.state = state
+            return
         self.train(resume_from_checkpoint=checkpoint)
 
 
@@ -150,6 +155,20 @@ def _route_forward(student: PreTrainedModel, distil: Any) -> None:
         return distil(inputs) if "kept" in inputs else plain(*args, **inputs)
 
     student.forward = forward  # type: ignore[method-assign]
+
+
+class _LogWhenSaving(TrainerCallback):
+    """Closes the window of averaged losses at every checkpoint and at the end, so that a resumed log is the same log."""
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if control.should_save or state.global_step >= state.max_steps:
+            control.should_log = True
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if control.should_save:
+            control.should_log = True
 
 
 class _Progress(TrainerCallback):

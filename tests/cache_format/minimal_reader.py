@@ -22,7 +22,7 @@ def read(folder: Path) -> list[dict]:
     vocab_size, step = manifest["store"]["vocab_size"], manifest["store"]["logprob_step"]
     sequences = []
     for shard in manifest["shards"]:
-        if not re.fullmatch(r"data/[A-Za-z0-9._-]+\.arrow", shard["path"]) or ".." in shard["path"]:
+        if not re.fullmatch(r"data/[A-Za-z0-9_-][A-Za-z0-9._-]*\.arrow", shard["path"]):
             raise ValueError("a shard outside the cache")
         data = (folder / shard["path"]).read_bytes()
         if len(data) != shard["bytes"] or hashlib.sha256(data).hexdigest() != shard["sha256"]:

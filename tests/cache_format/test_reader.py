@@ -176,3 +176,31 @@ def test_others_can_open_the_shards(path):
     cache = CacheReader(path)
     assert table["input_ids"].to_pylist() == [cache[i].input_ids.tolist() for i in range(5)]
     assert table["target_rank"].to_pylist() == [cache[i].target_rank.tolist() for i in range(5)]
+
+
+def test_more_shards_than_files_may_be_open(tmp_path, rng, header, sequence):
+    with CacheWriter(tmp_path / "many") as writer:
+        started = writer.begin(header())
+        for index in range(90):
+            with writer.shard(index, started) as shard:
+                shard.append(sequence(rng, f"{index}", tokens=4))
+        writer.finish(started, 90)
+    code = (
+        "import resource; from cache_format import CacheReader; resource.setrlimit(resource.RLIMIT_NOFILE, (80, 80)); "
+        f"cache = CacheReader({str(tmp_path / 'many')!r}); print(sum(len(s) for s in cache) + len(cache[0]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == f"{91 * 4}\n", done.stderr
+
+
+def test_a_forked_reader_opens_its_own_files(path):
+    cache = CacheReader(path)
+    expected = cache[7].sequence_id
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        assert pool.map(cache.__getitem__, [7, 7])[0].sequence_id == expected
+
+
+@pytest.mark.parametrize("url", ["foo://x", "s3://bucket/cache", "http://127.0.0.1:9/cache"])
+def test_a_url_that_does_not_work_is_one_clear_error(url):
+    with pytest.raises(CacheError):
+        CacheReader(url)

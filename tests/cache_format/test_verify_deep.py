@@ -57,7 +57,7 @@ WRONG = {
     "rank beyond it": lambda s: {"target_rank": s.target_rank + 8},
     "head logprobs do not fall|mass is above 1": lambda s: {"logprobs": np.zeros_like(s.logprobs)},
     "positions are not exactly": lambda s: {"loss_mask": np.where(np.arange(len(s)) == 3, False, s.loss_mask)},
-    "token ids outside": lambda s: {"input_ids": s.input_ids + 1000},
+    "token ids leave": lambda s: {"input_ids": s.input_ids + 1000},
 }
 
 
@@ -67,7 +67,7 @@ def test_what_contradicts_the_specification_is_found(tmp_path, header, consisten
     sequences[3] = dataclasses.replace(sequences[3], **WRONG[what](sequences[3]))
     path = written(tmp_path, header, sequences, monkeypatch)
     assert verify(path) == [], "its hashes are right"
-    (problem,) = verify(path, deep=True)
+    problem = verify(path, deep=True)[0]
     assert "data/shard-00001.arrow" in problem
     assert any(part in problem for part in what.split("|")), problem
 
@@ -86,5 +86,21 @@ def test_a_forged_manifest(tmp_path, header, consistent, monkeypatch, field):
     shard[field] = "0" * 64 if field == "content_sha256" else shard[field] + 1
     (tmp_path / "c" / "manifest.json").write_text(json.dumps(manifest))
     assert verify(path) == []
+    problems = verify(path, deep=True)
+    assert "shard-00001" in problems[0]
+    assert all("manifest.json" in problem for problem in problems[1:])
+
+
+@pytest.mark.parametrize("field", ["statistics", "content_sha256", "fingerprint", "data"])
+def test_a_manifest_that_contradicts_itself(tmp_path, header, consistent, monkeypatch, field):
+    path = written(tmp_path, header, [consistent(f"s{i}") for i in range(4)], monkeypatch)
+    manifest = json.loads((tmp_path / "c" / "manifest.json").read_text())
+    if field == "statistics":
+        manifest["statistics"]["tokens"] += 1
+    elif field == "data":
+        manifest["data"]["sha256"] = "1"
+    else:
+        manifest[field] = "0" * 64
+    (tmp_path / "c" / "manifest.json").write_text(json.dumps(manifest))
     (problem,) = verify(path, deep=True)
-    assert "shard-00001" in problem
+    assert problem.startswith("manifest.json: ")

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import cache_format.writer
 from cache_format import CacheInUseError, CacheReader, CacheWriter, IncompleteCacheError, UserError, verify
 from cache_format.writer import BUILD_DIR, remove_cache
 
@@ -170,3 +171,32 @@ def test_batches_are_small_and_uniform(tmp_path, rng, header, sequence):
     order = rng.permutation(len(cache))
     assert all(cache[int(i)].sequence_id == many[(int(i) % 30) * 3 + int(i) // 30].sequence_id for i in order)
     assert np.array_equal(cache[-1].input_ids, cache[len(cache) - 1].input_ids)
+
+
+def test_files_that_are_not_a_caches_are_left_alone(tmp_path, header):
+    """A project folder as output, with data/ and README.md of its own: refused, and nothing is touched."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_text("mine")
+    (tmp_path / "README.md").write_text("mine")
+    with pytest.raises(UserError, match=r"has data and README\.md of its own"):
+        CacheWriter(tmp_path).__enter__()
+    with pytest.raises(UserError, match="no cache"):
+        remove_cache(tmp_path)
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["README.md", "data", "train.jsonl"]
+
+
+def test_finished_between_look_and_lock(tmp_path, header, sequences, monkeypatch):
+    """Another process finishes the cache just before this one gets the lock: its shards stay."""
+    path = tmp_path / "c"
+    locked = cache_format.writer._locked
+
+    def late(where):
+        monkeypatch.setattr(cache_format.writer, "_locked", locked)
+        build(path, header(), sequences)
+        return locked(where)
+
+    monkeypatch.setattr(cache_format.writer, "_locked", late)
+    with pytest.raises(UserError, match="finished cache"):
+        CacheWriter(path).__enter__()
+    assert len(CacheReader(path)) == len(sequences)
+    assert len(list((path / "data").iterdir())) == SHARDS

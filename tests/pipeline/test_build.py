@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -105,6 +106,28 @@ def test_other_settings_need_another_place(tmp_path):
     with pytest.raises(UserError, match=r"store.top_k: 8 -> 4; choose another output"):
         build(synthetic(tmp_path, store__top_k=4))
     assert build(synthetic(tmp_path, store__top_k=4), restart=True).manifest.store.top_k == 4
+
+
+def test_a_restart_that_cannot_work_removes_nothing(tmp_path):
+    build(synthetic(tmp_path))
+    for broken in ({"data__path": "./nope.jsonl"}, {"store__top_k": 3001}):
+        with pytest.raises(UserError):
+            build(synthetic(tmp_path, **broken), restart=True)
+        assert build(synthetic(tmp_path)).reused
+
+
+def test_another_model_in_the_same_folder_is_noticed(tmp_path, tiny_llama):
+    """Other weights, or the same weights under another config."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny_llama, model)
+    teacher = {"model": str(model), "backend": "transformers"}
+    config = synthetic(tmp_path, teacher=teacher, data={"path": "python-docs", "max_length": 32, "max_tokens": 500})
+    build(config)
+    assert build(config).reused
+    fields = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**fields, "rms_norm_eps": 0.5}))
+    with pytest.raises(UserError, match="has changed since"):
+        build(config)
 
 
 def test_changed_data_is_noticed(tmp_path, lines):
@@ -262,9 +285,13 @@ def test_overrides(tmp_path):
     file = tmp_path / "c.yaml"
     file.write_text(yaml.safe_dump(synthetic(tmp_path).model_dump(mode="json")))
     config = load_config(
-        BuildConfig, file, ["store.top_k=3", "data.max_tokens=null", "teacher.engine_args={a: [1, 2]}"]
+        BuildConfig, file, ["store.top_k=3", "data.max_tokens=null", "teacher.engine_args={a: [1, 2], b: 1e-4}"]
     )
-    assert (config.store.top_k, config.data.max_tokens, config.teacher.engine_args) == (3, None, {"a": [1, 2]})
+    assert (config.store.top_k, config.data.max_tokens, config.teacher.engine_args) == (
+        3,
+        None,
+        {"a": [1, 2], "b": 1e-4},
+    )
     for wrong in ("store.top_k", "=3", "store.top_kk=3", "store.top_k.x=3", "store.top_k=[unclosed"):
         with pytest.raises(UserError):
             load_config(BuildConfig, file, [wrong])

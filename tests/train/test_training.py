@@ -117,8 +117,31 @@ def test_the_saved_student_is_the_evaluated_one(config, cache):
     assert total / positions == pytest.approx(metrics["after"]["ce"], abs=1e-4)
 
 
-def test_accumulated_batches_equal_one_batch(config, tmp_path):
-    """1 x 8 sequences and 8 x 1: the loss is a mean over the positions of the whole batch, however it is cut up."""
+@pytest.fixture(scope="session")
+def uneven_cache(tiny_llama, tmp_path_factory):
+    """Documents of 2 to 120 characters; short ones all of one letter, so that loss and length go together."""
+    folder = tmp_path_factory.mktemp("uneven")
+    texts = [
+        "zz" if i % 2 else f"{i}: it was the {i}th of its kind, and not the last one that they would see. " * 2
+        for i in range(60)
+    ]
+    (folder / "data.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    config = BuildConfig.model_validate(
+        {
+            "teacher": {"model": str(tiny_llama), "backend": "transformers"},
+            "data": {"path": str(folder / "data.jsonl"), "max_length": 120},
+            "output": str(folder / "cache"),
+        }
+    )
+    build(config)
+    return config.output
+
+
+def test_accumulated_batches_equal_one_batch(config, tmp_path, uneven_cache):
+    """1 x 8 sequences and 8 x 1: the loss is a mean over the positions of the whole batch, however it is cut up.
+
+    The sequences are of very different lengths, so that a mean of means would differ by far more than the tolerance.
+    """
     logs = []
     for batch, accumulate in ((8, 1), (1, 8), (2, 4)):
         training = {
@@ -127,7 +150,7 @@ def test_accumulated_batches_equal_one_batch(config, tmp_path):
             "per_device_train_batch_size": batch,
             "gradient_accumulation_steps": accumulate,
         }
-        train(config(training=training))
+        train(config(training=training, cache=str(uneven_cache), evaluation={"held_out": 0.2}))
         history = json.loads((tmp_path / f"run-{batch}" / "log.json").read_text())
         logs.append([record["loss"] for record in history if "loss" in record])
     assert logs[1] == pytest.approx(logs[0], abs=2e-4)
@@ -156,6 +179,44 @@ def student_process(config, tmp_path):
     file = tmp_path / "student.yaml"
     file.write_text(yaml.safe_dump(config.model_dump(mode="json")))
     return [sys.executable, "-c", "from train.cli import main; main()", str(file)]
+
+
+def test_logs_seldom_written_say_the_same_after_a_resume(config, tmp_path):
+    """logging_steps that do not divide save_steps: the totals and the last loss do not depend on an interruption."""
+    training = {"max_steps": 11, "save_steps": 4, "logging_steps": 5, "save_total_limit": 3}
+    expected, _ = train(config(training={**training, "output_dir": str(tmp_path / "whole")}))
+    train(config(training=training))
+    run = config().output_dir
+    (run / "metrics.json").unlink()
+    for step in (8, 11):
+        shutil.rmtree(run / f"checkpoint-{step}", ignore_errors=True)
+    found, was_there = train(config(training=training))
+    assert not was_there
+    assert found["positions_trained"] == expected["positions_trained"] > 0
+    assert found["final_loss"] == pytest.approx(expected["final_loss"], abs=1e-5)
+    rare, _ = train(config(training={"max_steps": 3, "logging_steps": 500, "output_dir": str(tmp_path / "rare")}))
+    assert rare["positions_trained"] > 0
+    assert rare["final_loss"] > 0
+
+
+def test_a_restart_that_cannot_work_removes_nothing(config):
+    train(config(training={"max_steps": 2}))
+    with pytest.raises(UserError, match="holds no cache"):
+        train(config(cache="caches/typo", training={"max_steps": 2}), restart=True)
+    assert train(config(training={"max_steps": 2}))[1]
+
+
+def test_checkpoints_of_nobody_are_not_gone_on_from(config):
+    train(config(training={"max_steps": 4}))
+    (config().output_dir / "run.json").unlink()
+    with pytest.raises(UserError, match="checkpoints of a run that is not known"):
+        train(config(training={"max_steps": 4}))
+
+
+def test_options_that_fail_late_are_refused_before_anything_is_written(config):
+    with pytest.raises(UserError, match="temperature is 2"):
+        train(config(losses=[{"name": "forward_kl", "temperature": 2.0}]))
+    assert not (config().output_dir / "run.json").exists()
 
 
 def test_killed_and_resumed_it_ends_the_same(config, tmp_path, rng):
@@ -303,6 +364,10 @@ def test_a_newer_cache(config, tmp_path, cache):
         ({"student": {"init_from": "x", "model": "y"}}, "exactly one of"),
         ({"losses": [{"name": "forward_k"}]}, "no loss is called"),
         ({"losses": [{"name": "ranking", "kk": 3}]}, "kk"),
+        ({"losses": [{"name": "ranking", "k": 0}]}, "k is 0"),
+        ({"losses": [{"name": "forward_kl"}, {"name": "forward_kl"}]}, "once"),
+        ({"student": {"config": {"model_type": "llama", "num_hiden_layers": 1}}}, "num_hidden_layers"),
+        ({"training": {"save_only_model": True}}, "save_only_model"),
         ({"training": {"max_stepz": 3}}, "max_stepz"),
         ({"training": {"output_dir": "/proc/run"}}, "cannot write to"),
         ({"student": {"config": {"model_type": "unheard-of"}}}, "unheard-of"),
