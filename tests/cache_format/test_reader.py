@@ -169,13 +169,18 @@ def test_reading_needs_no_framework(path):
     assert done.returncode == 0, done.stderr
 
 
-def test_others_can_open_the_shards(path):
-    """The plain columns are plain Arrow to pyarrow alone, and to datasets."""
+def test_others_can_open_the_shards(path, tmp_path):
+    """The plain columns are plain Arrow: to pyarrow alone, and to datasets, by the files or by the folder's card."""
+    datasets = pytest.importorskip("datasets")
+    cache = CacheReader(path)
+    expected = [s.input_ids.tolist() for s in cache]
     with pa.ipc.open_file(str(path / "data" / "shard-00000.arrow")) as file:
         table = file.read_all()
-    cache = CacheReader(path)
-    assert table["input_ids"].to_pylist() == [cache[i].input_ids.tolist() for i in range(5)]
+    assert table["input_ids"].to_pylist() == expected[:5]
     assert table["target_rank"].to_pylist() == [cache[i].target_rank.tolist() for i in range(5)]
+    for source in ({"path": "arrow", "data_files": str(path / "data" / "*.arrow")}, {"path": str(path)}):
+        loaded = datasets.load_dataset(**source, split="train", cache_dir=str(tmp_path / "datasets"))
+        assert loaded["input_ids"][:] == expected
 
 
 def test_more_shards_than_files_may_be_open(tmp_path, rng, header, sequence):
