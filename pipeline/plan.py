@@ -50,10 +50,6 @@ class Plan(BaseModel):
     data: DataIdentity
     shards: tuple[PlannedShard, ...]
 
-    @property
-    def tokens(self) -> int:
-        return sum(shard.tokens for shard in self.shards)
-
     @classmethod
     def load(cls, build_dir: Path) -> Plan | None:
         """The plan of an earlier start, or None."""

@@ -38,7 +38,11 @@ from train.trainer import DistillationTrainer
 
 log = logging.getLogger(__name__)
 
-_WHAT_A_RUN_WRITES = ("metrics.json", "log.json", "examples.json", "report.html", "README.md", "run.json")
+_WHAT_A_RUN_WRITES = (
+    *("metrics.json", "log.json", "examples.json", "report.html", "README.md"),
+    *("config.json", "generation_config.json", "model.safetensors"),
+    "run.json",
+)
 _CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENOENT}
 _UNSUPPORTED = {
     "group_by_length",  # needs a column of lengths
@@ -56,6 +60,7 @@ def train(config: TrainConfig, *, restart: bool = False) -> tuple[dict[str, Any]
     with _exclusive(output):
         cache = CacheReader(config.cache)
         run = {"config": _identity(config), "cache": cache.manifest.fingerprint}
+        _refuse_other_files(output)
         before = None if restart else _begun(output, run)
         if before is not None and (output / "metrics.json").exists():
             return json.loads((output / "metrics.json").read_text()), True
@@ -213,17 +218,25 @@ def _identity(config: TrainConfig) -> dict[str, Any]:
     return identity
 
 
+def _refuse_other_files(output: Path) -> None:
+    """Raises UserError where a folder that no run of ours was begun in has files that a run would replace or go on from."""
+    if (output / "run.json").exists():
+        return
+    taken = [name for name in _WHAT_A_RUN_WRITES if (output / name).exists()]
+    taken += [folder.name for folder in output.glob("checkpoint-*")]
+    if taken:
+        raise UserError(
+            f"{output} has {', '.join(taken)} of its own, where a run puts its files; choose an empty or new folder as "
+            "training.output_dir"
+        )
+
+
 def _begun(output: Path, run: dict[str, Any]) -> dict[str, Any] | None:
     """What was measured before the first step, if this very run was begun in ``output``; None if nothing was.
 
     Raises UserError where the folder holds another run.
     """
     if not (output / "run.json").exists():
-        if any(output.glob("checkpoint-*")):
-            raise UserError(
-                f"{output} holds checkpoints of a run that is not known here; begin afresh with --restart, or choose another "
-                "training.output_dir"
-            )
         return None
     earlier = json.loads((output / "run.json").read_text())
     before = earlier.pop("before")
@@ -279,7 +292,7 @@ def _exclusive(output: Path) -> Iterator[None]:
     except filelock.Timeout:
         raise UserError(
             f"another process is training into {output}; wait for it, or choose another training.output_dir"
-        ) from (None)
+        ) from None
     except (SafetensorError, RuntimeError) as error:
         # How safetensors and torch.save say that a disk is full.
         if "/torch_" in str(error) or not any(

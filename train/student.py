@@ -59,7 +59,7 @@ def load_student_tokenizer(config: StudentConfig) -> PreTrainedTokenizerBase | N
     except (OSError, ValueError) as error:
         raise UserError(
             f"{name} has no tokenizer that transformers can load ({_line(error)}); set student.tokenizer"
-        ) from (error)
+        ) from error
 
 
 def find_model(name: str, revision: str | None) -> Path:

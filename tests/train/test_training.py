@@ -206,11 +206,17 @@ def test_a_restart_that_cannot_work_removes_nothing(config):
     assert train(config(training={"max_steps": 2}))[1]
 
 
-def test_checkpoints_of_nobody_are_not_gone_on_from(config):
-    train(config(training={"max_steps": 4}))
-    (config().output_dir / "run.json").unlink()
-    with pytest.raises(UserError, match="checkpoints of a run that is not known"):
-        train(config(training={"max_steps": 4}))
+@pytest.mark.parametrize("restart", [False, True])
+def test_files_that_are_not_a_runs_are_left_alone(config, restart):
+    """Foreign checkpoints are not gone on from, and a README or a model that lies there is not replaced."""
+    output = config().output_dir
+    output.mkdir()
+    for name in ("README.md", "config.json", "checkpoint-4"):
+        (output / name).write_text("mine")
+        with pytest.raises(UserError, match=f"has {name} of its own"):
+            train(config(), restart=restart)
+        assert (output / name).read_text() == "mine"
+        (output / name).unlink()
 
 
 def test_options_that_fail_late_are_refused_before_anything_is_written(config):
