@@ -1,0 +1,389 @@
+"""Where caches lie: any fsspec URL, read in streams of known size and hash, and a bounded local cache of remote shards."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, TypeVar
+
+import filelock
+import fsspec
+import pyarrow as pa
+from fsspec.implementations.local import LocalFileSystem
+
+from cache_format.errors import CacheError, CacheNotFoundError, DamagedCacheError, IncompleteCacheError, UserError
+from cache_format.manifest import MAX_MANIFEST_BYTES, Manifest
+from cache_format.writer import BUILD_DIR, MANIFEST
+
+ATTEMPTS = 4
+"""How often a transfer is tried before a failing network is reported."""
+
+FIRST_DELAY = 0.5
+"""Seconds before the second attempt; doubled from one to the next."""
+
+DEFAULT_CACHE_BYTES = 32 << 30
+
+PULL_DIR = ".pull"
+"""In a local folder while a copy into it is unfinished: the lock and temporary files. Never a build's ``.build``."""
+
+_CHUNK = 1 << 20
+_STREAMING = {"http", "https", "hf"}  # with block_size=0 these send a file in one response
+_PACKAGES = {"huggingface_hub": "logitcask[hub]", "s3fs": "logitcask[s3]"}
+_PERMANENT = (UserError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, NotImplementedError)
+_Result = TypeVar("_Result")
+
+
+class CacheFile(NamedTuple):
+    """One file of a cache beside its manifest and card; ``path`` is relative to the cache."""
+
+    path: str
+    bytes: int
+    sha256: str
+
+
+def cache_files(manifest: Manifest) -> list[CacheFile]:
+    """Every file that ``manifest`` vouches for: the shards in order, then the tail prior where there is one."""
+    prior = getattr(manifest, "tail_prior", None)
+    parts = [*manifest.shards, *([] if prior is None else [prior])]
+    return [CacheFile(part.path, part.bytes, part.sha256) for part in parts]
+
+
+def open_filesystem(url: str, *, fresh: bool = False) -> tuple[fsspec.AbstractFileSystem, str]:
+    """The file system that ``url`` (or a local path) names, and the path in it; no request is made yet.
+
+    ``fresh``: with connections of its own, for a process that was forked. Raises CacheError for a protocol that fsspec
+    does not know, and where its driver is not installed.
+    """
+    options: dict[str, Any] = {"skip_instance_cache": True} if fresh else {}
+    try:
+        if url.startswith(("http://", "https://")):
+            import aiohttp
+
+            # aiohttp gives a whole response five minutes; a shard on a slow line takes longer.
+            options["client_kwargs"] = {"timeout": aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=60)}
+        filesystem, root = fsspec.core.url_to_fs(url, **options)
+    except ImportError as error:
+        # fsspec raises its own ImportError from the one that names the module.
+        missing = getattr(error.__cause__ or error, "name", None) or str(error)
+        raise CacheError(
+            f"{url} needs a package that is not installed; pip install '{_PACKAGES.get(missing, missing)}'"
+        ) from error
+    except ValueError as error:
+        raise CacheError(f"{url} cannot be opened: {one_line(error)}") from error
+    return filesystem, root.rstrip("/")
+
+
+def is_local(filesystem: fsspec.AbstractFileSystem) -> bool:
+    return isinstance(filesystem, LocalFileSystem)
+
+
+def protocol_of(filesystem: fsspec.AbstractFileSystem) -> str:
+    protocol = filesystem.protocol
+    return protocol if isinstance(protocol, str) else protocol[0]
+
+
+def one_line(error: BaseException) -> str:
+    """What went wrong, for a message that has to fit one line."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+@contextmanager
+def reaching(where: str) -> Iterator[None]:
+    """Turns whatever a remote file system raises (no permission, no such host, ...) into a CacheError about ``where``."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise CacheError(
+            f"{where} cannot be reached: {one_line(error)}; check the address, the network and your access to it"
+        ) from error
+
+
+def retrying(action: Callable[[], _Result]) -> _Result:
+    """``action()``, tried ATTEMPTS times with growing pauses unless what it raises is there to stay."""
+    for attempt in range(ATTEMPTS - 1):
+        try:
+            return action()
+        except Exception as error:
+            if not _is_transient(error):
+                raise
+            time.sleep(FIRST_DELAY * 2**attempt * random.uniform(0.5, 1.5))
+    return action()
+
+
+def _is_transient(error: Exception) -> bool:
+    status = getattr(error, "status", None) or getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(status, int) and 400 <= status < 500:
+        return status in (408, 429)
+    return not isinstance(error, _PERMANENT)
+
+
+def open_stream(filesystem: fsspec.AbstractFileSystem, path: str) -> BinaryIO:
+    """``path`` opened for one pass from its start to its end, with a few MiB in memory at a time."""
+    protocol = protocol_of(filesystem)
+    # For HTTP a size, which this kind of file ignores, spares a HEAD whose failure would pass for a missing file.
+    extra = {"size": 1} if protocol in ("http", "https") else {}
+    stream: BinaryIO = filesystem.open(path, "rb", block_size=0 if protocol in _STREAMING else 8 * _CHUNK, **extra)
+    return stream
+
+
+def read_small(filesystem: fsspec.AbstractFileSystem, path: str, limit: int) -> bytes:
+    """The bytes of a file of at most ``limit`` bytes; never takes more than one more than that from the network.
+
+    Raises DamagedCacheError for a larger file, FileNotFoundError, and what the file system raises.
+    """
+
+    def read() -> bytes:
+        data = bytearray()
+        with open_stream(filesystem, path) as stream:
+            while chunk := stream.read(min(_CHUNK, limit + 1 - len(data))):
+                data += chunk
+        return bytes(data)
+
+    data = retrying(read)
+    if len(data) > limit:
+        raise DamagedCacheError(
+            f"{filesystem.unstrip_protocol(path)} has more than {limit} bytes; that is not a cache's"
+        )
+    return data
+
+
+def read_manifest(filesystem: fsspec.AbstractFileSystem, root: str, where: str) -> tuple[bytes, Manifest]:
+    """The manifest of the cache in ``root``, as it is written there and parsed; ``where`` names the cache in messages.
+
+    Raises CacheNotFoundError, IncompleteCacheError for an unfinished build or copy, CacheError where the place cannot be
+    reached, and what ``Manifest.from_json`` raises.
+    """
+    with reaching(where):
+        try:
+            text = read_small(filesystem, f"{root}/{MANIFEST}", MAX_MANIFEST_BYTES)
+        except FileNotFoundError:
+            if filesystem.exists(f"{root}/{BUILD_DIR}"):
+                raise IncompleteCacheError(
+                    f"{where} is an unfinished cache; run the same `teacher-cache build` again to complete it"
+                ) from None
+            if any(filesystem.exists(f"{root}/{name}") for name in (PULL_DIR, "data/shard-00000.arrow")):
+                raise IncompleteCacheError(
+                    f"{where} is an unfinished copy of a cache; "
+                    "run the same `teacher-cache push` or `pull` again to complete it"
+                ) from None
+            raise CacheNotFoundError(
+                f"{where} holds no cache (no {MANIFEST}); build one with `teacher-cache build CONFIG`"
+            ) from None
+        except NotADirectoryError:
+            raise CacheNotFoundError(f"{where} is a file; a cache is a folder") from None
+    return text, Manifest.from_json(text, f"{where}/{MANIFEST}")
+
+
+def verified_chunks(filesystem: fsspec.AbstractFileSystem, path: str, file: CacheFile) -> Iterator[bytes]:
+    """The bytes of ``path`` in chunks of at most 1 MiB.
+
+    Raises DamagedCacheError unless they are ``file``'s: as soon as there are more, at the end for fewer or for another
+    sha256. What was yielded until then is of no use.
+    """
+    name, again = filesystem.unstrip_protocol(path), "fetch or build the cache again"
+    sha, received = hashlib.sha256(), 0
+    try:
+        with open_stream(filesystem, path) as stream:
+            while chunk := stream.read(min(_CHUNK, file.bytes - received + 1)):
+                received += len(chunk)
+                if received > file.bytes:
+                    raise DamagedCacheError(f"{name} is damaged: more than the {file.bytes} bytes expected; {again}")
+                sha.update(chunk)
+                yield chunk
+    except FileNotFoundError:
+        raise DamagedCacheError(f"{name} is missing; {again}") from None
+    if received < file.bytes:
+        raise DamagedCacheError(f"{name} is damaged: {received} bytes, {file.bytes} expected; {again}")
+    if sha.hexdigest() != file.sha256:
+        raise DamagedCacheError(
+            f"{name} is damaged: sha256 {sha.hexdigest()[:12]}..., {file.sha256[:12]}... expected; {again}"
+        )
+
+
+def download(
+    filesystem: fsspec.AbstractFileSystem,
+    path: str,
+    file: CacheFile,
+    target: Path,
+    on_bytes: Callable[[int], object] = lambda _: None,
+) -> None:
+    """Puts ``file``, verified and flushed to disk, at ``target``, which is written in place; tries again on a bad line.
+
+    ``on_bytes`` is called with the length of each chunk, and with a negative number where an attempt failed. Raises
+    DamagedCacheError, CacheError where the network stays away, and UserError where ``target`` cannot be written.
+    """
+
+    def attempt() -> None:
+        done = 0
+        handle.seek(0)
+        try:
+            for chunk in verified_chunks(filesystem, path, file):
+                with _room_for(target):
+                    handle.write(chunk)
+                done += len(chunk)
+                on_bytes(len(chunk))
+        except BaseException:
+            on_bytes(-done)
+            raise
+
+    with _room_for(target):
+        target.touch()
+    with open(target, "r+b") as handle:
+        with reaching(filesystem.unstrip_protocol(path)):
+            retrying(attempt)
+        with _room_for(target):
+            handle.truncate(file.bytes)
+            os.fsync(handle.fileno())
+
+
+@contextmanager
+def _room_for(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot write to {target.parent}: {error.strerror or error}; make room or permit it, then run the same again"
+        ) from error
+
+
+def has_content(path: Path, file: CacheFile) -> bool:
+    """Is ``path`` a local file with the size and the sha256 of ``file``?"""
+    try:
+        with open(path, "rb") as handle:
+            if os.fstat(handle.fileno()).st_size != file.bytes:
+                return False
+            return hashlib.file_digest(handle, "sha256").hexdigest() == file.sha256
+    except OSError:
+        return False
+
+
+class ShardCache:
+    """Shards of remote caches on the local disk, each under its sha256, at most ``max_bytes`` of them.
+
+    ``folder``: by default ``$LOGITCASK_CACHE``, or ``logitcask`` in the user's cache folder. ``max_bytes``: by default
+    ``$LOGITCASK_CACHE_BYTES``, or 32 GiB. Any number of processes may share a folder: a shard that several want is
+    fetched once, and the bound holds for all of them together, with what is still being fetched. The least recently
+    used shard goes first; on POSIX a process that has it mapped keeps it. Pickles and forks. Raises UserError for a
+    folder that cannot be written.
+    """
+
+    def __init__(self, folder: str | Path | None = None, max_bytes: int | None = None) -> None:
+        self.folder = Path(folder or os.environ.get("LOGITCASK_CACHE") or _user_cache_folder())
+        self.max_bytes = _bytes_from_environment() if max_bytes is None else max_bytes
+        self._verified: set[str] = set()
+        self._shards, self._locks = self.folder / "shards", self.folder / "locks"
+        with _room_for(self._shards):
+            self._shards.mkdir(parents=True, exist_ok=True)
+            self._locks.mkdir(exist_ok=True)
+            with self._lock("room"):
+                self._remove_leftovers()
+
+    def get(self, filesystem: fsspec.AbstractFileSystem, path: str, size: int, sha256: str) -> Path:
+        """The local copy of the remote shard at ``path``, fetched if it is not there.
+
+        Its sha256 was checked on the way, or, when an earlier process had fetched it, at this object's first call. Another
+        process may remove the copy at any time; ``memory_map`` cannot miss it. Raises what ``download`` raises, and
+        UserError for a shard that is larger than the bound.
+        """
+        file, target = CacheFile(path, size, sha256), self._shards / f"{sha256}.arrow"
+        if not self._is_here(file, target):
+            with self._lock(sha256[:2]):
+                if not self._is_here(file, target):  # another process may have fetched it since
+                    self._fetch(filesystem, file, target)
+                    self._verified.add(sha256)
+        return target
+
+    def memory_map(
+        self, filesystem: fsspec.AbstractFileSystem, path: str, size: int, sha256: str
+    ) -> pa.MemoryMappedFile:
+        """The shard, mapped; it stays readable when its file is removed. Raises what ``get`` raises."""
+        while True:
+            with suppress(FileNotFoundError):  # removed by another process since ``get`` returned
+                return pa.memory_map(str(self.get(filesystem, path, size, sha256)))
+
+    def _is_here(self, file: CacheFile, target: Path) -> bool:
+        if file.sha256 not in self._verified and not has_content(target, file):
+            return False
+        try:
+            with suppress(PermissionError):  # a folder that somebody else fills
+                os.utime(target)
+        except FileNotFoundError:
+            return False
+        self._verified.add(file.sha256)
+        return True
+
+    def _fetch(self, filesystem: fsspec.AbstractFileSystem, file: CacheFile, target: Path) -> None:
+        if file.bytes > self.max_bytes:
+            raise UserError(
+                f"{filesystem.unstrip_protocol(file.path)} has {file.bytes:,} bytes, the local cache of shards may have "
+                f"{self.max_bytes:,}; set LOGITCASK_CACHE_BYTES to more, or use `teacher-cache pull`"
+            )
+        part = target.with_suffix(".part")
+        try:
+            with _room_for(part):
+                while not self._reserve(part, file.bytes):
+                    time.sleep(0.1)  # for what other processes are fetching just now
+            download(filesystem, file.path, file, part)
+            with _room_for(part), self._lock("room"):
+                os.replace(part, target)
+        except BaseException:
+            with self._lock("room"):
+                part.unlink(missing_ok=True)
+            raise
+
+    def _reserve(self, part: Path, size: int) -> bool:
+        """Removes old shards until ``size`` bytes are free, and takes them by giving ``part`` that size."""
+        with self._lock("room"):
+            self._remove_leftovers()
+            found = [(each.stat(), each) for each in self._shards.iterdir()]
+            total = sum(status.st_size for status, _ in found) + size
+            for status, each in sorted(found, key=lambda pair: pair[0].st_mtime_ns):
+                if total > self.max_bytes and each.suffix == ".arrow":
+                    with suppress(PermissionError):  # Windows keeps a file that is mapped
+                        each.unlink()
+                        total -= status.st_size
+            if total > self.max_bytes:
+                return False
+            with open(part, "wb") as handle:
+                handle.truncate(size)
+        return True
+
+    def _remove_leftovers(self) -> None:
+        """Removes what processes that were killed had begun to fetch: parts on which nobody holds the lock."""
+        for part in self._shards.glob("*.part"):
+            with suppress(filelock.Timeout), self._lock(part.name[:2], timeout=0):
+                part.unlink(missing_ok=True)
+
+    @contextmanager
+    def _lock(self, name: str, timeout: float = -1) -> Iterator[None]:
+        # Shards share 256 locks by the start of their hash, since the files of locks stay.
+        with filelock.FileLock(self._locks / f"{name}.lock").acquire(timeout=timeout):
+            yield
+
+
+def _user_cache_folder() -> Path:
+    if sys.platform == "win32":
+        base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
+    elif sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
+    else:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "logitcask"
+
+
+def _bytes_from_environment() -> int:
+    value = os.environ.get("LOGITCASK_CACHE_BYTES")
+    if not value:
+        return DEFAULT_CACHE_BYTES
+    try:
+        return int(value)
+    except ValueError:
+        raise UserError(f"LOGITCASK_CACHE_BYTES is {value!r}; it has to be a number of bytes") from None
