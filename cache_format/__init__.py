@@ -18,7 +18,7 @@ from cache_format.errors import (
 )
 from cache_format.manifest import Manifest
 from cache_format.reader import CacheReader
-from cache_format.sequence import CachedSequence
+from cache_format.sequence import CachedSequence, TailSamples
 from cache_format.verify import verify
 from cache_format.writer import CacheWriter
 
@@ -34,6 +34,7 @@ __all__ = [
     "IncompleteCacheError",
     "LogitcaskError",
     "Manifest",
+    "TailSamples",
     "UnsupportedCacheError",
     "UserError",
     "verify",

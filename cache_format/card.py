@@ -10,8 +10,7 @@ if TYPE_CHECKING:
 
 def dataset_card(manifest: Manifest) -> str:
     """README.md of a cache. The front matter names the shards, so that ``datasets`` does not load the JSON instead."""
-    teacher, data, store, totals = manifest.teacher, manifest.data, manifest.store, manifest.statistics
-    head = "-" if totals.head_mass is None else f"{totals.head_mass:.1%}"
+    teacher, data, totals = manifest.teacher, manifest.data, manifest.statistics
     loss = "-" if totals.teacher_ce is None else f"{totals.teacher_ce:.3f} nats"
     return f"""---
 configs:
@@ -32,15 +31,42 @@ A [Logitcask](https://pypi.org/project/logitcask/) cache: a sparse summary of th
 | teacher | {teacher.model} ({teacher.engine}, {teacher.dtype}) |
 | data | {data.source}, split {data.split}, {data.kind}, loss mask: {data.mask_policy} |
 | tokens | {totals.tokens:,} in {totals.sequences:,} sequences; {totals.positions:,} kept positions |
-| head | top {store.top_k}, holding {head} of the mass on average |
+| head | {describe_head(manifest)} |
+| tail | {describe_tail(manifest)} |
 | size | {totals.bytes:,} bytes, {totals.bytes_per_token:.1f} per token |
 | teacher's loss on the text | {loss} |
 | fingerprint | `{manifest.fingerprint}` |
 
 ```python
-from cache_format import CacheReader
+from cache_format import CacheReader  # pip install logitcask
 
-cache = CacheReader("path/to/this/folder")
-sequence = cache[0]          # input_ids, positions, ids, logprobs, tail_logprob, ...
+cache = CacheReader("hf://datasets/ORG/NAME")  # where this card stands: the Hub, a bucket, a folder
+sequence = cache[0]  # input_ids, positions, ids, logprobs, tail_logprob, samples, ...
 ```
+
+`teacher-cache pull URL FOLDER` copies it, every shard verified; `train-student` trains from it. `datasets.load_dataset` opens the
+shards, too; what is packed in them is described in `cache_format/SPEC.md` of Logitcask.
 """
+
+
+def describe_head(manifest: Manifest) -> str:
+    """One line: how large heads are, and what they hold."""
+    store, totals = manifest.store, manifest.statistics
+    if store.top_k == 0:
+        return "none"
+    rules = [f"entries above {store.min_probability:g}"] if store.min_probability else []
+    rules += [f"until {store.top_p:g} of the mass"] if store.top_p else []
+    size = f"top {store.top_k} of {store.vocab_size:,} ids"
+    if rules:
+        mean = totals.mean_head_size or 0.0
+        size = f"{mean:.1f} of {store.vocab_size:,} ids on average ({' and '.join(rules)}, {store.min_k} to {store.top_k})"
+    return size if totals.head_mass is None else f"{size}, holding {totals.head_mass:.1%} of the mass on average"
+
+
+def describe_tail(manifest: Manifest) -> str:
+    """One line: what is known of everything outside the head."""
+    store, mean = manifest.store, manifest.statistics.mean_draws or 0.0
+    if not store.tail_samples:
+        return "its mass; no samples"
+    sets = "" if store.sample_sets == 1 else f" in {store.sample_sets} sets"
+    return f"its mass, and {mean:.1f} {store.draws} draws on average{sets}, so that KL losses are unbiased"

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from pydantic import BaseModel
 from tqdm import tqdm
 
-from cache_format.errors import DamagedCacheError
+from cache_format.card import describe_head, describe_tail
+from cache_format.configuration import parse_options
+from cache_format.derive import SHARD_TOKENS, DeriveOptions
+from cache_format.derive import derive as derive_cache
+from cache_format.derive import merge as merge_caches
+from cache_format.errors import ConfigError, DamagedCacheError
 from cache_format.manifest import Manifest
 from cache_format.reader import CacheReader
 from cache_format.verify import verify as verify_cache
 
 _SHOWN_ELSEWHERE = ("sequences", "tokens", "kept_positions")
 
+Output = Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the new cache.")]
+ShardTokens = Annotated[int, typer.Option("--shard-tokens", min=1, help="Tokens per shard.")]
 Cache = Annotated[str, typer.Argument(metavar="CACHE", help="A cache folder or fsspec URL.")]
 
 
@@ -42,10 +53,61 @@ def verify(
     print(f"{cache}: {shards} shards, {checked}")
 
 
+def derive(cache: Cache, out: Output, shard_tokens: ShardTokens = SHARD_TOKENS, **changes: Any) -> None:
+    """Makes a smaller cache of a finished one, without the teacher; goes on where an interrupted run stopped."""
+    asked = parse_options(DeriveOptions, {name: value for name, value in changes.items() if value is not None})
+    if not asked.model_fields_set:
+        raise ConfigError("nothing is to change; see the options in `teacher-cache derive --help`")
+    with _bar("derive", CacheReader(cache).manifest.statistics.tokens) as bar:
+        manifest = derive_cache(cache, out, asked, shard_tokens=shard_tokens, on_tokens=bar.update)
+    print(describe(manifest, out))
+
+
+def _options_of(model: type[BaseModel]) -> dict[str, Any]:
+    """Every field of ``model`` as the annotation of a Typer option that is None unless given."""
+    return {
+        name: Annotated[field.annotation, typer.Option(help=field.description, show_default=False)]
+        for name, field in model.model_fields.items()
+    }
+
+
+def _give_options(command: Callable[..., None], options: dict[str, Any]) -> None:
+    """Replaces ``**changes`` in the signature that Typer sees by these options."""
+    own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    more = [
+        inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=a) for n, a in options.items()
+    ]
+    command.__signature__ = inspect.Signature([*own, *more])  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in (*own, *more)}
+
+
+_give_options(derive, _options_of(DeriveOptions))
+
+
+def merge(
+    out: Output,
+    caches: Annotated[list[str], typer.Argument(metavar="CACHE CACHE ...", help="Folders or fsspec URLs.")],
+    number_ids: Annotated[
+        bool, typer.Option("--number-ids", help="Put 0/, 1/, ... before the sequence ids of each cache.")
+    ] = False,
+    shard_tokens: ShardTokens = SHARD_TOKENS,
+) -> None:
+    """Puts caches of one teacher and tokenizer together; goes on where an interrupted run stopped."""
+    tokens = sum(CacheReader(cache).manifest.statistics.tokens for cache in caches)
+    with _bar("merge", tokens) as bar:
+        manifest = merge_caches(caches, out, number_ids=number_ids, shard_tokens=shard_tokens, on_tokens=bar.update)
+    print(describe(manifest, out))
+
+
+@contextmanager
+def _bar(name: str, tokens: int) -> Iterator[tqdm]:
+    with tqdm(total=tokens, unit="tok", unit_scale=True, desc=name, leave=False, dynamic_ncols=True) as bar:
+        yield bar
+
+
 def describe(manifest: Manifest, path: str | Path) -> str:
     """A page for a person: what the cache at ``path`` is and how large."""
     teacher, data, store, totals = manifest.teacher, manifest.data, manifest.store, manifest.statistics
-    head = "" if totals.head_mass is None else f", holding {totals.head_mass:.1%} of the mass on average"
     loss = "none: no position is kept" if totals.teacher_ce is None else f"{totals.teacher_ce:.4f} nats per token"
     shape = f"{totals.tokens:,} in {totals.sequences:,} sequences, {totals.positions:,} kept positions"
     counters = ", ".join(
@@ -59,10 +121,20 @@ def describe(manifest: Manifest, path: str | Path) -> str:
         "data": f"{data.source}, split {data.split}, {data.kind}, loss mask: {data.mask_policy}",
         "read": counters,
         "tokens": shape,
-        "head": f"top {store.top_k} of {store.vocab_size:,} ids{head}",
+        "head": describe_head(manifest),
+        "tail": describe_tail(manifest),
         "teacher's loss": loss,
         "size": f"{totals.bytes:,} bytes in {len(manifest.shards)} shards, {totals.bytes_per_token:.1f} bytes per token",
-        "format": f"version {manifest.format_version}, logprobs within {store.logprob_step / 2:g} nats",
+        "made of": _origin(manifest),
+        "format": f"version {manifest.format_version}, logprobs within {store.rounding:g} nats",
         "fingerprint": manifest.fingerprint,
     }
-    return "\n".join(f"{name:15} {value}" for name, value in rows.items())
+    return "\n".join(f"{name:15} {value}" for name, value in rows.items() if value)
+
+
+def _origin(manifest: Manifest) -> str:
+    if manifest.derived_from is None:
+        return ""
+    options = ", ".join(f"{name}={value}" for name, value in manifest.derived_from.options.items())
+    names = ", ".join(each[:12] for each in manifest.derived_from.fingerprints)
+    return " ".join(filter(None, (manifest.derived_from.command, names, options)))

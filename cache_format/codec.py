@@ -1,9 +1,9 @@
-"""Sequences to Arrow record batches and back: the numbers of SPEC.md sections 4 and 5.
+"""Sequences to Arrow record batches and back, byte for byte as SPEC.md sections 4 and 5 say.
 
-Pure: nothing here opens a file. All work is numpy over whole batches (encoding) or whole sequences (decoding); no Python
-runs per token.
+Heads are ragged and stored as byte planes in rank order, logprobs as differences on a grid; draws as gaps between sorted
+ranks; Arrow's zstd compression does the rest. All work is numpy over whole batches, no Python runs per token.
 
-Shapes: P kept positions, K largest head, E = sum of head sizes.
+Shapes: P kept positions, K largest head, E = sum of head sizes, T sets of samples, S largest set.
 """
 
 from __future__ import annotations
@@ -18,38 +18,36 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from cache_format.errors import DamagedCacheError, UserError
-from cache_format.schema import MAX_VOCAB_SIZE, POSITION_COLUMNS, SCALAR_STEP, id_planes, shard_schema
-from cache_format.sequence import CachedSequence
+from cache_format.manifest import StoreSettings
+from cache_format.manifest import check_step as check_step
+from cache_format.prior import TailPrior
+from cache_format.schema import (
+    MAX_BATCH_BYTES,
+    MAX_DECODED_BYTES,
+    MAX_DRAWS,
+    NO_TAIL,
+    POSITION_COLUMNS,
+    TAIL_MASS_FLOOR,
+    id_bytes,
+    shard_schema,
+)
+from cache_format.sequence import CachedSequence, TailSamples
 
 ESCAPE = 255
 _Array = NDArray[Any]
 
 
-def check_step(step: float) -> None:
-    """Raises ValueError unless ``step`` (nats) is a power of two in [2^-16, 1]: then grid points are exact in fp32."""
-    if not (2.0**-16 <= step <= 1 and math.frexp(step)[0] == 0.5):
-        raise ValueError(f"logprob_step is {step}; expected a power of two from 2^-16 to 1, such as 0.015625 (1/64)")
-
-
-def round_scalars(values: _Array) -> NDArray[np.float32]:
-    """float32, rounded to multiples of SCALAR_STEP where fp32 can tell them apart; -inf stays."""
-    values = values.astype(np.float32)
-    return np.where(np.abs(values) < 2**13, np.rint(values / SCALAR_STEP) * np.float32(SCALAR_STEP), values).astype(
-        np.float32
-    )
-
-
-def validate(sequence: CachedSequence, vocab_size: int, *, mass_slack: float = 1e-3) -> None:
+def validate(sequence: CachedSequence, store: StoreSettings, *, mass_slack: float = 1e-3) -> None:
     """Raises UserError, naming the sequence and what is wrong, unless it can be stored and read back as it is.
 
     ``mass_slack`` is how far above 1 the head mass may be: fp32 rounding, or the grid for logprobs that were stored.
     """
 
-    def require(holds: bool, what: str) -> None:
+    def require(holds: Any, what: str) -> None:
         if not holds:
-            raise UserError(f"sequence {sequence.sequence_id!r} cannot be stored: {what}")
+            raise UserError(f"sequence {sequence.sequence_id[:100]!r} cannot be stored: {what}")
 
-    n, p = len(sequence.input_ids), len(sequence.positions)
+    n, p, vocab_size = len(sequence.input_ids), len(sequence.positions), store.vocab_size
     ids, logprobs = sequence.ids, sequence.logprobs
     require(n >= 1, "it has no tokens")
     require(sequence.loss_mask.shape == (n,), f"loss_mask has shape {sequence.loss_mask.shape}, expected ({n},)")
@@ -67,90 +65,224 @@ def validate(sequence: CachedSequence, vocab_size: int, *, mass_slack: float = 1
         )
     in_range = int(sequence.input_ids.min()) >= 0 and int(sequence.input_ids.max()) < vocab_size
     require(in_range, f"token ids outside the vocabulary of {vocab_size}")
-    if p == 0:
-        return
+    require(
+        (sequence.entropy is not None) == store.entropy, f"entropy is {'missing' if store.entropy else 'not asked for'}"
+    )
+    require(
+        8 * max(1, ids.shape[1]) * p <= MAX_DECODED_BYTES, f"its head of {ids.shape} is larger than the format allows"
+    )
+    if p:
+        _validate_head(sequence, vocab_size, mass_slack, require, may_be_empty=store.tail_samples > 0)
+    _validate_samples(sequence, store, require)
+
+
+def _validate_head(
+    sequence: CachedSequence, vocab_size: int, mass_slack: float, require: Any, *, may_be_empty: bool
+) -> None:
+    ids, logprobs, tail = sequence.ids, sequence.logprobs, sequence.tail_logprob
     stored = ids >= 0
     size = stored.sum(axis=1)
-    require(bool((size >= 1).all()), "a position has an empty head")
-    require(bool((stored == (np.arange(ids.shape[1]) < size[:, None])).all()), "head padding is not at the end")
-    require(int(ids.max()) < vocab_size, f"head ids outside the vocabulary of {vocab_size}")
-    require(bool(np.isfinite(logprobs[stored]).all()), "a head logprob is not finite")
-    require(bool((logprobs[stored] <= 1e-3).all()), "a head logprob is above 0")
-    # Padding is -inf, so that a rise anywhere in a row is a rise between stored entries.
-    padded = np.where(stored, logprobs, -np.inf)
-    require(bool((padded[:, 1:] <= padded[:, :-1]).all()), "head logprobs do not fall")
-    require(bool((np.exp(padded.astype(np.float64)).sum(axis=1) <= 1 + mass_slack).all()), "a head's mass is above 1")
-    require(bool((sequence.tail_logprob <= 1e-3).all()), "a tail logprob is above 0 or not a number")
-    require(bool((np.isneginf(sequence.tail_logprob) == (size == vocab_size)).all()), "tail mass 0 without a full head")
-    require(bool(np.isfinite(sequence.target_logprob).all()), "a target logprob is not finite")
-    require(bool((sequence.target_logprob <= 1e-3).all()), "a target logprob is above 0")
+    require(may_be_empty or (size >= 1).all(), "a position has an empty head")
+    if ids.size:
+        full = bool(stored.all())
+        require(full or (stored[:, 1:] <= stored[:, :-1]).all(), "head padding is not at the end")
+        require(int(ids.max()) < vocab_size, f"head ids outside the vocabulary of {vocab_size}")
+        # Padding is -inf, so that a rise anywhere in a row is a rise between stored entries.
+        padded = logprobs if full else np.where(stored, logprobs, -np.inf)
+        require(np.isfinite(logprobs if full else logprobs[stored]).all(), "a head logprob is not finite")
+        require((padded[:, 0] <= 1e-3).all(), "a head logprob is above 0")
+        require((padded[:, 1:] <= padded[:, :-1]).all(), "head logprobs do not fall")
+        require((np.exp(padded).sum(axis=1, dtype=np.float64) <= 1 + mass_slack).all(), "a head's mass is above 1")
+    require((tail <= 1e-3).all(), "a tail logprob is above 0 or not a number")
+    require((np.isneginf(tail) == (size == vocab_size)).all(), "tail mass 0 without a full head")
+    require((tail[~np.isneginf(tail)] > -255).all(), "a tail logprob is below -255 nats")
+    require(np.isfinite(sequence.target_logprob).all(), "a target logprob is not finite")
+    require((sequence.target_logprob <= 1e-3).all(), "a target logprob is above 0")
     ranks = sequence.target_rank
-    require(bool(((ranks >= 0) & (ranks < vocab_size)).all()), "a target rank is outside the vocabulary")
+    require(((ranks >= 0) & (ranks < vocab_size)).all(), "a target rank is outside the vocabulary")
+    if sequence.entropy is not None:
+        require(sequence.entropy.shape == ranks.shape, f"entropy has shape {sequence.entropy.shape}")
+        within = (sequence.entropy >= -1e-3) & (sequence.entropy <= math.log(vocab_size) + 0.1)
+        require(within.all(), "an entropy is negative, above that of the uniform distribution, or not a number")
 
 
-def encode_batch(sequences: Sequence[CachedSequence], vocab_size: int, logprob_step: float) -> pa.RecordBatch:
-    """Valid sequences (see ``validate``) as one record batch, one row each."""
-    if not 2 <= vocab_size <= MAX_VOCAB_SIZE:
-        raise UserError(f"a vocabulary of {vocab_size} ids cannot be stored; the format holds 2 to {MAX_VOCAB_SIZE}")
-    sizes = [(sequence.ids >= 0).sum(axis=1).astype(np.int32) for sequence in sequences]
-    ids, steps = [], []
-    for sequence in sequences:
-        stored = sequence.ids >= 0
-        ids.append(sequence.ids[stored])
-        # min(0): an engine's fp32 log-softmax may round a sure thing to +1e-7.
-        grid = np.rint(np.minimum(sequence.logprobs, 0) / -logprob_step)
-        if stored.size and grid[stored].max() >= 2**31:
-            raise UserError(f"sequence {sequence.sequence_id!r} cannot be stored: a head logprob is below -2^31 steps")
-        with np.errstate(invalid="ignore"):
-            differences = np.diff(grid, axis=1, prepend=0)
-        steps.append(differences[stored].astype(np.int64))
-    entries = np.array([len(row) for row in ids], np.int64)
-    all_ids = _concatenate(ids, np.int32)
-    all_steps = _concatenate(steps, np.int64)
-    escaped = all_steps >= ESCAPE
-    escape_counts = np.add.reduceat(np.append(escaped, False).astype(np.int64), _starts(entries))
-    escape_counts[entries == 0] = 0
+def _validate_samples(sequence: CachedSequence, store: StoreSettings, require: Any) -> None:
+    samples, p = sequence.samples, len(sequence.positions)
+    require((samples is not None) == (store.tail_samples > 0), "its tail samples are not what the cache is to hold")
+    if samples is None:
+        return
+    shape = samples.ids.shape
+    require(len(shape) == 3 and shape[:2] == (p, store.sample_sets), f"samples have shape {shape}")
+    require(shape[2] <= MAX_DRAWS, f"{shape[2]} draws in a set; the format holds {MAX_DRAWS}")
+    decoded_bytes = (8 if store.sample_logprobs else 4) * samples.ids.size
+    require(decoded_bytes <= MAX_DECODED_BYTES, f"its samples of {shape} are larger than the format allows")
+    require((samples.logprobs is not None) == store.sample_logprobs, "logprobs of samples are missing or not asked for")
+    drawn = samples.ids >= 0
+    require((drawn[..., 1:] <= drawn[..., :-1]).all(), "sample padding is not at the end")
+    highest = int(samples.ids.max(initial=0))
+    require(highest < store.vocab_size, f"sample ids outside the vocabulary of {store.vocab_size}")
+    draws = drawn.sum(axis=2)
+    require((draws == draws[:, :1]).all(), "sets of one position have different numbers of draws")
+    empty = ~draws.all(axis=1)
+    tail = sequence.tail_logprob[empty]
+    require((tail <= math.log(TAIL_MASS_FLOOR) + 2 * store.scalar_step).all(), "a tail with mass has no draw in a set")
+    if samples.logprobs is not None:
+        require(samples.logprobs.shape == shape, f"logprobs of samples have shape {samples.logprobs.shape}")
+        of_draws = samples.logprobs[drawn]
+        require((np.isfinite(of_draws) & (of_draws <= 1e-3)).all(), "a sample's logprob is above 0 or not finite")
 
-    tokens = np.array([len(sequence.input_ids) for sequence in sequences], np.int64)
-    kept = np.array([len(sequence.positions) for sequence in sequences], np.int64)
-    columns: dict[str, pa.Array] = {
-        "sequence_id": pa.array([sequence.sequence_id for sequence in sequences], pa.string()),
-        "input_ids": _lists(tokens, _concatenate([s.input_ids for s in sequences], np.int32)),
-        "loss_mask": _lists(tokens, _concatenate([s.loss_mask for s in sequences], np.bool_)),
-        "positions": _lists(kept, _concatenate([s.positions for s in sequences], np.int32)),
-        "target_logprob": _lists(kept, round_scalars(_concatenate([s.target_logprob for s in sequences], np.float32))),
-        "target_rank": _lists(kept, _concatenate([s.target_rank for s in sequences], np.int32)),
-        "tail_logprob": _lists(kept, round_scalars(_concatenate([s.tail_logprob for s in sequences], np.float32))),
-        "head_size": _lists(kept, _concatenate(sizes, np.int32)),
-        "head_step_plane": _binary(entries, np.minimum(all_steps, ESCAPE).astype(np.uint8)),
-        "head_step_escape": _lists(escape_counts, all_steps[escaped].astype(np.int32)),
-    }
-    for byte, name in enumerate(id_planes(vocab_size)):
-        columns[name] = _binary(entries, (all_ids >> (8 * byte)).astype(np.uint8))
-    schema = shard_schema(vocab_size)
-    return pa.RecordBatch.from_arrays([columns[name] for name in schema.names], schema=schema)
+
+class Codec:
+    """Encodes and decodes the record batches of one cache.
+
+    Raises UserError for a vocabulary the format cannot hold.
+    """
+
+    def __init__(self, store: StoreSettings, prior: TailPrior | None = None) -> None:
+        self.store = store
+        self.schema = shard_schema(
+            store.vocab_size,
+            entropy=store.entropy,
+            samples=store.tail_samples > 0,
+            sample_logprobs=store.sample_logprobs,
+        )
+        # Without a prior an id is its own rank.
+        self.rank_of = None if prior is None else prior.rank_of
+        self.id_at = None if prior is None else prior.id_at
+
+    def encode(self, sequences: Sequence[CachedSequence]) -> pa.RecordBatch:
+        """Valid sequences (see ``validate``) as one record batch, one row each."""
+        tokens = np.array([len(sequence.input_ids) for sequence in sequences], np.int64)
+        kept = np.array([len(sequence.positions) for sequence in sequences], np.int64)
+        columns: dict[str, pa.Array] = {
+            "sequence_id": pa.array([sequence.sequence_id for sequence in sequences], pa.string()),
+            "input_ids": _lists(tokens, _concatenate([s.input_ids for s in sequences], np.int32)),
+            "loss_mask": _lists(tokens, _concatenate([s.loss_mask for s in sequences], np.bool_)),
+            "positions": _lists(kept, _concatenate([s.positions for s in sequences], np.int32)),
+            "target_logprob": _lists(
+                kept, self._rounded(_concatenate([s.target_logprob for s in sequences], np.float32))
+            ),
+            "target_rank": _lists(kept, _concatenate([s.target_rank for s in sequences], np.int32)),
+            "tail_step": _lists(
+                kept, self._scalar_steps(_concatenate([s.tail_logprob for s in sequences], np.float32))
+            ),
+        }
+        if self.store.entropy:
+            entropy = _concatenate([s.entropy for s in sequences if s.entropy is not None], np.float32)
+            columns["entropy_step"] = _lists(kept, self._scalar_steps(-entropy))
+        last_steps = self._encode_heads(sequences, kept, columns)
+        if self.store.tail_samples:
+            self._encode_samples(sequences, kept, last_steps, columns)
+        batch = pa.RecordBatch.from_arrays([columns[name] for name in self.schema.names], schema=self.schema)
+        if batch.nbytes > MAX_BATCH_BYTES:
+            raise UserError(
+                f"a record batch of {batch.nbytes:,} bytes cannot be stored; the format holds {MAX_BATCH_BYTES:,}: "
+                "store shorter sequences or a smaller top_k"
+            )
+        return batch
+
+    def open(self, batch: pa.RecordBatch, where: str) -> PackedBatch:
+        """Opens a record batch for decoding. Raises DamagedCacheError, naming ``where``, if it cannot be one of this cache."""
+        return PackedBatch(self, batch, where)
+
+    def _encode_heads(self, sequences: Sequence[CachedSequence], kept: _Array, columns: dict[str, pa.Array]) -> _Array:
+        """Adds the head columns; returns int32[sum of P], the last grid point of every head (0 where it is empty)."""
+        sizes, ids, steps, last = [], [], [], []
+        for sequence in sequences:
+            stored = sequence.ids >= 0
+            size = stored.sum(axis=1, dtype=np.int32)
+            # min(0): an engine's fp32 log-softmax may round a sure thing to +1e-7. A power of two as step: exact in fp32.
+            grid = np.rint(np.minimum(sequence.logprobs, 0) * np.float32(-1 / self.store.logprob_step))
+            full = bool(stored.all())
+            if not full:
+                grid[~stored] = 0
+            if grid.size and grid.max() >= 2**31:
+                raise UserError(
+                    f"sequence {sequence.sequence_id!r} cannot be stored: a head logprob is below -2^31 steps"
+                )
+            whole = grid.astype(np.int32)
+            difference = whole.copy()
+            difference[:, 1:] -= whole[:, :-1]
+            sizes.append(size)
+            ids.append(sequence.ids.reshape(-1) if full else sequence.ids[stored])
+            steps.append(difference.reshape(-1) if full else difference[stored])
+            last.append(whole.max(axis=1, initial=0))
+        entries = np.array([len(row) for row in ids], np.int64)
+        columns["head_size"] = _lists(kept, _concatenate(sizes, np.int32))
+        ranks = _concatenate(ids, np.int32)
+        self._put_id_planes("head_id", entries, ranks if self.rank_of is None else self.rank_of.take(ranks), columns)
+        _put_steps("head_step", entries, _concatenate(steps, np.int32), columns)
+        return _concatenate(last, np.int32)
+
+    def _encode_samples(
+        self, sequences: Sequence[CachedSequence], kept: _Array, last_steps: _Array, columns: dict[str, pa.Array]
+    ) -> None:
+        """Adds the sample columns: per set the distinct ranks, sorted, as gaps, and how often each was drawn."""
+        sizes, gaps, counts, steps, entries = [], [], [], [], []
+        nothing = np.int32(1 << 30)  # above every rank, so that padding sorts to the end
+        begin = 0
+        for sequence, positions in zip(sequences, kept, strict=True):
+            assert sequence.samples is not None
+            ids = sequence.samples.ids
+            ranks = ids if self.rank_of is None else self.rank_of.take(ids, mode="clip")
+            ranks = np.where(ids < 0, nothing, ranks)
+            order = np.argsort(ranks, axis=2, kind="stable")
+            ranks = np.take_along_axis(ranks, order, axis=2)
+            gap = ranks.copy()
+            gap[..., 1:] -= ranks[..., :-1]
+            distinct = ranks < nothing
+            drawn = int(distinct.sum())
+            distinct[..., 1:] &= gap[..., 1:] > 0
+            sizes.append(distinct.sum(axis=2, dtype=np.int32).reshape(-1))
+            gaps.append(gap[distinct])
+            # Padding is at the end of each set: between two distinct ranks lie only repeats of the first.
+            at = np.flatnonzero(distinct[ranks < nothing])
+            counts.append(np.diff(at, append=drawn))
+            entries.append(len(at))
+            if sequence.samples.logprobs is not None:
+                logprobs = np.take_along_axis(sequence.samples.logprobs, order, axis=2)[distinct]
+                grid = np.rint(np.minimum(logprobs, 0) * np.float32(-1 / self.store.logprob_step)).astype(np.int64)
+                below = last_steps[begin : begin + positions]
+                steps.append(grid - np.repeat(below, distinct.sum(axis=(1, 2))))
+            begin += positions
+        lengths = np.array(entries, np.int64)
+        columns["sample_size"] = _lists(kept * self.store.sample_sets, _concatenate(sizes, np.int32))
+        self._put_id_planes("sample_gap", lengths, _concatenate(gaps, np.int32), columns)
+        columns["sample_count_plane"] = _binary(lengths, _concatenate(counts, np.uint8))
+        if self.store.sample_logprobs:
+            # A draw is less probable than the head's last entry, but for ties and the order of rounding.
+            _put_steps("sample_step", lengths, np.maximum(_concatenate(steps, np.int64), 0), columns)
+
+    def _put_id_planes(self, prefix: str, lengths: _Array, values: _Array, columns: dict[str, pa.Array]) -> None:
+        octets = np.ascontiguousarray(values, "<i4").view(np.uint8).reshape(-1, 4)
+        for byte in range(id_bytes(self.store.vocab_size)):
+            columns[f"{prefix}_plane_{byte}"] = _binary(lengths, np.ascontiguousarray(octets[:, byte]))
+
+    def _rounded(self, values: _Array) -> NDArray[np.float32]:
+        """Multiples of the scalar step where fp32 can tell them apart."""
+        step = np.float32(self.store.scalar_step)
+        return np.where(np.abs(values) < 2**13, np.rint(values / step) * step, values).astype(np.float32)
+
+    def _scalar_steps(self, logprobs: _Array) -> NDArray[np.uint16]:
+        """-logprob on the scalar grid; NO_TAIL for -inf."""
+        none = np.isneginf(logprobs)
+        steps = np.rint(-np.where(none, 0, np.minimum(logprobs, 0)) / self.store.scalar_step)
+        return np.where(none, NO_TAIL, np.minimum(steps, NO_TAIL - 1)).astype(np.uint16)
 
 
 class PackedBatch:
-    """One record batch, opened for decoding single rows of it.
+    """A valid record batch of the cache's schema, without nulls (``BoundedFile`` gives such), opened for decoding rows of it.
 
-    Raises DamagedCacheError where the columns contradict each other; ``where`` names the place in messages.
+    Raises DamagedCacheError where its columns contradict each other.
     """
 
-    def __init__(self, batch: pa.RecordBatch, vocab_size: int, logprob_step: float, where: str) -> None:
+    def __init__(self, codec: Codec, batch: pa.RecordBatch, where: str) -> None:
+        self.codec = codec
         self.where = where
         self.batch = batch
-        self.vocab_size = vocab_size
-        self.logprob_step = logprob_step
-        self.planes = id_planes(vocab_size)
-        if not batch.schema.equals(shard_schema(vocab_size)):
-            raise DamagedCacheError(f"{where} has another Arrow schema than a vocabulary of {vocab_size} asks for")
-        try:
-            batch.validate(full=True)
-        except pa.ArrowInvalid as error:
-            raise DamagedCacheError(f"{where} is not a valid record batch: {error}") from error
-        if any(column.null_count for column in batch.columns):
-            raise DamagedCacheError(f"{where} has nulls")
+        # A flag takes a bit there and a byte here.
+        if len(batch.column("loss_mask").values) > len(batch.column("input_ids").values):
+            raise DamagedCacheError(f"{where} has more flags in its loss masks than tokens")
         self._ids = batch.column("sequence_id")
         self._offsets: dict[str, _Array] = {}
         self._values: dict[str, _Array] = {}
@@ -160,31 +292,38 @@ class PackedBatch:
     def __len__(self) -> int:
         return len(self._ids)
 
-    def row(self, name: str, index: int) -> _Array:
-        """The values of one column in one row, as stored (a view)."""
-        offsets = self._offsets[name]
-        return self._values[name][offsets[index] : offsets[index + 1]]
-
     def decode(self, index: int) -> CachedSequence:
         """One sequence, decoded and checked."""
-        input_ids, loss_mask = self.row("input_ids", index), self.row("loss_mask", index)
-        positions, target_logprob, target_rank, tail_logprob, size = (
-            self.row(name, index) for name in POSITION_COLUMNS
-        )
+        store = self.codec.store
+        input_ids, loss_mask = self._row("input_ids", index), self._row("loss_mask", index)
+        positions, target_logprob, target_rank, tail_step, size = (self._row(n, index) for n in POSITION_COLUMNS)
         n, p = len(input_ids), len(positions)
         self._require(len(loss_mask) == n, index, "input_ids and loss_mask differ in length")
         self._require(
-            len(target_logprob) == len(target_rank) == len(tail_logprob) == len(size) == p,
+            len(target_logprob) == len(target_rank) == len(tail_step) == len(size) == p,
             index,
             "its position columns differ in length",
         )
-        in_range = n > 0 and int(input_ids.min()) >= 0 and int(input_ids.max()) < self.vocab_size
+        in_range = n > 0 and int(input_ids.min()) >= 0 and int(input_ids.max()) < store.vocab_size
         self._require(in_range, index, "its token ids leave the vocabulary, or there are none")
-        self._require(bool((positions[1:] > positions[:-1]).all()), index, "its positions do not rise")
         self._require(
-            p == 0 or (positions[0] >= 0 and positions[-1] < n - 1), index, "its positions leave the sequence"
+            not loss_mask[0] and np.array_equal(positions, np.flatnonzero(loss_mask[1:])),
+            index,
+            "its positions are not those of its loss mask",
         )
-        ids, logprobs = self._decode_head(index, size)
+        # What is above 0 was rounded (see ``validate``).
+        finite = bool(np.isfinite(target_logprob).all() and (target_logprob <= 1e-3).all())
+        self._require(finite, index, "a target logprob is above 0 or not finite")
+        ranked = p == 0 or (int(target_rank.min()) >= 0 and int(target_rank.max()) < store.vocab_size)
+        self._require(ranked, index, "a target rank is outside the vocabulary")
+        ids, logprobs, last = self._decode_head(index, size)
+        entropy = None
+        if store.entropy:
+            entropy = self._row("entropy_step", index)
+            self._require(len(entropy) == p, index, "its position columns differ in length")
+            entropy = entropy * np.float32(store.scalar_step)
+        tail_logprob = np.float32(0) - tail_step * np.float32(store.scalar_step)
+        tail_logprob[tail_step == NO_TAIL] = -np.inf
         return CachedSequence(
             sequence_id=self._ids[index].as_py(),
             # Copies: what a reader returns may be written to, and keeps no record batch alive.
@@ -193,49 +332,130 @@ class PackedBatch:
             positions=positions.copy(),
             ids=ids,
             logprobs=logprobs,
-            tail_logprob=tail_logprob.copy(),
+            tail_logprob=tail_logprob,
             target_logprob=target_logprob.copy(),
             target_rank=target_rank.copy(),
+            entropy=entropy,
+            samples=self._decode_samples(index, p, last) if store.tail_samples else None,
         )
 
-    def _decode_head(self, index: int, size: _Array) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-        """int32[P, K] and float32[P, K]: the padded head of one row."""
-        steps_plane = self.row("head_step_plane", index)
-        planes = [self.row(name, index) for name in self.planes]
+    def _decode_head(self, index: int, size: _Array) -> tuple[NDArray[np.int32], NDArray[np.float32], _Array]:
+        """int32[P, K], float32[P, K]: the padded head of one row; int64[P]: the last grid point of each head."""
+        store = self.codec.store
         p = len(size)
         width = int(size.max()) if p else 0
         entries = int(size.sum(dtype=np.int64))
-        self._require(p == 0 or int(size.min()) >= 1, index, "a head is empty")
-        self._require(
-            all(len(plane) == entries for plane in (*planes, steps_plane)), index, "its planes and head sizes disagree"
-        )
-        flat_ids = planes[0].astype(np.int32)
-        for byte, plane in enumerate(planes[1:], start=1):
-            flat_ids |= plane.astype(np.int32) << (8 * byte)
-        self._require(entries == 0 or int(flat_ids.max()) < self.vocab_size, index, "head ids leave the vocabulary")
+        smallest = 0 if store.tail_samples else 1
+        self._require(p == 0 or int(size.min()) >= smallest, index, "a head is empty")
+        self._require(width <= store.vocab_size, index, f"a head has {width} entries, more than the vocabulary")
+        self._require(8 * p * width <= MAX_DECODED_BYTES, index, f"its heads of up to {width} entries are too large")
+        flat_ids = self._ranks("head_id", index, entries)
+        flat_ids = self._ids_of(flat_ids, index)
+        steps = self._steps("head_step", index, entries)
+        if entries == p * width:
+            narrow = steps.dtype == np.uint8 and width < 2**22
+            grid = np.cumsum(steps.reshape(p, width), axis=1, dtype=np.int32 if narrow else np.int64)
+            last = grid[:, -1] if width else np.zeros(p, np.int64)
+            self._require(p == 0 or int(last.max()) < 2**31, index, "a logprob is below what the format holds")
+            return flat_ids.reshape(p, width), self._on_grid(grid), last
+        starts = _starts(size)
+        total = np.concatenate([[0], np.cumsum(steps, dtype=np.int64)])
+        last = total[starts + size] - total[starts]
+        self._require(int(last.max()) < 2**31, index, "a logprob is below what the format holds")
+        place = _places(size, width)
+        ids = np.full(p * width, -1, np.int32)
+        ids[place] = flat_ids
+        logprobs = np.full(p * width, -np.inf, np.float32)
+        logprobs[place] = self._on_grid(total[1:] - np.repeat(total[starts], size))
+        return ids.reshape(p, width), logprobs.reshape(p, width), last
 
-        steps = steps_plane.astype(np.int64)
-        escapes = self.row("head_step_escape", index)
-        escaped = np.flatnonzero(steps_plane == ESCAPE)
+    def _decode_samples(self, index: int, p: int, last: _Array) -> TailSamples:
+        """The draws of one row, each as often as it was drawn, by rising rank."""
+        store = self.codec.store
+        size = self._row("sample_size", index)
+        self._require(len(size) == p * store.sample_sets, index, "its sample sizes and positions disagree")
+        self._require(len(size) == 0 or int(size.min()) >= 0, index, "a sample size is negative")
+        entries = int(size.sum(dtype=np.int64))
+        gaps = self._ranks("sample_gap", index, entries)
+        counts = self._row("sample_count_plane", index)
+        self._require(len(counts) == entries, index, "its samples and their counts disagree")
+        self._require(entries == 0 or int(counts.min()) >= 1, index, "a sample was drawn 0 times")
+        starts = _starts(size)
+        drawn_before = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+        draws = drawn_before[starts + size] - drawn_before[starts]
+        most = int(draws.max()) if len(draws) else 0
+        self._require(most <= MAX_DRAWS, index, f"a set of samples has {most} draws")
+        padded_bytes = (8 if store.sample_logprobs else 4) * len(draws) * most
+        self._require(
+            padded_bytes <= MAX_DECODED_BYTES, index, f"its {len(draws)} sets of up to {most} draws are too large"
+        )
+        total = np.concatenate([[0], np.cumsum(gaps, dtype=np.int64)])
+        ranks = total[1:] - np.repeat(total[starts], size)
+        self._require(entries == 0 or int(ranks.max()) < store.vocab_size, index, "sample ids leave the vocabulary")
+        drawn_ids = self._ids_of(ranks.astype(np.int32), index)
+        repeated = int(drawn_before[-1]) > entries
+        shape = (p, store.sample_sets, most)
+        place = _places(draws, most)
+        ids = np.full(len(draws) * most, -1, np.int32)
+        ids[place] = np.repeat(drawn_ids, counts) if repeated else drawn_ids
+        logprobs = None
+        if store.sample_logprobs:
+            steps = self._steps("sample_step", index, entries) + np.repeat(np.repeat(last, store.sample_sets), size)
+            of_draws = self._on_grid(steps)
+            padded = np.full(len(draws) * most, -np.inf, np.float32)
+            padded[place] = np.repeat(of_draws, counts) if repeated else of_draws
+            logprobs = padded.reshape(shape)
+        return TailSamples(ids.reshape(shape), logprobs)
+
+    def _row(self, name: str, index: int) -> _Array:
+        """The values of one column in one row, as stored (a view)."""
+        offsets = self._offsets[name]
+        return self._values[name][offsets[index] : offsets[index + 1]]
+
+    def _ranks(self, prefix: str, index: int, entries: int) -> NDArray[np.int32]:
+        """int32[entries]: what the byte planes of one row add up to."""
+        planes = [self._row(f"{prefix}_plane_{b}", index) for b in range(id_bytes(self.codec.store.vocab_size))]
+        self._require(
+            all(len(plane) == entries for plane in planes), index, f"its planes of {prefix} disagree with its sizes"
+        )
+        if len(planes) == 1:
+            return planes[0].astype(np.int32)
+        values = np.empty(entries, np.int32)
+        np.left_shift(planes[-1], 8, out=values, dtype=np.int32)
+        for plane in planes[-2:0:-1]:
+            values |= plane
+            values <<= 8
+        values |= planes[0]
+        return values
+
+    def _ids_of(self, ranks: NDArray[np.int32], index: int) -> NDArray[np.int32]:
+        self._require(
+            len(ranks) == 0 or int(ranks.max()) < self.codec.store.vocab_size, index, "its ids leave the vocabulary"
+        )
+        return ranks if self.codec.id_at is None else self.codec.id_at.take(ranks)
+
+    def _steps(self, prefix: str, index: int, entries: int) -> _Array:
+        """int64[entries]: the steps of one row, escapes put back; the plane itself, uint8, where there are none."""
+        plane = self._row(f"{prefix}_plane", index)
+        escapes = self._row(f"{prefix}_escape", index)
+        self._require(len(plane) == entries, index, f"its {prefix} and sizes disagree")
+        escaped = np.flatnonzero(plane == ESCAPE)
         self._require(
             len(escaped) == len(escapes) and (len(escapes) == 0 or int(escapes.min()) >= ESCAPE),
             index,
             "its escapes do not match its step plane",
         )
+        if not len(escaped):
+            return plane
+        steps = plane.astype(np.int64)
         steps[escaped] = escapes
+        return steps
 
-        if entries == p * width:
-            ids = flat_ids.reshape(p, width)
-            grid = np.cumsum(steps.reshape(p, width), axis=1)
-            return ids, _on_grid(grid, self.logprob_step)
-        stored = np.arange(width) < size[:, None]
-        ids = np.full((p, width), -1, np.int32)
-        ids[stored] = flat_ids
-        padded_steps = np.zeros((p, width), np.int64)
-        padded_steps[stored] = steps
-        logprobs = _on_grid(np.cumsum(padded_steps, axis=1), self.logprob_step)
-        logprobs[~stored] = -np.inf
-        return ids, logprobs
+    def _on_grid(self, grid: _Array) -> NDArray[np.float32]:
+        logprobs = grid.astype(np.float32)
+        logprobs *= np.float32(self.codec.store.logprob_step)
+        # Subtracted from 0 so that a sure thing reads 0.0, not -0.0.
+        return np.subtract(np.float32(0), logprobs, out=logprobs)
 
     def _require(self, holds: bool, index: int, what: str) -> None:
         if not holds:
@@ -252,29 +472,34 @@ class ContentHash:
         """Adds all rows of a batch."""
         opened = [_open_column(column) for column in batch.columns[1:]]
         for index, sequence_id in enumerate(batch.column(0).to_pylist()):
-            self._add(sequence_id.encode())
+            self._add(memoryview(sequence_id.encode()))
             for offsets, values in opened:
-                self._add(np.ascontiguousarray(values[offsets[index] : offsets[index + 1]]).tobytes())
+                self._add(np.ascontiguousarray(values[offsets[index] : offsets[index + 1]]).data)
 
-    def _add(self, data: bytes) -> None:
-        self._sha.update(len(data).to_bytes(8, "little"))
+    def _add(self, data: memoryview) -> None:
+        self._sha.update(data.nbytes.to_bytes(8, "little"))
         self._sha.update(data)
 
     def hexdigest(self) -> str:
         return self._sha.hexdigest()
 
 
-def _on_grid(grid: _Array, step: float) -> NDArray[np.float32]:
-    # Subtracted from 0 so that a sure thing reads 0.0, not -0.0.
-    return np.float32(0) - grid.astype(np.float32) * np.float32(step)
-
-
 def _concatenate(arrays: list[_Array], dtype: Any) -> _Array:
     return np.concatenate(arrays).astype(dtype, copy=False) if arrays else np.empty(0, dtype)
 
 
-def _starts(lengths: _Array) -> _Array:
-    return np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(np.int64)
+def _starts(lengths: _Array) -> NDArray[np.int64]:
+    """Where each run begins in the concatenation of runs of these lengths."""
+    starts = np.zeros(len(lengths), np.int64)
+    np.cumsum(lengths[:-1], out=starts[1:])
+    return starts
+
+
+def _places(lengths: _Array, width: int) -> NDArray[np.int64]:
+    """Indices into a flattened [len(lengths), width] of the elements of runs of these lengths, each run in its row."""
+    shift = np.arange(len(lengths), dtype=np.int64) * width - _starts(lengths)
+    places: NDArray[np.int64] = np.repeat(shift, lengths) + np.arange(int(lengths.sum(dtype=np.int64)))
+    return places
 
 
 def _offsets_of(lengths: _Array) -> _Array:
@@ -295,12 +520,20 @@ def _binary(lengths: _Array, values: NDArray[np.uint8]) -> pa.Array:
     return pa.Array.from_buffers(pa.binary(), len(lengths), buffers)
 
 
+def _put_steps(prefix: str, lengths: _Array, steps: _Array, columns: dict[str, pa.Array]) -> None:
+    """Adds a step plane and its escapes; ``lengths`` are entries per row."""
+    escaped = steps >= ESCAPE
+    counts = np.add.reduceat(np.append(escaped, False).astype(np.int64), _starts(lengths)) if len(lengths) else lengths
+    counts[lengths == 0] = 0
+    columns[f"{prefix}_plane"] = _binary(lengths, np.minimum(steps, ESCAPE).astype(np.uint8))
+    columns[f"{prefix}_escape"] = _lists(counts, steps[escaped].astype(np.int32))
+
+
 def _open_column(column: pa.Array) -> tuple[_Array, _Array]:
     """Offsets int32[rows + 1] and the flat values of a list or binary column, as numpy views where Arrow allows."""
     if pa.types.is_binary(column.type):
         _, offsets, data = column.buffers()
         values: _Array = np.frombuffer(data, np.uint8) if data is not None else np.empty(0, np.uint8)
-        opened = np.frombuffer(offsets, np.int32)[column.offset : column.offset + len(column) + 1]
-        return opened, values
+        return np.frombuffer(offsets, np.int32, len(column) + 1, 4 * column.offset), values
     flat = column.values
     return column.offsets.to_numpy(), flat.to_numpy(zero_copy_only=not pa.types.is_boolean(flat.type))

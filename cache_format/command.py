@@ -26,7 +26,17 @@ def run(app: typer.Typer, extra: str) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     if debug:
         logging.getLogger("pipeline").setLevel(logging.DEBUG)
-    for chatty in ("httpx", "datasets", "fsspec", "filelock", "transformers", "matplotlib"):
+    for chatty in (
+        "httpx",
+        "datasets",
+        "fsspec",
+        "filelock",
+        "transformers",
+        "matplotlib",
+        "aiobotocore",
+        "botocore",
+        "s3fs",
+    ):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
         app()

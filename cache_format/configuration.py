@@ -40,11 +40,22 @@ def load_config(model: type[Model], path: Path, overrides: list[str]) -> Model:
         except (OmegaConfBaseException, yaml.YAMLError, AssertionError, ValueError) as error:
             raise ConfigError(f"override {override!r} cannot be applied: {str(error).splitlines()[0]}") from error
     try:
-        return model.model_validate(OmegaConf.to_container(config, resolve=True))
+        values = OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{path}: {str(error).splitlines()[0]}") from error
+    return _validated(model, values, str(path))
+
+
+def parse_options(model: type[Model], options: dict[str, Any]) -> Model:
+    """A command's options as a model. Raises ConfigError in one line."""
+    return _validated(model, options, "options")
+
+
+def _validated(model: type[Model], values: Any, where: str) -> Model:
+    try:
+        return model.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(f"{path}: {'; '.join(_explain(model, item) for item in error.errors()[:3])}") from error
+        raise ConfigError(f"{where}: {'; '.join(_explain(model, item) for item in error.errors()[:3])}") from error
 
 
 def describe_difference(before: object, after: object, prefix: str = "") -> str:
@@ -59,7 +70,7 @@ def describe_difference(before: object, after: object, prefix: str = "") -> str:
 
 
 def _explain(model: type[BaseModel], error: Any) -> str:
-    where = ".".join(str(part) for part in error["loc"]) or "config"
+    where = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
         known = _fields_at(model, error["loc"][:-1])
         near = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
@@ -68,7 +79,7 @@ def _explain(model: type[BaseModel], error: Any) -> str:
     if error["type"] == "missing":
         return f"{where} is missing"
     found = "" if isinstance(error["input"], dict) else f" (found {error['input']!r})"
-    return f"{where}: {error['msg'].removeprefix('Value error, ')}{found}"
+    return f"{where}{': ' if where else ''}{error['msg'].removeprefix('Value error, ')}{found}"
 
 
 def _fields_at(model: Any, location: tuple[Any, ...]) -> list[str]:

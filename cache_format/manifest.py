@@ -4,20 +4,35 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any, Literal
+import math
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from cache_format.errors import CacheError, DamagedCacheError, UnsupportedCacheError
-from cache_format.schema import FORMAT, FORMAT_VERSION, KNOWN_FEATURES, MAX_VOCAB_SIZE, SCALAR_STEP
+from cache_format.schema import FORMAT, FORMAT_VERSION, KNOWN_FEATURES, MAX_DRAWS, MAX_VOCAB_SIZE, SCALAR_STEP
 
-MAX_MANIFEST_BYTES = 256 << 20
+MAX_MANIFEST_BYTES = 64 << 20
+MAX_MANIFEST_VALUES = 1 << 22
+"""Lists, objects and what stands between commas: more than any shards of that many bytes take, and soon out of memory."""
+
+_MAX_COUNT = 1 << 40
+"""Of anything in one shard, so that no sum over shards leaves 64 bits."""
+
+
+def check_step(step: float, name: str = "logprob_step") -> float:
+    """``step`` (nats). Raises ValueError unless it is a power of two in [2^-16, 1]: then grid points are exact in fp32."""
+    if not (2.0**-16 <= step <= 1 and math.frexp(step)[0] == 0.5):
+        raise ValueError(f"{name} is {step}; expected a power of two from 2^-16 to 1, such as 0.0625 (1/16)")
+    return step
 
 
 class _Part(BaseModel):
     """Unknown keys are kept, so that a newer writer's extras survive an older tool."""
 
-    model_config = ConfigDict(extra="allow", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="allow", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 class TeacherIdentity(_Part):
@@ -50,7 +65,7 @@ class DataIdentity(_Part):
 
     source: str
     split: str
-    kind: Literal["documents", "chats"]
+    kind: Literal["documents", "chats", "mixed"]
     mask_policy: str = Field(description="all: every token but the first; assistant: the assistant's tokens.")
     max_length: int
     overlong: str
@@ -62,14 +77,71 @@ class DataIdentity(_Part):
 
 
 class StoreSettings(_Part):
-    """What was kept of each distribution."""
+    """What was kept of each distribution: a head, the mass of the tail, perhaps draws from the tail."""
 
-    estimator: Literal["top_k"] = "top_k"
-    top_k: int = Field(ge=1)
-    capture_k: int = Field(ge=1, description="Head entries the engine was asked for.")
     vocab_size: int = Field(ge=2, le=MAX_VOCAB_SIZE)
-    logprob_step: float = Field(gt=0, le=1)
-    scalar_step: float = SCALAR_STEP
+    top_k: int = Field(ge=0, description="Head entries at most; 0: draws alone.")
+    capture_k: int = Field(ge=0, description="Head entries the engine was asked for.")
+    min_k: int = Field(1, ge=0, description="Head entries at least, whatever the next two say.")
+    top_p: float | None = Field(None, gt=0, le=1, description="A head ends once it holds this mass.")
+    min_probability: float | None = Field(
+        None, gt=0, lt=1, description="A head ends before the first entry less probable than this."
+    )
+    tail_samples: int = Field(0, ge=0, le=MAX_DRAWS, description="Draws from the tail in each set, at most.")
+    sample_sets: int = Field(1, ge=1, le=255, description="Independent sets of draws.")
+    mass_per_sample: float | None = Field(
+        None, gt=0, lt=1, description="Tail mass that one draw stands for; null: tail_samples draws everywhere."
+    )
+    draws: Literal["systematic", "independent"] = "systematic"
+    seed: int = Field(0, description="Of the draws.")
+    sample_logprobs: bool = Field(False, description="Whether the draws' logprobs are stored.")
+    entropy: bool = Field(False, description="Whether the entropy of each distribution is stored.")
+    logprob_step: float = Field(gt=0, le=1, description="Grid of head and sample logprobs, nats.")
+    logprob_error: float | None = Field(
+        None, gt=0, description="Largest rounding error of a stored logprob, nats; null: half of logprob_step."
+    )
+    scalar_step: float = Field(SCALAR_STEP, gt=0, le=1, description="Grid of the scalars, nats.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        check_step(self.logprob_step)
+        check_step(self.scalar_step, "scalar_step")
+        if self.top_k == 0 and self.tail_samples == 0:
+            raise ValueError("top_k and tail_samples are both 0: nothing would be kept")
+        if self.top_k > self.vocab_size:
+            raise ValueError(f"top_k is {self.top_k}, the vocabulary has {self.vocab_size} ids")
+        if self.sample_logprobs and self.tail_samples == 0:
+            raise ValueError("sample_logprobs is set, but tail_samples is 0")
+        return self
+
+    @property
+    def rounding(self) -> float:
+        """Largest rounding error of a stored logprob, nats."""
+        return self.logprob_step / 2 if self.logprob_error is None else self.logprob_error
+
+    @property
+    def estimator(self) -> str:
+        """The field's name for what is kept."""
+        if self.top_k == 0:
+            return "random sampling"
+        head = "top-p" if self.top_p else "min-p" if self.min_probability else "top-k"
+        return f"{head} + tail samples" if self.tail_samples else head
+
+
+class TailPriorEntry(_Part):
+    """The file of the tail prior."""
+
+    path: Literal["tail_prior.arrow"] = "tail_prior.arrow"
+    bytes: int = Field(ge=0)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
+class DerivedFrom(_Part):
+    """How a cache was made of others."""
+
+    command: Literal["derive", "merge"]
+    fingerprints: tuple[str, ...] = Field(description="Of the other caches, in order.")
+    options: dict[str, Any] = Field(default_factory=dict, description="What was asked for.")
 
 
 class ShardEntry(_Part):
@@ -79,10 +151,12 @@ class ShardEntry(_Part):
     bytes: int = Field(ge=0)
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     content_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
-    sequences: int = Field(ge=0)
-    sequences_per_batch: int = Field(ge=1)
-    tokens: int = Field(ge=0)
-    positions: int = Field(ge=0)
+    sequences: int = Field(ge=0, le=_MAX_COUNT)
+    sequences_per_batch: int = Field(ge=1, le=_MAX_COUNT)
+    tokens: int = Field(ge=0, le=_MAX_COUNT)
+    positions: int = Field(ge=0, le=_MAX_COUNT)
+    entries: int = Field(ge=0, le=_MAX_COUNT, description="Head entries.")
+    draws: int = Field(ge=0, le=_MAX_COUNT, description="Tail samples, over all sets.")
     head_mass_sum: float = Field(description="Sum over positions of 1 - tail mass.")
     target_nll_sum: float = Field(description="Sum over positions of -target_logprob, nats.")
 
@@ -93,8 +167,10 @@ class Statistics(_Part):
     sequences: int
     tokens: int
     positions: int
-    bytes: int
+    bytes: int = Field(description="Of the shards and the prior.")
     bytes_per_token: float
+    mean_head_size: float | None = Field(description="Entries per position; None without positions.")
+    mean_draws: float | None = Field(description="Tail samples per position.")
     head_mass: float | None = Field(description="Mean over positions; None without positions.")
     teacher_ce: float | None = Field(description="Mean -target_logprob over positions, nats.")
 
@@ -111,18 +187,26 @@ class Header(_Part):
     tokenizer: TokenizerIdentity
     data: DataIdentity
     store: StoreSettings
+    tail_prior: TailPriorEntry | None = Field(None, description="Without one, ids are stored by their number.")
     config: dict[str, Any] = Field(default_factory=dict, description="The build config as given.")
+    derived_from: DerivedFrom | None = Field(None, description="Where it was made of other caches.")
 
-    def content_identity(self) -> dict[str, Any]:
-        """Everything that decides the content; what ``fingerprint`` hashes."""
+    def content_identity(self, *, as_written: bool = False) -> dict[str, Any]:
+        """Everything that decides the content; what ``fingerprint`` hashes.
+
+        ``as_written``: without fields that the document this came from does not have, such as those of a later version.
+        """
         # The same weights are the same teacher wherever they lie; the route changes no number.
         unnamed = {"route"} if self.teacher.weights_sha256 is None else {"route", "model"}
-        return {
-            "teacher": self.teacher.model_dump(mode="json", exclude=unnamed),
-            "tokenizer": self.tokenizer.model_dump(mode="json", exclude={"name"}),
+        identity = {
+            "teacher": self.teacher.model_dump(mode="json", exclude=unnamed, exclude_unset=as_written),
+            "tokenizer": self.tokenizer.model_dump(mode="json", exclude={"name"}, exclude_unset=as_written),
             "data": {"sha256": self.data.sha256, "mask_policy": self.data.mask_policy},
-            "store": self.store.model_dump(mode="json"),
+            "store": self.store.model_dump(mode="json", exclude_unset=as_written),
         }
+        if self.derived_from is not None:
+            identity["derived_from"] = self.derived_from.model_dump(mode="json", exclude_unset=as_written)
+        return identity
 
     def with_fingerprint(self) -> Header:
         """A copy that carries the hash of its own content identity."""
@@ -137,16 +221,33 @@ class Manifest(Header):
     shards: tuple[ShardEntry, ...]
     content_sha256: str
 
+    @model_validator(mode="after")
+    def _each_shard_once(self) -> Self:
+        if len({shard.path for shard in self.shards}) < len(self.shards):
+            raise ValueError("two shards have the same path")
+        return self
+
     @classmethod
     def complete(cls, header: Header, shards: tuple[ShardEntry, ...], created_at: str) -> Manifest:
         """The manifest of a finished build: a header and all its shards."""
         return cls(
             **header.model_dump(),
             created_at=created_at,
-            statistics=summarise(shards),
+            statistics=summarise(shards, header.tail_prior),
             shards=shards,
             content_sha256=content_sha256(shards),
         )
+
+    def contradictions(self) -> list[str]:
+        """Which of ``statistics``, ``content_sha256`` and ``fingerprint`` are not what the rest of the manifest gives."""
+        expected = summarise(self.shards, self.tail_prior).model_dump()
+        statistics = self.statistics.model_dump(exclude_unset=True)
+        holds = {
+            "statistics": all(_same_number(value, expected.get(key, value)) for key, value in statistics.items()),
+            "content_sha256": self.content_sha256 == content_sha256(self.shards),
+            "fingerprint": self.fingerprint == sha256_of_json(self.content_identity(as_written=True)),
+        }
+        return [name for name, right in holds.items() if not right]
 
     def to_json(self) -> str:
         return self.model_dump_json(indent=2) + "\n"
@@ -159,15 +260,17 @@ class Manifest(Header):
         """
         if len(text) > MAX_MANIFEST_BYTES:
             raise DamagedCacheError(f"{where} has {len(text)} bytes; a manifest has at most {MAX_MANIFEST_BYTES}")
+        if text.count(b",") + text.count(b"[") + text.count(b"{") > MAX_MANIFEST_VALUES:
+            raise DamagedCacheError(f"{where} has more than {MAX_MANIFEST_VALUES} values; that is not a manifest")
         try:
-            raw = json.loads(text)
+            raw = json.loads(text, object_pairs_hook=_each_key_once)
         except (ValueError, RecursionError) as error:
             raise DamagedCacheError(f"{where} is not JSON ({error}); fetch or build the cache again") from error
         if not isinstance(raw, dict) or raw.get("format") != FORMAT:
             raise CacheError(f"{where} is not the manifest of a Logitcask cache")
         version = raw.get("format_version")
-        if not isinstance(version, int) or version < 1:
-            raise DamagedCacheError(f"{where} has format_version {version!r}; expected a positive integer")
+        if type(version) is not int or version < 1:  # not isinstance: True is an int
+            raise DamagedCacheError(f"{where} has format_version {version!r:.40}; expected a positive integer")
         if version > FORMAT_VERSION:
             raise UnsupportedCacheError(
                 f"{where} has format version {version}; this logitcask reads up to {FORMAT_VERSION}: upgrade logitcask"
@@ -179,31 +282,65 @@ class Manifest(Header):
                 f"{where} needs features {unknown}, unknown to this logitcask: upgrade logitcask"
             )
         try:
-            return cls.model_validate_json(text)
+            return cls.model_validate_json(text, strict=True)
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(str(part) for part in first["loc"])
             raise DamagedCacheError(f"{where} is not valid at {place}: {first['msg']}") from error
 
 
-def summarise(shards: tuple[ShardEntry, ...]) -> Statistics:
+def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Parsers differ in which of two equal keys they believe."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key occurs twice in an object")
+    return found
+
+
+def _same_number(one: Any, other: Any) -> bool:
+    """Equal, or floats that differ by how a sum was rounded."""
+    return one == other or (isinstance(one, float) and isinstance(other, float) and math.isclose(one, other))
+
+
+def summarise(shards: tuple[ShardEntry, ...], prior: TailPriorEntry | None = None) -> Statistics:
     """Totals of shards (also of those that a running build has committed so far)."""
     tokens, positions = sum(s.tokens for s in shards), sum(s.positions for s in shards)
-    size = sum(s.bytes for s in shards)
+    size = sum(s.bytes for s in shards) + (0 if prior is None else prior.bytes)
+
+    def mean(total: float) -> float | None:
+        return total / positions if positions else None
+
     return Statistics(
         sequences=sum(s.sequences for s in shards),
         tokens=tokens,
         positions=positions,
         bytes=size,
         bytes_per_token=size / tokens if tokens else 0.0,
-        head_mass=sum(s.head_mass_sum for s in shards) / positions if positions else None,
-        teacher_ce=sum(s.target_nll_sum for s in shards) / positions if positions else None,
+        mean_head_size=mean(sum(s.entries for s in shards)),
+        mean_draws=mean(sum(s.draws for s in shards)),
+        head_mass=mean(sum(s.head_mass_sum for s in shards)),
+        teacher_ce=mean(sum(s.target_nll_sum for s in shards)),
     )
 
 
 def content_sha256(shards: tuple[ShardEntry, ...]) -> str:
     """sha256 of the shards' digests in order (SPEC.md section 3)."""
     return hashlib.sha256(b"".join(bytes.fromhex(shard.content_sha256) for shard in shards)).hexdigest()
+
+
+class DataHash:
+    """sha256 over (id, tokens, mask) of sequences in order: the identity of the data a teacher was shown."""
+
+    def __init__(self) -> None:
+        self._sha = hashlib.sha256()
+
+    def update(self, sequence_id: str, input_ids: NDArray[np.int32], loss_mask: NDArray[np.bool_]) -> None:
+        for part in (sequence_id.encode(), input_ids.astype("<i4").tobytes(), loss_mask.astype(np.uint8).tobytes()):
+            self._sha.update(len(part).to_bytes(8, "little"))
+            self._sha.update(part)
+
+    def hexdigest(self) -> str:
+        return self._sha.hexdigest()
 
 
 def canonical_json(value: Any) -> str:

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 
-from cache_format.codec import PackedBatch
-from cache_format.errors import CacheError, CacheNotFoundError, DamagedCacheError, IncompleteCacheError
-from cache_format.manifest import Manifest
-from cache_format.schema import shard_schema
+from cache_format.codec import Codec, PackedBatch
+from cache_format.errors import CacheError, DamagedCacheError
+from cache_format.ipc import BoundedFile
+from cache_format.manifest import ShardEntry, TailPriorEntry
+from cache_format.prior import TailPrior
 from cache_format.sequence import CachedSequence
-from cache_format.writer import BUILD_DIR, MANIFEST
+from cache_format.storage import CacheFile, ShardCache, is_local, open_filesystem, read_manifest, verified_chunks
+from cache_format.writer import MANIFEST
 
 OPEN_SHARDS = 64
 """Shards kept open: far below any limit on open files."""
@@ -25,29 +25,38 @@ OPEN_SHARDS = 64
 OPEN_BATCHES = 8
 """Record batches kept decompressed: enough for a shuffled loader to profit, usually a few MiB."""
 
+OPEN_BYTES = 256 << 20
+"""Of these batches: a larger one is kept alone."""
+
 
 class CacheReader:
     """The sequences of a finished cache, by index.
 
-    ``path`` is a folder or any fsspec URL. Raises CacheNotFoundError, IncompleteCacheError, UnsupportedCacheError, or
-    DamagedCacheError. With ``check`` (the default) a shard's sha256 is compared with the manifest when it is first
-    touched; switch it off only after ``verify``.
+    ``path`` is a folder or any fsspec URL; shards of a remote cache are fetched when they are first touched and kept in a
+    bounded local cache (``cache_format.storage.ShardCache``). Raises CacheNotFoundError, IncompleteCacheError,
+    UnsupportedCacheError, or DamagedCacheError. With ``check`` (the default) the manifest has to agree with its own totals
+    and hashes, and a local shard's sha256 with the manifest when it is first touched; switch it off only after ``verify``.
+    Remote shards are always checked.
 
     A reader may be pickled or forked: the copy in another process opens its own files.
     """
 
-    def __init__(self, path: str | Any, *, check: bool = True) -> None:
+    def __init__(self, path: str | Any, *, check: bool = True, shard_cache: ShardCache | None = None) -> None:
         self.path = str(path)
         self.check = check
-        try:
-            self._filesystem, self._root = fsspec.core.url_to_fs(self.path)
-        except (ImportError, ValueError) as error:
-            raise CacheError(f"{self.path} cannot be opened: {error}") from error
-        self._local = self._filesystem.protocol in ("file", ("file", "local"))
-        self.manifest = self._read_manifest()
+        self._filesystem, self._root = open_filesystem(self.path)
+        _, self.manifest = read_manifest(self._filesystem, self._root, self.path)
+        if check and (wrong := self.manifest.contradictions()):
+            raise DamagedCacheError(
+                f"{self.path}/{MANIFEST} contradicts itself: {' and '.join(wrong)} are not what the rest of it gives; "
+                "fetch or build the cache again"
+            )
+        self._copies = None if is_local(self._filesystem) else shard_cache or ShardCache()
+        self.prior = self._read_prior(self.manifest.tail_prior)
+        self.codec = Codec(self.manifest.store, self.prior)
         counts = np.array([shard.sequences for shard in self.manifest.shards], np.int64)
         self._first = np.concatenate([[0], np.cumsum(counts)])
-        self._shards: OrderedDict[int, pa.ipc.RecordBatchFileReader] = OrderedDict()
+        self._shards: OrderedDict[int, BoundedFile] = OrderedDict()
         self._checked: set[int] = set()
         self._process = os.getpid()
         self._batches: OrderedDict[tuple[int, int], PackedBatch] = OrderedDict()
@@ -69,38 +78,22 @@ class CacheReader:
 
     def iter_column(self, name: str) -> Iterator[pa.Array]:
         """One Arrow array of a column per record batch, in order; no other column is decompressed."""
-        index = shard_schema(self.manifest.store.vocab_size).get_field_index(name)
+        index = self.codec.schema.get_field_index(name)
         for shard in range(len(self.manifest.shards)):
             self._check_once(shard)
-            with self._open(shard, pa.ipc.IpcReadOptions(included_fields=[index])) as file:
-                for batch in range(file.num_record_batches):
-                    yield self._get_batch(file, shard, batch).column(0)
+            file = self._open(shard, [index])
+            for batch in range(len(file)):
+                yield self._get_batch(file, shard, batch).column(0)
 
     def iter_batches(self, shard: int) -> Iterator[PackedBatch]:
-        """The record batches of one shard, in order, opened for decoding; its hash is not checked."""
-        with self._open(shard) as file:
-            for batch in range(file.num_record_batches):
-                yield self._pack(file, shard, batch)
+        """The record batches of one shard, in order, opened for decoding; a local shard's hash is not checked."""
+        file = self._open(shard)
+        for batch in range(len(file)):
+            yield self._pack(file, shard, batch)
 
     def check_shard(self, shard: int) -> None:
         """Raises DamagedCacheError, naming the shard, unless its size and sha256 are those of the manifest."""
-        entry = self.manifest.shards[shard]
-        path = f"{self._root}/{entry.path}"
-        again = "fetch or build the cache again"
-        try:
-            size = self._filesystem.size(path)
-            if size != entry.bytes:
-                raise DamagedCacheError(f"{entry.path} is damaged: {size} bytes, {entry.bytes} expected; {again}")
-            with self._filesystem.open(path, "rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
-        except FileNotFoundError:
-            raise DamagedCacheError(f"{entry.path} is missing; {again}") from None
-        except OSError as error:
-            raise CacheError(f"{self.path}/{entry.path} cannot be read: {error}") from error
-        if found != entry.sha256:
-            raise DamagedCacheError(
-                f"{entry.path} is damaged: sha256 {found[:12]}..., {entry.sha256[:12]}... expected; {again}"
-            )
+        self._check_file(self.manifest.shards[shard])
 
     def __getstate__(self) -> dict[str, Any]:
         # Open files and Arrow readers do not travel to other processes.
@@ -111,30 +104,49 @@ class CacheReader:
         self._process = os.getpid()
         self._shards.clear()
         self._batches.clear()
-        if not self._local:
-            self._filesystem, self._root = fsspec.core.url_to_fs(self.path, skip_instance_cache=True)
+        if self._copies is not None:
+            self._filesystem, self._root = open_filesystem(self.path, fresh=True)
 
     def _check_once(self, shard: int) -> None:
-        if self.check and shard not in self._checked:
+        # The local cache of remote shards checks on the way in.
+        if self.check and self._copies is None and shard not in self._checked:
             self.check_shard(shard)
             self._checked.add(shard)
 
-    def _read_manifest(self) -> Manifest:
+    def _check_file(self, entry: ShardEntry | TailPriorEntry) -> None:
+        self._require_file(entry)
         try:
-            text = self._filesystem.cat_file(f"{self._root}/{MANIFEST}")
-        except FileNotFoundError:
-            if self._filesystem.exists(f"{self._root}/{BUILD_DIR}"):
-                raise IncompleteCacheError(
-                    f"{self.path} is an unfinished cache; run the same `teacher-cache build` again to complete it"
-                ) from None
-            raise CacheNotFoundError(
-                f"{self.path} holds no cache (no {MANIFEST}); build one with `teacher-cache build CONFIG`"
-            ) from None
-        except NotADirectoryError:
-            raise CacheNotFoundError(f"{self.path} is a file; a cache is a folder") from None
-        except Exception as error:  # whatever a remote file system raises: no permission, no such host, ...
-            raise CacheError(f"{self.path}/{MANIFEST} cannot be read: {error}") from error
-        return Manifest.from_json(text, f"{self.path}/{MANIFEST}")
+            for _ in verified_chunks(
+                self._filesystem, f"{self._root}/{entry.path}", CacheFile(entry.path, entry.bytes, entry.sha256)
+            ):
+                pass
+        except OSError as error:
+            raise CacheError(f"{self.path}/{entry.path} cannot be read: {error}") from error
+
+    def _require_file(self, entry: ShardEntry | TailPriorEntry) -> None:
+        """Raises DamagedCacheError for a pipe, a device or a folder: reading one could wait for ever."""
+        path = f"{self._root}/{entry.path}"
+        if self._copies is None and os.path.exists(path) and not os.path.isfile(path):
+            raise DamagedCacheError(f"{self.path}/{entry.path} is no file; fetch or build the cache again")
+
+    def _read_prior(self, entry: TailPriorEntry | None) -> TailPrior | None:
+        if entry is None:
+            return None
+        where = f"{self.path}/{entry.path}"
+        if self._copies is None:
+            self._check_file(entry)
+        return TailPrior.from_bytes(self._map(entry), self.manifest.store.vocab_size, where)
+
+    def _map(self, entry: ShardEntry | TailPriorEntry) -> pa.Buffer:
+        """The bytes of a file of the cache, memory-mapped."""
+        path = f"{self._root}/{entry.path}"
+        try:
+            if self._copies is not None:
+                return self._copies.memory_map(self._filesystem, path, entry.bytes, entry.sha256).read_buffer()
+            self._require_file(entry)
+            return pa.memory_map(path).read_buffer()
+        except (OSError, pa.ArrowInvalid) as error:  # Arrow's, for a file of 0 bytes
+            raise DamagedCacheError(f"{entry.path} cannot be opened: {error}") from error
 
     def _batch(self, shard: int, batch: int) -> PackedBatch:
         if os.getpid() != self._process:
@@ -151,31 +163,28 @@ class CacheReader:
         self._shards.move_to_end(shard)
         packed = self._pack(self._shards[shard], shard, batch)
         self._batches[key] = packed
-        if len(self._batches) > OPEN_BATCHES:
+        while len(self._batches) > 1 and (
+            len(self._batches) > OPEN_BATCHES or sum(each.batch.nbytes for each in self._batches.values()) > OPEN_BYTES
+        ):
             self._batches.popitem(last=False)
         return packed
 
-    def _pack(self, file: pa.ipc.RecordBatchFileReader, shard: int, batch: int) -> PackedBatch:
-        store = self.manifest.store
+    def _pack(self, file: BoundedFile, shard: int, batch: int) -> PackedBatch:
         where = f"{self.manifest.shards[shard].path}, batch {batch}"
-        return PackedBatch(self._get_batch(file, shard, batch), store.vocab_size, store.logprob_step, where)
+        return self.codec.open(self._get_batch(file, shard, batch), where)
 
-    def _open(self, shard: int, options: pa.ipc.IpcReadOptions | None = None) -> pa.ipc.RecordBatchFileReader:
+    def _open(self, shard: int, columns: list[int] | None = None) -> BoundedFile:
         entry = self.manifest.shards[shard]
-        path = f"{self._root}/{entry.path}"
-        try:
-            source = pa.memory_map(path) if self._local else pa.PythonFile(self._filesystem.open(path, "rb"), "r")
-            return pa.ipc.open_file(source, options=options)
-        except (OSError, pa.ArrowException) as error:
-            raise DamagedCacheError(f"{entry.path} cannot be opened: {error}") from error
+        file = BoundedFile(self._map(entry), entry.path, self.codec.schema, columns)
+        expected = -(-entry.sequences // entry.sequences_per_batch)
+        if len(file) != expected:
+            raise DamagedCacheError(f"{entry.path} has {len(file)} record batches; the manifest asks for {expected}")
+        return file
 
-    def _get_batch(self, file: pa.ipc.RecordBatchFileReader, shard: int, batch: int) -> pa.RecordBatch:
+    def _get_batch(self, file: BoundedFile, shard: int, batch: int) -> pa.RecordBatch:
         entry = self.manifest.shards[shard]
         expected = min(entry.sequences_per_batch, entry.sequences - batch * entry.sequences_per_batch)
-        try:
-            found = file.get_batch(batch)
-        except (OSError, ValueError, pa.ArrowException) as error:
-            raise DamagedCacheError(f"{entry.path}, batch {batch}, cannot be read: {error}") from error
+        found = file.batch(batch)
         if found.num_rows != expected:
             raise DamagedCacheError(f"{entry.path}, batch {batch}, has {found.num_rows} rows; expected {expected}")
         return found

@@ -10,49 +10,72 @@ KNOWN_FEATURES: frozenset[str] = frozenset()
 """Names in a manifest's ``required_features`` that this package can read."""
 
 MAX_VOCAB_SIZE = 1 << 24
-SCALAR_STEP = 2.0**-10
-"""Grid of target and tail logprobs, nats."""
+MAX_DRAWS = 255
+"""Tail samples in one set of one position."""
+
+SCALAR_STEP = 2.0**-8
+"""Grid of target logprobs, tail logprobs and entropies, nats."""
+
+NO_TAIL = 65535
+"""In ``tail_step``: the tail has no mass."""
 
 TAIL_MASS_FLOOR = 2.0**-20
 """Smallest tail mass that 1 - (a sum of fp32 probabilities) can vouch for."""
 
-BATCH_BYTES = 256 * 1024
-"""Uncompressed size a record batch aims at: the unit of random access."""
+PRIOR_STEP = 0.25
+"""Grid of the tail prior's log weights, nats."""
 
-POSITION_COLUMNS = ("positions", "target_logprob", "target_rank", "tail_logprob", "head_size")
-"""List columns with one value per kept position."""
+BATCH_BYTES = 1 << 20
+"""Uncompressed size a record batch aims at, the unit of random access: smaller ones decode more slowly (docs/format.md)."""
+
+MAX_BATCH_BYTES = 256 << 20
+"""Uncompressed size of a record batch at most: readers refuse more before they allocate it."""
+
+MAX_DECODED_BYTES = 1 << 30
+"""Size of one sequence's padded head or samples in memory at most, ids and logprobs together."""
+
+POSITION_COLUMNS = ("positions", "target_logprob", "target_rank", "tail_step", "head_size")
+"""List columns with one value per kept position (``entropy_step`` is another, where there is one)."""
 
 
-def id_planes(vocab_size: int) -> tuple[str, ...]:
-    """Names of the byte-plane columns that hold head ids of a vocabulary (1 to 3 of them)."""
-    count = max(1, ((vocab_size - 1).bit_length() + 7) // 8)
-    return tuple(f"head_id_plane_{byte}" for byte in range(count))
+def id_bytes(vocab_size: int) -> int:
+    """Bytes that an id of the vocabulary takes, 1 to 3."""
+    return max(1, ((vocab_size - 1).bit_length() + 7) // 8)
 
 
-def shard_schema(vocab_size: int) -> pa.Schema:
-    """Arrow schema of every shard of a cache with ``vocab_size`` ids."""
+def shard_schema(
+    vocab_size: int, *, entropy: bool = False, samples: bool = False, sample_logprobs: bool = False
+) -> pa.Schema:
+    """Arrow schema of every shard of a cache with ``vocab_size`` ids and these optional columns."""
 
-    def ints(name: str) -> pa.Field:
-        return pa.field(name, pa.list_(pa.int32()), nullable=False)
-
-    def floats(name: str) -> pa.Field:
-        return pa.field(name, pa.list_(pa.float32()), nullable=False)
+    def lists(name: str, kind: pa.DataType) -> pa.Field:
+        return pa.field(name, pa.list_(kind), nullable=False)
 
     def plane(name: str) -> pa.Field:
         return pa.field(name, pa.binary(), nullable=False)
 
-    return pa.schema(
-        [
-            pa.field("sequence_id", pa.string(), nullable=False),
-            ints("input_ids"),
-            pa.field("loss_mask", pa.list_(pa.bool_()), nullable=False),
-            ints("positions"),
-            floats("target_logprob"),
-            ints("target_rank"),
-            floats("tail_logprob"),
-            ints("head_size"),
-            *(plane(name) for name in id_planes(vocab_size)),
-            plane("head_step_plane"),
-            ints("head_step_escape"),
-        ]
-    )
+    def id_planes(prefix: str) -> list[pa.Field]:
+        return [plane(f"{prefix}_plane_{byte}") for byte in range(id_bytes(vocab_size))]
+
+    def steps(prefix: str) -> list[pa.Field]:
+        return [plane(f"{prefix}_plane"), lists(f"{prefix}_escape", pa.int32())]
+
+    fields = [
+        pa.field("sequence_id", pa.string(), nullable=False),
+        lists("input_ids", pa.int32()),
+        lists("loss_mask", pa.bool_()),
+        lists("positions", pa.int32()),
+        lists("target_logprob", pa.float32()),
+        lists("target_rank", pa.int32()),
+        lists("tail_step", pa.uint16()),
+        lists("head_size", pa.int32()),
+        *id_planes("head_id"),
+        *steps("head_step"),
+    ]
+    if entropy:
+        fields.append(lists("entropy_step", pa.uint16()))
+    if samples:
+        fields += [lists("sample_size", pa.int32()), *id_planes("sample_gap"), plane("sample_count_plane")]
+    if sample_logprobs:
+        fields += steps("sample_step")
+    return pa.schema(fields)

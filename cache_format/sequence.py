@@ -3,10 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TailSamples:
+    """Ids drawn from the tail of each of P positions, in proportion to their probability: T independent sets.
+
+    In a set with S draws each stands for 1/S of the tail mass, so that ``tail mass / S * sum over draws of f(id)`` is an
+    unbiased estimate of the sum over the tail of ``p(id) f(id)``.
+
+    ids:      int32[P, T, S], padded at the end with -1; an id drawn more than once stands there as often.
+    logprobs: float32[P, T, S], nats, padded with -inf; None where the cache does not store them.
+    """
+
+    ids: NDArray[np.int32]
+    logprobs: NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -22,7 +36,8 @@ class CachedSequence:
     tail_logprob:   float32[P], log of the mass outside the head; -inf where the head is everything.
     target_logprob: float32[P], the teacher's logprob of token i + 1.
     target_rank:    int32[P], 0 = the teacher's argmax.
-    samples:        None; tail samples are a reserved feature of the format.
+    entropy:        float32[P], nats, of the whole distribution; None where the cache does not store it.
+    samples:        None, or draws from the tail.
     """
 
     sequence_id: str
@@ -34,7 +49,8 @@ class CachedSequence:
     tail_logprob: NDArray[np.float32]
     target_logprob: NDArray[np.float32]
     target_rank: NDArray[np.int32]
-    samples: Any = None
+    entropy: NDArray[np.float32] | None = None
+    samples: TailSamples | None = None
 
     def __len__(self) -> int:
         """Tokens of the sequence."""

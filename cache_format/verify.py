@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import numpy as np
+from numpy.typing import NDArray
 
-from cache_format.codec import ContentHash, PackedBatch, validate
+from cache_format.codec import ContentHash, validate
 from cache_format.errors import DamagedCacheError, UserError
-from cache_format.manifest import Manifest, ShardEntry, StoreSettings, content_sha256, summarise
+from cache_format.manifest import ShardEntry, StoreSettings
 from cache_format.reader import CacheReader
-from cache_format.sequence import CachedSequence
+from cache_format.sequence import CachedSequence, TailSamples
+from cache_format.writer import MANIFEST
 
 _FP32_SLACK = 2.0**-16
 """What sums of an engine's fp32 probabilities may be off by."""
+
+_PART_ENTRIES = 1 << 22
+"""Head entries checked at a time: bounds the memory that the checks take."""
+
+_BY_POSITION = ("positions", "ids", "logprobs", "tail_logprob", "target_logprob", "target_rank")
 
 
 def verify(path: str, *, deep: bool = False, on_shard: Callable[[str], None] = lambda _: None) -> list[str]:
@@ -25,7 +33,7 @@ def verify(path: str, *, deep: bool = False, on_shard: Callable[[str], None] = l
     masses that add up to 1, target and head in agreement, unique sequence ids, and the manifest's totals.
     ``on_shard`` is called with each shard's path after it was checked. Raises what opening the cache raises.
     """
-    cache = CacheReader(path)
+    cache = CacheReader(path, check=False)  # here what is wrong is listed, not raised
     seen: set[bytes] = set()
     problems = []
     for index, entry in enumerate(cache.manifest.shards):
@@ -37,49 +45,45 @@ def verify(path: str, *, deep: bool = False, on_shard: Callable[[str], None] = l
             problems.append(str(error))
         on_shard(entry.path)
     if deep:
-        problems += _check_totals(cache.manifest)
+        problems += [f"{MANIFEST}: {name} is not what the rest of it gives" for name in cache.manifest.contradictions()]
     return problems
-
-
-def _check_totals(manifest: Manifest) -> list[str]:
-    """What the manifest says of the whole, against what it says of the shards and of itself."""
-    wrong = [
-        name
-        for name, found, expected in (
-            ("statistics", manifest.statistics, summarise(manifest.shards)),
-            ("content_sha256", manifest.content_sha256, content_sha256(manifest.shards)),
-            ("fingerprint", manifest.fingerprint, manifest.with_fingerprint().fingerprint),
-        )
-        if found != expected
-    ]
-    return [f"manifest.json: {name} is not what the rest of it gives" for name in wrong]
 
 
 def _check_content(cache: CacheReader, index: int, entry: ShardEntry, seen: set[bytes]) -> None:
     store = cache.manifest.store
     content = ContentHash()
-    sequences = tokens = positions = 0
+    sequences = tokens = positions = entries = draws = 0
     head_mass = nll = 0.0
     for packed in cache.iter_batches(index):
         content.update(packed.batch)
-        for sequence in _decoded(packed):
-            _check_sequence(sequence, store, entry.path)
+        # Decoded one at a time: rows that are small on disk may be 1 GiB each in memory.
+        for row in range(len(packed)):
+            sequence = packed.decode(row)
+            for part in _parts(sequence):
+                _check_sequence(part, store, entry.path)
             sequences += 1
             tokens += len(sequence)
             positions += len(sequence.positions)
+            entries += int((sequence.ids >= 0).sum())
+            draws += 0 if sequence.samples is None else int((sequence.samples.ids >= 0).sum())
             head_mass -= float(np.expm1(sequence.tail_logprob.astype(np.float64)).sum())
             nll -= float(sequence.target_logprob.sum(dtype=np.float64))
             # Eight bytes a sequence: enough that two of a billion ids collide with probability 3 %.
             name = hashlib.blake2b(sequence.sequence_id.encode(), digest_size=8).digest()
             if name in seen:
-                raise DamagedCacheError(f"{entry.path}: sequence id {sequence.sequence_id!r} occurs twice in the cache")
+                raise DamagedCacheError(
+                    f"{entry.path}: sequence id {sequence.sequence_id[:100]!r} occurs twice in the cache"
+                )
             seen.add(name)
+            del sequence, part
     if content.hexdigest() != entry.content_sha256:
         raise DamagedCacheError(f"{entry.path}: its content_sha256 is not the manifest's")
-    found = (sequences, tokens, positions)
-    expected = (entry.sequences, entry.tokens, entry.positions)
+    found = (sequences, tokens, positions, entries, draws)
+    expected = (entry.sequences, entry.tokens, entry.positions, entry.entries, entry.draws)
     if found != expected:
-        raise DamagedCacheError(f"{entry.path} has {found} sequences, tokens, positions; the manifest says {expected}")
+        raise DamagedCacheError(
+            f"{entry.path} has {found} sequences, tokens, positions, entries, draws; the manifest says {expected}"
+        )
     # The manifest's sums are of values before rounding to the scalar grid.
     room = positions * store.scalar_step + 1e-6
     if not (
@@ -89,13 +93,31 @@ def _check_content(cache: CacheReader, index: int, entry: ShardEntry, seen: set[
         raise DamagedCacheError(f"{entry.path}: its sums of head mass or target logprobs are not the manifest's")
 
 
-def _decoded(packed: PackedBatch) -> list[CachedSequence]:
-    return [packed.decode(row) for row in range(len(packed))]
+def _parts(sequence: CachedSequence) -> Iterator[CachedSequence]:
+    """The sequence itself, or where its head is large the same with some of its positions at a time."""
+    p, step = len(sequence.positions), max(1, _PART_ENTRIES // max(1, sequence.ids.shape[1]))
+    if p <= step:
+        yield sequence
+        return
+    for start in range(0, p, step):
+        some = slice(start, start + step)
+        mask = np.zeros_like(sequence.loss_mask)
+        mask[sequence.positions[some] + 1] = True
+        samples = sequence.samples
+        if samples is not None:
+            samples = TailSamples(samples.ids[some], None if samples.logprobs is None else samples.logprobs[some])
+        yield replace(
+            sequence,
+            loss_mask=mask,
+            samples=samples,
+            entropy=None if sequence.entropy is None else sequence.entropy[some],
+            **{name: getattr(sequence, name)[some] for name in _BY_POSITION},
+        )
 
 
 def _check_sequence(sequence: CachedSequence, store: StoreSettings, where: str) -> None:
     try:
-        validate(sequence, store.vocab_size, mass_slack=store.logprob_step)
+        validate(sequence, store, mass_slack=2 * store.rounding)
     except UserError as error:
         raise DamagedCacheError(f"{where}: {error}") from error
     if not len(sequence.positions):
@@ -103,25 +125,56 @@ def _check_sequence(sequence: CachedSequence, store: StoreSettings, where: str) 
 
     def require(holds: bool, what: str) -> None:
         if not holds:
-            raise DamagedCacheError(f"{where}: sequence {sequence.sequence_id!r}: {what}")
+            raise DamagedCacheError(f"{where}: sequence {sequence.sequence_id[:100]!r}: {what}")
 
     ids, logprobs = sequence.ids, sequence.logprobs.astype(np.float64)
     stored = ids >= 0
-    ordered = np.sort(np.where(stored, ids, -1 - np.arange(ids.shape[1])), axis=1)
-    require(bool((ordered[:, 1:] != ordered[:, :-1]).all()), "an id occurs twice in a head")
+    size = stored.sum(axis=1)
+    require(_distinct(ids), "an id occurs twice in a head")
     mass = np.exp(logprobs).sum(axis=1) + np.exp(sequence.tail_logprob.astype(np.float64))
-    room = store.logprob_step + store.scalar_step + _FP32_SLACK
+    room = 2 * store.rounding + store.scalar_step + _FP32_SLACK
     require(bool((np.abs(mass - 1) <= room).all()), "head and tail mass do not add up to 1")
     is_target = ids == sequence.target_ids[:, None]
     inside = is_target.any(axis=1)
-    size = stored.sum(axis=1)
     require(bool((sequence.target_rank[inside] < size[inside]).all()), "a target in the head has a rank beyond it")
-    in_head = np.where(is_target, logprobs, 0).sum(axis=1)
-    last = logprobs[np.arange(len(ids)), size - 1]
-    expected = np.where(inside, in_head, last)
     # A target that ranks inside the head but is not in it can only be tied with its last entry.
     matters = inside | (sequence.target_rank < size)
-    apart = np.abs(sequence.target_logprob - expected)[matters]
-    require(
-        bool((apart <= (store.logprob_step + store.scalar_step) / 2 + _FP32_SLACK).all()), "target and head disagree"
-    )
+    at = np.where(inside, is_target.argmax(axis=1) if ids.shape[1] else 0, size - 1)[matters]
+    apart = np.abs(sequence.target_logprob[matters] - logprobs[np.flatnonzero(matters), at])
+    require(bool((apart <= store.rounding + store.scalar_step / 2 + _FP32_SLACK).all()), "target and head disagree")
+    if sequence.entropy is not None:
+        require(_entropy_is_possible(sequence, size, store), "its entropy contradicts the head and the tail's mass")
+    if sequence.samples is not None:
+        _check_samples(sequence, store, require)
+
+
+def _entropy_is_possible(sequence: CachedSequence, size: NDArray[np.int64], store: StoreSettings) -> bool:
+    """With head and tail mass given, it lies between that of a tail in one id and that of an even tail."""
+    assert sequence.entropy is not None
+    cells = np.concatenate([sequence.logprobs, sequence.tail_logprob[:, None]], axis=1).astype(np.float64)
+    known = -(np.exp(cells) * np.where(np.isneginf(cells), 0, cells)).sum(axis=1)
+    spread = np.exp(cells[:, -1]) * np.log(np.maximum(store.vocab_size - size, 1))
+    # d(p log p) = (1 + log p) p dlog p, summed over the cells.
+    room = (store.rounding + store.scalar_step) * (2 + known + spread) + store.scalar_step + 1e-3
+    return bool(((sequence.entropy >= known - room) & (sequence.entropy <= known + spread + room)).all())
+
+
+def _check_samples(sequence: CachedSequence, store: StoreSettings, require: Callable[[bool, str], None]) -> None:
+    assert sequence.samples is not None
+    ids = sequence.samples.ids.reshape(len(sequence.positions), -1)
+    distinct = np.where(ids[:, 1:] == ids[:, :-1], -1, ids[:, 1:])
+    drawn = np.concatenate([ids[:, :1], distinct], axis=1)
+    # Head ids are distinct, and so are those of a set; whatever is in both makes a repetition.
+    for each in np.split(drawn, store.sample_sets, axis=1) if ids.shape[1] else []:
+        require(_distinct(np.concatenate([sequence.ids, each], axis=1)), "a sample is in the head")
+    most = sequence.samples.logprobs
+    if most is not None and most.size and sequence.logprobs.shape[1]:
+        last = np.where(sequence.ids >= 0, sequence.logprobs, 0).min(axis=1)
+        above = most.max(axis=(1, 2)) - last
+        require(bool((above <= 2 * store.rounding).all()), "a sample is more probable than the head's last entry")
+
+
+def _distinct(ids: NDArray[np.int32]) -> bool:
+    """Whether no row of ``ids`` has an id twice; negative ones do not count."""
+    ordered = np.sort(np.where(ids >= 0, ids, -1 - np.arange(ids.shape[1])), axis=1)
+    return bool((ordered[:, 1:] != ordered[:, :-1]).all())

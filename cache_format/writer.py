@@ -10,7 +10,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,15 +23,17 @@ import pyarrow as pa
 from pydantic import BaseModel
 
 from cache_format import card
-from cache_format.codec import ContentHash, encode_batch, validate
+from cache_format.codec import Codec, ContentHash, validate
 from cache_format.configuration import describe_difference
 from cache_format.errors import CacheInUseError, DamagedCacheError, UserError
-from cache_format.manifest import Header, Manifest, ShardEntry, StoreSettings
-from cache_format.schema import BATCH_BYTES, FORMAT, shard_schema
+from cache_format.manifest import Header, Manifest, ShardEntry, TailPriorEntry
+from cache_format.prior import TailPrior
+from cache_format.schema import BATCH_BYTES, FORMAT
 from cache_format.sequence import CachedSequence
 
 BUILD_DIR = ".build"
 MANIFEST = "manifest.json"
+PRIOR = "tail_prior.arrow"
 
 _SHARD = re.compile(r"shard-\d{5,}\.arrow")
 State = TypeVar("State", bound=BaseModel)
@@ -45,11 +47,13 @@ class CacheWriter:
     the cache complete. Raises UserError for a folder that cannot be written, and for a finished cache.
     """
 
-    def __init__(self, path: str | Path, *, compression_level: int = 3) -> None:
+    def __init__(self, path: str | Path, *, compression_level: int = 1) -> None:
         self.path = Path(path)
         self.build_dir = self.path / BUILD_DIR
         self.compression_level = compression_level
         self.committed: dict[int, ShardEntry] = {}
+        self._codec: Codec | None = None
+        self._mass_slack = 0.0
         self._exit = ExitStack()
 
     def __enter__(self) -> Self:
@@ -89,13 +93,14 @@ class CacheWriter:
         for file in self.build_dir.rglob("*.tmp"):
             file.unlink()
 
-    def begin(self, header: Header) -> Header:
-        """Fixes what this cache is. On a resumed build ``header`` must describe the same content as the first time.
+    def begin(self, header: Header, prior: TailPrior | None = None) -> Header:
+        """Fixes what this cache is, and the prior by which its ids are ranked. Comes before the first shard.
 
+        On a resumed build ``header`` must describe the same content as the first time, and the first prior stays.
         Returns the header with its fingerprint. Raises UserError naming the fields that differ.
         """
         header = header.with_fingerprint()
-        if self._header_file.exists():
+        if self.begun:
             first = self.header()
             if first.fingerprint != header.fingerprint:
                 raise UserError(
@@ -103,10 +108,33 @@ class CacheWriter:
                     f"{describe_difference(first.content_identity(), header.content_identity())}; "
                     "go on with the old settings, start afresh with --restart, or choose another output"
                 )
-            return first
-        with writing_to(self.path):
-            write_durably(self._header_file, header.model_dump_json(indent=2))
+            header, prior = first, self._load_prior(first)
+        else:
+            with writing_to(self.path):
+                if prior is not None:
+                    data = prior.to_bytes()
+                    header = header.model_copy(
+                        update={"tail_prior": TailPriorEntry(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())}
+                    )
+                    write_durably(self.path / PRIOR, data, scratch=self.build_dir)
+                write_durably(self._header_file, header.model_dump_json(indent=2))
+        self._codec = Codec(header.store, prior)
+        # What comes from another cache has been rounded before.
+        self._mass_slack = 1e-3 + (2 * header.store.rounding if header.derived_from else 0)
         return header
+
+    @property
+    def begun(self) -> bool:
+        """Whether an earlier run has fixed what this cache is."""
+        return self._header_file.exists()
+
+    def _load_prior(self, header: Header) -> TailPrior | None:
+        if header.tail_prior is None:
+            return None
+        data = (self.path / PRIOR).read_bytes() if (self.path / PRIOR).exists() else b""
+        if hashlib.sha256(data).hexdigest() != header.tail_prior.sha256:
+            raise DamagedCacheError(f"{self.path / PRIOR} is not the file the build wrote; start afresh with --restart")
+        return TailPrior.from_bytes(data, header.store.vocab_size, str(self.path / PRIOR))
 
     @property
     def _header_file(self) -> Path:
@@ -117,17 +145,22 @@ class CacheWriter:
         return load_state(Header, self._header_file)
 
     @contextmanager
-    def shard(self, index: int, header: Header, *, sequences_per_batch: int | None = None) -> Iterator[ShardWriter]:
-        """Writes shard ``index``: committed when the block ends, gone if it raises.
+    def shard(self, index: int, *, sequences_per_batch: Callable[[float], int] | None = None) -> Iterator[ShardWriter]:
+        """Writes shard ``index`` of a cache that has begun: committed when the block ends, gone if it raises.
 
-        ``sequences_per_batch``: rows of each record batch; by default as many as the first BATCH_BYTES hold.
+        ``sequences_per_batch``: from entries (of heads and draws) per position to rows of each record batch, for a caller
+        who knows how long sequences will be; by default as many as the first BATCH_BYTES hold.
         """
+        if self._codec is None:
+            raise ValueError("begin comes before the first shard")
         if index in self.committed:
             raise ValueError(f"shard {index} is committed already")
         name = f"shard-{index:05d}"
         temporary = self.build_dir / f"{name}.arrow.tmp"
         with writing_to(self.path):
-            writer = ShardWriter(temporary, header.store, self.compression_level, sequences_per_batch)
+            writer = ShardWriter(
+                temporary, self._codec, self.compression_level, sequences_per_batch, mass_slack=self._mass_slack
+            )
             try:
                 yield writer
                 totals = writer.close()
@@ -161,50 +194,70 @@ class ShardWriter:
     """One Arrow file in the making. Every record batch but the last has the same number of sequences."""
 
     def __init__(
-        self, path: Path, store: StoreSettings, compression_level: int, sequences_per_batch: int | None = None
+        self,
+        path: Path,
+        codec: Codec,
+        compression_level: int,
+        sequences_per_batch: Callable[[float], int] | None,
+        *,
+        mass_slack: float,
     ) -> None:
-        self.store = store
+        self.codec = codec
+        self._mass_slack = mass_slack
         self._file: IO[bytes] = open(path, "wb")  # noqa: SIM115 - closed by close() or abort()
         self._path = path
         self._sink = _HashingFile(self._file)
         options = pa.ipc.IpcWriteOptions(compression=pa.Codec("zstd", compression_level=compression_level))
-        self._arrow = pa.ipc.new_file(
-            pa.PythonFile(self._sink, mode="w"), shard_schema(store.vocab_size), options=options
-        )
+        self._arrow = pa.ipc.new_file(pa.PythonFile(self._sink, mode="w"), codec.schema, options=options)
         self._content = ContentHash()
         self._waiting: list[CachedSequence] = []
-        self._waiting_bytes = 0
-        self._per_batch = sequences_per_batch
+        self._choose_rows = sequences_per_batch
+        self._per_batch: int | None = None
+        self._entries = self._draws = 0
         self.sequences = self.tokens = self.positions = 0
         self._head_mass_sum = self._target_nll_sum = 0.0
 
     def append(self, sequence: CachedSequence) -> None:
         """Adds one sequence. Raises UserError if it is not one (see ``codec.validate``)."""
-        validate(sequence, self.store.vocab_size)
+        validate(sequence, self.codec.store, mass_slack=self._mass_slack)
         self._waiting.append(sequence)
-        self._waiting_bytes += uncompressed_bytes(len(sequence), len(sequence.positions), sequence.ids.size)
+        self._entries += int((sequence.ids >= 0).sum())
+        self._draws += 0 if sequence.samples is None else int((sequence.samples.ids >= 0).sum())
         self.sequences += 1
         self.tokens += len(sequence)
         self.positions += len(sequence.positions)
         self._head_mass_sum -= float(np.expm1(sequence.tail_logprob.astype(np.float64)).sum())
         self._target_nll_sum -= float(sequence.target_logprob.sum(dtype=np.float64))
-        if self._per_batch is None and self._waiting_bytes >= BATCH_BYTES:
-            self._per_batch = len(self._waiting)
-        if len(self._waiting) == self._per_batch:
-            self._flush()
+        if self._per_batch is None and self._size() >= BATCH_BYTES:
+            self._fix_rows()
+        self._flush_full()
 
-    def _flush(self) -> None:
-        batch = encode_batch(self._waiting, self.store.vocab_size, self.store.logprob_step)
+    def _size(self) -> int:
+        return uncompressed_bytes(self.tokens, self.positions, self._entries + self._draws)
+
+    def _fix_rows(self) -> None:
+        rows = len(self._waiting)
+        if self._choose_rows is not None:
+            rows = self._choose_rows((self._entries + self._draws) / max(1, self.positions))
+        self._per_batch = max(1, rows)
+
+    def _flush_full(self) -> None:
+        while self._per_batch is not None and len(self._waiting) >= self._per_batch:
+            self._flush(self._per_batch)
+
+    def _flush(self, rows: int) -> None:
+        batch = self.codec.encode(self._waiting[:rows])
         self._content.update(batch)
         self._arrow.write_batch(batch)
-        self._waiting, self._waiting_bytes = [], 0
+        del self._waiting[:rows]
 
     def close(self) -> dict[str, object]:
         """Completes the file on disk (fsync) and returns the fields of its ShardEntry, but for the path."""
         if self._per_batch is None:
-            self._per_batch = max(1, len(self._waiting))
+            self._fix_rows()
+        self._flush_full()
         if self._waiting:
-            self._flush()
+            self._flush(len(self._waiting))
         self._arrow.close()
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -217,6 +270,8 @@ class ShardWriter:
             "sequences_per_batch": self._per_batch,
             "tokens": self.tokens,
             "positions": self.positions,
+            "entries": self._entries,
+            "draws": self._draws,
             "head_mass_sum": self._head_mass_sum,
             "target_nll_sum": self._target_nll_sum,
         }
@@ -271,7 +326,7 @@ def remove_cache(path: Path) -> None:
         refuse_other_files(path)
     with writing_to(path), _locked(path):
         # The manifest goes first: half a cache must never be taken for a whole one.
-        for name in (MANIFEST, "README.md"):
+        for name in (MANIFEST, "README.md", PRIOR):
             (path / name).unlink(missing_ok=True)
         for shard in _shard_files(path):
             shard.unlink()
@@ -282,7 +337,7 @@ def remove_cache(path: Path) -> None:
 
 def refuse_other_files(path: Path) -> None:
     """Raises UserError where something that is not a cache has files of a cache's names, which a build would replace."""
-    taken = [name for name in ("data", "README.md", MANIFEST) if (path / name).exists()]
+    taken = [name for name in ("data", "README.md", PRIOR, MANIFEST) if (path / name).exists()]
     if taken:
         raise UserError(
             f"{path} is no cache, but has {' and '.join(taken)} of its own, where a cache puts its files; "
@@ -311,7 +366,7 @@ def load_state(model: type[State], file: Path) -> State:
 
 
 def uncompressed_bytes(tokens: int, positions: int, entries: int) -> int:
-    """About what sequences take in a record batch: ``tokens`` tokens, ``positions`` kept, ``entries`` of heads."""
+    """About what sequences take in a record batch: ``tokens`` tokens, ``positions`` kept, ``entries`` of heads and draws."""
     return 5 * tokens + 20 * positions + 3 * entries
 
 
@@ -332,11 +387,11 @@ def _locked(path: Path) -> Iterator[None]:
         lock.release()
 
 
-def write_durably(file: Path, text: str, *, scratch: Path | None = None) -> None:
+def write_durably(file: Path, content: str | bytes, *, scratch: Path | None = None) -> None:
     """Temporary file, fsync, rename, fsync of the folder: afterwards ``file`` is there whole, or as it was before."""
     temporary = (scratch or file.parent) / f"{file.name}.tmp"
-    with open(temporary, "w", encoding="utf-8") as handle:
-        handle.write(text)
+    with open(temporary, "wb") as handle:
+        handle.write(content.encode() if isinstance(content, str) else content)
         handle.flush()
         os.fsync(handle.fileno())
     os.replace(temporary, file)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -11,6 +12,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from pipeline.capture import Capture, head_sizes
+from pipeline.draws import KEY_IDS, Draws, entropy, first_difference
 from pipeline.sequence import Scored, Sequence
 
 CHATML = (
@@ -25,6 +28,13 @@ def rng() -> np.random.Generator:
     seed = np.random.SeedSequence().entropy
     print("seed", seed)
     return np.random.default_rng(seed)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_shards_in_the_home_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOGITCASK_CACHE", str(tmp_path_factory.mktemp("shards")))
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -97,14 +107,19 @@ def as_sequence() -> Callable[[str, list[int]], Sequence]:
 
 @pytest.fixture(scope="session")
 def assert_same_scores() -> Callable[..., None]:
-    """``assert_same_scores(found, dense, input_ids, tolerance=2e-3)``: is ``found`` what ``dense`` says of this text?
+    """``assert_same_scores(found, dense, input_ids, tolerance=4e-3)``: is ``found`` what ``dense`` says of this text?
 
     dense: float[n-1, V], another engine's whole distribution. Engines round differently, so logprobs agree within
     ``tolerance`` nats, and ids closer to each other than that may come in any order and fall on either side of the cut.
+    capture: where it is given, head sizes and draws must be those that ``pipeline.draws`` gives for it.
     """
 
     def check(
-        found: Scored, dense: NDArray[np.floating], input_ids: NDArray[np.int32], tolerance: float = 2e-3
+        found: Scored,
+        dense: NDArray[np.floating],
+        input_ids: NDArray[np.int32],
+        tolerance: float = 4e-3,
+        capture: Capture | None = None,
     ) -> None:
         rows, top_k = len(input_ids) - 1, found.ids.shape[1]
         assert dense.shape[0] == rows
@@ -126,10 +141,56 @@ def assert_same_scores() -> Callable[..., None]:
         assert all(len(set(row)) == top_k for row in found.ids.tolist()), "an id occurs twice in a head"
         named = np.take_along_axis(dense, found.ids.astype(np.int64), axis=1)
         np.testing.assert_allclose(found.logprobs, named, atol=tolerance, rtol=0, err_msg="logprobs of the named ids")
-        cut = np.partition(dense, -top_k, axis=1)[:, -top_k, None]
-        assert (named >= cut - 2 * tolerance).all(), "an id is in the head that does not belong there"
-        belongs = (dense > cut + 2 * tolerance).sum(axis=1)
-        present = (named > cut + 2 * tolerance).sum(axis=1)
-        np.testing.assert_array_equal(present, belongs, err_msg="an id that belongs in the head is missing")
+        if top_k:
+            cut = np.partition(dense, -top_k, axis=1)[:, -top_k, None]
+            assert (named >= cut - 2 * tolerance).all(), "an id is in the head that does not belong there"
+            belongs = (dense > cut + 2 * tolerance).sum(axis=1)
+            present = (named > cut + 2 * tolerance).sum(axis=1)
+            np.testing.assert_array_equal(present, belongs, err_msg="an id that belongs in the head is missing")
+        check_draws(found, dense, tolerance)
+        if capture is not None:
+            check_against_reference(found, dense, tolerance, capture)
+
+    def check_draws(found: Scored, dense: NDArray[np.floating], tolerance: float) -> None:
+        assert found.samples.shape == found.sample_logprobs.shape
+        assert (found.samples.dtype, found.sample_logprobs.dtype, found.head_size.dtype) == (
+            np.int32,
+            np.float32,
+            np.int32,
+        )
+        if not found.samples.size:
+            assert found.entropy is None
+            return
+        flat, logprobs = (each.reshape(len(dense), -1) for each in (found.samples, found.sample_logprobs))
+        real = flat >= 0
+        named = np.take_along_axis(dense, flat.clip(0).astype(np.int64), axis=1)
+        np.testing.assert_allclose(logprobs[real], named[real], atol=tolerance, rtol=0, err_msg="sample_logprobs")
+        assert np.isneginf(logprobs[~real]).all()
+        heads = np.where(np.arange(found.ids.shape[1]) < found.head_size[:, None], found.ids, -2)
+        assert not (flat[:, :, None] == heads[:, None]).any(), "a draw lies in the head"
+        assert found.entropy is not None
+        assert found.entropy.dtype == np.float32
+        np.testing.assert_allclose(found.entropy, entropy(dense), atol=tolerance, rtol=0, err_msg="entropy")
+
+    def check_against_reference(found: Scored, dense: NDArray[np.floating], tolerance: float, capture: Capture) -> None:
+        np.testing.assert_array_equal(found.head_size, head_sizes(found.logprobs, capture))
+        if not capture.samples:
+            return
+        # Head sizes and keys follow from what this engine said to the last bit.
+        exact = dense.astype(np.float32)
+        np.put_along_axis(exact, found.target_ids[:, None].astype(np.int64), found.target_logprob[:, None], axis=1)
+        np.put_along_axis(exact, found.ids.astype(np.int64), found.logprobs, axis=1)
+        order = np.argsort(-exact, axis=1, kind="stable")[:, : KEY_IDS + 1].astype(np.int32)
+        top_ids = found.ids
+        sure = np.ones(len(dense), np.bool_)
+        if capture.top_k < KEY_IDS:
+            # What it did not say of the keys is known only where no rounding can change it.
+            top_ids = order[:, :KEY_IDS]
+            highest = np.take_along_axis(exact, order.astype(np.int64), axis=1)
+            sure = (np.diff(highest, axis=1) < -2 * tolerance).all(axis=1)
+            sure &= np.abs(highest[:, 0] * 8 % 1 - 0.5) > 16 * tolerance
+        draws = Draws(*(getattr(found, field.name)[sure] for field in dataclasses.fields(Draws)))
+        wrong = first_difference(draws, exact[sure], top_ids[sure], found.target_ids[sure], capture, tolerance)
+        assert wrong is None, wrong
 
     return check

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 
-from cache_format import CachedSequence
+from cache_format import CachedSequence, TailSamples
 from cache_format.manifest import DataIdentity, Header, StoreSettings, TeacherIdentity, TokenizerIdentity
 
+KINDS: dict[str, dict[str, Any]] = {
+    "head": {},
+    "ragged": {"min_probability": 0.01},
+    "samples": {"min_probability": 0.01, "tail_samples": 6, "sample_sets": 2, "entropy": True},
+    "sample logprobs": {"tail_samples": 6, "sample_logprobs": True},
+    "random sampling": {"top_k": 0, "tail_samples": 40, "entropy": True},
+}
+"""What a cache may hold, as fields of its store settings."""
 
-def make_header(vocab_size: int = 1000, top_k: int = 8, step: float = 1 / 64) -> Header:
+
+def make_header(vocab_size: int = 1000, top_k: int = 8, step: float = 1 / 64, kind: str = "head") -> Header:
+    store = {"top_k": top_k, "capture_k": top_k, "vocab_size": vocab_size, "logprob_step": step, **KINDS[kind]}
     return Header(
         created_by="tests",
         teacher=TeacherIdentity(
@@ -21,7 +33,7 @@ def make_header(vocab_size: int = 1000, top_k: int = 8, step: float = 1 / 64) ->
         data=DataIdentity(
             source="x", split="train", kind="documents", mask_policy="all", max_length=64, overlong="split", sha256="0"
         ),
-        store=StoreSettings(top_k=top_k, capture_k=top_k, vocab_size=vocab_size, logprob_step=step),
+        store=StoreSettings(**store),
     )
 
 
@@ -32,40 +44,50 @@ def make_sequence(
     tokens: int = 40,
     vocab_size: int = 1000,
     top_k: int = 8,
-    ragged: bool = False,
+    kind: str = "head",
     kept: float = 0.8,
 ) -> CachedSequence:
+    """A random sequence of a ``kind`` of cache; its distributions live on some ids, of which the head holds the first."""
+    settings = KINDS[kind]
+    top_k = settings.get("top_k", min(top_k, vocab_size))
     mask = rng.random(tokens) < kept
     mask[0] = False
     positions = np.flatnonzero(mask[1:]).astype(np.int32)
-    p = len(positions)
-    logits = rng.normal(0, 4, (p, min(vocab_size, 4 * top_k)))
-    logprobs_all = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
-    order = np.argsort(-logprobs_all, axis=1)[:, :top_k]
-    logprobs = np.take_along_axis(logprobs_all, order, axis=1).astype(np.float32)
-    spread = rng.choice(vocab_size, logits.shape[1], replace=False)
-    ids = spread[order].astype(np.int32)
-    if p == 0:
-        ids, logprobs = np.empty((0, 0), np.int32), np.empty((0, 0), np.float32)
-    elif ragged:
-        sizes = rng.integers(1, top_k + 1, p)
-        gone = np.arange(top_k) >= sizes[:, None]
-        width = int(sizes.max())
-        ids, logprobs = np.where(gone, -1, ids)[:, :width], np.where(gone, -np.inf, logprobs)[:, :width]
-    mass = np.exp(logprobs.astype(np.float64)).sum(axis=1) if p else np.empty(0)
-    full = (ids >= 0).sum(axis=1) == vocab_size if p else np.empty(0, bool)
-    tail = np.where(full, -np.inf, np.log(np.maximum(1 - mass, 2.0**-20)))
-    ranks = rng.integers(0, vocab_size, p).astype(np.int32)
+    p, support = len(positions), min(vocab_size, 40)
+    logits = rng.normal(0, 3, (p, support))
+    everything = np.sort(logits - np.log(np.exp(logits).sum(axis=1, keepdims=True)), axis=1)[:, ::-1]
+    all_ids = np.array([rng.choice(vocab_size, support, replace=False) for _ in range(p)]).reshape(p, support)
+    sizes = np.full(p, top_k)
+    if "min_probability" in settings:
+        sizes = np.clip((everything >= np.log(settings["min_probability"])).sum(axis=1), 1, top_k)
+    width = int(sizes.max(initial=0))
+    inside = np.arange(width) < sizes[:, None]
+    mass = (np.exp(everything) * (np.arange(support) < sizes[:, None])).sum(axis=1)
+    tail = np.where(sizes == vocab_size, -np.inf, np.log(np.maximum(1 - mass, 2.0**-20)))
+    samples = None
+    if draws := settings.get("tail_samples", 0):
+        shape = (p, settings.get("sample_sets", 1), draws)
+        drawn = np.full(shape, -1)
+        drawn_logprobs = np.full(shape, -np.inf)
+        for row in range(p):
+            if sizes[row] < support:
+                at = rng.integers(sizes[row], support, shape[1:])
+                drawn[row], drawn_logprobs[row] = all_ids[row][at], everything[row][at]
+        samples = TailSamples(
+            drawn.astype(np.int32), drawn_logprobs.astype(np.float32) if "sample_logprobs" in settings else None
+        )
     return CachedSequence(
         sequence_id=name,
         input_ids=rng.integers(0, vocab_size, tokens).astype(np.int32),
         loss_mask=mask,
         positions=positions,
-        ids=ids.astype(np.int32),
-        logprobs=logprobs.astype(np.float32),
+        ids=np.where(inside, all_ids[:, :width], -1).astype(np.int32),
+        logprobs=np.where(inside, everything[:, :width], -np.inf).astype(np.float32),
         tail_logprob=tail.astype(np.float32),
         target_logprob=-rng.exponential(3, p).astype(np.float32),
-        target_rank=ranks,
+        target_rank=rng.integers(0, vocab_size, p).astype(np.int32),
+        entropy=-(np.exp(everything) * everything).sum(axis=1).astype(np.float32) if "entropy" in settings else None,
+        samples=samples,
     )
 
 
@@ -77,11 +99,28 @@ def assert_same(expected: CachedSequence, found: CachedSequence, step: float) ->
     stored = expected.ids >= 0
     assert np.isneginf(found.logprobs[~stored]).all()
     assert (np.abs(found.logprobs[stored] - expected.logprobs[stored]) <= step / 2).all()
-    for name in ("tail_logprob", "target_logprob"):
+    for name in ("tail_logprob", "target_logprob", "entropy"):
         a, b = getattr(found, name), getattr(expected, name)
-        finite = np.isfinite(b)
-        assert (np.isneginf(a) == ~finite).all()
-        assert (np.abs(a[finite] - b[finite]) <= 2.0**-11).all(), name
+        assert (a is None) == (b is None), name
+        if b is not None:
+            finite = np.isfinite(b)
+            assert (np.isneginf(a) == ~finite).all()
+            assert (np.abs(a[finite] - b[finite]) <= 2.0**-9).all(), name
+    assert (found.samples is None) == (expected.samples is None)
+    if found.samples is not None:
+        for row in range(len(expected.positions)):
+            for drawn, original in zip(found.samples.ids[row], expected.samples.ids[row], strict=True):
+                assert sorted(drawn[drawn >= 0]) == sorted(original[original >= 0]), "draws"
+        assert (found.samples.logprobs is None) == (expected.samples.logprobs is None)
+        if found.samples.logprobs is not None:
+            last = found.logprobs.min(axis=1, where=found.ids >= 0, initial=0)
+            for row in range(len(expected.positions)):
+                true = dict(zip(expected.samples.ids[row].flat, expected.samples.logprobs[row].flat, strict=True))
+                for i, logprob in zip(found.samples.ids[row].flat, found.samples.logprobs[row].flat, strict=True):
+                    if i >= 0:
+                        assert abs(logprob - min(true[i], last[row])) <= step / 2 + 1e-6
+                    else:
+                        assert np.isneginf(logprob)
 
 
 @pytest.fixture
@@ -92,6 +131,25 @@ def header() -> Callable[..., Header]:
 @pytest.fixture
 def sequence() -> Callable[..., CachedSequence]:
     return make_sequence
+
+
+@pytest.fixture
+def consistent_sequence() -> Callable[..., CachedSequence]:
+    """A sequence whose targets agree with its heads, as real teachers' do."""
+
+    def make(rng: np.random.Generator, name: str, **options: Any) -> CachedSequence:
+        made = make_sequence(rng, name, **{"kept": 1.0, **options})
+        size = (made.ids >= 0).sum(axis=1)
+        if not size.all():
+            return made  # no heads: any target will do
+        ranks, at = rng.integers(0, size), np.arange(len(size))
+        input_ids = made.input_ids.copy()
+        input_ids[made.positions + 1] = made.ids[at, ranks]
+        return dataclasses.replace(
+            made, input_ids=input_ids, target_rank=ranks.astype(np.int32), target_logprob=made.logprobs[at, ranks]
+        )
+
+    return make
 
 
 @pytest.fixture(scope="session")

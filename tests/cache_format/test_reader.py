@@ -29,7 +29,7 @@ def path(tmp_path, rng, header, sequence):
     with CacheWriter(tmp_path / "c") as writer:
         started = writer.begin(header())
         for index in range(2):
-            with writer.shard(index, started) as shard:
+            with writer.shard(index) as shard:
                 for i in range(5):
                     shard.append(sequence(rng, f"{index}-{i}"))
         writer.finish(started, 2)
@@ -91,7 +91,8 @@ def test_a_truncated_or_missing_shard(path):
     shard.write_bytes(shard.read_bytes()[:-1])
     assert "bytes" in verify(str(path))[0]
     shard.unlink()
-    assert verify(str(path)) == ["data/shard-00000.arrow is missing; fetch or build the cache again"]
+    (problem,) = verify(str(path))
+    assert problem.endswith("data/shard-00000.arrow is missing; fetch or build the cache again")
     with pytest.raises(DamagedCacheError, match="missing"):
         CacheReader(path)[0]
 
@@ -153,7 +154,7 @@ def test_the_manifest_says_how_many_rows_a_batch_has(path):
     manifest = json.loads((path / "manifest.json").read_text())
     manifest["shards"][0]["sequences_per_batch"] = 2
     (path / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(DamagedCacheError, match="rows; expected 2"):
+    with pytest.raises(DamagedCacheError, match="1 record batches; the manifest asks for 3"):
         CacheReader(path)[0]
 
 
@@ -187,7 +188,7 @@ def test_more_shards_than_files_may_be_open(tmp_path, rng, header, sequence):
     with CacheWriter(tmp_path / "many") as writer:
         started = writer.begin(header())
         for index in range(90):
-            with writer.shard(index, started) as shard:
+            with writer.shard(index) as shard:
                 shard.append(sequence(rng, f"{index}", tokens=4))
         writer.finish(started, 90)
     code = (

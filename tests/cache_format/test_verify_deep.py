@@ -9,35 +9,23 @@ import numpy as np
 import pytest
 
 import cache_format.writer
-from cache_format import CacheWriter, verify
+from cache_format import CacheWriter, TailSamples, verify
 
-STEP = 1 / 64
+KIND = "samples"
 
 
 @pytest.fixture
-def consistent(rng, sequence):
-    """A sequence whose target agrees with its head, as real teachers' do."""
-
-    def make(name):
-        made = sequence(rng, name, kept=1.0)
-        ranks = rng.integers(0, 8, len(made.positions))
-        at = np.arange(len(made.positions))
-        input_ids = made.input_ids.copy()
-        input_ids[1:] = made.ids[at, ranks]
-        return dataclasses.replace(
-            made, input_ids=input_ids, target_rank=ranks.astype(np.int32), target_logprob=made.logprobs[at, ranks]
-        )
-
-    return make
+def consistent(rng, consistent_sequence):
+    return lambda name: consistent_sequence(rng, name, kind=KIND)
 
 
 def written(tmp_path, header, sequences, monkeypatch):
     """The sequences as a cache with right hashes, whatever is in them."""
-    monkeypatch.setattr(cache_format.writer, "validate", lambda *_: None)
+    monkeypatch.setattr(cache_format.writer, "validate", lambda *_, **__: None)
     with CacheWriter(tmp_path / "c") as writer:
-        started = writer.begin(header())
+        started = writer.begin(header(kind=KIND))
         for index, part in enumerate((sequences[:2], sequences[2:])):
-            with writer.shard(index, started) as shard:
+            with writer.shard(index) as shard:
                 for each in part:
                     shard.append(each)
         writer.finish(started, 2)
@@ -51,12 +39,17 @@ def test_a_sound_cache_passes(tmp_path, header, consistent, monkeypatch):
 
 
 WRONG = {
-    "an id occurs twice": lambda s: {"ids": np.where(np.arange(8) == 7, s.ids[:, :1], s.ids)},
+    "an id occurs twice": lambda s: {
+        "ids": np.where((np.arange(s.ids.shape[1]) == 1) & (s.ids >= 0), s.ids[:, :1], s.ids)
+    },
+    "entropy contradicts": lambda s: {"entropy": s.entropy + 4},
+    "a sample is in the head": lambda s: {"samples": TailSamples(np.repeat(s.ids[:, None, :1], 2, axis=1))},
+    "a tail with mass has no draw": lambda s: {"samples": TailSamples(np.full_like(s.samples.ids, -1))},
     "add up to 1": lambda s: {"tail_logprob": s.tail_logprob - 0.7},
     "target and head disagree": lambda s: {"target_logprob": s.target_logprob - 0.05},
     "rank beyond it": lambda s: {"target_rank": s.target_rank + 8},
-    "head logprobs do not fall|mass is above 1": lambda s: {"logprobs": np.zeros_like(s.logprobs)},
-    "positions are not exactly": lambda s: {"loss_mask": np.where(np.arange(len(s)) == 3, False, s.loss_mask)},
+    "head logprobs do not fall|mass is above 1": lambda s: {"logprobs": np.where(s.ids >= 0, 0, s.logprobs)},
+    "positions are not those": lambda s: {"loss_mask": np.where(np.arange(len(s)) == 3, False, s.loss_mask)},
     "token ids leave": lambda s: {"input_ids": s.input_ids + 1000},
 }
 

@@ -20,7 +20,7 @@ def build(path, header, sequences):
         started = writer.begin(header)
         for index in range(SHARDS):
             if index not in writer.committed:
-                with writer.shard(index, started) as shard:
+                with writer.shard(index) as shard:
                     for each in sequences[index::SHARDS]:
                         shard.append(each)
         return writer.finish(started, SHARDS)
@@ -91,10 +91,10 @@ def test_killed_at_every_operation(tmp_path, header, sequences):
 
 def test_finished_shards_are_not_written_again(tmp_path, header, sequences):
     with pytest.raises(ZeroDivisionError), CacheWriter(tmp_path / "c") as writer:
-        started = writer.begin(header())
-        with writer.shard(0, started) as shard:
+        writer.begin(header())
+        with writer.shard(0) as shard:
             shard.append(sequences[0])
-        with writer.shard(1, started) as shard:
+        with writer.shard(1) as shard:
             shard.append(sequences[1])
             raise ZeroDivisionError
     with CacheWriter(tmp_path / "c") as writer:
@@ -105,8 +105,8 @@ def test_finished_shards_are_not_written_again(tmp_path, header, sequences):
 
 def test_a_reader_during_writing_sees_incomplete(tmp_path, header, sequences):
     with CacheWriter(tmp_path / "c") as writer:
-        started = writer.begin(header())
-        with writer.shard(0, started) as shard:
+        writer.begin(header())
+        with writer.shard(0) as shard:
             shard.append(sequences[0])
             with pytest.raises(IncompleteCacheError, match="unfinished"):
                 CacheReader(tmp_path / "c")
@@ -161,8 +161,9 @@ def test_a_full_disk_is_one_clear_line_and_loses_no_shard(tmp_path, header, sequ
     assert len(CacheReader(path)) == len(sequences)
 
 
-def test_batches_are_small_and_uniform(tmp_path, rng, header, sequence):
-    """About 256 KiB each before compression, every one but the last of the same number of sequences."""
+def test_batches_are_small_and_uniform(tmp_path, rng, header, sequence, monkeypatch):
+    """About BATCH_BYTES each before compression, every one but the last of the same number of sequences."""
+    monkeypatch.setattr(cache_format.writer, "BATCH_BYTES", 1 << 17)
     many = [sequence(rng, f"s{i}", tokens=300, top_k=32, vocab_size=5000) for i in range(90)]
     manifest = build(tmp_path / "c", header(5000, 32), many)
     per_batch = [shard.sequences_per_batch for shard in manifest.shards]

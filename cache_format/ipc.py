@@ -1,0 +1,156 @@
+"""Opening Arrow IPC files from people one does not know: nothing is allocated before it is known how much.
+
+Arrow allocates what the eight bytes before a compressed buffer say. Here they are read first, by way of the file's own
+flatbuffers (arrow.apache.org/docs/format/Columnar.html, Footer, Message and RecordBatch), and refused beyond a limit. Nor
+does Arrow look at what it has decompressed: here offsets, lengths and text are validated before anything follows them.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pyarrow as pa
+
+from cache_format.errors import DamagedCacheError
+from cache_format.schema import MAX_BATCH_BYTES
+
+_MAGIC = b"ARROW1"
+# Fields of the flatbuffer tables, by their numbers.
+_FOOTER_SCHEMA, _FOOTER_DICTIONARIES, _FOOTER_BATCHES = 1, 2, 3
+_SCHEMA_ENDIANNESS = 0
+_MESSAGE_HEADER_TYPE, _MESSAGE_HEADER = 1, 2
+_BATCH_BUFFERS, _BATCH_COMPRESSION = 2, 3
+_RECORD_BATCH = 3
+_BLOCK_BYTES = 24
+_MAX_BUFFERS = 1024
+"""In a record batch: the widest schema of this format has about 60."""
+_STORED = -1
+"""Length prefix of a buffer that was left uncompressed."""
+
+
+class BoundedFile:
+    """An Arrow IPC file of one schema in memory or memory-mapped, without dictionaries, whose batches are bounded in size.
+
+    ``columns``: indices of those to read; by default all. Raises DamagedCacheError, naming ``where``, for a file that is
+    none or has another schema; so does every method.
+    """
+
+    def __init__(self, data: pa.Buffer, where: str, schema: pa.Schema, columns: list[int] | None = None) -> None:
+        self._view = memoryview(data)
+        self._where = where
+        # What Arrow shows of the file is then what was asked for.
+        self._schema = schema if columns is None else pa.schema([schema.field(index) for index in columns])
+        options = pa.ipc.IpcReadOptions(included_fields=columns)
+        with self._named(where, "cannot be opened"):
+            self._blocks, self._count = self._read_footer()
+            self._file = pa.ipc.open_file(pa.BufferReader(data), options=options)
+            if self._file.num_record_batches != self._count:
+                raise ValueError("its footer contradicts itself")
+            if not self._file.schema.equals(self._schema):
+                raise ValueError("it has another Arrow schema than the manifest asks for")
+
+    def __len__(self) -> int:
+        """Record batches."""
+        return self._count
+
+    def batch(self, index: int) -> pa.RecordBatch:
+        """One record batch, decompressed and valid, without nulls at any level."""
+        with self._named(f"{self._where}, batch {index}", "cannot be read"):
+            size = self._decompressed_bytes(index)
+            if size > MAX_BATCH_BYTES:
+                raise ValueError(f"it would take {size:,} bytes; a record batch has at most {MAX_BATCH_BYTES:,}")
+            batch = self._file.get_batch(index)
+            batch.validate(full=True)
+            if not batch.schema.equals(self._schema):
+                raise ValueError("it has another Arrow schema than its file")
+            if any(_has_nulls(column) for column in batch.columns):
+                raise ValueError("it has nulls")
+            return batch
+
+    @staticmethod
+    @contextmanager
+    def _named(where: str, what: str) -> Iterator[None]:
+        """Turns what Arrow and this class make of bad bytes into a DamagedCacheError; a lack of memory is none."""
+        try:
+            yield
+        except MemoryError:
+            raise
+        except (OSError, ValueError, struct.error, pa.ArrowException) as error:
+            raise DamagedCacheError(f"{where}, {what}: {' '.join(str(error).split())[:500]}") from error
+
+    def _read_footer(self) -> tuple[int, int]:
+        """Where the list of record batches begins, and how many there are."""
+        if bytes(self._view[-6:]) != _MAGIC or len(self._view) < 24:
+            raise ValueError("it is not an Arrow file")
+        (size,) = self._unpack("<i", len(self._view) - 10)
+        root = self._follow(len(self._view) - 10 - size)
+        # Arrow would swap the bytes of every buffer before anybody has validated its offsets.
+        endianness = self._field(self._follow(self._field(root, _FOOTER_SCHEMA)), _SCHEMA_ENDIANNESS)
+        if endianness and self._unpack("<h", endianness) != (0,):
+            raise ValueError("it is not little-endian")
+        dictionaries = self._field(root, _FOOTER_DICTIONARIES)
+        if dictionaries and self._vector(dictionaries)[1]:
+            raise ValueError("it has dictionaries")
+        batches = self._field(root, _FOOTER_BATCHES)
+        return self._vector(batches) if batches else (0, 0)
+
+    def _decompressed_bytes(self, index: int) -> int:
+        message, metadata = self._unpack("<qi", self._blocks + _BLOCK_BYTES * index)
+        body = message + metadata
+        (first,) = self._unpack("<i", message)
+        root = self._follow(message + (8 if first == -1 else 4))
+        kind = self._field(root, _MESSAGE_HEADER_TYPE)
+        if not kind or self._unpack("<B", kind) != (_RECORD_BATCH,):
+            raise ValueError("it is no record batch")
+        batch = self._follow(self._field(root, _MESSAGE_HEADER))
+        compressed = self._field(batch, _BATCH_COMPRESSION) != 0
+        start, count = self._vector(self._field(batch, _BATCH_BUFFERS))
+        if count > _MAX_BUFFERS:
+            raise ValueError(f"it has {count} buffers")
+        total = 0
+        for index in range(count):
+            offset, length = self._unpack("<qq", start + 16 * index)
+            if offset < 0 or length < 0 or body + offset + length > len(self._view):
+                raise ValueError("a buffer leaves the file")
+            size = length
+            if compressed and length:
+                (prefix,) = self._unpack("<q", body + offset)
+                size = length if prefix == _STORED else prefix
+            if size < 0:
+                raise ValueError("a buffer has a negative size")
+            total += size
+        return total
+
+    def _unpack(self, layout: str, at: int) -> tuple[int, ...]:
+        if not 0 <= at <= len(self._view) - struct.calcsize(layout):
+            raise ValueError("an offset leaves the file")
+        return struct.unpack_from(layout, self._view, at)
+
+    def _follow(self, at: int) -> int:
+        """Where the offset stored at ``at`` points to."""
+        return at + self._unpack("<I", at)[0]
+
+    def _field(self, table: int, number: int) -> int:
+        """Where a field of a flatbuffer table stands, 0 where it is left out."""
+        vtable = table - self._unpack("<i", table)[0]
+        (size,) = self._unpack("<H", vtable)
+        if 4 + 2 * number + 2 > size:
+            return 0
+        (offset,) = self._unpack("<H", vtable + 4 + 2 * number)
+        return table + offset if offset else 0
+
+    def _vector(self, at: int) -> tuple[int, int]:
+        """Where the elements of the vector referred to at ``at`` begin, and how many there are."""
+        if not at:
+            raise ValueError("a list is missing")
+        start = self._follow(at)
+        (count,) = self._unpack("<I", start)
+        if count > len(self._view):
+            raise ValueError("a list leaves the file")
+        return start + 4, count
+
+
+def _has_nulls(column: pa.Array) -> bool:
+    return bool(column.null_count or (pa.types.is_list(column.type) and column.values.null_count))

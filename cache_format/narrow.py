@@ -1,0 +1,129 @@
+"""Keeping less of a sequence: smaller heads, fewer draws. No teacher is needed for it.
+
+What leaves a head joins the tail: its mass is added there, and new draws are taken from the entries that left and from the
+old draws, each of which stands for its share of the old tail. Draws of draws are draws: estimates stay unbiased.
+
+Shapes: P kept positions, K head entries, T sets of S draws, C candidates for a new draw.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cache_format.manifest import StoreSettings
+from cache_format.sequence import CachedSequence, TailSamples
+
+
+def narrow(sequence: CachedSequence, store: StoreSettings) -> CachedSequence:
+    """The sequence as a cache with the settings ``store`` holds it, which must not ask for more than there is."""
+    ids, logprobs = sequence.ids, sequence.logprobs
+    size = head_sizes(logprobs, store)
+    leaves = (np.arange(ids.shape[1]) >= size[:, None]) & (ids >= 0)
+    width = int(size.max(initial=0))
+    mass = np.where(leaves, np.exp(logprobs.astype(np.float64)), 0).sum(axis=1)
+    with np.errstate(divide="ignore"):
+        tail = np.minimum(np.logaddexp(sequence.tail_logprob.astype(np.float64), np.log(mass)), 0)
+    return replace(
+        sequence,
+        ids=np.where(leaves, -1, ids)[:, :width],
+        logprobs=np.where(leaves, -np.inf, logprobs)[:, :width].astype(np.float32),
+        tail_logprob=tail.astype(np.float32),
+        entropy=sequence.entropy if store.entropy else None,
+        samples=_redraw(sequence, leaves, tail, store) if store.tail_samples else None,
+    )
+
+
+def head_sizes(logprobs: NDArray[np.float32], store: StoreSettings) -> NDArray[np.int64]:
+    """int64[P]: how many entries of each padded head [P, K] a cache with these settings keeps."""
+    stored = ~np.isneginf(logprobs)
+    keep = stored & (np.arange(logprobs.shape[1]) < store.top_k)
+    if store.min_probability is not None:
+        # Half a step of room: an entry that was above the bound before it was rounded stays.
+        keep &= logprobs >= np.log(store.min_probability) - store.logprob_step / 2
+    if store.top_p is not None:
+        mass = np.cumsum(np.exp(logprobs.astype(np.float64)), axis=1)
+        keep[:, 1:] &= mass[:, :-1] < store.top_p
+    size: NDArray[np.int64] = np.maximum(
+        keep.sum(axis=1), np.minimum(stored.sum(axis=1), min(store.min_k, store.top_k))
+    )
+    return size
+
+
+def _redraw(
+    sequence: CachedSequence, leaves: NDArray[np.bool_], tail: NDArray[np.float64], store: StoreSettings
+) -> TailSamples:
+    """Draws from the new tails. Where nothing left the head and as many draws are wanted as there are, the old ones."""
+    assert sequence.samples is not None
+    old = sequence.samples.ids[:, : store.sample_sets]
+    draws = (old >= 0).sum(axis=2)
+    wanted = _draws_wanted(tail, store)
+    same = ~leaves.any(axis=1) & (draws[:, 0] == wanted)
+    p, sets, _ = old.shape
+
+    def candidates(of_head: NDArray[np.generic], of_draws: NDArray[np.generic]) -> NDArray[np.generic]:
+        return np.concatenate([np.broadcast_to(of_head[:, None], (p, sets, of_head.shape[1])), of_draws], axis=2)
+
+    share = np.exp(sequence.tail_logprob.astype(np.float64))[:, None, None] / np.maximum(draws, 1)[..., None]
+    weights = candidates(
+        np.where(leaves, np.exp(sequence.logprobs.astype(np.float64)), 0), np.where(old >= 0, share, 0)
+    ).astype(np.float64)
+    at = _choose(weights.reshape(p * sets, -1), np.repeat(wanted, sets), sequence.sequence_id, store)
+    at = at.reshape(p, sets, at.shape[1])
+
+    def chosen(values: NDArray[np.generic], former: NDArray[np.generic], filler: float) -> NDArray[np.generic]:
+        new = np.take_along_axis(values, np.maximum(at, 0), axis=2) if values.shape[2] else np.zeros(at.shape)
+        result = np.full((p, sets, max(at.shape[2], former.shape[2])), filler, former.dtype)
+        result[:, :, : at.shape[2]] = np.where(at < 0, filler, new)
+        result[same] = filler
+        result[same, :, : former.shape[2]] = former[same]
+        return result
+
+    ids = chosen(candidates(sequence.ids, old), old, -1).astype(np.int32)
+    used = int((ids >= 0).sum(axis=2).max(initial=0))
+    logprobs = None
+    if store.sample_logprobs:
+        assert sequence.samples.logprobs is not None
+        former = sequence.samples.logprobs[:, : store.sample_sets]
+        logprobs = chosen(candidates(sequence.logprobs, former), former, -np.inf).astype(np.float32)[..., :used]
+    return TailSamples(ids[..., :used], logprobs)
+
+
+def _draws_wanted(tail: NDArray[np.float64], store: StoreSettings) -> NDArray[np.int64]:
+    """int64[P]: draws per set of a tail with this logprob."""
+    wanted = np.full(len(tail), store.tail_samples)
+    if store.mass_per_sample is not None:
+        wanted = np.clip(np.ceil(np.exp(tail) / store.mass_per_sample), 1, store.tail_samples).astype(np.int64)
+    return np.where(np.isneginf(tail), 0, wanted)
+
+
+def _choose(
+    weights: NDArray[np.float64], wanted: NDArray[np.int64], sequence_id: str, store: StoreSettings
+) -> NDArray[np.int64]:
+    """int64[R, most]: indices into each row of ``weights`` [R, C], drawn in proportion to them; -1 where no more are wanted.
+
+    By inverse CDF. The draws depend on the settings' seed and the sequence's id alone, so that a resumed run repeats them.
+    """
+    rows, count = weights.shape
+    cdf = np.cumsum(weights, axis=1)
+    total = cdf[:, -1:] if count else np.zeros((rows, 1))
+    wanted = np.where(total[:, 0] > 0, wanted, 0)
+    most = int(wanted.max(initial=0))
+    key = hashlib.sha256(f"{store.seed} {sequence_id}".encode()).digest()[:16]
+    random = np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little")))
+    number = np.arange(most)
+    if store.draws == "independent":
+        points = random.random((rows, most))
+    else:
+        points = (number + random.random((rows, 1))) / np.maximum(wanted, 1)[:, None]
+    # One search in all rows at once: row r's CDF runs from r to r + 1.
+    row = np.arange(rows)[:, None]
+    flat = (cdf / np.where(total > 0, total, 1) + row).reshape(-1)
+    at = np.searchsorted(flat, (np.minimum(points, 1 - 1e-9) + row).reshape(-1), side="right").reshape(rows, most)
+    # Rounding may put a point past the row's last candidate with weight.
+    last = count - 1 - np.argmax(weights[:, ::-1] > 0, axis=1) if count else np.zeros(rows, np.int64)
+    at = np.clip(at - row * count, 0, last[:, None])
+    return np.where(number < wanted[:, None], at, -1)
