@@ -7,6 +7,10 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from cache_format.manifest import StoreSettings
+from cache_format.schema import MAX_DRAWS
+from pipeline.capture import Capture
+
 
 class _Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
@@ -83,23 +87,72 @@ class DataConfig(_Config):
 
 
 class StoreConfig(_Config):
-    """What is kept of each distribution, and in how large pieces."""
+    """What is kept of each distribution, and in how large pieces.
 
-    top_k: int = Field(16, ge=1, description="Head entries stored per position.")
+    By default a head of the entries above 2 %, at least 8 of them, and draws from the tail, one for each 2 % of its mass:
+    at equal bytes these teach with less noise than a fixed number of each (docs/format.md).
+    """
+
+    top_k: int = Field(32, ge=0, description="Head entries per position, at most; 0: draws alone.")
+    min_k: int = Field(8, ge=0, description="Head entries per position at least, whatever the next two say.")
+    top_p: float | None = Field(None, gt=0, le=1, description="A head ends once it holds this mass.")
+    min_probability: float | None = Field(
+        0.02, gt=0, lt=1, description="A head ends before the first entry less probable than this; null: top_k entries."
+    )
+    tail_samples: int = Field(
+        32,
+        ge=0,
+        le=MAX_DRAWS,
+        description="Draws from the tail per position and set, at most: they make KL losses unbiased. 0: none.",
+    )
+    sample_sets: int = Field(1, ge=1, le=255, description="Independent sets of draws; training pools them.")
+    mass_per_sample: float | None = Field(
+        0.02, gt=0, lt=1, description="Tail mass that one draw stands for; null: tail_samples draws everywhere."
+    )
+    draws: Literal["systematic", "independent"] = Field(
+        "systematic", description="Evenly spaced points of the tail's CDF, or independent draws."
+    )
+    seed: int = Field(0, description="Of the draws.")
+    sample_logprobs: bool = Field(False, description="Store the draws' logprobs, which some losses need; 0.8 B a draw.")
     logprob_step: float = Field(
-        1 / 64, description="Grid of stored head logprobs, nats; the error is at most half of it. A power of two."
+        1 / 16, description="Grid of stored logprobs, nats; the error is at most half of it. A power of two."
     )
     shard_tokens: int = Field(
         1_000_000, ge=1, description="Tokens per shard: the unit of work, of commit and of retry."
     )
-    compression_level: int = Field(9, ge=1, le=22, description="zstd level of the shards.")
+    compression_level: int = Field(
+        1, ge=1, le=22, description="zstd level of the shards; higher ones save nothing here."
+    )
 
     @model_validator(mode="after")
-    def _step_is_a_power_of_two(self) -> Self:
+    def _makes_sense(self) -> Self:
         from cache_format.codec import check_step
 
         check_step(self.logprob_step)
+        if self.top_k == 0 and self.tail_samples == 0:
+            raise ValueError("top_k and tail_samples are both 0: nothing would be kept")
+        if self.sample_logprobs and self.tail_samples == 0:
+            raise ValueError("sample_logprobs is set, but tail_samples is 0")
         return self
+
+    def capture(self) -> Capture:
+        """What the teacher is asked for."""
+        return Capture(
+            top_k=self.top_k,
+            min_k=self.min_k,
+            top_p=self.top_p,
+            min_probability=self.min_probability,
+            samples=self.tail_samples,
+            sets=self.sample_sets,
+            mass_per_sample=self.mass_per_sample,
+            independent=self.draws == "independent",
+            seed=self.seed,
+        )
+
+    def settings(self, vocab_size: int) -> StoreSettings:
+        """The same as the manifest states it."""
+        shared = self.model_dump(exclude={"shard_tokens", "compression_level"})
+        return StoreSettings(**shared, vocab_size=vocab_size, capture_k=self.top_k, entropy=self.tail_samples > 0)
 
 
 class BuildConfig(_Config):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from cache_format import CachedSequence, LogitcaskError
+from cache_format import CachedSequence, LogitcaskError, TailSamples
+from cache_format.manifest import StoreSettings
 from cache_format.schema import TAIL_MASS_FLOOR
 from pipeline.sequence import Scored, Sequence
 
@@ -33,38 +34,55 @@ def check_alignment(sequence: Sequence, scored: Scored) -> None:
         )
 
 
-def tail_logprob(logprobs: NDArray[np.float32], vocab_size: int) -> NDArray[np.float32]:
-    """float32[P]: log of the mass outside each full head of ``logprobs`` [P, K], clamped as SPEC.md section 5 says."""
-    top_k = logprobs.shape[1]
-    if top_k == vocab_size:
-        return np.full(len(logprobs), -np.inf, np.float32)
-    exact = logprobs.astype(np.float64)
-    mass = np.maximum(-np.expm1(np.log(np.exp(exact).sum(axis=1))), TAIL_MASS_FLOOR)
-    most = (vocab_size - top_k) * np.exp(exact[:, -1])
-    tail: NDArray[np.float32] = np.log(np.minimum(mass, most)).astype(np.float32)
-    return tail
+def tail_logprob(logprobs: NDArray[np.float32], size: NDArray[np.int32], vocab_size: int) -> NDArray[np.float32]:
+    """float32[P]: log of the mass outside the first ``size`` entries of each row of ``logprobs`` [P, K].
+
+    Clamped as SPEC.md section 5 says; -inf where the head is the whole vocabulary.
+    """
+    inside = np.arange(logprobs.shape[1]) < size[:, None]
+    head = np.where(inside, logprobs, -np.inf).astype(np.float64)
+    with np.errstate(divide="ignore"):
+        mass = np.maximum(-np.expm1(np.log(np.exp(head).sum(axis=1))), TAIL_MASS_FLOOR)
+        # No id of the tail is more probable than the head's last; without a head there is no such bound.
+        last = head.min(axis=1, where=inside, initial=0)
+        tail = np.minimum(np.log(mass), np.where(size == vocab_size, -np.inf, np.log(vocab_size - size) + last))
+    return tail.astype(np.float32)
 
 
-def keep_top_k(sequence: Sequence, scored: Scored, top_k: int, vocab_size: int) -> CachedSequence:
-    """The kept positions of ``scored``, each with its first ``top_k`` entries and the exact mass of the rest."""
+def keep(sequence: Sequence, scored: Scored, store: StoreSettings) -> CachedSequence:
+    """The kept positions of ``scored``: the heads, the mass of the rest, and the draws from it.
+
+    Entries of probability 0 (ids that the engine masks) are never part of a head.
+    """
     check_alignment(sequence, scored)
     positions = sequence.positions()
-    logprobs = scored.logprobs[positions, :top_k]
+    size = scored.head_size[positions]
+    width = int(size.max()) if len(size) else 0
+    ids, logprobs = scored.ids[positions, :width], scored.logprobs[positions, :width]
+    inside = (np.arange(width) < size[:, None]) & ~np.isneginf(logprobs)
+    size = inside.sum(axis=1, dtype=np.int32)
+    samples = None
+    if store.tail_samples:
+        drawn = scored.sample_logprobs[positions] if store.sample_logprobs else None
+        samples = TailSamples(scored.samples[positions], drawn)
     return CachedSequence(
         sequence_id=sequence.sequence_id,
         input_ids=sequence.input_ids,
         loss_mask=sequence.loss_mask,
         positions=positions,
-        ids=scored.ids[positions, :top_k],
-        logprobs=logprobs,
-        tail_logprob=tail_logprob(logprobs, vocab_size),
+        ids=np.where(inside, ids, -1),
+        logprobs=np.where(inside, logprobs, -np.inf).astype(np.float32),
+        tail_logprob=tail_logprob(logprobs, size, store.vocab_size),
         target_logprob=scored.target_logprob[positions],
         target_rank=scored.target_rank[positions],
+        entropy=scored.entropy[positions] if store.entropy and scored.entropy is not None else None,
+        samples=samples,
     )
 
 
-def keep_nothing(sequence: Sequence) -> CachedSequence:
+def keep_nothing(sequence: Sequence, store: StoreSettings) -> CachedSequence:
     """A sequence without kept positions: stored for its place in the data, never scored."""
+    none = np.empty(0, np.float32)
     return CachedSequence(
         sequence_id=sequence.sequence_id,
         input_ids=sequence.input_ids,
@@ -72,7 +90,14 @@ def keep_nothing(sequence: Sequence) -> CachedSequence:
         positions=np.empty(0, np.int32),
         ids=np.empty((0, 0), np.int32),
         logprobs=np.empty((0, 0), np.float32),
-        tail_logprob=np.empty(0, np.float32),
-        target_logprob=np.empty(0, np.float32),
+        tail_logprob=none,
+        target_logprob=none,
         target_rank=np.empty(0, np.int32),
+        entropy=none if store.entropy else None,
+        samples=_no_samples(store) if store.tail_samples else None,
     )
+
+
+def _no_samples(store: StoreSettings) -> TailSamples:
+    shape = (0, store.sample_sets, 0)
+    return TailSamples(np.empty(shape, np.int32), np.empty(shape, np.float32) if store.sample_logprobs else None)

@@ -16,6 +16,8 @@ from pipeline.teachers import open_tokenizer
 
 log = logging.getLogger(__name__)
 
+_DRAWS_SHOWN = 3
+
 
 def token_text(cache: CacheReader, tokenizer: str | None) -> Callable[[int], str]:
     """Id -> readable text, by the tokenizer of the cache's teacher or the one named; by ids alone where it is not here.
@@ -42,7 +44,8 @@ def token_text(cache: CacheReader, tokenizer: str | None) -> Callable[[int], str
 def table(sequence: CachedSequence, text: Callable[[int], str], top: int) -> Table:
     """A row per token: its text, the teacher's probability and rank of it, and the ``top`` most probable tokens there.
 
-    Tokens outside the loss mask are dim; the token that really follows is green where the teacher lists it.
+    Tokens outside the loss mask are dim; the token that really follows is green where the teacher lists it. Beside the mass
+    of the tail stand the first draws from it.
     """
     shown = Table(title=f"{sequence.sequence_id}: {len(sequence)} tokens, {len(sequence.positions)} kept positions")
     for name, justify in (
@@ -51,7 +54,7 @@ def table(sequence: CachedSequence, text: Callable[[int], str], top: int) -> Tab
         ("teacher", "right"),
         ("rank", "right"),
         (f"top {top}", "left"),
-        ("tail", "right"),
+        ("tail", "left"),
     ):
         shown.add_column(name, justify=justify)  # type: ignore[arg-type]
     row_of = {int(position) + 1: row for row, position in enumerate(sequence.positions)}
@@ -71,6 +74,14 @@ def table(sequence: CachedSequence, text: Callable[[int], str], top: int) -> Tab
             f"{np.exp(sequence.target_logprob[row]):.1%}",
             f"{sequence.target_rank[row]:,}",
             head,
-            f"{np.exp(sequence.tail_logprob[row]):.1%}",
+            _tail(sequence, row, text),
         )
+    return shown
+
+
+def _tail(sequence: CachedSequence, row: int, text: Callable[[int], str]) -> Text:
+    shown = Text(f"{np.exp(sequence.tail_logprob[row]):6.1%}")
+    if sequence.samples is not None:
+        drawn = dict.fromkeys(sequence.samples.ids[row][sequence.samples.ids[row] >= 0].tolist())
+        shown.append("  " + "  ".join(text(token) for token in list(drawn)[:_DRAWS_SHOWN]), style="dim")
     return shown

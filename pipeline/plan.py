@@ -6,17 +6,15 @@ order whatever has happened to the source since, and no stage ever holds it in m
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict
 
-from cache_format.manifest import DataIdentity, TokenizerIdentity
+from cache_format.manifest import DataHash, DataIdentity, TokenizerIdentity
 from cache_format.schema import BATCH_BYTES
 from cache_format.writer import load_state, sync, uncompressed_bytes, write_durably
 from pipeline.sequence import Sequence
@@ -34,9 +32,9 @@ class PlannedShard(BaseModel):
     tokens: int
     positions: int
 
-    def sequences_per_batch(self, top_k: int) -> int:
-        """Rows per record batch, so that a batch of average sequences takes about BATCH_BYTES."""
-        size = uncompressed_bytes(self.tokens, self.positions, top_k * self.positions)
+    def sequences_per_batch(self, entries: float) -> int:
+        """Rows per record batch, so that one with ``entries`` head entries and draws a position takes about BATCH_BYTES."""
+        size = uncompressed_bytes(self.tokens, self.positions, round(entries * self.positions))
         return max(1, min(self.sequences, round(BATCH_BYTES * self.sequences / size)))
 
 
@@ -59,26 +57,6 @@ class Plan(BaseModel):
     def save(self, build_dir: Path) -> None:
         """Makes the plan count: from here on a resumed build follows it."""
         write_durably(build_dir / "plan.json", self.model_dump_json(indent=2))
-
-
-class DataHash:
-    """sha256 over (id, tokens, mask) of sequences in order: the identity of the data a teacher was shown."""
-
-    def __init__(self) -> None:
-        self._sha = hashlib.sha256()
-
-    def update(self, sequence: Sequence) -> None:
-        name = sequence.sequence_id.encode()
-        for part in (
-            name,
-            sequence.input_ids.astype("<i4").tobytes(),
-            sequence.loss_mask.astype(np.uint8).tobytes(),
-        ):
-            self._sha.update(len(part).to_bytes(8, "little"))
-            self._sha.update(part)
-
-    def hexdigest(self) -> str:
-        return self._sha.hexdigest()
 
 
 def write_sequences(
@@ -124,7 +102,7 @@ def write_sequences(
             end_shard()
             file = pa.ipc.new_file(str(shard_file(len(shards))), _SCHEMA)
             tokens = positions = count = 0
-        digest.update(sequence)
+        digest.update(sequence.sequence_id, sequence.input_ids, sequence.loss_mask)
         waiting.append(sequence)
         tokens += len(sequence.input_ids)
         positions += int(sequence.loss_mask.sum())

@@ -7,6 +7,7 @@ finished cache is reused, an unfinished one goes on at the first shard without a
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
 import shutil
 import time
@@ -20,19 +21,23 @@ from tqdm import tqdm
 
 from cache_format import CachedSequence, CacheReader, CacheWriter, Manifest, UserError
 from cache_format.configuration import describe_difference
-from cache_format.manifest import DataIdentity, Header, StoreSettings, TokenizerIdentity
+from cache_format.manifest import DataHash, DataIdentity, Header, StoreSettings, TokenizerIdentity
+from cache_format.prior import TailPrior
 from cache_format.tokenizers import tokenizer_identity
 from cache_format.writer import BUILD_DIR, MANIFEST, remove_cache, writing_to
 from pipeline.config import BuildConfig
-from pipeline.estimator import keep_nothing, keep_top_k
+from pipeline.estimator import keep, keep_nothing
 from pipeline.models import weights_sha256
-from pipeline.plan import DataHash, Plan, read_sequences, write_sequences
+from pipeline.plan import Plan, read_sequences, write_sequences
 from pipeline.sequence import Sequence
 from pipeline.sources import Source, open_source
 from pipeline.teachers import Teacher, open_teacher, open_tokenizer, vocab_size_of
 from pipeline.tokenize import Tokenization
 
 log = logging.getLogger(__name__)
+
+# The prior settles within some ten thousand positions; they are held in memory until it is known.
+_PRIOR_POSITIONS = 32_768
 
 _NOT_CONTENT: dict[str, Any] = {
     "output": True,
@@ -92,6 +97,10 @@ def _reuse(config: BuildConfig, request: dict[str, Any]) -> Manifest:
     """The finished cache in the way, if it is the one asked for; UserError naming what differs if it is not."""
     manifest = CacheReader(config.output).manifest
     ways_out = "choose another output, or replace the cache with --restart"
+    if manifest.derived_from is not None:
+        raise UserError(
+            f"{config.output} holds a cache that `teacher-cache {manifest.derived_from.command}` made; {ways_out}"
+        )
     if _as_of_today(manifest.config, config) != request:
         raise UserError(
             f"{config.output} holds a finished cache with other settings: "
@@ -109,7 +118,7 @@ def _reuse(config: BuildConfig, request: dict[str, Any]) -> Manifest:
         log.info("%s may have changed since the cache was built; comparing", config.data.path)
         digest = DataHash()
         for sequence in _tokenization(config).sequences(source):
-            digest.update(sequence)
+            digest.update(sequence.sequence_id, sequence.input_ids, sequence.loss_mask)
         if digest.hexdigest() != manifest.data.sha256:
             raise UserError(f"{config.data.path} has changed since {config.output} was built; {ways_out}")
     return manifest
@@ -202,18 +211,24 @@ def _write_shards(writer: CacheWriter, plan: Plan, config: BuildConfig) -> tuple
     if writer.committed:
         log.info("%s: %d of %d shards are done already", config.output, len(writer.committed), len(plan.shards))
     log.info("starting the teacher: %s with %s", config.teacher.model, config.teacher.backend)
-    teacher = open_teacher(config.teacher, max_length=config.data.max_length, max_top_k=config.store.top_k)
+    capture = config.store.capture()
+    teacher = open_teacher(config.teacher, max_length=config.data.max_length, capture=capture)
     try:
-        header = writer.begin(_header(plan, teacher, config))
+        header = _header(plan, teacher, config)
+        if writer.begun:
+            header = writer.begin(header)
         started, scored = time.monotonic(), 0
         tokens = sum(plan.shards[index].tokens for index in pending)
         with tqdm(total=tokens, unit="tok", unit_scale=True, desc="teacher", dynamic_ncols=True) as bar:
             for index in pending:
-                per_batch = plan.shards[index].sequences_per_batch(config.store.top_k)
-                with writer.shard(index, header, sequences_per_batch=per_batch) as shard:
-                    for cached in _score(teacher, writer.build_dir, index, header.store):
+                sequences = _counted(_score(teacher, writer.build_dir, index, header.store), bar)
+                if not writer.begun:
+                    first = _first_positions(sequences)
+                    header = writer.begin(header, TailPrior.estimate(first, header.store.vocab_size))
+                    sequences = itertools.chain(first, sequences)
+                with writer.shard(index, sequences_per_batch=plan.shards[index].sequences_per_batch) as shard:
+                    for cached in sequences:
                         shard.append(cached)
-                        bar.update(len(cached))
                         scored += len(cached) if len(cached.positions) else 0
                 entry = writer.committed[index]
                 bar.set_postfix_str(
@@ -224,18 +239,28 @@ def _write_shards(writer: CacheWriter, plan: Plan, config: BuildConfig) -> tuple
         teacher.close()
 
 
+def _counted(sequences: Iterator[CachedSequence], bar: tqdm) -> Iterator[CachedSequence]:
+    for cached in sequences:
+        bar.update(len(cached))
+        yield cached
+
+
+def _first_positions(sequences: Iterator[CachedSequence]) -> list[CachedSequence]:
+    """As many of the first sequences as the prior is estimated from."""
+    first, positions = [], 0
+    while positions < _PRIOR_POSITIONS and (cached := next(sequences, None)) is not None:
+        first.append(cached)
+        positions += len(cached.positions)
+    return first
+
+
 def _header(plan: Plan, teacher: Teacher, config: BuildConfig) -> Header:
     return Header(
         created_by=f"logitcask {version('logitcask')}",
         teacher=teacher.identity(),
         tokenizer=plan.tokenizer,
         data=plan.data,
-        store=StoreSettings(
-            top_k=config.store.top_k,
-            capture_k=config.store.top_k,
-            vocab_size=teacher.vocab_size,
-            logprob_step=config.store.logprob_step,
-        ),
+        store=config.store.settings(teacher.vocab_size),
         config=plan.request,
     )
 
@@ -246,9 +271,9 @@ def _score(teacher: Teacher, build_dir: Path, shard: int, store: StoreSettings) 
     The shard's plan is read twice side by side, so that the engine may take as much ahead as it likes.
     """
     wanted = (sequence for sequence in read_sequences(build_dir, shard) if sequence.loss_mask.any())
-    scores = teacher.score(wanted, store.capture_k)
+    scores = teacher.score(wanted)
     for sequence in read_sequences(build_dir, shard):
         if sequence.loss_mask.any():
-            yield keep_top_k(sequence, next(scores), store.top_k, store.vocab_size)
+            yield keep(sequence, next(scores), store)
         else:
-            yield keep_nothing(sequence)
+            yield keep_nothing(sequence, store)

@@ -35,15 +35,24 @@ class Sequence:
 class Scored:
     """One sequence as the engine scored it: ``n - 1`` rows, row ``i`` being the prediction of token ``i + 1``.
 
-    ids:            int32[n-1, K], the teacher's K most probable ids, by falling logprob.
-    logprobs:       float32[n-1, K], nats, at temperature 1.
-    target_ids:     int32[n-1], the tokens the engine says it scored; must equal ``input_ids[1:]``.
-    target_logprob: float32[n-1], nats.
-    target_rank:    int32[n-1], how many ids have a higher logprob than the target (0 = the argmax).
+    ids:              int32[n-1, K], the teacher's K most probable ids, by falling logprob.
+    logprobs:         float32[n-1, K], nats, at temperature 1.
+    head_size:        int32[n-1], how many of them form the head (``pipeline.capture``); the tail is everything else.
+    target_ids:       int32[n-1], the tokens the engine says it scored; must equal ``input_ids[1:]``.
+    target_logprob:   float32[n-1], nats.
+    target_rank:      int32[n-1], how many ids have a higher logprob than the target (0 = the argmax).
+    samples:          int32[n-1, T, S], ids drawn from the tail in proportion to their probability: T sets of up to S
+                      draws, padded at the end with -1; repeats are draws too. T and S are 0 where none were asked for.
+    sample_logprobs:  float32[n-1, T, S], their logprobs, padded with -inf.
+    entropy:          float32[n-1], nats, of the whole distribution; None where the engine was asked for no draws.
     """
 
     ids: NDArray[np.int32]
     logprobs: NDArray[np.float32]
+    head_size: NDArray[np.int32]
     target_ids: NDArray[np.int32]
     target_logprob: NDArray[np.float32]
     target_rank: NDArray[np.int32]
+    samples: NDArray[np.int32]
+    sample_logprobs: NDArray[np.float32]
+    entropy: NDArray[np.float32] | None = None

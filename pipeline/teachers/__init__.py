@@ -10,6 +10,7 @@ import logging
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from pipeline.capture import Capture
 from pipeline.config import TeacherConfig
 from pipeline.models import load_tokenizer, resolve_model, vocab_size
 from pipeline.sequence import Sequence
@@ -20,31 +21,31 @@ __all__ = ["Teacher", "bounded_groups", "open_teacher", "open_tokenizer", "vocab
 logger = logging.getLogger(__name__)
 
 
-def open_teacher(config: TeacherConfig, *, max_length: int, max_top_k: int) -> Teacher:
+def open_teacher(config: TeacherConfig, *, max_length: int, capture: Capture) -> Teacher:
     """Starts the engine that ``config`` names, ready to score.
 
     max_length: longest sequence that will be scored, in tokens.
-    max_top_k:  largest ``top_k`` that will be asked for.
+    capture:    what to return at every position; ``top_k`` is at most the vocabulary's size.
 
-    Raises UserError where the model does not exist or the engine cannot start with it.
+    Raises UserError where the model does not exist, or the engine cannot start with it or cannot draw.
     """
     if _is_synthetic(config):
         from pipeline.teachers.synthetic import SyntheticTeacher
 
-        return SyntheticTeacher(config)
+        return SyntheticTeacher(config, capture)
     model = resolve_model(config.model, config.revision)
     if config.backend == "vllm":
         if importlib.util.find_spec("vllm") is not None:
             from pipeline.teachers.vllm import VllmTeacher
 
-            return VllmTeacher(config, model, max_length=max_length, max_top_k=max_top_k)
+            return VllmTeacher(config, model, max_length=max_length, capture=capture)
         logger.warning(
             "vLLM is not installed, so transformers scores instead: right, but slow on a GPU; "
             "install logitcask[teacher] (NVIDIA GPU) or logitcask[teacher-cpu], or set teacher.backend=transformers"
         )
     from pipeline.teachers.transformers import TransformersTeacher
 
-    return TransformersTeacher(config, model, max_length=max_length)
+    return TransformersTeacher(config, model, max_length=max_length, capture=capture)
 
 
 def open_tokenizer(config: TeacherConfig) -> Any:

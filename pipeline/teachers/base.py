@@ -10,11 +10,10 @@ from pipeline.sequence import Scored, Sequence
 
 
 class Teacher(Protocol):
-    """A model that scores given text.
+    """A model that scores given text, and answers the one ``Capture`` that it was opened for.
 
     ``score`` yields one ``Scored`` per sequence, in the order given; every sequence has at least 2 tokens. It reads no
-    more of ``sequences`` ahead than a group that it scores together, so they may be a stream. ``top_k`` is how many ids
-    per row to return (1 <= top_k <= vocab_size).
+    more of ``sequences`` ahead than a group that it scores together, so they may be a stream.
     """
 
     vocab_size: int
@@ -23,7 +22,7 @@ class Teacher(Protocol):
         """What produced the numbers, for the manifest (model, weights, engine, dtype, route)."""
         ...
 
-    def score(self, sequences: Iterable[Sequence], top_k: int) -> Iterator[Scored]: ...
+    def score(self, sequences: Iterable[Sequence]) -> Iterator[Scored]: ...
 
     def close(self) -> None:
         """Frees the engine."""

