@@ -10,24 +10,28 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from train.dataset import CachedDataset, collate, teacher_of
+from train.dataset import CachedDataset, collate
 from train.linear import LogitsHead, head_losses
 from train.losses import SparseTeacher, forward_kl
+from train.losses.forward_kl import Tail
 from train.metrics import rank_agreement
 from train.report import perplexity
 
-KL_KIND = (
-    "The KL is from the stored head and the exact mass of everything outside it taken as one cell: a lower bound of the "
-    "KL over the whole vocabulary, the same one before and after."
-)
+KL_KIND: dict[Tail, str] = {
+    "samples": "The KL is estimated from the stored head and draws from the rest of the teacher's distribution: without bias, "
+    "from the same draws before and after.",
+    "prior": "The KL is to the teacher's stored head with the rest of its mass spread by the cache's prior: a reconstruction "
+    "of the teacher's distribution, the same one before and after.",
+    "ghost": "The KL is from the stored head and the exact mass of everything outside it taken as one cell: a lower bound of "
+    "the KL over the whole vocabulary, the same one before and after.",
+}
+"""What ``kl`` is, by how the tail was taken."""
 SHOWN = 5
 """Most probable tokens shown per example."""
 
 
 @torch.no_grad()
-def evaluate(
-    head: LogitsHead, data: CachedDataset, vocab_size: int, *, k: int, batch_size: int, logits_chunk: int
-) -> dict[str, float]:
+def evaluate(head: LogitsHead, data: CachedDataset, *, k: int, batch_size: int, logits_chunk: int) -> dict[str, float]:
     """Means over the kept positions of ``data``.
 
     ce, perplexity: of the data's own next tokens (nats, and exp of it). kl: KL(teacher || student), nats, see KL_KIND.
@@ -37,7 +41,7 @@ def evaluate(
     positions = 0
     loader = DataLoader(data, batch_size=batch_size, collate_fn=collate)  # type: ignore[arg-type]
     for batch in tqdm(loader, desc="evaluate", unit="batch", leave=False, dynamic_ncols=True):
-        teacher, hidden_PH = _run(head, batch, vocab_size)
+        teacher, hidden_PH = _run(head, data, batch)
 
         def measure(
             logits_CV: Tensor, rows: slice, teacher: SparseTeacher = teacher
@@ -70,16 +74,14 @@ def teacher_reference(data: CachedDataset) -> dict[str, float]:
 
 
 @torch.no_grad()
-def examples(
-    head: LogitsHead, data: CachedDataset, vocab_size: int, tokenizer: Any, *, count: int = 10
-) -> list[dict[str, Any]]:
+def examples(head: LogitsHead, data: CachedDataset, tokenizer: Any, *, count: int = 10) -> list[dict[str, Any]]:
     """Some held-out positions with what both models expect there.
 
     Each has ``context`` (the text before), ``target`` (the token that follows) and, as lists of (token, probability),
     ``teacher`` and ``student``.
     """
     batch = collate([data[index] for index in range(min(len(data), 2))])
-    teacher, hidden_PH = _run(head, batch, vocab_size)
+    teacher, hidden_PH = _run(head, data, batch)
     chosen = torch.linspace(0, len(teacher) - 1, min(count, len(teacher))).long()
     probabilities = head.logits(hidden_PH[chosen]).float().softmax(-1).topk(SHOWN)
     longest = batch["input_ids"].shape[1]
@@ -105,7 +107,7 @@ def examples(
     return shown
 
 
-def _run(head: LogitsHead, batch: dict[str, Tensor], vocab_size: int) -> tuple[SparseTeacher, Tensor]:
+def _run(head: LogitsHead, data: CachedDataset, batch: dict[str, Tensor]) -> tuple[SparseTeacher, Tensor]:
     """The teacher and the student's hidden states [P, H] at the kept positions of a batch."""
     device = next(head.backbone.parameters()).device
     batch = {name: value.to(device) for name, value in batch.items()}
@@ -113,4 +115,4 @@ def _run(head: LogitsHead, batch: dict[str, Tensor], vocab_size: int) -> tuple[S
     head.backbone.eval()
     hidden = head.hidden(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
     head.backbone.train(training)
-    return teacher_of(batch, vocab_size), hidden.flatten(0, 1)[batch["kept"]]
+    return data.teacher(batch), hidden.flatten(0, 1)[batch["kept"]]

@@ -30,14 +30,14 @@ class RankAgreement(NamedTuple):
 def rank_agreement(student_logits: Tensor, teacher: SparseTeacher, k: int) -> RankAgreement:
     """Compares both top-k at each position; student_logits [P, V], 1 <= k <= V, no gradient.
 
-    Where a head holds fewer than k ids, ``overlap`` is a lower bound and ``identical`` is False.
+    Where a head holds fewer than k ids, ``overlap`` is a lower bound and ``identical`` is False; without a head all are 0.
     """
     student_Pk, teacher_Pk = student_logits.topk(k, dim=1).indices, teacher.ids[:, :k]
     shared_P = (student_Pk.unsqueeze(2) == teacher_Pk.unsqueeze(1)).sum((1, 2))
     width = teacher_Pk.shape[1]
     same_Pk = student_Pk[:, :width] == teacher_Pk
     return RankAgreement(
-        top_1=same_Pk[:, 0],
+        top_1=same_Pk[:, 0] if width else same_Pk.new_zeros(len(same_Pk)),
         overlap=shared_P.float() / k,
         identical=same_Pk.all(1) & (width == k),
     )

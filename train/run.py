@@ -29,8 +29,9 @@ from cache_format.errors import ConfigError
 from cache_format.writer import write_durably
 from train import compat
 from train.config import TrainConfig
-from train.dataset import CachedDataset, collate, split, teacher_of
+from train.dataset import CachedDataset, collate, split
 from train.evaluate import KL_KIND, evaluate, examples, teacher_reference
+from train.losses.forward_kl import Tail, tail_of
 from train.objective import Objective
 from train.report import write_report
 from train.student import build_student, load_student_tokenizer
@@ -43,6 +44,11 @@ _WHAT_A_RUN_WRITES = (
     *("config.json", "generation_config.json", "model.safetensors"),
     "run.json",
 )
+_TAILS: dict[Tail, str] = {
+    "samples": "tail samples (unbiased)",
+    "prior": "the cache's prior (a reconstruction; caches with tail samples are unbiased)",
+    "ghost": "one cell of known mass (a lower bound; caches with tail samples are unbiased)",
+}
 _CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENOENT}
 _UNSUPPORTED = {
     "group_by_length",  # needs a column of lengths
@@ -99,7 +105,7 @@ def _train(
         )
     held_out = CachedDataset(cache, held_out_indices[: config.evaluation.max_sequences])
     objective = Objective(config)
-    _try_objective(objective, held_out, manifest.store.vocab_size)
+    tail = _try_objective(objective, held_out)
     if restart:  # only now that nothing stands against a new run
         _remove_run(output)
     trainer = DistillationTrainer(
@@ -109,7 +115,6 @@ def _train(
         CachedDataset(cache, train_indices),
         held_out,
         tokenizer,
-        vocab_size=manifest.store.vocab_size,
         k=config.evaluation.k,
         logits_chunk=config.logits_chunk,
     )
@@ -119,14 +124,13 @@ def _train(
         return evaluate(
             trainer.head,
             held_out,
-            manifest.store.vocab_size,
             k=config.evaluation.k,
             batch_size=arguments.per_device_eval_batch_size,
             logits_chunk=config.logits_chunk,
         )
 
     def show() -> list[dict[str, Any]]:
-        return examples(trainer.head, held_out, manifest.store.vocab_size, tokenizer) if tokenizer is not None else []
+        return examples(trainer.head, held_out, tokenizer) if tokenizer is not None else []
 
     if before is None:
         before = {"metrics": measure(), "examples": show()}
@@ -155,7 +159,8 @@ def _train(
             **(reference := teacher_reference(held_out)),
         },
         "k": config.evaluation.k,
-        "kl_kind": KL_KIND,
+        "kl_tail": tail,
+        "kl_kind": KL_KIND[tail],
         "steps": trainer.state.global_step,
         "final_loss": next((record["loss"] for record in reversed(history) if "loss" in record), None),
         "seconds": max((record.get("seconds", 0.0) for record in history), default=0.0),
@@ -272,14 +277,20 @@ def _remove_run(output: Path) -> None:
         (output / name).unlink(missing_ok=True)
 
 
-def _try_objective(objective: Objective, data: CachedDataset, vocab_size: int) -> None:
-    """Raises UserError or ConfigError for loss options that this cache cannot serve, before anything is written."""
-    teacher = teacher_of(collate([data[0]]), vocab_size)
+def _try_objective(objective: Objective, data: CachedDataset) -> Tail:
+    """Tries the losses on a few positions, and says how much of the teacher's tail the cache has for them.
+
+    Raises UserError or ConfigError for loss options that this cache cannot serve, before anything is written.
+    """
+    teacher = data.teacher(collate([data[0]]))
     rows = slice(0, min(4, len(teacher)))
     try:
-        objective.per_chunk(teacher)(torch.zeros(rows.stop, vocab_size), rows)
+        objective.per_chunk(teacher)(torch.zeros(rows.stop, teacher.vocab_size), rows)
     except (TypeError, ValueError, RuntimeError, IndexError) as error:
         raise ConfigError(f"losses: {str(error).strip().splitlines()[0]}; see the options in train/losses/") from error
+    tail = tail_of(teacher)
+    log.info("beyond the stored heads, KL uses %s", _TAILS[tail])
+    return tail
 
 
 @contextmanager
@@ -329,7 +340,7 @@ tags:
 through a cache of its next-token distributions on {manifest.data.source} (fingerprint `{manifest.fingerprint}`), with
 [Logitcask](https://pypi.org/project/logitcask/): {losses}, {metrics["steps"]} steps, seed {metrics["seed"]}.
 
-On {metrics["held_out_positions"]:,} held-out positions ({KL_KIND}):
+On {metrics["held_out_positions"]:,} held-out positions ({metrics["kl_kind"]}):
 
 | metric | before | after |
 | --- | --- | --- |

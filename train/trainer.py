@@ -18,7 +18,7 @@ from transformers import (
 )
 from transformers.trainer_callback import PrinterCallback
 
-from train.dataset import CachedDataset, collate, teacher_of
+from train.dataset import CachedDataset, collate
 from train.evaluate import evaluate
 from train.linear import LogitsHead, head_losses
 from train.objective import Objective
@@ -40,13 +40,12 @@ class DistillationTrainer(Trainer):
         held_out: CachedDataset,
         tokenizer: Any,
         *,
-        vocab_size: int,
         k: int,
         logits_chunk: int,
     ) -> None:
         self.head = LogitsHead(student)
         self.objective = objective
-        self.vocab_size = vocab_size
+        self._teacher_of = train_data.teacher
         self.k = k
         self.logits_chunk = logits_chunk
         self._sums: dict[str, Tensor] = {}
@@ -89,7 +88,7 @@ class DistillationTrainer(Trainer):
 
     def _distil(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         hidden = self.head.hidden(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-        teacher = teacher_of(batch, self.vocab_size)
+        teacher = self._teacher_of(batch)
         return head_losses(
             self.head,
             hidden.flatten(0, 1)[batch["kept"]],
@@ -104,7 +103,6 @@ class DistillationTrainer(Trainer):
         found = evaluate(
             self.head,
             eval_dataset or self.eval_dataset,
-            self.vocab_size,
             k=self.k,
             batch_size=self.args.per_device_eval_batch_size,
             logits_chunk=self.logits_chunk,

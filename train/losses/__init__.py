@@ -4,8 +4,8 @@ A loss is a pure function ``loss(student_logits, teacher, **options) -> float32[
 kept positions and what the cache stored there, and returns one value per position. It never reduces: weights, masks and
 means are the trainer's. ``LOSSES`` maps the names that configs use to the functions.
 
-    forward_kl   KL(teacher || student), unstored ids as one cell   a lower bound; exact where the head is everything
-    ranking      1 - Spearman over both top-k (RLKD)                exact up to ties among ids missing from the head
+    forward_kl   KL(teacher || student)                  unbiased with tail samples, else a reconstruction's or a lower bound
+    ranking      1 - Spearman over both top-k (RLKD)     exact up to ties among ids missing from the head
 """
 
 from __future__ import annotations

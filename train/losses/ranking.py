@@ -61,10 +61,14 @@ def ranking(
         union, or all of them tied) has loss 0 and gradient 0. Where the student's ids are all tied the loss is 1.
 
     Raises:
-        UserError: an unknown ``soft_rank``, or a ``strength`` that is not positive.
+        UserError: an unknown ``soft_rank``, a ``strength`` that is not positive, or a cache without heads.
     """
     if soft_rank not in _SOFT_RANKS:
         raise UserError(f"ranking: soft_rank is {soft_rank!r}, expected one of {', '.join(map(repr, _SOFT_RANKS))}")
+    if teacher.ids.shape[1] == 0:
+        raise UserError(
+            "ranking: the cache stores no heads (top_k is 0), so the teacher's order is unknown; drop this loss"
+        )
     if not strength > 0:
         raise UserError(f"ranking: strength is {strength}, expected a positive number; 1 is the default")
     dtype = torch.promote_types(student_logits.dtype, torch.float32)
