@@ -10,6 +10,7 @@ import pytest
 
 import cache_format.writer
 from cache_format import CacheInUseError, CacheReader, CacheWriter, IncompleteCacheError, UserError, verify
+from cache_format.prior import TailPrior
 from cache_format.writer import BUILD_DIR, remove_cache
 
 SHARDS = 3
@@ -17,7 +18,8 @@ SHARDS = 3
 
 def build(path, header, sequences):
     with CacheWriter(path) as writer:
-        started = writer.begin(header)
+        prior = None if writer.begun else TailPrior.estimate(sequences, header.store.vocab_size)
+        started = writer.begin(header, prior)
         for index in range(SHARDS):
             if index not in writer.committed:
                 with writer.shard(index) as shard:
@@ -39,8 +41,14 @@ def test_what_is_written_is_read(tmp_path, header, sequences, same):
     for original, found in zip(expected, cache, strict=True):
         same(original, found, 1 / 64)
     assert manifest.statistics.tokens == sum(len(s) for s in sequences)
-    assert manifest.statistics.bytes == sum(f.stat().st_size for f in (tmp_path / "c/data").iterdir())
-    assert sorted(f.name for f in (tmp_path / "c").iterdir()) == ["README.md", "data", "manifest.json"]
+    files = [*(tmp_path / "c/data").iterdir(), tmp_path / "c/tail_prior.arrow"]
+    assert manifest.statistics.bytes == sum(file.stat().st_size for file in files)
+    assert sorted(f.name for f in (tmp_path / "c").iterdir()) == [
+        "README.md",
+        "data",
+        "manifest.json",
+        "tail_prior.arrow",
+    ]
 
 
 def kill_at(operation, path, header, sequences):
