@@ -59,7 +59,9 @@ def describe_head(manifest: Manifest) -> str:
     size = f"top {store.top_k} of {store.vocab_size:,} ids"
     if rules:
         mean = totals.mean_head_size or 0.0
-        size = f"{mean:.1f} of {store.vocab_size:,} ids on average ({' and '.join(rules)}, {store.min_k} to {store.top_k})"
+        size = (
+            f"{mean:.1f} of {store.vocab_size:,} ids on average ({' and '.join(rules)}, {store.min_k} to {store.top_k})"
+        )
     return size if totals.head_mass is None else f"{size}, holding {totals.head_mass:.1%} of the mass on average"
 
 

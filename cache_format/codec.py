@@ -114,8 +114,8 @@ def _validate_samples(sequence: CachedSequence, store: StoreSettings, require: A
     shape = samples.ids.shape
     require(len(shape) == 3 and shape[:2] == (p, store.sample_sets), f"samples have shape {shape}")
     require(shape[2] <= MAX_DRAWS, f"{shape[2]} draws in a set; the format holds {MAX_DRAWS}")
-    decoded_bytes = (8 if store.sample_logprobs else 4) * samples.ids.size
-    require(decoded_bytes <= MAX_DECODED_BYTES, f"its samples of {shape} are larger than the format allows")
+    fits = _bytes_per_draw(store) * samples.ids.size <= MAX_DECODED_BYTES
+    require(fits, f"its samples of {shape} are larger than the format allows")
     require((samples.logprobs is not None) == store.sample_logprobs, "logprobs of samples are missing or not asked for")
     drawn = samples.ids >= 0
     require((drawn[..., 1:] <= drawn[..., :-1]).all(), "sample padding is not at the end")
@@ -348,7 +348,7 @@ class PackedBatch:
         smallest = 0 if store.tail_samples else 1
         self._require(p == 0 or int(size.min()) >= smallest, index, "a head is empty")
         self._require(width <= store.vocab_size, index, f"a head has {width} entries, more than the vocabulary")
-        self._require(8 * p * width <= MAX_DECODED_BYTES, index, f"its heads of up to {width} entries are too large")
+        self._require_room(index, "heads", 8 * p * width)
         flat_ids = self._ranks("head_id", index, entries)
         flat_ids = self._ids_of(flat_ids, index)
         steps = self._steps("head_step", index, entries)
@@ -385,10 +385,7 @@ class PackedBatch:
         draws = drawn_before[starts + size] - drawn_before[starts]
         most = int(draws.max()) if len(draws) else 0
         self._require(most <= MAX_DRAWS, index, f"a set of samples has {most} draws")
-        padded_bytes = (8 if store.sample_logprobs else 4) * len(draws) * most
-        self._require(
-            padded_bytes <= MAX_DECODED_BYTES, index, f"its {len(draws)} sets of up to {most} draws are too large"
-        )
+        self._require_room(index, "samples", _bytes_per_draw(store) * len(draws) * most)
         total = np.concatenate([[0], np.cumsum(gaps, dtype=np.int64)])
         ranks = total[1:] - np.repeat(total[starts], size)
         self._require(entries == 0 or int(ranks.max()) < store.vocab_size, index, "sample ids leave the vocabulary")
@@ -457,6 +454,10 @@ class PackedBatch:
         # Subtracted from 0 so that a sure thing reads 0.0, not -0.0.
         return np.subtract(np.float32(0), logprobs, out=logprobs)
 
+    def _require_room(self, index: int, what: str, size: int) -> None:
+        fits = size <= MAX_DECODED_BYTES
+        self._require(fits, index, f"its {what} would take {size:,} bytes; the format allows {MAX_DECODED_BYTES:,}")
+
     def _require(self, holds: bool, index: int, what: str) -> None:
         if not holds:
             raise DamagedCacheError(f"{self.where}, row {index}: {what}")
@@ -486,6 +487,10 @@ class ContentHash:
 
 def _concatenate(arrays: list[_Array], dtype: Any) -> _Array:
     return np.concatenate(arrays).astype(dtype, copy=False) if arrays else np.empty(0, dtype)
+
+
+def _bytes_per_draw(store: StoreSettings) -> int:
+    return 8 if store.sample_logprobs else 4
 
 
 def _starts(lengths: _Array) -> NDArray[np.int64]:

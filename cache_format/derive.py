@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 SHARD_TOKENS = 1_000_000
 _SAMPLE_POSITIONS = 32_768
 """Positions from which a prior is estimated and a budget is met."""
+_SMALL_FILES = 5_000
+"""About what manifest and card take, bytes."""
 
 OnTokens = Callable[[int], object]
 """Called with the tokens of every sequence that is done."""
@@ -220,15 +222,18 @@ def _within_budget(part: _Part, store: StoreSettings, options: DeriveOptions) ->
     sample = _spread([part])
     if not any(len(sequence.positions) for sequence in sample):
         raise UserError("no kept position is left to meet the budget with; choose more sequences")
+    prior = TailPrior.estimate(sample, store.vocab_size)
+    # What all tokens share: the prior, the manifest, the card.
+    shared = (len(prior.to_bytes()) + _SMALL_FILES) / sum(len(ids) for _, _, ids, _ in part.chosen())
 
     def at(log_bound: float) -> StoreSettings:
         return store.model_copy(update={"min_probability": float(f"{math.exp(log_bound):.4g}")})
 
     def size(log_bound: float) -> float:
-        return _bytes_per_token(sample, at(log_bound), part.cache)
+        return shared + _bytes_per_token(sample, Codec(at(log_bound), prior))
 
     def distance(log_bound: float) -> float:
-        return _mean_kl(sample, at(log_bound), part.cache)
+        return _mean_kl(sample, at(log_bound), prior)
 
     # The larger the bound, the smaller the heads, the fewer bytes, and the farther from the teacher.
     everything, least = math.log(1e-7), math.log(0.5)
@@ -251,21 +256,19 @@ def _within_budget(part: _Part, store: StoreSettings, options: DeriveOptions) ->
     return at(good)
 
 
-def _bytes_per_token(sample: list[CachedSequence], store: StoreSettings, cache: CacheReader) -> float:
-    """What these sequences take with these settings, the cache's prior shared by all its tokens."""
-    batch = Codec(store, cache.prior).encode([narrow(sequence, store) for sequence in sample])
+def _bytes_per_token(sample: list[CachedSequence], codec: Codec) -> float:
+    """What these sequences take in a shard."""
+    small = [narrow(sequence, codec.store) for sequence in sample]
     sink = pa.BufferOutputStream()
     options = pa.ipc.IpcWriteOptions(compression=pa.Codec("zstd", compression_level=1))
-    with pa.ipc.new_file(sink, batch.schema, options=options) as file:
-        file.write_batch(batch)
-    prior = 0 if cache.manifest.tail_prior is None else cache.manifest.tail_prior.bytes
-    own = sink.getvalue().size / sum(len(sequence) for sequence in sample)
-    return float(own + prior / max(1, cache.manifest.statistics.tokens))
+    with pa.ipc.new_file(sink, codec.schema, options=options) as file:
+        file.write_batch(codec.encode(small))
+    return float(sink.getvalue().size / sum(len(sequence) for sequence in sample))
 
 
-def _mean_kl(sample: list[CachedSequence], store: StoreSettings, cache: CacheReader) -> float:
+def _mean_kl(sample: list[CachedSequence], store: StoreSettings, prior: TailPrior) -> float:
     per_position = [
-        reconstruction_kl(sequence, head_sizes(sequence.logprobs, store), store.vocab_size, cache.prior)
+        reconstruction_kl(sequence, head_sizes(sequence.logprobs, store), store.vocab_size, prior)
         for sequence in sample
     ]
     return float(np.concatenate(per_position).mean())

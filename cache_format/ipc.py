@@ -7,6 +7,7 @@ does Arrow look at what it has decompressed: here offsets, lengths and text are 
 
 from __future__ import annotations
 
+import mmap
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ _MAGIC = b"ARROW1"
 # Fields of the flatbuffer tables, by their numbers.
 _FOOTER_SCHEMA, _FOOTER_DICTIONARIES, _FOOTER_BATCHES = 1, 2, 3
 _SCHEMA_ENDIANNESS = 0
-_MESSAGE_HEADER_TYPE, _MESSAGE_HEADER = 1, 2
+_MESSAGE_HEADER_TYPE, _MESSAGE_HEADER, _MESSAGE_BODY_BYTES = 1, 2, 3
 _BATCH_BUFFERS, _BATCH_COMPRESSION = 2, 3
 _RECORD_BATCH = 3
 _BLOCK_BYTES = 24
@@ -33,11 +34,15 @@ _STORED = -1
 class BoundedFile:
     """An Arrow IPC file of one schema in memory or memory-mapped, without dictionaries, whose batches are bounded in size.
 
+    Of a mapped file only the batch that is being read takes memory: what was read is given back to the system.
     ``columns``: indices of those to read; by default all. Raises DamagedCacheError, naming ``where``, for a file that is
     none or has another schema; so does every method.
     """
 
-    def __init__(self, data: pa.Buffer, where: str, schema: pa.Schema, columns: list[int] | None = None) -> None:
+    def __init__(
+        self, data: pa.Buffer | bytes | mmap.mmap, where: str, schema: pa.Schema, columns: list[int] | None = None
+    ) -> None:
+        self._data = data
         self._view = memoryview(data)
         self._where = where
         # What Arrow shows of the file is then what was asked for.
@@ -45,7 +50,7 @@ class BoundedFile:
         options = pa.ipc.IpcReadOptions(included_fields=columns)
         with self._named(where, "cannot be opened"):
             self._blocks, self._count = self._read_footer()
-            self._file = pa.ipc.open_file(pa.BufferReader(data), options=options)
+            self._file = pa.ipc.open_file(pa.BufferReader(pa.py_buffer(data)), options=options)
             if self._file.num_record_batches != self._count:
                 raise ValueError("its footer contradicts itself")
             if not self._file.schema.equals(self._schema):
@@ -62,12 +67,20 @@ class BoundedFile:
             if size > MAX_BATCH_BYTES:
                 raise ValueError(f"it would take {size:,} bytes; a record batch has at most {MAX_BATCH_BYTES:,}")
             batch = self._file.get_batch(index)
+            self._give_back(index)
             batch.validate(full=True)
             if not batch.schema.equals(self._schema):
                 raise ValueError("it has another Arrow schema than its file")
             if any(_has_nulls(column) for column in batch.columns):
                 raise ValueError("it has nulls")
             return batch
+
+    def _give_back(self, index: int) -> None:
+        """Drops the mapped pages of a batch. Columns that were left uncompressed are mapped again when they are touched."""
+        if isinstance(self._data, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+            message, metadata, body_bytes = self._unpack("<qi4xq", self._blocks + _BLOCK_BYTES * index)
+            start = message // mmap.PAGESIZE * mmap.PAGESIZE
+            self._data.madvise(mmap.MADV_DONTNEED, start, message + metadata + body_bytes - start)
 
     @staticmethod
     @contextmanager
@@ -97,21 +110,27 @@ class BoundedFile:
         return self._vector(batches) if batches else (0, 0)
 
     def _decompressed_bytes(self, index: int) -> int:
-        message, metadata = self._unpack("<qi", self._blocks + _BLOCK_BYTES * index)
+        message, metadata, body_bytes = self._unpack("<qi4xq", self._blocks + _BLOCK_BYTES * index)
         body = message + metadata
         (first,) = self._unpack("<i", message)
         root = self._follow(message + (8 if first == -1 else 4))
         kind = self._field(root, _MESSAGE_HEADER_TYPE)
         if not kind or self._unpack("<B", kind) != (_RECORD_BATCH,):
             raise ValueError("it is no record batch")
+        # To read some columns only, Arrow allocates the whole body first.
+        stated = self._field(root, _MESSAGE_BODY_BYTES)
+        if self._unpack("<q", stated) != (body_bytes,) or not 0 <= body_bytes <= len(self._view) - body:
+            raise ValueError("its body leaves the file")
+        if body_bytes > 2 * MAX_BATCH_BYTES:
+            raise ValueError(f"its body has {body_bytes:,} bytes")
         batch = self._follow(self._field(root, _MESSAGE_HEADER))
         compressed = self._field(batch, _BATCH_COMPRESSION) != 0
         start, count = self._vector(self._field(batch, _BATCH_BUFFERS))
         if count > _MAX_BUFFERS:
             raise ValueError(f"it has {count} buffers")
         total = 0
-        for index in range(count):
-            offset, length = self._unpack("<qq", start + 16 * index)
+        for buffer in range(count):
+            offset, length = self._unpack("<qq", start + 16 * buffer)
             if offset < 0 or length < 0 or body + offset + length > len(self._view):
                 raise ValueError("a buffer leaves the file")
             size = length

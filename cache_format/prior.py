@@ -9,6 +9,7 @@ and ``tail mass / draws`` for every draw.
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterable
 from functools import cached_property
 
@@ -79,9 +80,9 @@ class TailPrior:
         return data
 
     @classmethod
-    def from_bytes(cls, data: pa.Buffer | bytes, vocab_size: int, where: str) -> TailPrior:
+    def from_bytes(cls, data: bytes | mmap.mmap, vocab_size: int, where: str) -> TailPrior:
         """Raises DamagedCacheError, naming ``where``, for anything but what ``to_bytes`` writes."""
-        file = BoundedFile(pa.py_buffer(data), where, _SCHEMA)
+        file = BoundedFile(data, where, _SCHEMA)
         batch = file.batch(0) if len(file) == 1 else None
         if batch is None or batch.num_rows != vocab_size:
             raise DamagedCacheError(f"{where} is not a prior over {vocab_size} ids")

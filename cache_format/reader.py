@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -16,7 +17,15 @@ from cache_format.ipc import BoundedFile
 from cache_format.manifest import ShardEntry, TailPriorEntry
 from cache_format.prior import TailPrior
 from cache_format.sequence import CachedSequence
-from cache_format.storage import CacheFile, ShardCache, is_local, open_filesystem, read_manifest, verified_chunks
+from cache_format.storage import (
+    CacheFile,
+    ShardCache,
+    is_local,
+    map_file,
+    open_filesystem,
+    read_manifest,
+    verified_chunks,
+)
 from cache_format.writer import MANIFEST
 
 OPEN_SHARDS = 64
@@ -73,8 +82,11 @@ class CacheReader:
         return self._batch(shard, batch).decode(row)
 
     def __iter__(self) -> Iterator[CachedSequence]:
-        for index in range(len(self)):
-            yield self[index]
+        for shard in range(len(self.manifest.shards)):
+            self._check_once(shard)
+            for batch in self.iter_batches(shard):
+                for row in range(len(batch)):
+                    yield batch.decode(row)
 
     def iter_column(self, name: str) -> Iterator[pa.Array]:
         """One Arrow array of a column per record batch, in order; no other column is decompressed."""
@@ -137,15 +149,15 @@ class CacheReader:
             self._check_file(entry)
         return TailPrior.from_bytes(self._map(entry), self.manifest.store.vocab_size, where)
 
-    def _map(self, entry: ShardEntry | TailPriorEntry) -> pa.Buffer:
+    def _map(self, entry: ShardEntry | TailPriorEntry) -> mmap.mmap:
         """The bytes of a file of the cache, memory-mapped."""
         path = f"{self._root}/{entry.path}"
         try:
             if self._copies is not None:
-                return self._copies.memory_map(self._filesystem, path, entry.bytes, entry.sha256).read_buffer()
+                return self._copies.memory_map(self._filesystem, path, entry.bytes, entry.sha256)
             self._require_file(entry)
-            return pa.memory_map(path).read_buffer()
-        except (OSError, pa.ArrowInvalid) as error:  # Arrow's, for a file of 0 bytes
+            return map_file(path)
+        except (OSError, ValueError) as error:  # ValueError for a file of 0 bytes
             raise DamagedCacheError(f"{entry.path} cannot be opened: {error}") from error
 
     def _batch(self, shard: int, batch: int) -> PackedBatch:

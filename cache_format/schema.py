@@ -31,7 +31,7 @@ BATCH_BYTES = 1 << 20
 MAX_BATCH_BYTES = 256 << 20
 """Uncompressed size of a record batch at most: readers refuse more before they allocate it."""
 
-MAX_DECODED_BYTES = 1 << 30
+MAX_DECODED_BYTES = 256 << 20
 """Size of one sequence's padded head or samples in memory at most, ids and logprobs together."""
 
 POSITION_COLUMNS = ("positions", "target_logprob", "target_rank", "tail_step", "head_size")

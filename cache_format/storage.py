@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import mmap
 import os
 import random
 import sys
@@ -14,7 +15,6 @@ from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import filelock
 import fsspec
-import pyarrow as pa
 from fsspec.implementations.local import LocalFileSystem
 
 from cache_format.errors import CacheError, CacheNotFoundError, DamagedCacheError, IncompleteCacheError, UserError
@@ -254,6 +254,12 @@ def _room_for(target: Path) -> Iterator[None]:
         ) from error
 
 
+def map_file(path: str | Path) -> mmap.mmap:
+    """The bytes of a local file, mapped to be read. Raises OSError, and ValueError for an empty file."""
+    with open(path, "rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
 def has_content(path: Path, file: CacheFile) -> bool:
     """Is ``path`` a local file with the size and the sha256 of ``file``?"""
     try:
@@ -301,13 +307,11 @@ class ShardCache:
                     self._verified.add(sha256)
         return target
 
-    def memory_map(
-        self, filesystem: fsspec.AbstractFileSystem, path: str, size: int, sha256: str
-    ) -> pa.MemoryMappedFile:
+    def memory_map(self, filesystem: fsspec.AbstractFileSystem, path: str, size: int, sha256: str) -> mmap.mmap:
         """The shard, mapped; it stays readable when its file is removed. Raises what ``get`` raises."""
         while True:
             with suppress(FileNotFoundError):  # removed by another process since ``get`` returned
-                return pa.memory_map(str(self.get(filesystem, path, size, sha256)))
+                return map_file(self.get(filesystem, path, size, sha256))
 
     def _is_here(self, file: CacheFile, target: Path) -> bool:
         if file.sha256 not in self._verified and not has_content(target, file):

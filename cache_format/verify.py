@@ -56,7 +56,7 @@ def _check_content(cache: CacheReader, index: int, entry: ShardEntry, seen: set[
     head_mass = nll = 0.0
     for packed in cache.iter_batches(index):
         content.update(packed.batch)
-        # Decoded one at a time: rows that are small on disk may be 1 GiB each in memory.
+        # Decoded one at a time: rows that are small on disk may be large in memory.
         for row in range(len(packed)):
             sequence = packed.decode(row)
             for part in _parts(sequence):

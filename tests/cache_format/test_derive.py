@@ -155,7 +155,7 @@ def test_reconstruction_kl_is_that_of_the_dense_distributions(rng):
             assert abs(found.mean() - true) < 5 * found.std() / 2000**0.5
 
 
-@pytest.mark.parametrize("option", [{"max_bytes_per_token": 30.0}, {"max_kl": 1.2}])
+@pytest.mark.parametrize("option", [{"max_bytes_per_token": 45.0}, {"max_kl": 1.2}])
 def test_a_budget_is_met(tmp_path, write, option):
     source = write("source", count=30)
     manifest = derive(source, tmp_path / "out", DeriveOptions(min_k=1, **option))
@@ -166,8 +166,8 @@ def test_a_budget_is_met(tmp_path, write, option):
         )
         assert 0.7 * option["max_kl"] < kl.mean() < 1.1 * option["max_kl"]
     else:
-        without_batches = manifest.statistics.bytes_per_token
-        assert without_batches < 1.25 * option["max_bytes_per_token"], "small shards have some overhead"
+        size = sum(file.stat().st_size for file in (tmp_path / "out").rglob("*") if file.is_file())
+        assert 0.7 < size / manifest.statistics.tokens / option["max_bytes_per_token"] < 1.05, "all files counted"
     assert manifest.store.min_probability is not None
     with pytest.raises(UserError, match="out of reach"):
         derive(source, tmp_path / "no", DeriveOptions(**dict.fromkeys(option, 0.001)))
