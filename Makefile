@@ -52,7 +52,7 @@ lint: setup ## ruff, mypy, import-linter
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
-bench: setup ## measure the format's codec against plain Arrow (needs the quickstart cache)
+bench: setup ## measure the cache format: size, fidelity, speed, memory (docs/format.md)
 	$(BIN)/python benchmarks/format.py
 
 clean: ## remove .venv and caches of tools; leaves caches/, models/ and runs/
