@@ -359,14 +359,14 @@ class PackedBatch:
             self._require(p == 0 or int(last.max()) < 2**31, index, "a logprob is below what the format holds")
             return flat_ids.reshape(p, width), self._on_grid(grid), last
         starts = _starts(size)
-        total = np.concatenate([[0], np.cumsum(steps, dtype=np.int64)])
+        total = _sums(steps)
         last = total[starts + size] - total[starts]
         self._require(int(last.max()) < 2**31, index, "a logprob is below what the format holds")
         place = _places(size, width)
         ids = np.full(p * width, -1, np.int32)
         ids[place] = flat_ids
         logprobs = np.full(p * width, -np.inf, np.float32)
-        logprobs[place] = self._on_grid(total[1:] - np.repeat(total[starts], size))
+        logprobs[place] = self._on_grid(_within(total, starts, size))
         return ids.reshape(p, width), logprobs.reshape(p, width), last
 
     def _decode_samples(self, index: int, p: int, last: _Array) -> TailSamples:
@@ -376,20 +376,20 @@ class PackedBatch:
         self._require(len(size) == p * store.sample_sets, index, "its sample sizes and positions disagree")
         self._require(len(size) == 0 or int(size.min()) >= 0, index, "a sample size is negative")
         entries = int(size.sum(dtype=np.int64))
-        gaps = self._ranks("sample_gap", index, entries)
+        self._require_room(index, "samples", _bytes_per_draw(store) * entries)
         counts = self._row("sample_count_plane", index)
         self._require(len(counts) == entries, index, "its samples and their counts disagree")
         self._require(entries == 0 or int(counts.min()) >= 1, index, "a sample was drawn 0 times")
         starts = _starts(size)
-        drawn_before = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+        drawn_before = _sums(counts)
         draws = drawn_before[starts + size] - drawn_before[starts]
         most = int(draws.max()) if len(draws) else 0
         self._require(most <= MAX_DRAWS, index, f"a set of samples has {most} draws")
         self._require_room(index, "samples", _bytes_per_draw(store) * len(draws) * most)
-        total = np.concatenate([[0], np.cumsum(gaps, dtype=np.int64)])
-        ranks = total[1:] - np.repeat(total[starts], size)
+        ranks = _within(_sums(self._ranks("sample_gap", index, entries)), starts, size)
         self._require(entries == 0 or int(ranks.max()) < store.vocab_size, index, "sample ids leave the vocabulary")
         drawn_ids = self._ids_of(ranks.astype(np.int32), index)
+        del ranks  # 8 bytes an entry: what a large row takes is decided here
         repeated = int(drawn_before[-1]) > entries
         shape = (p, store.sample_sets, most)
         place = _places(draws, most)
@@ -493,6 +493,21 @@ def _bytes_per_draw(store: StoreSettings) -> int:
     return 8 if store.sample_logprobs else 4
 
 
+def _sums(values: _Array) -> NDArray[np.int64]:
+    """int64[len(values) + 1]: what comes before each value, and all of them."""
+    sums = np.zeros(len(values) + 1, np.int64)
+    np.cumsum(values, dtype=np.int64, out=sums[1:])
+    return sums
+
+
+def _within(sums: NDArray[np.int64], starts: NDArray[np.int64], lengths: _Array) -> NDArray[np.int64]:
+    """Of the ``_sums`` of runs, those that begin anew with each run, at each of its values. Overwrites ``sums``."""
+    before = np.repeat(sums[starts], lengths)
+    within = sums[1:]
+    within -= before
+    return within
+
+
 def _starts(lengths: _Array) -> NDArray[np.int64]:
     """Where each run begins in the concatenation of runs of these lengths."""
     starts = np.zeros(len(lengths), np.int64)
@@ -503,7 +518,8 @@ def _starts(lengths: _Array) -> NDArray[np.int64]:
 def _places(lengths: _Array, width: int) -> NDArray[np.int64]:
     """Indices into a flattened [len(lengths), width] of the elements of runs of these lengths, each run in its row."""
     shift = np.arange(len(lengths), dtype=np.int64) * width - _starts(lengths)
-    places: NDArray[np.int64] = np.repeat(shift, lengths) + np.arange(int(lengths.sum(dtype=np.int64)))
+    places: NDArray[np.int64] = np.repeat(shift, lengths)
+    places += np.arange(len(places))
     return places
 
 

@@ -223,6 +223,8 @@ def _within_budget(part: _Part, store: StoreSettings, options: DeriveOptions) ->
     if not any(len(sequence.positions) for sequence in sample):
         raise UserError("no kept position is left to meet the budget with; choose more sequences")
     prior = TailPrior.estimate(sample, store.vocab_size)
+    # A prior made of the very draws that it is judged by would look better than it is.
+    apart = TailPrior.estimate(sample[::2], store.vocab_size)
     # What all tokens share: the prior, the manifest, the card.
     shared = (len(prior.to_bytes()) + _SMALL_FILES) / sum(len(ids) for _, _, ids, _ in part.chosen())
 
@@ -233,7 +235,7 @@ def _within_budget(part: _Part, store: StoreSettings, options: DeriveOptions) ->
         return shared + _bytes_per_token(sample, Codec(at(log_bound), prior))
 
     def distance(log_bound: float) -> float:
-        return _mean_kl(sample, at(log_bound), prior)
+        return _mean_kl(sample[1::2] or sample, at(log_bound), apart)
 
     # The larger the bound, the smaller the heads, the fewer bytes, and the farther from the teacher.
     everything, least = math.log(1e-7), math.log(0.5)

@@ -269,7 +269,7 @@ class Manifest(Header):
         if not isinstance(raw, dict) or raw.get("format") != FORMAT:
             raise CacheError(f"{where} is not the manifest of a Logitcask cache")
         version = raw.get("format_version")
-        if type(version) is not int or version < 1:  # not isinstance: True is an int
+        if not isinstance(version, int) or version < 1:
             raise DamagedCacheError(f"{where} has format_version {version!r:.40}; expected a positive integer")
         if version > FORMAT_VERSION:
             raise UnsupportedCacheError(

@@ -11,12 +11,15 @@ from cache_format import cli as cache_commands
 from cache_format import share_cli
 from cache_format.command import new_app, run
 from cache_format.configuration import load_config
+from pipeline import audit_cli, estimate_cli
 
 app = new_app("Runs a teacher LLM once over a data set and keeps its next-token distributions in a cache.")
 app.command()(cache_commands.info)
 app.command()(cache_commands.verify)
 app.command()(cache_commands.derive)
 app.command()(cache_commands.merge)
+app.command()(audit_cli.audit)
+app.command()(estimate_cli.estimate)
 app.command()(share_cli.push)
 app.command()(share_cli.pull)
 

@@ -169,10 +169,10 @@ def open_source(config: DataConfig) -> Source:
     if (local / "state.json").is_file() or (local / "dataset_dict.json").is_file():
         return _open_saved(config, local)
     if local.is_dir():
-        return _open_files(config, _find_files(config, str(local)), local)
+        return _open_files(config, find_files(config, str(local)), local)
     if config.path.startswith((".", "/", "~")) or config.path.count("/") > 1 or suffix_of(config.path) in SUFFIXES:
         raise UserError(f"no data at {config.path!r}; expected a file, a folder, a hub name, or {_names(BUILT_IN)}")
-    return _open_files(config, _find_files(config, config.path), None)
+    return _open_files(config, find_files(config, config.path), None)
 
 
 # --- built-in -----------------------------------------------------------------------------------------------------
@@ -252,7 +252,7 @@ def _open_files(config: DataConfig, files: list[str], base: Path | None) -> Sour
     return Source(config, columns, read, stamp, config.id_field)
 
 
-def _find_files(config: DataConfig, where: str) -> list[str]:
+def find_files(config: DataConfig, where: str) -> list[str]:
     """The files of one split of a folder or a hub data set, by the rules of ``datasets`` (names, subfolders, card)."""
     with _quiet_datasets():
         from datasets import load_dataset_builder

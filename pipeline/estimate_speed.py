@@ -1,0 +1,270 @@
+"""How fast a teacher scores: measured for some seconds, given by the user, or told from the figures of a GPU."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from cache_format import CachedSequence, UserError
+from pipeline.config import BuildConfig
+from pipeline.estimate_size import Range
+from pipeline.estimator import keep
+from pipeline.models import ResolvedModel, is_quantised, resolve_model
+from pipeline.sequence import Sequence
+from pipeline.teachers import open_teacher
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """Peak figures of NVIDIA's data sheets, without sparsity.
+
+    tensor:    FLOP/s of the tensor cores in bfloat16, summed in float32.
+    float32:   FLOP/s outside the tensor cores.
+    bandwidth: bytes per second of its memory.
+    memory:    bytes.
+    """
+
+    title: str
+    tensor: float
+    float32: float
+    bandwidth: float
+    memory: float
+
+
+GPUS = {
+    "b200": Gpu("B200", 2250e12, 75e12, 7.7e12, 180e9),
+    "h200": Gpu("H200 SXM", 989e12, 67e12, 4.8e12, 141e9),
+    "h100": Gpu("H100 SXM", 989e12, 67e12, 3.35e12, 80e9),
+    "h100-pcie": Gpu("H100 PCIe", 756e12, 51e12, 2.0e12, 80e9),
+    "a100": Gpu("A100 80 GB SXM", 312e12, 19.5e12, 2.04e12, 80e9),
+    "l40s": Gpu("L40S", 362e12, 91.6e12, 0.864e12, 48e9),
+    "l4": Gpu("L4", 121e12, 30.3e12, 0.3e12, 24e9),
+    "a10": Gpu("A10", 125e12, 31.2e12, 0.6e12, 24e9),
+    "rtx-4090": Gpu("RTX 4090", 165e12, 82.6e12, 1.01e12, 24e9),
+    "rtx-3090": Gpu("RTX 3090", 71e12, 35.6e12, 0.936e12, 24e9),
+}
+
+# Part of the peak that reading long batches of text reaches, all else (norms, tensor parallelism, waiting) included.
+_UTILISATION = Range(low=0.2, likely=0.4, high=0.6)
+# How often the float32 logprobs of a position are read or written: softmax, top k, ranks, the CDF that is drawn from.
+_PASSES = 20
+# Seconds that packing, hashing and writing take per token on one CPU core, while the engine waits
+# (585,000 tokens/s in ``benchmarks/results/format.json``).
+_WRITING = 1.7e-6
+# Seconds per token; the synthetic teacher says so of itself.
+_SYNTHETIC = 1e-6
+
+_FIRST_PART = 512
+_LONG_ENOUGH = 8.0
+# What a probe keeps for the codec: as much as a build's prior is made of.
+_KEPT_TOKENS = 32_768
+
+
+class Speed(BaseModel):
+    """Tokens per second of one engine, which holds ``gpus_per_engine`` GPUs; ``notes`` say where that comes from."""
+
+    model_config = ConfigDict(frozen=True)
+
+    source: Literal["probe", "given", "hardware"]
+    tokens_per_second: Range
+    gpus_per_engine: int
+    notes: tuple[str, ...]
+
+
+def given_speed(config: BuildConfig, tokens_per_second: float) -> Speed:
+    """Somebody knows."""
+    return Speed(
+        source="given",
+        tokens_per_second=_exactly(tokens_per_second),
+        gpus_per_engine=_gpus(config),
+        notes=(f"speed: {_round(tokens_per_second)} tokens/s for each engine, as given",),
+    )
+
+
+def probe(config: BuildConfig, sequences: Iterable[Sequence]) -> tuple[list[CachedSequence], Speed]:
+    """Starts the engine and scores some of ``sequences``: what a cache would keep of them, and how fast that went.
+
+    Parts twice as long each time, until one takes some seconds; the largest counts, so that warming up does not. Raises
+    UserError as ``open_teacher``, and where no sequence has anything to learn.
+    """
+    teacher = open_teacher(config.teacher, max_length=config.data.max_length, capture=config.store.capture())
+    try:
+        store = config.store.settings(teacher.vocab_size)
+        kept: list[CachedSequence] = []
+        kept_tokens = most = 0
+        seconds = 0.0
+        for part in _doubling(s for s in sequences if s.loss_mask.any()):
+            tokens, started = 0, time.perf_counter()
+            for sequence, scored in zip(part, teacher.score(part), strict=True):
+                cached = keep(sequence, scored, store)
+                tokens += len(cached)
+                if kept_tokens < _KEPT_TOKENS:
+                    kept.append(cached)
+                    kept_tokens += len(cached)
+            took = time.perf_counter() - started
+            if tokens > most:
+                most, seconds = tokens, took
+            if took >= _LONG_ENOUGH:
+                break
+        engine = teacher.identity().engine
+    finally:
+        teacher.close()
+    if not kept:
+        raise UserError(f"no sequence at the head of {config.data.path} has anything to learn; a probe needs one")
+    rate = 1 / (seconds / most + _WRITING)
+    note = (
+        f"speed: {_round(rate)} tokens/s, measured here with {engine} on {most:,} tokens in {seconds:.1f} s, after "
+        "shorter ones as a warm-up; taken to hold within 15 %"
+    )
+    measured = Range(low=0.85 * rate, likely=rate, high=1.15 * rate)
+    return kept, Speed(source="probe", tokens_per_second=measured, gpus_per_engine=_gpus(config), notes=(note,))
+
+
+def speed_from_hardware(config: BuildConfig, gpu_name: str, context: float) -> Speed:
+    """From a model's shape and a GPU's peak figures; neither weights nor a GPU are needed.
+
+    context: mean number of tokens before a token.
+
+    Time per token = (2 x weights that a token meets + 4 x layers x heads x head size x context) / (utilisation x tensor
+    peak) + 2 x vocabulary x width / (utilisation x peak of the head's arithmetic) + passes over float32 logprobs /
+    bandwidth, all that shared by the GPUs of an engine, + what writing takes. The first term as in Kaplan et al., arXiv 2001.08361, section 2.1; attention without what causality saves
+    would be twice as much.
+
+    Raises UserError for an unknown GPU, and for a model whose shape transformers cannot tell.
+    """
+    if _is_synthetic(config):
+        note = (
+            f"speed: {_SYNTHETIC:,.0f} tokens/s, what the synthetic teacher reaches on a CPU core; no GPU is involved"
+        )
+        return Speed(source="hardware", tokens_per_second=_exactly(_SYNTHETIC), gpus_per_engine=1, notes=(note,))
+    gpu = GPUS.get(gpu_name.lower())
+    if gpu is None:
+        raise UserError(
+            f"no figures for a GPU {gpu_name!r}; expected {', '.join(GPUS)}; for others give --tokens-per-second or --probe"
+        )
+    model = resolve_model(config.teacher.model, config.teacher.revision)
+    shape = _shape(model)
+    float32_head = _float32_head(config, model)
+    tensor = gpu.float32 if config.teacher.dtype == "float32" else gpu.tensor
+    body = (2 * shape.weights + 4 * shape.attention * context) / tensor
+    head = 2 * shape.head / (gpu.float32 if float32_head else tensor)
+    rest = _PASSES * 4 * shape.vocab_size / gpu.bandwidth
+    gpus = _gpus(config)
+
+    def rate(utilisation: float) -> float:
+        return 1 / (((body + head) / utilisation + rest) / gpus + _WRITING)
+
+    likely = Range(low=rate(_UTILISATION.low), likely=rate(_UTILISATION.likely), high=rate(_UTILISATION.high))
+    notes = [
+        f"speed: {_round(likely.likely)} tokens/s for each engine of {gpus} {gpu.title}, from peak figures "
+        f"({tensor / 1e12:,.0f} TFLOP/s) at {_UTILISATION.likely:.0%} utilisation ({_UTILISATION.low:.0%} to "
+        f"{_UTILISATION.high:.0%}); nothing was run: --probe measures, --gpu names another GPU",
+        f"a token costs {2e-9 * shape.weights:.3g} GFLOP in the layers, {4e-9 * shape.attention * context:.2g} in attention "
+        f"over {context:,.0f} tokens on average, {2e-9 * shape.head:.2g} in the output head "
+        f"({'float32, as the build has it' if float32_head else 'in the precision of the rest'}), and "
+        f"{_PASSES} passes over {shape.vocab_size:,} float32 logprobs; {_WRITING * 1e6:.1f} microseconds of a CPU write it",
+    ]
+    needed = 2 * (shape.all_weights + shape.head)
+    if needed > 0.85 * gpu.memory * gpus:
+        notes.append(
+            f"WARNING: {needed / 1e9:,.0f} GB of 16-bit weights will not fit into {gpus} x {gpu.memory / 1e9:.0f} GB; "
+            "raise teacher.tensor_parallel_size or name another --gpu (quantised weights take less)"
+        )
+    return Speed(source="hardware", tokens_per_second=likely, gpus_per_engine=gpus, notes=tuple(notes))
+
+
+@dataclass(frozen=True, slots=True)
+class _Shape:
+    """Of a model. ``weights``: those of the layers that one token meets; ``attention``: layers x heads x head size;
+    ``head``: vocabulary x width; ``all_weights``: of the layers, experts included.
+    """
+
+    weights: float
+    all_weights: float
+    attention: float
+    head: float
+    vocab_size: int
+
+
+def _shape(model: ResolvedModel) -> _Shape:
+    """Read off an empty model: torch's ``meta`` device holds shapes and no numbers."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(model.location, revision=model.revision).get_text_config()
+        with torch.device("meta"):
+            lm = AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # whatever a model's own code raises
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"the shape of {model.name} cannot be told from its config: {reason}; give --tokens-per-second or --probe"
+        ) from error
+    ends = {id(layer.weight) for layer in (lm.get_input_embeddings(), lm.get_output_embeddings())}
+    share = _share_of_experts(config)
+    weights = all_weights = 0.0
+    for name, parameter in lm.named_parameters():
+        if id(parameter) not in ends:
+            all_weights += parameter.numel()
+            weights += parameter.numel() * (share if ".experts." in name else 1)
+    heads = config.num_attention_heads
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return _Shape(
+        weights=weights,
+        all_weights=all_weights,
+        attention=config.num_hidden_layers * heads * head_size,
+        head=config.vocab_size * config.hidden_size,
+        vocab_size=config.vocab_size,
+    )
+
+
+def _share_of_experts(config: Any) -> float:
+    """Experts that one token meets, as a part of all routed ones; 1 where the config names none."""
+    used = getattr(config, "num_experts_per_tok", None)
+    names = ("num_local_experts", "num_experts", "n_routed_experts")
+    all_of_them = next(filter(None, (getattr(config, name, None) for name in names)), None)
+    return used / all_of_them if used and all_of_them else 1.0
+
+
+def _float32_head(config: BuildConfig, model: ResolvedModel) -> bool:
+    """Whether vLLM multiplies by the output head in float32 on a GPU, as ``pipeline.teachers.vllm`` has it."""
+    teacher = config.teacher
+    if teacher.backend != "vllm" or teacher.dtype == "float32" or is_quantised(model):
+        return False
+    overrides = teacher.engine_args.get("hf_overrides")
+    asked = overrides.get("head_dtype", "float32") if isinstance(overrides, dict) else "float32"
+    return asked == "float32"
+
+
+def _doubling(sequences: Iterable[Sequence]) -> Iterator[list[Sequence]]:
+    """The sequences in parts of about ``_FIRST_PART`` tokens, twice that, and so on."""
+    part: list[Sequence] = []
+    wanted, held = _FIRST_PART, 0
+    for sequence in sequences:
+        part.append(sequence)
+        held += len(sequence.input_ids)
+        if held >= wanted:
+            yield part
+            part, wanted, held = [], 2 * wanted, 0
+    if part:
+        yield part
+
+
+def _round(value: float) -> str:
+    return f"{float(f'{value:.3g}'):,g}" if value < 1e5 else f"{float(f'{value:.3g}'):,.0f}"
+
+
+def _exactly(value: float) -> Range:
+    return Range(low=value, likely=value, high=value)
+
+
+def _gpus(config: BuildConfig) -> int:
+    return 1 if _is_synthetic(config) else config.teacher.tensor_parallel_size
+
+
+def _is_synthetic(config: BuildConfig) -> bool:
+    return "synthetic" in (config.teacher.backend, config.teacher.model)
