@@ -25,6 +25,9 @@ TAIL_MASS_FLOOR = 2.0**-20
 PRIOR_STEP = 0.25
 """Grid of the tail prior's log weights, nats."""
 
+MAX_SHARDS = 100_000
+"""What a manifest of 64 MiB has room for."""
+
 BATCH_BYTES = 1 << 20
 """Uncompressed size a record batch aims at, the unit of random access: smaller ones decode more slowly (docs/format.md)."""
 

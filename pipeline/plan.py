@@ -14,8 +14,9 @@ from typing import Any
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict
 
+from cache_format.errors import UserError
 from cache_format.manifest import DataHash, DataIdentity, TokenizerIdentity
-from cache_format.schema import BATCH_BYTES
+from cache_format.schema import BATCH_BYTES, MAX_SHARDS
 from cache_format.writer import load_state, sync, uncompressed_bytes, write_durably
 from pipeline.sequence import Sequence
 
@@ -64,7 +65,7 @@ def write_sequences(
 ) -> tuple[tuple[PlannedShard, ...], str]:
     """Streams sequences to ``.build/plan/``, a new shard before the sequence that would exceed ``shard_tokens``.
 
-    Returns the shards and the data's sha256.
+    Returns the shards and the data's sha256. Raises UserError for more shards than a manifest can list.
     """
     folder = build_dir / "plan"
     shutil.rmtree(folder, ignore_errors=True)
@@ -96,6 +97,11 @@ def write_sequences(
             file.close()
             sync(shard_file(len(shards)))
             shards.append(PlannedShard(sequences=count, tokens=tokens, positions=positions))
+        if len(shards) > MAX_SHARDS:
+            raise UserError(
+                f"shards of {shard_tokens:,} tokens would be more than {MAX_SHARDS:,}, which a manifest cannot list; "
+                "set a larger store.shard_tokens"
+            )
 
     for sequence in sequences:
         if file is None or tokens + len(sequence.input_ids) > shard_tokens:

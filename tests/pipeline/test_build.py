@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import yaml
 
+import pipeline.plan
 from cache_format import CacheReader, UserError, verify
 from cache_format.configuration import load_config
 from pipeline.config import BuildConfig
@@ -132,6 +133,13 @@ def test_what_changes_no_number_changes_no_cache(tmp_path):
     for a, b in zip(CacheReader(tmp_path / "cache"), CacheReader(tmp_path / "other"), strict=True):
         assert a.sequence_id == b.sequence_id
         np.testing.assert_array_equal(a.logprobs, b.logprobs)
+
+
+def test_more_shards_than_a_manifest_can_list(tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline.plan, "MAX_SHARDS", 5)
+    with pytest.raises(UserError, match=r"set a larger store\.shard_tokens"):
+        build(synthetic(tmp_path))
+    assert build(synthetic(tmp_path, store__shard_tokens=10_000), restart=True).manifest.shards
 
 
 def test_other_settings_need_another_place(tmp_path):
