@@ -119,7 +119,9 @@ class BoundedFile:
             raise ValueError("it is no record batch")
         # To read some columns only, Arrow allocates the whole body first.
         stated = self._field(root, _MESSAGE_BODY_BYTES)
-        if self._unpack("<q", stated) != (body_bytes,) or not 0 <= body_bytes <= len(self._view) - body:
+        if (self._unpack("<q", stated)[0] if stated else 0) != body_bytes or not 0 <= body_bytes <= len(
+            self._view
+        ) - body:
             raise ValueError("its body leaves the file")
         if body_bytes > 2 * MAX_BATCH_BYTES:
             raise ValueError(f"its body has {body_bytes:,} bytes")
