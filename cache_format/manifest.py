@@ -132,7 +132,7 @@ class TailPriorEntry(_Part):
     """The file of the tail prior."""
 
     path: Literal["tail_prior.arrow"] = "tail_prior.arrow"
-    bytes: int = Field(ge=0)
+    bytes: int = Field(ge=0, le=_MAX_COUNT)
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
 
 
@@ -148,7 +148,7 @@ class ShardEntry(_Part):
     """One shard: a commit record while building, an element of ``shards`` afterwards."""
 
     path: str = Field(pattern=r"^data/[A-Za-z0-9_-][A-Za-z0-9._-]*\.arrow$")
-    bytes: int = Field(ge=0)
+    bytes: int = Field(ge=0, le=_MAX_COUNT)
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     content_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     sequences: int = Field(ge=0, le=_MAX_COUNT)
