@@ -35,7 +35,7 @@ def check(rows, path):
 
 
 def test_polars(path):
-    table = polars.read_ipc(sorted((path / "data").glob("*.arrow")))
+    table = polars.concat([polars.read_ipc(file) for file in sorted((path / "data").glob("*.arrow"))])
     check(table.select("sequence_id", "input_ids", "target_logprob", "tail_step").iter_rows(), path)
     assert table.select(polars.col("target_logprob").list.mean().mean()).item() < 0
 

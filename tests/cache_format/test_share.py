@@ -8,6 +8,7 @@ import http.server
 import inspect
 import os
 import shutil
+import subprocess
 import sys
 import threading
 import uuid
@@ -18,6 +19,7 @@ from typing import ClassVar
 import fsspec
 import numpy as np
 import pytest
+import s3fs
 import typer
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
@@ -76,20 +78,33 @@ def cache(tmp_path, write):
 
 @pytest.fixture(scope="module")
 def s3():
-    """A bucket on a real S3 server on the loopback."""
-    pytest.importorskip("s3fs")
-    moto = pytest.importorskip("moto.server")
-    with pytest.MonkeyPatch.context() as patch:
-        server = moto.ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
-        server.start()
-        host, port = server.get_host_and_port()
-        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        patch.setenv("AWS_ACCESS_KEY_ID", "test")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        fsspec.filesystem("s3").mkdir("caches")
-        yield "s3://caches"
-        server.stop()
+    """A bucket on a real S3 server on the loopback, in a process of its own: vLLM cannot start in one that holds flask."""
+    server = subprocess.Popen([sys.executable, "-c", _S3_SERVER], stdout=subprocess.PIPE, text=True)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.stdout.readline().strip()}")
+            patch.setenv("AWS_ACCESS_KEY_ID", "test")
+            patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+            patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+            # An instance that somebody made earlier has not seen these variables.
+            s3fs.S3FileSystem.clear_instance_cache()
+            fsspec.filesystem("s3").mkdir("caches")
+            yield "s3://caches"
+            s3fs.S3FileSystem.clear_instance_cache()
+    finally:
+        server.kill()
+        server.wait()
+
+
+_S3_SERVER = """
+import time
+from moto.server import ThreadedMotoServer
+
+server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
+server.start()
+print(server.get_host_and_port()[1], flush=True)
+time.sleep(3600)
+"""
 
 
 @pytest.fixture(params=["memory", "s3", "file"])
