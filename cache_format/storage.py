@@ -161,9 +161,13 @@ def read_manifest(filesystem: fsspec.AbstractFileSystem, root: str, where: str) 
     Raises CacheNotFoundError, IncompleteCacheError for an unfinished build or copy, CacheError where the place cannot be
     reached, and what ``Manifest.from_json`` raises.
     """
+    manifest = f"{root}/{MANIFEST}"
+    if is_local(filesystem) and os.path.exists(manifest) and not os.path.isfile(manifest):
+        # Reading a pipe could wait for ever.
+        raise DamagedCacheError(f"{where}/{MANIFEST} is no file; fetch or build the cache again")
     with reaching(where):
         try:
-            text = read_small(filesystem, f"{root}/{MANIFEST}", MAX_MANIFEST_BYTES)
+            text = read_small(filesystem, manifest, MAX_MANIFEST_BYTES)
         except FileNotFoundError:
             if filesystem.exists(f"{root}/{BUILD_DIR}"):
                 raise IncompleteCacheError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import pickle
 import subprocess
 import sys
@@ -103,6 +104,12 @@ def test_swapped_shards_are_damage(path):
     a.write_bytes(b.read_bytes())
     b.write_bytes(bytes_a)
     assert len(verify(str(path))) == 2
+
+
+def test_a_pipe_is_no_manifest(tmp_path):
+    os.mkfifo(tmp_path / "manifest.json")
+    with pytest.raises(DamagedCacheError, match="is no file"):
+        CacheReader(tmp_path)
 
 
 def test_no_cache_there(tmp_path):
