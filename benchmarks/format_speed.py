@@ -26,9 +26,10 @@ from format_truth import Truth
 from peers_formats import Peer
 
 from cache_format import CachedSequence, CacheReader, TailSamples
-from cache_format.codec import Codec, validate
+from cache_format.codec import Codec
 from cache_format.manifest import TeacherIdentity, TokenizerIdentity
 from cache_format.prior import TailPrior
+from cache_format.validation import validate
 from pipeline.config import StoreConfig
 from pipeline.plan import PlannedShard
 

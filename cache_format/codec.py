@@ -9,7 +9,6 @@ Shapes: P kept positions, K largest head, E = sum of head sizes, T sets of sampl
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,7 +26,6 @@ from cache_format.schema import (
     MAX_DRAWS,
     NO_TAIL,
     POSITION_COLUMNS,
-    TAIL_MASS_FLOOR,
     id_bytes,
     shard_schema,
 )
@@ -35,101 +33,6 @@ from cache_format.sequence import CachedSequence, TailSamples
 
 ESCAPE = 255
 _Array = NDArray[Any]
-
-
-def validate(sequence: CachedSequence, store: StoreSettings, *, mass_slack: float = 1e-3) -> None:
-    """Raises UserError, naming the sequence and what is wrong, unless it can be stored and read back as it is.
-
-    ``mass_slack`` is how far above 1 the head mass may be: fp32 rounding, or the grid for logprobs that were stored.
-    """
-
-    def require(holds: Any, what: str) -> None:
-        if not holds:
-            raise UserError(f"sequence {sequence.sequence_id[:100]!r} cannot be stored: {what}")
-
-    n, p, vocab_size = len(sequence.input_ids), len(sequence.positions), store.vocab_size
-    ids, logprobs = sequence.ids, sequence.logprobs
-    require(n >= 1, "it has no tokens")
-    require(sequence.loss_mask.shape == (n,), f"loss_mask has shape {sequence.loss_mask.shape}, expected ({n},)")
-    require(not sequence.loss_mask[0], "loss_mask[0] is set, but nothing predicts the first token")
-    require(
-        np.array_equal(sequence.positions, np.flatnonzero(sequence.loss_mask[1:])),
-        "positions are not exactly those whose target is in the loss mask",
-    )
-    require(
-        ids.ndim == 2 and ids.shape == logprobs.shape and len(ids) == p, f"head has shape {ids.shape}, {p} positions"
-    )
-    for name in ("tail_logprob", "target_logprob", "target_rank"):
-        require(
-            getattr(sequence, name).shape == (p,), f"{name} has shape {getattr(sequence, name).shape}, expected ({p},)"
-        )
-    in_range = int(sequence.input_ids.min()) >= 0 and int(sequence.input_ids.max()) < vocab_size
-    require(in_range, f"token ids outside the vocabulary of {vocab_size}")
-    require(
-        (sequence.entropy is not None) == store.entropy, f"entropy is {'missing' if store.entropy else 'not asked for'}"
-    )
-    require(
-        8 * max(1, ids.shape[1]) * p <= MAX_DECODED_BYTES, f"its head of {ids.shape} is larger than the format allows"
-    )
-    if p:
-        _validate_head(sequence, vocab_size, mass_slack, require, may_be_empty=store.tail_samples > 0)
-    _validate_samples(sequence, store, require)
-
-
-def _validate_head(
-    sequence: CachedSequence, vocab_size: int, mass_slack: float, require: Any, *, may_be_empty: bool
-) -> None:
-    ids, logprobs, tail = sequence.ids, sequence.logprobs, sequence.tail_logprob
-    stored = ids >= 0
-    size = stored.sum(axis=1)
-    require(may_be_empty or (size >= 1).all(), "a position has an empty head")
-    if ids.size:
-        full = bool(stored.all())
-        require(full or (stored[:, 1:] <= stored[:, :-1]).all(), "head padding is not at the end")
-        require(int(ids.max()) < vocab_size, f"head ids outside the vocabulary of {vocab_size}")
-        # Padding is -inf, so that a rise anywhere in a row is a rise between stored entries.
-        padded = logprobs if full else np.where(stored, logprobs, -np.inf)
-        require(np.isfinite(logprobs if full else logprobs[stored]).all(), "a head logprob is not finite")
-        require((padded[:, 0] <= 1e-3).all(), "a head logprob is above 0")
-        require((padded[:, 1:] <= padded[:, :-1]).all(), "head logprobs do not fall")
-        require((np.exp(padded).sum(axis=1, dtype=np.float64) <= 1 + mass_slack).all(), "a head's mass is above 1")
-    require((tail <= 1e-3).all(), "a tail logprob is above 0 or not a number")
-    require((np.isneginf(tail) == (size == vocab_size)).all(), "tail mass 0 without a full head")
-    require((tail[~np.isneginf(tail)] > -255).all(), "a tail logprob is below -255 nats")
-    require(np.isfinite(sequence.target_logprob).all(), "a target logprob is not finite")
-    require((sequence.target_logprob <= 1e-3).all(), "a target logprob is above 0")
-    ranks = sequence.target_rank
-    require(((ranks >= 0) & (ranks < vocab_size)).all(), "a target rank is outside the vocabulary")
-    if sequence.entropy is not None:
-        require(sequence.entropy.shape == ranks.shape, f"entropy has shape {sequence.entropy.shape}")
-        within = (sequence.entropy >= -1e-3) & (sequence.entropy <= math.log(vocab_size) + 0.1)
-        require(within.all(), "an entropy is negative, above that of the uniform distribution, or not a number")
-
-
-def _validate_samples(sequence: CachedSequence, store: StoreSettings, require: Any) -> None:
-    samples, p = sequence.samples, len(sequence.positions)
-    require((samples is not None) == (store.tail_samples > 0), "its tail samples are not what the cache is to hold")
-    if samples is None:
-        return
-    shape = samples.ids.shape
-    require(len(shape) == 3 and shape[:2] == (p, store.sample_sets), f"samples have shape {shape}")
-    require(shape[2] <= MAX_DRAWS, f"{shape[2]} draws in a set; the format holds {MAX_DRAWS}")
-    fits = _bytes_per_draw(store) * samples.ids.size <= MAX_DECODED_BYTES
-    require(fits, f"its samples of {shape} are larger than the format allows")
-    require((samples.logprobs is not None) == store.sample_logprobs, "logprobs of samples are missing or not asked for")
-    drawn = samples.ids >= 0
-    require((drawn[..., 1:] <= drawn[..., :-1]).all(), "sample padding is not at the end")
-    highest = int(samples.ids.max(initial=0))
-    require(highest < store.vocab_size, f"sample ids outside the vocabulary of {store.vocab_size}")
-    draws = drawn.sum(axis=2)
-    require((draws == draws[:, :1]).all(), "sets of one position have different numbers of draws")
-    empty = ~draws.all(axis=1)
-    tail = sequence.tail_logprob[empty]
-    require((tail <= math.log(TAIL_MASS_FLOOR) + 2 * store.scalar_step).all(), "a tail with mass has no draw in a set")
-    if samples.logprobs is not None:
-        require(samples.logprobs.shape == shape, f"logprobs of samples have shape {samples.logprobs.shape}")
-        of_draws = samples.logprobs[drawn]
-        require((np.isfinite(of_draws) & (of_draws <= 1e-3)).all(), "a sample's logprob is above 0 or not finite")
 
 
 class Codec:
@@ -151,7 +54,7 @@ class Codec:
         self.id_at = None if prior is None else prior.id_at
 
     def encode(self, sequences: Sequence[CachedSequence]) -> pa.RecordBatch:
-        """Valid sequences (see ``validate``) as one record batch, one row each."""
+        """Valid sequences (see ``validation.validate``) as one record batch, one row each."""
         tokens = np.array([len(sequence.input_ids) for sequence in sequences], np.int64)
         kept = np.array([len(sequence.positions) for sequence in sequences], np.int64)
         columns: dict[str, pa.Array] = {
@@ -311,7 +214,7 @@ class PackedBatch:
             index,
             "its positions are not those of its loss mask",
         )
-        # What is above 0 was rounded (see ``validate``).
+        # What is above 0 was rounded (see ``validation.validate``).
         finite = bool(np.isfinite(target_logprob).all() and (target_logprob <= 1e-3).all())
         self._require(finite, index, "a target logprob is above 0 or not finite")
         ranked = p == 0 or (int(target_rank.min()) >= 0 and int(target_rank.max()) < store.vocab_size)
@@ -376,7 +279,7 @@ class PackedBatch:
         self._require(len(size) == p * store.sample_sets, index, "its sample sizes and positions disagree")
         self._require(len(size) == 0 or int(size.min()) >= 0, index, "a sample size is negative")
         entries = int(size.sum(dtype=np.int64))
-        self._require_room(index, "samples", _bytes_per_draw(store) * entries)
+        self._require_room(index, "samples", store.bytes_per_draw * entries)
         counts = self._row("sample_count_plane", index)
         self._require(len(counts) == entries, index, "its samples and their counts disagree")
         self._require(entries == 0 or int(counts.min()) >= 1, index, "a sample was drawn 0 times")
@@ -385,7 +288,7 @@ class PackedBatch:
         draws = drawn_before[starts + size] - drawn_before[starts]
         most = int(draws.max()) if len(draws) else 0
         self._require(most <= MAX_DRAWS, index, f"a set of samples has {most} draws")
-        self._require_room(index, "samples", _bytes_per_draw(store) * len(draws) * most)
+        self._require_room(index, "samples", store.bytes_per_draw * len(draws) * most)
         ranks = _within(_sums(self._ranks("sample_gap", index, entries)), starts, size)
         self._require(entries == 0 or int(ranks.max()) < store.vocab_size, index, "sample ids leave the vocabulary")
         drawn_ids = self._ids_of(ranks.astype(np.int32), index)
@@ -487,10 +390,6 @@ class ContentHash:
 
 def _concatenate(arrays: list[_Array], dtype: Any) -> _Array:
     return np.concatenate(arrays).astype(dtype, copy=False) if arrays else np.empty(0, dtype)
-
-
-def _bytes_per_draw(store: StoreSettings) -> int:
-    return 8 if store.sample_logprobs else 4
 
 
 def _sums(values: _Array) -> NDArray[np.int64]:

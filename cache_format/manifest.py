@@ -115,6 +115,11 @@ class StoreSettings(_Part):
         return self
 
     @property
+    def bytes_per_draw(self) -> int:
+        """Of a decoded tail sample."""
+        return 8 if self.sample_logprobs else 4
+
+    @property
     def rounding(self) -> float:
         """Largest rounding error of a stored logprob, nats."""
         return self.logprob_step / 2 if self.logprob_error is None else self.logprob_error

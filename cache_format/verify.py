@@ -10,11 +10,12 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from cache_format.codec import ContentHash, validate
+from cache_format.codec import ContentHash
 from cache_format.errors import DamagedCacheError, UserError
 from cache_format.manifest import ShardEntry, StoreSettings
 from cache_format.reader import CacheReader
 from cache_format.sequence import CachedSequence, TailSamples
+from cache_format.validation import validate
 from cache_format.writer import MANIFEST
 
 _FP32_SLACK = 2.0**-16

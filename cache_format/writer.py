@@ -23,13 +23,14 @@ import pyarrow as pa
 from pydantic import BaseModel
 
 from cache_format import card
-from cache_format.codec import Codec, ContentHash, validate
+from cache_format.codec import Codec, ContentHash
 from cache_format.configuration import describe_difference
 from cache_format.errors import CacheInUseError, DamagedCacheError, UserError
 from cache_format.manifest import Header, Manifest, ShardEntry, TailPriorEntry
 from cache_format.prior import TailPrior
 from cache_format.schema import BATCH_BYTES, FORMAT
 from cache_format.sequence import CachedSequence
+from cache_format.validation import validate
 
 BUILD_DIR = ".build"
 MANIFEST = "manifest.json"
@@ -218,7 +219,7 @@ class ShardWriter:
         self._head_mass_sum = self._target_nll_sum = 0.0
 
     def append(self, sequence: CachedSequence) -> None:
-        """Adds one sequence. Raises UserError if it is not one (see ``codec.validate``)."""
+        """Adds one sequence. Raises UserError if it is not one (see ``validation.validate``)."""
         validate(sequence, self.codec.store, mass_slack=self._mass_slack)
         self._waiting.append(sequence)
         self._entries += int((sequence.ids >= 0).sum())

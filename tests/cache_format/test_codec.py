@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cache_format import CachedSequence, DamagedCacheError, TailSamples, UserError
-from cache_format.codec import Codec, ContentHash, check_step, validate
+from cache_format.codec import Codec, ContentHash, check_step
 from cache_format.manifest import StoreSettings
 from cache_format.prior import TailPrior
+from cache_format.validation import validate
 
 ALL_KINDS = ["head", "ragged", "samples", "sample logprobs", "random sampling"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from cache_format.codec import validate
 from cache_format.manifest import StoreSettings
+from cache_format.validation import validate
 from pipeline.capture import Capture
 from pipeline.draws import draw
 from pipeline.estimator import MisalignedScoresError, keep, keep_nothing, tail_logprob
