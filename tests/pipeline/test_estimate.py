@@ -391,3 +391,9 @@ def test_mistakes_on_the_command_line(command, arguments, expected):
     assert isinstance(error, UserError)
     assert error.exit_code == 2
     assert expected in str(error)
+
+
+def test_the_synthetic_teacher_takes_seconds(tmp_path):
+    """It scores some hundred thousand tokens a second on any machine."""
+    (forecast,) = estimate(config_of(tmp_path), tokens=[10**6]).forecasts
+    assert 0.3 < forecast.engine_seconds.likely < 60
