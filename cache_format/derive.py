@@ -305,12 +305,13 @@ def _merged_data(parts: list[DataIdentity]) -> DataIdentity:
 
 def _spread(parts: list[_Part]) -> list[CachedSequence]:
     """Sequences of the sources, unchanged, evenly spread, with about _SAMPLE_POSITIONS positions together."""
-    kept = [(part, index) for part in parts for index, *_ in part.chosen()]
+    kept = sum(1 for part in parts for _ in part.chosen())
     positions = sum(part.cache.manifest.statistics.positions for part in parts)
     sequences = sum(len(part.cache) for part in parts)
-    count = min(len(kept), max(1, _SAMPLE_POSITIONS * sequences // max(1, positions)))
-    chosen = (kept[at] for at in np.linspace(0, len(kept) - 1, count).astype(int))
-    return [part.cache[index] for part, index in chosen]
+    count = min(kept, max(1, _SAMPLE_POSITIONS * sequences // max(1, positions)))
+    wanted = set(np.linspace(0, kept - 1, count).astype(int).tolist())
+    every = ((part, index) for part in parts for index, *_ in part.chosen())
+    return [part.cache[index] for at, (part, index) in enumerate(every) if at in wanted]
 
 
 def _data_sha256(parts: list[_Part]) -> str:

@@ -124,14 +124,6 @@ class StoreSettings(_Part):
         """Largest rounding error of a stored logprob, nats."""
         return self.logprob_step / 2 if self.logprob_error is None else self.logprob_error
 
-    @property
-    def estimator(self) -> str:
-        """The field's name for what is kept."""
-        if self.top_k == 0:
-            return "random sampling"
-        head = "top-p" if self.top_p else "min-p" if self.min_probability else "top-k"
-        return f"{head} + tail samples" if self.tail_samples else head
-
 
 class TailPriorEntry(_Part):
     """The file of the tail prior."""
