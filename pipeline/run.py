@@ -7,13 +7,10 @@ finished cache is reused, an unfinished one goes on at the first shard without a
 from __future__ import annotations
 
 import hashlib
-import itertools
 import logging
 import shutil
 import time
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -21,30 +18,21 @@ from typing import Any
 
 from tqdm import tqdm
 
-from cache_format import CachedSequence, CacheReader, CacheWriter, Manifest, UserError
+from cache_format import CacheReader, CacheWriter, Manifest, UserError
 from cache_format.configuration import describe_difference
-from cache_format.manifest import DataHash, DataIdentity, Header, StoreSettings, TokenizerIdentity
-from cache_format.prior import TailPrior
+from cache_format.manifest import DataHash, DataIdentity, Header, TokenizerIdentity
 from cache_format.tokenizers import tokenizer_identity
-from cache_format.writer import BUILD_DIR, MANIFEST, ShardWriter, remove_cache, writing_to
+from cache_format.writer import BUILD_DIR, MANIFEST, remove_cache, writing_to
 from pipeline.config import BuildConfig
-from pipeline.estimator import keep, keep_nothing
 from pipeline.models import weights_sha256
-from pipeline.plan import Plan, read_sequences, write_sequences
-from pipeline.sequence import Scored, Sequence
+from pipeline.plan import Plan, write_sequences
+from pipeline.scoring import Pair, estimate_prior, score_shard, score_shards
+from pipeline.sequence import Sequence
 from pipeline.sources import Source, open_source
 from pipeline.teachers import Teacher, open_teacher, open_tokenizer, vocab_size_of
 from pipeline.tokenize import Tokenization
 
 log = logging.getLogger(__name__)
-
-# The prior settles within some ten thousand positions; they are held in memory until it is known.
-_PRIOR_POSITIONS = 32_768
-
-# Sequences that may wait for the codec while the engine scores on.
-_BEHIND = 64
-
-_Pair = tuple[Sequence, Scored | None]
 
 _NOT_CONTENT: dict[str, Any] = {
     "output": True,
@@ -218,71 +206,19 @@ def _write_shards(writer: CacheWriter, plan: Plan, config: BuildConfig) -> tuple
     if writer.committed:
         log.info("%s: %d of %d shards are done already", config.output, len(writer.committed), len(plan.shards))
     log.info("starting the teacher: %s with %s", config.teacher.model, config.teacher.backend)
-    capture = config.store.capture()
-    teacher = open_teacher(config.teacher, max_length=config.data.max_length, capture=capture)
+    teacher = open_teacher(config.teacher, max_length=config.data.max_length, capture=config.store.capture())
     try:
         header = _header(plan, teacher, config)
-        if writer.begun:
-            header = writer.begin(header)
-        started, scored = time.monotonic(), 0
-        total = sum(plan.shards[index].tokens for index in pending)
-        with tqdm(total=total, unit="tok", unit_scale=True, desc="teacher", dynamic_ncols=True) as bar:
-
-            def counted(pairs: Iterator[_Pair]) -> Iterator[_Pair]:
-                nonlocal scored
-                for pair in pairs:
-                    bar.update(len(pair[0].input_ids))
-                    scored += 0 if pair[1] is None else len(pair[0].input_ids)
-                    yield pair
-
-            for index in pending:
-                pairs = counted(_score(teacher, writer.build_dir, index))
-                if not writer.begun:
-                    first = _first_positions(pairs)
-                    known = (_kept(pair, header.store) for pair in first)
-                    header = writer.begin(header, TailPrior.estimate(known, header.store.vocab_size))
-                    pairs = itertools.chain(first, pairs)
-                with writer.shard(index, sequences_per_batch=plan.shards[index].sequences_per_batch) as shard:
-                    _append_behind(shard, pairs, header.store)
-                entry = writer.committed[index]
-                bar.set_postfix_str(
-                    f"{entry.bytes / max(1, entry.tokens):.1f} B/tok, shard {index + 1}/{len(plan.shards)}"
-                )
+        started = time.monotonic()
+        begun: dict[int, Iterator[Pair]] = {}
+        prior = None
+        if not writer.begun:
+            prior, begun[0] = estimate_prior(score_shard(teacher, writer.build_dir, 0), header.store)
+        header = writer.begin(header, prior)
+        scored = score_shards(teacher, writer, plan, pending, begun=begun)
         return header, time.monotonic() - started, scored
     finally:
         teacher.close()
-
-
-def _append_behind(shard: ShardWriter, pairs: Iterator[_Pair], store: StoreSettings) -> None:
-    """Appends all pairs, encoding and writing in a thread of its own, while the engine scores on.
-
-    At most _BEHIND sequences wait, so that memory stays flat where the disk is slower than the engine.
-    """
-
-    def append(pair: _Pair) -> None:
-        shard.append(_kept(pair, store))
-
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="writer") as thread:
-        waiting: deque[Future[None]] = deque()
-        try:
-            for pair in pairs:
-                waiting.append(thread.submit(append, pair))
-                while waiting and (waiting[0].done() or len(waiting) > _BEHIND):
-                    waiting.popleft().result()
-            while waiting:
-                waiting.popleft().result()
-        finally:
-            thread.shutdown(cancel_futures=True)
-
-
-def _first_positions(pairs: Iterator[_Pair]) -> list[_Pair]:
-    """As many of the first sequences as the prior is estimated from."""
-    first: list[_Pair] = []
-    positions = 0
-    while positions < _PRIOR_POSITIONS and (pair := next(pairs, None)) is not None:
-        first.append(pair)
-        positions += int(pair[0].loss_mask.sum())
-    return first
 
 
 def _header(plan: Plan, teacher: Teacher, config: BuildConfig) -> Header:
@@ -294,18 +230,3 @@ def _header(plan: Plan, teacher: Teacher, config: BuildConfig) -> Header:
         store=config.store.settings(teacher.vocab_size),
         config=plan.request,
     )
-
-
-def _score(teacher: Teacher, build_dir: Path, shard: int) -> Iterator[_Pair]:
-    """Each sequence of a shard with what the teacher says of it, in order. What has nothing to learn is never scored.
-
-    The shard's plan is read twice side by side, so that the engine may take as much ahead as it likes.
-    """
-    scores = teacher.score(s for s in read_sequences(build_dir, shard) if s.loss_mask.any())
-    for sequence in read_sequences(build_dir, shard):
-        yield sequence, next(scores) if sequence.loss_mask.any() else None
-
-
-def _kept(pair: _Pair, store: StoreSettings) -> CachedSequence:
-    sequence, scored = pair
-    return keep_nothing(sequence, store) if scored is None else keep(sequence, scored, store)
