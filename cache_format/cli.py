@@ -18,7 +18,7 @@ from cache_format.derive import SHARD_TOKENS, DeriveOptions
 from cache_format.derive import derive as derive_cache
 from cache_format.derive import merge as merge_caches
 from cache_format.errors import ConfigError, DamagedCacheError
-from cache_format.manifest import Manifest
+from cache_format.manifest import AuditSummary, Manifest
 from cache_format.reader import CacheReader
 from cache_format.verify import verify as verify_cache
 
@@ -124,12 +124,27 @@ def describe(manifest: Manifest, path: str | Path) -> str:
         "head": describe_head(manifest),
         "tail": describe_tail(manifest),
         "teacher's loss": loss,
+        "audit": describe_audit(manifest.audit),
         "size": f"{totals.bytes:,} bytes in {len(manifest.shards)} shards, {totals.bytes_per_token:.1f} bytes per token",
         "made of": _origin(manifest),
         "format": f"version {manifest.format_version}, logprobs within {store.rounding:g} nats",
         "fingerprint": manifest.fingerprint,
     }
     return "\n".join(f"{name:15} {value}" for name, value in rows.items() if value)
+
+
+def describe_audit(audit: AuditSummary | None) -> str:
+    """What the audit at the end of the build found, in one line; empty where there was none."""
+    if audit is None:
+        return ""
+    if audit.skipped is not None:
+        return f"none: {audit.skipped}"
+    engine = max(audit.engine_target or 0.0, audit.engine_head or 0.0)
+    truncation = audit.truncation_kl_even if audit.truncation_kl_prior is None else audit.truncation_kl_prior
+    return (
+        f"{audit.sequences} sequences against {audit.reference}: engine {engine:.2g} nats off on average (limit "
+        f"{audit.engine_limit or 0:g}), KL {audit.codec_kl or 0:.2g} by rounding, {truncation or 0:.2g} by truncation"
+    )
 
 
 def _origin(manifest: Manifest) -> str:

@@ -141,6 +141,30 @@ class DerivedFrom(_Part):
     options: dict[str, Any] = Field(default_factory=dict, description="What was asked for.")
 
 
+class AuditSummary(_Part):
+    """What comparing a sample of the cache with a dense reference found when it was built; means over positions, nats."""
+
+    skipped: str | None = Field(None, description="Why there was no audit; everything else is null then.")
+    reference: str | None = Field(None, description="Model and arithmetic that the sample was compared with.")
+    sequences: int | None = None
+    positions: int | None = None
+    engine_limit: float | None = Field(None, description="What the next two may be at most.")
+    engine_target: float | None = Field(None, description="|engine - reference| of the targets' logprobs.")
+    engine_head: float | None = Field(None, description="The same of the heads' entries.")
+    ids_outside: float | None = Field(
+        None, description="Share of head ids that are not the reference's, near ties aside."
+    )
+    codec_kl: float | None = Field(None, description="KL by rounding.")
+    codec_tv: float | None = Field(None, description="Total variation by rounding.")
+    truncation_kl_even: float | None = Field(None, description="KL by truncation, the tail spread evenly.")
+    truncation_tv_even: float | None = None
+    truncation_kl_prior: float | None = Field(None, description="KL by truncation, the tail spread by the prior.")
+    truncation_tv_prior: float | None = None
+    draws_p_value: float | None = Field(None, description="Chi-square, of the draws against the reference's tails.")
+    draws_z_logprob: float | None = Field(None, description="Bias of what draws estimate, in standard errors.")
+    draws_z_id: float | None = None
+
+
 class ShardEntry(_Part):
     """One shard: a commit record while building, an element of ``shards`` afterwards."""
 
@@ -217,6 +241,7 @@ class Manifest(Header):
     statistics: Statistics
     shards: tuple[ShardEntry, ...]
     content_sha256: str
+    audit: AuditSummary | None = Field(None, description="Of the build; no part of the fingerprint.")
 
     @model_validator(mode="after")
     def _each_shard_once(self) -> Self:
@@ -225,7 +250,13 @@ class Manifest(Header):
         return self
 
     @classmethod
-    def complete(cls, header: Header, shards: tuple[ShardEntry, ...], created_at: str) -> Manifest:
+    def complete(
+        cls,
+        header: Header,
+        shards: tuple[ShardEntry, ...],
+        created_at: str,
+        audit: AuditSummary | None = None,
+    ) -> Manifest:
         """The manifest of a finished build: a header and all its shards."""
         return cls(
             **header.model_dump(),
@@ -233,6 +264,7 @@ class Manifest(Header):
             statistics=summarise(shards, header.tail_prior),
             shards=shards,
             content_sha256=content_sha256(shards),
+            audit=audit,
         )
 
     def contradictions(self) -> list[str]:

@@ -14,7 +14,7 @@ import pyarrow as pa
 from cache_format.codec import Codec, PackedBatch
 from cache_format.errors import CacheError, DamagedCacheError
 from cache_format.ipc import BoundedFile
-from cache_format.manifest import ShardEntry, TailPriorEntry
+from cache_format.manifest import Manifest, ShardEntry, TailPriorEntry
 from cache_format.prior import TailPrior
 from cache_format.sequence import CachedSequence
 from cache_format.storage import (
@@ -45,16 +45,23 @@ class CacheReader:
     bounded local cache (``cache_format.storage.ShardCache``). Raises CacheNotFoundError, IncompleteCacheError,
     UnsupportedCacheError, or DamagedCacheError. With ``check`` (the default) the manifest has to agree with its own totals
     and hashes, and a local shard's sha256 with the manifest when it is first touched; switch it off only after ``verify``.
-    Remote shards are always checked.
+    Remote shards are always checked. ``manifest``: that of a build whose shards are all there and which is not finished yet.
 
     A reader may be pickled or forked: the copy in another process opens its own files.
     """
 
-    def __init__(self, path: str | Any, *, check: bool = True, shard_cache: ShardCache | None = None) -> None:
+    def __init__(
+        self,
+        path: str | Any,
+        *,
+        check: bool = True,
+        shard_cache: ShardCache | None = None,
+        manifest: Manifest | None = None,
+    ) -> None:
         self.path = str(path)
         self.check = check
         self._filesystem, self._root = open_filesystem(self.path)
-        _, self.manifest = read_manifest(self._filesystem, self._root, self.path)
+        self.manifest = manifest or read_manifest(self._filesystem, self._root, self.path)[1]
         if check and (wrong := self.manifest.contradictions()):
             raise DamagedCacheError(
                 f"{self.path}/{MANIFEST} contradicts itself: {' and '.join(wrong)} are not what the rest of it gives; "

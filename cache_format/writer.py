@@ -26,7 +26,7 @@ from cache_format import card
 from cache_format.codec import Codec, ContentHash
 from cache_format.configuration import describe_difference
 from cache_format.errors import CacheInUseError, DamagedCacheError, UserError
-from cache_format.manifest import Header, Manifest, ShardEntry, TailPriorEntry
+from cache_format.manifest import AuditSummary, Header, Manifest, ShardEntry, TailPriorEntry
 from cache_format.prior import TailPrior
 from cache_format.schema import BATCH_BYTES, FORMAT
 from cache_format.sequence import CachedSequence
@@ -179,11 +179,11 @@ class CacheWriter:
         """The committed shards in order."""
         return tuple(self.committed[index] for index in sorted(self.committed))
 
-    def finish(self, header: Header, shards: int) -> Manifest:
+    def finish(self, header: Header, shards: int, *, audit: AuditSummary | None = None) -> Manifest:
         """Writes the manifest of a build of ``shards`` shards, which makes the cache complete, and cleans up."""
         if sorted(self.committed) != list(range(shards)):
             raise ValueError(f"{len(self.committed)} of {shards} shards are committed")
-        manifest = Manifest.complete(header, self.entries(), datetime.now(UTC).isoformat(timespec="seconds"))
+        manifest = Manifest.complete(header, self.entries(), datetime.now(UTC).isoformat(timespec="seconds"), audit)
         with writing_to(self.path):
             write_durably(self.path / "README.md", card.dataset_card(manifest), scratch=self.build_dir)
             write_durably(self.path / MANIFEST, manifest.to_json(), scratch=self.build_dir)

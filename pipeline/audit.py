@@ -18,7 +18,7 @@ from dataclasses import replace
 import numpy as np
 
 from cache_format import CacheReader, Manifest
-from cache_format.manifest import TeacherIdentity
+from cache_format.manifest import AuditSummary, TeacherIdentity
 from pipeline.audit_diagnosis import diagnose
 from pipeline.audit_figures import Sums
 from pipeline.audit_reference import MAX_TOKENS, Reference, open_reference
@@ -66,14 +66,14 @@ _LARGEST_Z = 5.0
 
 
 def audit(
-    cache: str,
+    cache: str | CacheReader,
     *,
     sequences: int = SEQUENCES,
     teacher: str | None = None,
     max_engine_difference: float | None = None,
     on_sequence: Callable[[], object] = lambda: None,
 ) -> Audit:
-    """Scores ``sequences`` sequences of the finished cache at ``cache`` (folder or URL) again and compares.
+    """Scores ``sequences`` sequences of ``cache`` (a folder, a URL or a reader) again and compares.
 
     teacher:               the model, where the one that the manifest names is not to be had under that name.
     max_engine_difference: nats, the mean above which cache and reference disagree; by default what the teacher's dtype allows.
@@ -82,7 +82,7 @@ def audit(
     The sample depends on the cache's fingerprint alone. Raises what opening the cache raises, and UserError where there is
     nothing to compare: no such model, another vocabulary, no kept position.
     """
-    reader = CacheReader(cache)
+    reader = cache if isinstance(cache, CacheReader) else CacheReader(cache)
     manifest = reader.manifest
     limit = engine_limit(manifest.teacher) if max_engine_difference is None else max_engine_difference
     with open_reference(manifest, teacher) as reference:
@@ -94,7 +94,7 @@ def audit(
             del dense  # not two of them at a time
             sums.sequences += 1
             on_sequence()
-        result = sums.result(cache, len(reader), reference.name, limit)
+        result = sums.result(reader.path, len(reader), reference.name, limit)
         cause, problems = None, list(reference.problems)
         if max(result.target.engine, result.head.engine) > limit:
             cause, why = diagnose(reader, reference, result, sequences)
@@ -109,29 +109,27 @@ def engine_limit(teacher: TeacherIdentity) -> float:
     return HALF_PRECISION_LIMIT if half else FULL_PRECISION_LIMIT
 
 
-def audit_summary(result: Audit) -> dict[str, float | int | str]:
-    """The figures that matter, flat and small enough for a manifest. What a cache does not have is left out."""
-    figures: dict[str, float | int | str | None] = {
-        "reference": result.reference,
-        "sequences": result.sequences,
-        "positions": result.positions,
-        "engine_limit": result.limit,
-        "engine_target": result.target.engine,
-        "engine_head": result.head.engine if result.head.values else None,
-        "ids_outside": result.ids_outside,
-        "codec_kl": result.codec.kl,
-        "codec_tv": result.codec.tv,
-        "truncation_kl_even": result.truncation_even.kl,
-        "truncation_tv_even": result.truncation_even.tv,
-        "truncation_kl_prior": result.truncation_prior.kl if result.truncation_prior else None,
-        "truncation_tv_prior": result.truncation_prior.tv if result.truncation_prior else None,
-        "draws_p_value": result.draws.p_value if result.draws else None,
-        "draws_z_logprob": result.draws.z_logprob if result.draws else None,
-        "draws_z_id": result.draws.z_id if result.draws else None,
-        "cause": result.cause,
-        "problems": "; ".join(result.problems),
-    }
-    return {name: value for name, value in figures.items() if value is not None}
+def audit_summary(result: Audit) -> AuditSummary:
+    """The figures that matter, of an audit that found no problem, for the manifest."""
+    prior, draws = result.truncation_prior, result.draws
+    return AuditSummary(
+        reference=result.reference,
+        sequences=result.sequences,
+        positions=result.positions,
+        engine_limit=result.limit,
+        engine_target=result.target.engine,
+        engine_head=result.head.engine if result.head.values else None,
+        ids_outside=result.ids_outside,
+        codec_kl=result.codec.kl,
+        codec_tv=result.codec.tv,
+        truncation_kl_even=result.truncation_even.kl,
+        truncation_tv_even=result.truncation_even.tv,
+        truncation_kl_prior=prior.kl if prior else None,
+        truncation_tv_prior=prior.tv if prior else None,
+        draws_p_value=draws.p_value if draws else None,
+        draws_z_logprob=draws.z_logprob if draws else None,
+        draws_z_id=draws.z_id if draws else None,
+    )
 
 
 def _other_problems(result: Audit, manifest: Manifest) -> Iterator[str]:

@@ -155,10 +155,25 @@ class StoreConfig(_Config):
         return StoreSettings(**shared, vocab_size=vocab_size, capture_k=self.top_k, entropy=self.tail_samples > 0)
 
 
+class AuditConfig(_Config):
+    """The check that ends a build: a few of its sequences, scored again by transformers in float32."""
+
+    sequences: int = Field(
+        4, ge=0, description="How many sequences are compared before the cache is complete; 0: none."
+    )
+    max_engine_difference: float | None = Field(
+        None,
+        ge=0,
+        description="Nats, mean over logprobs, above which the build fails. Default: 0.001 for a float32 teacher, 0.05 for a "
+        "16-bit one.",
+    )
+
+
 class BuildConfig(_Config):
     """A `teacher-cache build` config."""
 
     teacher: TeacherConfig
     data: DataConfig
     store: StoreConfig = StoreConfig()
+    audit: AuditConfig = AuditConfig()
     output: Path = Field(description="Folder of the cache.")

@@ -13,7 +13,7 @@ from cache_format import CachedSequence, UserError
 from pipeline.config import BuildConfig
 from pipeline.estimate_size import Range
 from pipeline.estimator import keep
-from pipeline.models import ResolvedModel, is_quantised, resolve_model
+from pipeline.models import ResolvedModel, empty_model, is_quantised, resolve_model
 from pipeline.sequence import Sequence
 from pipeline.teachers import open_teacher
 
@@ -189,19 +189,12 @@ class _Shape:
 
 
 def _shape(model: ResolvedModel) -> _Shape:
-    """Read off an empty model: torch's ``meta`` device holds shapes and no numbers."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
+    """Read off a model without weights."""
     try:
-        config = AutoConfig.from_pretrained(model.location, revision=model.revision).get_text_config()
-        with torch.device("meta"):
-            lm = AutoModelForCausalLM.from_config(config)
-    except Exception as error:  # whatever a model's own code raises
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"the shape of {model.name} cannot be told from its config: {reason}; give --tokens-per-second or --probe"
-        ) from error
+        lm = empty_model(model)
+    except UserError as error:
+        raise UserError(f"{error}; give --tokens-per-second or --probe") from error
+    config = lm.config
     ends = {id(layer.weight) for layer in (lm.get_input_embeddings(), lm.get_output_embeddings())}
     share = _share_of_experts(config)
     weights = all_weights = 0.0

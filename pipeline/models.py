@@ -209,6 +209,22 @@ def _hub_commit(name: str, revision: str | None) -> str:
         ) from error
 
 
+def empty_model(model: ResolvedModel) -> Any:
+    """The model without its weights: torch's ``meta`` device holds shapes and no numbers.
+
+    Raises UserError where its config does not say what it looks like.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(_config(model).get_text_config())
+    except Exception as error:  # whatever a model's own code raises
+        reason = _first_line(error) or type(error).__name__
+        raise UserError(f"the shape of {model.name} cannot be told from its config: {reason}") from error
+
+
 def _what_there_is() -> str:
     return f"expected a built-in name ({', '.join(BUILT_IN)}, synthetic), a model folder, or a hub name"
 

@@ -23,6 +23,7 @@ from cache_format.configuration import describe_difference
 from cache_format.manifest import DataHash, DataIdentity, Header, TokenizerIdentity
 from cache_format.tokenizers import tokenizer_identity
 from cache_format.writer import BUILD_DIR, MANIFEST, remove_cache, writing_to
+from pipeline.build_audit import audit_build
 from pipeline.config import BuildConfig
 from pipeline.models import weights_sha256
 from pipeline.plan import Plan, write_sequences
@@ -36,6 +37,7 @@ log = logging.getLogger(__name__)
 
 _NOT_CONTENT: dict[str, Any] = {
     "output": True,
+    "audit": True,
     "teacher": {"route", "batch_tokens", "tensor_parallel_size"},
     "store": {"shard_tokens", "compression_level"},
 }
@@ -75,7 +77,8 @@ def build(config: BuildConfig, *, restart: bool = False) -> BuildResult:
                 "or choose another output"
             )
         header, seconds, scored = _write_shards(writer, plan, config)
-        manifest = writer.finish(header, len(plan.shards))
+        found = audit_build(config.output, header, writer.entries(), config.audit)
+        manifest = writer.finish(header, len(plan.shards), audit=found)
     return BuildResult(manifest, reused=False, seconds=seconds, tokens_scored=scored)
 
 

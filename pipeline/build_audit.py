@@ -1,0 +1,94 @@
+"""The audit that ends a build: a few sequences compared with the dense reference before the manifest makes the cache count.
+
+A fault of an engine, of its arguments or of this program would otherwise be found by whoever trains from the cache. The
+shards are on disk by then, so a build that fails here loses nothing: it can be audited again.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from tqdm import tqdm
+
+from cache_format import CacheReader, DamagedCacheError, Manifest, UserError
+from cache_format.manifest import AuditSummary, Header, ShardEntry
+from pipeline.audit import Audit, audit, audit_summary
+from pipeline.config import AuditConfig
+from pipeline.models import empty_model, resolve_model
+
+log = logging.getLogger(__name__)
+
+_FLOAT32_BYTES = 4
+# Of the memory at hand, what weights may take: the rest is for activations and one sequence's logprobs.
+_SHARE_FOR_WEIGHTS = 0.7
+
+
+def audit_build(
+    path: Path | str, header: Header, shards: tuple[ShardEntry, ...], config: AuditConfig
+) -> AuditSummary | None:
+    """What the audit of a build whose shards are all committed found, for its manifest; None where none is asked for.
+
+    Where there is no reference to compare with (the model does not fit into memory, or is not to be had), it says so and
+    the summary says why it was skipped. Raises DamagedCacheError where cache and reference differ by more than they may.
+    """
+    positions = sum(shard.positions for shard in shards)
+    if not config.sequences or not positions:
+        return None
+    if (reason := _too_large(header)) is not None:
+        return _skipped(reason)
+    reader = CacheReader(str(path), manifest=Manifest.complete(header, shards, created_at=""))
+    with tqdm(total=min(config.sequences, len(reader)), unit="seq", desc="audit", leave=False) as bar:
+        try:
+            result = audit(
+                reader,
+                sequences=config.sequences,
+                max_engine_difference=config.max_engine_difference,
+                on_sequence=bar.update,
+            )
+        except UserError as error:
+            return _skipped(str(error))
+    if result.problems:
+        raise DamagedCacheError(_failure(path, result))
+    return audit_summary(result)
+
+
+def _failure(path: Path | str, result: Audit) -> str:
+    return (
+        f"{path} does not hold what {result.reference} says of the same text: {'; '.join(result.problems)}. The cache is not "
+        "completed and its shards are kept. Where this is as it should be, raise audit.max_engine_difference or set "
+        "audit.sequences=0 and run the same command again; else mend the cause and start afresh with --restart"
+    )
+
+
+def _skipped(reason: str) -> AuditSummary:
+    log.warning("the cache is not audited: %s", reason)
+    return AuditSummary(skipped=reason)
+
+
+def _too_large(header: Header) -> str | None:
+    """Why a float32 copy of the teacher cannot be loaded here, if it cannot."""
+    if header.teacher.backend == "synthetic":
+        return None
+    try:
+        model = empty_model(resolve_model(header.teacher.model, header.teacher.revision))
+    except UserError:
+        return None  # the audit itself says why there is no such model
+    needed = _FLOAT32_BYTES * model.num_parameters()
+    free = _free_memory()
+    if needed <= _SHARE_FOR_WEIGHTS * free:
+        return None
+    return (
+        f"its teacher takes {needed / 1e9:,.1f} GB in float32, and {free / 1e9:,.1f} GB are free here; "
+        "run `teacher-cache audit` where there is room, or set audit.sequences=0"
+    )
+
+
+def _free_memory() -> int:
+    """Bytes that the reference's device has left."""
+    import psutil
+    import torch
+
+    if torch.cuda.is_available():
+        return int(torch.cuda.mem_get_info()[0])
+    return int(psutil.virtual_memory().available)
