@@ -22,7 +22,7 @@ from cache_format import CachedSequence
 from cache_format.codec import Codec
 from cache_format.manifest import MAX_MANIFEST_BYTES
 from cache_format.prior import TailPrior
-from cache_format.writer import ShardWriter
+from cache_format.shard_writer import ShardWriter
 from pipeline.capture import Capture, head_sizes
 from pipeline.config import StoreConfig
 from pipeline.draws import set_sizes

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from cache_format import CachedSequence, CacheWriter
 from cache_format.manifest import StoreSettings
 from cache_format.prior import TailPrior
-from cache_format.writer import ShardWriter
+from cache_format.shard_writer import ShardWriter
 from pipeline.estimator import keep, keep_nothing
 from pipeline.plan import Plan, read_sequences
 from pipeline.sequence import Scored, Sequence

@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 
-import cache_format.writer
+import cache_format.shard_writer
 from cache_format import CacheWriter, TailSamples, verify
 
 KIND = "samples"
@@ -21,7 +21,7 @@ def consistent(rng, consistent_sequence):
 
 def written(tmp_path, header, sequences, monkeypatch):
     """The sequences as a cache with right hashes, whatever is in them."""
-    monkeypatch.setattr(cache_format.writer, "validate", lambda *_, **__: None)
+    monkeypatch.setattr(cache_format.shard_writer, "validate", lambda *_, **__: None)
     with CacheWriter(tmp_path / "c") as writer:
         started = writer.begin(header(kind=KIND))
         for index, part in enumerate((sequences[:2], sequences[2:])):

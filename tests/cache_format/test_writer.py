@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import os
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import cache_format.shard_writer
 import cache_format.writer
-from cache_format import CacheInUseError, CacheReader, CacheWriter, IncompleteCacheError, UserError, verify
+from cache_format import (
+    CacheInUseError,
+    CacheNotFoundError,
+    CacheReader,
+    CacheWriter,
+    IncompleteCacheError,
+    UserError,
+    verify,
+)
 from cache_format.prior import TailPrior
-from cache_format.writer import BUILD_DIR, remove_cache
+from cache_format.writer import BUILD_DIR, CacheWorker, remove_cache
 
 SHARDS = 3
 
@@ -52,7 +62,7 @@ def test_what_is_written_is_read(tmp_path, header, sequences, same):
 
 
 def kill_at(operation, path, header, sequences):
-    """Builds in a child process that dies, without any clean-up, at its n-th rename, fsync, unlink or open for writing.
+    """Builds in a child process that dies, without any clean-up, at its n-th rename, fsync, mkdir, unlink or rmdir.
 
     Returns whether the child got to the end.
     """
@@ -70,7 +80,7 @@ def kill_at(operation, path, header, sequences):
 
             return call
 
-        for name in ("replace", "fsync", "unlink", "rmdir"):
+        for name in ("replace", "fsync", "mkdir", "unlink", "rmdir"):
             setattr(os, name, counted(getattr(os, name)))
         try:
             build(path, header, sequences)
@@ -88,7 +98,7 @@ def test_killed_at_every_operation(tmp_path, header, sequences):
         if (path / "manifest.json").exists():
             assert CacheReader(path).manifest.content_sha256 == expected.content_sha256
         else:
-            with pytest.raises(IncompleteCacheError):
+            with pytest.raises(IncompleteCacheError if (path / BUILD_DIR).exists() else CacheNotFoundError):
                 CacheReader(path)
             assert build(path, header(), sequences).content_sha256 == expected.content_sha256
         assert verify(str(path)) == []
@@ -171,7 +181,7 @@ def test_a_full_disk_is_one_clear_line_and_loses_no_shard(tmp_path, header, sequ
 
 def test_batches_are_small_and_uniform(tmp_path, rng, header, sequence, monkeypatch):
     """About BATCH_BYTES each before compression, every one but the last of the same number of sequences."""
-    monkeypatch.setattr(cache_format.writer, "BATCH_BYTES", 1 << 17)
+    monkeypatch.setattr(cache_format.shard_writer, "BATCH_BYTES", 1 << 17)
     many = [sequence(rng, f"s{i}", tokens=300, top_k=32, vocab_size=5000) for i in range(90)]
     manifest = build(tmp_path / "c", header(5000, 32), many)
     per_batch = [shard.sequences_per_batch for shard in manifest.shards]
@@ -209,3 +219,124 @@ def test_finished_between_look_and_lock(tmp_path, header, sequences, monkeypatch
         CacheWriter(path).__enter__()
     assert len(CacheReader(path)) == len(sequences)
     assert len(list((path / "data").iterdir())) == SHARDS
+
+
+def worker_of(writer):
+    return CacheWorker(writer.path, writer.run)
+
+
+def test_workers_write_what_one_writer_does(tmp_path, header, sequences):
+    """Shards by two workers, out of order, gathered by the holder of the lock."""
+    expected = build(tmp_path / "whole", header(), sequences)
+    with CacheWriter(tmp_path / "c") as writer:
+        started = writer.begin(header(), TailPrior.estimate(sequences, header().store.vocab_size))
+        for index in (2, 0, 1):
+            worker = worker_of(writer)
+            worker.join(header())
+            assert not writer.adopt(index)
+            with worker.shard(index) as shard:
+                for each in sequences[index::SHARDS]:
+                    shard.append(each)
+            assert worker_of(writer).adopt(index)
+            assert writer.adopt(index)
+        found = writer.finish(started, SHARDS)
+    assert found.content_sha256 == expected.content_sha256
+    assert [entry.sha256 for entry in found.shards] == [entry.sha256 for entry in expected.shards]
+    assert verify(str(tmp_path / "c")) == []
+
+
+def test_a_worker_with_another_teacher_is_refused(tmp_path, header):
+    with CacheWriter(tmp_path / "c") as writer:
+        writer.begin(header(top_k=8))
+        with pytest.raises(UserError, match=r"store\.top_k: 8 -> 4"):
+            worker_of(writer).join(header(top_k=4))
+
+
+def begun_and_killed(path, header, prior):
+    """A worker of a run whose driver has died without any clean-up."""
+    child = os.fork()
+    if child == 0:
+        writer = CacheWriter(path).__enter__()
+        writer.begin(header, prior)
+        os._exit(9)
+    os.waitpid(child, 0)
+    (run,) = (path / BUILD_DIR / "runs").iterdir()
+    worker = CacheWorker(path, run.name)
+    worker.join(header)
+    return worker
+
+
+@pytest.mark.parametrize("again", ["the same command", "a restart"])
+def test_a_worker_whose_run_is_over_changes_nothing(tmp_path, header, sequences, again):
+    """It has written all of its shard and is about to commit it when the next run begins."""
+    expected = build(tmp_path / "whole", header(), sequences)
+    stale = begun_and_killed(tmp_path / "c", header(), TailPrior.estimate(sequences, header().store.vocab_size))
+    with ExitStack() as run:
+        with pytest.raises(CacheInUseError, match="another process now"), stale.shard(1) as shard:
+            shard.append(sequences[0])
+            stale.check()
+            if again == "a restart":
+                remove_cache(tmp_path / "c")
+                assert not list(tmp_path.glob("c/*"))
+            else:
+                run.enter_context(CacheWriter(tmp_path / "c"))
+            with pytest.raises(CacheInUseError):
+                stale.check()
+        with pytest.raises(CacheInUseError), stale.shard(2):
+            raise AssertionError("a shard was begun in a run that is over")
+        assert not list((tmp_path / "c").rglob("*.tmp"))
+    assert build(tmp_path / "c", header(), sequences).content_sha256 == expected.content_sha256
+    assert verify(str(tmp_path / "c")) == []
+
+
+def test_the_end_of_a_run_ends_its_workers(tmp_path, header, sequences):
+    with ExitStack() as run:
+        writer = run.enter_context(CacheWriter(tmp_path / "c"))
+        writer.begin(header())
+        worker = worker_of(writer)
+        worker.join(header())
+        with pytest.raises(CacheInUseError), worker.shard(0) as shard:
+            shard.append(sequences[0])
+            run.close()
+
+
+def test_a_shard_that_was_given_to_another_worker(tmp_path, header, sequences):
+    """The first one wakes up and ends while the second is at it."""
+    with CacheWriter(tmp_path / "c") as writer:
+        writer.begin(header())
+        first, second = worker_of(writer), worker_of(writer)
+        for worker in (first, second):
+            worker.join(header())
+        with ExitStack() as attempt:
+            with pytest.raises(CacheInUseError, match="another process now"), first.shard(0) as shard:
+                shard.append(sequences[0])
+                again = attempt.enter_context(second.shard(0))
+            again.append(sequences[1])
+            again.append(sequences[2])
+        assert writer.adopt(0)
+        assert writer.committed[0].sequences == 2
+
+
+def test_what_an_attempt_committed_before_it_was_stopped_stays(tmp_path, header, sequences):
+    with CacheWriter(tmp_path / "c") as writer:
+        writer.begin(header())
+        first, second = worker_of(writer), worker_of(writer)
+        for worker in (first, second):
+            worker.join(header())
+        with first.shard(0) as shard:
+            shard.append(sequences[0])
+        with second.shard(0) as shard:  # it looked before the first had committed
+            shard.append(sequences[1])
+        assert second.committed[0] == first.committed[0]
+    assert not (tmp_path / "c" / BUILD_DIR / "runs" / writer.run).exists()
+
+
+def test_the_folder_of_a_run_that_cannot_be_removed(tmp_path, monkeypatch):
+    """As on a network file system, where a file that a process keeps open cannot go."""
+    with CacheWriter(tmp_path / "c") as writer:
+        pass
+    (tmp_path / "c" / BUILD_DIR / "runs" / writer.run).mkdir()
+    monkeypatch.setattr(cache_format.writer, "_REVOKE_TIMEOUT", 0.3)
+    monkeypatch.setattr(cache_format.writer.shutil, "rmtree", lambda *_, **__: None)
+    with pytest.raises(CacheInUseError, match="a process of an earlier run still writes there"):
+        CacheWriter(tmp_path / "c").__enter__()
