@@ -52,7 +52,7 @@ def summary(metrics: dict[str, Any]) -> str:
     """The table that the command ends with: held-out metrics before and after."""
     k, before, after = metrics["k"], metrics["before"], metrics["after"]
     lines = [f"{'held out':16} {'before':>12} {'after':>12} {'teacher':>12}"]
-    for name in ("kl", "ce", "perplexity", "top1_agreement", f"mor@{k}", f"cr@{k}"):
+    for name in ("kl", "ce", "perplexity", "top1_agreement", f"mor@{k}", f"cr@{k}", f"spearman@{k}", "ece"):
         teacher = metrics["teacher"].get(name)
         last = "" if teacher is None else f"{teacher:12,.4f}"
         lines.append(f"{name:16} {before[name]:12,.4f} {after[name]:12,.4f} {last}".rstrip())

@@ -14,7 +14,7 @@ from train.dataset import CachedDataset, collate
 from train.linear import LogitsHead, head_losses
 from train.losses import SparseTeacher, forward_kl
 from train.losses.forward_kl import Tail
-from train.metrics import rank_agreement
+from train.metrics import Calibration, rank_agreement, rank_correlation
 from train.report import perplexity
 
 KL_KIND: dict[Tail, str] = {
@@ -35,9 +35,10 @@ def evaluate(head: LogitsHead, data: CachedDataset, *, k: int, batch_size: int, 
     """Means over the kept positions of ``data``.
 
     ce, perplexity: of the data's own next tokens (nats, and exp of it). kl: KL(teacher || student), nats, see KL_KIND.
-    top1_agreement, mor@k, cr@k: shares; see ``train.metrics``.
+    top1_agreement, mor@k, cr@k, spearman@k, ece: see ``train.metrics``; ece is of the data's own next tokens.
     """
     sums: dict[str, float] = {}
+    calibration = Calibration()
     positions = 0
     loader = DataLoader(data, batch_size=batch_size, collate_fn=collate)  # type: ignore[arg-type]
     for batch in tqdm(loader, desc="evaluate", unit="batch", leave=False, dynamic_ncols=True):
@@ -54,23 +55,43 @@ def evaluate(head: LogitsHead, data: CachedDataset, *, k: int, batch_size: int, 
                 "top1_agreement": agreement.top_1.float(),
                 f"mor@{k}": agreement.overlap,
                 f"cr@{k}": agreement.identical.float(),
+                f"spearman@{k}": rank_correlation(logits_CV, part, k),
+                **_confidence(logits_CV, part.target_ids),
             }
             return values["kl"], values
 
-        for name, value in head_losses(head, hidden_PH, measure, chunk_size=logits_chunk).values.items():
+        values = head_losses(head, hidden_PH, measure, chunk_size=logits_chunk).values
+        calibration.add(values.pop("confidence"), values.pop("right"))
+        for name, value in values.items():
             sums[name] = sums.get(name, 0.0) + value.cpu().double().sum().item()
         positions += len(teacher)
     means = {name: value / positions for name, value in sums.items()}
-    return {**means, "perplexity": perplexity(means["ce"])}
+    return {**means, "perplexity": perplexity(means["ce"]), "ece": calibration.error()}
+
+
+def _confidence(logits_CV: Tensor, target_ids_C: Tensor) -> dict[str, Tensor]:
+    """The probability of the most probable token, and whether it is the one that follows."""
+    highest, at = logits_CV.float().max(1)
+    return {"confidence": (highest - logits_CV.float().logsumexp(1)).exp(), "right": at == target_ids_C}
 
 
 def teacher_reference(data: CachedDataset) -> dict[str, float]:
-    """What the teacher itself reaches on the same positions, from the cache: ce (nats) and perplexity; and positions."""
+    """What the teacher itself reaches on the same positions, from the cache: ce (nats), perplexity, ece; and positions.
+
+    A cache without heads does not say what the teacher's most probable token was: no ece then.
+    """
     total, positions = 0.0, 0
+    calibration, heads = Calibration(), False
     for sequence in data:  # type: ignore[attr-defined]
         total -= float(sequence.target_logprob.sum())
         positions += len(sequence.positions)
-    return {"ce": total / positions, "perplexity": perplexity(total / positions), "positions": positions}
+        if sequence.ids.shape[1]:
+            heads = True
+            calibration.add(
+                torch.from_numpy(sequence.logprobs[:, 0]).exp(), torch.from_numpy(sequence.target_rank == 0)
+            )
+    found = {"ce": total / positions, "perplexity": perplexity(total / positions), "positions": positions}
+    return {**found, "ece": calibration.error()} if heads else found
 
 
 @torch.no_grad()

@@ -1,16 +1,23 @@
-"""How far the student orders the teacher's peaks as the teacher does: top-1, CR@k and MOR@k (arXiv 2409.12545).
+"""How far the student orders the teacher's peaks as the teacher does, and how well its probabilities are calibrated.
 
-All are exact from a cache wherever the head holds at least k entries. The teacher's order is the stored order, which
-was fixed before anything was quantised; equal stored logprobs are no ties.
+Top-1, CR@k, MOR@k (arXiv 2409.12545) and the rank correlation are exact from a cache wherever the head holds at least k
+entries. The teacher's order is the stored order, which was fixed before anything was quantised; equal stored logprobs are
+no ties.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, no_grad
 
 from train.losses.base import SparseTeacher
+from train.losses.ranking import ranking
+
+BINS = 15
+"""Of equal width, into which confidences are sorted for the calibration error."""
 
 
 class RankAgreement(NamedTuple):
@@ -41,6 +48,43 @@ def rank_agreement(student_logits: Tensor, teacher: SparseTeacher, k: int) -> Ra
         overlap=shared_P.float() / k,
         identical=same_Pk.all(1) & (width == k),
     )
+
+
+@no_grad()
+def rank_correlation(student_logits: Tensor, teacher: SparseTeacher, k: int) -> Tensor:
+    """float32[P]: Spearman's correlation over the union of both top-k, between -1 and 1: RLKD's loss with hard ranks.
+
+    Ids of the student's top-k that the head does not hold share the ranks below it.
+    """
+    order = -torch.arange(teacher.ids.shape[1], device=teacher.ids.device, dtype=teacher.logprobs.dtype)
+    ordered = replace(teacher, logprobs=torch.where(teacher.ids >= 0, order, -torch.inf))
+    # Differences of logits are far above this strength, but for exact ties, which share a rank.
+    return 1 - ranking(student_logits, ordered, k=k, strength=1e-6)
+
+
+class Calibration:
+    """The expected calibration error of a model's most probable token (Guo et al. 2017, arXiv 1706.04599).
+
+    Positions are sorted into ``BINS`` bins by the probability that the model gives its most probable token; the error is
+    the mean over positions of |share of the bin that is right - mean probability in the bin|. 0 for a model that is right
+    as often as it says.
+    """
+
+    def __init__(self) -> None:
+        self._sums = torch.zeros(3, BINS, dtype=torch.float64)
+
+    @no_grad()
+    def add(self, confidence: Tensor, right: Tensor) -> None:
+        """Some positions: float[P] probabilities and bool[P]."""
+        confidence = confidence.double().cpu()
+        at = (confidence * BINS).long().clamp(0, BINS - 1)
+        parts = torch.stack([torch.ones_like(confidence), confidence, right.double().cpu()])
+        self._sums.index_add_(1, at, parts)
+
+    def error(self) -> float:
+        """Between 0 and 1; 0 where nothing was added."""
+        count, confidence, right = self._sums
+        return float((right - confidence).abs().sum() / count.sum().clamp_min(1))
 
 
 def top_k_overlap(student_logits: Tensor, teacher: SparseTeacher, k: int) -> Tensor:

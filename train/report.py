@@ -19,8 +19,11 @@ METRICS = {
     "top1_agreement": ("Top-1 agreement", "%", "more is better"),
     "mor": ("Overlap of both top-{k} (MOR@{k})", "%", "more is better"),
     "cr": ("Identical top-{k} (CR@{k})", "%", "more is better"),
+    "spearman": ("Rank correlation over both top-{k}", "", "more is better"),
+    "ece": ("Calibration error (ECE)", "%", "less is better"),
 }
-"""Metric -> (title, unit, which way is better); mor and cr carry their k in their key."""
+"""Metric -> (title, unit, which way is better); those in _AT_K carry their k in their key."""
+_AT_K = ("mor", "cr", "spearman")
 
 _INK, _ACCENT, _SECOND, _THIRD, _QUIET = "#1f2933", "#0b6e99", "#c2571a", "#5b7f2b", "#9aa5b1"
 
@@ -51,7 +54,7 @@ def write_report(
 
 def _row(key: str, k: int, metrics: dict[str, Any]) -> dict[str, str]:
     title, unit, better = METRICS[key]
-    name = f"{key}@{k}" if key in ("mor", "cr") else key
+    name = f"{key}@{k}" if key in _AT_K else key
     before, after = metrics["before"][name], metrics["after"][name]
     teacher = metrics["teacher"].get(name)
     return {

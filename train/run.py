@@ -325,7 +325,7 @@ def _model_card(metrics: dict[str, Any], manifest: Manifest, config: TrainConfig
     losses = " + ".join(f"{weight:g} x {name}" for name, weight in metrics["losses"])
     rows = "\n".join(
         f"| {name} | {before[name]:.4f} | {after[name]:.4f} |"
-        for name in ("kl", "ce", "perplexity", "top1_agreement", f"mor@{k}", f"cr@{k}")
+        for name in ("kl", "ce", "perplexity", "top1_agreement", f"mor@{k}", f"cr@{k}", f"spearman@{k}", "ece")
     )
     return f"""---
 library_name: transformers

@@ -7,9 +7,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from scipy.stats import spearmanr
 
 from train.losses import SparseTeacher
-from train.metrics import rank_agreement, top_k_overlap
+from train.metrics import Calibration, rank_agreement, rank_correlation, top_k_overlap
 
 VOCAB = 30
 
@@ -77,3 +78,34 @@ def test_heads_shorter_than_k(rng: np.random.Generator) -> None:
         assert found.top_1.all()
         assert not found.identical.any()
         torch.testing.assert_close(found.overlap, torch.full((50,), 0.6))
+
+
+@pytest.mark.parametrize("k", [2, 5])
+def test_rank_correlation_is_spearmans_over_the_union(rng: np.random.Generator, k: int) -> None:
+    """Against scipy's, on ranks counted in plain loops; ids that the head lacks are tied below it."""
+    teacher = 2 * rng.standard_normal((200, VOCAB))
+    student = teacher + rng.choice([0.1, 1.0, 3.0], size=(200, 1)) * rng.standard_normal((200, VOCAB))
+    stored = 8
+    found = rank_correlation(torch.from_numpy(student), cached(teacher, stored, step=1.0), k)
+    for row in range(200):
+        order = np.argsort(-teacher[row])[:stored].tolist()
+        union = sorted(set(order[:k]) | set(np.argsort(-student[row])[:k].tolist()))
+        theirs = [order.index(each) if each in order else stored for each in union]
+        expected = spearmanr(theirs, [-student[row, each] for each in union]).statistic
+        assert found[row].item() == pytest.approx(expected, abs=1e-4)
+
+
+def test_calibration_error(rng: np.random.Generator) -> None:
+    """A model that is right as often as it says has almost none; one that is too sure by 0.2 has 0.2."""
+    confidence = torch.from_numpy(rng.uniform(0.2, 1.0, 200_000))
+    luck = torch.from_numpy(rng.uniform(size=200_000))
+    honest, boastful, empty = Calibration(), Calibration(), Calibration()
+    for part in torch.arange(200_000).chunk(7):
+        honest.add(confidence[part], luck[part] < confidence[part])
+        boastful.add(confidence[part], luck[part] < confidence[part] - 0.2)
+    assert honest.error() < 0.01
+    assert boastful.error() == pytest.approx(0.2, abs=0.01)
+    assert empty.error() == 0
+    one = Calibration()
+    one.add(torch.tensor([1.0, 0.5]), torch.tensor([True, True]))
+    assert one.error() == pytest.approx(0.25)

@@ -77,7 +77,9 @@ def test_a_student_comes_closer_to_its_teacher(config, tiny_llama):
     output = config().output_dir
     assert not found
     assert (
-        set(metrics["before"]) == set(metrics["after"]) == {"ce", "kl", "perplexity", "top1_agreement", "mor@5", "cr@5"}
+        set(metrics["before"])
+        == set(metrics["after"])
+        == {"ce", "kl", "perplexity", "top1_agreement", "mor@5", "cr@5", "spearman@5", "ece"}
     )
     assert metrics["after"]["kl"] < 0.9 * metrics["before"]["kl"]
     assert metrics["after"]["mor@5"] > metrics["before"]["mor@5"]
