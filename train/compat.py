@@ -13,16 +13,34 @@ from train.config import TrainConfig
 log = logging.getLogger(__name__)
 
 
+def check_together(paths: list[str], manifests: list[Manifest]) -> None:
+    """Raises UserError unless the caches of a mixture number their tokens alike.
+
+    What they store may differ, and so may the ids that their teachers predict beyond the tokenizer's (padding).
+    """
+    for path, manifest in zip(paths, manifests, strict=True):
+        if manifest.tokenizer.vocab_sha256 != manifests[0].tokenizer.vocab_sha256:
+            raise UserError(
+                f"{path} was made with another tokenizer ({manifest.tokenizer.name}, {manifest.tokenizer.vocab_size:,} tokens) "
+                f"than {paths[0]} ({manifests[0].tokenizer.name}, {manifests[0].tokenizer.vocab_size:,}); caches of a mixture "
+                "need the same tokens under the same ids: train on one of them"
+            )
+
+
 def check(
-    config: TrainConfig, manifest: Manifest, student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
+    config: TrainConfig,
+    path: str,
+    manifest: Manifest,
+    student: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
 ) -> None:
-    """Raises UserError naming the first thing that does not fit, what was expected, and the ways out."""
+    """Raises UserError naming the first thing in which the cache at ``path`` does not fit, what was expected, the ways out."""
     teacher = manifest.teacher.model
     if tokenizer is not None:
         found = tokenizer_identity(tokenizer, None)
         if found["vocab_sha256"] != manifest.tokenizer.vocab_sha256:
             raise UserError(
-                f"the student's tokenizer is not the one that {config.cache} was made with, that of {teacher} "
+                f"the student's tokenizer is not the one that {path} was made with, that of {teacher} "
                 f"({found['vocab_size']:,} tokens against {manifest.tokenizer.vocab_size:,}, or other ids for them); use a "
                 "student with the teacher's tokenizer, or set student.tokenizer to it for a student from scratch"
             )
@@ -36,19 +54,19 @@ def check(
     rows = student.get_output_embeddings().weight.shape[0]
     if rows < manifest.store.vocab_size:
         raise UserError(
-            f"the student predicts {rows:,} ids, but the teacher {teacher} of {config.cache} predicts "
+            f"the student predicts {rows:,} ids, but the teacher {teacher} of {path} predicts "
             f"{manifest.store.vocab_size:,}; use a student with at least that vocabulary (resize its embeddings, or set "
             "vocab_size in student.config)"
         )
     wanted = max([config.evaluation.k, *(term.options.get("k", 5) for term in config.losses if term.name == "ranking")])
     if wanted > manifest.store.top_k:
         raise UserError(
-            f"the ranking loss or evaluation.k asks for the teacher's top {wanted}, but {config.cache} holds the top "
+            f"the ranking loss or evaluation.k asks for the teacher's top {wanted}, but {path} holds the top "
             f"{manifest.store.top_k}; lower k, or build a cache with store.top_k >= {wanted}"
         )
     longest = getattr(student.config, "max_position_embeddings", None)
     if longest is not None and longest < manifest.data.max_length:
         raise UserError(
-            f"the student reads at most {longest} tokens, but {config.cache} has sequences of up to "
+            f"the student reads at most {longest} tokens, but {path} has sequences of up to "
             f"{manifest.data.max_length}; use a student with more positions, or a cache with a smaller data.max_length"
         )

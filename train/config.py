@@ -84,19 +84,119 @@ class EvaluationConfig(_Config):
     k: int = Field(5, ge=1, description="k of MOR@k and CR@k.")
 
 
+class CacheEntry(_Config):
+    """One cache of a mixture."""
+
+    cache: str = Field(description="Folder or URL of the cache.")
+    weight: float | None = Field(
+        None,
+        gt=0,
+        description="Its share of the kept positions, relative to the others'; all caches have one or none has.",
+    )
+    name: str | None = Field(None, description="What logs call it. Default: the last part of `cache`.")
+
+    @property
+    def label(self) -> str:
+        return self.name or self.cache.rstrip("/").rpartition("/")[2]
+
+
+class DataConfig(_Config):
+    """Order and shape of the training batches; docs/data.md says what each choice costs."""
+
+    shuffle: Literal["all", "shards", "batches", "none"] = Field(
+        "all",
+        description="all: any order. shards: shards in random order, the sequences of shuffle_window of them mixed, for "
+        "remote caches. batches: inside that, runs of record batches one after the other, for large local ones. "
+        "none: as stored.",
+    )
+    shuffle_window: int = Field(8, ge=1, description="Shards, and record batches, whose sequences are mixed.")
+    group_by_length: bool = Field(False, description="Batches of sequences (or rows) of similar length.")
+    packing: bool = Field(
+        False, description="Several sequences in one row, none seeing another; a batch is then so many rows."
+    )
+    row_tokens: int | None = Field(
+        None, ge=2, description="Tokens of a packed row at most. Default: the longest sequence that the caches allow."
+    )
+    epoch: Literal["first", "all"] = Field(
+        "first",
+        description="With weights: an epoch ends when the first, or only when every cache has been gone through.",
+    )
+
+    @model_validator(mode="after")
+    def _only_where_it_counts(self) -> Self:
+        if self.row_tokens is not None and not self.packing:
+            raise ValueError("row_tokens needs packing")
+        return self
+
+
+class SelectSequences(_Config):
+    """Keep, of a larger batch, the sequences from which the student has most to learn (ACID, arXiv 2411.18674)."""
+
+    filter_ratio: float = Field(0.8, gt=0, lt=1, description="Share of each larger batch that is left out.")
+
+
+class SelectPositions(_Config):
+    """Keep, of each sequence, the positions that matter most; all others are not in the loss."""
+
+    by: Literal["entropy", "gap"] = Field(
+        description="entropy: the teacher's. gap: the student's loss on the next token minus the teacher's."
+    )
+    share: float = Field(0.5, gt=0, le=1, description="Share of each sequence's kept positions that stays, rounded up.")
+
+
+class SelectionConfig(_Config):
+    """What of the data counts at each step. Default: all of it."""
+
+    sequences: SelectSequences | None = None
+    positions: SelectPositions | None = None
+
+
 class TrainConfig(_Config):
     """A `train-student` config."""
 
-    cache: str = Field(description="Folder or URL of the cache.")
+    cache: str | list[CacheEntry] = Field(
+        description="Folder or URL of the cache, or a mixture: a list of {cache, weight, name}."
+    )
     cache_config: Path | None = Field(None, description="The teacher-cache config that builds it; `make` does so.")
     student: StudentConfig
     losses: list[LossTerm] = Field([LossTerm(name="forward_kl")], min_length=1)
     ce_weight: float = Field(0.0, ge=0, description="Weight of the cross-entropy with the data's own next tokens.")
+    data: DataConfig = DataConfig()
+    selection: SelectionConfig = SelectionConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     logits_chunk: int = Field(1024, ge=1, description="Positions whose logits are alive at a time; bounds memory.")
     training: dict[str, Any] = Field(
         default_factory=dict, description="Any field of transformers.TrainingArguments; output_dir is required."
     )
+
+    @field_validator("cache")
+    @classmethod
+    def _a_mixture(cls, cache: str | list[CacheEntry]) -> str | list[CacheEntry]:
+        if isinstance(cache, str):
+            return cache
+        labels = [entry.label for entry in cache]
+        if not cache:
+            raise ValueError("the list of caches is empty")
+        if len(set(labels)) < len(labels):
+            raise ValueError(f"caches are called {', '.join(labels)}: give each a name of its own")
+        if len({entry.weight is None for entry in cache}) > 1:
+            raise ValueError("some caches have a weight and others none; give all of them one, or none")
+        return cache
+
+    @model_validator(mode="after")
+    def _what_goes_together(self) -> Self:
+        if self.cache_config is not None and not isinstance(self.cache, str):
+            raise ValueError("cache_config builds one cache; with a list of caches, build them before")
+        if self.data.packing and self.selection.sequences is not None:
+            raise ValueError(
+                "selection.sequences chooses sequences one by one and cannot have them packed; set data.packing to false"
+            )
+        return self
+
+    @property
+    def caches(self) -> list[CacheEntry]:
+        """The caches to learn from; a single one without a weight."""
+        return [CacheEntry(cache=self.cache)] if isinstance(self.cache, str) else self.cache
 
     @model_validator(mode="after")
     def _somewhere_to_write(self) -> Self:

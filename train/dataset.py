@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -19,7 +22,7 @@ from train.losses import SparseTeacher
 class CachedDataset(Dataset[CachedSequence]):
     """Some sequences of a cache, by their index there."""
 
-    def __init__(self, cache: CacheReader, indices: list[int]) -> None:
+    def __init__(self, cache: CacheReader, indices: SequenceOf[int] | NDArray[np.int64]) -> None:
         self.cache = cache
         self.indices = indices
 
@@ -27,7 +30,12 @@ class CachedDataset(Dataset[CachedSequence]):
         return len(self.indices)
 
     def __getitem__(self, item: int) -> CachedSequence:
-        return self.cache[self.indices[item]]
+        return self.cache[int(self.indices[item])]
+
+    def __getitems__(self, items: list[int]) -> list[CachedSequence]:
+        """Several, read in the order in which they are stored, so that what lies together is decoded once."""
+        found = {item: self[item] for item in sorted(items, key=lambda item: int(self.indices[item]))}
+        return [found[item] for item in items]
 
     def teacher(self, batch: dict[str, Tensor]) -> SparseTeacher:
         """The teacher of a collated batch, on the batch's device."""
@@ -41,22 +49,57 @@ class CachedDataset(Dataset[CachedSequence]):
         return None if prior is None else torch.from_numpy(prior.probabilities()).float()
 
 
+class HeldOut(Dataset[CachedSequence]):
+    """The held-out sequences of one cache after the other; ``parts`` are those of each."""
+
+    def __init__(self, parts: list[CachedDataset]) -> None:
+        self.parts = parts
+
+    def __len__(self) -> int:
+        return sum(len(part) for part in self.parts)
+
+    def __getitem__(self, item: int) -> CachedSequence:
+        for part in self.parts:
+            if item < len(part):
+                return part[item]
+            item -= len(part)
+        raise IndexError("past the last held-out sequence")
+
+
 def is_held_out(sequence_id: str, share: float) -> bool:
     """Whether a sequence is held out: by its id alone, so that it is in every run, order and subset of the data."""
     return int.from_bytes(hashlib.sha256(sequence_id.encode()).digest()[:8], "big") < share * 2**64
 
 
+@dataclass(frozen=True, eq=False)
+class CacheIndex:
+    """What is known of a cache's N sequences before any is decoded.
+
+    held_out: bool[N]. tokens: int32[N]. kept: int32[N], kept positions.
+    """
+
+    held_out: NDArray[np.bool_]
+    tokens: NDArray[np.int32]
+    kept: NDArray[np.int32]
+
+
+def read_index(cache: CacheReader, share: float) -> CacheIndex:
+    """Reads three columns of the whole cache, once, shard after shard; ``share`` of the sequences are held out."""
+    held_out: list[bool] = []
+    tokens, kept = [np.zeros(0, np.int32)], [np.zeros(0, np.int32)]
+    columns = (cache.iter_column(name) for name in ("sequence_id", "input_ids", "positions"))
+    for ids, inputs, positions in zip(*columns, strict=True):
+        held_out += [is_held_out(sequence_id, share) for sequence_id in ids.to_pylist()]
+        tokens.append(inputs.value_lengths().to_numpy())
+        kept.append(positions.value_lengths().to_numpy())
+    return CacheIndex(np.array(held_out, np.bool_), np.concatenate(tokens), np.concatenate(kept))
+
+
 def split(cache: CacheReader, share: float) -> tuple[list[int], list[int]]:
     """Indices of the sequences to train on and of those held out; sequences without kept positions are in neither."""
-    train: list[int] = []
-    held_out: list[int] = []
-    index = 0
-    for ids, positions in zip(cache.iter_column("sequence_id"), cache.iter_column("positions"), strict=True):
-        for sequence_id, kept in zip(ids.to_pylist(), positions.value_lengths().to_pylist(), strict=True):
-            if kept:
-                (held_out if is_held_out(sequence_id, share) else train).append(index)
-            index += 1
-    return train, held_out
+    index = read_index(cache, share)
+    train, held_out = (np.flatnonzero((index.kept > 0) & chosen) for chosen in (~index.held_out, index.held_out))
+    return train.tolist(), held_out.tolist()
 
 
 def collate(sequences: list[CachedSequence]) -> dict[str, Tensor]:
@@ -64,31 +107,47 @@ def collate(sequences: list[CachedSequence]) -> dict[str, Tensor]:
 
     input_ids, attention_mask: int64[B, T].
     kept:                      int64[P], indices into the flattened [B * T] positions.
-    labels:                    int64[P], the token that follows each kept position: the hard labels. Nothing shifts after this.
-    teacher_*:                 the fields of SparseTeacher, [P, ...]; all sets of tail samples pooled.
+    labels, teacher_*:         see ``at_positions``.
     """
     input_ids = pad_sequence([torch.from_numpy(s.input_ids).long() for s in sequences], batch_first=True)
     lengths = torch.tensor([len(s) for s in sequences])
     longest = input_ids.shape[1]
     kept = [torch.from_numpy(s.positions).long() + row * longest for row, s in enumerate(sequences)]
-    batch = {
+    return {
         "input_ids": input_ids,
         "attention_mask": (torch.arange(longest) < lengths[:, None]).long(),
         "kept": torch.cat(kept),
+        **at_positions(sequences),
+    }
+
+
+def at_positions(sequences: list[CachedSequence]) -> dict[str, Tensor]:
+    """What a batch holds of each of its P kept positions, sequence after sequence.
+
+    labels:    int64[P], the token that follows each kept position: the hard labels. Nothing shifts after this.
+    teacher_*: the fields of SparseTeacher, [P, ...]; all sets of tail samples pooled. A field that only some sequences have
+               (they are of different caches) is padded for the others, an entropy with NaN: see ``Mixture.teachers``.
+    """
+    batch = {
         "labels": torch.cat([torch.from_numpy(s.target_ids).long() for s in sequences]),
         "teacher_ids": _stacked([s.ids for s in sequences], -1).long(),
         "teacher_logprobs": _stacked([s.logprobs for s in sequences], -torch.inf),
         "teacher_tail_logprob": torch.cat([torch.from_numpy(s.tail_logprob) for s in sequences]),
         "teacher_target_logprob": torch.cat([torch.from_numpy(s.target_logprob) for s in sequences]),
     }
-    entropy = [s.entropy for s in sequences if s.entropy is not None]
-    if entropy:
-        batch["teacher_entropy"] = torch.cat([torch.from_numpy(values) for values in entropy])
-    samples = [s.samples for s in sequences if s.samples is not None]
-    if samples:
-        batch["teacher_samples"] = _stacked([_pooled(s.ids) for s in samples], -1).long()
-    logprobs = [_pooled(s.logprobs) for s in samples if s.logprobs is not None]
-    if logprobs:
+    if any(s.entropy is not None for s in sequences):
+        unknown = [np.full(len(s.positions), np.nan, np.float32) if s.entropy is None else s.entropy for s in sequences]
+        batch["teacher_entropy"] = torch.cat([torch.from_numpy(values) for values in unknown])
+    samples = [s.samples for s in sequences]
+    if any(s is not None for s in samples):
+        nothing = [np.zeros((len(s.positions), 0), np.int32) for s in sequences]
+        ids = [none if s is None else _pooled(s.ids) for s, none in zip(samples, nothing, strict=True)]
+        batch["teacher_samples"] = _stacked(ids, -1).long()
+    if any(s is not None and s.logprobs is not None for s in samples):
+        logprobs = [
+            np.zeros((len(each.positions), 0), np.float32) if s is None or s.logprobs is None else _pooled(s.logprobs)
+            for s, each in zip(samples, sequences, strict=True)
+        ]
         batch["teacher_sample_logprobs"] = _stacked(logprobs, -torch.inf)
     return batch
 
@@ -101,13 +160,12 @@ def _pooled(sets: NDArray[Any]) -> NDArray[Any]:
 def _stacked(parts: list[NDArray[Any]], filler: float) -> Tensor:
     """Parts [P_i, width_i] as one [sum of P_i, widest]."""
     width = max(part.shape[1] for part in parts)
-    return torch.cat(
-        [
-            torch.nn.functional.pad(torch.from_numpy(part), (0, width - part.shape[1]), value=filler)
-            for part in parts
-            if part.shape[0]
-        ]
-    )
+    whole = np.full((sum(len(part) for part in parts), width), filler, parts[0].dtype)
+    at = 0
+    for part in parts:
+        whole[at : at + len(part), : part.shape[1]] = part
+        at += len(part)
+    return torch.from_numpy(whole)
 
 
 def teacher_of(batch: dict[str, Tensor], vocab_size: int, prior: Tensor | None = None) -> SparseTeacher:

@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from train.dataset import CachedDataset, collate
+from train.dataset import CachedDataset, HeldOut, collate
 from train.linear import LogitsHead, head_losses
 from train.losses import SparseTeacher, forward_kl
 from train.losses.forward_kl import Tail
@@ -31,7 +31,7 @@ SHOWN = 5
 
 
 @torch.no_grad()
-def evaluate(head: LogitsHead, data: CachedDataset, *, k: int, batch_size: int, logits_chunk: int) -> dict[str, float]:
+def evaluate(head: LogitsHead, data: HeldOut, *, k: int, batch_size: int, logits_chunk: int) -> dict[str, float]:
     """Means over the kept positions of ``data``.
 
     ce, perplexity: of the data's own next tokens (nats, and exp of it). kl: KL(teacher || student), nats, see KL_KIND.
@@ -40,9 +40,15 @@ def evaluate(head: LogitsHead, data: CachedDataset, *, k: int, batch_size: int, 
     sums: dict[str, float] = {}
     calibration = Calibration()
     positions = 0
-    loader = DataLoader(data, batch_size=batch_size, collate_fn=collate)  # type: ignore[arg-type]
-    for batch in tqdm(loader, desc="evaluate", unit="batch", leave=False, dynamic_ncols=True):
-        teacher, hidden_PH = _run(head, data, batch)
+    # Each cache has batches of its own: a SparseTeacher is of one.
+    batches = (
+        (cached, batch)
+        for cached in data.parts
+        for batch in DataLoader(cached, batch_size=batch_size, collate_fn=collate)  # type: ignore[arg-type]
+    )
+    total = sum(-(-len(cached) // batch_size) for cached in data.parts)
+    for cached, batch in tqdm(batches, desc="evaluate", total=total, unit="batch", leave=False, dynamic_ncols=True):
+        teacher, hidden_PH = _run(head, cached, batch)
 
         def measure(
             logits_CV: Tensor, rows: slice, teacher: SparseTeacher = teacher
@@ -75,7 +81,7 @@ def _confidence(logits_CV: Tensor, target_ids_C: Tensor) -> dict[str, Tensor]:
     return {"confidence": (highest - logits_CV.float().logsumexp(1)).exp(), "right": at == target_ids_C}
 
 
-def teacher_reference(data: CachedDataset) -> dict[str, float]:
+def teacher_reference(data: HeldOut) -> dict[str, float]:
     """What the teacher itself reaches on the same positions, from the cache: ce (nats), perplexity, ece; and positions.
 
     A cache without heads does not say what the teacher's most probable token was: no ece then.
@@ -95,14 +101,15 @@ def teacher_reference(data: CachedDataset) -> dict[str, float]:
 
 
 @torch.no_grad()
-def examples(head: LogitsHead, data: CachedDataset, tokenizer: Any, *, count: int = 10) -> list[dict[str, Any]]:
+def examples(head: LogitsHead, data: HeldOut, tokenizer: Any, *, count: int = 10) -> list[dict[str, Any]]:
     """Some held-out positions with what both models expect there.
 
     Each has ``context`` (the text before), ``target`` (the token that follows) and, as lists of (token, probability),
     ``teacher`` and ``student``.
     """
-    batch = collate([data[index] for index in range(min(len(data), 2))])
-    teacher, hidden_PH = _run(head, data, batch)
+    part = data.parts[0]
+    batch = collate([part[index] for index in range(min(len(part), 2))])
+    teacher, hidden_PH = _run(head, part, batch)
     chosen = torch.linspace(0, len(teacher) - 1, min(count, len(teacher))).long()
     probabilities = head.logits(hidden_PH[chosen]).float().softmax(-1).topk(SHOWN)
     longest = batch["input_ids"].shape[1]

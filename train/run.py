@@ -11,7 +11,7 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -29,9 +29,10 @@ from cache_format.errors import ConfigError
 from cache_format.writer import write_durably
 from train import compat
 from train.config import TrainConfig
-from train.dataset import CachedDataset, collate, split
+from train.dataset import CachedDataset, HeldOut, collate
 from train.evaluate import KL_KIND, evaluate, examples, teacher_reference
 from train.losses.forward_kl import Tail, tail_of
+from train.mixture import open_data
 from train.objective import Objective
 from train.report import write_report
 from train.student import build_student, load_student_tokenizer
@@ -51,9 +52,9 @@ _TAILS: dict[Tail, str] = {
 }
 _CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENOENT}
 _UNSUPPORTED = {
-    "group_by_length",  # needs a column of lengths
-    "label_smoothing_factor",  # the hard labels are a loss of their own: ce_weight
-    "save_only_model",  # a run could not go on exactly
+    "label_smoothing_factor": "the hard labels are a loss of their own: ce_weight",
+    "save_only_model": "a run could not go on exactly",
+    "group_by_length": "set data.group_by_length instead",
 }
 
 
@@ -64,13 +65,13 @@ def train(config: TrainConfig, *, restart: bool = False) -> tuple[dict[str, Any]
     """
     output = config.output_dir
     with _exclusive(output):
-        cache = CacheReader(config.cache)
-        run = {"config": _identity(config), "cache": cache.manifest.fingerprint}
+        caches = [CacheReader(entry.cache) for entry in config.caches]
+        run = {"config": _identity(config), "cache": _caches_identity(config, caches)}
         _refuse_other_files(output)
         before = None if restart else _begun(output, run)
         if before is not None and (output / "metrics.json").exists():
             return json.loads((output / "metrics.json").read_text()), True
-        return _train(config, cache, run, before, restart=restart), False
+        return _train(config, caches, run, before, restart=restart), False
 
 
 def rewrite_report(output: Path) -> Path:
@@ -86,24 +87,20 @@ def rewrite_report(output: Path) -> Path:
 
 
 def _train(
-    config: TrainConfig, cache: CacheReader, run: dict[str, Any], before: dict[str, Any] | None, *, restart: bool
+    config: TrainConfig, caches: list[CacheReader], run: dict[str, Any], before: dict[str, Any] | None, *, restart: bool
 ) -> dict[str, Any]:
-    manifest, output = cache.manifest, config.output_dir
+    manifests, output = [cache.manifest for cache in caches], config.output_dir
     arguments = _training_arguments(config)
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     set_seed(arguments.seed)
     student = build_student(config.student, arguments.seed)
     tokenizer = load_student_tokenizer(config.student)
-    compat.check(config, manifest, student, tokenizer)
+    compat.check_together([entry.cache for entry in config.caches], manifests)
+    for entry, manifest in zip(config.caches, manifests, strict=True):
+        compat.check(config, entry.cache, manifest, student, tokenizer)
 
-    train_indices, held_out_indices = split(cache, config.evaluation.held_out)
-    if not train_indices or not held_out_indices:
-        raise UserError(
-            f"{config.cache} splits into {len(train_indices)} sequences to train on and {len(held_out_indices)} held out; "
-            "both need some: change evaluation.held_out or use a larger cache"
-        )
-    held_out = CachedDataset(cache, held_out_indices[: config.evaluation.max_sequences])
+    data, held_out = open_data(config, caches, arguments.seed if arguments.data_seed is None else arguments.data_seed)
     objective = Objective(config)
     tail = _try_objective(objective, held_out)
     if restart:  # only now that nothing stands against a new run
@@ -112,11 +109,13 @@ def _train(
         student,
         arguments,
         objective,
-        CachedDataset(cache, train_indices),
+        data,
         held_out,
         tokenizer,
         k=config.evaluation.k,
         logits_chunk=config.logits_chunk,
+        data=config.data,
+        selection=config.selection,
     )
     student.to(arguments.device)
 
@@ -154,8 +153,8 @@ def _train(
         "before": before["metrics"],
         "after": after,
         "teacher": {
-            "model": manifest.teacher.model,
-            "engine": manifest.teacher.engine,
+            "model": _joined(manifest.teacher.model for manifest in manifests),
+            "engine": _joined(manifest.teacher.engine for manifest in manifests),
             **(reference := teacher_reference(held_out)),
         },
         "k": config.evaluation.k,
@@ -165,17 +164,12 @@ def _train(
         "final_loss": next((record["loss"] for record in reversed(history) if "loss" in record), None),
         "seconds": max((record.get("seconds", 0.0) for record in history), default=0.0),
         "positions_trained": int(max((record.get("positions", 0) for record in history), default=0)),
-        "train_sequences": len(train_indices),
+        "train_sequences": sum(len(source) for source in data.sources),
         "held_out_sequences": len(held_out),
         "held_out_positions": reference["positions"],
         "losses": [list(term) for term in objective.weights()],
         "student": {"parameters": student.num_parameters(), "architecture": type(student).__name__},
-        "cache": {
-            "path": config.cache,
-            "fingerprint": manifest.fingerprint,
-            "tokens": manifest.statistics.tokens,
-            "bytes_per_token": manifest.statistics.bytes_per_token,
-        },
+        "cache": _caches_described(config, manifests),
         "run": output.name,
         "seed": arguments.seed,
         "created_by": f"logitcask {version('logitcask')}",
@@ -187,7 +181,7 @@ def _train(
     ]
     write_durably(output / "log.json", json.dumps(history, indent=1))
     write_durably(output / "examples.json", json.dumps(shown, indent=1, ensure_ascii=False))
-    write_durably(output / "README.md", _model_card(metrics, manifest, config))
+    write_durably(output / "README.md", _model_card(metrics, manifests, config))
     write_report(output / "report.html", metrics, history, shown)
     write_durably(output / "metrics.json", json.dumps(metrics, indent=2))
     return metrics
@@ -200,8 +194,15 @@ def _training_arguments(config: TrainConfig) -> TrainingArguments:
     fields = {**defaults, **config.training, "remove_unused_columns": False}
     # YAML 1.1 reads an unquoted `no` as false.
     fields |= {name: "no" for name, value in fields.items() if name.endswith("_strategy") and value is False}
-    for name in _UNSUPPORTED & {name for name, value in fields.items() if value}:
-        raise ConfigError(f"training.{name} is {fields[name]}, which training from a cache does not support; remove it")
+    for name in _UNSUPPORTED.keys() & {name for name, value in fields.items() if value}:
+        raise ConfigError(
+            f"training.{name} is {fields[name]}, which training from a cache does not support ({_UNSUPPORTED[name]}); remove it"
+        )
+    if (strategy := fields.get("train_sampling_strategy", "random")) != "random":
+        raise ConfigError(
+            f"training.train_sampling_strategy is {strategy!r}; the order of cached data is set by data.shuffle and "
+            "data.group_by_length: remove it"
+        )
     try:
         arguments = TrainingArguments(**fields)
         if arguments.device.type == "cuda" and arguments.n_gpu > 1:
@@ -221,6 +222,32 @@ def _identity(config: TrainConfig) -> dict[str, Any]:
     identity = config.model_dump(mode="json", exclude={"cache", "cache_config"})
     identity["training"] = {key: value for key, value in config.training.items() if key != "output_dir"}
     return identity
+
+
+def _caches_identity(config: TrainConfig, caches: list[CacheReader]) -> Any:
+    """The fingerprint of the cache; for a mixture, of each with its weight and name, which seeds and logs depend on."""
+    if isinstance(config.cache, str):
+        return caches[0].manifest.fingerprint
+    return [
+        {"fingerprint": cache.manifest.fingerprint, "weight": entry.weight, "name": entry.label}
+        for entry, cache in zip(config.caches, caches, strict=True)
+    ]
+
+
+def _caches_described(config: TrainConfig, manifests: list[Manifest]) -> dict[str, Any]:
+    """What reports say of the cache, or of all caches together."""
+    tokens = sum(manifest.statistics.tokens for manifest in manifests)
+    size = sum(manifest.statistics.tokens * manifest.statistics.bytes_per_token for manifest in manifests)
+    return {
+        "path": _joined(entry.cache for entry in config.caches),
+        "fingerprint": _joined(manifest.fingerprint for manifest in manifests),
+        "tokens": tokens,
+        "bytes_per_token": size / tokens,
+    }
+
+
+def _joined(names: Iterable[str]) -> str:
+    return ", ".join(dict.fromkeys(names))
 
 
 def _refuse_other_files(output: Path) -> None:
@@ -277,11 +304,17 @@ def _remove_run(output: Path) -> None:
         (output / name).unlink(missing_ok=True)
 
 
-def _try_objective(objective: Objective, data: CachedDataset) -> Tail:
-    """Tries the losses on a few positions, and says how much of the teacher's tail the cache has for them.
+def _try_objective(objective: Objective, data: HeldOut) -> Tail:
+    """Tries the losses on a few positions of every cache, and says how much of the teacher's tail there is for them.
 
-    Raises UserError or ConfigError for loss options that this cache cannot serve, before anything is written.
+    That is the least that any of the caches has. Raises UserError or ConfigError for loss options that a cache cannot
+    serve, before anything is written.
     """
+    tails = [_try_on(objective, part) for part in data.parts]
+    return min(tails, key=list(reversed(_TAILS)).index)
+
+
+def _try_on(objective: Objective, data: CachedDataset) -> Tail:
     teacher = data.teacher(collate([data[0]]))
     rows = slice(0, min(4, len(teacher)))
     try:
@@ -289,7 +322,7 @@ def _try_objective(objective: Objective, data: CachedDataset) -> Tail:
     except (TypeError, ValueError, RuntimeError, IndexError) as error:
         raise ConfigError(f"losses: {str(error).strip().splitlines()[0]}; see the options in train/losses/") from error
     tail = tail_of(teacher)
-    log.info("beyond the stored heads, KL uses %s", _TAILS[tail])
+    log.info("beyond the heads stored in %s, KL uses %s", data.cache.path, _TAILS[tail])
     return tail
 
 
@@ -320,7 +353,7 @@ def _exclusive(output: Path) -> Iterator[None]:
         ) from error
 
 
-def _model_card(metrics: dict[str, Any], manifest: Manifest, config: TrainConfig) -> str:
+def _model_card(metrics: dict[str, Any], manifests: list[Manifest], config: TrainConfig) -> str:
     before, after, k = metrics["before"], metrics["after"], metrics["k"]
     losses = " + ".join(f"{weight:g} x {name}" for name, weight in metrics["losses"])
     rows = "\n".join(
@@ -336,8 +369,8 @@ tags:
 ---
 # {metrics["run"]}
 
-{metrics["student"]["architecture"]} of {metrics["student"]["parameters"]:,} parameters, distilled from {manifest.teacher.model}
-through a cache of its next-token distributions on {manifest.data.source} (fingerprint `{manifest.fingerprint}`), with
+{metrics["student"]["architecture"]} of {metrics["student"]["parameters"]:,} parameters, distilled from {metrics["teacher"]["model"]}
+through a cache of its next-token distributions on {_joined(m.data.source for m in manifests)} (fingerprint `{metrics["cache"]["fingerprint"]}`), with
 [Logitcask](https://pypi.org/project/logitcask/): {losses}, {metrics["steps"]} steps, seed {metrics["seed"]}.
 
 On {metrics["held_out_positions"]:,} held-out positions ({metrics["kl_kind"]}):

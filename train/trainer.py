@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import groupby
+from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import (
     PreTrainedModel,
@@ -18,10 +24,21 @@ from transformers import (
 )
 from transformers.trainer_callback import PrinterCallback
 
-from train.dataset import CachedDataset, collate
+from train.config import DataConfig, SelectionConfig
+from train.dataset import HeldOut
 from train.evaluate import evaluate
 from train.linear import LogitsHead, head_losses
+from train.mixture import Collator, Mixture, by_source
 from train.objective import Objective
+from train.order import Batches
+from train.packing import check_isolation, wants_flat
+from train.selection import Place, largest_gaps, learnability, most_learnable, only_positions, only_sequences
+
+MODEL_INPUTS = (
+    *("input_ids", "attention_mask", "position_ids"),
+    *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"),
+)
+"""What of a batch the student's backbone is given, as far as the batch has it."""
 
 
 class DistillationTrainer(Trainer):
@@ -36,29 +53,41 @@ class DistillationTrainer(Trainer):
         student: PreTrainedModel,
         args: TrainingArguments,
         objective: Objective,
-        train_data: CachedDataset,
-        held_out: CachedDataset,
+        train_data: Mixture,
+        held_out: HeldOut,
         tokenizer: Any,
         *,
         k: int,
         logits_chunk: int,
+        data: DataConfig,
+        selection: SelectionConfig,
     ) -> None:
         self.head = LogitsHead(student)
+        if data.packing:
+            check_isolation(self.head)
         self.objective = objective
-        self._teacher_of = train_data.teacher
+        self.data, self.selection = data, selection
+        self._mixture = train_data
+        self._batches: Batches | None = None
+        self._cache_sums: dict[int, Tensor | float] = {}
+        self._cache_positions: dict[int, int] = {}
+        self._waited = 0.0
+        self._last_log = time.monotonic()
         self.k = k
         self.logits_chunk = logits_chunk
         self._sums: dict[str, Tensor] = {}
         self._positions = 0
-        _route_forward(student, self._distil)
+        _route_forward(student, self._distil, self._gaps)
         super().__init__(
             model=student,
             args=args,
             train_dataset=train_data,
             eval_dataset=held_out,
-            data_collator=collate,
+            data_collator=Collator(
+                packed=data.packing, flat=data.packing and wants_flat(self.head), positions=selection.positions
+            ),
             processing_class=tokenizer,
-            callbacks=[_LogWhenSaving(), _Progress()],
+            callbacks=[_LogWhenSaving(), _Progress(), _TellEpoch(self)],
         )
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
@@ -72,34 +101,128 @@ class DistillationTrainer(Trainer):
     def compute_loss(
         self,
         model: nn.Module,
-        inputs: dict[str, Tensor],
+        inputs: dict[str, Any],
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         objective, values = model(**inputs)
+        positions = _chosen(inputs)
+        if len(self._mixture.sources) > 1:
+            self._sum_by_cache(inputs["layout"], values.pop("objective"))
         for name, value in values.items():
             self._sums[name] = self._sums.get(name, 0) + value.sum()
-        self._positions = self._positions + len(inputs["labels"])
-        loss = objective / (num_items_in_batch if num_items_in_batch is not None else max(1, len(inputs["labels"])))
+        self._positions = self._positions + positions
+        loss = objective / (num_items_in_batch if num_items_in_batch is not None else max(1, positions))
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             # DDP takes the mean of gradients over processes; the divisor above counts the positions of all of them.
             loss = loss * self.accelerator.num_processes
         return (loss, None) if return_outputs else loss
 
-    def _distil(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        hidden = self.head.hidden(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-        teacher = self._teacher_of(batch)
+    def _sum_by_cache(self, layout: tuple[Place, ...], objective: Tensor) -> None:
+        """Adds what was minimised at each position to the sums of its cache."""
+        start = 0
+        for source, places in groupby(layout, lambda place: place.source):
+            stop = start + sum(place.chosen for place in places)
+            self._cache_positions[source] = self._cache_positions.get(source, 0) + stop - start
+            self._cache_sums[source] = self._cache_sums.get(source, 0) + objective[start:stop].sum()
+            start = stop
+
+    def _distil(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        hidden_PH = self._hidden(batch)
+        if any(place.chosen < place.kept for place in batch["layout"]):
+            index = largest_gaps(self._gap(hidden_PH.detach(), batch), batch["layout"])
+            hidden_PH, batch = hidden_PH[index], only_positions(batch, index)
+            batch["layout"] = tuple(replace(place, kept=place.chosen) for place in batch["layout"])
+        teachers, per_chunk = self._mixture.teachers(batch), self.objective.per_chunk
         return head_losses(
             self.head,
-            hidden.flatten(0, 1)[batch["kept"]],
-            self.objective.per_chunk(teacher),
+            hidden_PH,
+            by_source(per_chunk, teachers) if len(self._mixture.sources) > 1 else per_chunk(teachers[0][1]),
             chunk_size=self.logits_chunk,
         )
+
+    def _hidden(self, batch: dict[str, Any]) -> Tensor:
+        """Hidden states [P, H] at the kept positions of a batch."""
+        hidden = self.head.hidden(**{name: batch[name] for name in MODEL_INPUTS if name in batch})
+        return hidden.flatten(0, 1)[batch["kept"]]
+
+    @torch.no_grad()
+    def _gap(self, hidden_PH: Tensor, batch: dict[str, Any]) -> Tensor:
+        """float32[P], nats: the student's loss on each next token minus the teacher's."""
+
+        def measure(logits_CV: Tensor, rows: slice) -> tuple[Tensor, dict[str, Tensor]]:
+            loss = cross_entropy(logits_CV.float(), batch["labels"][rows], reduction="none")
+            return loss, {"ce": loss}
+
+        values = head_losses(self.head, hidden_PH, measure, chunk_size=self.logits_chunk).values
+        return values["ce"] + batch["teacher_target_logprob"]
+
+    @torch.no_grad()
+    def _gaps(self, batch: dict[str, Any]) -> Tensor:
+        """``_gap`` of a batch by the student in evaluation mode: no dropout, no random numbers."""
+        backbone = self.head.backbone
+        training = backbone.training
+        backbone.eval()
+        try:
+            return self._gap(self._hidden(batch), batch)
+        finally:
+            backbone.train(training)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | int | None]:
+        """Trainer's own, with the time that it waits for data measured, and with what ``selection`` leaves out gone."""
+        asked = time.monotonic()
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._waited += time.monotonic() - asked
+        if self.selection.sequences is not None:
+            batches = [self._most_learnable(batch) for batch in batches]
+        if self.selection.sequences is not None or self.selection.positions is not None:
+            counted = [{"labels": torch.zeros(_chosen(batch), dtype=torch.int64)} for batch in batches]
+            items = self._get_num_items_in_batch(counted, device)
+        return batches, items
+
+    def _most_learnable(self, batch: dict[str, Any]) -> dict[str, Any]:
+        assert self.selection.sequences is not None
+        scores = learnability(self.model_wrapped(**batch, gaps=True), batch["layout"])
+        kept = max(1, round(len(scores) * (1 - self.selection.sequences.filter_ratio)))
+        return only_sequences(batch, most_learnable(scores, kept))
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Batches in the plan's order. Which they are is known beforehand: skipping costs nothing, workers change nothing."""
+        size = self._train_batch_size
+        if self.selection.sequences is not None:
+            size = round(size / (1 - self.selection.sequences.filter_ratio))
+        self._batches = Batches(
+            self._mixture.plan,
+            size,
+            drop_last=self.args.dataloader_drop_last,
+            group_by_length=self.data.group_by_length,
+            processes=self.args.world_size,
+        )
+        loader: DataLoader = DataLoader(
+            self._mixture,
+            batch_sampler=self._batches,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+            persistent_workers=self.args.dataloader_persistent_workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+            multiprocessing_context=self.args.dataloader_multiprocessing_context,
+        )
+        return cast(DataLoader, self.accelerator.prepare(loader))
+
+    def tell_epoch(self, loader: DataLoader) -> None:
+        """Sets the epoch whose order comes next. Trainer's own call misses samplers that accelerate has wrapped twice."""
+        assert self._batches is not None
+        steps = -(-len(loader) // self.args.gradient_accumulation_steps)
+        self._batches.set_epoch(self.state.global_step // max(1, steps))
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Held-out metrics (``train.evaluate``), logged under ``metric_key_prefix``."""
+        began = time.monotonic()
         found = evaluate(
             self.head,
             eval_dataset or self.eval_dataset,
@@ -110,6 +233,7 @@ class DistillationTrainer(Trainer):
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         self.log(metrics)
         self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self._last_log += time.monotonic() - began  # no part of the time in which data is waited for
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -119,12 +243,19 @@ class DistillationTrainer(Trainer):
             self._resumed_positions += self._positions
             logs["positions"] = self._resumed_positions
             logs["seconds"] = self._resumed_seconds + time.monotonic() - self._started
-            self._sums, self._positions = {}, 0
+            logs |= {
+                f"cache_{self._mixture.names[source]}": float(total) / self._cache_positions[source]
+                for source, total in sorted(self._cache_sums.items())
+            }
+            now = time.monotonic()
+            logs["data_wait"] = self._waited / max(now - self._last_log, 1e-9)
+            self._sums, self._positions, self._cache_sums, self._cache_positions = {}, 0, {}, {}
+            self._waited, self._last_log = 0.0, now
         super().log(logs, start_time)
 
     def run(self, checkpoint: str | None) -> None:
         """Trains from the start, or on from a checkpoint; ``positions`` and ``seconds`` of the log go on where it stopped."""
-        self._started = time.monotonic()
+        self._started = self._last_log = time.monotonic()
         if checkpoint is None:
             self.train()
             return
@@ -142,7 +273,12 @@ class DistillationTrainer(Trainer):
         self.train(resume_from_checkpoint=checkpoint)
 
 
-def _route_forward(student: PreTrainedModel, distil: Any) -> None:
+def _chosen(batch: dict[str, Any]) -> int:
+    """Positions of a batch that are in the loss."""
+    return sum(place.chosen for place in batch["layout"])
+
+
+def _route_forward(student: PreTrainedModel, distil: Any, gaps: Any) -> None:
     """Sends cached batches through the student's own ``forward``.
 
     DDP and FSDP arm their hooks there and nowhere else, so the loss has to be computed inside it.
@@ -150,6 +286,8 @@ def _route_forward(student: PreTrainedModel, distil: Any) -> None:
     plain = student.forward
 
     def forward(*args: Any, **inputs: Any) -> Any:
+        if inputs.pop("gaps", False):
+            return gaps(inputs)
         return distil(inputs) if "kept" in inputs else plain(*args, **inputs)
 
     student.forward = forward  # type: ignore[method-assign]
@@ -167,6 +305,18 @@ class _LogWhenSaving(TrainerCallback):
     ) -> None:
         if control.should_save:
             control.should_log = True
+
+
+class _TellEpoch(TrainerCallback):
+    """Tells the order of the data which epoch begins, in the middle of it or not."""
+
+    def __init__(self, trainer: DistillationTrainer) -> None:
+        self._trainer = trainer
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._trainer.tell_epoch(kwargs["train_dataloader"])
 
 
 class _Progress(TrainerCallback):

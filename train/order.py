@@ -1,0 +1,202 @@
+"""In which order training draws its data: seeded, the same on every machine, and known without reading any of it.
+
+What is drawn is a *unit*: a sequence, or a row of several packed ones. The order of an epoch follows from the seed, the
+epoch's number and the units' sizes and places alone. So a run that goes on in the middle of an epoch jumps to its place without
+decoding what it skips, and workers, whose number changes nothing, are handed finished lists.
+
+Shapes: U units of one cache, M sequences in them (each once).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from torch.utils.data import BatchSampler
+
+Shuffle = Literal["all", "shards", "batches", "none"]
+Epoch = Literal["first", "all"]
+Ints = NDArray[np.integer]
+
+GROUPED_BATCHES = 64
+"""Batches of all processes together among which ``group_by_length`` sorts: bounds how far it moves a sequence."""
+
+
+@dataclass(frozen=True, eq=False)
+class Units:
+    """The units of one cache.
+
+    first:   int64[U + 1], where each unit's members start.
+    members: int64[M], the sequences, by their number in the data set that they are drawn from.
+    tokens:  int64[U].
+    kept:    int64[U], kept positions.
+    shard:   int32[U], the shard that a unit lies in (of its first sequence).
+    block:   int32[U], the run of record batches that it lies in; blocks of different shards differ.
+    """
+
+    first: Ints
+    members: Ints
+    tokens: Ints
+    kept: Ints
+    shard: Ints
+    block: Ints
+
+    def __len__(self) -> int:
+        return len(self.first) - 1
+
+    def __getitem__(self, unit: int) -> list[int]:
+        found: list[int] = self.members[self.first[unit] : self.first[unit + 1]].tolist()
+        return found
+
+
+def single_units(tokens: Ints, kept: Ints, shard: Ints, block: Ints) -> Units:
+    """Every sequence a unit of its own."""
+    numbers = np.arange(len(tokens) + 1, dtype=np.int64)
+    return Units(numbers, numbers[:-1], tokens, kept, shard, block)
+
+
+class CacheOrder:
+    """The endless stream of one cache's units: pass after pass over all of them, each in an order of its own.
+
+    ``shuffle`` is ``all``, ``none``, or keeps neighbours near: with ``shards`` the shards come in random order and the units of
+    ``window`` shards at a time are mixed; with ``batches`` the blocks inside such a window are shuffled too, and only the
+    units of one block are mixed, so that each record batch is decoded once.
+    """
+
+    def __init__(self, units: Units, seed: tuple[int, ...], shuffle: Shuffle, window: int) -> None:
+        self.units, self.seed, self.shuffle, self.window = units, seed, shuffle, window
+        self._pass: tuple[int, Ints] | None = None
+
+    def take(self, start: int, count: int) -> Ints:
+        """int64[count]: the units from number ``start`` of the stream on."""
+        parts = []
+        while count > 0:
+            number, at = divmod(start, len(self.units))
+            parts.append(self._one_pass(number)[at : at + count])
+            start, count = start + len(parts[-1]), count - len(parts[-1])
+        return np.concatenate(parts) if parts else np.zeros(0, np.int64)
+
+    def _one_pass(self, number: int) -> Ints:
+        if self._pass is None or self._pass[0] != number:
+            self._pass = (number, self._shuffled(np.random.default_rng([*self.seed, number])))
+        return self._pass[1]
+
+    def _shuffled(self, rng: np.random.Generator) -> Ints:
+        count = len(self.units)
+        if self.shuffle == "none":
+            return np.arange(count)
+        if self.shuffle == "all":
+            return rng.permutation(count)
+        group = _ranks(self.units.shard, rng) // self.window
+        chance = rng.random(count)
+        if self.shuffle == "shards":
+            return np.lexsort((chance, group))
+        return np.lexsort((chance, _ranks(self.units.block, rng), group))
+
+
+def _ranks(labels: Ints, rng: np.random.Generator) -> Ints:
+    """int64[U]: for each label its place in a random order of all labels that occur."""
+    found, number = np.unique(labels, return_inverse=True)
+    return rng.permutation(len(found))[number]
+
+
+class Plan:
+    """Which units each epoch draws from one or several caches, and in which order.
+
+    Without weights an epoch is every unit once. With weights, shares of the kept positions, it draws from every cache in
+    proportion, and ends when the first (``epoch="first"``) or the last (``"all"``) of them has been gone through. Each cache is a
+    stream that the next epoch takes up where the last one stopped: no unit comes again before all others of its cache came.
+
+    Units of all caches are numbered through, those of cache c from ``first_unit[c]``.
+    """
+
+    def __init__(
+        self,
+        caches: list[Units],
+        weights: list[float] | None,
+        *,
+        seed: int,
+        shuffle: Shuffle,
+        window: int,
+        epoch: Epoch,
+    ) -> None:
+        self.seed, self.shuffle = seed, shuffle
+        self.orders = [CacheOrder(units, (seed, 1, n), shuffle, window) for n, units in enumerate(caches)]
+        sizes = [len(units) for units in caches]
+        self.first_unit = np.concatenate([[0], np.cumsum(sizes)])
+        self.tokens = np.concatenate([units.tokens for units in caches])
+        self.counts = sizes
+        if weights is not None:
+            rates = [weight / units.kept.mean() for weight, units in zip(weights, caches, strict=True)]
+            whole = [size / rate for size, rate in zip(sizes, rates, strict=True)]
+            length = min(whole) if epoch == "first" else max(whole)
+            self.counts = [max(1, round(rate * length)) for rate in rates]
+
+    def __len__(self) -> int:
+        """Units of an epoch."""
+        return sum(self.counts)
+
+    def locate(self, unit: int) -> tuple[int, int]:
+        """(cache, its unit) of a unit numbered through all caches."""
+        cache = int(np.searchsorted(self.first_unit, unit, side="right")) - 1
+        return cache, unit - int(self.first_unit[cache])
+
+    def epoch(self, number: int) -> Ints:
+        """int64[len(self)]: the units of an epoch in the order in which they are drawn."""
+        drawn = [
+            order.take(number * count, count) + first
+            for order, count, first in zip(self.orders, self.counts, self.first_unit[:-1], strict=True)
+        ]
+        if len(drawn) == 1:
+            return drawn[0]
+        # Evenly spread, each somewhere in its stretch: every batch comes close to the wanted shares.
+        rng = np.random.default_rng([self.seed, 2, number])
+        wobble = (np.full(len(each), 0.5) if self.shuffle == "none" else rng.random(len(each)) for each in drawn)
+        when = [(np.arange(len(each)) + at) / len(each) for each, at in zip(drawn, wobble, strict=True)]
+        return np.concatenate(drawn)[np.argsort(np.concatenate(when), kind="stable")]
+
+
+class Batches(BatchSampler):
+    """The batches of one epoch after the other, each a list of units; ``set_epoch`` says which.
+
+    With ``processes`` > 1 these are the batches of all of them in turn, and accelerate hands every process its own.
+    With ``group_by_length`` the units of a batch, and of the batches that the processes work on at the same time, are of similar
+    length, and such groups come in random order; sorted are GROUPED_BATCHES groups at a time.
+    """
+
+    def __init__(
+        self, plan: Plan, batch_size: int, *, drop_last: bool = False, group_by_length: bool = False, processes: int = 1
+    ) -> None:
+        self.plan, self.batch_size, self.drop_last = plan, batch_size, drop_last
+        self.group_by_length, self.processes = group_by_length, processes
+        self._epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.plan) // self.batch_size if self.drop_last else -(-len(self.plan) // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        units = self.plan.epoch(self._epoch)
+        if self.group_by_length:
+            units = self._grouped(units)
+        for start in range(0, len(self) * self.batch_size, self.batch_size):
+            yield units[start : start + self.batch_size].tolist()
+
+    def _grouped(self, units: Ints) -> Ints:
+        rng = np.random.default_rng([self.plan.seed, 3, self._epoch])
+        together = self.batch_size * self.processes
+        grouped = []
+        for start in range(0, len(units), GROUPED_BATCHES * together):
+            window = units[start : start + GROUPED_BATCHES * together]
+            window = window[np.argsort(-self.plan.tokens[window], kind="stable")]
+            full = len(window) // together
+            groups = window[: full * together].reshape(full, together)[rng.permutation(full)]
+            # Dealt out in turn: each process gets as many long ones as the others.
+            dealt = groups.reshape(full, self.batch_size, self.processes).transpose(0, 2, 1)
+            grouped += [dealt.reshape(-1), window[full * together :]]
+        return np.concatenate(grouped)
