@@ -2,7 +2,8 @@
 
 The logits of a batch, positions times vocabulary, are the largest tensor of a fine-tuning step, several times over once
 losses upcast them. Here only ``chunk_size`` positions have logits at any time. The gradient of a chunk is taken as soon
-as its losses are known, so logits are computed once, as in plain training, and not again in the backward pass.
+as its losses are known, so logits are computed once, as in plain training, and not again in the backward pass; they live
+in one buffer for all chunks, which the gradient in them may take over, and the head's gradient is summed in place.
 
 Shapes: P kept positions, C positions of one chunk, H hidden size, V student vocabulary.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,14 +20,18 @@ from transformers import PreTrainedModel
 
 from cache_format.errors import UserError
 
-# Float32 logits of one chunk. Losses hold three or four such buffers at their peak; smaller chunks make small GEMMs.
-_CHUNK_BYTES = 256 * 2**20
+# Logits of one chunk. Larger ones gain nothing on a CPU (docs/speed.md); a GPU needs them to have enough to do.
+_CHUNK_BYTES = {"cpu": 96 * 2**20}
+_CHUNK_BYTES_ELSEWHERE = 512 * 2**20
+# Rows of the head's gradient that are summed at a time where the product has to be widened first.
+_SLICE = 8192
 
 PerChunk = Callable[[Tensor, slice], tuple[Tensor, dict[str, Tensor]]]
 """``per_chunk(logits [C, V], rows) -> (objective [C], values)``.
 
 ``rows`` says which of the P positions these are (``teacher[rows]``). ``objective`` is what to minimise, weighted but
-not reduced; its only way to parameters must be through the logits. ``values`` are [C] tensors to report, by name.
+not reduced; its only way to parameters must be through the logits. ``values`` are [C] tensors to report, by name. The
+backward pass of ``objective`` may overwrite the logits, which nothing reads afterwards.
 """
 
 
@@ -46,7 +51,7 @@ class LogitsHead:
     the model's own logits on a few random tokens.
 
     The halves are the model's own modules, so training them trains the model. They bypass ``model.forward``: under DDP
-    or FSDP, call them from inside the wrapped module's forward, where parameters are whole and hooks are armed.
+    or FSDP2, call them from inside the wrapped module's forward, where hooks are armed.
 
     Args:
         model: a causal language model of transformers, with or without PEFT adapters.
@@ -69,7 +74,7 @@ class LogitsHead:
         self.backbone: nn.Module = backbone
         self.lm_head: nn.Module = lm_head
         self.vocab_size: int = causal.config.get_text_config().vocab_size
-        self._scale, self._softcap = _after_lm_head(causal.config.get_text_config())
+        self.scale, self.softcap = _after_lm_head(causal.config.get_text_config())
         self._check(causal)
 
     def hidden(self, **inputs: Tensor) -> Tensor:
@@ -79,11 +84,13 @@ class LogitsHead:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] of hidden states [..., H], as the model's own forward gives them."""
-        logits: Tensor = self.lm_head(hidden)
-        if self._scale != 1.0:
-            logits = logits * self._scale
-        if self._softcap is not None:
-            logits = torch.tanh(logits / self._softcap) * self._softcap
+        return self._after(self.lm_head(hidden))
+
+    def _after(self, logits: Tensor) -> Tensor:
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        if self.softcap is not None:
+            logits = torch.tanh(logits / self.softcap) * self.softcap
         return logits
 
     def parameters(self) -> list[nn.Parameter]:
@@ -136,75 +143,200 @@ def head_losses(
     """Losses of all positions, a chunk of logits at a time, with the gradient taken on the way.
 
     The gradient in the hidden states and in the head's parameters is exact and ready when this returns; the backward
-    pass only multiplies it by the (scalar) gradient of the objective. Hence the objective has to be complete here: a
-    weight that depends on the logits of other positions needs a first pass under ``torch.no_grad``.
+    pass only multiplies it by the (scalar) gradient of the objective, once. Hence the objective has to be complete
+    here: a weight that depends on the logits of other positions needs a first pass under ``torch.no_grad``.
 
-    Besides one chunk, memory holds the gradients: [P, H], and one tensor the size of each parameter of the head, summed
-    over chunks in at least float32. Under ``torch.no_grad`` there are only values.
+    Besides one chunk of logits (two, where losses do not write their gradient over them or where logits are
+    soft-capped), memory holds the gradients: [P, H], and one tensor the size of each trainable parameter of the head,
+    summed over chunks in at least float32 and handed on to ``.grad`` as it is. Under ``torch.no_grad`` there are only
+    values.
+
+    All of it happens inside a call of the lm_head's module. So its hooks run once, and where FSDP2 shards it, it is
+    gathered once for all chunks.
 
     Args:
         head: the model's second half.
         hidden_PH: hidden states at the kept positions; P may be 0.
         per_chunk: the losses; see ``PerChunk``.
-        chunk_size: positions with logits at any time; by default as many as make 256 MiB of float32 logits.
+        chunk_size: positions with logits at any time; by default as many as make 96 MiB (on GPUs 512 MiB) of float32
+            logits.
     """
-    chunk_size = chunk_size or max(1, _CHUNK_BYTES // (4 * head.vocab_size))
-    parameters = head.parameters()
+    if chunk_size is None:
+        chunk_bytes = _CHUNK_BYTES.get(hidden_PH.device.type, _CHUNK_BYTES_ELSEWHERE)
+        chunk_size = max(1, chunk_bytes // (4 * head.vocab_size))
+    module = head.lm_head
+    plain = module.forward
+
+    def forward(hidden_PH: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return _all_chunks(_projection(head, plain, hidden_PH, chunk_size), hidden_PH, per_chunk, chunk_size)
+
+    had_its_own = "forward" in vars(module)
+    module.forward = forward  # type: ignore[method-assign, assignment]
+    try:
+        return HeadLosses(*module(hidden_PH))
+    finally:
+        if had_its_own:
+            module.forward = plain  # type: ignore[method-assign]
+        else:
+            del module.forward
+
+
+class _Projection(Protocol):
+    """Hidden states to logits, and the gradient in logits to those in hidden states and parameters, chunk by chunk."""
+
+    parameters: list[nn.Parameter]
+
+    def logits(self, hidden_CH: Tensor) -> Tensor:
+        """[C, V], detached; valid until the next call."""
+
+    def backward(self, grad_CV: Tensor) -> Tensor:
+        """Gradient [C, H] of the chunk whose logits came last; may overwrite ``grad_CV``."""
+
+    def sums(self) -> list[Tensor]:
+        """The gradients of ``parameters`` over all chunks."""
+
+
+def _projection(
+    head: LogitsHead, forward: Callable[[Tensor], Tensor], hidden_PH: Tensor, chunk_size: int
+) -> _Projection:
+    if type(head.lm_head).forward is nn.Linear.forward:
+        return _LinearProjection(head, hidden_PH, min(chunk_size, len(hidden_PH)))
+    return _AnyProjection(head, forward)
+
+
+class _LinearProjection:
+    """A plain ``nn.Linear`` with what follows it: matrix products into buffers that all chunks share."""
+
+    def __init__(self, head: LogitsHead, hidden_PH: Tensor, chunk_size: int) -> None:
+        module = cast(nn.Linear, head.lm_head)
+        device = hidden_PH.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else module.weight.dtype
+        self.parameters = head.parameters()
+        self._weight_VH = module.weight.detach().to(dtype)
+        # scale * (h W + b) = (scale h) W + scale b, and products with h are far smaller than those with logits.
+        self._scale, self._softcap = head.scale, head.softcap
+        self._bias_V = None if module.bias is None else module.bias.detach().to(dtype) * self._scale
+        self._buffer_CV = hidden_PH.new_empty(chunk_size, len(self._weight_VH), dtype=dtype)
+        self._slope_CV: Tensor | None = None
+        self._train_weight = module.weight.requires_grad
+        self._train_bias = module.bias is not None and module.bias.requires_grad
+        self._weight_sum: Tensor | None = None
+        self._bias_sum: Tensor | None = None
+
+    def logits(self, hidden_CH: Tensor) -> Tensor:
+        self._hidden_CH = hidden_CH.detach().to(self._weight_VH.dtype) * self._scale
+        logits_CV = self._buffer_CV[: len(hidden_CH)]
+        if self._bias_V is None:
+            torch.mm(self._hidden_CH, self._weight_VH.t(), out=logits_CV)
+        else:
+            torch.addmm(self._bias_V, self._hidden_CH, self._weight_VH.t(), out=logits_CV)
+        if self._softcap is not None:
+            logits_CV.div_(self._softcap).tanh_()
+            if torch.is_grad_enabled():
+                self._slope_CV = logits_CV.square().neg_().add_(1)
+            logits_CV.mul_(self._softcap)
+        return logits_CV
+
+    def backward(self, grad_CV: Tensor) -> Tensor:
+        grad_CV = grad_CV.to(self._weight_VH.dtype)
+        if self._slope_CV is not None:
+            grad_CV.mul_(self._slope_CV)
+        if self._train_weight:
+            self._add_to_weight(grad_CV)
+        if self._train_bias:
+            part = grad_CV.sum(0, dtype=self._wide()).mul_(self._scale)
+            self._bias_sum = part if self._bias_sum is None else self._bias_sum.add_(part)
+        return torch.mm(grad_CV, self._weight_VH).mul_(self._scale)
+
+    def _add_to_weight(self, grad_CV: Tensor) -> None:
+        if self._weight_sum is None:
+            self._weight_sum = self._weight_VH.new_zeros(self._weight_VH.shape, dtype=self._wide())
+        if self._weight_sum.dtype == grad_CV.dtype:
+            self._weight_sum.addmm_(grad_CV.t(), self._hidden_CH)
+            return
+        # Sums over many chunks lose digits in bfloat16. By slices, so that the products to be added stay small.
+        for start in range(0, len(self._weight_sum), _SLICE):
+            rows = slice(start, start + _SLICE)
+            self._weight_sum[rows].add_(grad_CV[:, rows].t() @ self._hidden_CH)
+
+    def _wide(self) -> torch.dtype:
+        return torch.promote_types(self._weight_VH.dtype, torch.float32)
+
+    def sums(self) -> list[Tensor]:
+        return [total for total in (self._weight_sum, self._bias_sum) if total is not None]
+
+
+class _AnyProjection:
+    """Any module (adapters on the lm_head, say), by autograd from its logits on."""
+
+    def __init__(self, head: LogitsHead, forward: Callable[[Tensor], Tensor]) -> None:
+        self._after, self._forward, self.parameters = head._after, forward, head.parameters()
+        self._sums: list[Tensor] = []
+
+    def logits(self, hidden_CH: Tensor) -> Tensor:
+        self._hidden_CH = hidden_CH.detach().requires_grad_()
+        self._logits_CV = self._after(self._forward(self._hidden_CH))
+        return self._logits_CV.detach()
+
+    def backward(self, grad_CV: Tensor) -> Tensor:
+        inputs = [self._hidden_CH, *self.parameters]
+        logits_CV, self._logits_CV = self._logits_CV, grad_CV
+        hidden, *found = torch.autograd.grad(logits_CV, inputs, grad_CV.to(logits_CV.dtype), materialize_grads=True)
+        if self._sums:
+            for total, gradient in zip(self._sums, found, strict=True):
+                total.add_(gradient)
+        else:
+            self._sums = [gradient.to(torch.promote_types(gradient.dtype, torch.float32)) for gradient in found]
+        return hidden
+
+    def sums(self) -> list[Tensor]:
+        return self._sums
+
+
+def _all_chunks(
+    projection: _Projection, hidden_PH: Tensor, per_chunk: PerChunk, chunk_size: int
+) -> tuple[Tensor, dict[str, Tensor]]:
     objectives: list[Tensor] = []
     values: dict[str, list[Tensor]] = {}
-    hidden_grads: list[Tensor] = []
-    parameter_grads: list[Tensor] = []
+    wanted = torch.is_grad_enabled()
+    hidden_grad = torch.empty_like(hidden_PH) if wanted else hidden_PH
     # An empty batch is one empty chunk, so that the names are reported and the objective stays connected.
     for start in range(0, max(len(hidden_PH), 1), chunk_size):
         rows = slice(start, start + chunk_size)
-        objective, reported, gradients = _one_chunk(head, hidden_PH[rows], parameters, per_chunk, rows)
-        objectives.append(objective)
+        logits_CV = projection.logits(hidden_PH[rows]).requires_grad_(wanted)
+        objective_C, reported = per_chunk(logits_CV, rows)
+        objective = objective_C.sum()
+        objectives.append(objective.detach())
         for name, value in reported.items():
-            values.setdefault(name, []).append(value)
-        if gradients:
-            hidden_grads.append(gradients[0])
-            _add(parameter_grads, gradients[1:])
+            values.setdefault(name, []).append(value.detach())
+        if wanted:
+            (grad_CV,) = torch.autograd.grad(objective, [logits_CV], materialize_grads=True)
+            hidden_grad[rows] = projection.backward(grad_CV)
+            del grad_CV
     objective = torch.stack(objectives).sum()
-    if hidden_grads:
-        inputs = [hidden_PH, *parameters]
-        sums = [torch.cat(hidden_grads), *parameter_grads]
-        gradients = tuple(g.to(x.dtype) for g, x in zip(sums, inputs, strict=True))
-        objective = _Precomputed.apply(objective, gradients, *inputs)  # type: ignore[no-untyped-call]
-    return HeadLosses(objective, {name: torch.cat(parts) for name, parts in values.items()})
-
-
-def _one_chunk(
-    head: LogitsHead, hidden_CH: Tensor, parameters: list[nn.Parameter], per_chunk: PerChunk, rows: slice
-) -> tuple[Tensor, dict[str, Tensor], tuple[Tensor, ...]]:
-    """Objective, reported values and gradients of one chunk. A function, so that its logits die when it returns."""
-    hidden_CH = hidden_CH.detach().requires_grad_()
-    objective_C, reported = per_chunk(head.logits(hidden_CH), rows)
-    objective = objective_C.sum()
-    gradients: tuple[Tensor, ...] = ()
-    if torch.is_grad_enabled():
-        gradients = torch.autograd.grad(objective, [hidden_CH, *parameters], materialize_grads=True)
-    return objective.detach(), {name: value.detach() for name, value in reported.items()}, gradients
-
-
-def _add(sums: list[Tensor], gradients: tuple[Tensor, ...]) -> None:
-    """sums += gradients, in float32 where gradients are narrower: bfloat16 sums over many chunks lose digits."""
-    if sums:
-        for total, gradient in zip(sums, gradients, strict=True):
-            total.add_(gradient)
-    else:
-        sums.extend(gradient.to(torch.promote_types(gradient.dtype, torch.float32)) for gradient in gradients)
+    if wanted:
+        gradients = [hidden_grad]
+        gradients += [g.to(p.dtype) for g, p in zip(projection.sums(), projection.parameters, strict=True)]
+        objective = _Precomputed.apply(objective, gradients, hidden_PH, *projection.parameters)  # type: ignore[no-untyped-call]
+    return objective, {name: torch.cat(parts) for name, parts in values.items()}
 
 
 class _Precomputed(torch.autograd.Function):
-    """A scalar whose gradients in ``inputs`` are already known."""
+    """A scalar whose gradients in ``inputs`` are already known, and are given away in its one backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, objective: Tensor, gradients: tuple[Tensor, ...], *inputs: Tensor) -> Tensor:
-        ctx.save_for_backward(*gradients)
+    def forward(ctx: Any, objective: Tensor, gradients: list[Tensor], *inputs: Tensor) -> Tensor:
+        ctx.gradients = gradients
         return objective.clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        needed = zip(ctx.saved_tensors, ctx.needs_input_grad[2:], strict=True)
-        return None, None, *(gradient * grad.to(gradient.dtype) if need else None for gradient, need in needed)
+        if ctx.gradients is None:
+            raise RuntimeError(
+                "the gradients of head_losses were handed on by its first backward pass; compute it again"
+            )
+        # Scaled in place and not kept: autograd can make them the parameters' .grad without a copy.
+        gradients, ctx.gradients = ctx.gradients, None
+        needed = zip(gradients, ctx.needs_input_grad[2:], strict=True)
+        return None, None, *(gradient.mul_(grad.to(gradient.dtype)) if need else None for gradient, need in needed)
