@@ -169,6 +169,22 @@ class AuditConfig(_Config):
     )
 
 
+class ScaleConfig(_Config):
+    """Many engines at once, over the GPUs of a machine or of a cluster (docs/scale.md)."""
+
+    engine: Literal["ray"] = Field("ray", description="What hands out the shards: Ray Data.")
+    workers: int = Field(ge=1, description="Engines.")
+    gpus_per_worker: float | None = Field(
+        None, ge=0, description="Default: teacher.tensor_parallel_size where there are GPUs, else 0."
+    )
+    cpus_per_worker: int | None = Field(
+        None, ge=1, description="Default: 1 beside GPUs, else the cores there are, divided by the workers."
+    )
+    address: str | None = Field(
+        None, description="A Ray cluster. Default: $RAY_ADDRESS, or else one on this machine, for this build."
+    )
+
+
 class BuildConfig(_Config):
     """A `teacher-cache build` config."""
 
@@ -176,4 +192,5 @@ class BuildConfig(_Config):
     data: DataConfig
     store: StoreConfig = StoreConfig()
     audit: AuditConfig = AuditConfig()
+    scale: ScaleConfig | None = Field(None, description="Default: one engine, in this process.")
     output: Path = Field(description="Folder of the cache.")

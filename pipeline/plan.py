@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pyarrow as pa
 from pydantic import BaseModel, ConfigDict
 
 from cache_format.errors import UserError
-from cache_format.manifest import DataHash, DataIdentity, TokenizerIdentity
+from cache_format.manifest import DataHash, DataIdentity, Header, StoreSettings, TeacherIdentity, TokenizerIdentity
 from cache_format.schema import BATCH_BYTES, MAX_SHARDS
 from cache_format.shard_writer import uncompressed_bytes
 from cache_format.writer import load_state, sync, write_durably
@@ -55,6 +56,17 @@ class Plan(BaseModel):
         """The plan of an earlier start, or None."""
         file = build_dir / "plan.json"
         return load_state(cls, file) if file.exists() else None
+
+    def header(self, teacher: TeacherIdentity, store: StoreSettings) -> Header:
+        """The fixed part of the manifest of what comes of this plan."""
+        return Header(
+            created_by=f"logitcask {version('logitcask')}",
+            teacher=teacher,
+            tokenizer=self.tokenizer,
+            data=self.data,
+            store=store,
+            config=self.request,
+        )
 
     def save(self, build_dir: Path) -> None:
         """Makes the plan count: from here on a resumed build follows it."""

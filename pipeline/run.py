@@ -12,7 +12,6 @@ import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from pipeline.plan import Plan, write_sequences
 from pipeline.scoring import Pair, estimate_prior, score_shard, score_shards
 from pipeline.sequence import Sequence
 from pipeline.sources import Source, open_source
-from pipeline.teachers import Teacher, open_teacher, open_tokenizer, vocab_size_of
+from pipeline.teachers import open_teacher, open_tokenizer, vocab_size_of
 from pipeline.tokenize import Tokenization
 
 log = logging.getLogger(__name__)
@@ -38,6 +37,7 @@ log = logging.getLogger(__name__)
 _NOT_CONTENT: dict[str, Any] = {
     "output": True,
     "audit": True,
+    "scale": True,
     "teacher": {"route", "batch_tokens", "tensor_parallel_size"},
     "store": {"shard_tokens", "compression_level"},
 }
@@ -209,9 +209,13 @@ def _write_shards(writer: CacheWriter, plan: Plan, config: BuildConfig) -> tuple
     if writer.committed:
         log.info("%s: %d of %d shards are done already", config.output, len(writer.committed), len(plan.shards))
     log.info("starting the teacher: %s with %s", config.teacher.model, config.teacher.backend)
+    if config.scale is not None:
+        from pipeline.scale import score_shards_on_ray
+
+        return score_shards_on_ray(writer, plan, config, config.scale, pending)
     teacher = open_teacher(config.teacher, max_length=config.data.max_length, capture=config.store.capture())
     try:
-        header = _header(plan, teacher, config)
+        header = plan.header(teacher.identity(), config.store.settings(teacher.vocab_size))
         started = time.monotonic()
         begun: dict[int, Iterator[Pair]] = {}
         prior = None
@@ -222,14 +226,3 @@ def _write_shards(writer: CacheWriter, plan: Plan, config: BuildConfig) -> tuple
         return header, time.monotonic() - started, scored
     finally:
         teacher.close()
-
-
-def _header(plan: Plan, teacher: Teacher, config: BuildConfig) -> Header:
-    return Header(
-        created_by=f"logitcask {version('logitcask')}",
-        teacher=teacher.identity(),
-        tokenizer=plan.tokenizer,
-        data=plan.data,
-        store=config.store.settings(teacher.vocab_size),
-        config=plan.request,
-    )

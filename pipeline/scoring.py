@@ -1,6 +1,6 @@
 """Scoring planned shards: teacher -> estimator -> codec -> committed shards.
 
-Everything here works on the shards it is given, with a teacher that is open and a ``CacheWriter`` that has begun, so one
+Everything here works on the shards it is given, with a teacher that is open and a writer of a cache that has begun, so one
 process may do all shards of a plan, or many processes some of them each: the content is the same.
 """
 
@@ -14,10 +14,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from cache_format import CachedSequence, CacheWriter
+from cache_format import CachedSequence
 from cache_format.manifest import StoreSettings
 from cache_format.prior import TailPrior
 from cache_format.shard_writer import ShardWriter
+from cache_format.writer import CacheWorker
 from pipeline.estimator import keep, keep_nothing
 from pipeline.plan import Plan, read_sequences
 from pipeline.sequence import Scored, Sequence
@@ -56,7 +57,7 @@ def estimate_prior(pairs: Iterator[Pair], store: StoreSettings) -> tuple[TailPri
 
 def score_shards(
     teacher: Teacher,
-    writer: CacheWriter,
+    writer: CacheWorker,
     plan: Plan,
     shards: Iterable[int],
     *,
