@@ -27,9 +27,10 @@ class TeacherConfig(_Config):
     dtype: str = Field(
         "auto", description="Weights and arithmetic: auto (float32 on a CPU), float32, bfloat16, float16."
     )
-    route: Literal["auto", "raw", "flat"] = Field(
+    route: Literal["auto", "raw", "flat", "stock"] = Field(
         "auto",
-        description="How logprobs leave vLLM: `raw` keeps its arrays (self-checked at start-up), `flat` is the public way.",
+        description="How logprobs leave vLLM: `raw` keeps its arrays (self-checked at start-up), `flat` is the public way, "
+        "`stock` vLLM's default, slow and without draws. `auto`: the first that works, saying so if it is not `raw`.",
     )
     tensor_parallel_size: int = Field(1, ge=1, description="GPUs per engine.")
     batch_tokens: int | None = Field(
@@ -194,3 +195,11 @@ class BuildConfig(_Config):
     audit: AuditConfig = AuditConfig()
     scale: ScaleConfig | None = Field(None, description="Default: one engine, in this process.")
     output: Path = Field(description="Folder of the cache.")
+
+    @model_validator(mode="after")
+    def _stock_cannot_draw(self) -> Self:
+        if self.teacher.route == "stock" and self.store.tail_samples:
+            raise ValueError(
+                "teacher.route=stock merges equal ids, so it cannot carry draws; set store.tail_samples=0 or another route"
+            )
+        return self

@@ -20,7 +20,8 @@ class MisalignedScoresError(LogitcaskError):
 def check_alignment(sequence: Sequence, scored: Scored) -> None:
     """Raises MisalignedScoresError unless there are n - 1 rows and row i scored token i + 1."""
     n, rows = len(sequence.input_ids), len(scored.target_ids)
-    if rows != n - 1 or len(scored.ids) != n - 1:
+    expected = n - 1 if scored.positions is None else len(scored.positions)
+    if rows != n - 1 or len(scored.ids) != expected:
         raise MisalignedScoresError(
             f"the engine returned {rows} rows for sequence {sequence.sequence_id!r} of {n} tokens; expected {n - 1}. "
             "This is a fault of the engine or of its settings: please report it with the engine's version"
@@ -56,15 +57,17 @@ def keep(sequence: Sequence, scored: Scored, store: StoreSettings) -> CachedSequ
     """
     check_alignment(sequence, scored)
     positions = sequence.positions()
-    size = scored.head_size[positions]
+    # Where the engine's rows are those of the kept positions already, they are taken as they are.
+    rows = positions if scored.positions is None else np.searchsorted(scored.positions, positions)
+    size = scored.head_size[rows]
     width = int(size.max()) if len(size) else 0
-    ids, logprobs = scored.ids[positions, :width], scored.logprobs[positions, :width]
+    ids, logprobs = scored.ids[rows, :width], scored.logprobs[rows, :width]
     inside = (np.arange(width) < size[:, None]) & ~np.isneginf(logprobs)
     size = inside.sum(axis=1, dtype=np.int32)
     samples = None
     if store.tail_samples:
-        drawn = scored.sample_logprobs[positions] if store.sample_logprobs else None
-        samples = TailSamples(scored.samples[positions], drawn)
+        drawn = scored.sample_logprobs[rows] if store.sample_logprobs else None
+        samples = TailSamples(scored.samples[rows], drawn)
     return CachedSequence(
         sequence_id=sequence.sequence_id,
         input_ids=sequence.input_ids,
@@ -73,9 +76,9 @@ def keep(sequence: Sequence, scored: Scored, store: StoreSettings) -> CachedSequ
         ids=np.where(inside, ids, -1),
         logprobs=np.where(inside, logprobs, -np.inf).astype(np.float32),
         tail_logprob=tail_logprob(logprobs, size, store.vocab_size),
-        target_logprob=scored.target_logprob[positions],
-        target_rank=scored.target_rank[positions],
-        entropy=scored.entropy[positions] if store.entropy and scored.entropy is not None else None,
+        target_logprob=scored.target_logprob[rows],
+        target_rank=scored.target_rank[rows],
+        entropy=scored.entropy[rows] if store.entropy and scored.entropy is not None else None,
         samples=samples,
     )
 

@@ -1,4 +1,4 @@
-"""The three types that travel through the teacher stage, and nothing else.
+"""The types that travel through the teacher stage, and nothing else.
 
 ``Sequence`` comes out of tokenisation, ``Scored`` out of an engine, and the estimator (``pipeline.estimator``) turns a
 pair of them into what the cache stores.
@@ -6,6 +6,7 @@ pair of them into what the cache stores.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,6 +46,7 @@ class Scored:
                       draws, padded at the end with -1; repeats are draws too. T and S are 0 where none were asked for.
     sample_logprobs:  float32[n-1, T, S], their logprobs, padded with -inf.
     entropy:          float32[n-1], nats, of the whole distribution; None where the engine was asked for no draws.
+    positions:        int32[R], rising: the only rows that are here, where not all are. ``target_ids`` has all n - 1 even so.
     """
 
     ids: NDArray[np.int32]
@@ -56,3 +58,16 @@ class Scored:
     samples: NDArray[np.int32]
     sample_logprobs: NDArray[np.float32]
     entropy: NDArray[np.float32] | None = None
+    positions: NDArray[np.int32] | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Answer:
+    """What an engine said of one sequence, in the engine's own form, so that others may do the work of reading it.
+
+    nbytes: about what it takes in memory as it is.
+    scored: reads it, once; at the kept positions alone where the engine can tell them apart.
+    """
+
+    nbytes: int
+    scored: Callable[[], Scored]

@@ -14,9 +14,9 @@ from pipeline.capture import Capture
 from pipeline.config import TeacherConfig
 from pipeline.models import load_tokenizer, resolve_model, vocab_size
 from pipeline.sequence import Sequence
-from pipeline.teachers.base import Teacher
+from pipeline.teachers.base import Teacher, answers
 
-__all__ = ["Teacher", "bounded_groups", "open_teacher", "open_tokenizer", "vocab_size_of"]
+__all__ = ["Teacher", "answers", "bounded_groups", "open_teacher", "open_tokenizer", "vocab_size_of"]
 
 logger = logging.getLogger(__name__)
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from cache_format.manifest import TeacherIdentity
-from pipeline.sequence import Scored, Sequence
+from pipeline.sequence import Answer, Scored, Sequence
 
 
 class Teacher(Protocol):
@@ -27,3 +27,24 @@ class Teacher(Protocol):
     def close(self) -> None:
         """Frees the engine."""
         ...
+
+
+@runtime_checkable
+class AnsweringTeacher(Teacher, Protocol):
+    """A teacher whose answers take work to read, which can be done while its engine goes on."""
+
+    def answers(self, sequences: Iterable[Sequence]) -> Iterator[Answer]:
+        """As ``score``, each sequence's answer still to be read, at its kept positions."""
+        ...
+
+
+def answers(teacher: Teacher, sequences: Iterable[Sequence]) -> Iterator[Answer]:
+    """What ``teacher`` says of ``sequences``, in their order, read or still to be read."""
+    if isinstance(teacher, AnsweringTeacher):
+        return teacher.answers(sequences)
+    return (_read(scored) for scored in teacher.score(sequences))
+
+
+def _read(scored: Scored) -> Answer:
+    held = (scored.ids, scored.logprobs, scored.samples, scored.sample_logprobs)
+    return Answer(sum(each.nbytes for each in held), lambda: scored)

@@ -1,12 +1,7 @@
 """The vLLM teacher (vLLM 0.30 - 0.33): text goes in as a prompt, and its prompt logprobs come out as arrays.
 
-vLLM's engine hands the prompt logprobs of a request to its front end as tensors, which the front end then turns into
-Python objects, one per entry; on a GPU that costs more than the model does. There are two ways out here:
-
-raw   ``LogprobsProcessor``, a private class of the front end, is told to keep the arrays of our requests as they come.
-flat  the public ``SamplingParams(flat_logprobs=True)``: Python lists, the least wasteful of what vLLM offers.
-
-Both give the same numbers. ``raw`` is compared with ``flat`` every time an engine starts, and not used where they differ.
+How they come out, and how fast, is a matter of routes: see ``pipeline.teachers.vllm_routes``. The fastest stands on a
+private method, so it is compared with a public one every time an engine starts, and not used where they differ.
 
 Draws from the tail are made in the engine by ``pipeline.vllm_plugin``, and come in columns beside the most probable ids.
 They too are checked at every start, against whole distributions, which vLLM gives of its own; there is no other way to
@@ -17,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import inspect
+import itertools
 import logging
 import os
 import re
@@ -25,8 +20,9 @@ import shutil
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from typing import IO, Any, Literal
+from collections import deque
+from collections.abc import Iterable, Iterator
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,20 +32,16 @@ from cache_format.errors import ConfigError, UserError
 from cache_format.manifest import TeacherIdentity
 from pipeline.capture import Capture
 from pipeline.config import TeacherConfig
-from pipeline.draws import Draws, first_difference, no_draws
+from pipeline.draws import first_difference
 from pipeline.models import ResolvedModel, check_context, context_limit, is_quantised, kv_bytes_per_token, vocab_size
-from pipeline.sequence import Scored, Sequence
-from pipeline.teachers import bounded_groups
+from pipeline.sequence import Answer, Scored, Sequence
+from pipeline.teachers.vllm_routes import ENTRY_BYTES, Route, Rows, capturing, convert, drawn, sampling, scored_rows
 from pipeline.vllm_plugin import Request, drawing
 
 logger = logging.getLogger(__name__)
 
-Route = Literal["raw", "flat"]
-
-_RAW = "logitcask_raw"
-# A request's arrays as they come out of vLLM: ids and logprobs [n-1, 1 + columns], ranks [n-1].
-_Rows = tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.int64]]
-_STEPS_PER_GROUP = {"cpu": 4, "gpu": 64}
+# How much text an engine is given beyond the step it is at, in steps.
+_STEPS_AHEAD = {"cpu": 3, "gpu": 8}
 # Other values of these would silently change or break what is stored; each has a field of its own or just one right value.
 _RESERVED = {
     "model": "teacher.model",
@@ -80,6 +72,9 @@ class VllmTeacher:
         self._config = config
         self._model = model
         self._request = Request.of(capture, vocab_size(model))
+        self._requests = itertools.count()
+        # Prompt logprobs that have come, by request, until the stream that asked for them takes them.
+        self._finished: dict[str, Any] = {}
         # What the engine prints goes here for as long as it lives; it is read only to find the cause of a failure.
         self._engine_log = tempfile.TemporaryFile()  # noqa: SIM115
         try:
@@ -120,10 +115,10 @@ class VllmTeacher:
         )
 
     def score(self, sequences: Iterable[Sequence]) -> Iterator[Scored]:
-        """Scores in groups of a few engine steps, so that memory stays flat however many sequences there are."""
-        steps = _STEPS_PER_GROUP["cpu" if self._on_cpu else "gpu"]
-        for group in bounded_groups(sequences, steps * self._step_tokens):
-            yield from self._score_group([sequence.input_ids.tolist() for sequence in group], self.route)
+        return (answer.scored() for answer in self._answers(sequences, self.route, all_rows=True))
+
+    def answers(self, sequences: Iterable[Sequence]) -> Iterator[Answer]:
+        return self._answers(sequences, self.route, all_rows=False)
 
     def close(self) -> None:
         """Shuts the engine down and frees its memory."""
@@ -158,29 +153,51 @@ class VllmTeacher:
             )
 
     def choose_route(self, max_length: int) -> Route:
-        """The configured route, checked: scores two short prompts both ways and compares every entry.
+        """The configured route, checked: scores two short prompts by ``raw`` and by a public one, and compares every entry.
 
         This is also the engine's warm-up: its first call compiles kernels, which would spoil any figure of progress.
-        Raises UserError where ``raw`` is asked for and does not give what ``flat`` gives.
+        Raises UserError where the route that is asked for does not work.
         """
-        prompts = [_prompt(length, self.vocab_size) for length in sorted({2, min(16, max(2, max_length))})]
-        # One prompt a call: both routes must see the same batch, since its shape can change the last bits on a GPU.
-        public = [self._score_group([prompt], "flat")[0] for prompt in prompts]
-        if self._config.route == "flat":
-            return "flat"
+        asked = self._config.route
+        public: Route = "stock" if asked == "stock" else "flat"
+        expected = self._checked_scores(public, max_length)
+        if isinstance(expected, str) and asked == "auto" and not self._request.capture.samples:
+            logger.warning("%s; using the stock route in its place", self._does_not_work(public, expected))
+            public = "stock"
+            expected = self._checked_scores(public, max_length)
+        if isinstance(expected, str):
+            raise UserError(f"{self._does_not_work(public, expected)}; set teacher.backend=transformers")
+        if asked in ("flat", "stock"):
+            return public
+        found = self._checked_scores("raw", max_length)
+        if not isinstance(found, str):
+            differs = next((name for a, b in zip(expected, found, strict=True) if (name := _difference(a, b))), None)
+            if differs is None:
+                return "raw"
+            found = f"{differs} differ from the {public} route's"
+        if asked == "raw":
+            raise UserError(f"{self._does_not_work('raw', found)}; set teacher.route=auto, flat or stock")
+        logger.warning(
+            "%s; using the %s route, which gives the same numbers more slowly",
+            self._does_not_work("raw", found),
+            public,
+        )
+        return public
+
+    def _checked_scores(self, route: Route, max_length: int) -> list[Scored] | str:
+        """What two short prompts score by ``route``, or why it does not work."""
+        lengths = sorted({2, min(16, max(2, max_length))})
         try:
-            private = [self._score_group([prompt], "raw")[0] for prompt in prompts]
-            differs = next((name for a, b in zip(public, private, strict=True) if (name := _difference(a, b))), None)
-            reason = f"{differs} differ from the flat route's" if differs else None
+            # One prompt a call: all routes must see the same batch, since its shape can change the last bits on a GPU.
+            rows = [
+                self._ask([_prompt(length, self.vocab_size)], self._request.columns, route)[0] for length in lengths
+            ]
         except (ImportError, AttributeError, TypeError, ValueError) as error:
-            reason = " ".join(str(error).split())
-        if reason is None:
-            return "raw"
-        found = f"the raw route does not work with vLLM {self._vllm.__version__}: {reason}"
-        if self._config.route == "raw":
-            raise UserError(f"{found}; set teacher.route=auto or flat")
-        logger.warning("%s; using the flat route, which gives the same numbers more slowly", found)
-        return "flat"
+            return " ".join(str(error).split()) or type(error).__name__
+        return [scored_rows(each, self._request) for each in rows]
+
+    def _does_not_work(self, route: Route, reason: str) -> str:
+        return f"the {route} route does not work with vLLM {self._vllm.__version__}: {reason}"
 
     def _start(self, max_length: int) -> Any:
         config, model, request = self._config, self._model, self._request
@@ -219,24 +236,86 @@ class VllmTeacher:
         with _torch_threads_kept():
             return self._vllm.LLM(**arguments)
 
-    def _score_group(self, prompts: list[list[int]], route: Route) -> list[Scored]:
-        return [_scored(*rows, self._request) for rows in self._ask(prompts, self._request.columns, route)]
+    def _answers(self, sequences: Iterable[Sequence], route: Route, *, all_rows: bool) -> Iterator[Answer]:
+        columns, request = self._request.columns, self._request
+        # Of a sequence in the engine, the kept positions are all that is needed once its answer comes.
+        kept: deque[NDArray[np.int32] | None] = deque()
 
-    def _ask(self, prompts: list[list[int]], columns: int, route: Route) -> list[_Rows]:
+        def prompts() -> Iterator[list[int]]:
+            for sequence in sequences:
+                kept.append(None if all_rows else sequence.positions())
+                yield sequence.input_ids.tolist()
+
+        for n, output in self._stream(prompts(), columns, route):
+            positions = kept.popleft()
+            nbytes = n * (columns + 1) * ENTRY_BYTES[route]
+            yield Answer(
+                nbytes,
+                lambda output=output, positions=positions: scored_rows(  # type: ignore[misc]
+                    convert(route, output, columns), request, positions
+                ),
+            )
+
+    def _ask(self, prompts: list[list[int]], columns: int, route: Route) -> list[Rows]:
         """What vLLM says of each prompt, asked for so many prompt logprobs."""
+        return [convert(route, output, columns) for _, output in self._stream(prompts, columns, route)]
+
+    def _stream(self, prompts: Iterable[list[int]], columns: int, route: Route) -> Iterator[tuple[int, Any]]:
+        """Length and prompt logprobs of each prompt, in order, as vLLM returns them.
+
+        The engine always has some steps' worth of prompts, so that it never waits for the next group, and no more, so that
+        memory stays flat. What it is given when depends on the prompts alone: an engine in this process forms the same
+        batches again when a build is resumed. (One in another process takes what has arrived when a step begins.)
+        """
+        engine = self._llm.llm_engine
         params = self._vllm.SamplingParams(
             # In the constructor: set later, vLLM would go on reading its prefix cache for these requests.
             prompt_logprobs=columns,
             max_tokens=1,
             temperature=0.0,
             detokenize=False,
-            flat_logprobs=True,
-            extra_args={_RAW: True} if route == "raw" else None,
+            output_kind=self._vllm.sampling_params.RequestOutputKind.FINAL_ONLY,
+            **sampling(route),
         )
-        kept = _raw_capture() if route == "raw" else contextlib.nullcontext()
+        room = _STEPS_AHEAD["cpu" if self._on_cpu else "gpu"] * self._step_tokens
+        source = iter(prompts)
+        # In the order given: request and length. Answers may come in another order, and to another stream than asked.
+        waiting: deque[tuple[str, int]] = deque()
+        held, more = 0, True
         try:
-            with drawing(self._request), kept, self._eager():
-                outputs = self._llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
+            while more or waiting:
+                added: list[list[int]] = []
+                while more and held < room:
+                    prompt = next(source, None)
+                    if prompt is None:
+                        more = False
+                    else:
+                        added.append(prompt)
+                        held += len(prompt)
+                with drawing(self._request), capturing(route), self._eager(), self._explained():
+                    for prompt in added:
+                        name = f"logitcask-{next(self._requests)}"
+                        waiting.append((name, len(prompt)))
+                        engine.add_request(name, self._vllm.inputs.tokens_input(prompt), params)
+                    if waiting and waiting[0][0] not in self._finished:
+                        for output in engine.step():
+                            self._finished[output.request_id] = output.prompt_logprobs
+                while waiting and waiting[0][0] in self._finished:
+                    name, length = waiting.popleft()
+                    held -= length
+                    yield length, self._finished.pop(name)
+        finally:
+            if waiting:
+                for name, _ in waiting:
+                    self._finished.pop(name, None)
+                with contextlib.suppress(Exception):  # the engine may be dead
+                    engine.abort_request([name for name, _ in waiting])
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Turns an engine's failure into one line with its cause."""
+        try:
+            yield
         except Exception as error:
             if not _is_engine_failure(error):
                 raise
@@ -245,8 +324,6 @@ class VllmTeacher:
                 f"where memory ran out, lower teacher.batch_tokens ({self._step_tokens}) "
                 f"or store.top_k ({self._request.capture.top_k})"
             ) from error
-        convert = _from_arrays if route == "raw" else _from_flat
-        return [convert(output.prompt_logprobs, columns) for output in outputs]
 
     def _eager(self) -> contextlib.AbstractContextManager[Any]:
         """Without a C++ compiler, vLLM's CPU build runs what it would compile (it counts ranks) as it is, 9 % slower."""
@@ -292,7 +369,9 @@ def _import_vllm() -> Any:
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     import vllm
+    import vllm.inputs
     import vllm.platforms
+    import vllm.sampling_params
 
     if vllm.platforms.current_platform.is_unspecified():
         raise UserError(
@@ -318,130 +397,17 @@ def _torch_threads_kept() -> Iterator[None]:
         torch.set_num_threads = original
 
 
-class _Captured(list[Any]):
-    """Stands where vLLM keeps a request's prompt logprobs: a list, as there, but of (ids, logprobs, ranks) arrays.
-
-    Being a list, it takes whatever another vLLM may append, to be refused once the request is finished: an exception
-    inside the engine's loop would leave it waiting for ever for a request that it has lost.
-    """
-
-
-@contextlib.contextmanager
-def _raw_capture() -> Iterator[None]:
-    """While this is entered, requests with ``extra_args[_RAW]`` keep their prompt logprobs as arrays.
-
-    Raises AttributeError where vLLM no longer has the two methods of ``LogprobsProcessor`` this stands on.
-    """
-    from vllm.v1.engine.logprobs import LogprobsProcessor
-
-    # The descriptors themselves, so that leaving puts back exactly what was there.
-    originals = {
-        name: inspect.getattr_static(LogprobsProcessor, name)
-        for name in ("from_new_request", "_update_prompt_logprobs")
-    }
-    from_new_request = LogprobsProcessor.from_new_request
-    update: Callable[[Any, Any], None] = LogprobsProcessor._update_prompt_logprobs
-
-    def marked(cls: type, tokenizer: Any, request: Any) -> Any:
-        processor = from_new_request(tokenizer, request)
-        if (request.sampling_params.extra_args or {}).get(_RAW):
-            processor.prompt_logprobs = _Captured()
-        return processor
-
-    def keep(self: Any, tensors: Any) -> None:
-        if not isinstance(self.prompt_logprobs, _Captured):
-            update(self, tensors)
-            return
-        try:
-            # Copies: the originals lie in the transport's receive buffer, which they would keep alive.
-            ids = tensors.logprob_token_ids.numpy().astype(np.int32)
-            logprobs = tensors.logprobs.numpy().astype(np.float32)
-            ranks = tensors.selected_token_ranks.numpy().astype(np.int64)
-            self.prompt_logprobs.append((ids, logprobs, ranks))
-        except Exception as error:
-            self.prompt_logprobs.append(error)
-
-    LogprobsProcessor.from_new_request = classmethod(marked)
-    LogprobsProcessor._update_prompt_logprobs = keep
-    try:
-        yield
-    finally:
-        for name, original in originals.items():
-            setattr(LogprobsProcessor, name, original)
-
-
 def _prompt(length: int, vocab_size: int) -> list[int]:
     """Ids from all over the vocabulary, for checks."""
     ids: list[int] = (np.arange(length) * 7919 % vocab_size).tolist()
     return ids
 
 
-def _from_arrays(captured: Any, columns: int) -> _Rows:
-    if not isinstance(captured, _Captured) or not captured or not all(isinstance(part, tuple) for part in captured):
-        raise TypeError(f"expected arrays, found {str(captured[:1] or captured)[:80]}")
-    ids, logprobs, ranks = (np.concatenate(parts) for parts in zip(*captured, strict=True))
-    return _checked(ids, logprobs, ranks, columns)
-
-
-def _from_flat(flat: Any, columns: int) -> _Rows:
-    # Row 0 stands for the first token, which nothing predicts, and is empty; all others have 1 + columns entries.
-    ids = np.array(flat.token_ids, dtype=np.int32).reshape(-1, columns + 1)
-    logprobs = np.array(flat.logprobs, dtype=np.float32).reshape(-1, columns + 1)
-    ranks = np.array(flat.ranks[:: columns + 1], dtype=np.int64)
-    return _checked(ids, logprobs, ranks, columns)
-
-
-def _checked(ids: NDArray[np.int32], logprobs: NDArray[np.float32], ranks: NDArray[np.int64], columns: int) -> _Rows:
-    if ids.shape != logprobs.shape or ids.shape[1:] != (columns + 1,) or ranks.shape != ids.shape[:1]:
-        raise ValueError(
-            f"vLLM returned ids {ids.shape}, logprobs {logprobs.shape}, ranks {ranks.shape} for {columns} columns"
-        )
-    return ids, logprobs, ranks
-
-
-def _scored(
-    ids: NDArray[np.int32], logprobs: NDArray[np.float32], ranks: NDArray[np.int64], request: Request
-) -> Scored:
-    """Column 0 is the token that really follows, the next ones are the most probable ids, by falling logprob.
-
-    vLLM's rank counts the ids whose logprob is at least the target's, itself included, so ids tied with the target push
-    it down. Inside the head the right rank is counted here; below the head it is vLLM's, less one, which still counts
-    tied ids as higher. In float32 ties are rare; a 16-bit head has many.
-    """
-    capture = request.capture
-    target, head = logprobs[:, 0], np.ascontiguousarray(logprobs[:, 1 : 1 + capture.top_k])
-    rank_in_head = (head > target[:, None]).sum(axis=1)
-    in_head = (target[:, None] >= head[:, -1:]).any(axis=1)
-    draws = _draws(ids, logprobs, request) if capture.samples else no_draws(head, capture)
-    return Scored(
-        ids=np.ascontiguousarray(ids[:, 1 : 1 + capture.top_k]),
-        logprobs=head,
-        head_size=draws.head_size,
-        target_ids=ids[:, 0].copy(),
-        target_logprob=target.copy(),
-        target_rank=np.where(in_head, rank_in_head, ranks - 1).astype(np.int32),
-        samples=draws.samples,
-        sample_logprobs=draws.sample_logprobs,
-        entropy=draws.entropy,
-    )
-
-
-def _draws(ids: NDArray[np.int32], logprobs: NDArray[np.float32], request: Request) -> Draws:
-    """The columns that ``pipeline.vllm_plugin`` fills: the draws of each set, and the statistics in the last."""
-    shape = (len(ids), request.capture.sets, request.capture.samples)
-    return Draws(
-        head_size=ids[:, -1].copy(),
-        samples=ids[:, 1 + request.top : -1].reshape(shape),
-        sample_logprobs=logprobs[:, 1 + request.top : -1].reshape(shape),
-        entropy=logprobs[:, -1].copy(),
-    )
-
-
-def _wrong_draws(rows: _Rows, dense: NDArray[np.float32], request: Request) -> str | None:
+def _wrong_draws(rows: Rows, dense: NDArray[np.float32], request: Request) -> str | None:
     """What is wrong with the draws in ``rows``, given the whole distributions (float32[n-1, V]), which may be reordered."""
     ids, logprobs, _ = rows
     top_ids, target_ids = ids[:, 1 : 1 + request.top], ids[:, 0]
-    draws = _draws(ids, logprobs, request)
+    draws = drawn(ids, logprobs, request)
     if (draws.head_size > request.capture.top_k).all():
         return "the engine answers without draws (it loads them as a plugin; is VLLM_PLUGINS set?)"
     # Sizes and keys follow from what this run said to the last bit, which a second run need not repeat.

