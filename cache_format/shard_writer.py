@@ -45,6 +45,8 @@ class ShardWriter:
         self._per_batch: int | None = None
         self._entries = self._draws = 0
         self.sequences = self.tokens = self.positions = 0
+        self.flushed_tokens = 0
+        """In complete record batches, which take ``flushed_bytes`` so far."""
         self._head_mass_sum = self._target_nll_sum = 0.0
 
     def append(self, sequence: CachedSequence) -> None:
@@ -79,7 +81,13 @@ class ShardWriter:
         batch = self.codec.encode(self._waiting[:rows])
         self._content.update(batch)
         self._arrow.write_batch(batch)
+        self.flushed_tokens += sum(map(len, self._waiting[:rows]))
         del self._waiting[:rows]
+
+    @property
+    def flushed_bytes(self) -> int:
+        """What has been given to the file, of complete record batches."""
+        return self._sink.size
 
     def close(self) -> dict[str, object]:
         """Completes the file on disk (fsync) and returns the fields of its ShardEntry, but for the path."""

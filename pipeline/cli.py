@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Annotated
 
@@ -37,6 +38,7 @@ def build(
     from pipeline.run import build as build_cache
 
     settings = load_config(BuildConfig, config, overrides or [])
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what stops a job in a cluster is Ctrl-C, too
     result = build_cache(settings, restart=restart)
     if result.reused:
         totals = result.manifest.statistics

@@ -195,6 +195,17 @@ class BuildConfig(_Config):
     audit: AuditConfig = AuditConfig()
     scale: ScaleConfig | None = Field(None, description="Default: one engine, in this process.")
     output: Path = Field(description="Folder of the cache.")
+    log: bool | Path = Field(
+        True,
+        description="JSON lines about the build as it runs (docs/capture.md), appended to: a file, or true for "
+        "OUTPUT.log.jsonl beside the cache's folder, or false for none.",
+    )
+
+    def log_file(self) -> Path | None:
+        """Where the log goes; None for none."""
+        if isinstance(self.log, bool):
+            return Path(f"{self.output.absolute()}.log.jsonl") if self.log else None
+        return self.log.expanduser()
 
     @model_validator(mode="after")
     def _stock_cannot_draw(self) -> Self:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import shutil
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +21,14 @@ from cache_format.configuration import describe_difference
 from cache_format.manifest import DataHash, DataIdentity, Header, TokenizerIdentity
 from cache_format.tokenizers import tokenizer_identity
 from cache_format.writer import BUILD_DIR, MANIFEST, remove_cache, writing_to
+from pipeline.behind import Pair
 from pipeline.build_audit import audit_build
 from pipeline.config import BuildConfig
+from pipeline.interruption import at_safe_points
 from pipeline.models import weights_sha256
 from pipeline.plan import Plan, write_sequences
-from pipeline.scoring import Pair, estimate_prior, score_shard, score_shards
+from pipeline.progress import Progress
+from pipeline.scoring import estimate_prior, score_shard, score_shards
 from pipeline.sequence import Sequence
 from pipeline.sources import Source, open_source
 from pipeline.teachers import open_teacher, open_tokenizer, vocab_size_of
@@ -36,6 +38,7 @@ log = logging.getLogger(__name__)
 
 _NOT_CONTENT: dict[str, Any] = {
     "output": True,
+    "log": True,
     "audit": True,
     "scale": True,
     "teacher": {"route", "batch_tokens", "tensor_parallel_size"},
@@ -214,15 +217,28 @@ def _write_shards(writer: CacheWriter, plan: Plan, config: BuildConfig) -> tuple
 
         return score_shards_on_ray(writer, plan, config, config.scale, pending)
     teacher = open_teacher(config.teacher, max_length=config.data.max_length, capture=config.store.capture())
+    tokens = sum(plan.shards[index].tokens for index in pending)
     try:
         header = plan.header(teacher.identity(), config.store.settings(teacher.vocab_size))
-        started = time.monotonic()
-        begun: dict[int, Iterator[Pair]] = {}
-        prior = None
-        if not writer.begun:
-            prior, begun[0] = estimate_prior(score_shard(teacher, writer.build_dir, 0), header.store)
-        header = writer.begin(header, prior)
-        scored = score_shards(teacher, writer, plan, pending, begun=begun)
-        return header, time.monotonic() - started, scored
+        with Progress(tokens, len(pending), bar=True, file=config.log_file()) as progress, at_safe_points():
+            progress.record(
+                "start",
+                output=str(config.output),
+                created_by=header.created_by,
+                teacher=header.teacher.model_dump(mode="json"),
+                tokens=tokens,
+                shards=len(pending),
+                shards_done=len(writer.committed),
+            )
+            begun: dict[int, Iterator[Pair]] = {}
+            prior = None
+            if not writer.begun:
+                prior, begun[0] = estimate_prior(score_shard(teacher, writer.build_dir, 0, progress), header.store)
+            header = writer.begin(header, prior)
+            score_shards(teacher, writer, plan, pending, progress=progress, begun=begun)
+        return header, progress.seconds, progress.counts.scored_tokens
+    except KeyboardInterrupt:
+        log.info("%s: %d of %d shards are done and kept", config.output, len(writer.committed), len(plan.shards))
+        raise
     finally:
         teacher.close()

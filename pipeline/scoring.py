@@ -1,47 +1,57 @@
 """Scoring planned shards: teacher -> estimator -> codec -> committed shards.
 
-Everything here works on the shards it is given, with a teacher that is open and a writer of a cache that has begun, so one
-process may do all shards of a plan, or many processes some of them each: the content is the same.
+Everything here works on the shards it is given, with a teacher that is open and a ``CacheWriter`` that has begun, so one
+process may do all shards of a plan, or many processes some of them each: what the teacher is given, and in which order,
+is decided by the shard alone.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections import deque
+import time
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 
-from tqdm import tqdm
-
-from cache_format import CachedSequence
+from cache_format import CacheWriter
 from cache_format.manifest import StoreSettings
 from cache_format.prior import TailPrior
-from cache_format.shard_writer import ShardWriter
-from cache_format.writer import CacheWorker
-from pipeline.estimator import keep, keep_nothing
+from pipeline.behind import Pair, WriterThread, kept
+from pipeline.interruption import checkpoint
 from pipeline.plan import Plan, read_sequences
-from pipeline.sequence import Scored, Sequence
-from pipeline.teachers import Teacher
-
-# A sequence with what the teacher says of it; None where nothing of it is kept, so that it was not scored.
-Pair = tuple[Sequence, Scored | None]
+from pipeline.progress import Progress
+from pipeline.sequence import Answer, Sequence
+from pipeline.teachers import Teacher, answers, bounded_groups
 
 # The prior settles within some ten thousand positions; they are held in memory until it is known.
 _PRIOR_POSITIONS = 32_768
 
-# Sequences that may wait for the codec while the engine scores on.
-_BEHIND = 64
+# Sequences are put in order of length within so many tokens; answers wait for those before them in the plan.
+_WINDOW_TOKENS = 16_384
 
 
-def score_shard(teacher: Teacher, build_dir: Path, shard: int) -> Iterator[Pair]:
+def score_shard(teacher: Teacher, build_dir: Path, shard: int, progress: Progress) -> Iterator[Pair]:
     """Each sequence of a shard with what the teacher says of it, in order. What has nothing to learn is never scored.
 
-    The shard's plan is read twice side by side, so that the engine may take as much ahead as it likes.
+    The teacher gets them by falling length within a window, so that what it batches is alike. The shard's plan is read
+    twice side by side, so that the engine may take as much ahead as it likes.
     """
-    scores = teacher.score(s for s in read_sequences(build_dir, shard) if s.loss_mask.any())
-    for sequence in read_sequences(build_dir, shard):
-        yield sequence, next(scores) if sequence.loss_mask.any() else None
+    given = (window[at] for window in _windows(build_dir, shard) for at in _by_length(window))
+    answered = answers(teacher, given)
+    for window in _windows(build_dir, shard):
+        order = iter(_by_length(window))
+        early: dict[int, Answer] = {}
+        for place, sequence in enumerate(window):
+            if not sequence.loss_mask.any():
+                progress.answered(len(sequence.input_ids), scored=False, engine_seconds=0.0)
+                yield sequence, None
+                continue
+            while place not in early:
+                started = time.monotonic()
+                at = next(order)
+                early[at] = next(answered)
+                progress.answered(len(window[at].input_ids), scored=True, engine_seconds=time.monotonic() - started)
+                checkpoint()
+            yield sequence, early.pop(place)
 
 
 def estimate_prior(pairs: Iterator[Pair], store: StoreSettings) -> tuple[TailPrior, Iterator[Pair]]:
@@ -49,75 +59,55 @@ def estimate_prior(pairs: Iterator[Pair], store: StoreSettings) -> tuple[TailPri
     first: list[Pair] = []
     positions = 0
     while positions < _PRIOR_POSITIONS and (pair := next(pairs, None)) is not None:
-        first.append(pair)
+        first.append(_read(pair))
         positions += int(pair[0].loss_mask.sum())
-    prior = TailPrior.estimate((_kept(pair, store) for pair in first), store.vocab_size)
-    return prior, itertools.chain(first, pairs)
+    prior = TailPrior.estimate((kept(pair, store) for pair in first), store.vocab_size)
+    return prior, chain(first, pairs)
 
 
 def score_shards(
     teacher: Teacher,
-    writer: CacheWorker,
+    writer: CacheWriter,
     plan: Plan,
     shards: Iterable[int],
     *,
+    progress: Progress,
     begun: Mapping[int, Iterator[Pair]] | None = None,
-) -> int:
+) -> None:
     """Scores and commits ``shards`` of the plan, which ``writer`` has not committed yet, one after the other.
 
-    begun: pairs of shards of which some have been scored already, as ``estimate_prior`` returns them.
+    progress: hears of everything done here.
+    begun:    pairs of shards of which some have been scored already, as ``estimate_prior`` returns them.
 
-    Returns the tokens of all sequences that were scored.
+    Raises whatever the teacher or the writer does, as soon as it does, and KeyboardInterrupt as
+    ``pipeline.interruption`` says.
     """
-    shards = list(shards)
-    store = writer.header().store
-    scored = 0
-    with tqdm(
-        total=sum(plan.shards[index].tokens for index in shards),
-        unit="tok",
-        unit_scale=True,
-        desc="teacher",
-        dynamic_ncols=True,
-    ) as bar:
-
-        def counted(pairs: Iterator[Pair]) -> Iterator[Pair]:
-            nonlocal scored
-            for pair in pairs:
-                bar.update(len(pair[0].input_ids))
-                scored += 0 if pair[1] is None else len(pair[0].input_ids)
-                yield pair
-
-        for index in shards:
-            pairs = (begun or {}).get(index) or score_shard(teacher, writer.build_dir, index)
-            with writer.shard(index, sequences_per_batch=plan.shards[index].sequences_per_batch) as shard:
-                _append_behind(shard, counted(pairs), store)
-            entry = writer.committed[index]
-            bar.set_postfix_str(f"{entry.bytes / max(1, entry.tokens):.1f} B/tok, shard {index + 1}/{len(plan.shards)}")
-    return scored
-
-
-def _append_behind(shard: ShardWriter, pairs: Iterator[Pair], store: StoreSettings) -> None:
-    """Appends all pairs, encoding and writing in a thread of its own, while the engine scores on.
-
-    At most _BEHIND sequences wait, so that memory stays flat where the disk is slower than the engine.
-    """
-
-    def append(pair: Pair) -> None:
-        shard.append(_kept(pair, store))
-
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="writer") as thread:
-        waiting: deque[Future[None]] = deque()
+    begun = begun or {}
+    with WriterThread(writer, plan, writer.header().store, progress) as behind:
         try:
-            for pair in pairs:
-                waiting.append(thread.submit(append, pair))
-                while waiting and (waiting[0].done() or len(waiting) > _BEHIND):
-                    waiting.popleft().result()
-            while waiting:
-                waiting.popleft().result()
-        finally:
-            thread.shutdown(cancel_futures=True)
+            for index in shards:
+                behind.begin_shard(index)
+                for pair in begun.get(index) or score_shard(teacher, writer.build_dir, index, progress):
+                    behind.append(pair)
+        except Exception:
+            # Engines in processes of their own die of the same Ctrl-C.
+            checkpoint()
+            raise
 
 
-def _kept(pair: Pair, store: StoreSettings) -> CachedSequence:
-    sequence, scored = pair
-    return keep_nothing(sequence, store) if scored is None else keep(sequence, scored, store)
+def _windows(build_dir: Path, shard: int) -> Iterator[list[Sequence]]:
+    return bounded_groups(read_sequences(build_dir, shard), _WINDOW_TOKENS)
+
+
+def _by_length(window: list[Sequence]) -> list[int]:
+    """Indices of the sequences that are scored, by falling length."""
+    scored = (at for at, sequence in enumerate(window) if sequence.loss_mask.any())
+    return sorted(scored, key=lambda at: -len(window[at].input_ids))
+
+
+def _read(pair: Pair) -> Pair:
+    sequence, answer = pair
+    if answer is None:
+        return pair
+    scored = answer.scored()
+    return sequence, Answer(answer.nbytes, lambda: scored)

@@ -33,6 +33,7 @@ from cache_format.manifest import TeacherIdentity
 from pipeline.capture import Capture
 from pipeline.config import TeacherConfig
 from pipeline.draws import first_difference
+from pipeline.interruption import checkpoint
 from pipeline.models import ResolvedModel, check_context, context_limit, is_quantised, kv_bytes_per_token, vocab_size
 from pipeline.sequence import Answer, Scored, Sequence
 from pipeline.teachers.vllm_routes import ENTRY_BYTES, Route, Rows, capturing, convert, drawn, sampling, scored_rows
@@ -298,6 +299,7 @@ class VllmTeacher:
                         waiting.append((name, len(prompt)))
                         engine.add_request(name, self._vllm.inputs.tokens_input(prompt), params)
                     if waiting and waiting[0][0] not in self._finished:
+                        checkpoint()
                         for output in engine.step():
                             self._finished[output.request_id] = output.prompt_logprobs
                 while waiting and waiting[0][0] in self._finished:

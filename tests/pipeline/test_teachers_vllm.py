@@ -205,7 +205,7 @@ def test_comparison_rejects_any_shift(
     dense = transformers_smollm2.dense_logprobs(sequence.input_ids)
     assert_same_scores(found, dense, sequence.input_ids)
     # A head's size is no more than its place in the logprobs, and here all are the same.
-    names = [field.name for field in dataclasses.fields(Scored) if field.name != "head_size"]
+    names = [field.name for field in dataclasses.fields(Scored) if field.name not in ("head_size", "positions")]
     for rolled in [*([name] for name in names), ["ids", "logprobs"], ["samples", "sample_logprobs"], names]:
         for by in (-1, 1):
             wrong = dataclasses.replace(found, **{name: np.roll(getattr(found, name), by, axis=0) for name in rolled})

@@ -1,0 +1,168 @@
+"""What is done behind the engine: reading its answers, choosing what to keep, encoding, writing, committing.
+
+All of it runs in one thread of its own, shard after shard, so that the engine never waits for a codec or a disk unless
+these are slower than it is; then it waits at a queue bounded in bytes.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from types import TracebackType
+from typing import Self
+
+from cache_format import CachedSequence, CacheWriter
+from cache_format.manifest import StoreSettings
+from pipeline.estimator import keep, keep_nothing
+from pipeline.interruption import checkpoint
+from pipeline.plan import Plan
+from pipeline.progress import Progress
+from pipeline.sequence import Answer, Sequence
+
+# A sequence with what the teacher says of it; None where nothing of it is kept, so that it was not scored.
+Pair = tuple[Sequence, Answer | None]
+
+QUEUE_BYTES = 256 << 20
+"""Answers that may wait: for a second or so of a fast engine."""
+
+_POLL_SECONDS = 0.2
+
+
+class _Abandoned(Exception):
+    """Ends the thread where the engine's side has failed or was interrupted."""
+
+
+class WriterThread:
+    """Writes the pairs of one shard after another; a context manager, which commits all of them or stops at once.
+
+    ``begin_shard`` comes before a shard's pairs. What fails in the thread is raised by the next call here.
+    """
+
+    def __init__(self, writer: CacheWriter, plan: Plan, store: StoreSettings, progress: Progress) -> None:
+        self._writer, self._plan, self._store, self._progress = writer, plan, store, progress
+        self._changed = threading.Condition()
+        # Indices of shards, each followed by its pairs; None is the end.
+        self._queue: deque[int | Pair | None] = deque()
+        self._held = 0
+        self._error: BaseException | None = None
+        self._abandoned = False
+        self._thread = threading.Thread(target=self._run, name="writer", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._changed:
+            if error is None:
+                self._queue.append(None)
+            else:
+                self._abandoned = True
+            self._changed.notify_all()
+        while self._thread.is_alive():
+            self._thread.join(_POLL_SECONDS)
+            if error is None:
+                self._abandon_if_asked()
+        if error is None:
+            self._raise_what_failed()
+
+    def begin_shard(self, index: int) -> None:
+        """What comes from now on belongs to shard ``index``; the one before is complete."""
+        self._put(index)
+
+    def append(self, pair: Pair) -> None:
+        """Hands a pair over, waiting while the queue is full."""
+        self._put(pair)
+
+    def check(self) -> None:
+        """Raises what has failed in the thread, if something has."""
+        if self._error is not None:
+            self._raise_what_failed()
+
+    def _put(self, item: int | Pair) -> None:
+        size = _size(item)
+        with self._changed:
+            # One answer larger than the whole queue must pass too.
+            while self._held and self._held + size > QUEUE_BYTES and self._error is None:
+                self._changed.wait(_POLL_SECONDS)
+                checkpoint()
+            self.check()
+            self._queue.append(item)
+            self._held += size
+            if not isinstance(item, int):
+                self._progress.counts.queued_sequences += 1
+            self._progress.counts.queued_bytes = self._held
+            self._changed.notify_all()
+
+    def _take(self) -> int | Pair | None:
+        with self._changed:
+            while not self._queue and not self._abandoned:
+                self._changed.wait()
+            if self._abandoned:
+                raise _Abandoned
+            return self._queue.popleft()
+
+    def _done(self, pair: Pair) -> None:
+        with self._changed:
+            self._held -= _size(pair)
+            self._progress.counts.queued_sequences -= 1
+            self._progress.counts.queued_bytes = self._held
+            self._changed.notify_all()
+
+    def _run(self) -> None:
+        try:
+            item = self._take()
+            while item is not None:
+                assert isinstance(item, int)
+                item = self._write_shard(item)
+        except _Abandoned:
+            pass
+        except BaseException as error:
+            with self._changed:
+                self._error = error
+                self._queue.clear()
+                self._changed.notify_all()
+
+    def _write_shard(self, index: int) -> int | None:
+        """Writes and commits a shard; returns what comes after its last pair."""
+        counts = self._progress.counts
+        tokens, size = counts.written_tokens, counts.written_bytes
+        rows = self._plan.shards[index].sequences_per_batch
+        with self._writer.shard(index, sequences_per_batch=rows) as shard:
+            while isinstance(pair := self._take(), tuple):
+                shard.append(kept(pair, self._store))
+                counts.written_tokens, counts.written_bytes = (
+                    tokens + shard.flushed_tokens,
+                    size + shard.flushed_bytes,
+                )
+                self._done(pair)
+        entry = self._writer.committed[index]
+        counts.written_tokens, counts.written_bytes = tokens + entry.tokens, size + entry.bytes
+        self._progress.committed(index, entry)
+        return pair
+
+    def _abandon_if_asked(self) -> None:
+        try:
+            checkpoint()
+        except KeyboardInterrupt:
+            with self._changed:
+                self._abandoned = True
+                self._changed.notify_all()
+            self._thread.join()
+            raise
+
+    def _raise_what_failed(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+
+def kept(pair: Pair, store: StoreSettings) -> CachedSequence:
+    """What is stored of a sequence."""
+    sequence, answer = pair
+    return keep_nothing(sequence, store) if answer is None else keep(sequence, answer.scored(), store)
+
+
+def _size(item: int | Pair) -> int:
+    return item[1].nbytes if isinstance(item, tuple) and item[1] is not None else 0

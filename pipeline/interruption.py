@@ -1,0 +1,42 @@
+"""Ctrl-C and SIGTERM while a teacher scores: they take effect at the next safe point, not in the middle of an engine's step.
+
+Whoever works in steps calls ``checkpoint`` between them. A second signal does not wait.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_asked = threading.Event()
+
+
+@contextlib.contextmanager
+def at_safe_points() -> Iterator[None]:
+    """While this is entered, in the main thread, the first signal only makes ``checkpoint`` raise KeyboardInterrupt."""
+    if threading.current_thread() is not threading.main_thread():  # the only one that may set handlers
+        yield
+        return
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if _asked.is_set():
+            raise KeyboardInterrupt
+        _asked.set()
+
+    before = [signal.signal(number, ask) for number in _SIGNALS]
+    try:
+        yield
+    finally:
+        for number, handler in zip(_SIGNALS, before, strict=True):
+            signal.signal(number, handler)
+        _asked.clear()
+
+
+def checkpoint() -> None:
+    """A safe point: raises KeyboardInterrupt if a signal has asked for it."""
+    if _asked.is_set():
+        raise KeyboardInterrupt
