@@ -65,8 +65,8 @@ class WriterThread:
             self._thread.join(_POLL_SECONDS)
             if error is None:
                 self._abandon_if_asked()
-        if error is None:
-            self._raise_what_failed()
+        if error is None and self._error is not None:
+            raise self._error
 
     def begin_shard(self, index: int) -> None:
         """What comes from now on belongs to shard ``index``; the one before is complete."""
@@ -77,9 +77,10 @@ class WriterThread:
         self._put(pair)
 
     def check(self) -> None:
-        """Raises what has failed in the thread, if something has."""
+        """A safe point; also raises what has failed in the thread, if something has."""
+        checkpoint()
         if self._error is not None:
-            self._raise_what_failed()
+            raise self._error
 
     def _put(self, item: int | Pair) -> None:
         size = _size(item)
@@ -152,10 +153,6 @@ class WriterThread:
                 self._changed.notify_all()
             self._thread.join()
             raise
-
-    def _raise_what_failed(self) -> None:
-        if self._error is not None:
-            raise self._error
 
 
 def kept(pair: Pair, store: StoreSettings) -> CachedSequence:

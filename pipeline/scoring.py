@@ -8,7 +8,7 @@ is decided by the shard alone.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
 
@@ -29,11 +29,14 @@ _PRIOR_POSITIONS = 32_768
 _WINDOW_TOKENS = 16_384
 
 
-def score_shard(teacher: Teacher, build_dir: Path, shard: int, progress: Progress) -> Iterator[Pair]:
+def score_shard(
+    teacher: Teacher, build_dir: Path, shard: int, progress: Progress, check: Callable[[], None] = checkpoint
+) -> Iterator[Pair]:
     """Each sequence of a shard with what the teacher says of it, in order. What has nothing to learn is never scored.
 
     The teacher gets them by falling length within a window, so that what it batches is alike. The shard's plan is read
-    twice side by side, so that the engine may take as much ahead as it likes.
+    twice side by side, so that the engine may take as much ahead as it likes. ``check`` is called at every answer, and
+    may raise.
     """
     given = (window[at] for window in _windows(build_dir, shard) for at in _by_length(window))
     answered = answers(teacher, given)
@@ -50,7 +53,7 @@ def score_shard(teacher: Teacher, build_dir: Path, shard: int, progress: Progres
                 at = next(order)
                 early[at] = next(answered)
                 progress.answered(len(window[at].input_ids), scored=True, engine_seconds=time.monotonic() - started)
-                checkpoint()
+                check()
             yield sequence, early.pop(place)
 
 
@@ -87,7 +90,7 @@ def score_shards(
         try:
             for index in shards:
                 behind.begin_shard(index)
-                for pair in begun.get(index) or score_shard(teacher, writer.build_dir, index, progress):
+                for pair in begun.get(index) or score_shard(teacher, writer.build_dir, index, progress, behind.check):
                     behind.append(pair)
         except Exception:
             # Engines in processes of their own die of the same Ctrl-C.
