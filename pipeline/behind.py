@@ -11,8 +11,9 @@ from collections import deque
 from types import TracebackType
 from typing import Self
 
-from cache_format import CachedSequence, CacheWriter
+from cache_format import CachedSequence
 from cache_format.manifest import StoreSettings
+from cache_format.writer import CacheWorker
 from pipeline.estimator import keep, keep_nothing
 from pipeline.interruption import checkpoint
 from pipeline.plan import Plan
@@ -33,12 +34,13 @@ class _Abandoned(Exception):
 
 
 class WriterThread:
-    """Writes the pairs of one shard after another; a context manager, which commits all of them or stops at once.
+    """Writes the pairs of one shard after another; a context manager, which commits all of them, or those that are complete if
+    the engine's side fails.
 
     ``begin_shard`` comes before a shard's pairs. What fails in the thread is raised by the next call here.
     """
 
-    def __init__(self, writer: CacheWriter, plan: Plan, store: StoreSettings, progress: Progress) -> None:
+    def __init__(self, writer: CacheWorker, plan: Plan, store: StoreSettings, progress: Progress) -> None:
         self._writer, self._plan, self._store, self._progress = writer, plan, store, progress
         self._changed = threading.Condition()
         # Indices of shards, each followed by its pairs; None is the end.
@@ -59,12 +61,13 @@ class WriterThread:
             if error is None:
                 self._queue.append(None)
             else:
+                # Shards of which everything is here are still committed.
+                complete = max((at for at, item in enumerate(self._queue) if isinstance(item, int)), default=-1)
+                while len(self._queue) > complete + 1:
+                    self._queue.pop()
                 self._abandoned = True
             self._changed.notify_all()
-        while self._thread.is_alive():
-            self._thread.join(_POLL_SECONDS)
-            if error is None:
-                self._abandon_if_asked()
+        self._thread.join()
         if error is None and self._error is not None:
             raise self._error
 
@@ -101,7 +104,7 @@ class WriterThread:
         with self._changed:
             while not self._queue and not self._abandoned:
                 self._changed.wait()
-            if self._abandoned:
+            if not self._queue:
                 raise _Abandoned
             return self._queue.popleft()
 
@@ -143,16 +146,6 @@ class WriterThread:
         counts.written_tokens, counts.written_bytes = tokens + entry.tokens, size + entry.bytes
         self._progress.committed(index, entry)
         return pair
-
-    def _abandon_if_asked(self) -> None:
-        try:
-            checkpoint()
-        except KeyboardInterrupt:
-            with self._changed:
-                self._abandoned = True
-                self._changed.notify_all()
-            self._thread.join()
-            raise
 
 
 def kept(pair: Pair, store: StoreSettings) -> CachedSequence:

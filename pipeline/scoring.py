@@ -1,8 +1,8 @@
 """Scoring planned shards: teacher -> estimator -> codec -> committed shards.
 
-Everything here works on the shards it is given, with a teacher that is open and a ``CacheWriter`` that has begun, so one
-process may do all shards of a plan, or many processes some of them each: what the teacher is given, and in which order,
-is decided by the shard alone.
+Everything here works on the shards it is given, with a teacher that is open and a ``CacheWriter`` that has begun or a
+``CacheWorker`` that has joined. So one process may do all shards of a plan, or many processes some of them each: what the
+teacher is given, and in which order, is decided by the shard alone.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
 
-from cache_format import CacheWriter
 from cache_format.manifest import StoreSettings
 from cache_format.prior import TailPrior
+from cache_format.writer import CacheWorker
 from pipeline.behind import Pair, WriterThread, kept
 from pipeline.interruption import checkpoint
 from pipeline.plan import Plan, read_sequences
@@ -70,7 +70,7 @@ def estimate_prior(pairs: Iterator[Pair], store: StoreSettings) -> tuple[TailPri
 
 def score_shards(
     teacher: Teacher,
-    writer: CacheWriter,
+    writer: CacheWorker,
     plan: Plan,
     shards: Iterable[int],
     *,
