@@ -52,7 +52,7 @@ class Progress:
     Raises UserError, on entering, where the log cannot be opened.
     """
 
-    def __init__(self, tokens: int, shards: int, *, bar: bool = False, file: Path | None = None) -> None:
+    def __init__(self, tokens: int = 0, shards: int = 0, *, bar: bool = False, file: Path | None = None) -> None:
         self.tokens, self.shards = tokens, shards
         self.counts = Counts()
         self._started = self._last = self._last_shard = time.monotonic()

@@ -30,7 +30,11 @@ _WINDOW_TOKENS = 16_384
 
 
 def score_shard(
-    teacher: Teacher, build_dir: Path, shard: int, progress: Progress, check: Callable[[], None] = checkpoint
+    teacher: Teacher,
+    build_dir: Path,
+    shard: int,
+    progress: Progress | None = None,
+    check: Callable[[], None] = checkpoint,
 ) -> Iterator[Pair]:
     """Each sequence of a shard with what the teacher says of it, in order. What has nothing to learn is never scored.
 
@@ -38,6 +42,7 @@ def score_shard(
     twice side by side, so that the engine may take as much ahead as it likes. ``check`` is called at every answer, and
     may raise.
     """
+    progress = progress or Progress()
     given = (window[at] for window in _windows(build_dir, shard) for at in _by_length(window))
     answered = answers(teacher, given)
     for window in _windows(build_dir, shard):
@@ -74,18 +79,18 @@ def score_shards(
     plan: Plan,
     shards: Iterable[int],
     *,
-    progress: Progress,
+    progress: Progress | None = None,
     begun: Mapping[int, Iterator[Pair]] | None = None,
 ) -> None:
     """Scores and commits ``shards`` of the plan, which ``writer`` has not committed yet, one after the other.
 
-    progress: hears of everything done here.
+    progress: hears of everything done here; of what ``score_shard`` does for ``begun``, if it was given the same.
     begun:    pairs of shards of which some have been scored already, as ``estimate_prior`` returns them.
 
     Raises whatever the teacher or the writer does, as soon as it does, and KeyboardInterrupt as
     ``pipeline.interruption`` says.
     """
-    begun = begun or {}
+    begun, progress = begun or {}, progress or Progress()
     with WriterThread(writer, plan, writer.header().store, progress) as behind:
         try:
             for index in shards:

@@ -72,8 +72,8 @@ def test_results_come_in_the_order_of_the_plan(planned, monkeypatch):
     monkeypatch.setattr(scoring, "_WINDOW_TOKENS", 500)
     build_dir, sequences = planned
     teacher, again = Recording(), Recording()
-    pairs = list(scoring.score_shard(teacher, build_dir, 0, Progress(1, 1)))
-    list(scoring.score_shard(again, build_dir, 0, Progress(1, 1)))
+    pairs = list(scoring.score_shard(teacher, build_dir, 0))
+    list(scoring.score_shard(again, build_dir, 0))
     assert [sequence.sequence_id for sequence, _ in pairs] == [sequence.sequence_id for sequence in sequences]
     assert teacher.given == again.given
     assert sorted(teacher.given) == sorted(s.sequence_id for s in sequences if s.loss_mask.any())
@@ -92,7 +92,7 @@ def test_windows_are_bounded(planned, monkeypatch):
     monkeypatch.setattr(scoring, "_WINDOW_TOKENS", 500)
     build_dir, sequences = planned
     teacher, most, emitted = Recording(), 0, 0
-    for sequence, answer in scoring.score_shard(teacher, build_dir, 0, Progress(1, 1)):
+    for sequence, answer in scoring.score_shard(teacher, build_dir, 0):
         emitted += len(sequence.input_ids) if answer is not None else 0
         given = sum(len(sequences[int(name[1:])].input_ids) for name in teacher.given)
         most = max(most, given - emitted)
@@ -201,13 +201,12 @@ def test_a_subset_of_shards_is_the_same_in_another_process_or_order(tmp_path):
     with CacheWriter(config.output) as writer:
         plan = run._make_plan(writer.build_dir, config, run._request(config))
         teacher = SyntheticTeacher(config.teacher, config.store.capture())
-        header = run._header(plan, teacher, config)
-        with Progress(1, 1) as progress:
-            prior, _ = scoring.estimate_prior(scoring.score_shard(teacher, writer.build_dir, 0, progress), header.store)
-            writer.begin(header, prior)
-            indices = list(range(len(plan.shards)))
-            for part in (indices[::2], indices[1::2][::-1]):
-                scoring.score_shards(teacher, writer, plan, part, progress=progress)
+        header = plan.header(teacher.identity(), config.store.settings(teacher.vocab_size))
+        prior, _ = scoring.estimate_prior(scoring.score_shard(teacher, writer.build_dir, 0), header.store)
+        writer.begin(header, prior)
+        indices = list(range(len(plan.shards)))
+        for part in (indices[::2], indices[1::2][::-1]):
+            scoring.score_shards(teacher, writer, plan, part)
         parts = writer.finish(header.with_fingerprint(), len(plan.shards))
     assert [s.content_sha256 for s in parts.shards] == [s.content_sha256 for s in whole.shards]
 
