@@ -16,8 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +28,7 @@ from format_choices import choices
 from format_curves import draw_size, draw_speed
 from format_speed import kept_per_batch, memory, on_one_core, random_access, speed
 from format_truth import Reconstruction, Truth, distances, load, of_cache, sampling_noise
+from machine import machine
 from peers_formats import QUOTED, Peer, peers
 
 from cache_format import CachedSequence, CacheReader
@@ -147,19 +146,6 @@ def save(part: str, result: Any) -> None:
     results |= {"machine": machine(), part: result}
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     print(f"{part}: {RESULTS.name}", flush=True)
-
-
-def machine() -> dict[str, Any]:
-    """What the figures were taken on."""
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    return {
-        "cpu": names[0] if names else platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "pyarrow": pa.__version__,
-        "numpy": np.__version__,
-    }
 
 
 def describe_data(truth: Truth) -> dict[str, Any]:

@@ -35,6 +35,7 @@ from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
+from machine import cpu_name
 from numpy.typing import NDArray
 
 from cache_format import CachedSequence, CacheReader, CacheWriter, LogitcaskError, verify
@@ -1229,14 +1230,6 @@ def print_table(counts: Counter[tuple[str, str]]) -> None:
     for name in [*(name for name, *_ in MUTATIONS), "all"]:
         row = [sum(n for key, n in counts.items() if name in (key[0], "all") and key[1] == each) for each in OUTCOMES]
         print(f"{name:38}" + "".join(f"{n:>{width},}" for n, width in zip(row, widths, strict=True)))
-
-
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 if __name__ == "__main__":

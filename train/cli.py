@@ -56,6 +56,9 @@ def summary(metrics: dict[str, Any]) -> str:
         teacher = metrics["teacher"].get(name)
         last = "" if teacher is None else f"{teacher:12,.4f}"
         lines.append(f"{name:16} {before[name]:12,.4f} {after[name]:12,.4f} {last}".rstrip())
+    rouge = metrics["rouge_l"]
+    if rouge["after"] is not None:
+        lines.append(f"{'rouge-l':16} {rouge['before']:12,.4f} {rouge['after']:12,.4f}")
     return "\n".join(lines)
 
 

@@ -30,6 +30,11 @@ class StudentConfig(_Config):
     revision: str | None = Field(None, description="Branch, tag or commit of a hub model.")
     tokenizer: str | None = Field(None, description="Folder or hub name. Default: that of init_from or model.")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="Of the weights that are trained.")
+    peft: dict[str, Any] | None = Field(
+        None,
+        description="Train adapters instead of all weights: fields of peft.LoraConfig, or of another kind of adapter that "
+        "peft_type names. The adapters are saved beside the merged student.",
+    )
 
     @model_validator(mode="after")
     def _one_origin(self) -> Self:
@@ -76,12 +81,21 @@ class LossTerm(BaseModel):
         return dict(self.model_extra or {})
 
 
+class AnswersConfig(_Config):
+    """Answers that the student writes to held-out prompts, compared with those in the cache by Rouge-L."""
+
+    sequences: int = Field(32, ge=1, description="From the first so many held-out sequences.")
+    max_new_tokens: int = Field(128, ge=1, description="Longest answer, and longest reference.")
+    prompt_tokens: int = Field(64, ge=1, description="Length of the prompt where a sequence has none (documents).")
+
+
 class EvaluationConfig(_Config):
     """The held-out sequences: chosen by a hash of their ids, so the same ones in every run on every machine."""
 
     held_out: float = Field(0.1, gt=0, lt=1, description="Share of the sequences that training never sees.")
     max_sequences: int | None = Field(64, ge=1, description="Evaluate on at most this many of them; null takes all.")
-    k: int = Field(5, ge=1, description="k of MOR@k and CR@k.")
+    k: int = Field(5, ge=1, description="k of MOR@k, CR@k and of the rank correlation.")
+    answers: AnswersConfig | None = Field(None, description="Let the student answer, before and after. Default: no.")
 
 
 class CacheEntry(_Config):

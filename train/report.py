@@ -29,13 +29,18 @@ _INK, _ACCENT, _SECOND, _THIRD, _QUIET = "#1f2933", "#0b6e99", "#c2571a", "#5b7f
 
 
 def write_report(
-    path: Path, metrics: dict[str, Any], log: list[dict[str, float]], examples: list[dict[str, Any]]
+    path: Path,
+    metrics: dict[str, Any],
+    log: list[dict[str, float]],
+    examples: list[dict[str, Any]],
+    answers: list[dict[str, Any]],
 ) -> None:
     """Writes the page.
 
     metrics:  the content of metrics.json.
     log:      the Trainer's log history: training records have ``loss``, evaluations ``eval_kl`` and so on, all ``step``.
     examples: held-out positions as ``train.evaluate.examples`` gives them.
+    answers:  as ``train.generation.answers`` gives them.
     """
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=select_autoescape(["html", "jinja"])
@@ -48,6 +53,7 @@ def write_report(
         held_out_chart=_held_out_chart(metrics, log),
         agreement_chart=_agreement_chart(metrics, log),
         examples=examples,
+        answers=answers,
     )
     path.write_text(page, encoding="utf-8")
 

@@ -7,6 +7,7 @@ import json
 import logging
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -19,11 +20,13 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    Trainer,
 )
 
 from cache_format.errors import ConfigError, UserError
 from cache_format.places import local_model, models_dir
 from train.config import StudentConfig
+from train.folder import ADAPTER
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +39,28 @@ def build_student(config: StudentConfig, seed: int) -> PreTrainedModel:
 
     Raises UserError where its model is not to be had, ConfigError where keep_layers or config do not describe one.
     """
+    student = _base(config, seed)
+    return student if config.peft is None else _with_adapters(student, config.peft, seed)
+
+
+def save_student(trainer: Trainer, output: Path) -> None:
+    """Saves the trained student as an ordinary model; adapters, where there are some, by themselves as well.
+
+    Merging adapters changes the student: it comes after all else that is done with it.
+    """
+    student = trainer.accelerator.unwrap_model(trainer.model)
+    merge = getattr(student, "merge_and_unload", None)
+    if merge is None:
+        trainer.save_model(str(output))
+        return
+    trainer.save_model(str(output / ADAPTER))
+    if trainer.args.should_save:
+        merge().save_pretrained(output)
+        if trainer.processing_class is not None:
+            trainer.processing_class.save_pretrained(output)
+
+
+def _base(config: StudentConfig, seed: int) -> PreTrainedModel:
     dtype = getattr(torch, config.dtype)
     if config.config is not None:
         torch.manual_seed(seed)
@@ -47,6 +72,22 @@ def build_student(config: StudentConfig, seed: int) -> PreTrainedModel:
     if config.keep_layers is None:
         return _whole(folder, dtype)
     return _from_layers(folder, config.keep_layers, dtype)
+
+
+def _with_adapters(student: PreTrainedModel, fields: dict[str, Any], seed: int) -> PreTrainedModel:
+    try:
+        from peft import get_peft_config, get_peft_model
+    except ImportError as error:
+        raise UserError("student.peft needs peft; install logitcask[peft]") from error
+
+    torch.manual_seed(seed)
+    try:
+        adapters = get_peft_config({"peft_type": "LORA", "task_type": "CAUSAL_LM", **fields})
+        return get_peft_model(student, adapters)
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise ConfigError(
+            f"student.peft does not describe adapters for {type(student).__name__}: {_line(error)}"
+        ) from error
 
 
 def load_student_tokenizer(config: StudentConfig) -> PreTrainedTokenizerBase | None:

@@ -36,6 +36,7 @@ def hostile():
     spec = importlib.util.spec_from_file_location("hostile", BENCHMARK)
     module = importlib.util.module_from_spec(spec)
     sys.modules["hostile"] = module  # where its dataclasses look for their annotations
+    sys.path.insert(0, str(BENCHMARK.parent))  # what benchmarks share lies beside them
     spec.loader.exec_module(module)
     return module
 

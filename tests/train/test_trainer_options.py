@@ -1,0 +1,159 @@
+"""What users of transformers expect to pass through: adapters, checkpoints of other runs, answers, mixed precision."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from cache_format import UserError
+from cache_format.errors import ConfigError
+from pipeline.config import BuildConfig
+from pipeline.run import build
+from train.config import TrainConfig
+from train.run import train
+
+
+@pytest.fixture(scope="session")
+def caches(tiny_llama, tmp_path_factory):
+    """Two caches of chats, as different teachers would answer: the second knows one chat more."""
+    folder = tmp_path_factory.mktemp("chats")
+    made = []
+    for number in (24, 25):
+        rows = [
+            {
+                "messages": [
+                    {"role": "user", "content": f"what is the {i}th thing that the teacher reads"},
+                    {"role": "assistant", "content": f"the {i}th thing that the student will read, and {i % 7} more"},
+                ]
+            }
+            for i in range(number)
+        ]
+        (folder / f"{number}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        config = BuildConfig.model_validate(
+            {
+                "teacher": {"model": str(tiny_llama), "backend": "transformers"},
+                "data": {"path": str(folder / f"{number}.jsonl"), "messages_field": "messages", "max_length": 200},
+                "store": {"top_k": 16},
+                "audit": {"sequences": 0},
+                "output": str(folder / f"cache-{number}"),
+            }
+        )
+        build(config)
+        made.append(str(config.output))
+    return made
+
+
+@pytest.fixture
+def config(caches, tiny_llama, tmp_path):
+    def make(**changes):
+        training = {
+            "output_dir": str(tmp_path / "run"),
+            "max_steps": 6,
+            "per_device_train_batch_size": 4,
+            "learning_rate": 3e-3,
+            "logging_steps": 1,
+            "save_steps": 2,
+            "disable_tqdm": True,
+            "use_cpu": True,
+        }
+        fields = {
+            "cache": caches[0],
+            "student": {"init_from": str(tiny_llama), "keep_layers": [1]},
+            "evaluation": {"held_out": 0.3},
+            **changes,
+            "training": {**training, **changes.get("training", {})},
+        }
+        return TrainConfig.model_validate(fields)
+
+    return make
+
+
+def test_adapters_train_and_come_out_merged(config, tiny_llama, tmp_path):
+    """The saved student is an ordinary model: the base with the saved adapters merged into it, and nothing else moved."""
+    from peft import PeftModel
+
+    student = {"model": str(tiny_llama), "peft": {"r": 4, "target_modules": ["q_proj", "v_proj"], "lora_alpha": 32}}
+    metrics, _ = train(config(student=student))
+    output = config().output_dir
+    assert metrics["after"]["kl"] < metrics["before"]["kl"] or metrics["before"]["kl"] < 0.05
+    assert 0 < metrics["student"]["trained"] < 0.1 * metrics["student"]["parameters"]
+    merged = AutoModelForCausalLM.from_pretrained(output)
+    base = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    again = PeftModel.from_pretrained(base, output / "adapter").merge_and_unload()
+    plain = AutoModelForCausalLM.from_pretrained(tiny_llama).state_dict()
+    moved = {name for name, value in merged.state_dict().items() if not torch.equal(value, plain[name])}
+    assert moved
+    assert all("q_proj" in name or "v_proj" in name for name in moved)
+    for name, value in again.state_dict().items():
+        torch.testing.assert_close(merged.state_dict()[name], value)
+    assert AutoTokenizer.from_pretrained(output).vocab_size
+
+    (output / "metrics.json").unlink()
+    shutil.rmtree(output / "checkpoint-6")
+    resumed, _ = train(config(student=student))
+    assert resumed["final_loss"] == pytest.approx(metrics["final_loss"], abs=1e-5)
+    assert resumed["after"] == pytest.approx(metrics["after"], abs=1e-5)
+
+
+def test_adapters_that_are_none_are_one_line(config, tiny_llama):
+    with pytest.raises(ConfigError, match="does not describe adapters"):
+        train(config(student={"model": str(tiny_llama), "peft": {"r": 4, "target_modules": ["nowhere"]}}))
+    with pytest.raises(ConfigError, match="does not describe adapters"):
+        train(config(student={"model": str(tiny_llama), "peft": {"rank": 4}}))
+
+
+def test_a_checkpoint_knows_its_cache(config, caches, tmp_path):
+    """Another run may go on from it on the same cache, and is refused on another, naming both."""
+    whole, _ = train(config())
+    checkpoint = config().output_dir / "checkpoint-4"
+    elsewhere = {"output_dir": str(tmp_path / "second"), "resume_from_checkpoint": str(checkpoint)}
+    with pytest.raises(UserError, match="was trained from another cache: fingerprint"):
+        train(config(cache=caches[1], training=elsewhere))
+    resumed, _ = train(config(training={**elsewhere, "output_dir": str(tmp_path / "third")}))
+    assert resumed["steps"] == 6
+    assert resumed["final_loss"] == pytest.approx(whole["final_loss"], abs=1e-5)
+    history = json.loads((tmp_path / "third" / "log.json").read_text())
+    assert sum("loss" in record and record["step"] > 4 for record in history) == 2
+    with pytest.raises(UserError, match="no complete checkpoint"):
+        train(
+            config(training={"output_dir": str(tmp_path / "fourth"), "resume_from_checkpoint": str(tmp_path / "none")})
+        )
+
+
+def test_answers_are_compared_with_those_in_the_cache(config):
+    evaluation = {"held_out": 0.3, "answers": {"sequences": 4, "max_new_tokens": 24}}
+    metrics, _ = train(config(evaluation=evaluation))
+    output = config().output_dir
+    written = json.loads((output / "answers.json").read_text())
+    assert metrics["rouge_l"]["answers"] == len(written) == 4
+    assert metrics["rouge_l"]["after"] == pytest.approx(sum(each["rouge_l"] for each in written) / 4)
+    assert all("thing that the teacher reads" in each["prompt"] for each in written)
+    assert all("thing that the student will" in each["reference"] for each in written)
+    assert "What it answers" in (output / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    "training",
+    [
+        {"bf16": True},
+        {"gradient_checkpointing": True},
+        {"optim": "sgd", "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 2},
+        {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2, "metric_for_best_model": "eval_kl"},
+    ],
+    ids=lambda training: next(iter(training)),
+)
+def test_options_of_trainer_pass_through(config, training):
+    metrics, _ = train(config(training=training))
+    assert metrics["steps"] == 6
+    assert metrics["after"]["kl"] < metrics["before"]["kl"]
+
+
+def test_adapters_with_gradient_checkpointing(config, tiny_llama):
+    student = {"model": str(tiny_llama), "peft": {"r": 4, "target_modules": ["q_proj", "v_proj"]}}
+    plain, _ = train(config(student=student, training={"max_steps": 2}))
+    again, _ = train(config(student=student, training={"max_steps": 2, "gradient_checkpointing": True}), restart=True)
+    assert again["final_loss"] == pytest.approx(plain["final_loss"], abs=1e-5)

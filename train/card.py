@@ -1,0 +1,49 @@
+"""The model card of a trained student."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+
+def model_card(metrics: dict[str, Any], output: Path) -> str:
+    """``README.md`` of the student in ``output``, from the content of metrics.json."""
+    before, after, k = metrics["before"], metrics["after"], metrics["k"]
+    losses = " + ".join(f"{weight:g} x {name}" for name, weight in metrics["losses"])
+    rows = "\n".join(
+        f"| {name} | {before[name]:.4f} | {after[name]:.4f} |"
+        for name in ("kl", "ce", "perplexity", "top1_agreement", f"mor@{k}", f"cr@{k}", f"spearman@{k}", "ece")
+    )
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- knowledge-distillation
+- logitcask
+---
+# {metrics["run"]}
+
+{metrics["student"]["architecture"]} of {metrics["student"]["parameters"]:,} parameters, distilled from {metrics["teacher"]["model"]}
+through a cache of its next-token distributions on {metrics["cache"]["source"]} (fingerprint `{metrics["cache"]["fingerprint"]}`), with
+[Logitcask](https://pypi.org/project/logitcask/): {losses}, {metrics["steps"]} steps, seed {metrics["seed"]}.
+
+On {metrics["held_out_positions"]:,} held-out positions ({metrics["kl_kind"]}):
+
+| metric | before | after |
+| --- | --- | --- |
+{rows}
+
+The teacher's own cross-entropy there is {metrics["teacher"]["ce"]:.4f} nats. `report.html` shows the curves.
+
+```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("{output}")
+```
+
+Benchmarks, with `pip install logitcask[lm-eval]`:
+
+```
+lm_eval --model hf --model_args pretrained={output} --tasks hellaswag,arc_easy,piqa --batch_size auto
+```
+"""

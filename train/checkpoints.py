@@ -1,0 +1,78 @@
+"""Which cache a checkpoint belongs to, and which checkpoint a run goes on from.
+
+The fingerprints stand inside ``trainer_state.json``, the file that Trainer writes last, so a checkpoint that is whole
+always says whose it is: optimiser states and data orders of one cache mean nothing for another.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+from cache_format.errors import UserError
+
+_STATE = "trainer_state.json"
+
+
+class CacheStamp(TrainerCallback, ExportableState):
+    """Puts the fingerprints of a run's caches into each of its checkpoints."""
+
+    def __init__(self, fingerprints: tuple[str, ...]) -> None:
+        self._fingerprints = fingerprints
+
+    def state(self) -> dict[str, Any]:
+        """What Trainer saves under this class's name in ``stateful_callbacks``."""
+        return {"args": {"fingerprints": list(self._fingerprints)}, "attributes": {}}
+
+
+def last_checkpoint(output: Path) -> Path | None:
+    """The newest checkpoint in ``output`` that was written to its end; any that was not is removed."""
+    last: tuple[int, Path] | None = None
+    for folder in output.glob("checkpoint-*"):
+        state = _state(folder)
+        if state is None:
+            shutil.rmtree(folder)
+            continue
+        last = max(last or (state["global_step"], folder), (state["global_step"], folder))
+    return last[1] if last else None
+
+
+def named_checkpoint(name: str, fingerprints: tuple[str, ...]) -> Path:
+    """The checkpoint that ``training.resume_from_checkpoint`` names, of a run on the same caches.
+
+    Raises UserError where it is none, or one of another cache.
+    """
+    folder = Path(name)
+    state = _state(folder)
+    if state is None:
+        raise UserError(
+            f"training.resume_from_checkpoint is {name}, which is no complete checkpoint (no {_STATE}); "
+            "name a checkpoint-N folder, or leave it out: a run goes on from its own last one"
+        )
+    stamp = state.get("stateful_callbacks", {}).get(CacheStamp.__name__, {}).get("args", {}).get("fingerprints")
+    if stamp is None:
+        raise UserError(f"{name} does not say which cache it was trained from; only checkpoints of train-student do")
+    if tuple(stamp) != fingerprints:
+        raise UserError(
+            f"{name} was trained from another cache: fingerprint {_short(stamp)}, this run's is {_short(fingerprints)}; "
+            "go on with that cache, or start from the checkpoint's weights with student.model"
+        )
+    return folder
+
+
+def _state(folder: Path) -> dict[str, Any] | None:
+    """The content of trainer_state.json, if the checkpoint was written to its end."""
+    try:
+        state = json.loads((folder / _STATE).read_text())
+        return state if "global_step" in state else None
+    except (OSError, ValueError):
+        return None
+
+
+def _short(fingerprints: Any) -> str:
+    return ", ".join(str(each)[:12] for each in fingerprints)

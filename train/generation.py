@@ -1,0 +1,111 @@
+"""What the student answers, beside what the cache holds as the answer: text a person can read, and Rouge-L over it.
+
+Teacher-forced metrics look at one token at a time; here the student has to live with its own. A prompt is what comes
+before the first kept token of a held-out sequence, and the reference the kept tokens that follow it: the teacher's own
+answer where the cache was made with ``data.generate``. Documents have no such border: there the first tokens are the
+prompt.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rouge_score.rouge_scorer import RougeScorer
+from tqdm import tqdm
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from cache_format import CachedSequence
+from train.config import AnswersConfig
+from train.dataset import HeldOut
+
+_BATCH = 8
+# A prompt that ends within so many tokens asks nothing: the sequence is a document.
+_LEAST_PROMPT = 4
+
+
+class Answer(NamedTuple):
+    """prompt, reference, student: text. rouge_l: F1 of the longest common subsequence of words, stemmed, 0 to 1."""
+
+    prompt: str
+    reference: str
+    student: str
+    rouge_l: float
+
+
+def answers(
+    student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: HeldOut, settings: AnswersConfig
+) -> list[Answer]:
+    """The student's greedy answers to the prompts of the first ``settings.sequences`` sequences that have one."""
+    pairs = [pair for pair in (split_at_prompt(sequence, settings) for sequence in _first(data, settings)) if pair]
+    scorer = RougeScorer(["rougeL"], use_stemmer=True)
+    found: dict[int, Answer] = {}
+    # Prompts of like length together: less padding.
+    order = sorted(range(len(pairs)), key=lambda index: len(pairs[index][0]))
+    for start in tqdm(range(0, len(order), _BATCH), desc="answer", unit="batch", leave=False, dynamic_ncols=True):
+        chosen = order[start : start + _BATCH]
+        generated = _generate(student, tokenizer, [pairs[index][0] for index in chosen], settings.max_new_tokens)
+        for index, ids in zip(chosen, generated, strict=True):
+            prompt, reference = (tokenizer.decode(part.tolist(), skip_special_tokens=True) for part in pairs[index])
+            text = tokenizer.decode(ids, skip_special_tokens=True)
+            score = scorer.score(reference, text)["rougeL"].fmeasure
+            found[index] = Answer(prompt.strip(), reference.strip(), text.strip(), score)
+    return [found[index] for index in sorted(found)]
+
+
+def mean_rouge_l(found: list[Answer]) -> float | None:
+    """Over all answers; None where there are none."""
+    return sum(answer.rouge_l for answer in found) / len(found) if found else None
+
+
+def split_at_prompt(
+    sequence: CachedSequence, settings: AnswersConfig
+) -> tuple[NDArray[np.int32], NDArray[np.int32]] | None:
+    """(prompt, reference) of a sequence, int32 ids; None where nothing follows the prompt."""
+    mask = sequence.loss_mask
+    start = int(mask.argmax())
+    if start < _LEAST_PROMPT:
+        start = settings.prompt_tokens
+        mask = np.ones_like(mask)
+    after = mask[start:]
+    length = int((~after).argmax()) if not after.all() else len(after)
+    length = min(length, settings.max_new_tokens)
+    return (sequence.input_ids[:start], sequence.input_ids[start : start + length]) if length > 0 else None
+
+
+def _first(data: HeldOut, settings: AnswersConfig) -> list[CachedSequence]:
+    return [data[index] for index in range(min(len(data), settings.sequences))]
+
+
+@torch.no_grad()
+def _generate(
+    student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[NDArray[np.int32]], new_tokens: int
+) -> list[list[int]]:
+    """Greedy continuations, without their prompts, up to and without the end token."""
+    ends = {tokenizer.eos_token_id, *_ends_of(student)} - {None}
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends, default=0)
+    longest = max(map(len, prompts))
+    input_ids = torch.full((len(prompts), longest), padding, device=student.device)
+    attention_mask = torch.zeros_like(input_ids)
+    for row, prompt in enumerate(prompts):
+        input_ids[row, longest - len(prompt) :] = torch.from_numpy(prompt).to(input_ids)
+        attention_mask[row, longest - len(prompt) :] = 1
+    config = GenerationConfig(
+        do_sample=False, max_new_tokens=new_tokens, pad_token_id=padding, eos_token_id=sorted(ends) or None
+    )
+    was_training = student.training
+    student.eval()
+    output = student.generate(input_ids=input_ids, attention_mask=attention_mask, generation_config=config)
+    student.train(was_training)
+    return [_before_end(row.tolist(), ends) for row in output[:, longest:]]
+
+
+def _ends_of(student: PreTrainedModel) -> set[int]:
+    ends: Any = getattr(student.generation_config, "eos_token_id", None)
+    return set(ends) if isinstance(ends, list) else {ends}
+
+
+def _before_end(ids: list[int], ends: set[int]) -> list[int]:
+    return next((ids[:at] for at, each in enumerate(ids) if each in ends), ids)
