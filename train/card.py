@@ -9,7 +9,7 @@ from typing import Any
 def model_card(metrics: dict[str, Any], output: Path) -> str:
     """``README.md`` of the student in ``output``, from the content of metrics.json."""
     before, after, k = metrics["before"], metrics["after"], metrics["k"]
-    losses = " + ".join(f"{weight:g} x {name}" for name, weight in metrics["losses"])
+    losses = " + ".join(f"{weight} x {name}" for name, weight in metrics["losses"])
     rows = "\n".join(
         f"| {name} | {before[name]:.4f} | {after[name]:.4f} |"
         for name in ("kl", "ce", "perplexity", "top1_agreement", f"mor@{k}", f"cr@{k}", f"spearman@{k}", "ece")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from inspect import signature
+import math
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from train.losses import LOSSES
+from train.losses import LOSSES, SPECS
 
 
 class _Config(BaseModel):
@@ -46,13 +46,54 @@ class StudentConfig(_Config):
         return self
 
 
+class WeightSchedule(_Config):
+    """A weight that moves from ``start`` to ``end`` over the first part of the training, and stays there."""
+
+    start: float = Field(ge=0, allow_inf_nan=False, description="At the first step.")
+    end: float | None = Field(
+        None, ge=0, allow_inf_nan=False, description="From the end of the move on. Default: start."
+    )
+    kind: Literal["linear", "cosine", "step", "constant"] = Field(
+        "linear", description="How it moves; `step` jumps at the end, `constant` never leaves start."
+    )
+    steps: int | None = Field(None, ge=1, description="Optimizer steps that the move takes.")
+    ratio: float | None = Field(None, gt=0, le=1, description="The same as a share of all steps. Default: 1.")
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> Self:
+        if self.steps is not None and self.ratio is not None:
+            raise ValueError("set steps or ratio, not both")
+        if self.kind == "constant" and self.end not in (None, self.start):
+            raise ValueError(f"kind is constant, but the weight is to go from {self.start:g} to {self.end:g}")
+        if self.kind != "constant" and self.end is None:
+            raise ValueError(f"kind is {self.kind}, so end is needed: where the weight goes from {self.start:g}")
+        return self
+
+    def at(self, step: int, steps: int) -> float:
+        """The weight after ``step`` of all ``steps`` optimizer steps."""
+        if self.kind == "constant" or self.end is None:
+            return self.start
+        length = self.steps if self.steps is not None else steps * (self.ratio if self.ratio is not None else 1.0)
+        done = min(1.0, step / length) if length else 1.0
+        moved = {"linear": done, "cosine": (1 - math.cos(math.pi * done)) / 2, "step": float(done >= 1)}[self.kind]
+        return self.start + (self.end - self.start) * moved
+
+    def __str__(self) -> str:
+        if self.kind == "constant" or self.end is None:
+            return f"{self.start:g}"
+        over = f"{self.steps} steps" if self.steps is not None else f"{self.ratio or 1:.0%} of the steps"
+        return f"({self.start:g} to {self.end:g}, {self.kind} over {over})"
+
+
 class LossTerm(BaseModel):
     """One term of the loss; keys beside name and weight are the loss's own options."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
     name: str
-    weight: float = Field(1.0, ge=0)
+    weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] | WeightSchedule = Field(
+        1.0, description="A number, or a schedule: {start: 0, end: 2, ratio: 0.5, kind: linear}."
+    )
     dynamic: bool = Field(
         False, description="ranking only: weigh the other teacher losses by the top-k overlap (RLKD, equation 2)."
     )
@@ -66,10 +107,10 @@ class LossTerm(BaseModel):
 
     @model_validator(mode="after")
     def _known_options(self) -> Self:
-        known = [n for n, p in signature(LOSSES[self.name]).parameters.items() if p.kind is p.KEYWORD_ONLY]
+        known = SPECS[self.name].options
         for option in self.options:
             if option not in known:
-                raise ValueError(f"{self.name} has no option {option!r}; it has {', '.join(known)}")
+                raise ValueError(f"{self.name} has no option {option!r}; it has {', '.join(known) or 'none'}")
         k = self.options.get("k", 1)
         if not isinstance(k, int) or isinstance(k, bool) or k < 1:
             raise ValueError(f"{self.name}: k is {k!r}; expected a whole number from 1")
@@ -174,7 +215,9 @@ class TrainConfig(_Config):
     cache_config: Path | None = Field(None, description="The teacher-cache config that builds it; `make` does so.")
     student: StudentConfig
     losses: list[LossTerm] = Field([LossTerm(name="forward_kl")], min_length=1)
-    ce_weight: float = Field(0.0, ge=0, description="Weight of the cross-entropy with the data's own next tokens.")
+    ce_weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] | WeightSchedule = Field(
+        0.0, description="Weight of the cross-entropy with the data's own next tokens: a number, or a schedule."
+    )
     data: DataConfig = DataConfig()
     selection: SelectionConfig = SelectionConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -219,6 +262,8 @@ class TrainConfig(_Config):
         names = [term.name for term in self.losses]
         if len(set(names)) < len(names):
             raise ValueError(f"losses are {', '.join(names)}: each may stand there once")
+        if "ce" in names and self.ce_weight != 0.0:
+            raise ValueError("ce_weight is the weight of the loss ce; set one of the two")
         dynamic = [term for term in self.losses if term.dynamic]
         if any(term.name != "ranking" for term in dynamic) or len(dynamic) > 1:
             raise ValueError("dynamic belongs to one loss, ranking")

@@ -2,49 +2,111 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-from torch.nn.functional import cross_entropy
+from typing import Any
 
-from train.config import TrainConfig
+from torch import Tensor
+
+from train.config import TrainConfig, WeightSchedule
 from train.linear import PerChunk
-from train.losses import LOSSES, SparseTeacher
-from train.metrics import top_k_overlap
+from train.losses import LOSSES, SPECS, LossState, SparseTeacher, Student
+from train.losses.ranking import top_k_overlap
+from train.losses.tails import tail_of
 
 
 class Objective:
     """``weight * loss`` summed over the config's losses, plus ``ce_weight`` times the hard-label cross-entropy.
 
+    All losses of a chunk share one ``Student``, so that a sum costs about what its dearest term does.
+
     With a dynamic ranking term (RLKD, equation 2) the other teacher losses of a position are weighted by the overlap of
     the student's and the teacher's top k there, k being the ranking's own.
+
+    Weights may follow the training, and some losses remember something from step to step. The trainer says where it is
+    (``begin``) and, for those losses, what their means were (``end``), the same on all processes.
     """
 
     def __init__(self, config: TrainConfig) -> None:
-        self.terms = config.losses
-        self.ce_weight = config.ce_weight
+        self._weights = {term.name: term.weight for term in config.losses}
+        if config.ce_weight != 0.0:
+            self._weights["ce"] = config.ce_weight
         dynamic = [term for term in config.losses if term.dynamic]
         self._overlap_k: int | None = dynamic[0].options.get("k", 5) if dynamic else None
+        self._options: dict[str, dict[str, Any]] = {name: {} for name in self._weights}
+        self._states: dict[str, LossState] = {}
+        for term in config.losses:
+            options = term.options
+            make = SPECS[term.name].state
+            if make is not None:
+                own = SPECS[term.name].state_options
+                self._states[term.name] = make(**{name: options.pop(name) for name in own if name in options})
+            self._options[term.name] = options
+        self._top_k = max([SPECS[name].top_k(options) for name, options in self._options.items()])
+        self._masses = any(SPECS[name].masses for name in self._weights)
+        self.begin(0, 1)
 
-    def weights(self) -> list[tuple[str, float]]:
-        """(name, weight) of every term, the hard-label cross-entropy as "ce"."""
-        named = [(term.name, term.weight) for term in self.terms]
-        return [*named, ("ce", self.ce_weight)] if self.ce_weight else named
+    @property
+    def stateful(self) -> list[str]:
+        """The losses whose means ``end`` wants."""
+        return list(self._states)
+
+    def begin(self, step: int, steps: int) -> None:
+        """``step`` of all ``steps`` optimizer steps have been made, and the next begins."""
+        self._now = {
+            name: weight.at(step, steps) if isinstance(weight, WeightSchedule) else weight
+            for name, weight in self._weights.items()
+        }
+
+    def end(self, means: dict[str, float], step: int, steps: int) -> None:
+        """An optimizer step has been made, the ``step``-th; ``means`` of the stateful losses over all its positions."""
+        for name, state in self._states.items():
+            state.update(means[name], step / max(1, steps))
+
+    def state_dict(self) -> dict[str, dict[str, float | None]]:
+        """What has to be the same after a checkpoint as before; empty without stateful losses. Numbers alone."""
+        return {name: state.state_dict() for name, state in self._states.items()}
+
+    def load_state_dict(self, states: dict[str, dict[str, float | None]]) -> None:
+        """Goes on from ``state_dict``."""
+        for name, state in self._states.items():
+            state.load_state_dict(states[name])
+
+    def weights(self) -> list[tuple[str, str]]:
+        """(name, weight as text) of every term, the hard-label cross-entropy as "ce"."""
+        return [
+            (name, str(weight) if isinstance(weight, WeightSchedule) else f"{weight:g}")
+            for name, weight in self._weights.items()
+        ]
 
     def per_chunk(self, teacher: SparseTeacher) -> PerChunk:
-        """The function ``train.linear.head_losses`` calls; its values are the unweighted terms, by name."""
+        """The function ``train.linear.head_losses`` calls; its values are the unweighted terms, by name.
+
+        ``teacher`` is that of the whole batch: what a loss wants to know of all its positions is found out here.
+        """
+        options = dict(self._options)
+        for name, own in self._options.items():
+            prepare, state = SPECS[name].prepare, self._states.get(name)
+            if prepare is not None:
+                options[name] = {**own, **prepare(teacher, own)}
+            if state is not None:
+                options[name] = {**own, **state.options()}
+        prior = teacher.prior is not None and any(self._uses_prior_dot(teacher, name) for name in options)
 
         def losses(logits_CV: Tensor, rows: slice) -> tuple[Tensor, dict[str, Tensor]]:
             part = teacher[rows]
-            total = logits_CV.new_zeros(len(logits_CV), dtype=part.logprobs.dtype)
-            overlap = None if self._overlap_k is None else top_k_overlap(logits_CV, part, self._overlap_k)
+            student = Student(logits_CV, part, top_k=self._top_k, prior=prior, masses=self._masses, may_overwrite=True)
+            overlap = None if self._overlap_k is None else top_k_overlap(student, part, self._overlap_k)
+            total = logits_CV.new_zeros(len(logits_CV), dtype=student.dtype)
             values = {}
-            for term in self.terms:
-                value = LOSSES[term.name](logits_CV, part, **term.options)
-                values[term.name] = value
-                weighted = value * term.weight
-                total = total + (weighted if overlap is None or term.name == "ranking" else weighted * overlap)
-            if self.ce_weight:
-                values["ce"] = cross_entropy(logits_CV.float(), part.target_ids, reduction="none")
-                total = total + self.ce_weight * values["ce"]
+            for name, weight in self._now.items():
+                values[name] = LOSSES[name](student, part, **options[name])
+                weighted = values[name] * weight
+                total = total + (weighted if overlap is None or name in ("ranking", "ce") else weighted * overlap)
             return total, values
 
         return losses
+
+    def _uses_prior_dot(self, teacher: SparseTeacher, name: str) -> bool:
+        if name not in ("forward_kl", "tail_aware"):
+            return False
+        tail = self._options[name].get("tail", "auto")
+        return tail == "prior" or (tail == "auto" and tail_of(teacher) == "prior")

@@ -77,6 +77,7 @@ class DistillationTrainer(Trainer):
         self.logits_chunk = logits_chunk
         self._sums: dict[str, Tensor] = {}
         self._positions = 0
+        self._step_sums: Tensor | None = None
         _route_forward(student, self._distil, self._gaps)
         super().__init__(
             model=student,
@@ -87,7 +88,7 @@ class DistillationTrainer(Trainer):
                 packed=data.packing, flat=data.packing and wants_flat(self.head), positions=selection.positions
             ),
             processing_class=tokenizer,
-            callbacks=[_LogWhenSaving(), _Progress(), _TellEpoch(self)],
+            callbacks=[_LogWhenSaving(), _Progress(), _TellEpoch(self), _TellObjective(self)],
         )
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
@@ -112,6 +113,10 @@ class DistillationTrainer(Trainer):
         for name, value in values.items():
             self._sums[name] = self._sums.get(name, 0) + value.sum()
         self._positions = self._positions + positions
+        if self.objective.stateful:
+            count = torch.tensor(positions, device=objective.device)
+            sums = torch.stack([*(values[name].double().sum() for name in self.objective.stateful), count.double()])
+            self._step_sums = sums if self._step_sums is None else self._step_sums + sums
         loss = objective / (num_items_in_batch if num_items_in_batch is not None else max(1, positions))
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             # DDP takes the mean of gradients over processes; the divisor above counts the positions of all of them.
@@ -253,6 +258,15 @@ class DistillationTrainer(Trainer):
             self._waited, self._last_log = 0.0, now
         super().log(logs, start_time)
 
+    def end_step(self) -> None:
+        """Tells losses that remember something their means over the positions of all processes in this optimizer step."""
+        if self._step_sums is not None:
+            *sums, count = self.accelerator.reduce(self._step_sums, "sum").tolist()
+            means = {name: total / max(1, count) for name, total in zip(self.objective.stateful, sums, strict=True)}
+            self.objective.end(means, self.state.global_step, self.state.max_steps)
+            self.state.stateful_callbacks["objective"] = self.objective.state_dict()
+            self._step_sums = None
+
     def run(self, checkpoint: str | None) -> None:
         """Trains from the start, or on from a checkpoint; ``positions`` and ``seconds`` of the log go on where it stopped."""
         self._started = self._last_log = time.monotonic()
@@ -317,6 +331,27 @@ class _TellEpoch(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._trainer.tell_epoch(kwargs["train_dataloader"])
+
+
+class _TellObjective(TrainerCallback):
+    """Tells the objective where the training is. What it remembers is part of the checkpoints' trainer_state.json."""
+
+    def __init__(self, trainer: DistillationTrainer) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if "objective" in state.stateful_callbacks:
+            self._trainer.objective.load_state_dict(state.stateful_callbacks["objective"])
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._trainer.objective.begin(state.global_step, state.max_steps)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._trainer.end_step()
 
 
 class _Progress(TrainerCallback):

@@ -146,7 +146,7 @@ def test_the_best_of_what_there_is(draw: torch.Generator) -> None:
     for teacher, tail in ((ghost, "samples"), (ghost, "prior"), (undated, "samples")):
         with pytest.raises(UserError, match="but the cache has no"):
             forward_kl(logits, teacher, tail=tail)
-    with pytest.raises(UserError, match="expected auto, samples, prior or ghost"):
+    with pytest.raises(UserError, match="expected auto, samples, prior, ghost or renormalised"):
         forward_kl(logits, ghost, tail="none")
 
 

@@ -2,18 +2,45 @@
 
 A loss is a pure function ``loss(student_logits, teacher, **options) -> float32[P]``: it sees the student's logits at P
 kept positions and what the cache stored there, and returns one value per position. It never reduces: weights, masks and
-means are the trainer's. ``LOSSES`` maps the names that configs use to the functions.
-
-    forward_kl   KL(teacher || student)                  unbiased with tail samples, else a reconstruction's or a lower bound
-    ranking      1 - Spearman over both top-k (RLKD)     exact up to ties among ids missing from the head
+means are the trainer's. ``LOSSES`` maps the names that configs use to the functions, ``SPECS`` to what they say of
+themselves; docs/losses.md is the table of both.
 """
 
 from __future__ import annotations
 
-from train.losses.base import Loss, SparseTeacher
-from train.losses.forward_kl import forward_kl
+from train.losses.adaptive import adaptive_kl, self_evolution, taid, tail_aware
+from train.losses.alpha_beta import alpha_beta
+from train.losses.base import LOSSES, SPECS, Loss, LossSpec, LossState, SparseTeacher
+from train.losses.divergences import jsd, reverse_kl, skew_kl, skew_reverse_kl, tvd
+from train.losses.forward_kl import ce, forward_kl, random_sampling
+from train.losses.pairs import bild, dpkd_token, listmle, pairwise_logistic
 from train.losses.ranking import ranking
+from train.losses.student import Student
 
-LOSSES: dict[str, Loss] = {"forward_kl": forward_kl, "ranking": ranking}
-
-__all__ = ["LOSSES", "Loss", "SparseTeacher", "forward_kl", "ranking"]
+__all__ = [
+    "LOSSES",
+    "SPECS",
+    "Loss",
+    "LossSpec",
+    "LossState",
+    "SparseTeacher",
+    "Student",
+    "adaptive_kl",
+    "alpha_beta",
+    "bild",
+    "ce",
+    "dpkd_token",
+    "forward_kl",
+    "jsd",
+    "listmle",
+    "pairwise_logistic",
+    "random_sampling",
+    "ranking",
+    "reverse_kl",
+    "self_evolution",
+    "skew_kl",
+    "skew_reverse_kl",
+    "taid",
+    "tail_aware",
+    "tvd",
+]

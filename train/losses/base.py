@@ -1,4 +1,4 @@
-"""What a loss sees of the teacher, and the shape every loss has.
+"""What a loss sees of the teacher, the shape every loss has, and what each says of itself.
 
 Shapes: P kept positions, K head entries per position (padded), V vocabulary, S tail samples (padded).
 """
@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from inspect import Parameter, signature
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -68,6 +69,116 @@ class SparseTeacher:
         share = self.tail_logprob.exp() / drawn.sum(1).clamp_min(1)
         return drawn * share.unsqueeze(1)
 
+    def known(self, ids_Pk: Tensor) -> tuple[Tensor, Tensor]:
+        """(logprobs [P, k], stored [P, k]): what the cache says of these ids, by head, target and draws.
+
+        Where it says nothing, the logprob is the highest that the id can have: that of the head's last entry, or of the
+        whole tail, whichever is lower.
+        """
+        ids, logprobs = [self.ids, self.target_ids.unsqueeze(1)], [self.logprobs, self.target_logprob.unsqueeze(1)]
+        if self.samples is not None and self.sample_logprobs is not None:
+            ids.append(self.samples)
+            logprobs.append(self.sample_logprobs)
+        match_PkE = ids_Pk.unsqueeze(2) == torch.cat(ids, 1).unsqueeze(1)
+        found_Pk = torch.where(match_PkE, torch.cat(logprobs, 1).unsqueeze(1), -torch.inf).amax(2)
+        most_P1 = torch.minimum(self.tail_logprob, self.least).unsqueeze(1)
+        stored_Pk = match_PkE.any(2)
+        return torch.where(stored_Pk, found_Pk, most_P1), stored_Pk
+
+    @property
+    def least(self) -> Tensor:
+        """float32[P]: the logprob of the last entry of each head, 0 where there is none. No id of the tail has more."""
+        return torch.where(self.ids >= 0, self.logprobs, 0.0).amin(1) if self.ids.shape[1] else self.tail_logprob * 0
+
 
 Loss = Callable[..., Tensor]
-"""``loss(student_logits [P, V], teacher, **options) -> float32[P]``, nats: a pure function, one value per position."""
+"""``loss(student_logits [P, V], teacher, **options) -> float32[P]``, nats: a pure function, one value per position.
+
+In place of the logits it takes a ``Student`` that was made of them and this teacher, which several losses can share.
+"""
+
+Exactness = Literal["exact", "unbiased", "lower", "biased"]
+"""How a value stands to the one that the teacher's whole distribution would give.
+
+exact: the same, up to the cache's rounding. unbiased: the same in the mean over fresh draws, and so is the gradient.
+lower: never above it. biased: none of these; the loss says what it is then.
+"""
+
+
+class LossState(Protocol):
+    """What a loss remembers from one optimizer step to the next; the objective owns it, the loss only sees its options."""
+
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments for the loss in this step."""
+
+    def update(self, mean: float, progress: float) -> None:
+        """After an optimizer step: the loss's mean over all positions of all processes, and the share of steps done."""
+
+    def state_dict(self) -> dict[str, float | None]: ...
+
+    def load_state_dict(self, state: dict[str, float | None]) -> None: ...
+
+
+@dataclass(frozen=True)
+class LossSpec:
+    """What a loss says of itself, for the docs, the trainer and reports.
+
+    source:       where it comes from: arXiv number, or what it is known as.
+    formula:      in one line; p teacher, q student, z its logits, y the target, K the head, m and Q the tails' masses.
+    needs:        what of the cache it uses.
+    from_head:    what it is with a head that is not everything, and nothing else.
+    from_samples: what it is with tail samples; None where it does not use them.
+    use:          when to use it.
+    tails:        values of its option ``tail``; empty where it has none.
+    needs_sample_logprobs: its use of tail samples needs their logprobs, too.
+    top_k:        how many of the student's most probable ids it looks at, by its options.
+    masses:       whether it needs the student's masses, or the logits of some ids alone.
+    state:        makes its state of the config's options, for a loss that has one.
+    prepare:      options that follow from the whole batch's teacher, for a loss that is not one of positions alone.
+    """
+
+    name: str
+    source: str
+    formula: str
+    needs: str
+    from_head: Exactness
+    from_samples: Exactness | None
+    use: str
+    tails: tuple[str, ...] = ()
+    needs_sample_logprobs: bool = False
+    top_k: Callable[[dict[str, Any]], int] = lambda options: 0
+    masses: bool = True
+    state: Callable[..., LossState] | None = None
+    prepare: Callable[[SparseTeacher, dict[str, Any]], dict[str, Any]] | None = None
+
+    @property
+    def state_options(self) -> dict[str, Any]:
+        """The options of the state alone, with their defaults."""
+        return {} if self.state is None else {name: p.default for name, p in signature(self.state).parameters.items()}
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options that a config may set, with their defaults: those of the state, then those of the function."""
+        given = set() if self.state is None else set(self.state().options())
+        arguments = signature(LOSSES[self.name]).parameters.items()
+        own = {n: p.default for n, p in arguments if p.kind is Parameter.KEYWORD_ONLY and n not in given}
+        return self.state_options | own
+
+
+LOSSES: dict[str, Loss] = {}
+"""Every loss by the name that configs use."""
+SPECS: dict[str, LossSpec] = {}
+"""What each of them says of itself."""
+
+_L = TypeVar("_L", bound=Loss)
+
+
+def loss(**description: Any) -> Callable[[_L], _L]:
+    """Enters a function into ``LOSSES`` under its own name, and its ``LossSpec`` into ``SPECS``."""
+
+    def enter(function: _L) -> _L:
+        SPECS[function.__name__] = LossSpec(name=function.__name__, **description)
+        LOSSES[function.__name__] = function
+        return function
+
+    return enter

@@ -1,39 +1,39 @@
-"""Forward KL from what a cache holds: the head, the mass of the tail, and what is known of the tail beyond that.
+"""Losses whose target is fixed: forward KL from what a cache holds, its form for random samples, and the hard labels.
 
 Dropping the tail and renormalising the head would teach the student to be over-confident. There are three ways not to:
-
-samples   draws from the tail stand for it: unbiased, and so is the gradient
-prior     the tail is spread over its ids as the cache's prior says: a full distribution, near the teacher's
-ghost     the tail is one cell of known mass: a lower bound
-
-The gradients are written by hand, because autograd would keep several more ``[P, V]`` buffers, and because in the ghost's
-``log(1 - sum q)`` it loses all digits once the student's tail is small.
-
-Shapes: P positions, K head entries (padded), S draws (padded), E = K + S, V student vocabulary.
+draws from the tail, a prior for it, or one cell of known mass (``train.losses.tails``).
 """
 
 from __future__ import annotations
-
-from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from cache_format.errors import UserError
-from train.losses.base import SparseTeacher
+from train.losses.base import SparseTeacher, loss
+from train.losses.student import Student
+from train.losses.tails import Tail, TailOption, cells, choose_tail, softened, tail_of
 
-Tail = Literal["samples", "prior", "ghost"]
+__all__ = ["Tail", "ce", "forward_kl", "random_sampling", "tail_of"]
 
-
-def tail_of(teacher: SparseTeacher) -> Tail:
-    """The best of the three that ``teacher`` allows: samples, else its prior, else the ghost."""
-    if teacher.samples is not None and (teacher.entropy is not None or teacher.sample_logprobs is not None):
-        return "samples"
-    return "ghost" if teacher.prior is None else "prior"
+_TAILS = ("samples", "prior", "ghost", "renormalised")
 
 
+@loss(
+    source="arXiv 1503.02531, T = 1",
+    formula="sum p log(p/q)",
+    needs="head; samples with entropy or logprobs, or prior, where there are any",
+    from_head="lower",
+    from_samples="unbiased",
+    use="the default: covers all that the teacher finds possible",
+    tails=_TAILS,
+)
 def forward_kl(
-    student_logits: Tensor, teacher: SparseTeacher, *, temperature: float = 1.0, tail: Tail | Literal["auto"] = "auto"
+    student_logits: Tensor | Student,
+    teacher: SparseTeacher,
+    *,
+    temperature: float = 1.0,
+    tail: TailOption = "auto",
 ) -> Tensor:
     """KL(p || q) in nats per position, with p the teacher and q = softmax(student_logits).
 
@@ -47,7 +47,8 @@ def forward_kl(
     A single value may be negative. Where the cache has the draws' logprobs but no entropy, their own share of H is
     estimated from the draws. ``prior`` is **exact for the reconstruction**, which is not the teacher. ``ghost`` is a
     **lower bound** (data processing inequality), tight where q is proportional to p outside the head. All three are
-    **exact** where the head is everything.
+    **exact** where the head is everything. ``renormalised`` compares the heads alone, both scaled up to 1, and is there
+    for comparison.
 
     Ids from ``teacher.vocab_size`` up, which the teacher cannot predict (a padded student vocabulary), have p = 0. They
     are no part of the tail, so mass put on them is always pushed down.
@@ -67,52 +68,44 @@ def forward_kl(
         UserError: a temperature other than 1 on a teacher whose tail was not stored, or one that is not positive; a
             ``tail`` that is unknown or that the cache has nothing for.
     """
-    if tail not in ("auto", "samples", "prior", "ghost"):
-        raise UserError(f"forward_kl: tail is {tail!r}, expected auto, samples, prior or ghost")
-    best = tail_of(teacher)
-    if (tail == "samples" and best != "samples") or (tail == "prior" and teacher.prior is None):
-        raise UserError(f"forward_kl: tail is {tail!r}, but the cache has no {tail} (it allows {best})")
-    if temperature != 1.0:
-        return _softened(student_logits, teacher, temperature)
-    kind = best if tail == "auto" else tail
-    if kind == "ghost":
-        loss_P: Tensor = _GhostKL.apply(  # type: ignore[no-untyped-call]
-            student_logits, teacher.ids, teacher.logprobs, teacher.tail_logprob, teacher.vocab_size
-        )
-        return loss_P
-    return (_from_samples if kind == "samples" else _from_prior)(student_logits, teacher)
+    student_logits, teacher = softened("forward_kl", student_logits, teacher, temperature)
+    kind = choose_tail("forward_kl", teacher, tail, _TAILS)
+    student = Student.of(student_logits, teacher, prior=kind == "prior")
+    if kind == "samples":
+        return _cross_entropy(student, teacher) - entropy(teacher).to(student.dtype)
+    if kind == "prior":
+        return _from_prior(student, teacher)
+    return kl_of_cells(*cells(student, teacher, renormalised=kind == "renormalised"))
 
 
-def _softened(student_logits: Tensor, teacher: SparseTeacher, temperature: float) -> Tensor:
-    if not temperature > 0:
-        raise UserError(f"forward_kl: temperature is {temperature}, expected a positive number; 1 is the default")
-    if not bool(torch.isneginf(teacher.tail_logprob).all()):
-        raise UserError(
-            f"forward_kl: temperature is {temperature}, but the cache stores {teacher.ids.shape[1]} of "
-            f"{teacher.vocab_size} ids and other temperatures need all of them; use temperature 1"
-        )
-    logprobs = torch.log_softmax(teacher.logprobs / temperature, dim=1)
-    loss_P: Tensor = _GhostKL.apply(  # type: ignore[no-untyped-call]
-        student_logits / temperature, teacher.ids, logprobs, teacher.tail_logprob, teacher.vocab_size
-    )
-    return loss_P
+def kl_of_cells(log_p: Tensor, log_q: Tensor, log_u: Tensor) -> Tensor:
+    """sum of p log(p/q) over cells: [P]. Mass on unpredictable ids shows in that q does not sum to 1."""
+    return (log_p.exp() * (log_p - log_q)).sum(1)
 
 
-def _from_samples(student_logits: Tensor, teacher: SparseTeacher) -> Tensor:
-    assert teacher.samples is not None
-    p_PK, weight_PS = teacher.logprobs.exp(), teacher.sample_weights
+def entropy(teacher: SparseTeacher) -> Tensor:
+    """float32[P], nats: the stored entropy, or an unbiased estimate of it from the draws and their logprobs."""
     if teacher.entropy is not None:
-        negentropy_P = -teacher.entropy
-    else:
-        assert teacher.sample_logprobs is not None
-        negentropy_P = _p_log_p(p_PK, teacher.logprobs) + _p_log_p(weight_PS, teacher.sample_logprobs)
-    ids_PE, weight_PE = torch.cat([teacher.ids, teacher.samples], 1), torch.cat([p_PK, weight_PS], 1)
-    ce_P: Tensor = _SparseCrossEntropy.apply(student_logits, ids_PE, weight_PE, None, None)  # type: ignore[no-untyped-call]
-    return ce_P + negentropy_P
+        return teacher.entropy
+    assert teacher.sample_logprobs is not None
+    return -_p_log_p(teacher.logprobs.exp(), teacher.logprobs) - _p_log_p(
+        teacher.sample_weights, teacher.sample_logprobs
+    )
 
 
-def _from_prior(student_logits: Tensor, teacher: SparseTeacher) -> Tensor:
+def _cross_entropy(student: Student, teacher: SparseTeacher) -> Tensor:
+    """-sum of p log q, the tail's share from the draws: [P]."""
+    p_PK, weight_PS = teacher.logprobs.exp().to(student.dtype), teacher.sample_weights.to(student.dtype)
+    # By raw logits and one lse for all, so that a row has one large sum instead of many that cancel.
+    z_PK = student.z_head.masked_fill(teacher.ids < 0, 0)
+    z_PS = student.z_samples.masked_fill(weight_PS == 0, 0)
+    total_P = p_PK.sum(1) + weight_PS.sum(1)
+    return total_P * student.lse - (p_PK * z_PK).sum(1) - (weight_PS * z_PS).sum(1)
+
+
+def _from_prior(student: Student, teacher: SparseTeacher) -> Tensor:
     assert teacher.prior is not None
+    assert student.prior_dot is not None
     prior, ids_PK = teacher.prior, teacher.ids
     p_PK, m_P = teacher.logprobs.exp(), teacher.tail_logprob.exp()
     b_PK = prior[ids_PK.clamp_min(0)].masked_fill(ids_PK < 0, 0)
@@ -122,10 +115,11 @@ def _from_prior(student_logits: Tensor, teacher: SparseTeacher) -> Tensor:
     log_b = prior.log()
     b_log_b_P = (prior * log_b).sum() - _p_log_p(b_PK, log_b[ids_PK.clamp_min(0)])
     negentropy_P = _p_log_p(p_PK, teacher.logprobs) + c_P * b_log_b_P + torch.where(m_P > 0, m_P * c_P.log(), 0)
-    ce_P: Tensor = _SparseCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        student_logits, ids_PK, p_PK - c_P.unsqueeze(1) * b_PK, prior, c_P
-    )
-    return ce_P + negentropy_P
+    weight_PK = (p_PK - c_P.unsqueeze(1) * b_PK).to(student.dtype)
+    z_PK = student.z_head.masked_fill(ids_PK < 0, 0)
+    c_P = c_P.to(student.dtype)
+    total_P = weight_PK.sum(1) + c_P * prior.sum().to(student.dtype)
+    return total_P * student.lse - (weight_PK * z_PK).sum(1) - c_P * student.prior_dot + negentropy_P.to(student.dtype)
 
 
 def _p_log_p(p: Tensor, log_p: Tensor) -> Tensor:
@@ -133,93 +127,46 @@ def _p_log_p(p: Tensor, log_p: Tensor) -> Tensor:
     return torch.where(p == 0, 0, p * log_p).sum(1)
 
 
-class _SparseCrossEntropy(torch.autograd.Function):
-    """``-sum over e of w_e log q_e  -  c * sum over v of b_v log q_v``: float32[P], for a target with few entries.
+@loss(
+    source="arXiv 2503.16870",
+    formula="-sum_K p log q - m/S sum_s log q_s",
+    needs="samples (ids alone will do), or a head that is everything",
+    from_head="biased",
+    from_samples="unbiased",
+    use="caches of draws without logprobs or entropy; the gradient of forward_kl",
+)
+def random_sampling(student_logits: Tensor | Student, teacher: SparseTeacher) -> Tensor:
+    """Cross-entropy to what was drawn from the teacher, in nats per position (RS-KD, arXiv 2503.16870).
 
-    ids [P, E] (padding: -1, weight 0; ids may repeat), weights [P, E], and optionally a dense b [V'] with scale c [P].
+    ``- sum over K of p log q  -  m/S * sum over s of log q_s``. In the paper there are only draws: 50 of them at T = 1,
+    each of weight 1/50, which is this with an empty head (``store.top_k: 0``). What a head holds needs no draws; it only
+    takes variance away. **Unbiased** for the cross-entropy -sum p log q, which is forward KL plus the teacher's entropy,
+    a constant: the gradients are the same. **Exact** where the head is everything. Without draws the tail is left out.
+
+    Args, returns: as ``forward_kl``. Raises UserError where the cache has neither draws nor whole distributions.
     """
-
-    @staticmethod
-    def forward(
-        ctx: Any, logits_PV: Tensor, ids_PE: Tensor, weight_PE: Tensor, b: Tensor | None, c_P: Tensor | None
-    ) -> Tensor:
-        dtype = torch.promote_types(logits_PV.dtype, torch.float32)
-        ids_PE, weight_PE = ids_PE.clamp_min(0), weight_PE.to(dtype)
-        lse_P = torch.logsumexp(logits_PV.to(dtype), 1)
-        total_P = weight_PE.sum(1)
-        loss_P = -(weight_PE * logits_PV.gather(1, ids_PE).to(dtype)).sum(1)
-        if b is not None and c_P is not None:
-            b, c_P = b.to(dtype), c_P.to(dtype)
-            total_P = total_P + c_P * b.sum()
-            loss_P = loss_P - c_P * (logits_PV[:, : len(b)].to(dtype) @ b)
-        ctx.save_for_backward(logits_PV, ids_PE, weight_PE, lse_P, total_P, b, c_P)
-        return loss_P + total_P * lse_P
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_P: Tensor) -> tuple[Tensor | None, ...]:
-        logits_PV, ids_PE, weight_PE, lse_P, total_P, b, c_P = ctx.saved_tensors
-        work_PV = logits_PV.to(weight_PE.dtype, copy=True)
-        work_PV.sub_(lse_P.unsqueeze(1)).exp_().mul_((grad_P * total_P).unsqueeze(1))
-        if b is not None:
-            work_PV[:, : len(b)].addr_(grad_P * c_P, b, alpha=-1)
-        work_PV.scatter_add_(1, ids_PE, -grad_P.unsqueeze(1) * weight_PE)
-        return work_PV.to(logits_PV.dtype), None, None, None, None
+    if teacher.samples is None:
+        if not bool(torch.isneginf(teacher.tail_logprob).all()):
+            raise UserError(
+                "random_sampling: the cache has no tail samples, expected some; build it with store.tail_samples above 0, "
+                "or use forward_kl"
+            )
+        none = teacher.ids[:, :0]
+        teacher = SparseTeacher(**{**vars(teacher), "samples": none, "sample_logprobs": None})
+    return _cross_entropy(Student.of(student_logits, teacher), teacher)
 
 
-def _exp_tail(logits_PV: Tensor, ids_PK: Tensor, vocab_size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """(work, shift, total): work[:, :vocab_size] is exp(logits - shift) with zeros in the head, total [P, 1] its sum.
+@loss(
+    source="the data's own next tokens",
+    formula="-log q(y)",
+    needs="nothing but the data",
+    from_head="exact",
+    from_samples="exact",
+    use="beside a teacher loss (ce_weight is the same), or alone, as the baseline",
+)
+def ce(student_logits: Tensor | Student, teacher: SparseTeacher) -> Tensor:
+    """-log q of the target: cross-entropy with hard labels, in nats per position. **Exact**; nothing of the teacher is used.
 
-    Columns from ``vocab_size`` up keep the logits as they are. ``work`` is a fresh [P, V] buffer, the only one made.
+    Args, returns: as ``forward_kl``.
     """
-    work_PV = logits_PV.to(dtype, copy=True)
-    tail = work_PV[:, :vocab_size]
-    # amin and not a plain scatter: padding has to point at some id, and +inf leaves that id's logit alone even where
-    # the same id is also a head entry.
-    out = torch.where(ids_PK < 0, torch.inf, -torch.inf).to(dtype)
-    tail.scatter_reduce_(1, ids_PK.clamp_min(0), out, "amin")
-    shift_P1 = tail.amax(1, keepdim=True)
-    shift_P1 = torch.where(torch.isneginf(shift_P1), 0, shift_P1)
-    tail.sub_(shift_P1).exp_()
-    return work_PV, shift_P1, tail.sum(1, keepdim=True)
-
-
-class _GhostKL(torch.autograd.Function):
-    """The loss and its analytic gradient; nothing of size [P, V] is kept between the two but the logits themselves."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, logits_PV: Tensor, ids_PK: Tensor, logp_PK: Tensor, log_m_P: Tensor, vocab_size: int
-    ) -> Tensor:
-        dtype = torch.promote_types(logits_PV.dtype, torch.float32)
-        logp_PK, log_m_P1 = logp_PK.to(dtype), log_m_P.to(dtype).unsqueeze(1)
-        work_PV, shift_P1, total_P1 = _exp_tail(logits_PV, ids_PK, vocab_size, dtype)
-        log_tail_P1 = total_P1.log() + shift_P1
-        z_PK = logits_PV.gather(1, ids_PK.clamp_min(0)).to(dtype)
-        z_PK = z_PK.masked_fill(ids_PK < 0, -torch.inf)
-        unpredictable_P1 = work_PV[:, vocab_size:].logsumexp(1, keepdim=True)
-        # The normaliser is summed from the cells, so log_Q below has full relative precision however small Q is.
-        lse_P1 = torch.cat([z_PK, log_tail_P1, unpredictable_P1], 1).logsumexp(1, keepdim=True)
-
-        log_p = torch.cat([logp_PK, log_m_P1], 1)
-        log_q = torch.cat([z_PK, log_tail_P1], 1) - lse_P1
-        cells = torch.where(torch.isneginf(log_p), 0, log_p.exp() * (log_p - log_q))
-        ctx.save_for_backward(logits_PV, ids_PK, log_p, log_q, lse_P1)
-        ctx.vocab_size = vocab_size
-        return cells.sum(1)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_P: Tensor) -> tuple[Tensor | None, ...]:
-        logits_PV, ids_PK, log_p, log_q, lse_P1 = ctx.saved_tensors
-        p, q, grad_P1 = log_p.exp(), log_q.exp(), grad_P.unsqueeze(1)
-        mass_P1 = p.sum(1, keepdim=True)
-        slope = grad_P1 * (mass_P1 * q - p)
-
-        work_PV, _, total_P1 = _exp_tail(logits_PV, ids_PK, ctx.vocab_size, log_p.dtype)
-        # Within the tail the slope of the ghost cell is shared out by softmax: M q - m q / Q, without dividing by Q.
-        work_PV[:, : ctx.vocab_size].mul_(torch.where(total_P1 > 0, slope[:, -1:] / total_P1, 0))
-        work_PV[:, ctx.vocab_size :].sub_(lse_P1).exp_().mul_(grad_P1 * mass_P1)
-        # Padding has p = q = 0 and so adds nothing to the id it points at.
-        work_PV.scatter_add_(1, ids_PK.clamp_min(0), slope[:, :-1])
-        return work_PV.to(logits_PV.dtype), None, None, None, None
+    return -Student.of(student_logits, teacher).log_target

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from cache_format.errors import UserError
-from train.losses.base import SparseTeacher
+from train.losses.base import SparseTeacher, loss
+from train.losses.student import Student
 
 SoftRank = Literal["sigmoid", "l2"]
 
@@ -23,8 +24,18 @@ SoftRank = Literal["sigmoid", "l2"]
 _NO_VARIANCE = 1e-6
 
 
+@loss(
+    source="arXiv 2409.12545 (RLKD)",
+    formula="1 - Cov(R_p, R_q) / (sd R_p sd R_q), R soft ranks over both top-k",
+    needs="head, several times as long as k",
+    from_head="exact",
+    from_samples=None,
+    use="beside a logits loss, with weight 2; makes the student's top tokens and their order the teacher's",
+    top_k=lambda options: options.get("k", 5),
+    masses=False,
+)
 def ranking(
-    student_logits: Tensor,
+    student_logits: Tensor | Student,
     teacher: SparseTeacher,
     *,
     k: int = 5,
@@ -71,29 +82,32 @@ def ranking(
         )
     if not strength > 0:
         raise UserError(f"ranking: strength is {strength}, expected a positive number; 1 is the default")
-    dtype = torch.promote_types(student_logits.dtype, torch.float32)
-    ids_PU, valid_PU, teacher_PU = _union(student_logits.detach(), teacher, k)
+    student = Student.of(student_logits, teacher, top_k=k, masses=False)
+    valid_PU, teacher_PU = _union(student.top_ids[:, :k], teacher, k)
     rank = _SOFT_RANKS[soft_rank]
-    student_PU = student_logits.gather(1, ids_PU.clamp_min(0)).to(dtype)
+    student_PU = torch.cat([student.z_head[:, :k], student.z_top[:, :k]], 1)
     ranks_q = rank(_sink(student_PU, valid_PU, strength), valid_PU, strength)
     with torch.no_grad():
         known_PU = valid_PU & ~torch.isneginf(teacher_PU)
-        ranks_p = rank(_sink(teacher_PU.to(dtype), known_PU, strength), valid_PU, strength)
+        ranks_p = rank(_sink(teacher_PU.to(student.dtype), known_PU, strength), valid_PU, strength)
     return _one_minus_correlation(ranks_p, ranks_q, valid_PU)
 
 
-def _union(logits_PV: Tensor, teacher: SparseTeacher, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(ids, valid, teacher logprobs), each [P, U]: both top-k, each id once; -inf where the head lacks the id."""
+def top_k_overlap(student: Student, teacher: SparseTeacher, k: int) -> Tensor:
+    """float32[P], no gradient: the share of both top-k that is the same (``train.metrics.top_k_overlap`` of a Student)."""
+    return (student.top_ids[:, :k].unsqueeze(2) == teacher.ids[:, :k].unsqueeze(1)).sum((1, 2)).float() / k
+
+
+def _union(ours_Pk: Tensor, teacher: SparseTeacher, k: int) -> tuple[Tensor, Tensor]:
+    """(valid, teacher logprobs), each [P, U], of both top-k side by side, the teacher's first.
+
+    An id counts once, so the student's are invalid where the teacher has them; -inf where the head lacks the id.
+    """
     theirs_Pk, theirs_logprob = teacher.ids[:, :k], teacher.logprobs[:, :k]
-    ours_Pk = logits_PV.topk(k, dim=1).indices
     repeated_Pk = (ours_Pk.unsqueeze(2) == theirs_Pk.unsqueeze(1)).any(2)
     stored_PkK = ours_Pk.unsqueeze(2) == teacher.ids.unsqueeze(1)
     ours_logprob = torch.where(stored_PkK, teacher.logprobs.unsqueeze(1), -torch.inf).amax(2)
-    return (
-        torch.cat([theirs_Pk, ours_Pk], 1),
-        torch.cat([theirs_Pk >= 0, ~repeated_Pk], 1),
-        torch.cat([theirs_logprob, ours_logprob], 1),
-    )
+    return torch.cat([theirs_Pk >= 0, ~repeated_Pk], 1), torch.cat([theirs_logprob, ours_logprob], 1)
 
 
 def _sink(values_PU: Tensor, known_PU: Tensor, strength: float) -> Tensor:
