@@ -1,6 +1,6 @@
 """What a training step from a cache costs, beside fine-tuning without a teacher and beside a teacher that is loaded live.
 
-    python benchmarks/train.py [--rounds N] [--steps N] [--batch N] [--length N]
+    python benchmarks/training.py [--rounds N] [--steps N] [--batch N] [--length N]
 
 All arms train the same student (some layers of SmolLM2-135M) on the same sequences with ``transformers.Trainer``'s loop:
 
@@ -11,7 +11,7 @@ live      Trainer with the teacher beside the student: forward KL over whole log
 
 Rounds are interleaved: each arm takes ``--steps`` steps and a first one that does not count, then the next arm. What is
 printed are ratios of medians. ``live`` should take longer than ``kd`` by the teacher's forward pass, which is timed inside
-it. Results go to benchmarks/results/train.json.
+it. Results go to benchmarks/results/training.json.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from train.run import open_data
 from train.student import build_student, find_model
 from train.trainer import DistillationTrainer
 
-RESULTS = Path(__file__).parent / "results" / "train.json"
+RESULTS = Path(__file__).parent / "results" / "training.json"
 LAYERS = [0, 1, 2, 10, 20, 27, 28, 29]
 TERMS = {
     "kd": {"losses": [{"name": "forward_kl"}]},
