@@ -60,16 +60,27 @@ class TokenizerIdentity(_Part):
     chat_template_sha256: str | None = None
 
 
+class GenerationIdentity(_Part):
+    """How the teacher came to write the text; ``config`` has the settings, ``sha256`` covers the text itself."""
+
+    prompts_sha256: str = Field(description="Over ids and tokens of all prompts.")
+    end_tokens: tuple[int, ...] = Field(description="Ids that end an answer, and belong to it.")
+    max_new_tokens: int | None = Field(None, description="Longest answer; null: as long as max_length allows.")
+
+
 class DataIdentity(_Part):
     """Which text, and what became of it."""
 
     source: str
     split: str
     kind: Literal["documents", "chats", "mixed"]
-    mask_policy: str = Field(description="all: every token but the first; assistant: the assistant's tokens.")
+    mask_policy: str = Field(
+        description="all: every token but the first; assistant: the assistant's; generated: what the teacher wrote."
+    )
     max_length: int
     overlong: str
     sha256: str = Field(description="Over ids, tokens and masks of all sequences in order.")
+    generation: GenerationIdentity | None = Field(None, description="Where the teacher wrote the text itself.")
     stamp: str | None = Field(
         None, description="Cheap identity of the source (sizes, times), to see at once if it changed."
     )

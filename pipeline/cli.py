@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -70,6 +71,31 @@ def inspect(
     if not -len(reader) <= sequence < len(reader):
         raise UserError(f"{cache} has sequences 0 to {len(reader) - 1}; there is no {sequence}")
     Console().print(table(reader[sequence], token_text(reader, tokenizer), top))
+
+
+@app.command()
+def generations(
+    cache: Annotated[str, typer.Argument(metavar="CACHE", help="A cache folder or fsspec URL.")],
+    out: Annotated[Path | None, typer.Option("--out", help="File to write; standard output otherwise.")] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option("--tokenizer", help="Folder or hub name, where the manifest's is not to be had.")
+    ] = None,
+) -> None:
+    """Exports what the teacher wrote (data.generate) as JSON lines: id, prompt, answer, tokens, finish."""
+    import json
+    import sys
+
+    from cache_format import CacheReader
+    from cache_format.writer import writing_to
+    from pipeline.inspection import generations as answers
+
+    rows = answers(CacheReader(cache), tokenizer)
+    with (
+        writing_to(out or Path("standard output")),
+        out.open("w", encoding="utf-8") if out else nullcontext(sys.stdout) as file,
+    ):
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 @app.command()

@@ -50,6 +50,33 @@ class TeacherConfig(_Config):
         return self.batch_tokens or (1024 if on_cpu else 8192)
 
 
+class GenerateConfig(_Config):
+    """How the teacher answers the prompts of a data set, before what it wrote is scored like any other text."""
+
+    samples: int = Field(1, ge=1, description="Answers to each prompt; sequences are called `row/sample`.")
+    temperature: float = Field(1.0, ge=0, description="Of sampling; 0: the most probable token, always.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Sample among the most probable tokens that hold this mass.")
+    max_new_tokens: int | None = Field(
+        None, ge=1, description="Longest answer, in tokens. Prompt and answer together never exceed data.max_length."
+    )
+    stop: tuple[str, ...] = Field(
+        (), description="Strings that end an answer, beside the teacher's own end-of-turn tokens."
+    )
+    include_stop: bool = Field(
+        False, description="Whether the stop string belongs to the answer; else it is cut off, in whole tokens."
+    )
+    seed: int = Field(0, description="Of sampling; each answer draws from (seed, row, sample), whatever the batch.")
+    system_prompt: str | None = Field(
+        None, description="System message put before every prompt that has none; chats and prompt_field only."
+    )
+
+    @model_validator(mode="after")
+    def _stops_are_strings(self) -> Self:
+        if not all(self.stop):
+            raise ValueError("stop holds an empty string, which would end every answer before it begins; remove it")
+        return self
+
+
 class DataConfig(_Config):
     """Which text, and how it becomes sequences."""
 
@@ -58,10 +85,18 @@ class DataConfig(_Config):
     split: str = Field("train", description="Split to read.")
     revision: str | None = Field(None, description="Branch, tag or commit of a hub data set.")
     text_field: str | None = Field(
-        None, description="Column with documents. Default: `text`, unless messages_field is set."
+        None, description="Column with documents. Default: `text`, unless another field is set."
     )
     messages_field: str | None = Field(
         None, description="Column with chats, lists of {role, content}; the loss mask covers assistant tokens only."
+    )
+    prompt_field: str | None = Field(
+        None, description="With generate: column with prompts, each the one user message of a chat."
+    )
+    generate: GenerateConfig | None = Field(
+        None,
+        description="Let the teacher write the text first: it answers prompt_field, or the end of each chat in "
+        "messages_field (an answer that is there already is replaced), or continues text_field.",
     )
     id_field: str | None = Field(None, description="Column with stable, unique ids. Default: the row number.")
     max_length: int = Field(512, ge=1, description="Longest sequence, in tokens.")
@@ -82,9 +117,38 @@ class DataConfig(_Config):
 
     @model_validator(mode="after")
     def _one_kind_of_text(self) -> Self:
-        if self.text_field and self.messages_field:
-            raise ValueError("text_field and messages_field are both set; a data set is documents or chats: set one")
+        fields = [name for name in ("text_field", "messages_field", "prompt_field") if getattr(self, name)]
+        if len(fields) > 1:
+            raise ValueError(f"{' and '.join(fields)} are both set; a data set is documents, chats or prompts: set one")
+        if self.generate is None:
+            if self.prompt_field:
+                raise ValueError("prompt_field is set, but not generate; prompts are for the teacher to answer: set it")
+            return self
+        if not fields:
+            raise ValueError(
+                "generate is set, but not what to answer; set prompt_field (a column of questions), messages_field (chats) "
+                "or text_field (texts to continue)"
+            )
+        if self.text_field and self.generate.system_prompt is not None:
+            raise ValueError("system_prompt is set, but text_field is continued as it stands; use prompt_field")
+        if (self.generate.max_new_tokens or 1) >= self.max_length:
+            raise ValueError(
+                f"max_new_tokens is {self.generate.max_new_tokens}, which leaves no room for a prompt in max_length "
+                f"{self.max_length}; raise max_length"
+            )
         return self
+
+    @property
+    def kind(self) -> Literal["documents", "chats"]:
+        """What the teacher reads."""
+        return "chats" if self.messages_field or self.prompt_field else "documents"
+
+    @property
+    def mask_policy(self) -> str:
+        """Which tokens are learnt."""
+        if self.generate is not None:
+            return "generated"
+        return "assistant" if self.messages_field else "all"
 
 
 class StoreConfig(_Config):

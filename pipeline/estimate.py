@@ -155,6 +155,11 @@ def estimate(
 
 def _sample(config: BuildConfig) -> tuple[Sample, list[Sequence]]:
     """The head of the data and its sequences."""
+    if config.data.generate is not None:
+        raise UserError(
+            "how long the teacher's answers will be is not known before it writes them, so data.generate cannot be "
+            "estimated; build a little of it (data.max_tokens=20000, another output) and look at its figures"
+        )
     source = open_source(config.data)
     rows, read, whole = _head(source)
     counters = {name: count for name, count in source.counters.items() if name != "rows_read"}

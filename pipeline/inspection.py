@@ -1,9 +1,13 @@
-"""``teacher-cache inspect``: one sequence as a table, token by token, with what the teacher expected at each."""
+"""``teacher-cache inspect``: one sequence as a table, token by token, with what the teacher expected at each.
+
+``teacher-cache generations``: what the teacher wrote, as text.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 from rich.table import Table
@@ -24,21 +28,67 @@ def token_text(cache: CacheReader, tokenizer: str | None) -> Callable[[int], str
 
     Raises UserError for a named tokenizer that is not to be had or has other ids.
     """
-    manifest = cache.manifest
-    backend = "synthetic" if manifest.teacher.backend == "synthetic" else "transformers"
     try:
-        found = open_tokenizer(TeacherConfig(model=tokenizer or manifest.tokenizer.name, backend=backend))
-    except UserError as error:
+        found = _tokenizer_of(cache, tokenizer)
+    except _NotHere as error:
         if tokenizer is not None:
             raise
         log.warning("showing ids, since the teacher's tokenizer is not here: %s", error)
         return str
+    return lambda token: repr(found.decode([token]))[1:-1] or f"<{token}>"
+
+
+class _NotHere(UserError):
+    """The tokenizer cannot be had."""
+
+
+def _tokenizer_of(cache: CacheReader, name: str | None) -> Any:
+    """Raises _NotHere where it cannot be had, UserError where it has other ids than the cache's."""
+    manifest = cache.manifest
+    backend = "synthetic" if manifest.teacher.backend == "synthetic" else "transformers"
+    name = name or manifest.tokenizer.name
+    try:
+        found = open_tokenizer(TeacherConfig(model=name, backend=backend))
+    except UserError as error:
+        raise _NotHere(str(error)) from error
     if tokenizer_identity(found, None)["vocab_sha256"] != manifest.tokenizer.vocab_sha256:
         raise UserError(
-            f"the tokenizer {tokenizer or manifest.tokenizer.name} has other ids than the one this cache was made with; "
-            "name that one with --tokenizer"
+            f"the tokenizer {name} has other ids than the one this cache was made with; name that one with --tokenizer"
         )
-    return lambda token: repr(found.decode([token]))[1:-1] or f"<{token}>"
+    return found
+
+
+def generations(cache: CacheReader, tokenizer: str | None) -> Iterator[dict[str, Any]]:
+    """Every answer of a cache whose text the teacher wrote: its id, prompt, answer, tokens, and why it ended.
+
+    ``prompt`` is what the teacher read, special tokens included; ``answer`` is what it wrote, without them. ``finish`` is
+    ``stop`` or ``length``; None where the cache no longer says what ends an answer (it was merged).
+
+    Raises UserError for a cache of other text, and where its tokenizer is not to be had.
+    """
+    data = cache.manifest.data
+    if data.mask_policy != "generated":
+        raise UserError(
+            f"{cache.path} holds no generations: its text is {data.source}'s own (loss mask: {data.mask_policy}); "
+            "only a build with data.generate lets the teacher write"
+        )
+    found = _tokenizer_of(cache, tokenizer)
+    for sequence in cache:
+        begin = int(sequence.positions[0]) + 1
+        prompt, answer = sequence.input_ids[:begin].tolist(), sequence.input_ids[begin:].tolist()
+        finish = None
+        if data.generation is not None:
+            room = data.max_length - begin
+            longest = min(room, data.generation.max_new_tokens or room)
+            ended = answer[-1] in data.generation.end_tokens or len(answer) < longest
+            finish = "stop" if ended else "length"
+        yield {
+            "id": sequence.sequence_id,
+            "prompt": found.decode(prompt),
+            "answer": found.decode(answer, skip_special_tokens=True),
+            "tokens": len(answer),
+            "finish": finish,
+        }
 
 
 def table(sequence: CachedSequence, text: Callable[[int], str], top: int) -> Table:

@@ -116,6 +116,16 @@ def vocab_size(model: ResolvedModel) -> int:
     return int(_config(model).get_text_config().vocab_size)
 
 
+def end_tokens(model: ResolvedModel) -> set[int]:
+    """Ids that end what the model says, by its generation_config.json and its config; may be empty."""
+    from transformers import GenerationConfig
+
+    named = [_config(model).get_text_config().eos_token_id]
+    with contextlib.suppress(OSError):  # it has none
+        named.append(GenerationConfig.from_pretrained(model.location, revision=model.revision).eos_token_id)
+    return {int(token) for ids in named if ids is not None for token in (ids if isinstance(ids, list) else [ids])}
+
+
 def check_context(model: ResolvedModel, max_length: int) -> None:
     """Raises UserError where the model is not made for sequences of ``max_length`` tokens."""
     limit = context_limit(model)

@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from tqdm import tqdm
 
@@ -24,14 +24,17 @@ from cache_format.writer import BUILD_DIR, MANIFEST, remove_cache, writing_to
 from pipeline.behind import Pair
 from pipeline.build_audit import audit_build
 from pipeline.config import BuildConfig
+from pipeline.generation import Generations, check_teacher, prompts_sha256
 from pipeline.interruption import at_safe_points
 from pipeline.models import weights_sha256
 from pipeline.plan import Plan, write_sequences
 from pipeline.progress import Progress
+from pipeline.prompts import Prompts
 from pipeline.scoring import estimate_prior, score_shard, score_shards
 from pipeline.sequence import Sequence
 from pipeline.sources import Source, open_source
-from pipeline.teachers import open_teacher, open_tokenizer, vocab_size_of
+from pipeline.teachers import Teacher, open_teacher, open_tokenizer, sampling_of, vocab_size_of
+from pipeline.teachers.base import Sampling
 from pipeline.tokenize import Tokenization
 
 log = logging.getLogger(__name__)
@@ -69,20 +72,53 @@ def build(config: BuildConfig, *, restart: bool = False) -> BuildResult:
         manifest = _reuse(config, request)
         return BuildResult(manifest, reused=True, seconds=0.0, tokens_scored=0)
 
-    with CacheWriter(config.output, compression_level=config.store.compression_level) as writer:
+    with (
+        CacheWriter(config.output, compression_level=config.store.compression_level) as writer,
+        _Engine(config) as engine,
+    ):
         plan = Plan.load(writer.build_dir)
         if plan is None:
-            plan = _make_plan(writer.build_dir, config, request)
+            plan = _make_plan(writer.build_dir, config, request, engine)
         elif plan.request != request:
             raise UserError(
                 f"{config.output} holds an unfinished build with other settings: "
                 f"{describe_difference(plan.request, request)}; go back to them, start afresh with --restart, "
                 "or choose another output"
             )
-        header, seconds, scored = _write_shards(writer, plan, config)
+        header, seconds, scored = _write_shards(writer, plan, config, engine)
         found = audit_build(config.output, header, writer.entries(), config.audit)
         manifest = writer.finish(header, len(plan.shards), audit=found)
     return BuildResult(manifest, reused=False, seconds=seconds, tokens_scored=scored)
+
+
+class _Engine:
+    """The teacher, started when something first needs it, and once: what it wrote it also scores."""
+
+    def __init__(self, config: BuildConfig) -> None:
+        self._config = config
+        self._teacher: Teacher | None = None
+
+    def start(self, sampling: Sampling | None = None) -> Teacher:
+        """The teacher, able to write by ``sampling`` if it is started here with one."""
+        if self._teacher is None:
+            config = self._config
+            log.info("starting the teacher: %s with %s", config.teacher.model, config.teacher.backend)
+            self._teacher = open_teacher(
+                config.teacher, max_length=config.data.max_length, capture=config.store.capture(), sampling=sampling
+            )
+        return self._teacher
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Frees the teacher, for those that come after it."""
+        if self._teacher is not None:
+            self._teacher.close()
+            self._teacher = None
 
 
 def _request(config: BuildConfig) -> dict[str, Any]:
@@ -117,12 +153,19 @@ def _reuse(config: BuildConfig, request: dict[str, Any]) -> Manifest:
         return manifest
     if source.stamp() != manifest.data.stamp:
         log.info("%s may have changed since the cache was built; comparing", config.data.path)
-        digest = DataHash()
-        for sequence in _tokenization(config).sequences(source):
-            digest.update(sequence.sequence_id, sequence.input_ids, sequence.loss_mask)
-        if digest.hexdigest() != manifest.data.sha256:
+        if _changed(manifest, config, source):
             raise UserError(f"{config.data.path} has changed since {config.output} was built; {ways_out}")
     return manifest
+
+
+def _changed(manifest: Manifest, config: BuildConfig, source: Source) -> bool:
+    """Whether the source now gives other sequences; other prompts, where the teacher wrote what came of them."""
+    if manifest.data.generation is not None:
+        return prompts_sha256(_prompts(config).prompts(source)) != manifest.data.generation.prompts_sha256
+    digest = DataHash()
+    for sequence in _tokenization(config).sequences(source):
+        digest.update(sequence.sequence_id, sequence.input_ids, sequence.loss_mask)
+    return digest.hexdigest() != manifest.data.sha256
 
 
 def _as_of_today(request: dict[str, Any], config: BuildConfig) -> dict[str, Any]:
@@ -148,6 +191,10 @@ def _tokenization(config: BuildConfig) -> Tokenization:
     return Tokenization(open_tokenizer(config.teacher), config.data, vocab_size_of(config.teacher))
 
 
+def _prompts(config: BuildConfig) -> Prompts:
+    return Prompts(open_tokenizer(config.teacher), config.data, vocab_size_of(config.teacher))
+
+
 def _check_top_k(config: BuildConfig) -> None:
     vocab_size = vocab_size_of(config.teacher)
     if config.store.top_k > vocab_size:
@@ -164,14 +211,21 @@ def _check_before_removing(config: BuildConfig) -> None:
     open_tokenizer(config.teacher)
 
 
-def _make_plan(build_dir: Path, config: BuildConfig, request: dict[str, Any]) -> Plan:
+def _make_plan(build_dir: Path, config: BuildConfig, request: dict[str, Any], engine: _Engine) -> Plan:
     _check_top_k(config)
     source: Source = open_source(config.data)
-    tokenization = _tokenization(config)
+    text: Tokenization | Generations
+    if config.data.generate is None:
+        text = _tokenization(config)
+    else:
+        prompts = _prompts(config)
+        sampling = sampling_of(config.teacher, config.data.generate, prompts.tokenizer)
+        text = Generations(prompts, config, sampling, build_dir, request)
+        text.complete(source, engine.start)
     with tqdm(unit="tok", unit_scale=True, desc="tokenise", leave=False, total=config.data.max_tokens) as bar:
 
         def counted() -> Iterator[Sequence]:
-            for sequence in tokenization.sequences(source):
+            for sequence in text.sequences(source):
                 bar.update(len(sequence.input_ids))
                 yield sequence
 
@@ -182,19 +236,20 @@ def _make_plan(build_dir: Path, config: BuildConfig, request: dict[str, Any]) ->
     plan = Plan(
         request=request,
         tokenizer=TokenizerIdentity(
-            name=config.teacher.model, **tokenizer_identity(tokenization.tokenizer, tokenization.chat_template)
+            name=config.teacher.model, **tokenizer_identity(text.tokenizer, text.chat_template)
         ),
         data=DataIdentity.model_validate(
             {
                 "source": config.data.path,
                 "split": config.data.split,
-                "kind": "chats" if config.data.messages_field else "documents",
-                "mask_policy": "assistant" if config.data.messages_field else "all",
+                "kind": config.data.kind,
+                "mask_policy": config.data.mask_policy,
                 "max_length": config.data.max_length,
                 "overlong": config.data.overlong,
                 "sha256": digest,
-                "counters": {**source.counters, **tokenization.counters},
-                "stamp": source.stamp(),
+                "counters": {**source.counters, **text.counters},
+                "stamp": text.stamp if isinstance(text, Generations) else source.stamp(),
+                "generation": text.identity() if isinstance(text, Generations) else None,
             }
         ),
         shards=shards,
@@ -204,19 +259,22 @@ def _make_plan(build_dir: Path, config: BuildConfig, request: dict[str, Any]) ->
     return plan
 
 
-def _write_shards(writer: CacheWriter, plan: Plan, config: BuildConfig) -> tuple[Header, float, int]:
+def _write_shards(writer: CacheWriter, plan: Plan, config: BuildConfig, engine: _Engine) -> tuple[Header, float, int]:
     """Scores and commits every shard that is not committed yet."""
     pending = [index for index in range(len(plan.shards)) if index not in writer.committed]
     if not pending:
         return writer.header(), 0.0, 0
     if writer.committed:
         log.info("%s: %d of %d shards are done already", config.output, len(writer.committed), len(plan.shards))
-    log.info("starting the teacher: %s with %s", config.teacher.model, config.teacher.backend)
     if config.scale is not None:
+        engine.close()  # the workers have engines of their own
+        log.info("starting the teachers: %s with %s", config.teacher.model, config.teacher.backend)
         from pipeline.scale import score_shards_on_ray
 
         return score_shards_on_ray(writer, plan, config, config.scale, pending)
-    teacher = open_teacher(config.teacher, max_length=config.data.max_length, capture=config.store.capture())
+    teacher = engine.start()
+    if config.data.generate is not None:
+        check_teacher(writer.build_dir, teacher.identity())
     tokens = sum(plan.shards[index].tokens for index in pending)
     try:
         header = plan.header(teacher.identity(), config.store.settings(teacher.vocab_size))
@@ -241,4 +299,4 @@ def _write_shards(writer: CacheWriter, plan: Plan, config: BuildConfig) -> tuple
         log.info("%s: %d of %d shards are done and kept", config.output, len(writer.committed), len(plan.shards))
         raise
     finally:
-        teacher.close()
+        engine.close()

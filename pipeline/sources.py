@@ -72,8 +72,9 @@ class Source:
         self._stamp = stamp
         self._id_field = id_field
         self._chats = config.messages_field is not None
-        self._field = config.messages_field or config.text_field or "text"
-        _check_field(config.path, columns, self._field, "messages_field" if self._chats else "text_field")
+        setting = next((name for name in ("messages_field", "prompt_field") if getattr(config, name)), "text_field")
+        self._field: str = getattr(config, setting) or "text"
+        _check_field(config.path, columns, self._field, setting)
         if id_field is not None:
             _check_field(config.path, columns, id_field, "id_field")
         self._counters: Counter[str] = Counter()

@@ -45,7 +45,7 @@ class _Rendered:
     spans: list[Span]
 
 
-class _Refused(Exception):
+class Refused(Exception):
     """The chat template raised on this chat."""
 
 
@@ -78,7 +78,7 @@ class Tokenization:
         if config.append_eos and tokenizer.eos_token_id is None:
             raise UserError("data.append_eos is set, but the tokenizer has no EOS token; leave append_eos out")
         if config.messages_field is not None:
-            self.chat_template = _template(tokenizer, config)
+            self.chat_template = template_of(tokenizer, config)
             self._offset_tokenizer = _with_whole_offsets(tokenizer)
 
     @property
@@ -96,7 +96,7 @@ class Tokenization:
         self._counters = Counter(sequences=0, tokens=0, kept_positions=0, stopped_at_max_tokens=0)
         self._refusal = ""
         used: set[int] = set()
-        for batch in _batches(rows):
+        for batch in batches(rows):
             for sequence, kinds in self._chats(batch) if self.chat_template is not None else self._documents(batch):
                 if not self._fits(sequence):
                     return
@@ -165,7 +165,7 @@ class Tokenization:
                     text, spans = self._render_marked(messages)
                 else:
                     text, spans = self._render_by_prefixes(messages, row.row_id)
-            except _Refused as refusal:
+            except Refused as refusal:
                 self._counters["refused_by_template"] += 1
                 self._refusal = self._refusal or f"{row.row_id}: {refusal}"
                 continue
@@ -187,7 +187,7 @@ class Tokenization:
                 **getattr(self.tokenizer, "special_tokens_map", {}),
             )
         except Exception as error:  # a template is a program that runs on the user's data
-            raise _Refused(" ".join(str(error).split())) from error
+            raise Refused(" ".join(str(error).split())) from error
         return texts[0], [(start, end) for start, end in spans[0]]
 
     def _render_by_prefixes(self, messages: list[dict[str, Any]], row_id: str) -> tuple[str, list[Span]]:
@@ -209,14 +209,7 @@ class Tokenization:
         return text, spans
 
     def _render(self, messages: list[dict[str, Any]], add_generation_prompt: bool = False) -> str:
-        own = {"chat_template": self.chat_template} if self._config.chat_template is not None else {}
-        try:
-            text: str = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt, **own
-            )
-        except Exception as error:  # a template is a program that runs on the user's data
-            raise _Refused(" ".join(str(error).split())) from error
-        return text
+        return render(self.tokenizer, messages, self.chat_template, add_generation_prompt=add_generation_prompt)
 
     # --- checks ---
 
@@ -233,12 +226,7 @@ class Tokenization:
         return False
 
     def _check(self, sequence: Sequence, used: set[int]) -> None:
-        largest = int(sequence.input_ids.max())
-        if largest >= self._vocab_size:
-            raise UserError(
-                f"the tokenizer gives id {largest} (sequence {sequence.sequence_id}), but the teacher knows ids below "
-                f"{self._vocab_size}; the tokenizer is not this teacher's"
-            )
+        check_ids(sequence.input_ids, self._vocab_size, f"sequence {sequence.sequence_id}")
         # Row ids are unique; only one that looks like a piece ("book/0") can meet a piece of another row ("book").
         if self._config.id_field is not None and _PIECE_LIKE.search(sequence.sequence_id):
             digest = int.from_bytes(hashlib.blake2b(sequence.sequence_id.encode(), digest_size=8).digest())
@@ -280,7 +268,7 @@ def _tokens_in(spans: list[Span], offsets: NDArray[np.int64]) -> NDArray[np.bool
     return mask
 
 
-def _batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
+def batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
     """Rows to tokenise in one call: enough for the tokenizer's threads, few enough that long documents fit."""
     batch: list[Row] = []
     characters = 0
@@ -294,8 +282,31 @@ def _batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
         yield batch
 
 
-def _template(tokenizer: Any, config: DataConfig) -> str:
-    """The text of the template in force."""
+def check_ids(input_ids: NDArray[np.int32], vocab_size: int, where: str) -> None:
+    """Raises UserError for an id that the teacher does not know."""
+    largest = int(input_ids.max())
+    if largest >= vocab_size:
+        raise UserError(
+            f"the tokenizer gives id {largest} ({where}), but the teacher knows ids below {vocab_size}; "
+            "the tokenizer is not this teacher's"
+        )
+
+
+def render(
+    tokenizer: Any, messages: list[dict[str, Any]], template: str | None, *, add_generation_prompt: bool = False
+) -> str:
+    """A chat as text. Raises Refused where the template does."""
+    try:
+        text: str = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=add_generation_prompt, chat_template=template
+        )
+    except Exception as error:  # a template is a program that runs on the user's data
+        raise Refused(" ".join(str(error).split())) from error
+    return text
+
+
+def template_of(tokenizer: Any, config: DataConfig) -> str:
+    """The text of the template in force. Raises UserError where there is none, or it cannot be read."""
     if config.chat_template is not None:
         try:
             return config.chat_template.expanduser().read_text("utf-8")
@@ -305,8 +316,9 @@ def _template(tokenizer: Any, config: DataConfig) -> str:
     if isinstance(template, dict):  # several by name, as apply_chat_template chooses
         template = template.get("default")
     if not template:
+        field = "messages_field" if config.messages_field else "prompt_field"
         raise UserError(
-            "data.messages_field is set, but the teacher's tokenizer has no chat template; set data.chat_template to a "
+            f"data.{field} is set, but the teacher's tokenizer has no chat template; set data.chat_template to a "
             "Jinja file, or use documents (data.text_field)"
         )
     return str(template)

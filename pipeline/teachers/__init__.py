@@ -11,41 +11,53 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from pipeline.capture import Capture
-from pipeline.config import TeacherConfig
-from pipeline.models import load_tokenizer, resolve_model, vocab_size
+from pipeline.config import GenerateConfig, TeacherConfig
+from pipeline.models import end_tokens, load_tokenizer, resolve_model, vocab_size
 from pipeline.sequence import Sequence
-from pipeline.teachers.base import Teacher, answers
+from pipeline.teachers.base import Generator, Prompt, Sampling, Teacher, answers
 
-__all__ = ["Teacher", "answers", "bounded_groups", "open_teacher", "open_tokenizer", "vocab_size_of"]
+__all__ = [
+    "Generator",
+    "Prompt",
+    "Sampling",
+    "Teacher",
+    "answers",
+    "bounded_groups",
+    "open_teacher",
+    "open_tokenizer",
+    "sampling_of",
+    "vocab_size_of",
+]
 
 logger = logging.getLogger(__name__)
 
 
-def open_teacher(config: TeacherConfig, *, max_length: int, capture: Capture) -> Teacher:
-    """Starts the engine that ``config`` names, ready to score.
+def open_teacher(config: TeacherConfig, *, max_length: int, capture: Capture, sampling: Sampling | None = None) -> Any:
+    """Starts the engine that ``config`` names, ready to score: a ``Teacher``; with ``sampling`` a ``Generator`` too.
 
     max_length: longest sequence that will be scored, in tokens.
     capture:    what to return at every position; ``top_k`` is at most the vocabulary's size.
+    sampling:   how it will write, if it will.
 
     Raises UserError where the model does not exist, or the engine cannot start with it or cannot draw.
     """
     if _is_synthetic(config):
         from pipeline.teachers.synthetic import SyntheticTeacher
 
-        return SyntheticTeacher(config, capture)
+        return SyntheticTeacher(config, capture, sampling)
     model = resolve_model(config.model, config.revision)
     if config.backend == "vllm":
         if importlib.util.find_spec("vllm") is not None:
             from pipeline.teachers.vllm import VllmTeacher
 
-            return VllmTeacher(config, model, max_length=max_length, capture=capture)
+            return VllmTeacher(config, model, max_length=max_length, capture=capture, sampling=sampling)
         logger.warning(
             "vLLM is not installed, so transformers scores instead: right, but slow on a GPU; "
             "install logitcask[teacher] (NVIDIA GPU) or logitcask[teacher-cpu], or set teacher.backend=transformers"
         )
     from pipeline.teachers.transformers import TransformersTeacher
 
-    return TransformersTeacher(config, model, max_length=max_length, capture=capture)
+    return TransformersTeacher(config, model, max_length=max_length, capture=capture, sampling=sampling)
 
 
 def open_tokenizer(config: TeacherConfig) -> Any:
@@ -58,6 +70,27 @@ def open_tokenizer(config: TeacherConfig) -> Any:
 
         return SyntheticTokenizer()
     return load_tokenizer(config.model, config.revision)
+
+
+def sampling_of(config: TeacherConfig, settings: GenerateConfig, tokenizer: Any) -> Sampling:
+    """How the teacher is to write: by the settings, until one of its own end tokens.
+
+    A stop string that is a special token of the tokenizer, which would not show in the text, counts as an end token.
+    """
+    ends = {tokenizer.eos_token_id} if _is_synthetic(config) else _ends_of_turns(config, tokenizer)
+    special = {str(token): index for index, token in getattr(tokenizer, "added_tokens_decoder", {}).items()}
+    ends |= {special[stop] for stop in settings.stop if stop in special}
+    return Sampling(
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        end_tokens=tuple(sorted(ends)),
+        stop=tuple(stop for stop in settings.stop if stop not in special),
+    )
+
+
+def _ends_of_turns(config: TeacherConfig, tokenizer: Any) -> set[int]:
+    named = end_tokens(resolve_model(config.model, config.revision))
+    return named | ({tokenizer.eos_token_id} - {None})
 
 
 def vocab_size_of(config: TeacherConfig) -> int:

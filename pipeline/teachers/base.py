@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
 
 from cache_format.manifest import TeacherIdentity
 from pipeline.sequence import Answer, Scored, Sequence
@@ -48,3 +52,44 @@ def answers(teacher: Teacher, sequences: Iterable[Sequence]) -> Iterator[Answer]
 def _read(scored: Scored) -> Answer:
     held = (scored.ids, scored.logprobs, scored.samples, scored.sample_logprobs)
     return Answer(sum(each.nbytes for each in held), lambda: scored)
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How answers are written. An engine is opened for one of these.
+
+    temperature: 0 takes the most probable token (lowest id or whichever of a tie the engine prefers), always.
+    top_p:       sampling is among the most probable tokens that together hold this mass.
+    end_tokens:  ids that end an answer, and belong to it.
+    stop:        strings that end an answer. An engine may stop as soon as one is complete, or later.
+    """
+
+    temperature: float
+    top_p: float
+    end_tokens: tuple[int, ...]
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Prompt:
+    """What one answer is asked for.
+
+    input_ids:  int32[n], n >= 1.
+    max_tokens: longest answer, in tokens, at least 1; the prompt and this many fit the engine's ``max_length``.
+    seed:       of this answer alone, 63 bits.
+    """
+
+    input_ids: NDArray[np.int32]
+    max_tokens: int
+    seed: int
+
+
+class Generator(Protocol):
+    """A teacher that was opened with a ``Sampling``, and so can write text too.
+
+    ``generate`` yields the ids of one answer per prompt, int32[m], 1 <= m <= ``max_tokens``, in the order given: as they
+    were sampled, the end token included where one came. An answer depends on its own prompt and seed alone, as far as
+    the engine's arithmetic does not change with the batch. Prompts are read no further ahead than a few hundred.
+    """
+
+    def generate(self, prompts: Iterable[Prompt]) -> Iterator[NDArray[np.int32]]: ...

@@ -11,6 +11,7 @@ among the ranks, of which each law has one CDF.
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Iterable, Iterator
@@ -25,10 +26,12 @@ from pipeline.capture import Capture, head_sizes
 from pipeline.config import TeacherConfig
 from pipeline.draws import KEY_IDS, Draws, entropy, fractions, mix, no_draws, padded, set_sizes
 from pipeline.sequence import Scored, Sequence
+from pipeline.teachers.base import Prompt, Sampling
 
 # Part of the teacher's identity: a change to any number it gives is a new version.
 VERSION = 1
 
+_ANSWERS_AT_ONCE = 256
 _LAWS = 16
 _MULTIPLIERS = 64
 _BOS, _EOS = 256, 257
@@ -43,8 +46,9 @@ _CHATML = (
 class SyntheticTeacher:
     """Scores with distributions that depend on the last two tokens, ``seed`` and ``vocab_size``, and nothing else."""
 
-    def __init__(self, config: TeacherConfig, capture: Capture) -> None:
+    def __init__(self, config: TeacherConfig, capture: Capture, sampling: Sampling | None = None) -> None:
         self._capture = capture
+        self._sampling = sampling
         self.vocab_size = vocab = config.vocab_size
         self._name = config.model
         self._seed = config.seed
@@ -105,6 +109,41 @@ class SyntheticTeacher:
                 entropy=draws.entropy,
             )
 
+    def generate(self, prompts: Iterable[Prompt]) -> Iterator[NDArray[np.int32]]:
+        """Answers by inverse CDF, exactly the same in any batch: token ``t`` takes the ``t``-th number of its seed."""
+        assert self._sampling is not None
+        cdf = _sampling_cdf(self._laws, self._sampling)
+        prompts = iter(prompts)
+        while group := list(itertools.islice(prompts, _ANSWERS_AT_ONCE)):
+            yield from self._answers(group, cdf, self._sampling.end_tokens)
+
+    def _answers(
+        self, group: list[Prompt], cdf: NDArray[np.float64], end_tokens: tuple[int, ...]
+    ) -> list[NDArray[np.int32]]:
+        """All answers of a group, a token of each at a time."""
+        longest = max(prompt.max_tokens for prompt in group)
+        uniforms = np.stack([np.random.Generator(np.random.Philox(prompt.seed)).random(longest) for prompt in group])
+        room = np.array([prompt.max_tokens for prompt in group])
+        last = np.array([prompt.input_ids[-1] for prompt in group], np.int64)
+        before = np.array([p.input_ids[-2] if len(p.input_ids) > 1 else self.vocab_size for p in group], np.int64)
+        answers = np.zeros((len(group), longest), np.int32)
+        length = np.zeros(len(group), np.int64)
+        going = np.arange(len(group))
+        for step in range(longest):
+            law, which, shift = self._after(last[going], before[going])
+            ranks = np.zeros(len(going), np.int64)
+            for each in np.unique(law):
+                rows = law == each
+                ranks[rows] = np.searchsorted(cdf[each], uniforms[going[rows], step], side="right")
+            ids = self._ids(ranks, which, shift)
+            answers[going, step] = ids
+            length[going] = step + 1
+            before[going], last[going] = last[going], ids
+            going = going[~np.isin(ids, end_tokens) & (step + 1 < room[going])]
+            if not len(going):
+                break
+        return [answer[:n] for answer, n in zip(answers, length, strict=True)]
+
     def dense_logprobs(self, input_ids: NDArray[np.int32]) -> NDArray[np.float64]:
         """float64[n-1, V]: the truth, nats; row ``i`` predicts token ``i + 1``."""
         law, which, shift = self._context(input_ids)
@@ -145,13 +184,30 @@ class SyntheticTeacher:
         """Law, multiplier and shift, int64[n-1] each, of every position."""
         last = input_ids[:-1].astype(np.int64)
         # No token is V: it stands for "before the first token".
-        before = np.concatenate([np.array([self.vocab_size], dtype=np.int64), last[:-1]])
+        return self._after(last, np.concatenate([np.array([self.vocab_size], dtype=np.int64), last[:-1]]))
+
+    def _after(
+        self, last: NDArray[np.int64], before: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """Law, multiplier and shift of what follows two tokens."""
         seed = np.array([self._seed % 2**64], np.uint64).view(np.int64)
         bits = mix(mix(mix(seed + last) + before)).view(np.uint64)
         law = bits % np.uint64(_LAWS)
         which = bits // np.uint64(_LAWS) % np.uint64(_MULTIPLIERS)
         shift = bits // np.uint64(_LAWS * _MULTIPLIERS) % np.uint64(self.vocab_size)
         return law.astype(np.int64), which.astype(np.int64), shift.astype(np.int64)
+
+
+def _sampling_cdf(laws: NDArray[np.float64], sampling: Sampling) -> NDArray[np.float64]:
+    """float64[laws, V]: the CDF over ranks that ``sampling`` makes of each law; its last step reaches above 1."""
+    if sampling.temperature == 0:
+        return np.full(laws.shape, 2.0)
+    probabilities = np.exp((laws - laws[:, :1]) / sampling.temperature)
+    probabilities /= probabilities.sum(axis=1, keepdims=True)
+    before = np.cumsum(probabilities, axis=1) - probabilities
+    probabilities = np.where(before < sampling.top_p, probabilities, 0)
+    cdf = np.cumsum(probabilities, axis=1)
+    return np.where(cdf >= cdf[:, -1:], 2.0, cdf / cdf[:, -1:])
 
 
 class SyntheticTokenizer:

@@ -5,6 +5,7 @@ It is also the engine where vLLM is not installed.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -20,12 +21,15 @@ from pipeline.capture import Capture
 from pipeline.config import TeacherConfig
 from pipeline.draws import KEY_IDS, no_draws
 from pipeline.draws_torch import draw, to_numpy
-from pipeline.models import ResolvedModel, check_context
+from pipeline.models import ResolvedModel, check_context, load_tokenizer
 from pipeline.sequence import Scored, Sequence
 from pipeline.teachers import bounded_groups
+from pipeline.teachers.base import Prompt, Sampling
 
 # Sequences are batched with others of like length out of this many batches' worth, which keeps padding small.
 _BATCHES_PER_GROUP = 8
+_ANSWERS_PER_GROUP = 256
+_BYTES_OF_A_CHARACTER = 4
 
 
 class TransformersTeacher:
@@ -34,9 +38,18 @@ class TransformersTeacher:
     Raises UserError, in one line with the cause, where the model cannot be loaded or is made for shorter text.
     """
 
-    def __init__(self, config: TeacherConfig, model: ResolvedModel, *, max_length: int, capture: Capture) -> None:
+    def __init__(
+        self,
+        config: TeacherConfig,
+        model: ResolvedModel,
+        *,
+        max_length: int,
+        capture: Capture,
+        sampling: Sampling | None = None,
+    ) -> None:
         self._config = config
         self._model = model
+        self._sampling = sampling
         self._capture = capture
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._step_tokens = config.step_tokens(on_cpu=self._device.type == "cpu")
@@ -83,6 +96,47 @@ class TransformersTeacher:
             for index in range(len(group)):
                 yield scored.pop(index)
 
+    def generate(self, prompts: Iterable[Prompt]) -> Iterator[NDArray[np.int32]]:
+        """Answers in batches of prompts of like length. Each answer draws from a generator of its own."""
+        assert self._sampling is not None
+        tokenizer = load_tokenizer(self._config.model, self._config.revision) if self._sampling.stop else None
+        prompts = iter(prompts)
+        while group := list(itertools.islice(prompts, _ANSWERS_PER_GROUP)):
+            answers: dict[int, NDArray[np.int32]] = {}
+            by_length = sorted(range(len(group)), key=lambda index: -len(group[index].input_ids))
+            while by_length:
+                first = group[by_length[0]]
+                rows = max(1, self._step_tokens // (len(first.input_ids) + first.max_tokens))
+                batch, by_length = by_length[:rows], by_length[rows:]
+                written = self._write([group[index] for index in batch], self._sampling, tokenizer)
+                answers.update(zip(batch, written, strict=True))
+            for index in range(len(group)):
+                yield answers.pop(index)
+
+    @torch.inference_mode()
+    def _write(self, batch: list[Prompt], sampling: Sampling, tokenizer: Any) -> list[NDArray[np.int32]]:
+        """One answer per prompt. Padding goes to the left, so that all answers begin in one column."""
+        width = max(len(prompt.input_ids) for prompt in batch)
+        input_ids = torch.zeros((len(batch), width), dtype=torch.int64)
+        attention_mask = torch.zeros((len(batch), width), dtype=torch.int64)
+        for row, prompt in enumerate(batch):
+            input_ids[row, width - len(prompt.input_ids) :] = torch.from_numpy(prompt.input_ids.astype(np.int64))
+            attention_mask[row, width - len(prompt.input_ids) :] = 1
+        # The model's own defaults (penalties, a temperature) are none of ours.
+        self._lm.generation_config = transformers.GenerationConfig(
+            do_sample=False, pad_token_id=0, eos_token_id=list(sampling.end_tokens) or None
+        )
+        ends = _Ends(width, [prompt.max_tokens for prompt in batch], sampling.stop, tokenizer)
+        out = self._lm.generate(
+            input_ids=input_ids.to(self._device),
+            attention_mask=attention_mask.to(self._device),
+            max_new_tokens=max(prompt.max_tokens for prompt in batch),
+            logits_processor=_processors(sampling, [prompt.seed for prompt in batch]),
+            stopping_criteria=transformers.StoppingCriteriaList([ends]),
+        )[:, width:]
+        rows = zip(out.to(torch.int32).cpu().numpy(), ends.lengths, strict=True)
+        return [_until_end(ids[:length], sampling.end_tokens) for ids, length in rows]
+
     def dense_logprobs(self, input_ids: NDArray[np.int32]) -> NDArray[np.float32]:
         """float32[n-1, V]: the whole distribution, nats; row ``i`` predicts token ``i + 1``."""
         return next(self._logprobs([input_ids])).cpu().numpy()
@@ -114,6 +168,61 @@ class TransformersTeacher:
         logits = self._lm(**inputs, use_cache=False).logits
         for row, ids in enumerate(batch):
             yield logits[row, : len(ids) - 1].float().log_softmax(dim=-1)
+
+
+class _Noise(transformers.LogitsProcessor):
+    """Turns the greedy choice that follows into a draw: the argmax of logits and Gumbel noise is one.
+
+    Each row has a generator of its own, which transformers' sampling does not offer, so that an answer does not depend on
+    the batch that it is written in.
+    """
+
+    def __init__(self, seeds: list[int]) -> None:
+        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        exponential = torch.empty(scores.shape, dtype=torch.float32)
+        for row, generator in zip(exponential, self._generators, strict=True):
+            row.exponential_(generator=generator)
+        return scores.float() - exponential.log().to(scores.device)
+
+
+class _Ends(transformers.StoppingCriteria):
+    """Ends each row at its own ``max_tokens``, or once a stop string is complete; ``lengths`` says where that was."""
+
+    def __init__(self, width: int, max_tokens: list[int], stop: tuple[str, ...], tokenizer: Any) -> None:
+        self._width = width
+        self._stop = stop
+        self._tokenizer = tokenizer
+        self._reach = max(map(len, stop), default=0) + _BYTES_OF_A_CHARACTER
+        self.lengths = list(max_tokens)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
+        length = input_ids.shape[1] - self._width
+        for row, limit in enumerate(self.lengths):
+            if self._stop and length <= limit and self._stopped(input_ids[row, self._width :][-self._reach :]):
+                self.lengths[row] = length
+        return torch.tensor([length >= limit for limit in self.lengths], device=input_ids.device)
+
+    def _stopped(self, ids: Tensor) -> bool:
+        text = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return any(stop in text for stop in self._stop)
+
+
+def _processors(sampling: Sampling, seeds: list[int]) -> Any:
+    processors = transformers.LogitsProcessorList()
+    if sampling.temperature > 0:
+        processors.append(transformers.TemperatureLogitsWarper(sampling.temperature))
+        if sampling.top_p < 1:
+            processors.append(transformers.TopPLogitsWarper(sampling.top_p))
+        processors.append(_Noise(seeds))
+    return processors
+
+
+def _until_end(ids: NDArray[np.int32], end_tokens: tuple[int, ...]) -> NDArray[np.int32]:
+    """Without what pads a row behind its end token."""
+    ended = np.flatnonzero(np.isin(ids, end_tokens))
+    return ids[: ended[0] + 1] if len(ended) else ids
 
 
 def _summarise(logprobs: Tensor, input_ids: NDArray[np.int32], capture: Capture) -> Scored:

@@ -36,7 +36,9 @@ from pipeline.draws import first_difference
 from pipeline.interruption import checkpoint
 from pipeline.models import ResolvedModel, check_context, context_limit, is_quantised, kv_bytes_per_token, vocab_size
 from pipeline.sequence import Answer, Scored, Sequence
+from pipeline.teachers.base import Prompt, Sampling
 from pipeline.teachers.vllm_routes import ENTRY_BYTES, Route, Rows, capturing, convert, drawn, sampling, scored_rows
+from pipeline.teachers.vllm_writing import engine_arguments, write
 from pipeline.vllm_plugin import Request, drawing
 
 logger = logging.getLogger(__name__)
@@ -65,13 +67,22 @@ class VllmTeacher:
     are asked for and this vLLM does not allow it.
     """
 
-    def __init__(self, config: TeacherConfig, model: ResolvedModel, *, max_length: int, capture: Capture) -> None:
+    def __init__(
+        self,
+        config: TeacherConfig,
+        model: ResolvedModel,
+        *,
+        max_length: int,
+        capture: Capture,
+        sampling: Sampling | None = None,
+    ) -> None:
         for key in _RESERVED.keys() & config.engine_args.keys():
             instead = f"use {_RESERVED[key]}" if _RESERVED[key] else "its value is part of how logprobs are captured"
             raise ConfigError(f"teacher.engine_args.{key} cannot be set; {instead}")
         check_context(model, max_length)
         self._config = config
         self._model = model
+        self._sampling = sampling
         self._request = Request.of(capture, vocab_size(model))
         self._requests = itertools.count()
         # Prompt logprobs that have come, by request, until the stream that asked for them takes them.
@@ -83,6 +94,8 @@ class VllmTeacher:
                 self._vllm = _import_vllm()
                 self._on_cpu = self._vllm.platforms.current_platform.is_cpu()
                 self._step_tokens = config.step_tokens(on_cpu=self._on_cpu)
+                if sampling is not None and self._on_cpu:  # which reads prompts whole then
+                    self._step_tokens = max(self._step_tokens, max_length + 1)
                 with drawing(self._request):
                     self._llm = self._start(max_length)
         except UserError:
@@ -120,6 +133,17 @@ class VllmTeacher:
 
     def answers(self, sequences: Iterable[Sequence]) -> Iterator[Answer]:
         return self._answers(sequences, self.route, all_rows=False)
+
+    def generate(self, prompts: Iterable[Prompt]) -> Iterator[NDArray[np.int32]]:
+        assert self._sampling is not None
+        engine = self._llm.llm_engine
+
+        def step() -> Iterable[Any]:
+            checkpoint()
+            with self._eager(), self._explained("writing"):
+                return [output for output in engine.step() if output.finished]
+
+        return write(engine, self._vllm.SamplingParams, prompts, self._sampling, step)
 
     def close(self) -> None:
         """Shuts the engine down and frees its memory."""
@@ -231,6 +255,7 @@ class VllmTeacher:
             arguments["enforce_eager"] = True
             room = 2 * (max_model_len + self._step_tokens)
             arguments["kv_cache_memory_bytes"] = max(1 << 30, room * kv_bytes_per_token(model, value_bytes=4))
+        arguments |= engine_arguments(self._sampling, on_cpu=self._on_cpu, step_tokens=self._step_tokens)
         arguments |= config.engine_args
         asked = arguments.get("hf_overrides") or {}
         arguments["hf_overrides"] = overrides | asked
@@ -314,7 +339,7 @@ class VllmTeacher:
                     engine.abort_request([name for name, _ in waiting])
 
     @contextlib.contextmanager
-    def _explained(self) -> Iterator[None]:
+    def _explained(self, work: str = "scoring") -> Iterator[None]:
         """Turns an engine's failure into one line with its cause."""
         try:
             yield
@@ -322,7 +347,7 @@ class VllmTeacher:
             if not _is_engine_failure(error):
                 raise
             raise UserError(
-                f"vLLM stopped while scoring: {_explain(error, self._engine_log)}; "
+                f"vLLM stopped while {work}: {_explain(error, self._engine_log)}; "
                 f"where memory ran out, lower teacher.batch_tokens ({self._step_tokens}) "
                 f"or store.top_k ({self._request.capture.top_k})"
             ) from error

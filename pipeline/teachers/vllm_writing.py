@@ -1,0 +1,75 @@
+"""How a vLLM engine writes answers: prompts go in as fast as others are finished, and the ids that were sampled come out."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.teachers.base import Prompt, Sampling
+
+# Answers in the engine or waiting for those before them, as multiples of what the engine works on at a time.
+_AHEAD = 4
+
+
+def engine_arguments(sampling: Sampling | None, *, on_cpu: bool, step_tokens: int) -> dict[str, Any]:
+    """What ``vllm.LLM`` must be started with to write by ``sampling``; ``step_tokens`` hold the longest sequence."""
+    if sampling is None:
+        return {}
+    # Stop strings are looked for in text, by the engine.
+    arguments: dict[str, Any] = {"skip_tokenizer_init": not sampling.stop}
+    if on_cpu:
+        # A seeded request whose prompt is read in several steps fails there: torch's CPU generators know no offset.
+        arguments |= {"enable_chunked_prefill": False, "max_num_batched_tokens": step_tokens}
+    return arguments
+
+
+def write(
+    engine: Any, params: Any, prompts: Iterable[Prompt], sampling: Sampling, step: Callable[[], Iterable[Any]]
+) -> Iterator[NDArray[np.int32]]:
+    """One answer per prompt, int32[m], in order. ``params`` is ``vllm.SamplingParams``; ``step`` makes the engine work.
+
+    The engine is given prompts as it finishes others, so it never runs dry waiting for a longest answer. Each request has
+    its own seed: the same answer comes in any batch, unless rounding turns a near tie.
+    """
+    ahead = _AHEAD * engine.vllm_config.scheduler_config.max_num_seqs
+    prompts = iter(prompts)
+    finished: dict[int, NDArray[np.int32]] = {}
+    asked = given = 0
+    try:
+        while True:
+            for prompt in itertools.islice(prompts, ahead - (asked - given)):
+                ids = {"prompt_token_ids": prompt.input_ids.tolist()}
+                engine.add_request(f"answer-{asked}", ids, _sampling_params(params, prompt, sampling))
+                asked += 1
+            if given == asked:
+                return
+            if given not in finished:
+                for output in step():
+                    number = int(output.request_id.removeprefix("answer-"))
+                    finished[number] = np.array(output.outputs[0].token_ids, np.int32)
+            while given in finished:
+                yield finished.pop(given)
+                given += 1
+    finally:
+        left = [f"answer-{number}" for number in range(given, asked) if number not in finished]
+        if left:
+            engine.abort_request(left)
+
+
+def _sampling_params(params: Any, prompt: Prompt, sampling: Sampling) -> Any:
+    from vllm.sampling_params import RequestOutputKind
+
+    return params(
+        temperature=sampling.temperature,
+        top_p=sampling.top_p if sampling.temperature else 1.0,
+        max_tokens=prompt.max_tokens,
+        seed=prompt.seed,
+        stop_token_ids=list(sampling.end_tokens),
+        stop=list(sampling.stop),
+        detokenize=bool(sampling.stop),
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
