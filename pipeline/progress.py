@@ -22,7 +22,7 @@ from typing import IO, Any, Self
 from tqdm import tqdm
 
 from cache_format import UserError
-from cache_format.manifest import ShardEntry
+from cache_format.manifest import Header, ShardEntry
 
 log = logging.getLogger(__name__)
 
@@ -104,6 +104,18 @@ class Progress:
             self._recent.append((now, counts.tokens))
             self.record("progress", **self._figures())
             self._bar.set_postfix_str(self._line(), refresh=False)
+
+    def started(self, output: Path, header: Header, shards_done: int) -> None:
+        """It is known what the cache in ``output`` will be, of which ``shards_done`` shards were done before this run."""
+        self.record(
+            "start",
+            output=str(output),
+            created_by=header.created_by,
+            teacher=header.teacher.model_dump(mode="json"),
+            tokens=self.tokens,
+            shards=self.shards,
+            shards_done=shards_done,
+        )
 
     def committed(self, index: int, entry: ShardEntry) -> None:
         """Shard ``index`` is on disk for good."""

@@ -266,12 +266,23 @@ def _write_shards(writer: CacheWriter, plan: Plan, config: BuildConfig, engine: 
         return writer.header(), 0.0, 0
     if writer.committed:
         log.info("%s: %d of %d shards are done already", config.output, len(writer.committed), len(plan.shards))
-    if config.scale is not None:
-        engine.close()  # the workers have engines of their own
-        log.info("starting the teachers: %s with %s", config.teacher.model, config.teacher.backend)
+    try:
+        if config.scale is None:
+            return _score_here(writer, plan, config, pending, engine)
         from pipeline.scale import score_shards_on_ray
 
+        engine.close()  # the workers have engines of their own
+        log.info("starting the teachers: %s with %s", config.teacher.model, config.teacher.backend)
         return score_shards_on_ray(writer, plan, config, config.scale, pending)
+    except KeyboardInterrupt:
+        log.info("%s: %d of %d shards are done and kept", config.output, len(writer.committed), len(plan.shards))
+        raise
+
+
+def _score_here(
+    writer: CacheWriter, plan: Plan, config: BuildConfig, pending: list[int], engine: _Engine
+) -> tuple[Header, float, int]:
+    """Scores and commits shards with a teacher in this process."""
     teacher = engine.start()
     if config.data.generate is not None:
         check_teacher(writer.build_dir, teacher.identity())
@@ -279,15 +290,7 @@ def _write_shards(writer: CacheWriter, plan: Plan, config: BuildConfig, engine: 
     try:
         header = plan.header(teacher.identity(), config.store.settings(teacher.vocab_size))
         with Progress(tokens, len(pending), bar=True, file=config.log_file()) as progress, at_safe_points():
-            progress.record(
-                "start",
-                output=str(config.output),
-                created_by=header.created_by,
-                teacher=header.teacher.model_dump(mode="json"),
-                tokens=tokens,
-                shards=len(pending),
-                shards_done=len(writer.committed),
-            )
+            progress.started(config.output, header, len(writer.committed))
             begun: dict[int, Iterator[Pair]] = {}
             prior = None
             if not writer.begun:
@@ -295,8 +298,5 @@ def _write_shards(writer: CacheWriter, plan: Plan, config: BuildConfig, engine: 
             header = writer.begin(header, prior)
             score_shards(teacher, writer, plan, pending, progress=progress, begun=begun)
         return header, progress.seconds, progress.counts.scored_tokens
-    except KeyboardInterrupt:
-        log.info("%s: %d of %d shards are done and kept", config.output, len(writer.committed), len(plan.shards))
-        raise
     finally:
         engine.close()

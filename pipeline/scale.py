@@ -15,20 +15,20 @@ import io
 import logging
 import os
 import queue
+import signal
 import threading
-import time
 import warnings
 from collections.abc import Iterator
 from typing import Any
-
-from tqdm import tqdm
 
 from cache_format import CacheWriter, UserError, errors
 from cache_format.manifest import Header
 from cache_format.prior import TailPrior
 from pipeline.config import BuildConfig, ScaleConfig
+from pipeline.generation import check_teacher
 from pipeline.plan import Plan
-from pipeline.scale_worker import Coordinator, ShardWorker, Situation, Task
+from pipeline.progress import Progress
+from pipeline.scale_worker import Coordinator, Done, ShardWorker, Situation, Task
 
 log = logging.getLogger(__name__)
 
@@ -71,28 +71,51 @@ def score_shards_on_ray(
             )
             .iter_rows()
         )
-        started, situation = time.monotonic(), Situation()
         total = sum(plan.shards[shard].tokens for shard in shards)
-        with tqdm(total=total, unit="tok", unit_scale=True, desc="teacher", dynamic_ncols=True) as bar:
+        with Progress(total, len(shards), bar=True, file=config.log_file()) as progress:
+            if writer.begun:
+                progress.started(config.output, writer.header(), len(writer.committed))
             for row in _as_they_come(results):
-                situation = ray.get(coordinator.situation.remote())
-                _begin(writer, situation)
+                situation: Situation = ray.get(coordinator.situation.remote())
+                if situation.offer is not None and not writer.begun:
+                    _begin(writer, *situation.offer)
+                    progress.started(config.output, writer.header(), len(writer.committed))
                 for level, message in situation.messages:
                     log.log(level, "%s", message)
-                bar.update(situation.tokens - bar.n)
+                if writer.begun:
+                    _count(situation.done, progress, scale.workers)
                 if row is not None:
                     if row["error"]:
                         raise getattr(errors, row["error"])(row["message"])
-                    writer.adopt(row["shard"])
-                    bar.set_postfix_str(f"shard {len(writer.committed)}/{len(plan.shards)}")
-        return writer.header(), time.monotonic() - started, situation.scored_tokens
+                    _take_up(writer, row["shard"], progress)
+        return writer.header(), progress.seconds, progress.counts.scored_tokens
 
 
-def _begin(writer: CacheWriter, situation: Situation) -> None:
+def _count(done: Done, progress: Progress, workers: int) -> None:
+    """Tells the bar and the log what engines have done. Where one has died, what it had done of its shard is taken back."""
+    counts = progress.counts
+    waited = done.engine_seconds / workers - counts.engine_seconds
+    progress.answered(done.scored_tokens - counts.scored_tokens, scored=True, engine_seconds=waited)
+    progress.answered(done.tokens - counts.tokens, scored=False, engine_seconds=0.0)
+
+
+def _begin(writer: CacheWriter, text: str, prior: bytes) -> None:
     """Begins the build with what the first worker offers."""
-    if situation.offer is not None and not writer.begun:
-        header = Header.model_validate_json(situation.offer[0])
-        writer.begin(header, TailPrior.from_bytes(situation.offer[1], header.store.vocab_size, "the prior of a worker"))
+    header = Header.model_validate_json(text)
+    if header.data.generation is not None:
+        check_teacher(writer.build_dir, header.teacher)
+    writer.begin(header, TailPrior.from_bytes(prior, header.store.vocab_size, "the prior of a worker"))
+
+
+def _take_up(writer: CacheWriter, shard: int, progress: Progress) -> None:
+    if not writer.adopt(shard):
+        raise UserError(
+            f"a worker has committed shard {shard}, but {writer.path} does not show it; run the same command again"
+        )
+    entry = writer.committed[shard]
+    progress.counts.written_tokens += entry.tokens
+    progress.counts.written_bytes += entry.bytes
+    progress.committed(shard, entry)
 
 
 def _as_they_come(rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any] | None]:
@@ -162,6 +185,7 @@ def _cluster(ray: Any, scale: ScaleConfig) -> Iterator[None]:
     quiet = contextlib.nullcontext() if _debugging() else contextlib.redirect_stdout(_Nowhere())
     with quiet, warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        on_sigterm = signal.getsignal(signal.SIGTERM)
         try:
             with contextlib.nullcontext() if _debugging() else _stderr_closed():
                 ray.init(
@@ -173,6 +197,8 @@ def _cluster(ray: Any, scale: ScaleConfig) -> Iterator[None]:
         except (ConnectionError, RuntimeError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise UserError(f"there is no Ray cluster at {address}: {reason}") from error
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_sigterm)  # Ray would have it end the process with a code of its own
         log.info(
             "%d workers, in a Ray cluster %s",
             scale.workers,

@@ -12,15 +12,15 @@ import os
 import socket
 import time
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from typing import Any
 
 from cache_format.errors import LogitcaskError, UserError
 from cache_format.writer import CacheWorker
 from pipeline.config import BuildConfig
 from pipeline.plan import Plan
-from pipeline.scoring import Pair, estimate_prior, score_shard, score_shards
+from pipeline.progress import Progress
+from pipeline.scoring import estimate_prior, score_shard, score_shards
 from pipeline.teachers import Teacher, open_teacher
 
 # A shard at which so many workers have died is not tried again: the next one would die, too.
@@ -39,12 +39,25 @@ class Task:
     folder: str
 
 
-@dataclass
-class Situation:
-    """What workers have told the coordinator since the driver last asked; tokens since the start."""
+@dataclass(frozen=True)
+class Done:
+    """What engines have answered: tokens of all sequences and of those they have scored, and seconds waited for them."""
 
     tokens: int = 0
     scored_tokens: int = 0
+    engine_seconds: float = 0.0
+
+    @classmethod
+    def of(cls, progress: Progress) -> Done:
+        counts = progress.counts
+        return cls(counts.tokens, counts.scored_tokens, counts.engine_seconds)
+
+
+@dataclass
+class Situation:
+    """What workers have told the coordinator: ``done`` since the start, messages since the driver last asked."""
+
+    done: Done = Done()
     # The first worker's header (JSON) and prior (its file), while the build has not begun.
     offer: tuple[str, bytes] | None = None
     messages: list[tuple[int, str]] = field(default_factory=list)
@@ -55,7 +68,7 @@ class Coordinator:
 
     def __init__(self) -> None:
         self._attempts: Counter[int] = Counter()
-        self._tokens: dict[int, tuple[int, int]] = {}
+        self._done: dict[int, Done] = {}
         self._situation = Situation()
         self._seen: set[str] = set()
 
@@ -66,9 +79,9 @@ class Coordinator:
             self.note(logging.WARNING, f"a worker died at shard {shard}; another one takes it over")
         return self._attempts[shard]
 
-    def report(self, shard: int, tokens: int, scored_tokens: int) -> None:
-        """So many tokens of ``shard`` have been answered in this attempt, so many of them by the engine."""
-        self._tokens[shard] = tokens, scored_tokens
+    def report(self, shard: int, done: Done) -> None:
+        """How far this attempt at ``shard`` is."""
+        self._done[shard] = done
 
     def offer(self, header: str, prior: bytes) -> None:
         """What a worker would begin the build with. The first one counts."""
@@ -83,7 +96,7 @@ class Coordinator:
     def situation(self) -> Situation:
         """Since the last call; an offer stays."""
         now, self._situation = self._situation, Situation(offer=self._situation.offer)
-        now.tokens, now.scored_tokens = map(sum, zip((0, 0), *self._tokens.values(), strict=True))
+        now.done = Done(*map(sum, zip(*map(astuple, [Done(), *self._done.values()]), strict=True)))
         return now
 
 
@@ -101,7 +114,6 @@ class ShardWorker:
         self._worker = CacheWorker(task.path, task.run, compression_level=self._config.store.compression_level)
         with contextlib.suppress(OSError):
             os.chdir(task.folder)  # what the config names by a relative path lies there, on this node, too
-        logging.getLogger("pipeline").addHandler(_ToDriver(coordinator))
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
         shard, kind, message = int(batch["shard"][0]), "", ""
@@ -128,12 +140,23 @@ class ShardWorker:
         if self._worker.adopt(shard):
             return  # by an attempt that was taken for dead
         assert self._teacher is not None
-        pairs = self._reported(shard, score_shard(self._teacher, self._worker.build_dir, shard))
-        score_shards(self._teacher, self._worker, self._plan, [shard], begun={shard: pairs})
+        progress, last = Progress(), time.monotonic()
+
+        def at_every_answer() -> None:
+            nonlocal last
+            if time.monotonic() - last >= _REPORT_SECONDS:
+                last = time.monotonic()
+                self._worker.check()
+                self._coordinator.report.remote(shard, Done.of(progress))
+
+        pairs = score_shard(self._teacher, self._worker.build_dir, shard, progress, at_every_answer)
+        score_shards(self._teacher, self._worker, self._plan, [shard], progress=progress, begun={shard: pairs})
+        ray.get(self._coordinator.report.remote(shard, Done.of(progress)))  # before the row says that it is done
 
     def _start(self) -> None:
         """Starts the engine and joins the build, or has it begun if no worker has before."""
         config, worker = self._config, self._worker
+        logging.getLogger("pipeline").addHandler(_ToDriver(self._coordinator))
         self._check_shared()
         plan = Plan.load(worker.build_dir)
         assert plan is not None
@@ -156,20 +179,6 @@ class ShardWorker:
                 "output has to be on a file system that all nodes of the cluster share, under the same path"
             )
         self._worker.check()
-
-    def _reported(self, shard: int, pairs: Iterator[Pair]) -> Iterator[Pair]:
-        """``pairs``, told of to the coordinator; they end as soon as they can no longer be committed."""
-        tokens = scored = 0
-        last = time.monotonic()
-        for sequence, answer in pairs:
-            tokens += len(sequence.input_ids)
-            scored += 0 if answer is None else len(sequence.input_ids)
-            if (now := time.monotonic()) - last >= _REPORT_SECONDS:
-                last = now
-                self._worker.check()
-                self._coordinator.report.remote(shard, tokens, scored)
-            yield sequence, answer
-        self._coordinator.report.remote(shard, tokens, scored)
 
 
 class _ToDriver(logging.Handler):
