@@ -411,3 +411,24 @@ def test_keep_layers_takes_those_layers(tiny_llama):
 def test_every_config_that_comes_along_is_valid():
     for file in sorted((Path(__file__).parents[2] / "train" / "configs").glob("*.yaml")):
         load_config(TrainConfig, file, [])
+
+
+def test_losses_that_move(config, tmp_path):
+    """Schedules and TAID's t over a kill and a resume: the run that was stopped is the run that was not."""
+    losses = [{"name": "taid", "alpha": 0.3}, {"name": "ranking", "weight": {"start": 0, "end": 2}, "k": 3}]
+    states = []
+    for name in ("whole", "stopped"):
+        training = {"max_steps": 4, "save_steps": 2, "output_dir": str(tmp_path / name), "save_total_limit": None}
+        train(config(losses=losses, training=training))
+        if name == "stopped":
+            shutil.rmtree(tmp_path / name / "checkpoint-4")
+            for written in ("metrics.json", "log.json"):
+                (tmp_path / name / written).unlink()
+            train(config(losses=losses, training=training))
+        states.append(json.loads((tmp_path / name / "checkpoint-4" / "trainer_state.json").read_text()))
+    whole, stopped = states
+    assert whole["stateful_callbacks"]["objective"]["taid"]["t"] > 0.5
+    assert whole["stateful_callbacks"]["objective"] == stopped["stateful_callbacks"]["objective"]
+    for one, other in zip(whole["log_history"], stopped["log_history"], strict=True):
+        for key in ("loss", "loss_taid", "loss_ranking"):
+            assert one.get(key) == other.get(key)

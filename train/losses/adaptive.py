@@ -149,7 +149,9 @@ def tail_aware(
     whole, coarse = forward_kl(student, teacher, tail=kind), kl_of_cells(log_p, log_q, log_u)
     # whole - coarse is m_k times the KL of the tails; where there is no tail, it is rounding.
     inside = torch.where(torch.isneginf(log_m), 0, whole - coarse)
-    return coarse + inside * beta / torch.as_tensor(mean).to(inside).clamp_min(torch.finfo(inside.dtype).tiny)
+    return coarse + inside * beta / torch.as_tensor(mean, dtype=inside.dtype, device=inside.device).clamp_min(
+        torch.finfo(inside.dtype).tiny
+    )
 
 
 @dataclass

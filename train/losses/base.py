@@ -81,7 +81,9 @@ class SparseTeacher:
             logprobs.append(self.sample_logprobs)
         match_PkE = ids_Pk.unsqueeze(2) == torch.cat(ids, 1).unsqueeze(1)
         found_Pk = torch.where(match_PkE, torch.cat(logprobs, 1).unsqueeze(1), -torch.inf).amax(2)
-        most_P1 = torch.minimum(self.tail_logprob, self.least).unsqueeze(1)
+        # Without a tail, an id that is not stored is one that the teacher cannot predict: below the last entry, however far.
+        tail_P = torch.where(torch.isneginf(self.tail_logprob), self.least, self.tail_logprob)
+        most_P1 = torch.minimum(tail_P, self.least).unsqueeze(1)
         stored_Pk = match_PkE.any(2)
         return torch.where(stored_Pk, found_Pk, most_P1), stored_Pk
 

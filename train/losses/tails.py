@@ -135,9 +135,9 @@ class _Reconstruction(torch.autograd.Function):
             with torch.enable_grad():
                 z = logits_PV[rows].detach().to(dtype).requires_grad_(wanted)
                 value = divergence(*_prior_cells(z, teacher[rows]))
+                if gradient_PV is not None:
+                    gradient_PV[rows] = torch.autograd.grad(value.sum(), z)[0].to(gradient_PV.dtype)
             loss_P[rows] = value.detach()
-            if gradient_PV is not None:
-                gradient_PV[rows] = torch.autograd.grad(value.sum(), z)[0].to(gradient_PV.dtype)
         ctx.save_for_backward(gradient_PV)
         return loss_P
 
