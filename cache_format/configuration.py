@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import yaml
 from omegaconf import OmegaConf
@@ -85,5 +85,7 @@ def _explain(model: type[BaseModel], error: Any) -> str:
 def _fields_at(model: Any, location: tuple[Any, ...]) -> list[str]:
     for part in location:
         field = getattr(model, "model_fields", {}).get(part)
-        model = None if field is None else field.annotation
+        # Of `Model | None`, the model.
+        kinds = () if field is None else (field.annotation, *get_args(field.annotation))
+        model = next((kind for kind in kinds if hasattr(kind, "model_fields")), None)
     return list(getattr(model, "model_fields", {}))

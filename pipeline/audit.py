@@ -105,7 +105,7 @@ def audit(
 
 def engine_limit(teacher: TeacherIdentity) -> float:
     """Nats of mean absolute difference from the reference that the teacher's arithmetic explains."""
-    half = any("16" in dtype for dtype in (teacher.dtype, teacher.head_dtype or ""))
+    half = any("16" in dtype or dtype == "auto" for dtype in (teacher.dtype, teacher.head_dtype or ""))
     return HALF_PRECISION_LIMIT if half else FULL_PRECISION_LIMIT
 
 

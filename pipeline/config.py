@@ -16,16 +16,50 @@ class _Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
+class ServerConfig(_Config):
+    """The server of `backend: server`."""
+
+    url: str = Field(pattern=r"^https?://[^/\s]+", description="Where it listens: `http://HOST:PORT`.")
+    model: str | None = Field(
+        None, description="Its name of teacher.model (`--served-model-name`). Default: the one that is called the same."
+    )
+    concurrency: int = Field(32, ge=1, le=1024, description="Requests with the server at a time, one sequence each.")
+    timeout: float = Field(300, gt=0, description="Seconds for one answer, its time in the server's queue included.")
+    patience: float = Field(900, ge=0, description="Seconds without an answer, or with errors only, until giving up.")
+    api_key_env: str | None = Field(None, description="Environment variable with the server's API key.")
+    compare: Literal["auto", "always", "never"] = Field(
+        "auto",
+        description="Compare what it says of a probe with the weights of teacher.model, by transformers on this "
+        "machine's CPU; auto: where they are here and take at most 2 GiB.",
+    )
+    tolerance: float | None = Field(
+        None,
+        gt=0,
+        description="Mean difference from those weights, nats. Default: 0.01 with teacher.dtype float32, else 0.3. The "
+        "server may differ from what it said before by half of it.",
+    )
+
+    @field_validator("url")
+    @classmethod
+    def _root(cls, url: str) -> str:
+        return url.rstrip("/").removesuffix("/v1")
+
+
 class TeacherConfig(_Config):
     """Which model scores the text, and with what engine."""
 
     model: str = Field(description="A built-in name (`smollm2-135m`, `synthetic`), a model folder, or a hub name.")
-    backend: Literal["vllm", "transformers", "synthetic"] = Field(
-        "vllm", description="The engine. Where vLLM is not installed, `vllm` falls back to `transformers` and says so."
+    backend: Literal["vllm", "transformers", "synthetic", "server"] = Field(
+        "vllm",
+        description="The engine; `server`: a vLLM server over HTTP. Where vLLM is not installed, `vllm` falls back to "
+        "`transformers` and says so.",
     )
+    server: ServerConfig | None = Field(None, description="With `backend: server`: where it is, and how it is asked.")
     revision: str | None = Field(None, description="Branch, tag or commit of a hub model.")
     dtype: str = Field(
-        "auto", description="Weights and arithmetic: auto (float32 on a CPU), float32, bfloat16, float16."
+        "auto",
+        description="Weights and arithmetic: auto (float32 on a CPU), float32, bfloat16, float16. With a server: what it "
+        "was started with.",
     )
     route: Literal["auto", "raw", "flat", "stock"] = Field(
         "auto",
@@ -48,6 +82,21 @@ class TeacherConfig(_Config):
     def step_tokens(self, *, on_cpu: bool) -> int:
         """``batch_tokens``, or its default for the device."""
         return self.batch_tokens or (1024 if on_cpu else 8192)
+
+    def server_tolerance(self) -> float:
+        """``server.tolerance``, or its default for the dtype, nats."""
+        default = 0.01 if self.dtype == "float32" else 0.3
+        return default if self.server is None else self.server.tolerance or default
+
+    @model_validator(mode="after")
+    def _served(self) -> Self:
+        if self.backend != "server":
+            return self
+        if self.server is None:
+            raise ValueError("backend is server, but not which: set teacher.server.url=http://HOST:PORT")
+        if self.engine_args:
+            raise ValueError("engine_args are for engines started here; give the server its options when starting it")
+        return self
 
 
 class GenerateConfig(_Config):
@@ -276,5 +325,16 @@ class BuildConfig(_Config):
         if self.teacher.route == "stock" and self.store.tail_samples:
             raise ValueError(
                 "teacher.route=stock merges equal ids, so it cannot carry draws; set store.tail_samples=0 or another route"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _a_server_can_do_it(self) -> Self:
+        if self.teacher.backend == "server" and self.scale is not None:
+            raise ValueError("scale starts engines of its own; a server is kept busy by teacher.server.concurrency")
+        if self.teacher.backend == "server" and self.store.tail_samples:
+            raise ValueError(
+                "a server sends no draws from the tail (teacher.backend is server, store.tail_samples is "
+                f"{self.store.tail_samples}); set store.tail_samples=0"
             )
         return self

@@ -92,6 +92,21 @@ def resolve_model(name: str, revision: str | None = None) -> ResolvedModel:
     return ResolvedModel(name, name, _hub_commit(name, revision))
 
 
+def local_weights(model: ResolvedModel) -> list[Path]:
+    """The weight files of a model that lie on this machine: in its folder, or in the hub cache."""
+    folder: Path | None = Path(model.location)
+    if model.revision is not None:
+        from huggingface_hub import try_to_load_from_cache
+
+        config = try_to_load_from_cache(model.location, "config.json", revision=model.revision)
+        folder = Path(config).parent if isinstance(config, str) else None
+    return [] if folder is None else _weight_files(folder)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.iterdir() if file.suffix in {".safetensors", ".bin"})
+
+
 def prepare_model(name: str, revision: str | None = None) -> str:
     """A folder or hub name that transformers and vLLM load. Raises as ``resolve_model``."""
     return resolve_model(name, revision).location
@@ -164,7 +179,7 @@ def weights_sha256(folder: Path) -> str:
     The config decides as much as the weights (RoPE, norms); what it says of its own origin does not count. Raises
     UserError where there are no weights.
     """
-    files = sorted(file for file in folder.iterdir() if file.suffix in {".safetensors", ".bin"})
+    files = _weight_files(folder)
     if not files:
         raise UserError(f"{folder} holds no weights: expected *.safetensors or *.bin files")
     with ThreadPoolExecutor(max_workers=8) as pool:

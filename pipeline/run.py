@@ -44,7 +44,7 @@ _NOT_CONTENT: dict[str, Any] = {
     "log": True,
     "audit": True,
     "scale": True,
-    "teacher": {"route", "batch_tokens", "tensor_parallel_size"},
+    "teacher": {"route", "batch_tokens", "tensor_parallel_size", "server"},
     "store": {"shard_tokens", "compression_level"},
 }
 
@@ -74,7 +74,7 @@ def build(config: BuildConfig, *, restart: bool = False) -> BuildResult:
 
     with (
         CacheWriter(config.output, compression_level=config.store.compression_level) as writer,
-        _Engine(config) as engine,
+        _Engine(config, writer.build_dir) as engine,
     ):
         plan = Plan.load(writer.build_dir)
         if plan is None:
@@ -94,8 +94,8 @@ def build(config: BuildConfig, *, restart: bool = False) -> BuildResult:
 class _Engine:
     """The teacher, started when something first needs it, and once: what it wrote it also scores."""
 
-    def __init__(self, config: BuildConfig) -> None:
-        self._config = config
+    def __init__(self, config: BuildConfig, build_dir: Path) -> None:
+        self._config, self._build_dir = config, build_dir
         self._teacher: Teacher | None = None
 
     def start(self, sampling: Sampling | None = None) -> Teacher:
@@ -104,7 +104,11 @@ class _Engine:
             config = self._config
             log.info("starting the teacher: %s with %s", config.teacher.model, config.teacher.backend)
             self._teacher = open_teacher(
-                config.teacher, max_length=config.data.max_length, capture=config.store.capture(), sampling=sampling
+                config.teacher,
+                max_length=config.data.max_length,
+                capture=config.store.capture(),
+                sampling=sampling,
+                state=self._build_dir,
             )
         return self._teacher
 
@@ -171,7 +175,9 @@ def _changed(manifest: Manifest, config: BuildConfig, source: Source) -> bool:
 def _as_of_today(request: dict[str, Any], config: BuildConfig) -> dict[str, Any]:
     """An earlier request with the defaults of fields that this version has added, or as it is if it no longer parses."""
     try:
-        return _request(BuildConfig.model_validate({**request, "output": config.output}))
+        # Which server scored is not part of a request.
+        teacher = {**request["teacher"], "server": config.teacher.server}
+        return _request(BuildConfig.model_validate({**request, "teacher": teacher, "output": config.output}))
     except ValueError:
         return request
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 from pipeline.capture import Capture
@@ -32,12 +33,20 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 
-def open_teacher(config: TeacherConfig, *, max_length: int, capture: Capture, sampling: Sampling | None = None) -> Any:
+def open_teacher(
+    config: TeacherConfig,
+    *,
+    max_length: int,
+    capture: Capture,
+    sampling: Sampling | None = None,
+    state: Path | None = None,
+) -> Any:
     """Starts the engine that ``config`` names, ready to score: a ``Teacher``; with ``sampling`` a ``Generator`` too.
 
     max_length: longest sequence that will be scored, in tokens.
     capture:    what to return at every position; ``top_k`` is at most the vocabulary's size.
     sampling:   how it will write, if it will.
+    state:      folder in which a build keeps what a later start of it must agree with.
 
     Raises UserError where the model does not exist, or the engine cannot start with it or cannot draw.
     """
@@ -46,6 +55,10 @@ def open_teacher(config: TeacherConfig, *, max_length: int, capture: Capture, sa
 
         return SyntheticTeacher(config, capture, sampling)
     model = resolve_model(config.model, config.revision)
+    if config.backend == "server":
+        from pipeline.teachers.server import ServerTeacher
+
+        return ServerTeacher(config, model, max_length=max_length, capture=capture, state=state)
     if config.backend == "vllm":
         if importlib.util.find_spec("vllm") is not None:
             from pipeline.teachers.vllm import VllmTeacher

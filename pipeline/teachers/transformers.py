@@ -33,7 +33,7 @@ _BYTES_OF_A_CHARACTER = 4
 
 
 class TransformersTeacher:
-    """A causal language model of transformers, in this process: on the GPU where there is one, else on the CPU.
+    """A causal language model of transformers, in this process: on ``device``, or the GPU where there is one, else the CPU.
 
     Raises UserError, in one line with the cause, where the model cannot be loaded or is made for shorter text.
     """
@@ -46,12 +46,13 @@ class TransformersTeacher:
         max_length: int,
         capture: Capture,
         sampling: Sampling | None = None,
+        device: str | None = None,
     ) -> None:
         self._config = config
         self._model = model
         self._sampling = sampling
         self._capture = capture
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._step_tokens = config.step_tokens(on_cpu=self._device.type == "cpu")
         check_context(model, max_length)
         dtype = "float32" if config.dtype == "auto" and self._device.type == "cpu" else config.dtype
