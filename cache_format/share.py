@@ -47,7 +47,7 @@ MAX_CARD_BYTES = 16 << 20
 HUB_COMMIT_FILES = 100
 """Shards per commit on the hub, which advises against many small commits and against huge ones."""
 
-_CARD = "README.md"
+CARD = "README.md"
 _SHARDS = "shard-*.arrow"
 _FOLDERS = {"sftp", "ssh", "ftp", "smb", "hdfs", "webhdfs", "webdav"}  # a file needs its folder first
 _RENAMES = {"sftp", "ssh"}  # a rename replaces a file in one step
@@ -85,8 +85,7 @@ def push(
     Raises UserError for a place that takes no files or holds something else, DamagedCacheError naming a damaged source
     file, CacheError where a place cannot be reached, and what ``storage.read_manifest`` raises.
     """
-    filesystem, root = open_filesystem(url)
-    return _copy(str(cache), _place(filesystem, root, url), force, on_total, on_bytes)
+    return _copy(str(cache), place_at(url), force, on_total, on_bytes)
 
 
 def pull(
@@ -106,7 +105,9 @@ def pull(
     return _copy(str(url), _Folder(Path(folder)), force, on_total, on_bytes)
 
 
-def _place(filesystem: fsspec.AbstractFileSystem, root: str, url: str) -> _Folder | _Store:
+def place_at(url: str) -> _Folder | Store:
+    """What copies to ``url``. Raises CacheError as ``storage.open_filesystem``, UserError for a place that takes no files."""
+    filesystem, root = open_filesystem(url)
     protocol = protocol_of(filesystem)
     if is_local(filesystem):
         return _Folder(Path(root or "/"))
@@ -114,10 +115,10 @@ def _place(filesystem: fsspec.AbstractFileSystem, root: str, url: str) -> _Folde
         return _Hub(filesystem, root, url)
     if protocol in ("http", "https"):
         raise UserError(f"{url} cannot be written to: a web server hands out files and takes none; push to a store")
-    return _Store(filesystem, root, url)
+    return Store(filesystem, root, url)
 
 
-def _copy(cache: str, place: _Folder | _Store, force: bool, on_total: OnBytes, on_bytes: OnBytes) -> Copied:
+def _copy(cache: str, place: _Folder | Store, force: bool, on_total: OnBytes, on_bytes: OnBytes) -> Copied:
     source, root = open_filesystem(cache)
     if open_filesystem(place.where) == (source, root):
         raise UserError(f"{cache} is where it would be copied to; choose another place")
@@ -146,14 +147,14 @@ def _copy(cache: str, place: _Folder | _Store, force: bool, on_total: OnBytes, o
             # From here on there is no cache until all of it is there.
             place.remove(stale if found_text is None else [MANIFEST, *stale])
         place.send(source, root, missing, on_bytes)
-        place.finish({_CARD: readme, MANIFEST: text})
+        place.finish({CARD: readme, MANIFEST: text})
     return Copied(len(missing), len(files) - len(missing), sum(file.bytes for file in missing))
 
 
 def _card_of(source: fsspec.AbstractFileSystem, root: str, manifest: Manifest) -> bytes:
     with reaching(source.unstrip_protocol(root)):
         try:
-            return read_small(source, f"{root}/{_CARD}", MAX_CARD_BYTES)
+            return read_small(source, f"{root}/{CARD}", MAX_CARD_BYTES)
         except FileNotFoundError:
             return card.dataset_card(manifest).encode()
 
@@ -252,7 +253,7 @@ class _Folder:
             write_durably(self._folder / name, text, scratch=self._scratch)
 
 
-class _Store:
+class Store:
     """A place that fsspec writes to file by file. An object store shows a file only when all of it is there."""
 
     def __init__(self, filesystem: fsspec.AbstractFileSystem, root: str, where: str) -> None:
@@ -262,9 +263,13 @@ class _Store:
 
     def claimed(self) -> AbstractContextManager[None]:
         self._filesystem.invalidate_cache()
-        if self._protocol in _FOLDERS:
-            self._filesystem.makedirs(f"{self._root}/data", exist_ok=True)
+        self.prepare("data")
         return nullcontext()
+
+    def prepare(self, folder: str) -> None:
+        """Makes what has to be there before ``folder`` can take files."""
+        if self._protocol in _FOLDERS:
+            self._filesystem.makedirs(f"{self._root}/{folder}", exist_ok=True)
 
     def read(self, name: str, limit: int) -> bytes | None:
         try:
@@ -300,8 +305,8 @@ class _Store:
     def refuse_strangers(self, stale: list[str], readme: bytes) -> None:
         """Raises UserError for files, where there is no manifest, that no earlier push of this cache has left."""
         taken = stale[:1]
-        if self.read(_CARD, MAX_CARD_BYTES) not in (None, readme):
-            taken.append(_CARD)
+        if self.read(CARD, MAX_CARD_BYTES) not in (None, readme):
+            taken.append(CARD)
         if taken:
             raise UserError(
                 f"{self.where} is no cache, but has {' and '.join(taken)} of its own, where a cache puts its files; "
@@ -353,7 +358,7 @@ class _Store:
         self._filesystem.invalidate_cache()
 
 
-class _Hub(_Store):
+class _Hub(Store):
     """A data set on the Hugging Face Hub: read through fsspec, written in commits, which the hub shows whole or not at all."""
 
     def __init__(self, filesystem: fsspec.AbstractFileSystem, root: str, where: str) -> None:
@@ -373,6 +378,9 @@ class _Hub(_Store):
         self._api.create_repo(**repo, private=True)
         if self._repo["revision"]:
             self._api.create_branch(**repo, branch=self._repo["revision"])
+
+    def prepare(self, folder: str) -> None:
+        self._create()
 
     def _commit(self, operations: list[Any], message: str) -> None:
         self._api.create_commit(**self._repo, operations=operations, commit_message=message)

@@ -286,7 +286,7 @@ class ShardCache:
     """
 
     def __init__(self, folder: str | Path | None = None, max_bytes: int | None = None) -> None:
-        self.folder = Path(folder or os.environ.get("LOGITCASK_CACHE") or _user_cache_folder())
+        self.folder = shard_cache_folder() if folder is None else Path(folder)
         self.max_bytes = _bytes_from_environment() if max_bytes is None else max_bytes
         self._verified: set[str] = set()
         self._shards, self._locks = self.folder / "shards", self.folder / "locks"
@@ -375,6 +375,11 @@ class ShardCache:
         # Shards share 256 locks by the start of their hash, since the files of locks stay.
         with filelock.FileLock(self._locks / f"{name}.lock").acquire(timeout=timeout):
             yield
+
+
+def shard_cache_folder() -> Path:
+    """``$LOGITCASK_CACHE``, or ``logitcask`` in the user's cache folder."""
+    return Path(os.environ.get("LOGITCASK_CACHE") or _user_cache_folder())
 
 
 def _user_cache_folder() -> Path:

@@ -164,7 +164,11 @@ class CacheWorker:
                 sync(final.parent)
                 entry = ShardEntry(path=f"data/{_name(index)}.arrow", **totals)
                 write_durably(self._record(index), entry.model_dump_json(indent=2), scratch=scratch)
-                self.committed[index] = entry
+                self._commit(index, entry)
+
+    def _commit(self, index: int, entry: ShardEntry) -> None:
+        """What is done once a shard and its record are on disk."""
+        self.committed[index] = entry
 
     @contextmanager
     def _attempt(self, index: int) -> Iterator[Path]:
@@ -261,15 +265,18 @@ class CacheWriter(CacheWorker):
 
     def finish(self, header: Header, shards: int, *, audit: AuditSummary | None = None) -> Manifest:
         """Writes the manifest of a build of ``shards`` shards, which makes the cache complete, and cleans up."""
-        if sorted(self.committed) != list(range(shards)):
-            raise ValueError(f"{len(self.committed)} of {shards} shards are committed")
-        manifest = Manifest.complete(header, self.entries(), datetime.now(UTC).isoformat(timespec="seconds"), audit)
+        manifest = self._complete(header, shards, audit)
         with writing_to(self.path):
             _revoke(self.build_dir / "runs")
             write_durably(self.path / "README.md", card.dataset_card(manifest), scratch=self.build_dir)
             write_durably(self.path / MANIFEST, manifest.to_json(), scratch=self.build_dir)
             shutil.rmtree(self.build_dir, ignore_errors=True)
         return manifest
+
+    def _complete(self, header: Header, shards: int, audit: AuditSummary | None) -> Manifest:
+        if sorted(self.committed) != list(range(shards)):
+            raise ValueError(f"{len(self.committed)} of {shards} shards are committed")
+        return Manifest.complete(header, self.entries(), datetime.now(UTC).isoformat(timespec="seconds"), audit)
 
 
 def remove_cache(path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from cache_format.manifest import StoreSettings
+from cache_format.remote import work_folder
 from cache_format.schema import MAX_DRAWS
 from pipeline.capture import Capture
 
@@ -307,18 +308,44 @@ class BuildConfig(_Config):
     store: StoreConfig = StoreConfig()
     audit: AuditConfig = AuditConfig()
     scale: ScaleConfig | None = Field(None, description="Default: one engine, in this process.")
-    output: Path = Field(description="Folder of the cache.")
+    output: Path | str = Field(
+        description="Where the cache goes: a folder, or an fsspec URL (s3://, gs://, ...), to which each shard is sent once "
+        "it is committed; the build's state then lies in `builds/` under LOGITCASK_CACHE (docs/remote.md)."
+    )
     log: bool | Path = Field(
         True,
         description="JSON lines about the build as it runs (docs/capture.md), appended to: a file, or true for "
         "OUTPUT.log.jsonl beside the cache's folder, or false for none.",
     )
 
+    @field_validator("output", mode="before")
+    @classmethod
+    def _folder_or_url(cls, output: object) -> object:
+        if not isinstance(output, str):
+            return output
+        if output.startswith(("file://", "local://")):
+            return Path(output.partition("://")[2])
+        return output if "://" in output else Path(output)
+
+    @property
+    def folder(self) -> Path:
+        """Where the build works on this machine: ``output``, or the work folder of that URL."""
+        return self.output if isinstance(self.output, Path) else work_folder(self.output)
+
     def log_file(self) -> Path | None:
         """Where the log goes; None for none."""
         if isinstance(self.log, bool):
-            return Path(f"{self.output.absolute()}.log.jsonl") if self.log else None
+            return Path(f"{self.folder.absolute()}.log.jsonl") if self.log else None
         return self.log.expanduser()
+
+    @model_validator(mode="after")
+    def _workers_share_a_folder(self) -> Self:
+        if self.scale is not None and isinstance(self.output, str):
+            raise ValueError(
+                f"with scale all workers write to one folder, output is {self.output}; build into a folder that they share, "
+                "then `teacher-cache push` it"
+            )
+        return self
 
     @model_validator(mode="after")
     def _stock_cannot_draw(self) -> Self:

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from cache_format import CacheReader, CacheWriter, Manifest, UserError
 from cache_format.configuration import describe_difference
 from cache_format.manifest import DataHash, DataIdentity, Header, TokenizerIdentity
+from cache_format.remote import RemoteCacheWriter, holds_cache, remove_remote_cache, remove_traces
 from cache_format.tokenizers import tokenizer_identity
 from cache_format.writer import BUILD_DIR, MANIFEST, remove_cache, writing_to
 from pipeline.behind import Pair
@@ -67,13 +68,13 @@ def build(config: BuildConfig, *, restart: bool = False) -> BuildResult:
     request = _request(config)
     if restart:
         _check_before_removing(config)
-        remove_cache(config.output)
-    if (config.output / MANIFEST).exists():
+        _remove(config.output)
+    if _is_finished(config.output):
         manifest = _reuse(config, request)
         return BuildResult(manifest, reused=True, seconds=0.0, tokens_scored=0)
 
     with (
-        CacheWriter(config.output, compression_level=config.store.compression_level) as writer,
+        _open_writer(config) as writer,
         _Engine(config, writer.build_dir) as engine,
     ):
         plan = Plan.load(writer.build_dir)
@@ -125,6 +126,24 @@ class _Engine:
             self._teacher = None
 
 
+def _open_writer(config: BuildConfig) -> CacheWriter:
+    level = config.store.compression_level
+    if isinstance(config.output, Path):
+        return CacheWriter(config.output, compression_level=level)
+    return RemoteCacheWriter(config.output, compression_level=level)
+
+
+def _is_finished(output: Path | str) -> bool:
+    return (output / MANIFEST).exists() if isinstance(output, Path) else holds_cache(output)
+
+
+def _remove(output: Path | str) -> None:
+    if isinstance(output, Path):
+        remove_cache(output)
+    else:
+        remove_remote_cache(output)
+
+
 def _request(config: BuildConfig) -> dict[str, Any]:
     """Everything in a config that decides what the cache holds, a template file by its content."""
     request = config.model_dump(mode="json", exclude=_NOT_CONTENT)
@@ -147,7 +166,11 @@ def _reuse(config: BuildConfig, request: dict[str, Any]) -> Manifest:
             f"{config.output} holds a finished cache with other settings: "
             f"{describe_difference(_as_of_today(manifest.config, config), request)}; {ways_out}"
         )
-    shutil.rmtree(config.output / BUILD_DIR, ignore_errors=True)  # a crash between manifest and clean-up leaves it
+    # A crash between manifest and clean-up leaves the build's state.
+    if isinstance(config.output, Path):
+        shutil.rmtree(config.output / BUILD_DIR, ignore_errors=True)
+    else:
+        remove_traces(config.output)
     _check_weights(manifest, config, ways_out)
     try:
         source = open_source(config.data)
@@ -235,7 +258,7 @@ def _make_plan(build_dir: Path, config: BuildConfig, request: dict[str, Any], en
                 bar.update(len(sequence.input_ids))
                 yield sequence
 
-        with writing_to(config.output):
+        with writing_to(config.folder):
             shards, digest = write_sequences(build_dir, counted(), config.store.shard_tokens)
     if not shards:
         raise UserError(f"{config.data.path} gives no sequence to score; check its fields and max_tokens")
@@ -260,7 +283,7 @@ def _make_plan(build_dir: Path, config: BuildConfig, request: dict[str, Any], en
         ),
         shards=shards,
     )
-    with writing_to(config.output):
+    with writing_to(config.folder):
         plan.save(build_dir)
     return plan
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -194,3 +196,38 @@ def assert_same_scores() -> Callable[..., None]:
         assert wrong is None, wrong
 
     return check
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[str]:
+    """A bucket on a real S3 server on the loopback, in a process of its own: vLLM cannot start in one that holds flask."""
+    import fsspec
+    import s3fs
+
+    server = subprocess.Popen([sys.executable, "-c", _S3_SERVER], stdout=subprocess.PIPE, text=True)
+    assert server.stdout is not None
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.stdout.readline().strip()}")
+            patch.setenv("AWS_ACCESS_KEY_ID", "test")
+            patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+            patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+            # An instance that somebody made earlier has not seen these variables.
+            s3fs.S3FileSystem.clear_instance_cache()
+            fsspec.filesystem("s3").mkdir("caches")
+            yield "s3://caches"
+            s3fs.S3FileSystem.clear_instance_cache()
+    finally:
+        server.kill()
+        server.wait()
+
+
+_S3_SERVER = """
+import time
+from moto.server import ThreadedMotoServer
+
+server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
+server.start()
+print(server.get_host_and_port()[1], flush=True)
+time.sleep(3600)
+"""

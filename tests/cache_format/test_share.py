@@ -8,7 +8,6 @@ import http.server
 import inspect
 import os
 import shutil
-import subprocess
 import sys
 import threading
 import uuid
@@ -19,7 +18,6 @@ from typing import ClassVar
 import fsspec
 import numpy as np
 import pytest
-import s3fs
 import typer
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
@@ -74,37 +72,6 @@ def write(rng, header, sequence):
 @pytest.fixture
 def cache(tmp_path, write):
     return write(tmp_path / "original")
-
-
-@pytest.fixture(scope="module")
-def s3():
-    """A bucket on a real S3 server on the loopback, in a process of its own: vLLM cannot start in one that holds flask."""
-    server = subprocess.Popen([sys.executable, "-c", _S3_SERVER], stdout=subprocess.PIPE, text=True)
-    try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.stdout.readline().strip()}")
-            patch.setenv("AWS_ACCESS_KEY_ID", "test")
-            patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-            patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-            # An instance that somebody made earlier has not seen these variables.
-            s3fs.S3FileSystem.clear_instance_cache()
-            fsspec.filesystem("s3").mkdir("caches")
-            yield "s3://caches"
-            s3fs.S3FileSystem.clear_instance_cache()
-    finally:
-        server.kill()
-        server.wait()
-
-
-_S3_SERVER = """
-import time
-from moto.server import ThreadedMotoServer
-
-server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
-server.start()
-print(server.get_host_and_port()[1], flush=True)
-time.sleep(3600)
-"""
 
 
 @pytest.fixture(params=["memory", "s3", "file"])
@@ -535,14 +502,14 @@ def breaking_once(chunks):
 
 
 def test_a_place_that_loses_bytes_is_noticed(tmp_path, cache, monkeypatch):
-    write = share._Store._write
+    write = share.Store._write
 
     def lossy(self, name, *rest):
         write(self, name, *rest)
         path = f"{self._root}/{name}"
         self._filesystem.pipe_file(path, self._filesystem.cat_file(path)[:-1])
 
-    monkeypatch.setattr(share._Store, "_write", lossy)
+    monkeypatch.setattr(share.Store, "_write", lossy)
     with pytest.raises(CacheError, match=r"data/shard-00000\.arrow is not what was sent"):
         push(cache, f"memory://{tmp_path}")
     assert "manifest.json" not in files_at(f"memory://{tmp_path}")
