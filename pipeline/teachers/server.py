@@ -196,6 +196,12 @@ class ServerTeacher:
             await self._http.wait("it aborted a request", first_failure, 0)
 
     def _refused(self, status: int, message: str) -> UserError:
+        if status == 404:
+            return UserError(
+                f"the server at {self._settings.url} no longer serves {self._served} ({message.rstrip('.')}): it was restarted "
+                f"with another model; start it as before, with: {self._command} , and run the same command again: finished "
+                "shards are kept"
+            )
         if "max allowed" in message:
             message += f" (store.top_k is {self._capture.top_k})"
         return UserError(

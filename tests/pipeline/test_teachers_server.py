@@ -230,6 +230,13 @@ def test_a_refusal_is_final(fake: FakeServer, start: Any, texts: list[Sequence])
     assert [len(request["prompt"]) for request in fake.requests[asked:]].count(100) == 1
 
 
+def test_a_server_that_lost_the_model_is_refused(fake: FakeServer, start: Any, texts: list[Sequence]) -> None:
+    teacher = start()
+    fake.before = lambda number, prompt: 404
+    with pytest.raises(UserError, match=r"no longer serves tiny \(out of order\): it was restarted with another model"):
+        list(teacher.score(texts))
+
+
 def test_an_aborted_answer_is_asked_for_again(fake: FakeServer, start: Any, texts: list[Sequence]) -> None:
     teacher = start()
     began = len(fake.requests)

@@ -49,6 +49,7 @@ class VllmServer:
     def start(self) -> None:
         options = {
             "model": self._model,
+            "served-model-name": "tiny",  # names prove nothing
             "host": "127.0.0.1",
             "port": self.port,
             "dtype": "float32",
