@@ -359,6 +359,8 @@ class BuildConfig(_Config):
     def _a_server_can_do_it(self) -> Self:
         if self.teacher.backend == "server" and self.scale is not None:
             raise ValueError("scale starts engines of its own; a server is kept busy by teacher.server.concurrency")
+        if self.teacher.backend == "server" and self.data.generate is not None:
+            raise ValueError("a server only scores; for data.generate use another teacher.backend")
         if self.teacher.backend == "server" and self.store.tail_samples:
             raise ValueError(
                 "a server sends no draws from the tail (teacher.backend is server, store.tail_samples is "

@@ -112,7 +112,7 @@ class Generations:
 
         Raises UserError for answers that are there already but were written under other settings or by another teacher.
         """
-        with writing_to(self._config.output):
+        with writing_to(self._config.folder):
             state = self._state() if self._state_file.exists() else self._write_prompts(source)
             if state.request != self._request:
                 raise UserError(

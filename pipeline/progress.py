@@ -105,7 +105,7 @@ class Progress:
             self.record("progress", **self._figures())
             self._bar.set_postfix_str(self._line(), refresh=False)
 
-    def started(self, output: Path, header: Header, shards_done: int) -> None:
+    def started(self, output: Path | str, header: Header, shards_done: int) -> None:
         """It is known what the cache in ``output`` will be, of which ``shards_done`` shards were done before this run."""
         self.record(
             "start",
