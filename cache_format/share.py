@@ -263,11 +263,14 @@ class Store:
 
     def claimed(self) -> AbstractContextManager[None]:
         self._filesystem.invalidate_cache()
-        self.prepare("data")
+        self._make("data")
         return nullcontext()
 
     def prepare(self, folder: str) -> None:
         """Makes what has to be there before ``folder`` can take files."""
+        self._make(folder)
+
+    def _make(self, folder: str) -> None:
         if self._protocol in _FOLDERS:
             self._filesystem.makedirs(f"{self._root}/{folder}", exist_ok=True)
 

@@ -308,7 +308,7 @@ class BuildConfig(_Config):
     store: StoreConfig = StoreConfig()
     audit: AuditConfig = AuditConfig()
     scale: ScaleConfig | None = Field(None, description="Default: one engine, in this process.")
-    output: Path | str = Field(
+    output: str | Path = Field(
         description="Where the cache goes: a folder, or an fsspec URL (s3://, gs://, ...), to which each shard is sent once "
         "it is committed; the build's state then lies in `builds/` under LOGITCASK_CACHE (docs/remote.md)."
     )
@@ -318,10 +318,10 @@ class BuildConfig(_Config):
         "OUTPUT.log.jsonl beside the cache's folder, or false for none.",
     )
 
-    @field_validator("output", mode="before")
+    @field_validator("output")
     @classmethod
-    def _folder_or_url(cls, output: object) -> object:
-        if not isinstance(output, str):
+    def _folder_or_url(cls, output: str | Path) -> str | Path:
+        if isinstance(output, Path):
             return output
         if output.startswith(("file://", "local://")):
             return Path(output.partition("://")[2])
