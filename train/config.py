@@ -35,6 +35,9 @@ class StudentConfig(_Config):
         description="Train adapters instead of all weights: fields of peft.LoraConfig, or of another kind of adapter that "
         "peft_type names. The adapters are saved beside the merged student.",
     )
+    attention: str | None = Field(
+        None, description="transformers' attn_implementation, e.g. flash_attention_2. Default: transformers' choice."
+    )
 
     @model_validator(mode="after")
     def _one_origin(self) -> Self:

@@ -140,15 +140,17 @@ def at_positions(sequences: list[CachedSequence]) -> dict[str, Tensor]:
         batch["teacher_entropy"] = torch.cat([torch.from_numpy(values) for values in unknown])
     samples = [s.samples for s in sequences]
     if any(s is not None for s in samples):
-        nothing = [np.zeros((len(s.positions), 0), np.int32) for s in sequences]
-        ids = [none if s is None else _pooled(s.ids) for s, none in zip(samples, nothing, strict=True)]
-        batch["teacher_samples"] = _stacked(ids, -1).long()
-    if any(s is not None and s.logprobs is not None for s in samples):
-        logprobs = [
-            np.zeros((len(each.positions), 0), np.float32) if s is None or s.logprobs is None else _pooled(s.logprobs)
+        ids = [
+            np.zeros((len(each.positions), 0), np.int32) if s is None else _pooled(s.ids)
             for s, each in zip(samples, sequences, strict=True)
         ]
-        batch["teacher_sample_logprobs"] = _stacked(logprobs, -torch.inf)
+        batch["teacher_samples"] = _stacked(ids, -1).long()
+        if any(s is not None and s.logprobs is not None for s in samples):
+            logprobs = [
+                np.full(drawn.shape, -np.inf, np.float32) if s is None or s.logprobs is None else _pooled(s.logprobs)
+                for s, drawn in zip(samples, ids, strict=True)
+            ]
+            batch["teacher_sample_logprobs"] = _stacked(logprobs, -torch.inf)
     return batch
 
 

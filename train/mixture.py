@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,11 +21,13 @@ from cache_format import CachedSequence, CacheReader
 from cache_format.errors import ConfigError, UserError
 from train.config import DataConfig, SelectPositions, TrainConfig
 from train.dataset import CachedDataset, CacheIndex, HeldOut, collate, read_index
-from train.linear import PerChunk
 from train.losses import SparseTeacher
 from train.order import Plan, Units, single_units
 from train.packing import collate_packed, packed_units
 from train.selection import Place, highest_entropy, share_of
+
+if TYPE_CHECKING:
+    from train.linear import PerChunk  # imports transformers, which the workers of a loader do without
 
 
 class Drawn(NamedTuple):

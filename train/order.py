@@ -107,8 +107,8 @@ class Plan:
     """Which units each epoch draws from one or several caches, and in which order.
 
     Without weights an epoch is every unit once. With weights, shares of the kept positions, it draws from every cache in
-    proportion, and ends when the first (``epoch="first"``) or the last (``"all"``) of them has been gone through. Each cache is a
-    stream that the next epoch takes up where the last one stopped: no unit comes again before all others of its cache came.
+    proportion, as much as the first (``epoch="first"``) or the last (``"all"``) of them to be gone through has. Each cache is a
+    stream that the next epoch takes up where the last one stopped: every unit comes once before any comes twice, and so on.
 
     Units of all caches are numbered through, those of cache c from ``first_unit[c]``.
     """

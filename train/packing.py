@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,8 +20,10 @@ from torch import Tensor
 from cache_format import CachedSequence
 from cache_format.errors import UserError
 from train.dataset import at_positions
-from train.linear import LogitsHead
 from train.order import Ints, Shuffle, Units
+
+if TYPE_CHECKING:
+    from train.linear import LogitsHead  # imports transformers, which the workers of a loader do without
 
 PACKED_TOGETHER = 4096
 """Sequences among which companions for a row are looked for: enough to fill rows, few enough to keep neighbours near."""

@@ -191,7 +191,12 @@ def _train(
 def _identity(config: TrainConfig) -> dict[str, Any]:
     """What makes two runs the same run; where the cache and the output lie does not."""
     identity = config.model_dump(mode="json", exclude={"cache", "cache_config"})
-    identity["training"] = {key: value for key, value in config.training.items() if key != "output_dir"}
+    # How many workers fetch batches, and how, changes none of them.
+    identity["training"] = {
+        key: value
+        for key, value in config.training.items()
+        if key != "output_dir" and (key == "dataloader_drop_last" or not key.startswith("dataloader_"))
+    }
     return identity
 
 

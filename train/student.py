@@ -37,9 +37,14 @@ _LAYER = re.compile(r"^(?P<before>(?:.*\.)?(?:layers|h|blocks)\.)(?P<index>\d+)(
 def build_student(config: StudentConfig, seed: int) -> PreTrainedModel:
     """The untrained student, in ``config.dtype``, on the CPU.
 
-    Raises UserError where its model is not to be had, ConfigError where keep_layers or config do not describe one.
+    Raises UserError where its model is not to be had, ConfigError where keep_layers, config or attention do not fit.
     """
     student = _base(config, seed)
+    if config.attention is not None:
+        try:
+            student.set_attn_implementation(config.attention)
+        except (ValueError, ImportError, OSError) as error:
+            raise ConfigError(f"student.attention is {config.attention!r}: {_line(error)}") from error
     return student if config.peft is None else _with_adapters(student, config.peft, seed)
 
 

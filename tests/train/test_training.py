@@ -24,52 +24,7 @@ from train.config import TrainConfig
 from train.dataset import split
 from train.run import rewrite_report, train
 
-STEPS = 12
-
-
-@pytest.fixture(scope="session")
-def cache(tiny_llama, tmp_path_factory):
-    """A cache of the tiny Llama over real text, scored by transformers."""
-    config = BuildConfig.model_validate(
-        {
-            "teacher": {"model": str(tiny_llama), "backend": "transformers"},
-            "data": {"path": "python-docs", "max_length": 64, "max_tokens": 8000},
-            "store": {"top_k": 16, "shard_tokens": 3000},
-            "output": str(tmp_path_factory.mktemp("train") / "cache"),
-        }
-    )
-    build(config)
-    return config.output
-
-
-@pytest.fixture
-def config(cache, tiny_llama, tmp_path):
-    """Makes a config; keyword arguments replace fields, ``training`` ones by update."""
-
-    def make(**changes):
-        training = {
-            "output_dir": str(tmp_path / "run"),
-            "max_steps": STEPS,
-            "per_device_train_batch_size": 4,
-            "learning_rate": 3e-3,
-            "logging_steps": 1,
-            "save_steps": 4,
-            "save_total_limit": 1,
-            "disable_tqdm": True,
-            "use_cpu": True,
-            "seed": 7,
-        }
-        fields = {
-            "cache": str(cache),
-            "student": {"init_from": str(tiny_llama), "keep_layers": [1]},
-            "losses": [{"name": "forward_kl"}, {"name": "ranking", "weight": 2.0, "k": 5}],
-            "ce_weight": 0.5,
-            **changes,
-            "training": {**training, **changes.get("training", {})},
-        }
-        return TrainConfig.model_validate(fields)
-
-    return make
+STEPS = 12  # what the fixture `config` trains for
 
 
 def test_a_student_comes_closer_to_its_teacher(config, tiny_llama):
