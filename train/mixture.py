@@ -121,6 +121,9 @@ def by_source(per_chunk: Callable[[SparseTeacher], PerChunk], teachers: list[tup
             start, stop = max(own.start, rows.start), min(own.stop, rows.start + len(logits_CV))
             if start < stop:
                 chunk = logits_CV[start - rows.start : stop - rows.start]
+                if len(chunk) < len(logits_CV):
+                    # The objective may write gradients where its logits were: not into what others share.
+                    chunk = chunk.clone()
                 objective, reported = function(chunk, slice(start - own.start, stop - own.start))
                 objectives.append(objective)
                 for name, value in reported.items():
