@@ -22,8 +22,9 @@ _UNSUPPORTED = {
 def training_arguments(config: TrainConfig) -> TrainingArguments:
     """Raises ConfigError, in one line, for a field that transformers does not know or that makes no sense here."""
     # Batches hold fields that no model signature knows; trackers are opted into, as everything that leaves the machine.
-    # Without a GPU, pinned memory is a warning and nothing else.
-    defaults = {"report_to": "none", "dataloader_pin_memory": torch.cuda.is_available()}
+    # Without a GPU, pinned memory is a warning and nothing else, and workers take cores from the training.
+    gpu = torch.cuda.is_available()
+    defaults = {"report_to": "none", "dataloader_pin_memory": gpu, "dataloader_num_workers": 2 if gpu else 0}
     fields = {**defaults, **config.training, "remove_unused_columns": False}
     # YAML 1.1 reads an unquoted `no` as false.
     fields |= {name: "no" for name, value in fields.items() if name.endswith("_strategy") and value is False}

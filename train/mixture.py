@@ -7,6 +7,7 @@ position as it would in training on its cache only, and never sees a padded fiel
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import groupby
@@ -19,6 +20,7 @@ from torch.utils.data import Dataset
 
 from cache_format import CachedSequence, CacheReader
 from cache_format.errors import ConfigError, UserError
+from cache_format.storage import ShardCache, is_local, open_filesystem
 from train.config import DataConfig, SelectPositions, TrainConfig
 from train.dataset import CachedDataset, CacheIndex, HeldOut, collate, read_index
 from train.losses import SparseTeacher
@@ -28,6 +30,9 @@ from train.selection import Place, highest_entropy, share_of
 
 if TYPE_CHECKING:
     from train.linear import PerChunk  # imports transformers, which the workers of a loader do without
+
+
+log = logging.getLogger(__name__)
 
 
 class Drawn(NamedTuple):
@@ -155,6 +160,7 @@ def open_data(config: TrainConfig, caches: list[CacheReader], seed: int) -> tupl
                 f"selection.positions.by is entropy, but {entry.cache} stores none; use gap, or a cache with draws from the "
                 "tail (store.tail_samples), which has them"
             )
+        _warn_of_thrashing(cache, config.data.shuffle)
         sources.append(CachedDataset(cache, train))
         held_out.append(CachedDataset(cache, out))
         units.append(_units(config.data, capacity, cache, index, train, (seed, 0, number)))
@@ -174,6 +180,21 @@ def open_data(config: TrainConfig, caches: list[CacheReader], seed: int) -> tupl
             for data, share in zip(held_out, _shares(weights, held_out), strict=True)
         ]
     return Mixture(sources, [entry.label for entry in entries], units, plan), HeldOut(held_out)
+
+
+def _warn_of_thrashing(cache: CacheReader, shuffle: str) -> None:
+    """Says so where a shuffle over all of a remote cache would fetch shards again and again."""
+    if shuffle != "all" or is_local(open_filesystem(cache.path)[0]):
+        return
+    size, room = sum(shard.bytes for shard in cache.manifest.shards), ShardCache().max_bytes
+    if size > room:
+        log.warning(
+            "%s has %s bytes in shards and the local cache of shards room for %s: shuffled as a whole, shards are fetched "
+            "over and over; set data.shuffle to shards, or LOGITCASK_CACHE_BYTES to more",
+            cache.path,
+            f"{size:,}",
+            f"{room:,}",
+        )
 
 
 def _shares(weights: list[float], held_out: list[CachedDataset]) -> list[float]:
