@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from cache_format import Manifest, UserError
 from cache_format.tokenizers import tokenizer_identity
 from train.config import TrainConfig
+from train.losses import SPECS
 
 log = logging.getLogger(__name__)
 
@@ -58,10 +59,16 @@ def check(
             f"{manifest.store.vocab_size:,}; use a student with at least that vocabulary (resize its embeddings, or set "
             "vocab_size in student.config)"
         )
-    wanted = max([config.evaluation.k, *(term.options.get("k", 5) for term in config.losses if term.name == "ranking")])
+    defaults = {term.name: SPECS[term.name].options for term in config.losses}
+    by_loss = {
+        term.name: term.options.get("k", defaults[term.name]["k"])
+        for term in config.losses
+        if "k" in defaults[term.name]
+    }
+    asked, wanted = max({"evaluation.k": config.evaluation.k, **by_loss}.items(), key=lambda item: item[1])
     if wanted > manifest.store.top_k:
         raise UserError(
-            f"the ranking loss or evaluation.k asks for the teacher's top {wanted}, but {path} holds the top "
+            f"{asked} asks for the teacher's top {wanted}, but {path} holds the top "
             f"{manifest.store.top_k}; lower k, or build a cache with store.top_k >= {wanted}"
         )
     longest = getattr(student.config, "max_position_embeddings", None)

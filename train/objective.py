@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from train.config import TrainConfig, WeightSchedule
 from train.linear import PerChunk
 from train.losses import LOSSES, SPECS, LossState, SparseTeacher, Student
 from train.losses.ranking import top_k_overlap
-from train.losses.tails import tail_of
+from train.losses.tails import choose_tail, tail_of
 
 
 class Objective:
@@ -76,6 +77,25 @@ class Objective:
             (name, str(weight) if isinstance(weight, WeightSchedule) else f"{weight:g}")
             for name, weight in self._weights.items()
         ]
+
+    def exactness(self, teacher: SparseTeacher) -> dict[str, str]:
+        """What each loss is with a cache like ``teacher``: exact, unbiased, lower or biased (``train.losses.Exactness``)."""
+        if bool(torch.isneginf(teacher.tail_logprob).all()):
+            return dict.fromkeys(self._weights, "exact")
+        found: dict[str, str] = {}
+        for name, options in self._options.items():
+            spec = SPECS[name]
+            samples = teacher.samples is not None and spec.from_samples is not None
+            if spec.tails:
+                tail = choose_tail(
+                    name, teacher, options.get("tail", "auto"), spec.tails, logprobs=spec.needs_sample_logprobs
+                )
+                samples = tail == "samples"
+                if tail in ("prior", "renormalised"):
+                    found[name] = "biased"
+                    continue
+            found[name] = spec.from_samples if samples and spec.from_samples is not None else spec.from_head
+        return found
 
     def per_chunk(self, teacher: SparseTeacher) -> PerChunk:
         """The function ``train.linear.head_losses`` calls; its values are the unweighted terms, by name.

@@ -44,6 +44,12 @@ _TAILS: dict[Tail, str] = {
     "prior": "the cache's prior (a reconstruction; caches with tail samples are unbiased)",
     "ghost": "one cell of known mass (a lower bound; caches with tail samples are unbiased)",
 }
+_KINDS = {
+    "exact": "exact",
+    "unbiased": "unbiased over the draws",
+    "lower": "a lower bound",
+    "biased": "an approximation (docs/losses.md says of what kind)",
+}
 
 
 def train(config: TrainConfig, *, restart: bool = False) -> tuple[dict[str, Any], bool]:
@@ -246,4 +252,6 @@ def _try_on(objective: Objective, data: CachedDataset) -> Tail:
         raise ConfigError(f"losses: {str(error).strip().splitlines()[0]}; see the options in train/losses/") from error
     tail = tail_of(teacher)
     log.info("beyond the heads stored in %s, KL uses %s", data.cache.path, _TAILS[tail])
+    for name, kind in objective.exactness(teacher).items():
+        log.info("with this cache, %s is %s", name, _KINDS[kind])
     return tail

@@ -193,3 +193,20 @@ def test_a_mean_is_that_of_the_whole_batch(teacher: SparseTeacher, draw: torch.G
     per_chunk = Objective(config([{"name": "tail_aware", "k": 3}])).per_chunk(teacher)
     parts = [per_chunk(logits[rows], rows)[0] for rows in (slice(0, 3), slice(3, P))]
     torch.testing.assert_close(torch.cat(parts), LOSSES["tail_aware"](logits, teacher, k=3))
+
+
+def test_what_the_losses_are_with_a_cache(teacher: SparseTeacher) -> None:
+    names = ("forward_kl", "jsd", "reverse_kl", "listmle", "adaptive_kl", "tvd")
+    terms = [{"name": name} for name in names]
+    terms[-1]["tail"] = "ghost"
+    objective = Objective(config(terms))
+    undated = dataclasses.replace(teacher, sample_logprobs=None)
+    ghost = dataclasses.replace(undated, samples=None, prior=None)
+    whole = dataclasses.replace(ghost, tail_logprob=torch.full((P,), -math.inf))
+    for given, expected in (
+        (teacher, ("unbiased", "unbiased", "lower", "exact", "biased", "lower")),
+        (undated, ("unbiased", "biased", "biased", "exact", "biased", "lower")),  # the others use the prior
+        (ghost, ("lower", "lower", "lower", "exact", "biased", "lower")),
+        (whole, ("exact",) * 6),
+    ):
+        assert objective.exactness(given) == dict(zip(names, expected, strict=True))

@@ -103,7 +103,8 @@ Exactness = Literal["exact", "unbiased", "lower", "biased"]
 """How a value stands to the one that the teacher's whole distribution would give.
 
 exact: the same, up to the cache's rounding. unbiased: the same in the mean over fresh draws, and so is the gradient.
-lower: never above it. biased: none of these; the loss says what it is then.
+lower: never above it. biased: none of these; the loss says what it is then (so are a prior's reconstruction, and a head
+scaled up to 1, for any loss).
 """
 
 

@@ -161,7 +161,7 @@ def random_sampling(student_logits: Tensor | Student, teacher: SparseTeacher) ->
     formula="-log q(y)",
     needs="nothing but the data",
     from_head="exact",
-    from_samples="exact",
+    from_samples=None,
     use="beside a teacher loss (ce_weight is the same), or alone, as the baseline",
 )
 def ce(student_logits: Tensor | Student, teacher: SparseTeacher) -> Tensor:
