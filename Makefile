@@ -12,7 +12,7 @@ ENGINE := $(if $(HAS_GPU),teacher,teacher-cpu)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup teacher-cache train-student test lint bench report clean
+.PHONY: help setup teacher-cache train-student test test-engines lint bench report clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -45,6 +45,9 @@ report: setup ## write the report of a finished run again
 
 test: setup ## run all tests
 	$(BIN)/python -m pytest
+
+test-engines: setup ## test the teacher against every vLLM version the extras allow, an environment each (downloads)
+	$(BIN)/python tests/versions.py
 
 lint: setup ## ruff, mypy, import-linter
 	$(BIN)/ruff check .

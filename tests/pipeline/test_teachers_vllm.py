@@ -173,6 +173,24 @@ def test_all_routes_give_the_same_to_the_last_entry(
 
 
 @needs_vllm
+def test_what_is_scored_again_is_the_same_to_the_last_bit(
+    tiny_llama: Path, vllm_tiny: Any, rng: np.random.Generator, as_sequence: Make
+) -> None:
+    """After an attempt that was given up half way, with prompts still in the engine."""
+    sequences = texts(tiny_llama, rng, as_sequence, 256) * 2
+    whole = list(vllm_tiny.score(sequences))
+    attempt = vllm_tiny.score(sequences)
+    next(attempt)
+    assert vllm_tiny._llm.llm_engine.has_unfinished_requests()
+    attempt.close()
+    assert not vllm_tiny._llm.llm_engine.has_unfinished_requests()
+    assert not vllm_tiny._finished
+    for again, first in zip(vllm_tiny.score(sequences), whole, strict=True):
+        for field in dataclasses.fields(Scored):
+            np.testing.assert_array_equal(getattr(again, field.name), getattr(first, field.name), field.name)
+
+
+@needs_vllm
 def test_answers_are_read_at_the_kept_positions_alone(
     tiny_llama: Path, vllm_tiny: Any, rng: np.random.Generator, as_sequence: Make
 ) -> None:
