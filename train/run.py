@@ -98,8 +98,7 @@ def _train(
     data, held_out = open_data(config, caches, arguments.seed if arguments.data_seed is None else arguments.data_seed)
     objective = Objective(config)
     tail = _try_objective(objective, held_out)
-    if restart:  # only now that nothing stands against a new run
-        remove_run(output)
+    student.to(arguments.device)  # before the trainer tries the student: flash attention needs its GPU for that
     trainer = DistillationTrainer(
         student,
         arguments,
@@ -112,10 +111,11 @@ def _train(
         data=config.data,
         selection=config.selection,
     )
+    if restart:  # only now that nothing stands against a new run
+        remove_run(output)
     parameters, trained = student.num_parameters(), student.num_parameters(only_trainable=True)
     fingerprints = tuple(manifest.fingerprint for manifest in manifests)
     trainer.add_callback(CacheStamp(fingerprints))
-    student.to(arguments.device)
 
     def measure() -> dict[str, float]:
         return evaluate(

@@ -41,6 +41,10 @@ def build_student(config: StudentConfig, seed: int) -> PreTrainedModel:
     """
     student = _base(config, seed)
     if config.attention is not None:
+        if "flash" in config.attention and config.dtype == "float32":
+            raise ConfigError(
+                f"student.attention is {config.attention!r}, which does not compute in float32; set student.dtype to bfloat16"
+            )
         try:
             student.set_attn_implementation(config.attention)
         except (ValueError, ImportError, OSError) as error:

@@ -24,6 +24,7 @@ from transformers import (
 )
 from transformers.trainer_callback import PrinterCallback
 
+from cache_format.errors import UserError
 from train.config import DataConfig, SelectionConfig
 from train.dataset import HeldOut
 from train.evaluate import evaluate
@@ -205,6 +206,11 @@ class DistillationTrainer(Trainer):
             group_by_length=self.data.group_by_length,
             processes=self.args.world_size,
         )
+        if not len(self._batches):
+            raise UserError(
+                f"an epoch has {len(self._mixture)} sequences or rows, and training.dataloader_drop_last leaves out a batch that "
+                f"has less than {size}; lower training.per_device_train_batch_size"
+            )
         loader: DataLoader = DataLoader(
             self._mixture,
             batch_sampler=self._batches,

@@ -12,9 +12,10 @@ from torch.utils.data import DataLoader
 
 import cache_format.reader
 import cache_format.storage
-from cache_format import CacheReader
+from cache_format import CacheReader, UserError
 from cache_format.share import push
 from cache_format.storage import ShardCache
+from train.arguments import training_arguments
 from train.config import DataConfig
 from train.dataset import CachedDataset
 from train.mixture import Collator, Mixture, open_data
@@ -175,3 +176,31 @@ def test_the_wait_for_data_is_a_small_share(write_cache, scratch_config):
     shares = [r["data_wait"] for r in json.loads((output / "log.json").read_text()) if "loss" in r]
     assert len(shares) == 5
     assert all(0 < share < 1 for share in shares)
+
+
+@pytest.mark.parametrize(
+    ("training", "match"),
+    [
+        ({"group_by_length": True}, r"data\.group_by_length"),
+        ({"train_sampling_strategy": "group_by_length"}, r"data\.shuffle"),
+    ],
+)
+def test_orders_that_know_nothing_of_caches_are_refused(scratch_config, training, match):
+    with pytest.raises(UserError, match=match) as caught:
+        training_arguments(scratch_config(cache="c", training=training))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_remote_cache_that_would_be_fetched_over_and_over_is_warned_of(
+    write_cache, scratch_config, monkeypatch, tmp_path, caplog
+):
+    local = write_cache("c")
+    url = f"memory://{tmp_path}"
+    push(local.path, url)
+    monkeypatch.setenv("LOGITCASK_CACHE", str(tmp_path / "here"))
+    for room, shuffle, warned in ((1, "all", True), (1, "shards", False), (10**9, "all", False)):
+        size = sum(shard.bytes for shard in local.manifest.shards)
+        monkeypatch.setenv("LOGITCASK_CACHE_BYTES", str(size - 1 if room == 1 else room))
+        caplog.clear()
+        open_data(scratch_config(cache=url, data={"shuffle": shuffle}), [CacheReader(url)], 0)
+        assert ("over and over" in caplog.text) == warned

@@ -10,12 +10,14 @@ import torch
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
 from cache_format import UserError
+from train.config import StudentConfig
 from train.dataset import collate, teacher_of
 from train.linear import LogitsHead, head_losses
 from train.losses import LOSSES
 from train.order import single_units
 from train.packing import check_isolation, collate_packed, fill_rows, packed_units, wants_flat
 from train.run import train
+from train.student import build_student
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
 SMALL |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 128}
@@ -200,6 +202,12 @@ def test_rows_too_short_are_refused_in_one_line(write_cache, scratch_config):
 
 def test_an_attention_that_is_not_there_is_one_line(write_cache, scratch_config):
     cache = write_cache("c", shards=1)
+    with pytest.raises(
+        UserError, match=r"student\.attention is 'flash_attention_2', which does not compute in float32"
+    ):
+        build_student(
+            StudentConfig(**scratch_config(cache="c").student.model_dump() | {"attention": "flash_attention_2"}), 0
+        )
     with pytest.raises(UserError, match=r"student\.attention is 'no-such-attention'") as caught:
         train(
             scratch_config(
@@ -208,3 +216,23 @@ def test_an_attention_that_is_not_there_is_one_line(write_cache, scratch_config)
             )
         )
     assert "\n" not in str(caught.value)
+
+
+def test_a_restart_that_cannot_pack_removes_nothing(write_cache, scratch_config, monkeypatch):
+    cache = write_cache("c", shards=1)
+    train(scratch_config(cache=cache.path, training={"max_steps": 1}))
+
+    def refuse(head):
+        raise UserError("does not keep packed sequences apart")
+
+    monkeypatch.setattr("train.trainer.check_isolation", refuse)
+    with pytest.raises(UserError, match="apart"):
+        train(scratch_config(cache=cache.path, data={"packing": True}, training={"max_steps": 1}), restart=True)
+    assert train(scratch_config(cache=cache.path, training={"max_steps": 1}))[1]
+
+
+def test_batches_larger_than_an_epoch_are_refused_where_the_last_is_dropped(write_cache, scratch_config):
+    cache = write_cache("c", shards=1)
+    training = {"per_device_train_batch_size": 500, "dataloader_drop_last": True}
+    with pytest.raises(UserError, match=r"an epoch has \d+ sequences or rows"):
+        train(scratch_config(cache=cache.path, training=training))
