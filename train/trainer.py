@@ -116,7 +116,7 @@ class DistillationTrainer(Trainer):
         self._positions = self._positions + positions
         if self.objective.stateful:
             count = torch.tensor(positions, device=objective.device)
-            sums = torch.stack([*(values[name].double().sum() for name in self.objective.stateful), count.double()])
+            sums = torch.stack([*(values[name].float().sum() for name in self.objective.stateful), count.float()])
             self._step_sums = sums if self._step_sums is None else self._step_sums + sums
         loss = objective / (num_items_in_batch if num_items_in_batch is not None else max(1, positions))
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:

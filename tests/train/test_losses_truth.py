@@ -501,6 +501,23 @@ def test_unfilled_rows(draw: torch.Generator, name: str) -> None:
     torch.testing.assert_close(value[4:], alone)
 
 
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_student_that_prefers_what_does_not_exist(draw: torch.Generator, name: str) -> None:
+    """Its argmax is an id that the teacher cannot predict, with a tail and without: finite, and pushed down."""
+    log_p, z = normal(draw, 8, V).log_softmax(1), normal(draw, 8, V + 3)
+    z[:, -1] = z.amax(1) + 3
+    for k in (12, V):
+        teacher = teacher_of(log_p, k, draw)
+        if k < V:
+            teacher = with_draws(draw, log_p, teacher, 4)
+        value, gradient = value_and_gradient(lambda x, t=teacher: LOSSES[name](x, t), z)
+        assert torch.isfinite(value).all()
+        assert torch.isfinite(gradient).all()
+        # pairwise_logistic looks at the teacher's top alone; the slopes of the other two depend on all other ids.
+        if name not in ("pairwise_logistic", "ranking", "alpha_beta"):
+            assert (gradient[:, -1] > 0).all()
+
+
 def test_what_the_student_looks_at(draw: torch.Generator) -> None:
     """The one dense pass: its values by the definition, its gradient by finite differences, at any scale."""
     log_p, z = normal(draw, 5, 12, scale=1).log_softmax(1), normal(draw, 5, 15, scale=1)
