@@ -61,10 +61,10 @@ def memory() -> Iterator[str]:
     MemoryFileSystem.store.clear()
 
 
-def fields(output: object, shard_tokens: int = 2_000, **store: Any) -> dict[str, Any]:
+def fields(output: object, shard_tokens: int = 1_500, **store: Any) -> dict[str, Any]:
     return {
         "teacher": {"model": "synthetic", "backend": "synthetic", "vocab_size": 3000},
-        "data": {"path": "python-docs", "max_length": 128, "max_tokens": 12_000},
+        "data": {"path": "python-docs", "max_length": 128, "max_tokens": 6_000},
         "store": {"top_k": 8, "shard_tokens": shard_tokens, **store},
         "output": str(output),
     }
@@ -117,7 +117,7 @@ def test_one_shard_lies_here_at_a_time(memory: str, monkeypatch: pytest.MonkeyPa
         return write(self, name, *rest)
 
     monkeypatch.setattr(share.Store, "_write", looking)
-    assert len(build(config_of(memory)).manifest.shards) > 4
+    assert len(build(config_of(memory)).manifest.shards) >= 4
     assert most == 1
 
 

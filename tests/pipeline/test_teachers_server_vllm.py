@@ -147,11 +147,17 @@ def config_of(output: Path, model: Path, url: str, **settings: Any) -> BuildConf
     return BuildConfig.model_validate(
         {
             "teacher": teacher_fields(model, url, **settings),
-            "data": {"path": "python-docs", "max_length": MAX_LENGTH, "max_tokens": 40_000},
-            "store": {"top_k": TOP_K, "tail_samples": 0, "shard_tokens": 2_000},
+            "data": {"path": "python-docs", "max_length": MAX_LENGTH, "max_tokens": 16_000},
+            "store": {"top_k": TOP_K, "tail_samples": 0, "shard_tokens": 1_000},
             "output": str(output),
         }
     )
+
+
+@pytest.fixture(scope="module")
+def whole(servers: tuple[VllmServer, VllmServer], tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The manifest of a build that nothing has befallen."""
+    return build(config_of(tmp_path_factory.mktemp("whole") / "c", tiny_llama, servers[0].url)).manifest
 
 
 def test_a_server_says_what_transformers_says(
@@ -247,10 +253,9 @@ def after_shards(output: Path, number: int, action: Callable[[], None]) -> threa
 
 
 def test_a_server_that_comes_back_with_another_model_is_refused(
-    servers: tuple[VllmServer, VllmServer], tiny_llama: Path, tmp_path: Path
+    servers: tuple[VllmServer, VllmServer], tiny_llama: Path, tmp_path: Path, whole: Any
 ) -> None:
     """In the middle of a build, and when the build is run again; with the right model it ends as if nothing had been."""
-    whole = build(config_of(tmp_path / "whole", tiny_llama, servers[0].url)).manifest
     output = tmp_path / "c"
     switch = Switch(servers[0])
     # Where the weights are not at hand, what the server said before is all there is to go by.
@@ -275,13 +280,16 @@ def test_a_server_that_comes_back_with_another_model_is_refused(
 
 
 def test_a_server_killed_in_the_middle_is_waited_for(
-    servers: tuple[VllmServer, VllmServer], tiny_llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    servers: tuple[VllmServer, VllmServer],
+    tiny_llama: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    whole: Any,
 ) -> None:
     """``kill -9``, started again with the same command: the cache is the one of a build that met no such thing."""
     right = servers[0]
     servers[1].kill()
-    config = config_of(tmp_path / "whole", tiny_llama, right.url)
-    whole = build(config).manifest
+    config = config_of(tmp_path / "c", tiny_llama, right.url)
 
     def restart() -> None:
         right.kill()
@@ -289,7 +297,7 @@ def test_a_server_killed_in_the_middle_is_waited_for(
 
     watch = after_shards(tmp_path / "c", 4, restart)
     with caplog.at_level("INFO"):
-        manifest = build(config.model_copy(update={"output": tmp_path / "c"})).manifest
+        manifest = build(config).manifest
     watch.join()
     assert len([line for line in caplog.messages if line.startswith("waiting for the server at")]) == 1
     assert any("answers again" in line for line in caplog.messages)
