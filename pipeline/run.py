@@ -304,6 +304,8 @@ def _write_shards(writer: CacheWriter, plan: Plan, config: BuildConfig, engine: 
         log.info("starting the teachers: %s with %s", config.teacher.model, config.teacher.backend)
         return score_shards_on_ray(writer, plan, config, config.scale, pending)
     except KeyboardInterrupt:
+        for index in pending:
+            writer.adopt(index)  # workers may have committed more than they have told
         log.info("%s: %d of %d shards are done and kept", config.output, len(writer.committed), len(plan.shards))
         raise
 

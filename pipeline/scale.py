@@ -84,10 +84,13 @@ def score_shards_on_ray(
                     log.log(level, "%s", message)
                 if writer.begun:
                     _count(situation.done, progress, scale.workers)
-                if row is not None:
-                    if row["error"]:
-                        raise getattr(errors, row["error"])(row["message"])
-                    _take_up(writer, row["shard"], progress)
+                for shard in situation.committed:
+                    if (
+                        shard not in writer.committed
+                    ):  # some are told twice: by an attempt taken for dead, and by the next
+                        _take_up(writer, shard, progress)
+                if row is not None and row["error"]:
+                    raise getattr(errors, row["error"])(row["message"])
         return writer.header(), progress.seconds, progress.counts.scored_tokens
 
 

@@ -55,9 +55,10 @@ class Done:
 
 @dataclass
 class Situation:
-    """What workers have told the coordinator: ``done`` since the start, messages since the driver last asked."""
+    """What workers have told the coordinator: ``done`` since the start, shards and messages since the driver last asked."""
 
     done: Done = Done()
+    committed: list[int] = field(default_factory=list)
     # The first worker's header (JSON) and prior (its file), while the build has not begun.
     offer: tuple[str, bytes] | None = None
     messages: list[tuple[int, str]] = field(default_factory=list)
@@ -82,6 +83,10 @@ class Coordinator:
     def report(self, shard: int, done: Done) -> None:
         """How far this attempt at ``shard`` is."""
         self._done[shard] = done
+
+    def committed(self, shard: int) -> None:
+        """``shard`` is on disk for good."""
+        self._situation.committed.append(shard)
 
     def offer(self, header: str, prior: bytes) -> None:
         """What a worker would begin the build with. The first one counts."""
@@ -137,8 +142,12 @@ class ShardWorker:
             )
         if self._teacher is None:
             self._start()
-        if self._worker.adopt(shard):
-            return  # by an attempt that was taken for dead
+        if not self._worker.adopt(shard):  # by an attempt that was taken for dead
+            self._score(shard)
+        # Before the row says that it is done.
+        ray.get(self._coordinator.committed.remote(shard))
+
+    def _score(self, shard: int) -> None:
         assert self._teacher is not None
         progress, last = Progress(), time.monotonic()
 
@@ -151,7 +160,7 @@ class ShardWorker:
 
         pairs = score_shard(self._teacher, self._worker.build_dir, shard, progress, at_every_answer)
         score_shards(self._teacher, self._worker, self._plan, [shard], progress=progress, begun={shard: pairs})
-        ray.get(self._coordinator.report.remote(shard, Done.of(progress)))  # before the row says that it is done
+        self._coordinator.report.remote(shard, Done.of(progress))
 
     def _start(self) -> None:
         """Starts the engine and joins the build, or has it begun if no worker has before."""
