@@ -262,6 +262,11 @@ def _make_plan(build_dir: Path, config: BuildConfig, request: dict[str, Any], en
             shards, digest = write_sequences(build_dir, counted(), config.store.shard_tokens)
     if not shards:
         raise UserError(f"{config.data.path} gives no sequence to score; check its fields and max_tokens")
+    if not any(shard.positions for shard in shards):
+        raise UserError(
+            f"{config.data.path} gives no token to learn: every sequence is of one token, which nothing predicts; "
+            f"raise data.max_length ({config.data.max_length})"
+        )
     plan = Plan(
         request=request,
         tokenizer=TokenizerIdentity(

@@ -217,12 +217,12 @@ def _open_built_in(config: DataConfig) -> Source:
     documents = BUILT_IN[config.path]
 
     def read(fields: list[str]) -> Iterator[dict[str, str]]:
-        return ({"id": name, "text": text} for name, text in documents())
+        return ({"id": name, "text": text, "title": text.partition("\n")[0]} for name, text in documents())
 
     def stamp() -> str:
         return f"built-in:{hashlib.sha256(json.dumps(documents()).encode()).hexdigest()}"
 
-    return Source(config, ["id", "text"], read, stamp, config.id_field or "id")
+    return Source(config, ["id", "text", "title"], read, stamp, config.id_field or "id")
 
 
 # --- files, local and on the hub ----------------------------------------------------------------------------------

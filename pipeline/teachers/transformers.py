@@ -56,21 +56,23 @@ class TransformersTeacher:
         self._step_tokens = config.step_tokens(on_cpu=self._device.type == "cpu")
         check_context(model, max_length)
         dtype = "float32" if config.dtype == "auto" and self._device.type == "cpu" else config.dtype
-        # The bar for loading weights would run through the command's own progress.
-        bars = transformers.utils.logging.is_progress_bar_enabled()
-        transformers.utils.logging.disable_progress_bar()
+        # The bar for loading weights would run through the command's own progress, a report of what is wrong over pages.
+        logging = transformers.utils.logging
+        bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()
         try:
             self._lm = transformers.AutoModelForCausalLM.from_pretrained(
                 model.location, revision=model.revision, **{"dtype": dtype, **config.engine_args}
             )
             if "device_map" not in config.engine_args:
                 self._lm.to(self._device)
-        except (OSError, ValueError, TypeError, ImportError, RuntimeError) as error:
-            cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise UserError(f"transformers cannot load {model.name}: {cause}") from error
+        except Exception as error:  # whatever reading a checkpoint may raise
+            raise UserError(f"transformers cannot load {model.name}: {_cause(error)}") from error
         finally:
+            logging.set_verbosity(verbosity)
             if bars:
-                transformers.utils.logging.enable_progress_bar()
+                logging.enable_progress_bar()
         self._device = self._lm.device
         self._lm.eval()
         self.vocab_size: int = self._lm.config.get_text_config().vocab_size
@@ -169,6 +171,16 @@ class TransformersTeacher:
         logits = self._lm(**inputs, use_cache=False).logits
         for row, ids in enumerate(batch):
             yield logits[row, : len(ids) - 1].float().log_softmax(dim=-1)
+
+
+def _cause(error: Exception) -> str:
+    """In one line, and with a way out where the message has none."""
+    cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if "ignore_mismatched_sizes" in cause:
+        return "its weights do not have the shapes that its config.json says; put the files of one model together"
+    if type(error).__name__ == "SafetensorError":
+        return f"a file of its weights is damaged ({cause}); fetch it again"
+    return cause
 
 
 class _Noise(transformers.LogitsProcessor):
