@@ -215,8 +215,9 @@ def test_half_precision_logits_are_computed_in_float32(draw: torch.Generator, na
     expected, expected_gradient = value_and_gradient(lambda z: loss(z, teacher), logits.float())
     assert value.dtype == torch.float32
     assert torch.equal(value, expected)
-    if name == "alpha_beta":  # has two passes, whose gradients are rounded one by one
-        torch.testing.assert_close(gradient, expected_gradient.to(dtype))
+    if name == "alpha_beta":  # has two passes, whose gradients are rounded one by one, and partly cancel
+        error = (gradient.float() - expected_gradient).abs().max()
+        assert error < 8 * torch.finfo(dtype).eps * expected_gradient.abs().max()
     else:
         assert torch.equal(gradient, expected_gradient.to(dtype))
 
