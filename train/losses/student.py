@@ -3,6 +3,7 @@
 A dense pass over ``[P, V]`` logits is what a loss costs. What sparse losses need of it is small: the logits at the ids that
 the cache names (and at the student's own top), and how much mass lies elsewhere. ``Student`` makes that one pass; losses
 then work on tensors of some ``[P, K]``, by autograd, and however many of them share it, the gradient is one more pass.
+On CUDA both passes are kernels (``train.kernels``).
 
 The mass of the tail is summed from the tail itself. As ``1 - sum of q`` it would lose all digits once it is small.
 
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from train import kernels
 from train.losses.base import SparseTeacher
 
 # Rows of logits worked on at a time: temporaries stay in a CPU's cache; on a GPU fewer launches matter more.
@@ -163,7 +165,12 @@ class _Pass(torch.autograd.Function):
         dtype = torch.promote_types(logits_PV.dtype, torch.float32)
         z_PE = logits_PV.gather(1, ids_PE.clamp_min(0)).to(dtype)
         log_tail_P, log_others_P, dot_P = (z_PE.new_zeros(len(logits_PV)) for _ in range(3))
-        for rows in slabs(logits_PV, dtype) if masses else ():
+        fused = masses and kernels.usable(logits_PV)
+        if fused:
+            log_tail_P, log_others_P = _log_sums(logits_PV.data, head_PK, vocab_size, scale)
+            if b is not None:
+                dot_P = logits_PV[:, :vocab_size].to(dtype) @ b * scale
+        for rows in slabs(logits_PV, dtype) if masses and not fused else ():
             work = logits_PV[rows].to(dtype, copy=True)
             if scale != 1.0:
                 work.mul_(scale)
@@ -193,6 +200,15 @@ class _Pass(torch.autograd.Function):
         if not ctx.masses:
             grad_PV = torch.zeros_like(logits_PV, dtype=dtype).scatter_add_(1, ids_PE, grad_z_PE).to(logits_PV.dtype)
             return grad_PV, None, None, None, None, None, None, None
+        if kernels.usable(logits_PV):
+            grad_PV = logits_PV.data if ctx.overwrite[0] else logits_PV.clone()
+            _fill_head(grad_PV[:, :size], head_PK, -torch.inf)
+            slopes = (grad_tail_P * scale, grad_others_P * scale)
+            kernels.spread(grad_PV, size, log_tail_P, slopes[0], log_others_P, slopes[1], scale)
+            if b is not None:
+                grad_PV[:, :size].addr_((grad_dot_P * scale).to(grad_PV.dtype), b.to(grad_PV.dtype))
+            _add_entries(grad_PV, ids_PE, grad_z_PE)
+            return grad_PV, None, None, None, None, None, None, None
         grad_PV = logits_PV if ctx.overwrite[0] else torch.empty_like(logits_PV)
         for rows in slabs(logits_PV, dtype):
             if grad_PV.dtype == dtype:
@@ -217,6 +233,29 @@ class _Pass(torch.autograd.Function):
             if grad_PV.dtype != dtype:
                 grad_PV[rows] = work
         return grad_PV, None, None, None, None, None, None, None
+
+
+def _log_sums(logits_PV: Tensor, head_PK: Tensor, vocab_size: int, scale: float) -> tuple[Tensor, Tensor]:
+    """(log_tail, log_others) by the kernels, which read the logits where they are: for that long the head is -inf."""
+    if not head_PK.shape[1]:
+        return kernels.log_sums(logits_PV, vocab_size, scale)
+    first_P1 = head_PK[:, :1]
+    at_PK = torch.where(head_PK < 0, first_P1, head_PK).clamp_min(0)
+    z_PK = logits_PV.gather(1, at_PK)
+    _fill_head(logits_PV[:, :vocab_size], head_PK, -torch.inf)
+    found = kernels.log_sums(logits_PV, vocab_size, scale)
+    logits_PV.scatter_(1, at_PK, z_PK)
+    return found
+
+
+def _add_entries(grad_PV: Tensor, ids_PE: Tensor, grad_PE: Tensor) -> None:
+    """grad[p, ids[p, e]] += grad_PE[p, e], where ids repeat; what falls on one id is summed before it is rounded."""
+    if grad_PV.dtype == grad_PE.dtype:
+        grad_PV.scatter_add_(1, ids_PE, grad_PE)
+        return
+    same_PEE = (ids_PE.unsqueeze(2) == ids_PE.unsqueeze(1)).to(grad_PE.dtype)
+    total_PE = torch.bmm(same_PEE, grad_PE.unsqueeze(2)).squeeze(2) + grad_PV.gather(1, ids_PE)
+    grad_PV.scatter_(1, ids_PE, total_PE.to(grad_PV.dtype))
 
 
 def _fill_head(tail_rV: Tensor, head_rK: Tensor, value: float) -> None:
