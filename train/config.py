@@ -224,7 +224,9 @@ class TrainConfig(_Config):
     data: DataConfig = DataConfig()
     selection: SelectionConfig = SelectionConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
-    logits_chunk: int = Field(1024, ge=1, description="Positions whose logits are alive at a time; bounds memory.")
+    logits_chunk: int | None = Field(
+        None, ge=1, description="Positions whose logits are alive at a time. Default: 96 MiB of them, on a GPU 512."
+    )
     training: dict[str, Any] = Field(
         default_factory=dict, description="Any field of transformers.TrainingArguments; output_dir is required."
     )
