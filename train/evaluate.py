@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from train import distributed
 from train.dataset import CachedDataset, HeldOut, collate
 from train.linear import LogitsHead, head_losses
 from train.losses import SparseTeacher, forward_kl
@@ -31,48 +32,66 @@ SHOWN = 5
 
 
 @torch.no_grad()
-def evaluate(head: LogitsHead, data: HeldOut, *, k: int, batch_size: int, logits_chunk: int) -> dict[str, float]:
+def evaluate(head: LogitsHead, data: HeldOut, *, k: int, batch_size: int, logits_chunk: int | None) -> dict[str, float]:
     """Means over the kept positions of ``data``.
 
     ce, perplexity: of the data's own next tokens (nats, and exp of it). kl: KL(teacher || student), nats, see KL_KIND.
     top1_agreement, mor@k, cr@k, spearman@k, ece: see ``train.metrics``; ece is of the data's own next tokens.
+
+    Processes share the batches among them, and all get the same result.
     """
     sums: dict[str, float] = {}
     calibration = Calibration()
     positions = 0
     # Each cache has batches of its own: a SparseTeacher is of one.
-    batches = (
-        (cached, batch)
+    batches = [
+        (cached, range(start, min(start + batch_size, len(cached))))
         for cached in data.parts
-        for batch in DataLoader(cached, batch_size=batch_size, collate_fn=collate)  # type: ignore[arg-type]
-    )
-    total = sum(-(-len(cached) // batch_size) for cached in data.parts)
-    for cached, batch in tqdm(batches, desc="evaluate", total=total, unit="batch", leave=False, dynamic_ncols=True):
-        teacher, hidden_PH = _run(head, cached, batch)
-
-        def measure(
-            logits_CV: Tensor, rows: slice, teacher: SparseTeacher = teacher
-        ) -> tuple[Tensor, dict[str, Tensor]]:
-            part = teacher[rows]
-            agreement = rank_agreement(logits_CV, part, k)
-            values = {
-                "ce": cross_entropy(logits_CV.float(), part.target_ids, reduction="none"),
-                "kl": forward_kl(logits_CV, part),
-                "top1_agreement": agreement.top_1.float(),
-                f"mor@{k}": agreement.overlap,
-                f"cr@{k}": agreement.identical.float(),
-                f"spearman@{k}": rank_correlation(logits_CV, part, k),
-                **_confidence(logits_CV, part.target_ids),
-            }
-            return values["kl"], values
-
-        values = head_losses(head, hidden_PH, measure, chunk_size=logits_chunk).values
+        for start in range(0, len(cached), batch_size)
+    ]
+    process, processes = distributed.processes()
+    # Sharded models compute together, so every process takes as many; what is one too many does not count.
+    rounds = range(process, -(-len(batches) // processes) * processes, processes)
+    for at in tqdm(
+        rounds, desc="evaluate", unit="batch", leave=False, dynamic_ncols=True, disable=not distributed.is_main()
+    ):
+        cached, items = batches[at % len(batches)]
+        batch = collate([cached[item] for item in items])
+        values = head.inside(partial(_measured, head, cached, batch, k, logits_chunk))
+        if at >= len(batches):
+            continue
         calibration.add(values.pop("confidence"), values.pop("right"))
         for name, value in values.items():
             sums[name] = sums.get(name, 0.0) + value.cpu().double().sum().item()
-        positions += len(teacher)
-    means = {name: value / positions for name, value in sums.items()}
-    return {**means, "perplexity": perplexity(means["ce"]), "ece": calibration.error()}
+        positions += len(batch["labels"])
+    parts = distributed.gathered((sums, positions, calibration))
+    positions = sum(count for _, count, _ in parts)
+    names = next(part for part, count, _ in parts if count)
+    means = {name: sum(part.get(name, 0.0) for part, _, _ in parts) / positions for name in names}
+    error = Calibration.merged(part for _, _, part in parts).error()
+    return {**means, "perplexity": perplexity(means["ce"]), "ece": error}
+
+
+def _measured(
+    head: LogitsHead, cached: CachedDataset, batch: dict[str, Tensor], k: int, logits_chunk: int | None
+) -> dict[str, Tensor]:
+    teacher, hidden_PH = _run(head, cached, batch)
+
+    def measure(logits_CV: Tensor, rows: slice) -> tuple[Tensor, dict[str, Tensor]]:
+        part = teacher[rows]
+        agreement = rank_agreement(logits_CV, part, k)
+        values = {
+            "ce": cross_entropy(logits_CV.float(), part.target_ids, reduction="none"),
+            "kl": forward_kl(logits_CV, part),
+            "top1_agreement": agreement.top_1.float(),
+            f"mor@{k}": agreement.overlap,
+            f"cr@{k}": agreement.identical.float(),
+            f"spearman@{k}": rank_correlation(logits_CV, part, k),
+            **_confidence(logits_CV, part.target_ids),
+        }
+        return values["kl"], values
+
+    return head_losses(head, hidden_PH, measure, chunk_size=logits_chunk).values
 
 
 def _confidence(logits_CV: Tensor, target_ids_C: Tensor) -> dict[str, Tensor]:
@@ -109,9 +128,13 @@ def examples(head: LogitsHead, data: HeldOut, tokenizer: Any, *, count: int = 10
     """
     part = data.parts[0]
     batch = collate([part[index] for index in range(min(len(part), 2))])
-    teacher, hidden_PH = _run(head, part, batch)
-    chosen = torch.linspace(0, len(teacher) - 1, min(count, len(teacher))).long()
-    probabilities = head.logits(hidden_PH[chosen]).float().softmax(-1).topk(SHOWN)
+
+    def most_probable() -> tuple[SparseTeacher, Tensor, Tensor, Tensor]:
+        teacher, hidden_PH = _run(head, part, batch)
+        chosen = torch.linspace(0, len(teacher) - 1, min(count, len(teacher))).long()
+        return teacher, chosen, *head.logits(hidden_PH[chosen]).float().softmax(-1).topk(SHOWN)
+
+    teacher, chosen, probabilities, ids = head.inside(most_probable)
     longest = batch["input_ids"].shape[1]
     shown = []
     for row, at in enumerate(chosen.tolist()):
@@ -127,8 +150,7 @@ def examples(head: LogitsHead, data: HeldOut, tokenizer: Any, *, count: int = 10
                     if i >= 0
                 ],
                 "student": [
-                    (tokenizer.decode([int(i)]), float(p))
-                    for i, p in zip(probabilities.indices[row], probabilities.values[row], strict=True)
+                    (tokenizer.decode([int(i)]), float(p)) for i, p in zip(ids[row], probabilities[row], strict=True)
                 ],
             }
         )

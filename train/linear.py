@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,8 @@ _CHUNK_BYTES = {"cpu": 96 * 2**20}
 _CHUNK_BYTES_ELSEWHERE = 512 * 2**20
 # Rows of the head's gradient that are summed at a time where the product has to be widened first.
 _SLICE = 8192
+
+_T = TypeVar("_T")
 
 PerChunk = Callable[[Tensor, slice], tuple[Tensor, dict[str, Tensor]]]
 """``per_chunk(logits [C, V], rows) -> (objective [C], values)``.
@@ -65,6 +67,7 @@ class LogitsHead:
         unwrap = getattr(model, "get_base_model", None)
         causal = cast(PreTrainedModel, unwrap() if unwrap else model)
         self.architecture = type(causal).__name__
+        self._model = model
         backbone, lm_head = causal.base_model, causal.get_output_embeddings()
         if lm_head is None or backbone is causal:
             raise UserError(
@@ -92,6 +95,10 @@ class LogitsHead:
         if self.softcap is not None:
             logits = torch.tanh(logits / self.softcap) * self.softcap
         return logits
+
+    def inside(self, work: Callable[[], _T]) -> _T:
+        """Calls ``work`` where the model's forward would run: there FSDP2 has the parameters of both halves at hand."""
+        return _as_forward_of(self._model, work)
 
     def parameters(self) -> list[nn.Parameter]:
         """The trainable parameters between hidden states and logits (shared with the embedding where tied)."""
@@ -164,21 +171,25 @@ def head_losses(
     if chunk_size is None:
         chunk_bytes = _CHUNK_BYTES.get(hidden_PH.device.type, _CHUNK_BYTES_ELSEWHERE)
         chunk_size = max(1, chunk_bytes // (4 * head.vocab_size))
-    module = head.lm_head
-    plain = module.forward
+    plain = head.lm_head.forward
 
     def forward(hidden_PH: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         return _all_chunks(_projection(head, plain, hidden_PH, chunk_size), hidden_PH, per_chunk, chunk_size)
 
-    had_its_own = "forward" in vars(module)
-    module.forward = forward  # type: ignore[method-assign, assignment]
+    return HeadLosses(*_as_forward_of(head.lm_head, forward, hidden_PH))
+
+
+def _as_forward_of(module: nn.Module, work: Callable[..., _T], *args: Any) -> _T:
+    """``work(*args)`` in the place of the module's own forward, with the hooks that stand around it."""
+    own = vars(module).get("forward")
+    module.forward = work  # type: ignore[method-assign]
     try:
-        return HeadLosses(*module(hidden_PH))
+        return cast(_T, module(*args))
     finally:
-        if had_its_own:
-            module.forward = plain  # type: ignore[method-assign]
-        else:
+        if own is None:
             del module.forward
+        else:
+            module.forward = own
 
 
 class _Projection(Protocol):

@@ -7,6 +7,7 @@ no ties.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -80,6 +81,14 @@ class Calibration:
         at = (confidence * BINS).long().clamp(0, BINS - 1)
         parts = torch.stack([torch.ones_like(confidence), confidence, right.double().cpu()])
         self._sums.index_add_(1, at, parts)
+
+    @classmethod
+    def merged(cls, parts: Iterable[Calibration]) -> Calibration:
+        """One of all that was added to any of ``parts``."""
+        whole = cls()
+        for part in parts:
+            whole._sums += part._sums
+        return whole
 
     def error(self) -> float:
         """Between 0 and 1; 0 where nothing was added."""

@@ -10,12 +10,13 @@ import json
 import logging
 import math
 from collections.abc import Iterable
+from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import set_seed
+from transformers import TrainingArguments, set_seed
 from transformers.utils import logging as transformers_logging
 
 from cache_format import CacheReader, Manifest, UserError
@@ -27,6 +28,7 @@ from train.card import model_card
 from train.checkpoints import CacheStamp, last_checkpoint, named_checkpoint
 from train.config import TrainConfig
 from train.dataset import CachedDataset, HeldOut, collate
+from train.distributed import is_main, on_main
 from train.evaluate import KL_KIND, evaluate, examples, teacher_reference
 from train.folder import begun, exclusive, refuse_other_files, remove_run
 from train.generation import Answer, answers, mean_rouge_l
@@ -58,14 +60,23 @@ def train(config: TrainConfig, *, restart: bool = False) -> tuple[dict[str, Any]
     Returns the content of metrics.json and whether it was there already. Raises UserError and its kinds.
     """
     output = config.output_dir
-    with exclusive(output):
+    arguments = training_arguments(config)  # from here on, processes that were started together know each other
+    with exclusive(output) if is_main() else nullcontext():
         caches = [CacheReader(entry.cache) for entry in config.caches]
         run = {"config": _identity(config), "cache": _caches_identity(config, caches)}
-        refuse_other_files(output)
-        before = None if restart else begun(output, run)
-        if before is not None and (output / "metrics.json").exists():
-            return json.loads((output / "metrics.json").read_text()), True
-        return _train(config, caches, run, before, restart=restart), False
+        before, metrics = on_main(lambda: _found(output, run, restart=restart))
+        if metrics is not None:
+            return metrics, True
+        return _train(config, arguments, caches, run, before, restart=restart), False
+
+
+def _found(output: Path, run: dict[str, Any], *, restart: bool) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """(what was measured before the first step, what metrics.json says) of this very run; None for what there is not."""
+    refuse_other_files(output)
+    before = None if restart else begun(output, run)
+    if before is None or not (output / "metrics.json").exists():
+        return before, None
+    return before, json.loads((output / "metrics.json").read_text())
 
 
 def rewrite_report(output: Path) -> Path:
@@ -82,10 +93,15 @@ def rewrite_report(output: Path) -> Path:
 
 
 def _train(
-    config: TrainConfig, caches: list[CacheReader], run: dict[str, Any], before: dict[str, Any] | None, *, restart: bool
+    config: TrainConfig,
+    arguments: TrainingArguments,
+    caches: list[CacheReader],
+    run: dict[str, Any],
+    before: dict[str, Any] | None,
+    *,
+    restart: bool,
 ) -> dict[str, Any]:
     manifests, output = [cache.manifest for cache in caches], config.output_dir
-    arguments = training_arguments(config)
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     set_seed(arguments.seed)
@@ -98,6 +114,8 @@ def _train(
     data, held_out = open_data(config, caches, arguments.seed if arguments.data_seed is None else arguments.data_seed)
     objective = Objective(config)
     tail = _try_objective(objective, held_out)
+    if restart:  # only now that nothing stands against a new run
+        on_main(lambda: remove_run(output))
     student.to(arguments.device)  # before the trainer tries the student: flash attention needs its GPU for that
     trainer = DistillationTrainer(
         student,
@@ -134,9 +152,10 @@ def _train(
         return answers(student, tokenizer, held_out, wanted) if wanted is not None and tokenizer is not None else []
 
     if before is None:
-        before = {"metrics": measure(), "examples": show(), "rouge_l": mean_rouge_l(answer())}
-        write_durably(output / "run.json", json.dumps({**run, "before": before}, indent=2))
-    checkpoint = last_checkpoint(output)
+        measured: dict[str, Any] = {"metrics": measure(), "examples": show(), "rouge_l": mean_rouge_l(answer())}
+        before = measured
+        on_main(lambda: write_durably(output / "run.json", json.dumps({**run, "before": measured}, indent=2)))
+    checkpoint = on_main(lambda: last_checkpoint(output))
     if checkpoint is None and isinstance(arguments.resume_from_checkpoint, str):
         checkpoint = named_checkpoint(arguments.resume_from_checkpoint, fingerprints)
     if checkpoint is not None:
@@ -185,12 +204,18 @@ def _train(
         "created_by": f"logitcask {version('logitcask')}",
         "config": run["config"],
     }
-    write_durably(output / "log.json", json.dumps(history, indent=1))
-    write_durably(output / "examples.json", json.dumps(shown, indent=1, ensure_ascii=False))
-    write_durably(output / "answers.json", json.dumps([a._asdict() for a in answered], indent=1, ensure_ascii=False))
-    write_durably(output / "README.md", model_card(metrics, output))
-    write_report(output / "report.html", metrics, history, shown, [each._asdict() for each in answered])
-    write_durably(output / "metrics.json", json.dumps(metrics, indent=2))
+
+    def write() -> None:
+        write_durably(output / "log.json", json.dumps(history, indent=1))
+        write_durably(output / "examples.json", json.dumps(shown, indent=1, ensure_ascii=False))
+        write_durably(
+            output / "answers.json", json.dumps([a._asdict() for a in answered], indent=1, ensure_ascii=False)
+        )
+        write_durably(output / "README.md", model_card(metrics, output))
+        write_report(output / "report.html", metrics, history, shown, [each._asdict() for each in answered])
+        write_durably(output / "metrics.json", json.dumps(metrics, indent=2))
+
+    on_main(write)
     return metrics
 
 

@@ -27,6 +27,7 @@ from transformers.trainer_callback import PrinterCallback
 from cache_format.errors import UserError
 from train.config import DataConfig, SelectionConfig
 from train.dataset import HeldOut
+from train.distributed import gathered
 from train.evaluate import evaluate
 from train.linear import LogitsHead, head_losses
 from train.mixture import Collator, Mixture, by_source
@@ -59,7 +60,7 @@ class DistillationTrainer(Trainer):
         tokenizer: Any,
         *,
         k: int,
-        logits_chunk: int,
+        logits_chunk: int | None,
         data: DataConfig,
         selection: SelectionConfig,
     ) -> None:
@@ -249,14 +250,16 @@ class DistillationTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds, to training records, the mean of each loss since the last one, and totals over all resumed runs."""
-        if "loss" in logs and self._positions:
-            logs |= {f"loss_{name}": (value / self._positions).item() for name, value in self._sums.items()}
-            self._resumed_positions += self._positions
+        if "loss" in logs and self._sums:
+            totals = self._totals()
+            positions = totals["positions"]["all"]
+            logs |= {f"loss_{name}": total / positions for name, total in totals["losses"].items()}
+            self._resumed_positions += int(positions)
             logs["positions"] = self._resumed_positions
             logs["seconds"] = self._resumed_seconds + time.monotonic() - self._started
             logs |= {
-                f"cache_{self._mixture.names[source]}": float(total) / self._cache_positions[source]
-                for source, total in sorted(self._cache_sums.items())
+                f"cache_{self._mixture.names[source]}": total / totals["cache_positions"][source]
+                for source, total in sorted(totals["caches"].items())
             }
             now = time.monotonic()
             logs["data_wait"] = self._waited / max(now - self._last_log, 1e-9)
@@ -272,6 +275,21 @@ class DistillationTrainer(Trainer):
             self.objective.end(means, self.state.global_step, self.state.max_steps)
             self.state.stateful_callbacks["objective"] = self.objective.state_dict()
             self._step_sums = None
+
+    def _totals(self) -> dict[str, dict[Any, float]]:
+        """What was summed since the last record, over all processes."""
+        mine: dict[str, dict[Any, Any]] = {
+            "losses": self._sums,
+            "positions": {"all": self._positions},
+            "caches": self._cache_sums,
+            "cache_positions": self._cache_positions,
+        }
+        totals: dict[str, dict[Any, float]] = {kind: {} for kind in mine}
+        for part in gathered({kind: {name: float(x) for name, x in sums.items()} for kind, sums in mine.items()}):
+            for kind, sums in part.items():
+                for name, value in sums.items():
+                    totals[kind][name] = totals[kind].get(name, 0.0) + value
+        return totals
 
     def run(self, checkpoint: str | None) -> None:
         """Trains from the start, or on from a checkpoint; ``positions`` and ``seconds`` of the log go on where it stopped."""
