@@ -249,7 +249,8 @@ class _LinearProjection:
         return logits_CV
 
     def backward(self, grad_CV: Tensor) -> Tensor:
-        grad_CV = grad_CV.to(self._weight_VH.dtype)
+        # Detached: where it was written over the logits it still is the leaf that they were.
+        grad_CV = grad_CV.detach().to(self._weight_VH.dtype)
         if self._slope_CV is not None:
             grad_CV.mul_(self._slope_CV)
         if self._train_weight:

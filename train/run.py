@@ -114,8 +114,6 @@ def _train(
     data, held_out = open_data(config, caches, arguments.seed if arguments.data_seed is None else arguments.data_seed)
     objective = Objective(config)
     tail = _try_objective(objective, held_out)
-    if restart:  # only now that nothing stands against a new run
-        on_main(lambda: remove_run(output))
     student.to(arguments.device)  # before the trainer tries the student: flash attention needs its GPU for that
     trainer = DistillationTrainer(
         student,
@@ -130,7 +128,7 @@ def _train(
         selection=config.selection,
     )
     if restart:  # only now that nothing stands against a new run
-        remove_run(output)
+        on_main(lambda: remove_run(output))
     parameters, trained = student.num_parameters(), student.num_parameters(only_trainable=True)
     fingerprints = tuple(manifest.fingerprint for manifest in manifests)
     trainer.add_callback(CacheStamp(fingerprints))

