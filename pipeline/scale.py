@@ -26,6 +26,7 @@ from cache_format.manifest import Header
 from cache_format.prior import TailPrior
 from pipeline.config import BuildConfig, ScaleConfig
 from pipeline.generation import check_teacher
+from pipeline.interruption import at_safe_points, checkpoint
 from pipeline.plan import Plan
 from pipeline.progress import Progress
 from pipeline.scale_worker import Coordinator, Done, ShardWorker, Situation, Task
@@ -72,7 +73,8 @@ def score_shards_on_ray(
             .iter_rows()
         )
         total = sum(plan.shards[shard].tokens for shard in shards)
-        with Progress(total, len(shards), bar=True, file=config.log_file()) as progress:
+        # Ray swallows a KeyboardInterrupt now and then; a flag that is looked at between two polls is never lost.
+        with Progress(total, len(shards), bar=True, file=config.log_file()) as progress, at_safe_points():
             if writer.begun:
                 progress.started(config.output, writer.header(), len(writer.committed))
             for row in _as_they_come(results):
@@ -91,6 +93,7 @@ def score_shards_on_ray(
                         _take_up(writer, shard, progress)
                 if row is not None and row["error"]:
                     raise getattr(errors, row["error"])(row["message"])
+                checkpoint()
         return writer.header(), progress.seconds, progress.counts.scored_tokens
 
 
