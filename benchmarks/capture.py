@@ -23,8 +23,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -36,13 +34,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from machine import machine
+
 from cache_format import CacheWriter
 from pipeline.behind import Pair
 from pipeline.config import BuildConfig, StoreConfig, TeacherConfig
 from pipeline.models import resolve_model
 from pipeline.plan import Plan, read_sequences, write_sequences
 from pipeline.progress import Progress
-from pipeline.run import _make_plan, _request
+from pipeline.run import _Engine, _make_plan, _request
 from pipeline.scoring import estimate_prior, score_shard, score_shards
 from pipeline.sequence import Sequence
 from pipeline.sources import BUILT_IN
@@ -108,7 +108,7 @@ def measure_speed(arguments: argparse.Namespace, k: int, work: Path) -> dict[str
     )
     try:
         with CacheWriter(config.output) as writer:
-            plan = _make_plan(writer.build_dir, config, _request(config))
+            plan = _make_plan(writer.build_dir, config, _request(config), _Engine(config, writer.build_dir))
             sequences = list(read_sequences(writer.build_dir, 0))
         bench = Bench(teacher, config, plan, sequences, work)
         ways = [way for way in arguments.ways if not (arguments.draws and way in ("stock", "undecoded"))]
@@ -244,7 +244,7 @@ def measure_memory(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
     return {"peak_rss_bytes": peaks, "growth": round(growth, 4), "machine": machine()}
 
 
-# --- models and machine -------------------------------------------------------------------------------------------
+# --- models -------------------------------------------------------------------------------------------
 
 
 def model_of(name: str, work: Path) -> str:
@@ -276,21 +276,6 @@ def toy(work: Path) -> str:
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
-
-
-def machine() -> dict[str, Any]:
-    import torch
-
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    return {
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "cpu": names[0] if names else platform.processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
 
 
 def save(part: str, name: str, result: dict[str, Any]) -> None:
