@@ -23,8 +23,8 @@ from pipeline.sequence import Answer, Sequence
 # A sequence with what the teacher says of it; None where nothing of it is kept, so that it was not scored.
 Pair = tuple[Sequence, Answer | None]
 
-QUEUE_BYTES = 64 << 20
-"""Answers that may wait: a hundred thousand positions of 64 entries."""
+QUEUE_BYTES = 32 << 20
+"""Answers that may wait: sixty thousand positions of 64 entries."""
 
 _POLL_SECONDS = 0.2
 

@@ -8,6 +8,7 @@ teacher is given, and in which order, is decided by the shard alone.
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
@@ -64,13 +65,13 @@ def score_shard(
 
 def estimate_prior(pairs: Iterator[Pair], store: StoreSettings) -> tuple[TailPrior, Iterator[Pair]]:
     """The prior, from the first positions of ``pairs`` (those of shard 0), and all of ``pairs`` again, still to be used."""
-    first: list[Pair] = []
+    first: deque[Pair] = deque()
     positions = 0
     while positions < _PRIOR_POSITIONS and (pair := next(pairs, None)) is not None:
         first.append(_read(pair))
         positions += int(pair[0].loss_mask.sum())
     prior = TailPrior.estimate((kept(pair, store) for pair in first), store.vocab_size)
-    return prior, chain(first, pairs)
+    return prior, chain(_emptying(first), pairs)
 
 
 def score_shards(
@@ -111,6 +112,12 @@ def _by_length(window: list[Sequence]) -> list[int]:
     """Indices of the sequences that are scored, by falling length."""
     scored = (at for at, sequence in enumerate(window) if sequence.loss_mask.any())
     return sorted(scored, key=lambda at: -len(window[at].input_ids))
+
+
+def _emptying(pairs: deque[Pair]) -> Iterator[Pair]:
+    # ``chain`` would hold a deque, and all that is in it, until the whole shard has been scored.
+    while pairs:
+        yield pairs.popleft()
 
 
 def _read(pair: Pair) -> Pair:

@@ -33,6 +33,7 @@ from cache_format.manifest import TeacherIdentity
 from pipeline.capture import Capture
 from pipeline.config import TeacherConfig
 from pipeline.draws import first_difference
+from pipeline.heap import map_large_blocks
 from pipeline.interruption import checkpoint
 from pipeline.models import ResolvedModel, check_context, context_limit, is_quantised, kv_bytes_per_token, vocab_size
 from pipeline.sequence import Answer, Scored, Sequence
@@ -252,6 +253,7 @@ class VllmTeacher:
             "use_tqdm_on_load": False,
         }
         if self._on_cpu:
+            map_large_blocks()
             arguments["enforce_eager"] = True
             room = 2 * (max_model_len + self._step_tokens)
             arguments["kv_cache_memory_bytes"] = max(1 << 30, room * kv_bytes_per_token(model, value_bytes=4))

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from pipeline.config import BuildConfig, StoreConfig, TeacherConfig
 from pipeline.plan import write_sequences
 from pipeline.progress import Progress
 from pipeline.run import build
-from pipeline.sequence import Sequence
+from pipeline.sequence import Answer, Sequence
 from pipeline.teachers import answers
 from pipeline.teachers.synthetic import SyntheticTeacher
 
@@ -132,6 +133,32 @@ def test_the_queue_is_bounded_in_bytes(tmp_path, monkeypatch):
     build(config_for(tmp_path))
     assert 100_000 - largest <= most <= 100_000
     assert progress.counts.queued_bytes == progress.counts.queued_sequences == 0
+
+
+def test_nothing_is_held_for_longer_than_it_waits(tmp_path, monkeypatch):
+    """What the engine has answered is let go: once the prior is known, that is what queue and window hold, to the end."""
+    window, queue, prior = 500, 50_000, 10_000
+    alive: list[tuple[weakref.ref, int]] = []
+    held: list[int] = []
+
+    def tracked(teacher, sequences):
+        for answer in answers(teacher, sequences):
+            scored, largest = answer.scored(), answer.nbytes
+            alive.append((weakref.ref(scored.ids), answer.nbytes))
+            alive[:] = [each for each in alive if each[0]() is not None]
+            held.append(sum(nbytes for _, nbytes in alive))
+            bytes_per_token = answer.nbytes / len(scored.ids)
+            yield Answer(answer.nbytes, lambda scored=scored: scored)
+            bound.append(queue + 2 * window * bytes_per_token + 2 * largest)
+
+    bound: list[float] = []
+    monkeypatch.setattr(scoring, "answers", tracked)
+    monkeypatch.setattr(scoring, "_WINDOW_TOKENS", window)
+    monkeypatch.setattr(scoring, "_PRIOR_POSITIONS", prior)
+    monkeypatch.setattr(behind, "QUEUE_BYTES", queue)
+    build(config_for(tmp_path))
+    assert max(held) > 2 * max(bound), "the prior's positions must stand out"
+    assert max(held[len(held) // 2 :]) <= max(bound)
 
 
 def test_an_answer_larger_than_the_queue_passes(tmp_path, monkeypatch):

@@ -1,0 +1,30 @@
+"""The C library's heap under an engine in this process, kept from growing with the length of a build.
+
+A CPU engine allocates and frees a few tensors of 1 to 200 MiB for every prompt: rows of logits over the whole vocabulary. glibc
+maps large blocks apart from its heap and gives them back at once, but each one that is freed raises the size that counts as large, up to
+32 MiB. From then on smaller tensors, as many sizes as there are lengths of prompts, go to the heap, where what is kept for
+longer soon lies between them: it never stops growing. A size set by hand stays as it is.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+
+MMAP_THRESHOLD = 1 << 20
+"""Bytes from which a block is mapped apart."""
+
+# Of malloc.h.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_USERS_OWN = ("MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
+
+
+def map_large_blocks() -> None:
+    """Fixes the size from which this process maps blocks apart, unless the user has tuned glibc or this is another C library."""
+    if any(name in os.environ for name in _USERS_OWN):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, MMAP_THRESHOLD)
+        # Raised along with the other: what may stay free at the heap's end.
+        mallopt(_M_TRIM_THRESHOLD, 2 * MMAP_THRESHOLD)
