@@ -12,7 +12,7 @@ ENGINE := $(if $(HAS_GPU),teacher,teacher-cpu)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup teacher-cache train-student test test-engines lint bench report clean
+.PHONY: help setup teacher-cache train-student test test-engines lint bench bench-quality report clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -57,6 +57,9 @@ lint: setup ## ruff, mypy, import-linter
 
 bench: setup ## measure the cache format: size, fidelity, speed, memory (docs/format.md)
 	$(BIN)/python benchmarks/format.py
+
+bench-quality: setup ## what students learn from each store and loss (docs/quality.md); about an hour on two cores, resumable
+	$(BIN)/python benchmarks/quality
 
 clean: ## remove .venv and caches of tools; leaves caches/, models/ and runs/
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
