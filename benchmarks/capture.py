@@ -11,7 +11,7 @@ speed   tokens per second of one engine, all ways in turn in every round:
           raw         the arrays themselves
           pipeline    a cache on disk: raw, converted, encoded, committed
           bare        the same request, its results dropped as they leave the engine
-memory  peak resident memory of builds of different sizes, a process each, with the toy model
+memory  peak resident memory of builds of different sizes, a process each, with the toy model; and within the largest one
 table   the results as Markdown, for docs/capture.md
 
 The toy model has one layer and SmolLM2's vocabulary of 49,152, so that what Python does weighs most. Text is `python-docs`.
@@ -237,11 +237,18 @@ def measure_memory(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
         file = work / "config.yaml"
         file.write_text(json.dumps(config))  # JSON is YAML
         subprocess.run([sys.executable, "-c", "from pipeline.cli import main; main()", "build", str(file)], check=True)
-        last = json.loads(Path(f"{config['output']}.log.jsonl").read_text().splitlines()[-1])
+        records = [json.loads(line) for line in Path(f"{config['output']}.log.jsonl").read_text().splitlines()]
+        last = records[-1]
+        course = {str(each["tokens"]): each["peak_rss_bytes"] for each in records if "peak_rss_bytes" in each}
         peaks[str(last["tokens"])] = last["peak_rss_bytes"]
         print(f"{last['tokens']:,} tokens: peak {last['peak_rss_bytes'] / 2**20:,.0f} MiB", flush=True)
     growth = list(peaks.values())[-1] / next(iter(peaks.values())) - 1
-    return {"peak_rss_bytes": peaks, "growth": round(growth, 4), "machine": machine()}
+    return {
+        "peak_rss_bytes": peaks,
+        "growth": round(growth, 4),
+        "within_the_last_build": course,
+        "machine": machine(),
+    }
 
 
 # --- models -------------------------------------------------------------------------------------------

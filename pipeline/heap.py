@@ -4,6 +4,8 @@ A CPU engine allocates and frees a few tensors of 1 to 200 MiB for every prompt:
 maps large blocks apart from its heap and gives them back at once, but each one that is freed raises the size that counts as large, up to
 32 MiB. From then on smaller tensors, as many sizes as there are lengths of prompts, go to the heap, where what is kept for
 longer soon lies between them: it never stops growing. A size set by hand stays as it is.
+
+Arrow's buffers go the same way, since the allocator it comes with keeps what it has had.
 """
 
 from __future__ import annotations
@@ -11,7 +13,9 @@ from __future__ import annotations
 import ctypes
 import os
 
-MMAP_THRESHOLD = 1 << 20
+import pyarrow as pa
+
+MMAP_THRESHOLD = 256 << 10
 """Bytes from which a block is mapped apart."""
 
 # Of malloc.h.
@@ -28,3 +32,5 @@ def map_large_blocks() -> None:
         mallopt(_M_MMAP_THRESHOLD, MMAP_THRESHOLD)
         # Raised along with the other: what may stay free at the heap's end.
         mallopt(_M_TRIM_THRESHOLD, 2 * MMAP_THRESHOLD)
+        if "ARROW_DEFAULT_MEMORY_POOL" not in os.environ:
+            pa.set_memory_pool(pa.system_memory_pool())

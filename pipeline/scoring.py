@@ -24,7 +24,7 @@ from pipeline.sequence import Answer, Sequence
 from pipeline.teachers import Teacher, answers, bounded_groups
 
 # The prior settles within some ten thousand positions; they are held in memory until it is known.
-_PRIOR_POSITIONS = 32_768
+_PRIOR_POSITIONS = 16_384
 
 # Sequences are put in order of length within so many tokens; answers wait for those before them in the plan.
 _WINDOW_TOKENS = 16_384

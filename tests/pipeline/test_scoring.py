@@ -156,7 +156,7 @@ def test_nothing_is_held_for_longer_than_it_waits(tmp_path, monkeypatch):
     monkeypatch.setattr(scoring, "_WINDOW_TOKENS", window)
     monkeypatch.setattr(scoring, "_PRIOR_POSITIONS", prior)
     monkeypatch.setattr(behind, "QUEUE_BYTES", queue)
-    build(config_for(tmp_path))
+    build(config_for(tmp_path, store={"top_k": 8, "shard_tokens": 10**6}))
     assert max(held) > 2 * max(bound), "the prior's positions must stand out"
     assert max(held[len(held) // 2 :]) <= max(bound)
 
@@ -226,7 +226,7 @@ def test_a_subset_of_shards_is_the_same_in_another_process_or_order(tmp_path):
     whole = build(config_for(tmp_path)).manifest
     config = config_for(tmp_path, output=str(tmp_path / "parts"))
     with CacheWriter(config.output) as writer:
-        plan = run._make_plan(writer.build_dir, config, run._request(config))
+        plan = run._make_plan(writer.build_dir, config, run._request(config), run._Engine(config, writer.build_dir))
         teacher = SyntheticTeacher(config.teacher, config.store.capture())
         header = plan.header(teacher.identity(), config.store.settings(teacher.vocab_size))
         prior, _ = scoring.estimate_prior(scoring.score_shard(teacher, writer.build_dir, 0), header.store)
