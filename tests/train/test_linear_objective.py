@@ -42,6 +42,7 @@ RECIPES: dict[str, list[dict[str, Any]]] = {
     "ghost": [{"name": "forward_kl", "tail": "ghost"}],
     "prior": [{"name": "forward_kl", "tail": "prior"}],
     "mixed": [{"name": "forward_kl"}, {"name": "reverse_kl", "tail": "ghost"}],
+    "reconstruction": [{"name": "forward_kl"}, {"name": "reverse_kl", "tail": "prior"}],
 }
 
 
