@@ -1,4 +1,4 @@
-"""Two processes on the CPU (gloo) train as one does, with DDP."""
+"""Two processes on the CPU (gloo) train as one does, through the trainer: DDP, and FSDP2 (``fully_shard``)."""
 
 from __future__ import annotations
 
@@ -10,17 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
+import torch
 from transformers import AutoModelForCausalLM
 
 from pipeline.config import BuildConfig
 from pipeline.run import build
 from train.config import TrainConfig
+from train.run import train
 
 STEPS = 5
+LOSSES = [{"name": "forward_kl"}, {"name": "ranking", "weight": 2.0, "k": 5}]
+TAID = [{"name": "taid", "alpha": 0.3}]
+FSDP = {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def uneven(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Documents of very different lengths, so that processes have very different numbers of positions."""
     folder = tmp_path_factory.mktemp("distributed")
@@ -38,26 +42,30 @@ def uneven(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Runs:
-    def __init__(self, folder: Path, cache: Path, student: dict[str, Any]) -> None:
-        self.folder, self.cache, self.student = folder, cache, student
+    """Trainings in one folder: ``config`` describes them, ``alone`` and ``together`` do them, ``result`` reads them."""
 
-    def __call__(self, name: str, processes: int, batch: int, accumulate: int = 1, **training: Any) -> dict[str, Any]:
-        output = self.folder / name
-        config = {
+    def __init__(self, folder: Path, cache: Path) -> None:
+        self.folder, self.cache = folder, cache
+
+    def config(
+        self, name: str, *, batch: int, tied: bool, losses: list[dict[str, Any]] = LOSSES, **training: Any
+    ) -> dict[str, Any]:
+        small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+        small |= {"num_key_value_heads": 1, "vocab_size": 384, "max_position_embeddings": 128, "initializer_range": 0.2}
+        return {
             "cache": str(self.cache),
-            "student": self.student,
-            "losses": [{"name": "forward_kl"}, {"name": "ranking", "weight": 2.0, "k": 5}],
+            "student": {"config": {"model_type": "llama", "tie_word_embeddings": tied, **small}},
+            "losses": losses,
             "ce_weight": 0.5,
             "logits_chunk": 50,
             "evaluation": {"held_out": 0.2},
             "training": {
-                "output_dir": str(output),
+                "output_dir": str(self.folder / name),
                 "max_steps": STEPS,
                 "learning_rate": 3e-3,
                 "logging_steps": 1,
                 "seed": 7,
                 "per_device_train_batch_size": batch,
-                "gradient_accumulation_steps": accumulate,
                 "per_device_eval_batch_size": 5,
                 "disable_tqdm": True,
                 "use_cpu": True,
@@ -65,40 +73,102 @@ class Runs:
                 **training,
             },
         }
-        file = self.folder / f"{name}.yaml"
-        file.write_text(yaml.safe_dump(TrainConfig.model_validate(config).model_dump(mode="json")))
-        launch = [sys.executable]
-        if processes > 1:
-            launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        command = [*launch, "-m", "train", str(file)]
+
+    def alone(self, name: str, **fields: Any) -> dict[str, Any]:
+        train(TrainConfig.model_validate(self.config(name, **fields)))
+        return self.result(name)
+
+    def together(self, *jobs: dict[str, Any], fsdp: bool = False, dies: bool = False) -> list[bool | None]:
+        """Whether each job's run was found finished; None where it was interrupted."""
+        file = self.folder / "jobs.json"
+        file.write_text(json.dumps({"fsdp": fsdp, "jobs": jobs}))
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        command = [*launch, str(Path(__file__).parent / "several_processes.py"), str(file)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
-        assert done.returncode == 0, done.stderr[-5000:]
-        log = json.loads((output / "log.json").read_text())
+        assert (done.returncode != 0) == dies, done.stderr[-8000:]
+        return [] if dies else json.loads(file.with_suffix(".found").read_text())
+
+    def result(self, name: str) -> dict[str, Any]:
+        output = self.folder / name
+        state = json.loads((output / f"checkpoint-{STEPS}" / "trainer_state.json").read_text())
         return {
             "metrics": json.loads((output / "metrics.json").read_text()),
-            "steps": [record for record in log if "loss" in record],
-            "output": output,
+            "steps": [record for record in json.loads((output / "log.json").read_text()) if "loss" in record],
+            "objective": state["stateful_callbacks"].get("objective"),
+            "saved": AutoModelForCausalLM.from_pretrained(output).state_dict(),
         }
 
 
+@pytest.fixture(scope="module")
+def runs(uneven: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(tmp_path_factory.mktemp("runs"), uneven)
+
+
+@pytest.fixture(scope="module")
+def one(runs: Runs) -> dict[str, dict[str, Any]]:
+    """One process."""
+    return {
+        "tied": runs.alone("one-tied", batch=4, tied=True),
+        "untied": runs.alone("one-untied", batch=4, tied=False),
+        "8": runs.alone("one-8", batch=8, tied=True),
+        "taid": runs.alone("one-taid", batch=4, tied=True, losses=TAID),
+    }
+
+
+def halves(runs: Runs, kind: str, **training: Any) -> dict[str, dict[str, Any]]:
+    """The same trainings as ``one`` has, for two processes."""
+    return {
+        "tied": runs.config(f"{kind}-tied", batch=2, tied=True, **training),
+        "untied": runs.config(f"{kind}-untied", batch=2, tied=False, **training),
+        "8": runs.config(f"{kind}-8", batch=2, tied=True, gradient_accumulation_steps=2, **training),
+        "taid": runs.config(f"{kind}-taid", batch=2, tied=True, losses=TAID, **training),
+    }
+
+
 def same(found: dict[str, Any], expected: dict[str, Any]) -> None:
-    """The losses of every step, of all processes together, and the metrics before and after."""
+    """The losses and gradient norms of every step, the metrics before and after, and every weight that was saved."""
     assert len(found["steps"]) == len(expected["steps"]) == STEPS
     for mine, theirs in zip(found["steps"], expected["steps"], strict=True):
-        for name in ("loss", "loss_forward_kl", "loss_ranking", "loss_ce", "positions"):
+        names = [name for name in theirs if name.startswith("loss")]
+        assert len(names) >= 3
+        for name in (*names, "positions"):
             assert mine[name] == pytest.approx(theirs[name], abs=1e-4), name
-    assert found["steps"][-1]["loss"] < found["steps"][0]["loss"] - 0.1
+        assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
+    assert found["metrics"]["after"]["kl"] < found["metrics"]["before"]["kl"] - 0.05
     for when in ("before", "after"):
         assert found["metrics"][when] == pytest.approx(expected["metrics"][when], abs=2e-4)
     assert found["metrics"]["positions_trained"] == expected["metrics"]["positions_trained"]
-    saved = AutoModelForCausalLM.from_pretrained(found["output"])
-    assert saved.num_parameters() == expected["metrics"]["student"]["parameters"]
+    assert found["saved"].keys() == expected["saved"].keys()
+    for name, weight in expected["saved"].items():
+        torch.testing.assert_close(found["saved"][name], weight, rtol=0, atol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def test_two_processes_train_as_one_does(uneven: Path, tmp_path: Path) -> None:
-    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    small |= {"num_key_value_heads": 1, "vocab_size": 384, "max_position_embeddings": 128, "initializer_range": 0.2}
-    run = Runs(tmp_path, uneven, {"config": {"model_type": "llama", "tie_word_embeddings": True, **small}})
-    one = run("one", processes=1, batch=4)
-    same(run("ddp", processes=2, batch=2), one)
+def all_the_same(runs: Runs, kind: str, one: dict[str, dict[str, Any]]) -> None:
+    for name, expected in one.items():
+        same(runs.result(f"{kind}-{name}"), expected)
+    assert 0.4 < one["taid"]["objective"]["taid"]["t"] < 1
+    found = runs.result(f"{kind}-taid")["objective"]["taid"]
+    assert found == pytest.approx(one["taid"]["objective"]["taid"], abs=1e-4)
+
+
+def test_ddp(runs: Runs, one: dict[str, dict[str, Any]]) -> None:
+    """Tied; accumulated; TAID, which remembers; untied, of which one process is killed; all of that again."""
+    jobs = halves(runs, "ddp")
+    killed = {"config": jobs["untied"], "killed": 4}
+    runs.together({"config": jobs["tied"]}, {"config": jobs["8"]}, {"config": jobs["taid"]}, killed, dies=True)
+    assert not (runs.folder / "ddp-untied" / "metrics.json").exists()
+    assert (runs.folder / "ddp-untied" / "checkpoint-3").exists()
+    again = [{"config": jobs["untied"]}, {"config": jobs["8"]}, {"config": jobs["tied"], "restart": True}]
+    assert runs.together(*again) == [False, True, False]
+    all_the_same(runs, "ddp", one)
+
+
+def test_fsdp2(runs: Runs, one: dict[str, dict[str, Any]]) -> None:
+    """The same with every parameter sharded; checkpoints and the student that is saved are whole."""
+    jobs = halves(runs, "fsdp", **FSDP)
+    interrupted = {"config": jobs["untied"], "interrupted": 4}
+    again = [{"config": jobs["8"]}, {"config": jobs["tied"], "restart": True}]
+    everything = [interrupted, *({"config": config} for config in jobs.values()), *again]
+    assert runs.together(*everything, fsdp=True) == [None, *4 * [False], True, False]
+    all_the_same(runs, "fsdp", one)

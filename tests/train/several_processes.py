@@ -1,0 +1,78 @@
+"""What each process that ``test_distributed`` starts does: the trainings of a list, one after another.
+
+Starting Python and torch takes longer than they do. A job is a config and how it goes: ``restart``; ``killed``, the step
+after which the last process kills itself; ``interrupted``, the step after which all of them stop and the next job begins.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
+from torch.distributed.tensor import DTensor
+
+from train.config import TrainConfig
+from train.distributed import is_main, processes
+from train.run import train
+from train.trainer import DistillationTrainer
+
+
+class Interrupted(Exception):
+    """Stands for whatever ends a process."""
+
+
+end_step = DistillationTrainer.end_step
+
+
+def shard_on_cpus() -> None:
+    """Has accelerate use FSDP without GPUs. That condition apart, its code and torch's are the same on a CPU."""
+    begin = PartialState.__init__
+
+    def pretend(self: PartialState, *args: Any, **kwargs: Any) -> None:
+        fresh = not PartialState._shared_state
+        begin(self, *args, **kwargs)
+        if fresh:
+            self.distributed_type = DistributedType.MULTI_GPU
+
+    PartialState.__init__ = pretend
+
+
+def watch(*, sharded: bool, killed: int | None = None, interrupted: int | None = None) -> None:
+    """After every step: whether parameters are sharded, all or none, and whether to stop here."""
+
+    def end(self: DistillationTrainer) -> None:
+        end_step(self)
+        assert all(isinstance(weight, DTensor) == sharded for weight in self.model.parameters())
+        rank, count = processes()
+        if self.state.global_step == killed and rank == count - 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.state.global_step == interrupted:
+            raise Interrupted
+
+    DistillationTrainer.end_step = end
+
+
+def main() -> None:
+    file = Path(sys.argv[1])
+    work = json.loads(file.read_text())
+    if work["fsdp"]:
+        shard_on_cpus()
+    found = []
+    for job in work["jobs"]:
+        watch(sharded=work["fsdp"], killed=job.get("killed"), interrupted=job.get("interrupted"))
+        try:
+            found.append(train(TrainConfig.model_validate(job["config"]), restart=job.get("restart", False))[1])
+        except Interrupted:
+            found.append(None)
+    if is_main():
+        file.with_suffix(".found").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
