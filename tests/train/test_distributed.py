@@ -18,7 +18,7 @@ from pipeline.run import build
 from train.config import TrainConfig
 from train.run import train
 
-STEPS = 5
+STEPS, SAVED = 5, 3
 LOSSES = [{"name": "forward_kl"}, {"name": "ranking", "weight": 2.0, "k": 5}]
 TAID = [{"name": "taid", "alpha": 0.3}]
 FSDP = {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
@@ -69,7 +69,7 @@ class Runs:
                 "per_device_eval_batch_size": 5,
                 "disable_tqdm": True,
                 "use_cpu": True,
-                "save_steps": 3,
+                "save_steps": SAVED,
                 **training,
             },
         }
@@ -91,7 +91,7 @@ class Runs:
 
     def result(self, name: str) -> dict[str, Any]:
         output = self.folder / name
-        state = json.loads((output / f"checkpoint-{STEPS}" / "trainer_state.json").read_text())
+        state = json.loads((output / f"checkpoint-{SAVED}" / "trainer_state.json").read_text())
         return {
             "metrics": json.loads((output / "metrics.json").read_text()),
             "steps": [record for record in json.loads((output / "log.json").read_text()) if "loss" in record],
@@ -158,7 +158,7 @@ def test_ddp(runs: Runs, one: dict[str, dict[str, Any]]) -> None:
     killed = {"config": jobs["untied"], "killed": 4}
     runs.together({"config": jobs["tied"]}, {"config": jobs["8"]}, {"config": jobs["taid"]}, killed, dies=True)
     assert not (runs.folder / "ddp-untied" / "metrics.json").exists()
-    assert (runs.folder / "ddp-untied" / "checkpoint-3").exists()
+    assert (runs.folder / "ddp-untied" / f"checkpoint-{SAVED}").exists()
     again = [{"config": jobs["untied"]}, {"config": jobs["8"]}, {"config": jobs["tied"], "restart": True}]
     assert runs.together(*again) == [False, True, False]
     all_the_same(runs, "ddp", one)
