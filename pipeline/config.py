@@ -151,7 +151,9 @@ class DataConfig(_Config):
     id_field: str | None = Field(None, description="Column with stable, unique ids. Default: the row number.")
     max_length: int = Field(512, ge=1, description="Longest sequence, in tokens.")
     overlong: Literal["split", "truncate", "drop"] = Field(
-        "split", description="Documents above max_length: cut into consecutive pieces, cut off, or left out. Counted."
+        "split",
+        description="Documents above max_length: cut into consecutive pieces, cut off, or left out. Counted. One above a "
+        "million characters is tokenised in overlapping parts, with the tokens of one call wherever words end.",
     )
     max_tokens: int | None = Field(
         None, ge=1, description="Stop before the sequence that would exceed this many tokens."

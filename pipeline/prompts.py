@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 
 from cache_format.errors import UserError
 from pipeline.config import DataConfig
+from pipeline.long_texts import LONG, LongTexts, pieces
 from pipeline.sources import Row
 from pipeline.tokenize import Refused, batches, check_ids, render, template_of
 
@@ -86,18 +88,27 @@ class Prompts:
             raise UserError(self._nothing_made())
 
     def _tokenised(self, batch: list[Row]) -> Iterator[tuple[str, list[int]]]:
-        if self._config.kind == "documents":
-            encoded = self.tokenizer(
-                [row.text or "" for row in batch], add_special_tokens=self._config.add_special_tokens, **self._quiet
-            )["input_ids"]
-            for row, ids in zip(batch, encoded, strict=True):
-                # Some tokenizers end every text with EOS; one that is to go on has not ended.
-                yield row.row_id, ids[:-1] if ids and ids[-1] == self.tokenizer.eos_token_id else ids
-            return
-        texts = {row.row_id: text for row in batch if (text := self._rendered(row)) is not None}
-        if texts:
-            encoded = self.tokenizer(list(texts.values()), add_special_tokens=False, **self._quiet)["input_ids"]
-            yield from zip(texts, encoded, strict=True)
+        documents = self._config.kind == "documents"
+        if documents:
+            texts = {row.row_id: row.text or "" for row in batch}
+        else:
+            texts = {row.row_id: text for row in batch if (text := self._rendered(row)) is not None}
+        special = documents and self._config.add_special_tokens
+        short = [text for text in texts.values() if len(text) <= LONG]
+        encoded = iter(self.tokenizer(short, add_special_tokens=special, **self._quiet)["input_ids"] if short else ())
+        for row_id, text in texts.items():
+            if len(text) <= LONG:
+                ids = next(encoded)
+            else:  # no more than shows that it is too long
+                ids = next(
+                    pieces(self._long_texts.ids(text, add_special_tokens=special), self._config.max_length + 2)
+                ).tolist()
+            # Some tokenizers end every text with EOS; one that is to go on has not ended.
+            yield row_id, ids[:-1] if documents and ids and ids[-1] == self.tokenizer.eos_token_id else ids
+
+    @cached_property
+    def _long_texts(self) -> LongTexts:
+        return LongTexts(self.tokenizer)
 
     def _rendered(self, row: Row) -> str | None:
         messages = row.messages or [{"role": "user", "content": row.text}]

@@ -6,16 +6,20 @@ is scored on its own, so its teacher has not read the pieces before it, and its 
 Chats: rendered once as a whole with the chat template and tokenised once. What the assistant wrote is learnt, its
 end-of-turn token included: its characters are found in the rendered text, and a token is the assistant's if it holds at
 least one of them.
+
+A text above a million characters is tokenised in parts (``pipeline.long_texts``), and no further than ``max_length`` asks
+for where the rest is cut off or the text left out.
 """
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -23,6 +27,7 @@ from numpy.typing import NDArray
 
 from cache_format.errors import UserError
 from pipeline.config import DataConfig
+from pipeline.long_texts import LONG, LongTexts, Tokens, head, pieces, with_whole_offsets
 from pipeline.sequence import Sequence
 from pipeline.sources import Row
 
@@ -79,7 +84,7 @@ class Tokenization:
             raise UserError("data.append_eos is set, but the tokenizer has no EOS token; leave append_eos out")
         if config.messages_field is not None:
             self.chat_template = template_of(tokenizer, config)
-            self._offset_tokenizer = _with_whole_offsets(tokenizer)
+            self._offset_tokenizer = _with_offsets(tokenizer)
 
     @property
     def counters(self) -> dict[str, int]:
@@ -114,24 +119,48 @@ class Tokenization:
     def _documents(self, batch: list[Row]) -> Iterator[_Counted]:
         config = self._config
         texts = [row.text or "" for row in batch]
-        all_ids = self.tokenizer(texts, add_special_tokens=config.add_special_tokens, **self._quiet)["input_ids"]
-        for row, ids in zip(batch, all_ids, strict=True):
-            if config.append_eos and ids and ids[-1] != self.tokenizer.eos_token_id:
-                ids = [*ids, self.tokenizer.eos_token_id]
-            if not ids:
-                self._counters["without_tokens"] += 1
-                continue
-            if len(ids) > config.max_length and config.overlong == "drop":
-                self._counters["dropped_overlong"] += 1
-                continue
-            if len(ids) <= config.max_length:
-                yield _document(row.row_id, ids), ("documents",)
-            elif config.overlong == "truncate":
-                yield _document(row.row_id, ids[: config.max_length]), ("documents", "truncated")
-            else:  # a last piece of one token is kept, so that the pieces together are the text
-                for number, start in enumerate(range(0, len(ids), config.max_length)):
-                    kinds = ("documents", "split_documents", "pieces") if number == 0 else ("pieces",)
-                    yield _document(f"{row.row_id}/{number}", ids[start : start + config.max_length]), kinds
+        short = [text for text in texts if len(text) <= LONG]
+        encoded = iter(
+            self.tokenizer(short, add_special_tokens=config.add_special_tokens, **self._quiet)["input_ids"]
+            if short
+            else ()
+        )
+        for row, text in zip(batch, texts, strict=True):
+            if len(text) <= LONG:
+                parts: Iterable[NDArray[np.int32]] = [np.asarray(next(encoded), np.int32)]
+            else:
+                parts = self._long_texts.ids(text, add_special_tokens=config.add_special_tokens)
+            yield from self._document(row, self._ended(parts) if config.append_eos else parts)
+
+    def _document(self, row: Row, parts: Iterable[NDArray[np.int32]]) -> Iterator[_Counted]:
+        """``parts``: the ids of the document, read as far as they are needed."""
+        cut = pieces(parts, self._config.max_length)
+        first, second = next(cut, None), next(cut, None)
+        if first is None:
+            self._counters["without_tokens"] += 1
+        elif second is None:
+            yield _learnt(row.row_id, first), ("documents",)
+        elif self._config.overlong == "drop":
+            self._counters["dropped_overlong"] += 1
+        elif self._config.overlong == "truncate":
+            yield _learnt(row.row_id, first), ("documents", "truncated")
+        else:  # a last piece of one token is kept, so that the pieces together are the text
+            for number, piece in enumerate(chain((first, second), cut)):
+                kinds = ("documents", "split_documents", "pieces") if number == 0 else ("pieces",)
+                yield _learnt(f"{row.row_id}/{number}", piece), kinds
+
+    def _ended(self, parts: Iterable[NDArray[np.int32]]) -> Iterator[NDArray[np.int32]]:
+        """With EOS behind them, unless there is one or there is nothing to end."""
+        eos, last = self.tokenizer.eos_token_id, None
+        for part in parts:
+            last = part[-1] if len(part) else last
+            yield part
+        if last is not None and last != eos:
+            yield np.asarray([eos], np.int32)
+
+    @cached_property
+    def _long_texts(self) -> LongTexts:
+        return LongTexts(self.tokenizer)
 
     # --- chats ---
 
@@ -139,11 +168,8 @@ class Tokenization:
         rendered = list(self._render_all(batch))
         if not rendered:
             return
-        encoded = self._offset_tokenizer(
-            [chat.text for chat in rendered], add_special_tokens=False, return_offsets_mapping=True, **self._quiet
-        )
-        for chat, ids, offsets in zip(rendered, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-            mask = _tokens_in(chat.spans, np.asarray(offsets, np.int64).reshape(-1, 2))
+        for chat, (ids, offsets) in zip(rendered, self._tokens([chat.text for chat in rendered]), strict=True):
+            mask = _tokens_in(chat.spans, offsets)
             mask[:1] = False
             limit = self._config.max_length
             if len(ids) > limit and self._config.overlong == "drop":
@@ -152,7 +178,22 @@ class Tokenization:
                 self._counters["nothing_to_learn"] += 1
             else:  # a piece from the middle of a chat is no chat, so `split` cuts off as `truncate` does
                 kinds = ("chats", "truncated") if len(ids) > limit else ("chats",)
-                yield Sequence(chat.row_id, np.asarray(ids[:limit], np.int32), mask[:limit]), kinds
+                yield Sequence(chat.row_id, ids[:limit], mask[:limit]), kinds
+
+    def _tokens(self, texts: list[str]) -> Iterator[Tokens]:
+        """The tokens of rendered chats; of long ones as many as show that they are longer than ``max_length``."""
+        short = [text for text in texts if len(text) <= LONG]
+        if short:
+            encoded = self._offset_tokenizer(
+                short, add_special_tokens=False, return_offsets_mapping=True, **self._quiet
+            )
+            ready = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+        for text in texts:
+            if len(text) > LONG:
+                yield head(self._long_texts.tokens(text), self._config.max_length + 1)
+            else:
+                ids, offsets = next(ready)
+                yield np.asarray(ids, np.int32), np.asarray(offsets, np.int64).reshape(-1, 2)
 
     def _render_all(self, batch: list[Row]) -> Iterator[_Rendered]:
         for row in batch:
@@ -254,10 +295,11 @@ class Tokenization:
         )
 
 
-def _document(sequence_id: str, ids: list[int]) -> Sequence:
+def _learnt(sequence_id: str, ids: NDArray[np.int32]) -> Sequence:
+    """A sequence of which all is learnt."""
     mask = np.ones(len(ids), np.bool_)
     mask[0] = False
-    return Sequence(sequence_id, np.asarray(ids, np.int32), mask)
+    return Sequence(sequence_id, ids, mask)
 
 
 def _tokens_in(spans: list[Span], offsets: NDArray[np.int64]) -> NDArray[np.bool_]:
@@ -324,20 +366,11 @@ def template_of(tokenizer: Any, config: DataConfig) -> str:
     return str(template)
 
 
-def _with_whole_offsets(tokenizer: Any) -> Any:
-    """A tokenizer that gives the same ids for rendered chats, and the offsets of all their characters.
-
-    Without special tokens to add, all that a post-processor still does is to trim white space off the offsets, as those
-    of many byte-level tokenizers do; a token of spaces would then belong to nobody.
-    """
-    if hasattr(tokenizer, "backend_tokenizer"):
-        tokenizer = copy.deepcopy(tokenizer)
-        tokenizer.backend_tokenizer.post_processor = None
+def _with_offsets(tokenizer: Any) -> Any:
     try:
-        tokenizer(["a"], add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        return with_whole_offsets(tokenizer)
     except (NotImplementedError, KeyError, TypeError) as error:
         raise UserError(
             f"{type(tokenizer).__name__} gives no character offsets, which the loss mask of chats needs; "
             "use a fast tokenizer (one with a tokenizer.json), or documents"
         ) from error
-    return tokenizer

@@ -1,0 +1,154 @@
+"""Texts too long to be tokenised in one call: a tokenizer keeps a hundred bytes and more for every character it reads.
+
+A long text is read in windows that overlap, and the tokens of two neighbours are joined where both have a border between
+the same two characters, in the middle of the overlap if there is one. Away from its edges a window is tokenised as the
+whole text would be, so the result is that of one call; what a tokenizer does at the start of a text (a space in front, say)
+happens in the first window only. In a run that is one word for the tokenizer and longer than an overlap (a megabyte of
+``z``), words of two windows may be split otherwise than one call would; they are the same characters still.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+# Characters. Texts up to LONG are tokenised whole, whatever happens to the other two.
+LONG = 1 << 20
+_WINDOW = 1 << 18
+_OVERLAP = 1 << 12
+# Windows in one call, for the tokenizer's threads; the first goes alone, since it is all that a limit may need.
+_AT_ONCE = 4
+
+Tokens = tuple[NDArray[np.int32], NDArray[np.int64]]
+"""int32[n]: ids; int64[n, 2]: the characters that each came from, end exclusive."""
+
+
+def with_whole_offsets(tokenizer: Any) -> Any:
+    """A tokenizer that gives the same ids without special tokens, and the offsets of all their characters.
+
+    Without special tokens to add, all that a post-processor still does is to trim white space off the offsets, as those
+    of many byte-level tokenizers do; a token of spaces would then belong to nobody.
+
+    Raises NotImplementedError, KeyError or TypeError, as the tokenizer does, where it has no offsets.
+    """
+    if hasattr(tokenizer, "backend_tokenizer"):
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.backend_tokenizer.post_processor = None
+    tokenizer(["a"], add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    return tokenizer
+
+
+class LongTexts:
+    """Tokenises long texts as a stream of int32 arrays, in bounded memory.
+
+    A tokenizer without offsets, as those written in Python are, reads a text whole.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._quiet = {"verbose": False} if hasattr(tokenizer, "model_max_length") else {}
+        try:
+            self._offset_tokenizer = with_whole_offsets(tokenizer)
+        except (NotImplementedError, KeyError, TypeError):
+            self._offset_tokenizer = None
+
+    def ids(self, text: str, *, add_special_tokens: bool) -> Iterator[NDArray[np.int32]]:
+        """The ids of ``text``, in parts, with what the tokenizer adds in front and behind."""
+        if self._offset_tokenizer is None:
+            whole = self._tokenizer([text], add_special_tokens=add_special_tokens, **self._quiet)["input_ids"][0]
+            yield np.asarray(whole, np.int32)
+            return
+        before, after = self._specials() if add_special_tokens else ([], [])
+        yield np.asarray(before, np.int32)
+        for ids, _ in self.tokens(text):
+            yield ids
+        yield np.asarray(after, np.int32)
+
+    def tokens(self, text: str) -> Iterator[Tokens]:
+        """The tokens of ``text``, in parts, without special ones; for tokenizers with offsets."""
+        starts = range(0, max(1, len(text) - _OVERLAP), _WINDOW - _OVERLAP)
+        held: Tokens = (np.zeros(0, np.int32), np.zeros((0, 2), np.int64))
+        for group in (starts[:1], *(starts[at : at + _AT_ONCE] for at in range(1, len(starts), _AT_ONCE))):
+            windows = self._encode(text, [(start, min(start + _WINDOW, len(text))) for start in group])
+            for start, window in zip(group, windows, strict=True):
+                if start == 0:
+                    held = window
+                    continue
+                middle, known = start + _OVERLAP // 2, _borders(held)
+                common = np.intersect1d(known, _borders(window), assume_unique=True)
+                cut = _nearest(common if len(common) else known, middle)
+                if not len(common):  # go on behind a token of the window before
+                    (window,) = self._encode(text, [(cut, min(start + _WINDOW, len(text)))])
+                yield _where(held, held[1][:, 0] < cut)
+                held = _where(window, window[1][:, 0] >= cut)
+        yield held
+
+    def _encode(self, text: str, spans: list[tuple[int, int]]) -> list[Tokens]:
+        encoded = self._offset_tokenizer(
+            [text[start:end] for start, end in spans],
+            add_special_tokens=False,
+            return_offsets_mapping=True,
+            **self._quiet,
+        )
+        return [
+            (np.asarray(ids, np.int32), np.asarray(offsets, np.int64).reshape(-1, 2) + start)
+            for ids, offsets, (start, _) in zip(encoded["input_ids"], encoded["offset_mapping"], spans, strict=True)
+        ]
+
+    def _specials(self) -> tuple[list[int], list[int]]:
+        """What the tokenizer puts in front of a text and behind it."""
+        plain = self._tokenizer(["a"], add_special_tokens=False)["input_ids"][0]
+        whole = self._tokenizer(["a"], add_special_tokens=True)["input_ids"][0]
+        before = next(i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
+        return whole[:before], whole[before + len(plain) :]
+
+
+def pieces(parts: Iterable[NDArray[np.int32]], length: int) -> Iterator[NDArray[np.int32]]:
+    """The same ids in arrays of ``length``, the last of them shorter; nothing for no ids."""
+    waiting: list[NDArray[np.int32]] = []
+    held = 0
+    for part in parts:
+        waiting.append(part)
+        held += len(part)
+        if held < length:
+            continue
+        joined = np.concatenate(waiting)
+        whole = held - held % length
+        for start in range(0, whole, length):
+            yield joined[start : start + length]
+        waiting, held = [joined[whole:]], held - whole
+    if held:
+        yield np.concatenate(waiting)
+
+
+def head(parts: Iterable[Tokens], length: int) -> Tokens:
+    """The first ``length`` tokens, or as many as there are; reads no further."""
+    taken: list[Tokens] = []
+    held = 0
+    for part in parts:
+        taken.append(part)
+        held += len(part[0])
+        if held >= length:
+            break
+    return np.concatenate([ids for ids, _ in taken])[:length], np.concatenate([at for _, at in taken])[:length]
+
+
+def _borders(tokens: Tokens) -> NDArray[np.int64]:
+    """Characters at which a token starts and before which all earlier ones end, in rising order."""
+    offsets = tokens[1]
+    ended = np.maximum.accumulate(offsets[:-1, 1])
+    starts = offsets[1:, 0]
+    return starts[(starts >= ended) & (starts > np.maximum.accumulate(offsets[:-1, 0]))]
+
+
+def _nearest(places: NDArray[np.int64], wanted: int) -> int:
+    """The nearest of ``places``; ``wanted`` itself where there is none, as in text that makes no tokens."""
+    return int(places[np.abs(places - wanted).argmin()]) if len(places) else wanted
+
+
+def _where(tokens: Tokens, chosen: NDArray[np.bool_]) -> Tokens:
+    return tokens[0][chosen], tokens[1][chosen]
