@@ -120,8 +120,14 @@ def load_tokenizer(name: str, revision: str | None = None) -> Any:
     try:
         return AutoTokenizer.from_pretrained(model.location, revision=model.revision)
     except (OSError, ValueError, ImportError) as error:
+        reason = _first_line(error)
+        if "backend tokenizer" in reason:  # the start of a list that goes on for lines
+            reason = (
+                "there is no tokenizer.json, nor a vocabulary that can be converted to one "
+                "(a tokenizer.model needs the package sentencepiece or tiktoken)"
+            )
         raise UserError(
-            f"the tokenizer of {name} cannot be loaded: {_first_line(error)}; "
+            f"the tokenizer of {name} cannot be loaded: {reason}; "
             "a model folder needs the tokenizer's files beside the weights"
         ) from error
 

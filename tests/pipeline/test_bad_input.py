@@ -150,7 +150,10 @@ UNLOADABLE = {
         ["config.json", "cannot be read", "`foo`"],
     ),
     "weights of another size": (lambda f: _edit(f, vocab_size=512), ["cannot load", "shapes"]),
-    "no tokenizer": (lambda f: [(f / n).unlink() for n in ("tokenizer.json", "tokenizer_config.json")], ["tokenizer"]),
+    "no tokenizer": (
+        lambda f: [(f / n).unlink() for n in ("tokenizer.json", "tokenizer_config.json")],
+        ["the tokenizer of", "there is no tokenizer.json, nor", "beside the weights"],
+    ),
 }
 
 
