@@ -39,6 +39,7 @@ from machine import machine
 from cache_format import CacheWriter
 from pipeline.behind import Pair
 from pipeline.config import BuildConfig, StoreConfig, TeacherConfig
+from pipeline.heap import use_huge_pages
 from pipeline.models import resolve_model
 from pipeline.plan import Plan, read_sequences, write_sequences
 from pipeline.progress import Progress
@@ -60,6 +61,7 @@ TOKENS = {"toy": {1: 8000, 16: 8000, 64: 8000, 256: 4000}, TOKENIZER: {1: 3000, 
 
 def main() -> None:
     """Runs the part that is asked for."""
+    use_huge_pages()  # as the command does
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts = parser.add_subparsers(dest="part", required=True)
     speed = parts.add_parser("speed")
@@ -71,6 +73,7 @@ def main() -> None:
     speed.add_argument("--tokens", type=int, help="of python-docs; default: some thousands, fewer for large k")
     speed.add_argument("--rounds", type=int, default=3)
     speed.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
+    speed.add_argument("--label", help="added to the name under which the run is kept, beside others of the same sizes")
     memory = parts.add_parser("memory")
     memory.add_argument("--tokens", type=int, nargs="+", default=[20_000, 200_000])
     memory.add_argument("--k", type=int, default=64)
@@ -81,7 +84,8 @@ def main() -> None:
             for k in arguments.k:
                 measured = measure_speed(arguments, k, Path(work))
                 draws = f", {arguments.draws} draws" if arguments.draws else ""
-                save("speed", f"{arguments.model}, k={k}{draws}", measured)
+                label = f", {arguments.label}" if arguments.label else ""
+                save("speed", f"{arguments.model}, k={k}{draws}{label}", measured)
         elif arguments.part == "memory":
             save("memory", f"toy, k={arguments.k}", measure_memory(arguments, Path(work)))
         else:

@@ -14,6 +14,7 @@ from cache_format import share_cli
 from cache_format.command import new_app, run
 from cache_format.configuration import load_config
 from pipeline import audit_cli, estimate_cli
+from pipeline.heap import use_huge_pages
 
 app = new_app("Runs a teacher LLM once over a data set and keeps its next-token distributions in a cache.")
 app.command()(cache_commands.info)
@@ -108,4 +109,5 @@ def model(name: Annotated[str, typer.Argument(help="A built-in model, such as sm
 
 def main() -> None:
     """Entry point of the console script."""
+    use_huge_pages()
     run(app, extra="teacher")
