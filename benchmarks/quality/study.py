@@ -60,7 +60,7 @@ SCALES = {
     "cpu": Scale(
         text=TextSize(vocab=4096, length=128, train=800, held_out=150, other=8000),
         student=(64, 2),
-        schedule=Schedule(steps=300, batch=4, lr=5e-3),
+        schedule=Schedule(steps=500, batch=4, lr=3e-3),
         pretraining=Schedule(steps=1000, batch=8, lr=3e-3),
         fine_tuning=Schedule(steps=200, batch=4, lr=1e-3),
         weak=(192, 3),
