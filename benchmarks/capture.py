@@ -127,7 +127,7 @@ def measure_speed(arguments: argparse.Namespace, k: int, work: Path) -> dict[str
             "tokens": bench.tokens,
             "sequences": len(sequences),
             "route": teacher.route,
-            "teacher": teacher.identity().model_dump(mode="json", exclude={"weights_sha256"}),
+            "teacher": teacher.identity().model_dump(mode="json", exclude={"model", "weights_sha256"}),
             "tokens_per_second": {way: [round(each, 1) for each in found] for way, found in rounds.items()},
             "ratio_to_bare": ratios(rounds, "bare"),
             "ratio_to_stock": ratios(rounds, "stock"),
