@@ -58,7 +58,7 @@ lint: setup ## ruff, mypy, import-linter
 bench: setup ## measure the cache format: size, fidelity, speed, memory (docs/format.md)
 	$(BIN)/python benchmarks/format.py
 
-bench-quality: setup ## what students learn from each store and loss (docs/quality.md); about an hour on two cores, resumable
+bench-quality: setup ## what students learn from each store and loss (docs/quality.md); more than an hour, resumable
 	$(BIN)/python benchmarks/quality
 
 clean: ## remove .venv and caches of tools; leaves caches/, models/ and runs/
