@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -109,31 +110,33 @@ def test_gradients_written_over_logits_are_those_of_the_model(name: str, recipe:
         torch.testing.assert_close(chunked[key], gradient, rtol=1e-8, atol=1e-8, msg=lambda m, key=key: f"{key}: {m}")
 
 
-class Allocated(TorchDispatchMode):
-    """The distinct memories that tensors of a shape had."""
+class Alive(TorchDispatchMode):
+    """The most memories that tensors of a shape hold at one time, those of ``apart`` not counted."""
 
-    def __init__(self, *shape: int) -> None:
+    def __init__(self, shape: tuple[int, ...], apart: torch.nn.Module) -> None:
         super().__init__()
-        self.shape, self.found = shape, set[int]()
+        self.shape, self.apart, self.most = shape, {p.untyped_storage().data_ptr() for p in apart.parameters()}, 0
+        self.seen: list[weakref.ref[Tensor]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for tensor in out if isinstance(out, tuple | list) else (out,):
             if isinstance(tensor, Tensor) and tuple(tensor.shape) == self.shape:
-                # The address alone: autograd copies a gradient that someone else still holds.
-                self.found.add(tensor.untyped_storage().data_ptr())
+                # Weakly: autograd copies a gradient that someone else still holds.
+                self.seen.append(weakref.ref(tensor))
+        alive = {tensor.untyped_storage().data_ptr() for each in self.seen if (tensor := each()) is not None}
+        self.most = max(self.most, len(alive - self.apart))
         return out
 
 
 def step(model: torch.nn.Module, shape: tuple[int, ...]) -> int:
-    """How many memories of ``shape`` a step makes, the model's own parameters not counted."""
+    """How many memories of ``shape`` a step holds at one time, the model's own parameters not counted."""
     head, target = LogitsHead(model), teacher()
     hidden = torch.randn(POSITIONS, HIDDEN, requires_grad=True)
     terms = objective("overwritten").per_chunk(replace(target, prior=None))
-    with Allocated(*shape) as allocated:
+    with Alive(shape, model) as alive:
         head_losses(head, hidden, terms, chunk_size=8).objective.backward()
-    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    return len(allocated.found - own)
+    return alive.most
 
 
 def test_the_heads_gradient_is_one_tensor() -> None:
