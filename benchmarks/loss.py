@@ -15,7 +15,9 @@ Shapes: T positions, V vocabulary, H hidden size, K head entries, S draws.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -207,7 +209,9 @@ def times(size: str, rounds: int) -> dict[str, list[float]]:
 
 def memory_in_a_process(size: str, method: str) -> int:
     command = [sys.executable, __file__, "--memory-of", size, method]
-    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**17)}
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    return int(done.stdout.split()[-1])
 
 
 def peak_memory(size: str, method: str) -> int:
@@ -222,6 +226,8 @@ def peak_memory(size: str, method: str) -> int:
         before = torch.cuda.memory_allocated()
         step()
         return torch.cuda.max_memory_allocated() - before - gradients
+    # What was freed before would otherwise be used again unseen: with MALLOC_MMAP_THRESHOLD_, freed is given back.
+    ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     before = status("VmRSS")
     step()

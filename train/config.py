@@ -225,7 +225,9 @@ class TrainConfig(_Config):
     selection: SelectionConfig = SelectionConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     logits_chunk: int | None = Field(
-        None, ge=1, description="Positions whose logits are alive at a time. Default: 96 MiB of them, on a GPU 512."
+        None,
+        ge=1,
+        description="Positions whose logits are alive at a time. Default: 96 MiB of logits, on a GPU 512, or 512 positions.",
     )
     training: dict[str, Any] = Field(
         default_factory=dict, description="Any field of transformers.TrainingArguments; output_dir is required."

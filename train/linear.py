@@ -10,6 +10,7 @@ Shapes: P kept positions, C positions of one chunk, H hidden size, V student voc
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol, TypeVar, cast
@@ -20,9 +21,11 @@ from transformers import PreTrainedModel
 
 from cache_format.errors import UserError
 
-# Logits of one chunk. Larger ones gain nothing on a CPU (docs/speed.md); a GPU needs them to have enough to do.
+# Logits of one chunk. A GPU needs large ones to have enough to do. On a CPU they gain nothing beyond so many positions, but
+# with fewer the products take longer, since each chunk reads the head and reads and writes its gradient (docs/speed.md).
 _CHUNK_BYTES = {"cpu": 96 * 2**20}
 _CHUNK_BYTES_ELSEWHERE = 512 * 2**20
+_CHUNK_AT_LEAST = 512
 # Rows of the head's gradient that are summed at a time where the product has to be widened first.
 _SLICE = 8192
 
@@ -165,12 +168,14 @@ def head_losses(
         head: the model's second half.
         hidden_PH: hidden states at the kept positions; P may be 0.
         per_chunk: the losses; see ``PerChunk``.
-        chunk_size: positions with logits at any time; by default as many as make 96 MiB (on GPUs 512 MiB) of float32
-            logits.
+        chunk_size: the most positions with logits at any time; by default as many as make 96 MiB (on GPUs 512 MiB) of
+            float32 logits, or 512 where that is more. Chunks are of equal size, as far as that goes.
     """
     if chunk_size is None:
         chunk_bytes = _CHUNK_BYTES.get(hidden_PH.device.type, _CHUNK_BYTES_ELSEWHERE)
-        chunk_size = max(1, chunk_bytes // (4 * head.vocab_size))
+        chunk_size = max(_CHUNK_AT_LEAST, chunk_bytes // (4 * head.vocab_size))
+    chunks = math.ceil(len(hidden_PH) / chunk_size)
+    chunk_size = math.ceil(len(hidden_PH) / chunks) if chunks else 1
     plain = head.lm_head.forward
 
     def forward(hidden_PH: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
