@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 
 import torch
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
 from transformers import TrainingArguments
 
 from cache_format.errors import ConfigError
@@ -43,9 +45,15 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
             # Left alone, Trainer would wrap the student in nn.DataParallel, which cannot cut up cached batches.
             log.info("training on one of %d GPUs", arguments.n_gpu)
             arguments._n_gpu = 1
-        return arguments
     except TypeError as error:
         unknown = str(error).rpartition(" ")[2]
         raise ConfigError(f"training.{unknown.strip(chr(39))} is no field of transformers.TrainingArguments") from error
     except (ValueError, ImportError, RuntimeError) as error:
         raise ConfigError(f"training: {str(error).strip().splitlines()[0]}") from error
+    state = PartialState()
+    if arguments.fsdp and state.distributed_type in (DistributedType.NO, DistributedType.MULTI_CPU):
+        raise ConfigError(
+            f"training.fsdp is set, but accelerate shards over several GPUs only, and here are {state.num_processes} processes "
+            f"on {state.device.type}: every process would hold the whole student; remove it, or start it on GPUs with torchrun"
+        )
+    return arguments

@@ -8,12 +8,9 @@ from typing import Any
 
 def model_card(metrics: dict[str, Any], output: Path) -> str:
     """``README.md`` of the student in ``output``, from the content of metrics.json."""
-    before, after, k = metrics["before"], metrics["after"], metrics["k"]
+    before, after = metrics["before"], metrics["after"]
     losses = " + ".join(f"{weight} x {name}" for name, weight in metrics["losses"])
-    rows = "\n".join(
-        f"| {name} | {before[name]:.4f} | {after[name]:.4f} |"
-        for name in ("kl", "ce", "perplexity", "top1_agreement", f"mor@{k}", f"cr@{k}", f"spearman@{k}", "ece")
-    )
+    rows = "\n".join(f"| {name} | {value:.4f} | {after[name]:.4f} |" for name, value in before.items())
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation

@@ -50,12 +50,12 @@ def train_student(
 
 def summary(metrics: dict[str, Any]) -> str:
     """The table that the command ends with: held-out metrics before and after."""
-    k, before, after = metrics["k"], metrics["before"], metrics["after"]
+    after = metrics["after"]
     lines = [f"{'held out':16} {'before':>12} {'after':>12} {'teacher':>12}"]
-    for name in ("kl", "ce", "perplexity", "top1_agreement", f"mor@{k}", f"cr@{k}", f"spearman@{k}", "ece"):
+    for name, before in metrics["before"].items():
         teacher = metrics["teacher"].get(name)
         last = "" if teacher is None else f"{teacher:12,.4f}"
-        lines.append(f"{name:16} {before[name]:12,.4f} {after[name]:12,.4f} {last}".rstrip())
+        lines.append(f"{name:16} {before:12,.4f} {after[name]:12,.4f} {last}".rstrip())
     rouge = metrics["rouge_l"]
     if rouge["after"] is not None:
         lines.append(f"{'rouge-l':16} {rouge['before']:12,.4f} {rouge['after']:12,.4f}")

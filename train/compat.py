@@ -65,7 +65,9 @@ def check(
         for term in config.losses
         if "k" in defaults[term.name]
     }
-    asked, wanted = max({"evaluation.k": config.evaluation.k, **by_loss}.items(), key=lambda item: item[1])
+    if manifest.store.top_k:  # without heads there are no metrics of them (train.evaluate)
+        by_loss["evaluation.k"] = config.evaluation.k
+    asked, wanted = max(by_loss.items(), key=lambda item: item[1], default=("", 0))
     if wanted > manifest.store.top_k:
         raise UserError(
             f"{asked} asks for the teacher's top {wanted}, but {path} holds the top "

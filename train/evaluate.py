@@ -13,7 +13,7 @@ from tqdm import tqdm
 from train import distributed
 from train.dataset import CachedDataset, HeldOut, collate
 from train.linear import LogitsHead, head_losses
-from train.losses import SparseTeacher, forward_kl
+from train.losses import SparseTeacher, forward_kl, reverse_kl
 from train.losses.forward_kl import Tail
 from train.metrics import Calibration, rank_agreement, rank_correlation
 from train.report import perplexity
@@ -33,16 +33,21 @@ SHOWN = 5
 
 @torch.no_grad()
 def evaluate(head: LogitsHead, data: HeldOut, *, k: int, batch_size: int, logits_chunk: int | None) -> dict[str, float]:
-    """Means over the kept positions of ``data``.
+    """Means over the kept positions of ``data``, in the order in which they are to be shown.
 
-    ce, perplexity: of the data's own next tokens (nats, and exp of it). kl: KL(teacher || student), nats, see KL_KIND.
+    kl: KL(teacher || student), nats, see KL_KIND. reverse_kl: KL(student || teacher) with everything outside the head as
+    one cell, nats: a lower bound. ce, perplexity: of the data's own next tokens (nats, and exp of it).
     top1_agreement, mor@k, cr@k, spearman@k, ece: see ``train.metrics``; ece is of the data's own next tokens.
+
+    What compares with the teacher's most probable ids (reverse_kl, top1_agreement, mor, cr, spearman) is left out where a
+    cache of ``data`` has no heads.
 
     Processes share the batches among them, and all get the same result.
     """
     sums: dict[str, float] = {}
     calibration = Calibration()
     positions = 0
+    heads = all(cached.cache.manifest.store.top_k for cached in data.parts)
     # Each cache has batches of its own: a SparseTeacher is of one.
     batches = [
         (cached, range(start, min(start + batch_size, len(cached))))
@@ -57,7 +62,7 @@ def evaluate(head: LogitsHead, data: HeldOut, *, k: int, batch_size: int, logits
     ):
         cached, items = batches[at % len(batches)]
         batch = collate([cached[item] for item in items])
-        values = head.inside(partial(_measured, head, cached, batch, k, logits_chunk))
+        values = head.inside(partial(_measured, head, cached, batch, k if heads else 0, logits_chunk))
         if at >= len(batches):
             continue
         calibration.add(values.pop("confidence"), values.pop("right"))
@@ -68,27 +73,34 @@ def evaluate(head: LogitsHead, data: HeldOut, *, k: int, batch_size: int, logits
     positions = sum(count for _, count, _ in parts)
     names = next(part for part, count, _ in parts if count)
     means = {name: sum(part.get(name, 0.0) for part, _, _ in parts) / positions for name in names}
-    error = Calibration.merged(part for _, _, part in parts).error()
-    return {**means, "perplexity": perplexity(means["ce"]), "ece": error}
+    means["perplexity"] = perplexity(means["ce"])
+    means["ece"] = Calibration.merged(part for _, _, part in parts).error()
+    order = ["kl", "reverse_kl", "ce", "perplexity", "top1_agreement", f"mor@{k}", f"cr@{k}", f"spearman@{k}", "ece"]
+    return {name: means[name] for name in order if name in means}
 
 
 def _measured(
     head: LogitsHead, cached: CachedDataset, batch: dict[str, Tensor], k: int, logits_chunk: int | None
 ) -> dict[str, Tensor]:
+    """The metrics at each position; k = 0 for those that need no heads."""
     teacher, hidden_PH = _run(head, cached, batch)
 
     def measure(logits_CV: Tensor, rows: slice) -> tuple[Tensor, dict[str, Tensor]]:
         part = teacher[rows]
-        agreement = rank_agreement(logits_CV, part, k)
         values = {
-            "ce": cross_entropy(logits_CV.float(), part.target_ids, reduction="none"),
             "kl": forward_kl(logits_CV, part),
-            "top1_agreement": agreement.top_1.float(),
-            f"mor@{k}": agreement.overlap,
-            f"cr@{k}": agreement.identical.float(),
-            f"spearman@{k}": rank_correlation(logits_CV, part, k),
+            "ce": cross_entropy(logits_CV.float(), part.target_ids, reduction="none"),
             **_confidence(logits_CV, part.target_ids),
         }
+        if k:
+            agreement = rank_agreement(logits_CV, part, k)
+            values |= {
+                "reverse_kl": reverse_kl(logits_CV, part, tail="ghost"),
+                "top1_agreement": agreement.top_1.float(),
+                f"mor@{k}": agreement.overlap,
+                f"cr@{k}": agreement.identical.float(),
+                f"spearman@{k}": rank_correlation(logits_CV, part, k),
+            }
         return values["kl"], values
 
     return head_losses(head, hidden_PH, measure, chunk_size=logits_chunk).values

@@ -14,6 +14,7 @@ from matplotlib.ticker import MaxNLocator
 
 METRICS = {
     "kl": ("KL to the teacher", "nats", "less is better"),
+    "reverse_kl": ("Reverse KL, a lower bound", "nats", "less is better"),
     "ce": ("Cross-entropy on the text", "nats", "less is better"),
     "perplexity": ("Perplexity", "", "less is better"),
     "top1_agreement": ("Top-1 agreement", "%", "more is better"),
@@ -22,8 +23,7 @@ METRICS = {
     "spearman": ("Rank correlation over both top-{k}", "", "more is better"),
     "ece": ("Calibration error (ECE)", "%", "less is better"),
 }
-"""Metric -> (title, unit, which way is better); those in _AT_K carry their k in their key."""
-_AT_K = ("mor", "cr", "spearman")
+"""Metric, without its @k -> (title, unit, which way is better)."""
 
 _INK, _ACCENT, _SECOND, _THIRD, _QUIET = "#1f2933", "#0b6e99", "#c2571a", "#5b7f2b", "#9aa5b1"
 
@@ -48,19 +48,18 @@ def write_report(
     k = metrics["k"]
     page = environment.get_template("report.html.jinja").render(
         metrics=metrics,
-        rows=[_row(key, k, metrics) for key in METRICS],
+        rows=[_row(name, k, metrics) for name in metrics["before"]],
         loss_chart=_loss_chart(log),
         held_out_chart=_held_out_chart(metrics, log),
-        agreement_chart=_agreement_chart(metrics, log),
+        agreement_chart=_agreement_chart(metrics, log) if "top1_agreement" in metrics["before"] else "",
         examples=examples,
         answers=answers,
     )
     path.write_text(page, encoding="utf-8")
 
 
-def _row(key: str, k: int, metrics: dict[str, Any]) -> dict[str, str]:
-    title, unit, better = METRICS[key]
-    name = f"{key}@{k}" if key in _AT_K else key
+def _row(name: str, k: int, metrics: dict[str, Any]) -> dict[str, str]:
+    title, unit, better = METRICS[name.partition("@")[0]]
     before, after = metrics["before"][name], metrics["after"][name]
     teacher = metrics["teacher"].get(name)
     return {

@@ -113,7 +113,7 @@ def _train(
 
     data, held_out = open_data(config, caches, arguments.seed if arguments.data_seed is None else arguments.data_seed)
     objective = Objective(config)
-    tail = _try_objective(objective, held_out)
+    tail, exactness = _try_objective(objective, held_out)
     student.to(arguments.device)  # before the trainer tries the student: flash attention needs its GPU for that
     trainer = DistillationTrainer(
         student,
@@ -195,6 +195,7 @@ def _train(
         "held_out_sequences": len(held_out),
         "held_out_positions": reference["positions"],
         "losses": [list(term) for term in objective.weights()],
+        "exactness": exactness,
         "student": {"parameters": parameters, "trained": trained, "architecture": trainer.head.architecture},
         "cache": _caches_described(config, manifests),
         "run": output.name,
@@ -256,17 +257,19 @@ def _caches_described(config: TrainConfig, manifests: list[Manifest]) -> dict[st
     }
 
 
-def _try_objective(objective: Objective, data: HeldOut) -> Tail:
-    """Tries the losses on a few positions of every cache, and says how much of the teacher's tail there is for them.
+def _try_objective(objective: Objective, data: HeldOut) -> tuple[Tail, dict[str, str]]:
+    """Tries the losses on a few positions of every cache.
 
-    That is the least that any of the caches has. Raises UserError or ConfigError for loss options that a cache cannot
-    serve, before anything is written.
+    Returns how much of the teacher's tail there is for them, and what each loss is with it (exact, unbiased, ...): the
+    least that any of the caches allows. Raises UserError or ConfigError for loss options that a cache cannot serve, before
+    anything is written.
     """
-    tails = [_try_on(objective, part) for part in data.parts]
-    return min(tails, key=list(reversed(_TAILS)).index)
+    tails, kinds = zip(*(_try_on(objective, part) for part in data.parts), strict=True)
+    exactness = {name: max((found[name] for found in kinds), key=list(_KINDS).index) for name in kinds[0]}
+    return min(tails, key=list(reversed(_TAILS)).index), {name: _KINDS[kind] for name, kind in exactness.items()}
 
 
-def _try_on(objective: Objective, data: CachedDataset) -> Tail:
+def _try_on(objective: Objective, data: CachedDataset) -> tuple[Tail, dict[str, str]]:
     teacher = data.teacher(collate([data[0]]))
     rows = slice(0, min(4, len(teacher)))
     try:
@@ -275,6 +278,7 @@ def _try_on(objective: Objective, data: CachedDataset) -> Tail:
         raise ConfigError(f"losses: {str(error).strip().splitlines()[0]}; see the options in train/losses/") from error
     tail = tail_of(teacher)
     log.info("beyond the heads stored in %s, KL uses %s", data.cache.path, _TAILS[tail])
-    for name, kind in objective.exactness(teacher).items():
+    exactness = objective.exactness(teacher)
+    for name, kind in exactness.items():
         log.info("with this cache, %s is %s", name, _KINDS[kind])
-    return tail
+    return tail, exactness

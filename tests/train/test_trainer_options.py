@@ -13,7 +13,7 @@ from cache_format import UserError
 from cache_format.errors import ConfigError
 from pipeline.config import BuildConfig
 from pipeline.run import build
-from train.config import TrainConfig
+from train.config import LossTerm, TrainConfig
 from train.run import train
 
 
@@ -157,3 +157,22 @@ def test_adapters_with_gradient_checkpointing(config, tiny_llama):
     plain, _ = train(config(student=student, training={"max_steps": 2}))
     again, _ = train(config(student=student, training={"max_steps": 2, "gradient_checkpointing": True}), restart=True)
     assert again["final_loss"] == pytest.approx(plain["final_loss"], abs=1e-5)
+
+
+def test_a_cache_without_heads(write_cache, scratch_config):
+    """Pure random sampling: everything but what compares with the teacher's most probable ids, and its report."""
+    cache = write_cache("sampled", kind="random sampling", shards=1)
+    losses = [{"name": "random_sampling"}]
+    config = scratch_config(cache=str(cache.path), losses=losses)
+    metrics, _ = train(config)
+    assert list(metrics["after"]) == ["kl", "ce", "perplexity", "ece"]
+    assert "MOR@" not in (config.output_dir / "report.html").read_text()
+    with pytest.raises(UserError, match="ranking asks for the teacher's top 5"):
+        train(config.model_copy(update={"losses": [*config.losses, LossTerm(name="ranking", k=5)]}), restart=True)
+
+
+def test_sharding_on_cpus_is_refused(write_cache, scratch_config):
+    """accelerate would quietly not shard."""
+    cache = write_cache("any", shards=1)
+    with pytest.raises(ConfigError, match=r"training.fsdp is set, but accelerate shards over several GPUs only"):
+        train(scratch_config(cache=str(cache.path), training={"fsdp": True, "fsdp_config": {"version": 2}}))

@@ -34,7 +34,7 @@ def test_a_student_comes_closer_to_its_teacher(config, tiny_llama):
     assert (
         set(metrics["before"])
         == set(metrics["after"])
-        == {"ce", "kl", "perplexity", "top1_agreement", "mor@5", "cr@5", "spearman@5", "ece"}
+        == {"kl", "reverse_kl", "ce", "perplexity", "top1_agreement", "mor@5", "cr@5", "spearman@5", "ece"}
     )
     assert metrics["after"]["kl"] < 0.9 * metrics["before"]["kl"]
     assert metrics["after"]["mor@5"] > metrics["before"]["mor@5"]
@@ -47,6 +47,7 @@ def test_a_student_comes_closer_to_its_teacher(config, tiny_llama):
         "http://creativecommons.org", ""
     )
     assert f"{metrics['after']['kl']:.3f} nats" in page
+    assert f"forward_kl ({metrics['exactness']['forward_kl']})" in page
     assert "library_name: transformers" in (output / "README.md").read_text()
 
     again, found = train(config())
