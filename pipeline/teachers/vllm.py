@@ -348,10 +348,11 @@ class VllmTeacher:
         except Exception as error:
             if not _is_engine_failure(error):
                 raise
+            logger.debug("vLLM stopped", exc_info=True)
             raise UserError(
-                f"vLLM stopped while {work}: {_explain(error, self._engine_log)}; "
-                f"where memory ran out, lower teacher.batch_tokens ({self._step_tokens}) "
-                f"or store.top_k ({self._request.capture.top_k})"
+                f"vLLM stopped while {work}: {_explain(error, self._engine_log)}; the same command goes on at the first "
+                f"shard that is missing; where memory ran out, lower teacher.batch_tokens ({self._step_tokens}) or "
+                f"store.top_k ({self._request.capture.top_k})"
             ) from error
 
     def _eager(self) -> contextlib.AbstractContextManager[Any]:
@@ -458,9 +459,9 @@ def _debugging() -> bool:
 
 
 def _is_engine_failure(error: Exception) -> bool:
-    message = str(error).lower()
-    return type(error).__name__ == "EngineDeadError" or any(
-        sign in message for sign in ("out of memory", "can't allocate memory", "cannot allocate memory")
+    """Whether the engine has failed at its work. A call that a version does not know (a TypeError, say) is another matter."""
+    return type(error).__name__ == "EngineDeadError" or isinstance(
+        error, RuntimeError | OSError | MemoryError | AssertionError
     )
 
 

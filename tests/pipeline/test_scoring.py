@@ -335,3 +335,30 @@ def test_a_signal_ends_a_build_cleanly(tmp_path, how):
     again = [each for each in events(config) if each["event"] == "start"][-1]
     assert again["shards_done"] == done
     assert CacheReader(config.output).manifest.fingerprint == whole.fingerprint
+
+
+def test_a_real_engine_that_dies_in_the_middle(tiny_llama, tmp_path, monkeypatch):
+    """One line with the cause; whole shards are kept, and the next start goes on to what it would have been."""
+    if pytest.importorskip("torch").cuda.is_available():
+        pytest.skip("an engine on a GPU is a process of its own, out of reach of what is patched here")
+    CPUModelRunner = pytest.importorskip("vllm.v1.worker.cpu_model_runner").CPUModelRunner
+    fields = {
+        "teacher": {"model": str(tiny_llama), "batch_tokens": 64},
+        "data": {"path": "python-docs", "max_length": 60, "max_tokens": 1500},
+        "store": {"top_k": 8, "tail_samples": 4, "shard_tokens": 300},
+    }
+    whole = build(config_for(tmp_path, **fields, output=str(tmp_path / "whole"))).manifest
+    execute, steps = CPUModelRunner.execute_model, itertools.count()
+
+    def dies(self, *args, **kwargs):
+        if next(steps) == 14:
+            raise RuntimeError("the accelerator has caught fire\nand more that nobody reads")
+        return execute(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CPUModelRunner, "execute_model", dies)
+        with pytest.raises(UserError, match=r"^vLLM stopped while scoring: the accelerator has caught fire; the same"):
+            build(config_for(tmp_path, **fields))
+    resumed = build(config_for(tmp_path, **fields))
+    assert 0 < resumed.tokens_scored < whole.statistics.tokens
+    assert resumed.manifest.content_sha256 == whole.content_sha256
