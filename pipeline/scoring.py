@@ -17,6 +17,7 @@ from cache_format.manifest import StoreSettings
 from cache_format.prior import TailPrior
 from cache_format.writer import CacheWorker
 from pipeline.behind import Pair, WriterThread, kept
+from pipeline.heap import give_back
 from pipeline.interruption import checkpoint
 from pipeline.plan import Plan, read_sequences
 from pipeline.progress import Progress
@@ -61,6 +62,7 @@ def score_shard(
                 progress.answered(len(window[at].input_ids), scored=True, engine_seconds=time.monotonic() - started)
                 check()
             yield sequence, early.pop(place)
+        give_back()
 
 
 def estimate_prior(pairs: Iterator[Pair], store: StoreSettings) -> tuple[TailPrior, Iterator[Pair]]:
