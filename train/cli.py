@@ -36,12 +36,14 @@ def train_student(
     if print_cache_config:
         print(settings.cache_config or "")
         return
+    from train.distributed import leave
     from train.run import rewrite_report, train
 
     if report:
         print(f"report: {rewrite_report(settings.output_dir)}")
         return
     metrics, found = train(settings, restart=restart)
+    leave()
     if found:
         print(f"{settings.output_dir} is trained already; --restart trains it again")
     print(summary(metrics))

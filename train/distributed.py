@@ -6,9 +6,12 @@ With one process all of this does nothing.
 
 from __future__ import annotations
 
+import time
+import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 
 T = TypeVar("T")
@@ -49,3 +52,21 @@ def gathered(mine: T) -> list[T]:
     found: list[Any] = [None] * count
     dist.all_gather_object(found, mine)
     return found
+
+
+def leave() -> None:
+    """Ends what joins the processes, once all of them are done; ``train`` may not be called again in them.
+
+    A thread of gloo lets go of a collective's tensors a moment after the collective is over. If the interpreter is ending
+    by then, taking its lock aborts the process, and the launcher calls a finished training failed. So this waits for it.
+    """
+    if processes()[1] == 1:
+        return
+    if dist.get_backend() == "gloo":
+        last = torch.zeros(1)
+        dist.all_reduce(last)
+        held = weakref.ref(last)
+        del last
+        while held() is not None:
+            time.sleep(0.001)
+    dist.destroy_process_group()

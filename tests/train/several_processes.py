@@ -18,7 +18,7 @@ from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
 
 from train.config import TrainConfig
-from train.distributed import is_main, processes
+from train.distributed import is_main, leave, processes
 from train.run import train
 from train.trainer import DistillationTrainer
 
@@ -72,6 +72,7 @@ def main() -> None:
             found.append(None)
     if is_main():
         file.with_suffix(".found").write_text(json.dumps(found))
+    leave()
 
 
 if __name__ == "__main__":
