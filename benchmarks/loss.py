@@ -23,6 +23,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -182,6 +183,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--memory-of", nargs=2, metavar=("SIZE", "METHOD"), help=argparse.SUPPRESS)
     options = parser.parse_args()
+    missing = [package for package in ("trl", "liger_kernel") if find_spec(package) is None]
+    if missing:
+        parser.exit(
+            2, f"error: {', '.join(missing)}, to compare with, is not installed; pip install -e '.[bench,dev]'\n"
+        )
     if options.memory_of:
         print(peak_memory(*options.memory_of))
         return
