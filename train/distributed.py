@@ -60,7 +60,7 @@ def leave() -> None:
     A thread of gloo lets go of a collective's tensors a moment after the collective is over. If the interpreter is ending
     by then, taking its lock aborts the process, and the launcher calls a finished training failed. So this waits for it.
     """
-    if processes()[1] == 1:
+    if not (dist.is_available() and dist.is_initialized()):
         return
     if dist.get_backend() == "gloo":
         last = torch.zeros(1)

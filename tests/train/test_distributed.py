@@ -6,16 +6,20 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
 from pipeline.config import BuildConfig
 from pipeline.run import build
 from train.config import TrainConfig
+from train.distributed import leave
 from train.run import train
 
 STEPS, SAVED = 5, 3
@@ -172,3 +176,26 @@ def test_fsdp2(runs: Runs, one: dict[str, dict[str, Any]]) -> None:
     everything = [interrupted, *({"config": config} for config in jobs.values()), *again]
     assert runs.together(*everything, fsdp=True) == [None, *4 * [False], True, False]
     all_the_same(runs, "fsdp", one)
+
+
+def test_leave_waits_for_the_thread_that_holds_the_last_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread that lets go late stands for gloo's; the group of one process is a real one."""
+    reduce, let_go = dist.all_reduce, threading.Event()
+
+    def late(tensor: torch.Tensor) -> None:
+        reduce(tensor)
+        held = [tensor]
+
+        def drop() -> None:
+            time.sleep(0.2)
+            let_go.set()
+            held.clear()
+
+        threading.Thread(target=drop).start()
+
+    monkeypatch.setattr(dist, "all_reduce", late)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    leave()
+    assert let_go.is_set()
+    assert not dist.is_initialized()
+    leave()  # where there is no group it does nothing
