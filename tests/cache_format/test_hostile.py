@@ -1,8 +1,7 @@
-"""Caches from people one does not know: a short run of ``benchmarks/hostile.py``, and one test per hole that it found."""
+"""Caches from people one does not know: a short run of ``benchmarks/hostile``, and one test per hole that it found."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -10,6 +9,7 @@ import sys
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -21,7 +21,8 @@ from cache_format.ipc import BoundedFile
 from cache_format.manifest import MAX_MANIFEST_VALUES
 from cache_format.prior import TailPrior
 
-BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "hostile.py"
+BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "hostile"
+MODULES = ("cases", "shards", "bombs")
 
 
 def test_hundreds_of_mutated_caches():
@@ -33,12 +34,14 @@ def test_hundreds_of_mutated_caches():
 
 @pytest.fixture(scope="module")
 def hostile():
-    spec = importlib.util.spec_from_file_location("hostile", BENCHMARK)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["hostile"] = module  # where its dataclasses look for their annotations
-    sys.path.insert(0, str(BENCHMARK.parent))  # what benchmarks share lies beside them
-    spec.loader.exec_module(module)
-    return module
+    """The benchmark's modules, which are a script's and no package's."""
+    sys.path.insert(0, str(BENCHMARK))
+    try:
+        yield SimpleNamespace(**{name: __import__(name) for name in MODULES})
+    finally:
+        sys.path.remove(str(BENCHMARK))
+        for name in MODULES:
+            sys.modules.pop(name, None)
 
 
 @pytest.fixture
@@ -46,7 +49,7 @@ def case(hostile, tmp_path, rng):
     """Makes a sound cache of a kind, to be mutated."""
 
     def make(kind="samples", vocab_size=1000, with_prior=True):
-        return hostile.Case(hostile.make_base(kind, vocab_size, with_prior, tmp_path / "sound"), rng)
+        return hostile.cases.Case(hostile.cases.make_base(kind, vocab_size, with_prior, tmp_path / "sound"), rng)
 
     return make
 
@@ -58,7 +61,7 @@ def laid_out(hostile, tmp_path):
     def lay(case):
         folder = tmp_path / "hostile"
         folder.mkdir()
-        hostile.lay_out(folder, case.files, {})
+        hostile.cases.lay_out(folder, case.files, {})
         return str(folder)
 
     return lay
@@ -162,9 +165,9 @@ def test_numbers_that_no_writer_writes(hostile, case, laid_out, what):
     name, value = NUMBERS[what]
     mutated = case()
     entry, data = mutated.shard()
-    schema, names, columns = hostile.columns_of(data)
+    schema, names, columns = hostile.shards.columns_of(data)
     columns[name][1][0] = value
-    hostile.put_columns(mutated, entry, schema, names, columns, 2)
+    hostile.shards.put_columns(mutated, entry, schema, names, columns, 2)
     mutated.seal()
     refused(laid_out(mutated), what)
 
@@ -176,7 +179,7 @@ def test_nulls_inside_of_lists(hostile, case, laid_out, column):
     table = pa.ipc.open_file(pa.BufferReader(data)).read_all()
     at = table.schema.get_field_index(column)
     values = [[None, *each[1:]] for each in table.column(at).to_pylist()]
-    mutated.files[entry["path"]] = hostile.written_with_nulls(table, at, values, "zstd")
+    mutated.files[entry["path"]] = hostile.shards.written_with_nulls(table, at, values, "zstd")
     mutated.seal()
     refused(laid_out(mutated), "nulls|Invalid|cannot be read")
 
@@ -188,7 +191,7 @@ def test_columns_are_validated_before_anything_follows_their_offsets(hostile, ca
     lengths = table.column("input_ids").combine_chunks().value_lengths().to_numpy()
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype("<i4")
     entry["sequences_per_batch"] = len(lengths)
-    data = hostile.written(table.to_batches(), table.schema, None)
+    data = hostile.shards.written(table.to_batches(), table.schema, None)
     forged = data.replace(offsets.tobytes(), (offsets + 2**30).astype("<i4").tobytes())
     assert forged != data
     mutated.files[entry["path"]] = forged
@@ -204,7 +207,7 @@ def test_a_body_that_claims_more_than_the_file(hostile, case, laid_out, places):
     """Arrow allocates it before it looks when some columns are read alone."""
     mutated = case()
     entry, data = mutated.shard()
-    first, second = hostile.metadata_of(data)[2:4]  # after the footer and the schema: two record batches
+    first, second = hostile.shards.metadata_of(data)[2:4]  # after the footer and the schema: two record batches
     body = (second[0] - first[1]).to_bytes(8, "little")
     assert data.count(body) >= 2, "in the message and in the footer"
     mutated.files[entry["path"]] = data.replace(body, (1 << 44).to_bytes(8, "little"), places)
@@ -221,7 +224,7 @@ def test_record_batches_too_few_or_too_many(hostile, case, laid_out, batches):
     entry, data = mutated.shard()
     with pa.ipc.open_file(pa.BufferReader(data)) as file:
         found = [file.get_batch(0), file.get_batch(1), file.get_batch(1).slice(0, 0)]
-    mutated.files[entry["path"]] = hostile.written(found[:batches], found[0].schema, "zstd")
+    mutated.files[entry["path"]] = hostile.shards.written(found[:batches], found[0].schema, "zstd")
     mutated.seal()
     folder = laid_out(mutated)
     refused(folder, "record batches")
@@ -232,7 +235,7 @@ def test_record_batches_too_few_or_too_many(hostile, case, laid_out, batches):
 def test_a_prior_with_fewer_bytes_than_rows(hostile):
     """Where the file says 5000 rows of a buffer of 1000 bytes, nothing is read behind that."""
     schema = pa.schema([pa.field("step", pa.uint8(), nullable=False)])
-    data = hostile.written([pa.record_batch([pa.array(np.ones(1000, np.uint8))], schema=schema)], schema, None)
+    data = hostile.shards.written([pa.record_batch([pa.array(np.ones(1000, np.uint8))], schema=schema)], schema, None)
     forged = data.replace((1000).to_bytes(8, "little") + bytes(8), (5000).to_bytes(8, "little") + bytes(8))
     assert forged != data
     with pytest.raises(DamagedCacheError):
@@ -250,9 +253,9 @@ def test_a_prior_over_another_vocabulary(case, laid_out, ids):
 def test_flags_take_no_more_memory_than_tokens(hostile, case, laid_out):
     mutated = case("head", with_prior=False)
     entry, data = mutated.shard()
-    names, columns = hostile.one_row(hostile.columns_of(data)[0], 2, 0)
+    names, columns = hostile.bombs.one_row(hostile.shards.columns_of(data)[0], 2, 0)
     columns["loss_mask"] = np.array([1000]), np.zeros(1000, np.bool_)
-    hostile.put_columns(mutated, entry, hostile.columns_of(data)[0], names, columns, 1)
+    hostile.shards.put_columns(mutated, entry, hostile.shards.columns_of(data)[0], names, columns, 1)
     mutated.seal()
     refused(laid_out(mutated), "more flags")
 
@@ -261,12 +264,12 @@ def test_padded_samples_are_bounded(hostile, case, laid_out):
     """One set of 255 draws among a million empty ones would take more than 256 MiB."""
     mutated = case("random sampling", with_prior=False)
     entry, data = mutated.shard()
-    schema, kept = hostile.columns_of(data)[0], 270_000
-    names, columns = hostile.one_row(schema, kept + 1, kept)
+    schema, kept = hostile.shards.columns_of(data)[0], 270_000
+    names, columns = hostile.bombs.one_row(schema, kept + 1, kept)
     columns["sample_size"][1][5] = 1
-    hostile.fill(columns, "sample_", 1)
+    hostile.bombs.fill(columns, "sample_", 1)
     columns["sample_count_plane"] = np.array([1]), np.array([255], np.uint8)
-    hostile.put_columns(mutated, entry, schema, names, columns, 1)
+    hostile.shards.put_columns(mutated, entry, schema, names, columns, 1)
     mutated.seal()
     with pytest.raises(DamagedCacheError, match="samples would take"):
         list(CacheReader(laid_out(mutated)))
@@ -318,9 +321,9 @@ def test_large_heads_are_verified_in_parts(hostile, case, laid_out, monkeypatch,
 def test_messages_are_short(hostile, case, laid_out):
     mutated = case("head")
     entry, data = mutated.shard()
-    schema, names, columns = hostile.columns_of(data)
+    schema, names, columns = hostile.shards.columns_of(data)
     names[:] = ["x" * 100_000] * len(names)
-    hostile.put_columns(mutated, entry, schema, names, columns, 2)
+    hostile.shards.put_columns(mutated, entry, schema, names, columns, 2)
     mutated.seal()
     problems = verify(laid_out(mutated), deep=True)
     assert "occurs twice" in problems[0]
