@@ -39,6 +39,8 @@ not reduced; its only way to parameters must be through the logits. ``values`` a
 backward pass of ``objective`` may overwrite the logits, which nothing reads afterwards.
 """
 
+_Losses = Callable[[Tensor, PerChunk], tuple[Tensor, dict[str, Tensor]]]
+
 
 class HeadLosses(NamedTuple):
     """objective: scalar, float32, the sum of the objective over all positions, differentiable.
@@ -154,7 +156,7 @@ def head_losses(
 
     The gradient in the hidden states and in the head's parameters is exact and ready when this returns; the backward
     pass only multiplies it by the (scalar) gradient of the objective, once. Hence the objective has to be complete
-    here: a weight that depends on the logits of other positions needs a first pass under ``torch.no_grad``.
+    here: what depends on the logits of other positions needs a first pass (``chosen_head_losses``).
 
     Besides one chunk of logits (two, where losses do not write their gradient over them or where logits are
     soft-capped), memory holds the gradients: [P, H], and one tensor the size of each trainable parameter of the head,
@@ -171,17 +173,59 @@ def head_losses(
         chunk_size: the most positions with logits at any time; by default as many as make 96 MiB (on GPUs 512 MiB) of
             float32 logits, or 512 where that is more. Chunks are of equal size, as far as that goes.
     """
-    if chunk_size is None:
-        chunk_bytes = _CHUNK_BYTES.get(hidden_PH.device.type, _CHUNK_BYTES_ELSEWHERE)
-        chunk_size = max(_CHUNK_AT_LEAST, chunk_bytes // (4 * head.vocab_size))
-    chunks = math.ceil(len(hidden_PH) / chunk_size)
-    chunk_size = math.ceil(len(hidden_PH) / chunks) if chunks else 1
+    return _in_head(head, hidden_PH, lambda hidden_PH, losses: losses(hidden_PH, per_chunk), chunk_size)
+
+
+def chosen_head_losses(
+    head: LogitsHead,
+    hidden_PH: Tensor,
+    measure: PerChunk,
+    choose: Callable[[dict[str, Tensor]], tuple[Tensor, PerChunk]],
+    *,
+    chunk_size: int | None = None,
+) -> HeadLosses:
+    """``head_losses`` of those positions on which a first pass without gradient decides.
+
+    Args:
+        measure: what the first pass computes at all P positions; only its values count.
+        choose: of these values, float32[P] by name, the Q positions (int64[Q]) and the losses there.
+    """
+
+    def passes(hidden_PH: Tensor, losses: _Losses) -> tuple[Tensor, dict[str, Tensor]]:
+        with torch.no_grad():
+            _, values = losses(hidden_PH, measure)
+        index_Q, per_chunk = choose(values)
+        return losses(hidden_PH[index_Q], per_chunk)
+
+    return _in_head(head, hidden_PH, passes, chunk_size)
+
+
+def _in_head(
+    head: LogitsHead,
+    hidden_PH: Tensor,
+    work: Callable[[Tensor, _Losses], tuple[Tensor, dict[str, Tensor]]],
+    chunk_size: int | None,
+) -> HeadLosses:
+    """Calls ``work`` in one call of the lm_head's module, with what computes losses chunk by chunk.
+
+    One, whatever ``work`` does: FSDP2 takes a second call for the beginning of another forward, and in the backward pass would
+    free the parameters of the norm before the head while they are needed.
+    """
     plain = head.lm_head.forward
 
-    def forward(hidden_PH: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        return _all_chunks(_projection(head, plain, hidden_PH, chunk_size), hidden_PH, per_chunk, chunk_size)
+    def losses(hidden_PH: Tensor, per_chunk: PerChunk) -> tuple[Tensor, dict[str, Tensor]]:
+        size = _chunk_size(head, hidden_PH, chunk_size)
+        return _all_chunks(_projection(head, plain, hidden_PH, size), hidden_PH, per_chunk, size)
 
-    return HeadLosses(*_as_forward_of(head.lm_head, forward, hidden_PH))
+    return HeadLosses(*_as_forward_of(head.lm_head, lambda hidden_PH: work(hidden_PH, losses), hidden_PH))
+
+
+def _chunk_size(head: LogitsHead, hidden_PH: Tensor, most: int | None) -> int:
+    if most is None:
+        chunk_bytes = _CHUNK_BYTES.get(hidden_PH.device.type, _CHUNK_BYTES_ELSEWHERE)
+        most = max(_CHUNK_AT_LEAST, chunk_bytes // (4 * head.vocab_size))
+    chunks = math.ceil(len(hidden_PH) / most)
+    return math.ceil(len(hidden_PH) / chunks) if chunks else 1
 
 
 def _as_forward_of(module: nn.Module, work: Callable[..., _T], *args: Any) -> _T:

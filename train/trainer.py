@@ -29,7 +29,7 @@ from train.config import DataConfig, SelectionConfig
 from train.dataset import HeldOut
 from train.distributed import gathered
 from train.evaluate import evaluate
-from train.linear import LogitsHead, head_losses
+from train.linear import LogitsHead, PerChunk, chosen_head_losses, head_losses
 from train.mixture import Collator, Mixture, by_source
 from train.objective import Objective
 from train.order import Batches
@@ -136,33 +136,25 @@ class DistillationTrainer(Trainer):
 
     def _distil(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         hidden_PH = self._hidden(batch)
-        if any(place.chosen < place.kept for place in batch["layout"]):
-            index = largest_gaps(self._gap(hidden_PH.detach(), batch), batch["layout"])
-            hidden_PH, batch = hidden_PH[index], only_positions(batch, index)
-            batch["layout"] = tuple(replace(place, kept=place.chosen) for place in batch["layout"])
+        if all(place.chosen == place.kept for place in batch["layout"]):
+            return head_losses(self.head, hidden_PH, self._losses(batch), chunk_size=self.logits_chunk)
+
+        def choose(values: dict[str, Tensor]) -> tuple[Tensor, PerChunk]:
+            index = largest_gaps(_gap(values, batch), batch["layout"])
+            chosen = only_positions(batch, index)
+            chosen["layout"] = tuple(replace(place, kept=place.chosen) for place in batch["layout"])
+            return index, self._losses(chosen)
+
+        return chosen_head_losses(self.head, hidden_PH, _next_token_loss(batch), choose, chunk_size=self.logits_chunk)
+
+    def _losses(self, batch: dict[str, Any]) -> PerChunk:
         teachers, per_chunk = self._mixture.teachers(batch), self.objective.per_chunk
-        return head_losses(
-            self.head,
-            hidden_PH,
-            by_source(per_chunk, teachers) if len(self._mixture.sources) > 1 else per_chunk(teachers[0][1]),
-            chunk_size=self.logits_chunk,
-        )
+        return by_source(per_chunk, teachers) if len(self._mixture.sources) > 1 else per_chunk(teachers[0][1])
 
     def _hidden(self, batch: dict[str, Any]) -> Tensor:
         """Hidden states [P, H] at the kept positions of a batch."""
         hidden = self.head.hidden(**{name: batch[name] for name in MODEL_INPUTS if name in batch})
         return hidden.flatten(0, 1)[batch["kept"]]
-
-    @torch.no_grad()
-    def _gap(self, hidden_PH: Tensor, batch: dict[str, Any]) -> Tensor:
-        """float32[P], nats: the student's loss on each next token minus the teacher's."""
-
-        def measure(logits_CV: Tensor, rows: slice) -> tuple[Tensor, dict[str, Tensor]]:
-            loss = cross_entropy(logits_CV.float(), batch["labels"][rows], reduction="none")
-            return loss, {"ce": loss}
-
-        values = head_losses(self.head, hidden_PH, measure, chunk_size=self.logits_chunk).values
-        return values["ce"] + batch["teacher_target_logprob"]
 
     @torch.no_grad()
     def _gaps(self, batch: dict[str, Any]) -> Tensor:
@@ -171,7 +163,8 @@ class DistillationTrainer(Trainer):
         training = backbone.training
         backbone.eval()
         try:
-            return self._gap(self._hidden(batch), batch)
+            found = head_losses(self.head, self._hidden(batch), _next_token_loss(batch), chunk_size=self.logits_chunk)
+            return _gap(found.values, batch)
         finally:
             backbone.train(training)
 
@@ -309,6 +302,21 @@ class DistillationTrainer(Trainer):
             self.state = state
             return
         self.train(resume_from_checkpoint=checkpoint)
+
+
+def _next_token_loss(batch: dict[str, Any]) -> PerChunk:
+    """The student's loss on each next token, in nats; nothing to minimise."""
+
+    def measure(logits_CV: Tensor, rows: slice) -> tuple[Tensor, dict[str, Tensor]]:
+        loss = cross_entropy(logits_CV.float(), batch["labels"][rows], reduction="none")
+        return loss, {"ce": loss}
+
+    return measure
+
+
+def _gap(values: dict[str, Tensor], batch: dict[str, Any]) -> Tensor:
+    """float32[P], nats: the student's loss on each next token minus the teacher's."""
+    return values["ce"] + batch["teacher_target_logprob"]
 
 
 def _chosen(batch: dict[str, Any]) -> int:

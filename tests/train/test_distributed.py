@@ -25,6 +25,8 @@ from train.run import train
 STEPS, SAVED = 5, 3
 LOSSES = [{"name": "forward_kl"}, {"name": "ranking", "weight": 2.0, "k": 5}]
 TAID = [{"name": "taid", "alpha": 0.3}]
+GAPS = {"positions": {"by": "gap", "share": 0.4}}
+ACID = {"sequences": {"filter_ratio": 0.5}}
 FSDP = {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
 
 
@@ -52,7 +54,14 @@ class Runs:
         self.folder, self.cache = folder, cache
 
     def config(
-        self, name: str, *, batch: int, tied: bool, losses: list[dict[str, Any]] = LOSSES, **training: Any
+        self,
+        name: str,
+        *,
+        batch: int,
+        tied: bool,
+        losses: list[dict[str, Any]] = LOSSES,
+        selection: dict[str, Any] | None = None,
+        **training: Any,
     ) -> dict[str, Any]:
         small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
         small |= {"num_key_value_heads": 1, "vocab_size": 384, "max_position_embeddings": 128, "initializer_range": 0.2}
@@ -63,6 +72,7 @@ class Runs:
             "ce_weight": 0.5,
             "logits_chunk": 50,
             "evaluation": {"held_out": 0.2},
+            "selection": selection or {},
             "training": {
                 "output_dir": str(self.folder / name),
                 "max_steps": STEPS,
@@ -111,12 +121,14 @@ def runs(uneven: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 @pytest.fixture(scope="module")
 def one(runs: Runs) -> dict[str, dict[str, Any]]:
-    """One process."""
+    """One process. Sequences are chosen from what one process reads at a time, so there it reads as much as each of two."""
     return {
         "tied": runs.alone("one-tied", batch=4, tied=True),
         "untied": runs.alone("one-untied", batch=4, tied=False),
         "8": runs.alone("one-8", batch=8, tied=True),
         "taid": runs.alone("one-taid", batch=4, tied=True, losses=TAID),
+        "gaps": runs.alone("one-gaps", batch=4, tied=True, selection=GAPS),
+        "acid": runs.alone("one-acid", batch=2, tied=True, selection=ACID, gradient_accumulation_steps=2),
     }
 
 
@@ -127,6 +139,8 @@ def halves(runs: Runs, kind: str, **training: Any) -> dict[str, dict[str, Any]]:
         "untied": runs.config(f"{kind}-untied", batch=2, tied=False, **training),
         "8": runs.config(f"{kind}-8", batch=2, tied=True, gradient_accumulation_steps=2, **training),
         "taid": runs.config(f"{kind}-taid", batch=2, tied=True, losses=TAID, **training),
+        "gaps": runs.config(f"{kind}-gaps", batch=2, tied=True, selection=GAPS, **training),
+        "acid": runs.config(f"{kind}-acid", batch=2, tied=True, selection=ACID, **training),
     }
 
 
@@ -157,10 +171,10 @@ def all_the_same(runs: Runs, kind: str, one: dict[str, dict[str, Any]]) -> None:
 
 
 def test_ddp(runs: Runs, one: dict[str, dict[str, Any]]) -> None:
-    """Tied; accumulated; TAID, which remembers; untied, of which one process is killed; all of that again."""
+    """All of ``one``; one process of the untied one is killed; some of that again."""
     jobs = halves(runs, "ddp")
     killed = {"config": jobs["untied"], "killed": 4}
-    runs.together({"config": jobs["tied"]}, {"config": jobs["8"]}, {"config": jobs["taid"]}, killed, dies=True)
+    runs.together(*({"config": config} for name, config in jobs.items() if name != "untied"), killed, dies=True)
     assert not (runs.folder / "ddp-untied" / "metrics.json").exists()
     assert (runs.folder / "ddp-untied" / f"checkpoint-{SAVED}").exists()
     again = [{"config": jobs["untied"]}, {"config": jobs["8"]}, {"config": jobs["tied"], "restart": True}]
@@ -174,7 +188,7 @@ def test_fsdp2(runs: Runs, one: dict[str, dict[str, Any]]) -> None:
     interrupted = {"config": jobs["untied"], "interrupted": 4}
     again = [{"config": jobs["8"]}, {"config": jobs["tied"], "restart": True}]
     everything = [interrupted, *({"config": config} for config in jobs.values()), *again]
-    assert runs.together(*everything, fsdp=True) == [None, *4 * [False], True, False]
+    assert runs.together(*everything, fsdp=True) == [None, *len(jobs) * [False], True, False]
     all_the_same(runs, "fsdp", one)
 
 
