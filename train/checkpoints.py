@@ -7,6 +7,7 @@ always says whose it is: optimiser states and data orders of one cache mean noth
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from cache_format.errors import UserError
+from train.distributed import processes
+
+log = logging.getLogger(__name__)
 
 _STATE = "trainer_state.json"
 
@@ -27,7 +31,7 @@ class CacheStamp(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """What Trainer saves under this class's name in ``stateful_callbacks``."""
-        return {"args": {"fingerprints": list(self._fingerprints)}, "attributes": {}}
+        return {"args": {"fingerprints": list(self._fingerprints)}, "attributes": {"processes": processes()[1]}}
 
 
 def last_checkpoint(output: Path) -> Path | None:
@@ -42,19 +46,19 @@ def last_checkpoint(output: Path) -> Path | None:
     return last[1] if last else None
 
 
-def named_checkpoint(name: str, fingerprints: tuple[str, ...]) -> Path:
+def named_checkpoint(name: str, fingerprints: tuple[str, ...], steps: int) -> Path:
     """The checkpoint that ``training.resume_from_checkpoint`` names, of a run on the same caches.
 
-    Raises UserError where it is none, or one of another cache.
+    Raises UserError where it is none, or one of another cache, or has made this run's ``steps`` already.
     """
-    folder = Path(name)
+    folder = Path(name).expanduser()
     state = _state(folder)
     if state is None:
         raise UserError(
             f"training.resume_from_checkpoint is {name}, which is no complete checkpoint (no {_STATE}); "
             "name a checkpoint-N folder, or leave it out: a run goes on from its own last one"
         )
-    stamp = state.get("stateful_callbacks", {}).get(CacheStamp.__name__, {}).get("args", {}).get("fingerprints")
+    stamp = _stamp(state).get("args", {}).get("fingerprints")
     if stamp is None:
         raise UserError(f"{name} does not say which cache it was trained from; only checkpoints of train-student do")
     if tuple(stamp) != fingerprints:
@@ -62,7 +66,30 @@ def named_checkpoint(name: str, fingerprints: tuple[str, ...]) -> Path:
             f"{name} was trained from another cache: fingerprint {_short(stamp)}, this run's is {_short(fingerprints)}; "
             "go on with that cache, or start from the checkpoint's weights with student.model"
         )
+    if state["global_step"] >= steps:
+        raise UserError(
+            f"{name} has made {state['global_step']} steps, and this run is to make {steps} in all, so nothing is left to train; "
+            "raise training.max_steps or training.num_train_epochs"
+        )
     return folder
+
+
+def warn_of_other_batches(checkpoint: Path) -> None:
+    """Says so where as many processes as now did not make ``checkpoint``: each takes its part of what comes next."""
+    before = _stamp(_state(checkpoint) or {}).get("attributes", {}).get("processes")
+    now = processes()[1]
+    if before not in (None, now):
+        log.warning(
+            "%s was made by %d process(es), and %d go on: from there on the batches are others than they would have been",
+            checkpoint,
+            before,
+            now,
+        )
+
+
+def _stamp(state: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = state.get("stateful_callbacks", {}).get(CacheStamp.__name__, {})
+    return found
 
 
 def _state(folder: Path) -> dict[str, Any] | None:

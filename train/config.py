@@ -278,4 +278,4 @@ class TrainConfig(_Config):
 
     @property
     def output_dir(self) -> Path:
-        return Path(self.training["output_dir"])
+        return Path(self.training["output_dir"]).expanduser()

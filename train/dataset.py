@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,7 +17,10 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from cache_format import CachedSequence, CacheReader
+from cache_format.manifest import DataIdentity
 from train.losses import SparseTeacher
+
+_NUMBERED_PIECE = re.compile(r"(.*[/#]\d+)/\d+", re.DOTALL)
 
 
 class CachedDataset(Dataset[CachedSequence]):
@@ -66,9 +70,23 @@ class HeldOut(Dataset[CachedSequence]):
         raise IndexError("past the last held-out sequence")
 
 
-def is_held_out(sequence_id: str, share: float) -> bool:
-    """Whether a sequence is held out: by its id alone, so that it is in every run, order and subset of the data."""
-    return int.from_bytes(hashlib.sha256(sequence_id.encode()).digest()[:8], "big") < share * 2**64
+def is_held_out(sequence_id: str, data: DataIdentity, share: float) -> bool:
+    """Whether a sequence is held out: by what ``row_of`` says, so that it is in every run, order and subset of the data."""
+    # Salted, since data may well lie in the order of some hash of its ids.
+    digest = hashlib.sha256(f"held out\0{row_of(sequence_id, data)}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") < share * 2**64
+
+
+def row_of(sequence_id: str, data: DataIdentity) -> str:
+    """The row of the data that a sequence was made of: pieces of one document and answers to one prompt have the same.
+
+    Such sequences are called ``row/number``. Of answers that is certain. A piece is told from a row by what stands before:
+    another number, as in the ids that rows have by default. Pieces of documents with ids of another kind count as rows.
+    """
+    if data.mask_policy == "generated":
+        return sequence_id.rpartition("/")[0]
+    piece = _NUMBERED_PIECE.fullmatch(sequence_id) if data.counters.get("split_documents") else None
+    return piece[1] if piece else sequence_id
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,22 +102,16 @@ class CacheIndex:
 
 
 def read_index(cache: CacheReader, share: float) -> CacheIndex:
-    """Reads three columns of the whole cache, once, shard after shard; ``share`` of the sequences are held out."""
+    """Reads three columns of the whole cache, once, shard after shard; ``share`` of the data's rows are held out."""
+    data = cache.manifest.data
     held_out: list[bool] = []
     tokens, kept = [np.zeros(0, np.int32)], [np.zeros(0, np.int32)]
     columns = (cache.iter_column(name) for name in ("sequence_id", "input_ids", "positions"))
     for ids, inputs, positions in zip(*columns, strict=True):
-        held_out += [is_held_out(sequence_id, share) for sequence_id in ids.to_pylist()]
+        held_out += [is_held_out(sequence_id, data, share) for sequence_id in ids.to_pylist()]
         tokens.append(inputs.value_lengths().to_numpy())
         kept.append(positions.value_lengths().to_numpy())
     return CacheIndex(np.array(held_out, np.bool_), np.concatenate(tokens), np.concatenate(kept))
-
-
-def split(cache: CacheReader, share: float) -> tuple[list[int], list[int]]:
-    """Indices of the sequences to train on and of those held out; sequences without kept positions are in neither."""
-    index = read_index(cache, share)
-    train, held_out = (np.flatnonzero((index.kept > 0) & chosen) for chosen in (~index.held_out, index.held_out))
-    return train.tolist(), held_out.tolist()
 
 
 def collate(sequences: list[CachedSequence]) -> dict[str, Tensor]:

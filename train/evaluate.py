@@ -62,7 +62,8 @@ def evaluate(head: LogitsHead, data: HeldOut, *, k: int, batch_size: int, logits
     ):
         cached, items = batches[at % len(batches)]
         batch = collate([cached[item] for item in items])
-        values = head.inside(partial(_measured, head, cached, batch, k if heads else 0, logits_chunk))
+        with head.evaluated():
+            values = head.inside(partial(_measured, head, cached, batch, k if heads else 0, logits_chunk))
         if at >= len(batches):
             continue
         calibration.add(values.pop("confidence"), values.pop("right"))
@@ -146,7 +147,8 @@ def examples(head: LogitsHead, data: HeldOut, tokenizer: Any, *, count: int = 10
         chosen = torch.linspace(0, len(teacher) - 1, min(count, len(teacher))).long()
         return teacher, chosen, *head.logits(hidden_PH[chosen]).float().softmax(-1).topk(SHOWN)
 
-    teacher, chosen, probabilities, ids = head.inside(most_probable)
+    with head.evaluated():
+        teacher, chosen, probabilities, ids = head.inside(most_probable)
     longest = batch["input_ids"].shape[1]
     shown = []
     for row, at in enumerate(chosen.tolist()):
@@ -173,8 +175,5 @@ def _run(head: LogitsHead, data: CachedDataset, batch: dict[str, Tensor]) -> tup
     """The teacher and the student's hidden states [P, H] at the kept positions of a batch."""
     device = next(head.backbone.parameters()).device
     batch = {name: value.to(device) for name, value in batch.items()}
-    training = head.backbone.training
-    head.backbone.eval()
     hidden = head.hidden(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-    head.backbone.train(training)
     return data.teacher(batch), hidden.flatten(0, 1)[batch["kept"]]

@@ -8,6 +8,7 @@ prompt.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -38,15 +39,22 @@ class Answer(NamedTuple):
 def answers(
     student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: HeldOut, settings: AnswersConfig
 ) -> list[Answer]:
-    """The student's greedy answers to the prompts of the first ``settings.sequences`` sequences that have one."""
+    """The student's greedy answers to the prompts of the first ``settings.sequences`` sequences that have one.
+
+    Prompts that fill the student's context are left out, and no answer goes on beyond it.
+    """
+    context = getattr(student.config.get_text_config(), "max_position_embeddings", None) or math.inf
     pairs = [pair for pair in (split_at_prompt(sequence, settings) for sequence in _first(data, settings)) if pair]
+    pairs = [(prompt, reference) for prompt, reference in pairs if len(prompt) < context]
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
     found: dict[int, Answer] = {}
     # Prompts of like length together: less padding.
     order = sorted(range(len(pairs)), key=lambda index: len(pairs[index][0]))
     for start in tqdm(range(0, len(order), _BATCH), desc="answer", unit="batch", leave=False, dynamic_ncols=True):
         chosen = order[start : start + _BATCH]
-        generated = _generate(student, tokenizer, [pairs[index][0] for index in chosen], settings.max_new_tokens)
+        prompts = [pairs[index][0] for index in chosen]
+        room = int(min(settings.max_new_tokens, context - max(map(len, prompts))))
+        generated = _generate(student, tokenizer, prompts, room)
         for index, ids in zip(chosen, generated, strict=True):
             prompt, reference = (tokenizer.decode(part.tolist(), skip_special_tokens=True) for part in pairs[index])
             text = tokenizer.decode(ids, skip_special_tokens=True)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 import torch
@@ -104,6 +104,10 @@ class LogitsHead:
     def inside(self, work: Callable[[], _T]) -> _T:
         """Calls ``work`` where the model's forward would run: there FSDP2 has the parameters of both halves at hand."""
         return _as_forward_of(self._model, work)
+
+    def evaluated(self) -> AbstractContextManager[None]:
+        """Inside it, the whole model is in evaluation mode: no dropout, in adapters neither."""
+        return _eval_mode(self._model)
 
     def parameters(self) -> list[nn.Parameter]:
         """The trainable parameters between hidden states and logits (shared with the embedding where tied)."""

@@ -23,9 +23,9 @@ from cache_format import CacheReader, Manifest, UserError
 from cache_format.errors import ConfigError
 from cache_format.writer import write_durably
 from train import compat
-from train.arguments import training_arguments
+from train.arguments import check_best, check_optimizer, training_arguments
 from train.card import model_card
-from train.checkpoints import CacheStamp, last_checkpoint, named_checkpoint
+from train.checkpoints import CacheStamp, last_checkpoint, named_checkpoint, warn_of_other_batches
 from train.config import TrainConfig
 from train.dataset import CachedDataset, HeldOut, collate
 from train.distributed import is_main, on_main
@@ -112,8 +112,8 @@ def _train(
         compat.check(config, entry.cache, manifest, student, tokenizer)
 
     data, held_out = open_data(config, caches, arguments.seed if arguments.data_seed is None else arguments.data_seed)
-    objective = Objective(config)
-    tail, exactness = _try_objective(objective, held_out)
+    objective, tail, exactness = _try_objective(config, held_out)
+    check_optimizer(arguments, student)
     student.to(arguments.device)  # before the trainer tries the student: flash attention needs its GPU for that
     trainer = DistillationTrainer(
         student,
@@ -152,12 +152,14 @@ def _train(
     if before is None:
         measured: dict[str, Any] = {"metrics": measure(), "examples": show(), "rouge_l": mean_rouge_l(answer())}
         before = measured
+        check_best(arguments, measured["metrics"])
         on_main(lambda: write_durably(output / "run.json", json.dumps({**run, "before": measured}, indent=2)))
     checkpoint = on_main(lambda: last_checkpoint(output))
     if checkpoint is None and isinstance(arguments.resume_from_checkpoint, str):
-        checkpoint = named_checkpoint(arguments.resume_from_checkpoint, fingerprints)
+        checkpoint = named_checkpoint(arguments.resume_from_checkpoint, fingerprints, trainer.total_steps())
     if checkpoint is not None:
         log.info("going on from %s", checkpoint)
+        warn_of_other_batches(checkpoint)
     # Again: whether the evaluation above ran now or in an earlier start must not show in the training.
     set_seed(arguments.seed)
     trainer.run(None if checkpoint is None else str(checkpoint))
@@ -257,25 +259,27 @@ def _caches_described(config: TrainConfig, manifests: list[Manifest]) -> dict[st
     }
 
 
-def _try_objective(objective: Objective, data: HeldOut) -> tuple[Tail, dict[str, str]]:
-    """Tries the losses on a few positions of every cache.
+def _try_objective(config: TrainConfig, data: HeldOut) -> tuple[Objective, Tail, dict[str, str]]:
+    """Makes the objective and tries it on a few positions of every cache.
 
-    Returns how much of the teacher's tail there is for them, and what each loss is with it (exact, unbiased, ...): the
+    Returns it, how much of the teacher's tail there is for them, and what each loss is with it (exact, unbiased, ...): the
     least that any of the caches allows. Raises UserError or ConfigError for loss options that a cache cannot serve, before
     anything is written.
     """
-    tails, kinds = zip(*(_try_on(objective, part) for part in data.parts), strict=True)
+    try:
+        objective = Objective(config)
+        tails, kinds = zip(*(_try_on(objective, part) for part in data.parts), strict=True)
+    except (TypeError, ValueError, RuntimeError, IndexError) as error:
+        raise ConfigError(f"losses: {str(error).strip().splitlines()[0]}; see the options in docs/losses.md") from error
     exactness = {name: max((found[name] for found in kinds), key=list(_KINDS).index) for name in kinds[0]}
-    return min(tails, key=list(reversed(_TAILS)).index), {name: _KINDS[kind] for name, kind in exactness.items()}
+    tail = min(tails, key=list(reversed(_TAILS)).index)
+    return objective, tail, {name: _KINDS[kind] for name, kind in exactness.items()}
 
 
 def _try_on(objective: Objective, data: CachedDataset) -> tuple[Tail, dict[str, str]]:
     teacher = data.teacher(collate([data[0]]))
     rows = slice(0, min(4, len(teacher)))
-    try:
-        objective.per_chunk(teacher)(torch.zeros(rows.stop, teacher.vocab_size), rows)
-    except (TypeError, ValueError, RuntimeError, IndexError) as error:
-        raise ConfigError(f"losses: {str(error).strip().splitlines()[0]}; see the options in train/losses/") from error
+    objective.per_chunk(teacher)(torch.zeros(rows.stop, teacher.vocab_size), rows)
     tail = tail_of(teacher)
     log.info("beyond the heads stored in %s, KL uses %s", data.cache.path, _TAILS[tail])
     exactness = objective.exactness(teacher)

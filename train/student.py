@@ -73,7 +73,12 @@ def _base(config: StudentConfig, seed: int) -> PreTrainedModel:
     dtype = getattr(torch, config.dtype)
     if config.config is not None:
         torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(_student_config(config.config), dtype=dtype)
+        try:
+            return AutoModelForCausalLM.from_config(_student_config(config.config), dtype=dtype)
+        except ConfigError:
+            raise
+        except Exception as error:  # whatever an architecture makes of sizes that do not go together
+            raise ConfigError(f"student.config describes no causal language model: {_line(error)}") from error
     if config.model is not None:
         return _whole(find_model(config.model, config.revision), dtype)
     assert config.init_from is not None
@@ -86,17 +91,29 @@ def _base(config: StudentConfig, seed: int) -> PreTrainedModel:
 def _with_adapters(student: PreTrainedModel, fields: dict[str, Any], seed: int) -> PreTrainedModel:
     try:
         from peft import get_peft_config, get_peft_model
+        from peft.tuners.tuners_utils import BaseTunerLayer
     except ImportError as error:
         raise UserError("student.peft needs peft; install logitcask[peft]") from error
 
     torch.manual_seed(seed)
     try:
         adapters = get_peft_config({"peft_type": "LORA", "task_type": "CAUSAL_LM", **fields})
-        return get_peft_model(student, adapters)
+        if adapters.is_prompt_learning:
+            raise ConfigError(
+                f"student.peft: {fields['peft_type']} learns a prompt, which no saved student has; use LORA"
+            )
+        adapted = get_peft_model(student, adapters)
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise ConfigError(
             f"student.peft does not describe adapters for {type(student).__name__}: {_line(error)}"
         ) from error
+    ends = (adapted.get_input_embeddings(), adapted.get_output_embeddings())
+    if student.config.get_text_config().tie_word_embeddings and any(isinstance(end, BaseTunerLayer) for end in ends):
+        raise ConfigError(
+            "student.peft adapts the embedding or the lm_head of a student in which they are one weight, so merging would change "
+            "both; leave them out of target_modules, or name them in modules_to_save"
+        )
+    return adapted
 
 
 def load_student_tokenizer(config: StudentConfig) -> PreTrainedTokenizerBase | None:
@@ -105,7 +122,8 @@ def load_student_tokenizer(config: StudentConfig) -> PreTrainedTokenizerBase | N
     if name is None:
         return None
     try:
-        return AutoTokenizer.from_pretrained(find_model(name, config.revision))
+        revision = None if config.tokenizer else config.revision
+        return AutoTokenizer.from_pretrained(find_model(name, revision))
     except (OSError, ValueError) as error:
         raise UserError(
             f"{name} has no tokenizer that transformers can load ({_line(error)}); set student.tokenizer"
@@ -114,8 +132,8 @@ def load_student_tokenizer(config: StudentConfig) -> PreTrainedTokenizerBase | N
 
 def find_model(name: str, revision: str | None) -> Path:
     """The folder of a model: a path, a name under the local models folder, or a hub name fetched to the hub's cache."""
-    if Path(name).is_dir():
-        return Path(name)
+    if Path(name).expanduser().is_dir():
+        return Path(name).expanduser()
     if (folder := local_model(name)) is not None:
         return folder
     try:
@@ -147,11 +165,17 @@ def _student_config(fields: dict[str, object]) -> PretrainedConfig:
 
 def _whole(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     try:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    except (OSError, ValueError, SafetensorError) as error:
+        model, loading = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(
             f"{folder} is not a causal language model that transformers can load: {_line(error)}"
         ) from error
+    if loading["missing_keys"]:
+        raise UserError(
+            f"{folder} has no weights for {sorted(loading['missing_keys'])[0]} ({len(loading['missing_keys'])} missing in all), "
+            "and random ones are hardly meant; give a whole causal language model"
+        )
+    return model
 
 
 def _from_layers(folder: Path, keep: list[int], dtype: torch.dtype) -> PreTrainedModel:

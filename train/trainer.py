@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -23,6 +24,7 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import SaveStrategy
 
 from cache_format.errors import UserError
 from train.config import DataConfig, SelectionConfig
@@ -159,14 +161,9 @@ class DistillationTrainer(Trainer):
     @torch.no_grad()
     def _gaps(self, batch: dict[str, Any]) -> Tensor:
         """``_gap`` of a batch by the student in evaluation mode: no dropout, no random numbers."""
-        backbone = self.head.backbone
-        training = backbone.training
-        backbone.eval()
-        try:
+        with self.head.evaluated():
             found = head_losses(self.head, self._hidden(batch), _next_token_loss(batch), chunk_size=self.logits_chunk)
             return _gap(found.values, batch)
-        finally:
-            backbone.train(training)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -284,6 +281,13 @@ class DistillationTrainer(Trainer):
                     totals[kind][name] = totals[kind].get(name, 0.0) + value
         return totals
 
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole training."""
+        if self.args.max_steps > 0:
+            return self.args.max_steps
+        per_epoch = -(-len(self.get_train_dataloader()) // self.args.gradient_accumulation_steps)
+        return math.ceil(self.args.num_train_epochs * per_epoch)
+
     def run(self, checkpoint: str | None) -> None:
         """Trains from the start, or on from a checkpoint; ``positions`` and ``seconds`` of the log go on where it stopped."""
         self._started = self._last_log = time.monotonic()
@@ -295,7 +299,7 @@ class DistillationTrainer(Trainer):
         if records:
             self._resumed_positions = int(records[-1]["positions"])
             self._resumed_seconds = records[-1]["seconds"]
-        if state.global_step >= state.max_steps:
+        if state.global_step >= self.total_steps():
             # Killed after the last step. Trainer itself would take one step more.
             best = state.best_model_checkpoint if self.args.load_best_model_at_end else None
             self._load_from_checkpoint(best or checkpoint)
@@ -343,14 +347,19 @@ class _LogWhenSaving(TrainerCallback):
     """Closes the window of averaged losses at every checkpoint and at the end, so that a resumed log is the same log."""
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if control.should_save or state.global_step >= state.max_steps:
+        if _may_save(args, control) or state.global_step >= state.max_steps:
             control.should_log = True
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if control.should_save:
+        if _may_save(args, control):
             control.should_log = True
+
+
+def _may_save(args: TrainingArguments, control: TrainerControl) -> bool:
+    # Whether a student is the best so far is known only once it is evaluated, which comes after logging.
+    return control.should_save or (args.save_strategy == SaveStrategy.BEST and control.should_evaluate)
 
 
 class _TellEpoch(TrainerCallback):

@@ -6,6 +6,7 @@ import importlib.util
 from pathlib import Path
 
 import pytest
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from cache_format import CacheReader, CacheWriter
 from pipeline.config import BuildConfig
@@ -59,6 +60,21 @@ def scratch(**fields):
     small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     small |= {"num_key_value_heads": 1, "vocab_size": 64, "max_position_embeddings": 128, "head_dim": 16}
     return {"config": {"model_type": "llama", **small, **fields}}
+
+
+@pytest.fixture
+def scratch_student(tiny_llama, tmp_path):
+    """``scratch_student(tied=...)``: folder of a small Llama with random weights, for the tiny Llama's caches."""
+
+    def make(*, tied):
+        folder = tmp_path / f"student-{tied}"
+        config = AutoConfig.for_model(**scratch(vocab_size=384, tie_word_embeddings=tied)["config"])
+        config.max_position_embeddings = 256
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(folder)
+        return folder
+
+    return make
 
 
 @pytest.fixture
@@ -127,6 +143,7 @@ def config(cache, tiny_llama, tmp_path):
             "student": {"init_from": str(tiny_llama), "keep_layers": [1]},
             "losses": [{"name": "forward_kl"}, {"name": "ranking", "weight": 2.0, "k": 5}],
             "ce_weight": 0.5,
+            "evaluation": {"held_out": 0.2},  # the cache is made of few documents
             **changes,
             "training": {**training, **changes.get("training", {})},
         }

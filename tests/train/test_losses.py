@@ -16,7 +16,7 @@ from torch.nn.functional import kl_div
 
 from cache_format.errors import UserError
 from train.losses import LOSSES, SparseTeacher, forward_kl, ranking
-from train.losses.student import _Pass
+from train.losses.student import _add_entries, _Pass
 
 
 @pytest.fixture
@@ -452,3 +452,15 @@ def test_ranking_options_are_checked(draw: torch.Generator) -> None:
         ranking(logits, teacher, soft_rank="hard")
     with pytest.raises(UserError, match="strength is 0"):
         ranking(logits, teacher, strength=0)
+
+
+def test_what_falls_on_one_id_is_summed_before_it_is_rounded(rng: np.random.Generator) -> None:
+    """In half precision, entry by entry against a sum in float64; most ids are there several times."""
+    ids_PE = torch.from_numpy(rng.integers(0, 9, (7, 30)))
+    entries_PE = torch.from_numpy(rng.normal(size=(7, 30))).float()
+    before_PV = torch.from_numpy(rng.normal(size=(7, 12))).bfloat16()
+    expected = before_PV.double().scatter_add_(1, ids_PE, entries_PE.double())
+    found = before_PV.clone()
+    _add_entries(found, ids_PE, entries_PE)
+    torch.testing.assert_close(found.double(), expected.bfloat16().double(), rtol=2**-7, atol=1e-6)
+    assert torch.equal(found[:, 9:], before_PV[:, 9:])

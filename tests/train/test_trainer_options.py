@@ -115,6 +115,14 @@ def test_a_checkpoint_knows_its_cache(config, caches, tmp_path):
         train(config(cache=caches[1], training=elsewhere))
     resumed, _ = train(config(training={**elsewhere, "output_dir": str(tmp_path / "third")}))
     assert resumed["steps"] == 6
+    finished = {
+        "output_dir": str(tmp_path / "longer"),
+        "resume_from_checkpoint": str(checkpoint.parent / "checkpoint-6"),
+    }
+    with pytest.raises(UserError, match="has made 6 steps, and this run is to make 6 in all"):
+        train(config(training=finished))
+    longer, _ = train(config(training={**finished, "max_steps": 9}), restart=True)
+    assert longer["steps"] == 9
     assert resumed["final_loss"] == pytest.approx(whole["final_loss"], abs=1e-5)
     history = json.loads((tmp_path / "third" / "log.json").read_text())
     assert sum("loss" in record and record["step"] > 4 for record in history) == 2
@@ -142,7 +150,7 @@ def test_answers_are_compared_with_those_in_the_cache(config):
         {"bf16": True},
         {"gradient_checkpointing": True},
         {"optim": "sgd", "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 2},
-        {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2, "metric_for_best_model": "eval_kl"},
+        {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps", "eval_steps": 2},
     ],
     ids=lambda training: next(iter(training)),
 )
@@ -150,6 +158,71 @@ def test_options_of_trainer_pass_through(config, training):
     metrics, _ = train(config(training=training))
     assert metrics["steps"] == 6
     assert metrics["after"]["kl"] < metrics["before"]["kl"]
+
+
+def test_going_on_with_other_processes_is_said(config, caplog):
+    train(config())
+    output = config().output_dir
+    (output / "metrics.json").unlink()
+    shutil.rmtree(output / "checkpoint-6")
+    state = output / "checkpoint-4" / "trainer_state.json"
+    assert '"processes": 1' in state.read_text()
+    state.write_text(state.read_text().replace('"processes": 1', '"processes": 4'))
+    with caplog.at_level("WARNING"):
+        train(config())
+    assert "checkpoint-4 was made by 4 process(es), and 1 go on" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("chosen", "metric", "best"),
+    [
+        ({}, "kl", min),
+        ({"metric_for_best_model": "eval_ce"}, "ce", min),
+        ({"metric_for_best_model": "mor@5"}, "mor@5", max),
+    ],
+    ids=["by default", "falling", "rising"],
+)
+def test_the_best_student_is_kept(config, chosen, metric, best):
+    """So large a learning rate that students get worse as well as better."""
+    every = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "max_steps": 8, "learning_rate": 0.05}
+    metrics, _ = train(config(training={**every, "load_best_model_at_end": True, **chosen}))
+    history = json.loads((config().output_dir / "log.json").read_text())
+    found = [record[f"eval_{metric}"] for record in history if f"eval_{metric}" in record]
+    assert len(found) == 8
+    assert len(set(found)) > 1
+    assert metrics["after"][metric] == pytest.approx(best(found), abs=1e-6)
+
+
+def test_losses_are_logged_up_to_whatever_may_be_saved(config):
+    """Else those between a log and the checkpoint after it would be missing from a resumed run's."""
+    training = {"save_strategy": "best", "eval_strategy": "steps", "eval_steps": 2, "logging_steps": 100}
+    train(config(training=training))
+    history = json.loads((config().output_dir / "log.json").read_text())
+    assert [record["step"] for record in history if "loss" in record] == [2, 4, 6]
+
+
+def test_a_home_folder_is_found_once(config, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    metrics, _ = train(config(training={"output_dir": "~/run", "max_steps": 2}))
+    assert metrics["steps"] == 2
+    assert {"metrics.json", "checkpoint-2"} <= {each.name for each in (tmp_path / "home" / "run").iterdir()}
+
+
+def test_adapters_on_the_head_are_measured_without_dropout(config, scratch_student):
+    adapters = {"r": 4, "target_modules": ["lm_head"], "lora_dropout": 0.5, "init_lora_weights": False}
+    student = {"model": str(scratch_student(tied=False)), "peft": adapters}
+    adapted, _ = train(config(student=student, training={"max_steps": 1}))
+    saved, elsewhere = config().output_dir, str(config().output_dir.parent / "again")
+    merged, _ = train(config(student={"model": str(saved)}, training={"output_dir": elsewhere, "max_steps": 1}))
+    assert merged["before"] == pytest.approx(adapted["after"], abs=1e-4)
+
+
+def test_answers_stay_inside_the_students_context(config, tiny_llama):
+    sizes = {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 200, "vocab_size": 384}
+    evaluation = {"held_out": 0.3, "answers": {"sequences": 4, "max_new_tokens": 400}}
+    student = {"config": {"model_type": "gpt2", **sizes}, "tokenizer": str(tiny_llama)}
+    metrics, _ = train(config(student=student, evaluation=evaluation, training={"max_steps": 1}))
+    assert metrics["rouge_l"]["answers"] == 4
 
 
 def test_adapters_with_gradient_checkpointing(config, tiny_llama):

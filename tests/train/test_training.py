@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -21,7 +22,7 @@ from cache_format.configuration import load_config
 from pipeline.config import BuildConfig
 from pipeline.run import build
 from train.config import TrainConfig
-from train.dataset import split
+from train.dataset import read_index, row_of
 from train.run import rewrite_report, train
 
 STEPS = 12  # what the fixture `config` trains for
@@ -65,7 +66,7 @@ def test_the_saved_student_is_the_evaluated_one(config, cache):
     metrics, _ = train(config(training={"max_steps": 2}))
     student = AutoModelForCausalLM.from_pretrained(config().output_dir)
     reader = CacheReader(cache)
-    _, held_out = split(reader, config().evaluation.held_out)
+    held_out = np.flatnonzero(read_index(reader, config().evaluation.held_out).held_out)
     total = positions = 0
     for index in held_out[: config().evaluation.max_sequences]:
         ids = torch.from_numpy(reader[index].input_ids).long()[None]
@@ -245,13 +246,38 @@ def test_the_teacher_stays_away(config, cache, tiny_llama, tmp_path):
         moved.rename(tiny_llama)
 
 
-def test_held_out_sequences_are_a_matter_of_their_ids(cache):
+def test_held_out_sequences_are_a_matter_of_their_rows(cache):
     reader = CacheReader(cache)
-    train_indices, held_out = split(reader, 0.2)
-    assert not set(train_indices) & set(held_out)
-    assert 0.05 < len(held_out) / (len(held_out) + len(train_indices)) < 0.4
-    more = split(reader, 0.4)[1]
-    assert set(held_out) < set(more)
+    held_out = read_index(reader, 0.2).held_out
+    assert 0.05 < held_out.mean() < 0.4
+    assert (read_index(reader, 0.4).held_out >= held_out).all()
+    rows = [row_of(reader[index].sequence_id, reader.manifest.data) for index in range(len(reader))]
+    assert len(rows) > 2 * len(set(rows))  # documents in pieces
+    assert not {rows[index] for index in np.flatnonzero(held_out)} & {
+        rows[index] for index in np.flatnonzero(~held_out)
+    }
+
+
+@pytest.mark.parametrize(
+    ("sequence_id", "row", "made"),
+    [
+        ("train/12", "train/12", "split"),
+        ("train/12/0", "train/12", "split"),
+        ("train/12/0", "train/12/0", "whole"),  # nothing was split: someone's own ids
+        ("1/train/12", "1/train/12", "split"),  # numbered by a merge
+        ("1/train/12/3", "1/train/12", "split"),
+        ("topics/a/b#3", "topics/a/b#3", "split"),
+        ("topics/a/b#3/1", "topics/a/b#3", "split"),
+        ("wiki/12", "wiki/12", "split"),
+        ("train/12/0", "train/12", "generated"),
+        ("a question/3", "a question", "generated"),
+    ],
+)
+def test_the_row_of_a_sequence(cache, sequence_id, row, made):
+    data = CacheReader(cache).manifest.data
+    counters = {"documents": 5} | ({"split_documents": 1} if made == "split" else {})
+    policy = "generated" if made == "generated" else "all"
+    assert row_of(sequence_id, data.model_copy(update={"counters": counters, "mask_policy": policy})) == row
 
 
 # --- what does not fit is refused, in one line -------------------------------------------------------------------------

@@ -169,7 +169,7 @@ class _Pass(torch.autograd.Function):
         if fused:
             log_tail_P, log_others_P = _log_sums(logits_PV.data, head_PK, vocab_size, scale)
             if b is not None:
-                dot_P = logits_PV[:, :vocab_size].to(dtype) @ b * scale
+                dot_P = _dot(logits_PV[:, :vocab_size].to(dtype), b) * scale
         for rows in slabs(logits_PV, dtype) if masses and not fused else ():
             work = logits_PV[rows].to(dtype, copy=True)
             if scale != 1.0:
@@ -177,7 +177,7 @@ class _Pass(torch.autograd.Function):
             log_others_P[rows] = work[:, vocab_size:].logsumexp(1)
             tail = work[:, :vocab_size]
             if b is not None:
-                dot_P[rows] = tail @ b
+                dot_P[rows] = _dot(tail, b)
             _fill_head(tail, head_PK[rows], -torch.inf)
             shift = tail.amax(1, keepdim=True)
             shift = torch.where(torch.isneginf(shift), 0, shift)
@@ -248,13 +248,22 @@ def _log_sums(logits_PV: Tensor, head_PK: Tensor, vocab_size: int, scale: float)
     return found
 
 
+def _dot(z_PV: Tensor, b_V: Tensor) -> Tensor:
+    """``z_PV @ b_V`` in their own precision, which autocast would lower."""
+    with torch.autocast(z_PV.device.type, enabled=False):
+        return z_PV @ b_V
+
+
 def _add_entries(grad_PV: Tensor, ids_PE: Tensor, grad_PE: Tensor) -> None:
     """grad[p, ids[p, e]] += grad_PE[p, e], where ids repeat; what falls on one id is summed before it is rounded."""
     if grad_PV.dtype == grad_PE.dtype:
         grad_PV.scatter_add_(1, ids_PE, grad_PE)
         return
-    same_PEE = (ids_PE.unsqueeze(2) == ids_PE.unsqueeze(1)).to(grad_PE.dtype)
-    total_PE = torch.bmm(same_PEE, grad_PE.unsqueeze(2)).squeeze(2) + grad_PV.gather(1, ids_PE)
+    ids_PE, order_PE = ids_PE.sort(dim=1)
+    # Equal ids stand together now; group_PE numbers them from 0 in each row.
+    group_PE = torch.nn.functional.pad((ids_PE[:, 1:] != ids_PE[:, :-1]).cumsum(1), (1, 0))
+    sums_PE = torch.zeros_like(grad_PE).scatter_add_(1, group_PE, grad_PE.gather(1, order_PE))
+    total_PE = sums_PE.gather(1, group_PE) + grad_PV.gather(1, ids_PE)
     grad_PV.scatter_(1, ids_PE, total_PE.to(grad_PV.dtype))
 
 

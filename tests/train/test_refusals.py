@@ -1,0 +1,93 @@
+"""What training cannot do is said in one line, before the first step, and nothing is left behind."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModel, AutoModelForCausalLM
+
+from cache_format.errors import ConfigError, UserError
+from train.run import train
+
+BEST = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
+
+
+@pytest.fixture
+def sound_cache(write_cache):
+    return str(write_cache("sound", shards=1).path)
+
+
+@pytest.mark.parametrize(
+    ("training", "message"),
+    [
+        ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches would cut cached batches"),
+        ({"accelerator_config": {"split_batches": True}}, "split_batches would cut cached batches"),
+        ({"use_liger_kernel": True, "liger_kernel_config": {"fused_linear_cross_entropy": True}}, "its own loss"),
+        ({"report_to": "carrier_pigeon"}, "report_to: carrier_pigeon is not supported"),
+        ({"optim": "adamw_bnb_8bit"}, r"training.optim is '.*adamw_bnb_8bit'"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size is 0; expected a whole number"),
+        ({"gradient_accumulation_steps": 1.5}, "gradient_accumulation_steps is 1.5; expected a whole number"),
+        ({"learning_rate": "fast"}, "learning_rate is 'fast'; expected a number"),
+        ({**BEST, "metric_for_best_model": "accuracy"}, "'accuracy'; expected one of kl, reverse_kl, ce"),
+        ({**BEST, "metric_for_best_model": "eval_loss"}, "'eval_loss'; expected one of kl"),
+    ],
+)
+def test_training_arguments(sound_cache, scratch_config, training, message):
+    config = scratch_config(cache=sound_cache, training=training)
+    with pytest.raises(ConfigError, match=message) as caught:
+        train(config)
+    assert "\n" not in str(caught.value)
+    assert not (config.output_dir / "run.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"losses": [{"name": "taid", "t_start": None}]}, "losses: "),
+        ({"selection": {"sequences": {}}, "training": {"torch_compile": True}}, "torch_compile does not allow"),
+        ({"student": {"config": {"model_type": "vit"}}}, "no causal language model"),
+        ({"student": {"config": {"model_type": "gpt2", "n_embd": 33, "n_head": 2}}}, "no causal language model"),
+    ],
+)
+def test_configs(sound_cache, scratch_config, fields, message):
+    config = scratch_config(cache=sound_cache, **fields)
+    with pytest.raises(ConfigError, match=message) as caught:
+        train(config)
+    assert "\n" not in str(caught.value)
+    assert not (config.output_dir / "run.json").exists()
+
+
+def test_metrics_that_need_heads_on_a_cache_without(write_cache, scratch_config):
+    cache = write_cache("sampled", kind="random sampling", shards=1)
+    training = {**BEST, "metric_for_best_model": "mor@5", "save_steps": 2}
+    with pytest.raises(ConfigError, match="'mor@5', and what is measured on this cache is kl, ce"):
+        train(scratch_config(cache=str(cache.path), losses=[{"name": "random_sampling"}], training=training))
+
+
+def test_adapters_on_both_ends_of_a_tied_student(config, scratch_student):
+    for target in ("lm_head", "embed_tokens"):
+        peft = {"r": 4, "target_modules": ["q_proj", target]}
+        with pytest.raises(ConfigError, match="in which they are one weight"):
+            train(config(student={"model": str(scratch_student(tied=True)), "peft": peft}))
+    peft = {"r": 4, "target_modules": ["q_proj", "lm_head"]}
+    metrics, _ = train(config(student={"model": str(scratch_student(tied=False)), "peft": peft}))
+    assert metrics["steps"] > 0
+
+
+def test_a_learned_prompt(config, tiny_llama):
+    peft = {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 4}
+    with pytest.raises(ConfigError, match="learns a prompt"):
+        train(config(student={"model": str(tiny_llama), "peft": peft}))
+
+
+def test_a_student_with_weights_missing(config, scratch_student, tmp_path):
+    whole = scratch_student(tied=False)
+    AutoModel.from_pretrained(whole).save_pretrained(tmp_path / "backbone")
+    with pytest.raises(UserError, match=r"has no weights for lm_head.weight \(1 missing"):
+        train(config(student={"model": str(tmp_path / "backbone")}))
+    model = AutoModelForCausalLM.from_pretrained(whole)
+    state = model.state_dict()
+    state["lm_head.weight"] = torch.zeros(7, model.config.hidden_size)
+    model.save_pretrained(tmp_path / "other", state_dict=state)
+    with pytest.raises(UserError, match="not a causal language model that transformers can load"):
+        train(config(student={"model": str(tmp_path / "other")}))
