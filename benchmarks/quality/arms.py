@@ -63,7 +63,7 @@ STORES = {**HEADS, **SAMPLED, FOR_LOSSES: StoreConfig(sample_logprobs=True)}
 class Arm:
     """One thing to learn from. ``name`` is unique among the arms of a group.
 
-    group:       the table it belongs to: bytes, ranking, losses, noise.
+    group:       the table it belongs to: bytes, ranking, losses, tails, noise.
     source:      FULL, TEXT or the name of a store.
     losses:      as in a student config. ce: weight of the hard labels beside them.
     renormalise: scale heads up to be whole distributions.
@@ -133,3 +133,13 @@ def losses_arms() -> list[Arm]:
         if name in _ORDER_ONLY:
             arms.append(Arm("losses", f"forward_kl + {name}", source, (KL, {"name": name}), start=PRETRAINED))
     return arms
+
+
+def tails_arms() -> list[Arm]:
+    """What may stand for the tail where draws cannot: they have no logprobs, or there are none (then, as for ``forward_kl`` here,
+    the prior is still the one that draws made)."""
+    return [
+        Arm("tails", f"{name}, {tail}", "default", ({"name": name, "tail": tail},), start=PRETRAINED)
+        for name in ("forward_kl", "jsd", "skew_kl", "reverse_kl")
+        for tail in ("ghost", "prior")
+    ]

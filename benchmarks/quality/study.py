@@ -14,7 +14,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from arms import FULL, PRETRAINED, SCRATCH, STORES, TEXT, Arm, bytes_arms, losses_arms, ranking_arms, text_arm
+from arms import (
+    FULL,
+    PRETRAINED,
+    SCRATCH,
+    STORES,
+    TEXT,
+    Arm,
+    bytes_arms,
+    losses_arms,
+    ranking_arms,
+    tails_arms,
+    text_arm,
+)
 from curves import draw
 from filelock import FileLock
 from student import Schedule, evaluate, from_cache, from_full_logits, hard_labels, train
@@ -119,7 +131,7 @@ def jobs(seeds: int) -> Iterator[Job]:
 def studied() -> list[tuple[Arm, str | None]]:
     """Every arm of every table with its teacher, but for what comes last."""
     found: list[tuple[Arm, str | None]] = [(text_arm(SCRATCH), None), (text_arm(PRETRAINED), None)]
-    for arms in (bytes_arms(), ranking_arms(PRETRAINED), ranking_arms(SCRATCH)):
+    for arms in (bytes_arms(), ranking_arms(PRETRAINED), ranking_arms(SCRATCH), tails_arms()):
         found += [(arm, teacher) for arm in arms for teacher in TEACHERS]
     found += [(arm, "strong") for arm in losses_arms()]
     last = with_hard_labels("weak")

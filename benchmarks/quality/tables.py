@@ -117,7 +117,7 @@ def update_page(results: dict[str, Any], page: Path) -> None:
     tables = {
         **{
             f"{kind} {start} {teacher}": table(results, kind, start, teacher)
-            for kind, table in (("bytes", _bytes_table), ("ranking", _loss_table))
+            for kind, table in (("bytes", _bytes_table), ("ranking", _loss_table), ("tails", _loss_table))
             for start in (PRETRAINED, SCRATCH)
             for teacher in results["teachers"]
         },
