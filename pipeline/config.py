@@ -7,6 +7,7 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from cache_format.config_reference import markdown
 from cache_format.manifest import StoreSettings
 from cache_format.remote import work_folder
 from cache_format.schema import MAX_DRAWS
@@ -369,3 +370,7 @@ class BuildConfig(_Config):
                 f"{self.store.tail_samples}); set store.tail_samples=0"
             )
         return self
+
+
+if __name__ == "__main__":  # for docs/config.md
+    print(markdown(BuildConfig))

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from cache_format.config_reference import markdown
 from train.losses import LOSSES, SPECS
 
 
@@ -93,7 +94,7 @@ class LossTerm(BaseModel):
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
-    name: str
+    name: str = Field(description="Of a loss (docs/losses.md).")
     weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] | WeightSchedule = Field(
         1.0, description="A number, or a schedule: {start: 0, end: 2, ratio: 0.5, kind: linear}."
     )
@@ -134,9 +135,15 @@ class AnswersConfig(_Config):
 
 
 class EvaluationConfig(_Config):
-    """The held-out sequences: chosen by a hash of their ids, so the same ones in every run on every machine."""
+    """What is held out, and measured. Rows of the data are chosen by a hash of their ids: the same ones in every run."""
 
-    held_out: float = Field(0.1, gt=0, lt=1, description="Share of the sequences that training never sees.")
+    held_out: float = Field(
+        0.1,
+        gt=0,
+        lt=1,
+        description="Share of the data's rows (documents, chats, prompts) that training never sees: all pieces of a document "
+        "and all answers to a prompt, or none.",
+    )
     max_sequences: int | None = Field(64, ge=1, description="Evaluate on at most this many of them; null takes all.")
     k: int = Field(5, ge=1, description="k of MOR@k, CR@k and of the rank correlation.")
     answers: AnswersConfig | None = Field(None, description="Let the student answer, before and after. Default: no.")
@@ -216,10 +223,13 @@ class TrainConfig(_Config):
         description="Folder or URL of the cache, or a mixture: a list of {cache, weight, name}."
     )
     cache_config: Path | None = Field(None, description="The teacher-cache config that builds it; `make` does so.")
-    student: StudentConfig
-    losses: list[LossTerm] = Field([LossTerm(name="forward_kl")], min_length=1)
+    student: StudentConfig = Field(description="What is trained.")
+    losses: list[LossTerm] = Field(
+        [LossTerm(name="forward_kl")], min_length=1, description="What is minimised: a weighted sum."
+    )
     ce_weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] | WeightSchedule = Field(
-        0.0, description="Weight of the cross-entropy with the data's own next tokens: a number, or a schedule."
+        0.0,
+        description="Weight of the cross-entropy with the data's own next tokens: a number, or a schedule as for losses.",
     )
     data: DataConfig = DataConfig()
     selection: SelectionConfig = SelectionConfig()
@@ -279,3 +289,7 @@ class TrainConfig(_Config):
     @property
     def output_dir(self) -> Path:
         return Path(self.training["output_dir"]).expanduser()
+
+
+if __name__ == "__main__":  # for docs/config.md
+    print(markdown(TrainConfig))
