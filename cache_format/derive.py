@@ -51,7 +51,7 @@ class DeriveOptions(BaseModel):
     min_probability: float | None = Field(
         None, gt=0, lt=1, description="A head ends before the first entry below this."
     )
-    max_bytes_per_token: float | None = Field(None, gt=0, description="Choose min_probability to stay below this size.")
+    max_bytes_per_token: float | None = Field(None, gt=0, description="Choose min_probability for about this size, to some 5 %: it is tried on a sample.")
     max_kl: float | None = Field(
         None, gt=0, description="Choose min_probability for a reconstruction at most so far from the teacher, nats."
     )

@@ -107,7 +107,7 @@ def reverse_kl(
     needs="head; samples with logprobs, or prior, where there are any",
     from_head="lower",
     from_samples="unbiased",
-    use="between forward (beta = 0) and reverse KL (beta = 1); bounded",
+    use="between forward (beta = 0) and reverse KL (beta = 1), which its ends are by definition; bounded",
     tails=_TAILS,
     needs_sample_logprobs=True,
 )
