@@ -20,8 +20,6 @@ from cache_format import CachedSequence, CacheReader
 from cache_format.manifest import DataIdentity
 from train.losses import SparseTeacher
 
-_NUMBERED_PIECE = re.compile(r"(.*[/#]\d+)/\d+", re.DOTALL)
-
 
 class CachedDataset(Dataset[CachedSequence]):
     """Some sequences of a cache, by their index there."""
@@ -45,7 +43,16 @@ class CachedDataset(Dataset[CachedSequence]):
         """The teacher of a collated batch, on the batch's device."""
         device = batch["labels"].device
         prior = None if self._prior is None else self._prior.to(device)
-        return teacher_of(batch, self.cache.manifest.store.vocab_size, prior)
+        store = self.cache.manifest.store
+        if store.top_k and not batch["teacher_ids"].shape[1]:
+            # All heads of this batch are empty. No column at all would mean a cache without heads.
+            empty = batch["teacher_ids"].new_full((len(batch["labels"]), 1), -1)
+            batch = {
+                **batch,
+                "teacher_ids": empty,
+                "teacher_logprobs": torch.full_like(empty, -torch.inf, dtype=torch.float32),
+            }
+        return teacher_of(batch, store.vocab_size, prior)
 
     @cached_property
     def _prior(self) -> Tensor | None:
@@ -80,12 +87,13 @@ def is_held_out(sequence_id: str, data: DataIdentity, share: float) -> bool:
 def row_of(sequence_id: str, data: DataIdentity) -> str:
     """The row of the data that a sequence was made of: pieces of one document and answers to one prompt have the same.
 
-    Such sequences are called ``row/number``. Of answers that is certain. A piece is told from a row by what stands before:
-    another number, as in the ids that rows have by default. Pieces of documents with ids of another kind count as rows.
+    Such sequences are called ``row/number``. Answers are known to be; pieces are told by their rows, which are called
+    ``split/number``, or end in ``#number``, unless the data has ids of its own: then each piece counts as a row.
     """
     if data.mask_policy == "generated":
         return sequence_id.rpartition("/")[0]
-    piece = _NUMBERED_PIECE.fullmatch(sequence_id) if data.counters.get("split_documents") else None
+    split = "[^/]+" if data.split == "mixed" else re.escape(data.split)
+    piece = re.fullmatch(rf"((?:\d+/)*{split}/\d+|.*#\d+)/\d+", sequence_id, re.DOTALL)
     return piece[1] if piece else sequence_id
 
 

@@ -58,11 +58,17 @@ def spread(
     high: Tensor,
     slope_high: Tensor,
     scale: float = 1.0,
+    *,
+    prior: Tensor | None = None,
+    slope_prior: Tensor | None = None,
 ) -> None:
     """Overwrites logits: ``exp(scale * z - low) * slope_low`` in columns below ``split``, likewise ``high`` from it up.
 
-    With ``low`` and ``high`` from ``log_sums`` that is each part's softmax times a slope by row; float32[C] each.
+    With ``low`` and ``high`` from ``log_sums`` that is each part's softmax times a slope by row; float32[C] each. With
+    ``prior``, float32[split], ``prior * slope_prior`` is added below ``split``, before anything is rounded and but where z is
+    -inf.
     """
+    b, slope_b = (prior, slope_prior) if prior is not None and slope_prior is not None else (low, low)
     _spread[(len(logits_CV),)](
         logits_CV,
         logits_CV.stride(0),
@@ -70,9 +76,12 @@ def spread(
         slope_low.contiguous(),
         high,
         slope_high.contiguous(),
+        b.contiguous(),
+        slope_b.contiguous(),
         split,
         logits_CV.shape[1],
         scale,
+        PRIOR=prior is not None,
         BLOCK=_BLOCK,
         num_warps=_WARPS,
     )
@@ -105,19 +114,48 @@ if triton is not None:
         tl.store(high + at, _log_sum_of(row, split, size, scale, BLOCK))
 
     @triton.jit
-    def _spread_part(row, start, end, scale, log_sum, slope, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    def _spread_part(  # type: ignore[no-untyped-def]
+        row, start, end, scale, log_sum, slope, prior, slope_prior, PRIOR: tl.constexpr, BLOCK: tl.constexpr
+    ):
         columns = tl.arange(0, BLOCK)
         shift = tl.where(log_sum == float("-inf"), 0.0, log_sum)
         for at in range(start, end, BLOCK):
             inside = at + columns < end
             z = tl.load(row + at + columns, mask=inside, other=float("-inf")).to(tl.float32) * scale
-            tl.store(row + at + columns, tl.exp(z - shift) * slope, mask=inside)
+            value = tl.exp(z - shift) * slope
+            if PRIOR:
+                b = tl.load(prior + at + columns, mask=inside, other=0.0)
+                value += tl.where(z == float("-inf"), 0.0, b * slope_prior)
+            tl.store(row + at + columns, value, mask=inside)
 
     @triton.jit
     def _spread(  # type: ignore[no-untyped-def]
-        logits, stride, low, slope_low, high, slope_high, split, size, scale, BLOCK: tl.constexpr
+        logits,
+        stride,
+        low,
+        slope_low,
+        high,
+        slope_high,
+        prior,
+        slope_prior,
+        split,
+        size,
+        scale,
+        PRIOR: tl.constexpr,
+        BLOCK: tl.constexpr,
     ):
         at = tl.program_id(0)
         row = logits + at.to(tl.int64) * stride
-        _spread_part(row, 0, split, scale, tl.load(low + at), tl.load(slope_low + at), BLOCK)
-        _spread_part(row, split, size, scale, tl.load(high + at), tl.load(slope_high + at), BLOCK)
+        _spread_part(
+            row,
+            0,
+            split,
+            scale,
+            tl.load(low + at),
+            tl.load(slope_low + at),
+            prior,
+            tl.load(slope_prior + at),
+            PRIOR,
+            BLOCK,
+        )
+        _spread_part(row, split, size, scale, tl.load(high + at), tl.load(slope_high + at), prior, 0.0, False, BLOCK)

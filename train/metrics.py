@@ -55,12 +55,13 @@ def rank_agreement(student_logits: Tensor, teacher: SparseTeacher, k: int) -> Ra
 def rank_correlation(student_logits: Tensor, teacher: SparseTeacher, k: int) -> Tensor:
     """float32[P]: Spearman's correlation over the union of both top-k, between -1 and 1: RLKD's loss with hard ranks.
 
-    Ids of the student's top-k that the head does not hold share the ranks below it.
+    Ids of the student's top-k that the head does not hold share the ranks below it; without a head it is 0.
     """
     order = -torch.arange(teacher.ids.shape[1], device=teacher.ids.device, dtype=teacher.logprobs.dtype)
     ordered = replace(teacher, logprobs=torch.where(teacher.ids >= 0, order, -torch.inf))
     # Differences of logits are far above this strength, but for exact ties, which share a rank.
-    return 1 - ranking(student_logits, ordered, k=k, strength=1e-6)
+    correlation = 1 - ranking(student_logits, ordered, k=k, strength=1e-6)
+    return correlation.where((teacher.ids >= 0).any(1), 0)
 
 
 class Calibration:

@@ -78,13 +78,18 @@ class Objective:
             for name, weight in self._weights.items()
         ]
 
-    def exactness(self, teacher: SparseTeacher) -> dict[str, str]:
-        """What each loss is with a cache like ``teacher``: exact, unbiased, lower or biased (``train.losses.Exactness``)."""
+    def exactness(self, teacher: SparseTeacher, shortest_head: int) -> dict[str, str]:
+        """What each loss is with a cache like ``teacher``: exact, unbiased, lower or biased (``train.losses.Exactness``).
+
+        ``shortest_head``: how many entries the cache's heads have at least.
+        """
         if bool(torch.isneginf(teacher.tail_logprob).all()):
             return dict.fromkeys(self._weights, "exact")
         found: dict[str, str] = {}
         for name, options in self._options.items():
-            spec = SPECS[name]
+            # At its ends, JSD is another loss.
+            ends = {0: "forward_kl", 1: "reverse_kl"} if name == "jsd" else {}
+            spec = SPECS[ends.get(options.get("beta", 0.5), name)]
             samples = teacher.samples is not None and spec.from_samples is not None
             if spec.tails:
                 tail = choose_tail(
@@ -95,6 +100,8 @@ class Objective:
                     found[name] = "biased"
                     continue
             found[name] = spec.from_samples if samples and spec.from_samples is not None else spec.from_head
+            if shortest_head < spec.head_k(options):
+                found[name] = "biased"
         return found
 
     def per_chunk(self, teacher: SparseTeacher) -> PerChunk:

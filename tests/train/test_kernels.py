@@ -95,6 +95,41 @@ def test_losses(tail: str, dtype: torch.dtype, overwrite: bool, monkeypatch: pyt
     assert found[0][1].abs().sum() > 0.1
 
 
+@pytest.mark.parametrize("name", sorted(set(LOSSES) - {"random_sampling"}))
+def test_whole_heads(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is left beside the head: no tail, no unpredictable ids."""
+    vocab, rows = 50, 3
+    logprobs, ids = (2 * torch.randn(rows, vocab, device=DEVICE)).log_softmax(1).sort(1, descending=True)
+    nothing = torch.full((rows,), -torch.inf, device=DEVICE)
+    teacher = SparseTeacher(ids, logprobs, nothing, ids[:, 2], logprobs[:, 2], vocab)
+    start, found = 2 * torch.randn(rows, vocab, device=DEVICE), []
+    for enabled in (True, False):
+        monkeypatch.setattr(kernels, "_ENABLED", enabled)
+        logits = start.clone().requires_grad_()
+        value = LOSSES[name](logits, teacher)
+        found.append((value.detach(), torch.autograd.grad(value.sum(), logits)[0]))
+    for mine, theirs in zip(*found, strict=True):
+        assert mine.isfinite().all()
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_the_prior_is_added_before_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Near the optimum the softmax and the prior nearly cancel: rounded apart, bfloat16 would leave noise."""
+    vocab, k, rows = 5000, 8, 3
+    prior = torch.rand(vocab, device=DEVICE).mul(6).softmax(0)
+    logprobs, ids = prior.log().expand(rows, -1).sort(1, descending=True)
+    tail = (1 - logprobs[:, :k].exp().sum(1)).log()
+    teacher = SparseTeacher(ids[:, :k], logprobs[:, :k], tail, ids[:, 0], logprobs[:, 0], vocab, prior=prior)
+    start = (prior.log() + 0.02 * torch.randn(rows, vocab, device=DEVICE)).bfloat16()
+    gradients = []
+    for dtype in (torch.bfloat16, torch.float32):
+        monkeypatch.setattr(kernels, "_ENABLED", dtype is torch.bfloat16)
+        logits = start.to(dtype).requires_grad_()
+        value = LOSSES["forward_kl"](logits, teacher, tail="prior")
+        gradients.append(torch.autograd.grad(value.sum(), logits)[0].float())
+    assert (gradients[0] - gradients[1]).norm() < 0.01 * gradients[1].norm()
+
+
 @pytest.mark.skipif(kernels.INTERPRETED, reason="interpreted functions cannot be compiled")
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_interpreter_or_not_they_compile_for_nvidia(dtype: str) -> None:
@@ -105,10 +140,13 @@ def test_interpreter_or_not_they_compile_for_nvidia(dtype: str) -> None:
 
     for function, vectors in (
         (kernels._log_sums, ("low", "high")),
-        (kernels._spread, ("low", "slope_low", "high", "slope_high")),
+        (kernels._spread, ("low", "slope_low", "high", "slope_high", "prior", "slope_prior")),
     ):
+        fixed: dict[str, object] = {"BLOCK": kernels._BLOCK}
+        if function is kernels._spread:
+            fixed["PRIOR"] = True
         signature = {"logits": f"*{dtype}", "stride": "i32", **dict.fromkeys(vectors, "*fp32")}
-        signature |= {"split": "i32", "size": "i32", "scale": "fp32", "BLOCK": "constexpr"}
-        source = ASTSource(function, signature, {"BLOCK": kernels._BLOCK})
+        signature |= {"split": "i32", "size": "i32", "scale": "fp32", **dict.fromkeys(fixed, "constexpr")}
+        source = ASTSource(function, signature, fixed)
         compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": kernels._WARPS})
         assert len(compiled.asm["cubin"]) > 0

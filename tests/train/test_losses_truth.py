@@ -257,23 +257,53 @@ def test_masked_logits_of_the_student(draw: torch.Generator, name: str) -> None:
     assert (gradient[:, V:] == 0).all()
 
 
+@pytest.mark.parametrize("name", ["jsd", "skew_kl", "skew_reverse_kl", "tvd", "taid"])
+def test_draws_that_the_student_cannot_make(draw: torch.Generator, name: str) -> None:
+    """-inf at ids that were drawn: the limit of ever lower logits."""
+    log_p, z = normal(draw, 8, V).log_softmax(1), normal(draw, 8, V)
+    teacher = with_draws(draw, log_p, teacher_of(log_p, 9, draw), 5)
+    assert teacher.samples is not None
+    masked, low = (z.scatter(1, teacher.samples, value) for value in (-math.inf, -60.0))
+    value, gradient = value_and_gradient(lambda x: LOSSES[name](x, teacher), masked)
+    if name != "taid":  # a cross-entropy, which rises without end
+        torch.testing.assert_close(value, value_and_gradient(lambda x: LOSSES[name](x, teacher), low)[0])
+    assert value.isfinite().all()
+    assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("gap", [8.0, 12.0, 16.0, 40.0])
+@pytest.mark.parametrize("name", ["reverse_kl", "adaptive_kl"])
+def test_a_student_sure_of_what_the_teacher_does_not_know(draw: torch.Generator, name: str, gap: float) -> None:
+    """In float32, against float64: nearly all mass on an id above the teacher's vocabulary."""
+    log_p, z = normal(draw, 8, V).log_softmax(1), normal(draw, 8, V + 1, scale=0.1)
+    z[:, V] = gap
+    teacher = teacher_of(log_p, V, draw)
+    expected, expected_gradient = value_and_gradient(lambda x: LOSSES[name](x, teacher), z)
+    found, gradient = value_and_gradient(lambda x: LOSSES[name](x, teacher), z.float())
+    torch.testing.assert_close(found, expected.float(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(gradient, expected_gradient.float(), rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("temperature", [0.7, 2.0])
 @pytest.mark.parametrize("name", [n for n, s in SPECS.items() if "temperature" in s.options and s.tails])
 def test_temperature(draw: torch.Generator, name: str, temperature: float) -> None:
     """Softens both sides of whole heads, alone or in a sum; refused on others."""
     log_p, z = normal(draw, 12, V).log_softmax(1), normal(draw, 12, V + 3)
-    teacher, truth = teacher_of(log_p, V, draw, width=V + 2), TRUTHS[name][0]
-    for first in (lambda x: x, lambda x: Student(x, teacher, top_k=2)):
-        assert_same(
-            lambda x, first=first: LOSSES[name](first(x), teacher, temperature=temperature),
-            lambda x: truth((log_p / temperature).log_softmax(1), x / temperature, teacher.target_ids),
-            z,
-            atol=1e-8,
-        )
+    plain, truth = teacher_of(log_p, V, draw, width=V + 2), TRUTHS[name][0]
+    for teacher in (plain, dataclasses.replace(plain, prior=normal(draw, V).softmax(0))):
+        for first in (lambda x, _: x, lambda x, teacher: Student(x, teacher, top_k=2)):
+            assert_same(
+                lambda x, first=first, teacher=teacher: LOSSES[name](
+                    first(x, teacher), teacher, temperature=temperature
+                ),
+                lambda x: truth((log_p / temperature).log_softmax(1), x / temperature, plain.target_ids),
+                z,
+                atol=1e-8,
+            )
     with pytest.raises(UserError, match="stores 9 of 40 ids"):
         LOSSES[name](z, teacher_of(log_p, 9, draw), temperature=temperature)
     with pytest.raises(UserError, match="positive"):
-        LOSSES[name](z, teacher, temperature=-1.0)
+        LOSSES[name](z, plain, temperature=-1.0)
 
 
 @pytest.mark.parametrize("unpredictable", [0, 6])

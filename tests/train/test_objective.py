@@ -209,4 +209,11 @@ def test_what_the_losses_are_with_a_cache(teacher: SparseTeacher) -> None:
         (ghost, ("lower", "lower", "lower", "exact", "biased", "lower")),
         (whole, ("exact",) * 6),
     ):
-        assert objective.exactness(given) == dict(zip(names, expected, strict=True))
+        assert objective.exactness(given, 10) == dict(zip(names, expected, strict=True))
+    # listmle asks for ten; tail_aware, too; so few entries make another loss.
+    short = Objective(config([*terms, {"name": "tail_aware"}])).exactness(teacher, 9)
+    assert (short["listmle"], short["tail_aware"], short["tvd"]) == ("biased", "biased", "lower")
+    assert Objective(config([{"name": "tail_aware"}])).exactness(teacher, 10) == {"tail_aware": "unbiased"}
+    # At its ends jsd is another loss.
+    assert Objective(config([{"name": "jsd", "beta": 1}])).exactness(teacher, 10) == {"jsd": "lower"}
+    assert Objective(config([{"name": "jsd", "beta": 0}])).exactness(undated, 10) == {"jsd": "unbiased"}

@@ -261,23 +261,23 @@ def test_held_out_sequences_are_a_matter_of_their_rows(cache):
 @pytest.mark.parametrize(
     ("sequence_id", "row", "made"),
     [
-        ("train/12", "train/12", "split"),
-        ("train/12/0", "train/12", "split"),
-        ("train/12/0", "train/12/0", "whole"),  # nothing was split: someone's own ids
-        ("1/train/12", "1/train/12", "split"),  # numbered by a merge
-        ("1/train/12/3", "1/train/12", "split"),
-        ("topics/a/b#3", "topics/a/b#3", "split"),
-        ("topics/a/b#3/1", "topics/a/b#3", "split"),
-        ("wiki/12", "wiki/12", "split"),
-        ("train/12/0", "train/12", "generated"),
-        ("a question/3", "a question", "generated"),
+        ("train/12", "train/12", {}),
+        ("train/12/0", "train/12", {}),
+        ("1/train/12", "1/train/12", {}),  # numbered by a merge
+        ("1/train/12/3", "1/train/12", {}),
+        ("topics/a/b#3", "topics/a/b#3", {}),
+        ("topics/a/b#3/1", "topics/a/b#3", {}),
+        ("c4/00012/345", "c4/00012/345", {}),  # ids of the data's own
+        ("wiki/12", "wiki/12", {}),
+        ("test/12/0", "test/12/0", {}),
+        ("test/12/0", "test/12", {"split": "test"}),
+        ("test/12/0", "test/12", {"split": "mixed"}),
+        ("train/12/0", "train/12", {"mask_policy": "generated"}),
+        ("a question/3", "a question", {"mask_policy": "generated"}),
     ],
 )
 def test_the_row_of_a_sequence(cache, sequence_id, row, made):
-    data = CacheReader(cache).manifest.data
-    counters = {"documents": 5} | ({"split_documents": 1} if made == "split" else {})
-    policy = "generated" if made == "generated" else "all"
-    assert row_of(sequence_id, data.model_copy(update={"counters": counters, "mask_policy": policy})) == row
+    assert row_of(sequence_id, CacheReader(cache).manifest.data.model_copy(update=made)) == row
 
 
 # --- what does not fit is refused, in one line -------------------------------------------------------------------------

@@ -83,8 +83,7 @@ def adaptive_kl(
         return w * forward + (1 - w) * reverse_kl_of_cells(log_p, log_q, log_u)
 
     if kind == "prior":
-        logits = student_logits if isinstance(student_logits, Tensor) else student_logits.logits
-        return over_the_prior(divergence, logits, teacher)
+        return over_the_prior(divergence, student_logits, teacher)
     student = Student.of(student_logits, teacher)
     if kind == "samples":
         return divergence(*refined(teacher, student), forward_kl(student, teacher, tail="samples"))
@@ -111,6 +110,7 @@ def _mean_tail_mass(teacher: SparseTeacher, options: dict[str, Any]) -> dict[str
     use="gives the teacher's less likely tokens more weight than forward KL",
     tails=("samples", "prior", "ghost"),
     prepare=_mean_tail_mass,
+    head_k=lambda options: options.get("k", 10),
 )
 def tail_aware(
     student_logits: Tensor | Student,
@@ -129,7 +129,7 @@ def tail_aware(
     The mean is over the whole batch of a forward pass on one process, whatever the chunks; or give it as
     ``mean_tail_mass``, and then nothing depends on how a batch is put together. The KL below the top k is what
     ``forward_kl`` takes it for: with samples **unbiased**, with the ghost a **lower bound**, with the prior exact for the
-    reconstruction; **exact** where the head is everything.
+    reconstruction; **exact** where the head is everything. A head of less than k entries takes apart at its end (**biased**).
 
     Args, returns, raises: as ``forward_kl``; UserError for a negative beta, or a cache without heads.
     """
@@ -239,8 +239,7 @@ def taid(
         return -(target * log_q).sum(1)
 
     if kind == "prior":
-        logits = student_logits if isinstance(student_logits, Tensor) else student_logits.logits
-        return over_the_prior(divergence, logits, teacher)
+        return over_the_prior(divergence, student_logits, teacher)
     student = Student.of(student_logits, teacher)
     if kind == "ghost":
         return divergence(*cells(student, teacher))
@@ -248,7 +247,7 @@ def taid(
     log_w = teacher.sample_weights.to(student.dtype).log().clamp_min(NOTHING)
     drawn = log_w + (1 - t) * log_ratio(student, teacher).detach()
     target = torch.cat([(1 - t) * log_q.detach() + t * log_p, drawn], 1).softmax(1)
-    return -(target * torch.cat([log_q, student.log_samples], 1)).sum(1)
+    return -(target * torch.cat([log_q, student.log_samples.clamp_min(NOTHING)], 1)).sum(1)
 
 
 @loss(

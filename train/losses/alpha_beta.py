@@ -66,7 +66,7 @@ def alpha_beta(
         return _gap(alpha, beta, s * log_p, s * log_q).sum(1)
 
     if kind == "prior":
-        return over_the_prior(divergence, student.logits, teacher) + others
+        return over_the_prior(divergence, student, teacher) + others
     log_p, log_q, log_u = cells(student, teacher)
     rest = (
         _drawn_tail(student, teacher, alpha, beta, log_B)

@@ -135,6 +135,7 @@ class LossSpec:
     tails:        values of its option ``tail``; empty where it has none.
     needs_sample_logprobs: its use of tail samples needs their logprobs, too.
     top_k:        how many of the student's most probable ids it looks at, by its options.
+    head_k:       how many entries a head must have for ``from_head`` and ``from_samples`` to hold, by its options.
     masses:       whether it needs the student's masses, or the logits of some ids alone.
     state:        makes its state of the config's options, for a loss that has one.
     prepare:      options that follow from the whole batch's teacher, for a loss that is not one of positions alone.
@@ -150,6 +151,7 @@ class LossSpec:
     tails: tuple[str, ...] = ()
     needs_sample_logprobs: bool = False
     top_k: Callable[[dict[str, Any]], int] = lambda options: 0
+    head_k: Callable[[dict[str, Any]], int] = lambda options: 0
     masses: bool = True
     state: Callable[..., LossState] | None = None
     prepare: Callable[[SparseTeacher, dict[str, Any]], dict[str, Any]] | None = None

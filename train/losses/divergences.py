@@ -54,8 +54,7 @@ def _by_tail(
     student_logits, teacher = softened(name, student_logits, teacher, temperature)
     kind: Tail = choose_tail(name, teacher, tail, _TAILS, logprobs=True)
     if kind == "prior":
-        logits = student_logits if isinstance(student_logits, Tensor) else student_logits.logits
-        return over_the_prior(divergence, logits, teacher)
+        return over_the_prior(divergence, student_logits, teacher)
     student = Student.of(student_logits, teacher)
     if kind == "samples":
         if draws is None:
@@ -66,7 +65,9 @@ def _by_tail(
 
 def reverse_kl_of_cells(log_p: Tensor, log_q: Tensor, log_u: Tensor) -> Tensor:
     """KL(q' || p) - log(1 - u), where q' is q without u: [P]."""
-    log_known = torch.log1p(-log_u.exp().clamp_max(1 - 1e-7)).unsqueeze(1)
+    # log(1 - u). Where u is most of the mass, a difference has no digits: there it is summed from what is left.
+    by_difference = torch.log1p(-log_u.exp().clamp_max(0.9)).unsqueeze(1)
+    log_known = torch.where(log_u.unsqueeze(1) < -1, by_difference, log_q.logsumexp(1, keepdim=True))
     log_q = log_q - log_known
     return (log_q.exp() * (log_q - log_p)).sum(1) - log_known.squeeze(1)
 

@@ -30,10 +30,11 @@ def _checked(name: str, teacher: SparseTeacher, temperature: float) -> None:
 @loss(
     source="Xia et al. 2008 (ListMLE)",
     formula="-sum_{i<=k} [z_i - logsumexp(z_i, z_(i+1), ..., all below)], by the teacher's order",
-    needs="head",
+    needs="head of at least k",
     from_head="exact",
     from_samples=None,
     use="the order of the peaks, and that they are above all else",
+    head_k=lambda options: options.get("k", 10),
 )
 def listmle(
     student_logits: Tensor | Student, teacher: SparseTeacher, *, k: int = 10, temperature: float = 1.0
@@ -45,13 +46,16 @@ def listmle(
     order, which is that before rounding. Any temperature can be honoured, because it softens the student alone; another
     than 1 costs a pass of its own.
 
-    Args, returns: as ``forward_kl``; shorter heads make shorter lists. Raises UserError for a temperature that is not
+    A head of less than k entries makes a shorter list, a loss of its own (**biased**).
+
+    Args, returns: as ``forward_kl``. Raises UserError for a temperature that is not
         positive, or a cache without heads.
     """
     _checked("listmle", teacher, temperature)
     student = Student.of(student_logits, teacher, scale=1 / temperature)
     stored = teacher.ids >= 0
-    rest = torch.logaddexp(student.log_tail, student.log_others).clamp_min(NOTHING).unsqueeze(1)
+    # Bounded before they are added: the gradient of logaddexp(-inf, -inf) is not a number.
+    rest = torch.logaddexp(student.log_tail.clamp_min(NOTHING), student.log_others.clamp_min(NOTHING)).unsqueeze(1)
     z = student.z_head.masked_fill(~stored, NOTHING)
     below = torch.cat([rest, z.flip(1)], 1).logcumsumexp(1).flip(1)[:, :-1]
     return (below - z)[:, :k].where(stored[:, :k], 0).sum(1)
@@ -66,10 +70,11 @@ def _pairs(width: int, device: torch.device) -> tuple[Tensor, Tensor]:
 @loss(
     source="Burges et al. 2005 (RankNet)",
     formula="mean_{i<j<=k} log(1 + exp(-(z_i - z_j) / T)), by the teacher's order",
-    needs="head",
+    needs="head of at least k",
     from_head="exact",
     from_samples=None,
     use="the order of the peaks alone; cheap",
+    head_k=lambda options: options.get("k", 10),
     masses=False,
 )
 def pairwise_logistic(
@@ -84,7 +89,7 @@ def pairwise_logistic(
 
     ``hard``: log(1 + exp(-(z_i - z_j) / T)) for i above j. ``soft``: cross-entropy to the teacher's own
     sigmoid((log p_i - log p_j) / T), as in RankNet; it is least where the differences are equal, and asks nothing of ties.
-    **Exact** for k up to the head's length; shorter heads have fewer pairs, and a head of one id has none (loss 0).
+    **Exact** for k up to the head's length; shorter heads have fewer pairs (**biased**), and a head of one id has none (loss 0).
 
     Args, returns: as ``forward_kl``. Raises UserError for unknown ``targets``, a temperature that is not positive, or a
         cache without heads.

@@ -28,7 +28,7 @@ _NO_VARIANCE = 1e-6
     source="arXiv 2409.12545 (RLKD)",
     formula="1 - Cov(R_p, R_q) / (sd R_p sd R_q), R soft ranks over both top-k",
     needs="head, several times as long as k",
-    from_head="exact",
+    from_head="biased",
     from_samples=None,
     use="beside a logits loss, with weight 2; makes the student's top tokens and their order the teacher's",
     top_k=lambda options: options.get("k", 5),
@@ -52,8 +52,9 @@ def ranking(
     a constant, and among other ids a near-tie of the teacher (within quantisation, say) asks for a near-tie and not for
     an order. Hard teacher ranks would go on pulling near-ties apart for ever, against any KL loss beside them.
 
-    Exact up to this: ids of the student's top-k that the head does not hold rank below everything it holds and share
-    those ranks. One such id is ranked exactly, two or more count as tied. Rare when K is several times k.
+    **Exact** where the head holds the student's top-k. Ids of it that were not stored rank below all that were, and share
+    those ranks: two of them count as tied, and their distance from the head's ids, on which soft ranks depend, is taken to
+    be large. Hence **biased**, rarely if the head is several times as long as k.
 
     Args:
         student_logits: [P, V], any floating dtype; arithmetic is float32, or float64 for float64 logits.

@@ -204,9 +204,14 @@ class _Pass(torch.autograd.Function):
             grad_PV = logits_PV.data if ctx.overwrite[0] else logits_PV.clone()
             _fill_head(grad_PV[:, :size], head_PK, -torch.inf)
             slopes = (grad_tail_P * scale, grad_others_P * scale)
-            kernels.spread(grad_PV, size, log_tail_P, slopes[0], log_others_P, slopes[1], scale)
-            if b is not None:
-                grad_PV[:, :size].addr_((grad_dot_P * scale).to(grad_PV.dtype), b.to(grad_PV.dtype))
+            slope_prior = None if b is None else grad_dot_P * scale
+            if b is not None and slope_prior is not None:
+                # The head's share of it joins the head's own gradient, so that what cancels does so before rounding.
+                of_head_PK = b[head_PK.clamp_min(0)].masked_fill(head_PK < 0, 0) * slope_prior.unsqueeze(1)
+                grad_z_PE[:, : head_PK.shape[1]] += of_head_PK
+            kernels.spread(
+                grad_PV, size, log_tail_P, slopes[0], log_others_P, slopes[1], scale, prior=b, slope_prior=slope_prior
+            )
             _add_entries(grad_PV, ids_PE, grad_z_PE)
             return grad_PV, None, None, None, None, None, None, None
         grad_PV = logits_PV if ctx.overwrite[0] else torch.empty_like(logits_PV)

@@ -115,11 +115,15 @@ def as_cells(log_p: Tensor, log_q: Tensor, log_u: Tensor) -> tuple[Tensor, Tenso
     )
 
 
-def over_the_prior(divergence: Divergence, logits: Tensor, teacher: SparseTeacher) -> Tensor:
+def over_the_prior(divergence: Divergence, student: Tensor | Student, teacher: SparseTeacher) -> Tensor:
     """``divergence`` with every id a cell, the tail spread by the prior: [P].
 
-    The gradient is taken on the way, a few rows at a time, and is the only tensor of size [P, V] that is made.
+    The gradient is taken on the way, a few rows at a time, and is the only tensor of size [P, V] that is made; at another
+    temperature than 1 there are the scaled logits, too.
     """
+    logits = student if isinstance(student, Tensor) else student.logits
+    if isinstance(student, Student) and student.scale != 1.0:
+        logits = logits * student.scale
     loss_P: Tensor = _Reconstruction.apply(logits, teacher, divergence)  # type: ignore[no-untyped-call]
     return loss_P
 
@@ -188,8 +192,8 @@ def over_the_draws(
     """
     log_p, log_q, log_u = as_cells(teacher.logprobs.to(student.dtype), student.log_head, student.log_u)
     value = divergence(log_p, log_q, log_u) + slope * student.log_Q.exp()
-    # Beyond e^60 the rest is at its limit, or its logarithm is; float32 ends at e^88.
-    estimate = teacher.sample_weights.to(student.dtype) * rest(log_ratio(student, teacher).clamp_max(60))
+    # Beyond e^60 and e^-80 the rest is at its limit, or its logarithm is; float32 ends at e^88.
+    estimate = teacher.sample_weights.to(student.dtype) * rest(log_ratio(student, teacher).clamp(-80, 60))
     return value + estimate.sum(1)
 
 
