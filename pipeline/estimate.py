@@ -171,7 +171,8 @@ def _sample(config: BuildConfig) -> tuple[Sample, list[Sequence]]:
     lengths = np.array([len(sequence.input_ids) for sequence in sequences], np.int64)
     scored = np.array([sequence.loss_mask.any() for sequence in sequences], np.bool_)
     tokens = text_tokens = int(lengths.sum())
-    if any(counters.get(name) for name in ("truncated", "dropped_overlong", "nothing_to_learn")):
+    # (Pieces of a document repeat its BOS.)
+    if any(counters.get(name) for name in ("truncated", "dropped_overlong", "nothing_to_learn", "split_documents")):
         whole_rows = data.model_copy(update={"max_length": 2**31 - 1})
         everything = Tokenization(tokenizer, whole_rows, vocab_size)
         text_tokens = sum(len(sequence.input_ids) for sequence in everything.sequences(rows))

@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cache_format.errors import UserError
+
 # Characters. Texts up to LONG are tokenised whole, whatever happens to the other two.
 LONG = 1 << 20
 _WINDOW = 1 << 18
@@ -62,7 +64,7 @@ class LongTexts:
             whole = self._tokenizer([text], add_special_tokens=add_special_tokens, **self._quiet)["input_ids"][0]
             yield np.asarray(whole, np.int32)
             return
-        before, after = self._specials() if add_special_tokens else ([], [])
+        before, after = special_tokens(self._tokenizer) if add_special_tokens else ([], [])
         yield np.asarray(before, np.int32)
         for ids, _ in self.tokens(text):
             yield ids
@@ -99,12 +101,22 @@ class LongTexts:
             for ids, offsets, (start, _) in zip(encoded["input_ids"], encoded["offset_mapping"], spans, strict=True)
         ]
 
-    def _specials(self) -> tuple[list[int], list[int]]:
-        """What the tokenizer puts in front of a text and behind it."""
-        plain = self._tokenizer(["a"], add_special_tokens=False)["input_ids"][0]
-        whole = self._tokenizer(["a"], add_special_tokens=True)["input_ids"][0]
-        before = next(i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
-        return whole[:before], whole[before + len(plain) :]
+
+def special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The ids that the tokenizer puts in front of a text and behind it, told from what it does to a text of one letter.
+
+    Raises UserError where they cannot be told from the text.
+    """
+    for letter in "aA0":  # of small alphabets, such as that of DNA, not every letter is a token
+        plain = tokenizer([letter], add_special_tokens=False)["input_ids"][0]
+        whole = tokenizer([letter], add_special_tokens=True)["input_ids"][0]
+        for before in range(len(whole) if plain else 0):
+            if whole[before : before + len(plain)] == plain:
+                return whole[:before], whole[before + len(plain) :]
+    raise UserError(
+        f"{type(tokenizer).__name__} gives other tokens for a text with special tokens than without, so what it puts in "
+        "front cannot be told from the text; set data.add_special_tokens=false"
+    )
 
 
 def pieces(parts: Iterable[NDArray[np.int32]], length: int) -> Iterator[NDArray[np.int32]]:

@@ -20,7 +20,7 @@ from cache_format.errors import UserError
 from pipeline.config import DataConfig
 from pipeline.long_texts import LONG, LongTexts, pieces
 from pipeline.sources import Row
-from pipeline.tokenize import Refused, batches, check_ids, render, template_of
+from pipeline.tokenize import Refused, batches, check_ids, render, template_of, without_null_content
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -122,6 +122,7 @@ class Prompts:
         if self._settings.system_prompt is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self._settings.system_prompt}, *messages]
         try:
+            messages = without_null_content(self.tokenizer, messages, self.chat_template)
             text = render(self.tokenizer, messages, self.chat_template, add_generation_prompt=True)
         except Refused as refusal:
             self._counters["refused_by_template"] += 1

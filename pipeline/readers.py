@@ -57,13 +57,14 @@ def _text(file: IO[bytes], newline: str | None = None) -> io.TextIOWrapper:
 
 def _json_objects(file: IO[bytes], path: str) -> Iterator[dict[str, Any]]:
     """One array, or an object per line; ``.json`` and ``.jsonl`` are used for both, so the first character decides."""
-    lines = enumerate(_text(file, newline="\n"), 1)  # newline="\n": a lone \r does not end a line
+    text = _text(file, newline="\n")  # newline="\n": a lone \r does not end a line
+    lines = enumerate(text, 1)
     first = next(((number, line) for number, line in lines if line.strip()), None)
     if first is None:
         return
     if first[1].lstrip().startswith("["):
-        file.seek(0)
-        array = _parse(file.read().decode("utf-8-sig"), path)
+        # No seek to the start, which a zstd stream refuses. Empty lines for those that were read keep the parser's count.
+        array = _parse("\n" * (first[0] - 1) + first[1] + text.read(), path)
         yield from (_object(value, f"{path}, element {index}") for index, value in enumerate(array))
         return
     for number, line in chain([first], lines):
@@ -74,8 +75,9 @@ def _json_objects(file: IO[bytes], path: str) -> Iterator[dict[str, Any]]:
 def _parse(text: str, place: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError as error:
-        raise UserError(f"{place}: not JSON ({error}); expected one object per line, or one array of objects") from None
+    except (ValueError, RecursionError) as error:
+        found = "nested too deeply" if isinstance(error, RecursionError) else error
+        raise UserError(f"{place}: not JSON ({found}); expected one object per line, or one array of objects") from None
 
 
 def _object(value: object, place: str) -> dict[str, Any]:

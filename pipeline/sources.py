@@ -123,7 +123,14 @@ class Source:
         if value is None:
             raise UserError(f"row {place} of {self._config.path} has no {self._id_field!r}; every row needs an id")
         row_id = str(value)
-        digest = int.from_bytes(hashlib.blake2b(row_id.encode("utf-8", "surrogatepass"), digest_size=8).digest())
+        try:
+            encoded = row_id.encode()
+        except UnicodeEncodeError:
+            raise UserError(
+                f"row {place} of {self._config.path} has the {self._id_field!r} {row_id!r}, which holds half a surrogate "
+                "pair and is no Unicode text; repair it, or choose another data.id_field, or none to use row numbers"
+            ) from None
+        digest = int.from_bytes(hashlib.blake2b(encoded, digest_size=8).digest())
         if digest in seen:
             raise UserError(
                 f"the id {row_id!r} occurs twice in column {self._id_field!r} of {self._config.path} (again at row "
@@ -319,30 +326,56 @@ def _quiet_datasets() -> Iterator[None]:
 
 
 def _messages(value: object) -> list[dict[str, Any]]:
-    """A chat as a template takes it. Arrow fills keys that other messages have with None; those are taken out again.
+    """A chat as a template takes it: ``content`` is one string, or None beside tool calls.
+
+    Arrow fills keys that other messages, calls or parts have with None; those are taken out again at every depth, in all
+    formats, so that a chat is the same whichever file it was in.
 
     A string is read as JSON: that is how a chat fits into a CSV column, and how ``datasets`` stores uneven structures.
     """
-    if isinstance(value, str):
-        try:
+    try:
+        if isinstance(value, str):
             value = json.loads(value)
-        except ValueError:
-            raise _Skipped("not_a_chat") from None
-    if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
-        raise _Skipped("not_a_chat")
-    if not value:
-        raise _Skipped("empty")
-    messages = [{key: item for key, item in m.items() if item is not None or key == "content"} for m in value]
-    for message in messages:
-        if "role" not in message or not ("content" in message or "tool_calls" in message):
+        if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
             raise _Skipped("not_a_chat")
-        if message["role"] not in ROLES:
-            raise _Skipped("unknown_role")
-        if message.get("content") is None and "tool_calls" not in message:
-            raise _Skipped("null_content")
-        if isinstance(message.get("content"), str):
-            _check_unicode(message["content"])
-    return messages
+        if not value:
+            raise _Skipped("empty")
+        return [_message(message) for message in value]
+    except (ValueError, RecursionError):  # no JSON, or nested too deeply
+        raise _Skipped("not_a_chat") from None
+
+
+def _message(filled: dict[str, Any]) -> dict[str, Any]:
+    message = {_unfilled(key): _unfilled(item) for key, item in filled.items() if item is not None or key == "content"}
+    content = message.get("content")
+    calls = bool(message.get("tool_calls"))
+    if "role" not in message or not ("content" in message or calls):
+        raise _Skipped("not_a_chat")
+    if message["role"] not in ROLES:
+        raise _Skipped("unknown_role")
+    if isinstance(content, list) and all(_is_text(part) for part in content):
+        content = "".join(part["text"] for part in content)
+    if content is None and not calls:
+        raise _Skipped("null_content")
+    if content is not None and not isinstance(content, str):
+        raise _Skipped("content_not_text")
+    return {**message, "content": content}
+
+
+def _is_text(part: object) -> bool:
+    """Whether it is a text part of a content list, as OpenAI's API has them."""
+    return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+
+
+def _unfilled(value: Any) -> Any:
+    """Without the keys that hold None. Raises _Skipped where a string of it is no Unicode text: any may be rendered."""
+    if isinstance(value, dict):
+        return {_unfilled(key): _unfilled(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [_unfilled(item) for item in value]
+    if isinstance(value, str):
+        _check_unicode(value)
+    return value
 
 
 def _check_unicode(text: str) -> None:

@@ -1,7 +1,9 @@
 """From rows to sequences: which tokens the teacher reads, and which of them a student will learn.
 
 Documents: every token but the first is learnt. One above ``max_length`` may be cut into consecutive pieces; each piece
-is scored on its own, so its teacher has not read the pieces before it, and its first token is learnt by nobody.
+is scored on its own, so its teacher has not read the pieces before it. What the tokenizer puts in front of a text (BOS,
+usually) is put in front of every piece, as a teacher trained with it predicts badly without; it is repeated context, learnt
+by nobody. Where there is no such token, a piece's first token of text is learnt by nobody.
 
 Chats: rendered once as a whole with the chat template and tokenised once. What the assistant wrote is learnt, its
 end-of-turn token included: its characters are found in the rendered text, and a token is the assistant's if it holds at
@@ -27,7 +29,7 @@ from numpy.typing import NDArray
 
 from cache_format.errors import UserError
 from pipeline.config import DataConfig
-from pipeline.long_texts import LONG, LongTexts, Tokens, head, pieces, with_whole_offsets
+from pipeline.long_texts import LONG, LongTexts, Tokens, head, pieces, special_tokens, with_whole_offsets
 from pipeline.sequence import Sequence
 from pipeline.sources import Row
 
@@ -35,6 +37,7 @@ _BATCH_ROWS = 256
 _BATCH_CHARACTERS = 1 << 20
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _PIECE_LIKE = re.compile(r"/\d+$")
+_NULL = re.compile(r"None|null")
 
 Span = tuple[int, int]
 _Counted = tuple[Sequence, tuple[str, ...]]
@@ -96,7 +99,8 @@ class Tokenization:
         Rows are read in batches, so a source may have read a few more than there are sequences for.
 
         Raises UserError: an id outside the vocabulary, two sequences of one id, a template whose assistant turns cannot
-        be found, the first sequence alone above ``max_tokens``, or no sequence at all.
+        be found, the first sequence alone above ``max_tokens``, a document to be cut into pieces that have no room for
+        text, or no sequence at all.
         """
         self._counters = Counter(sequences=0, tokens=0, kept_positions=0, stopped_at_max_tokens=0)
         self._refusal = ""
@@ -144,10 +148,15 @@ class Tokenization:
             self._counters["dropped_overlong"] += 1
         elif self._config.overlong == "truncate":
             yield _learnt(row.row_id, first), ("documents", "truncated")
-        else:  # a last piece of one token is kept, so that the pieces together are the text
-            for number, piece in enumerate(chain((first, second), cut)):
-                kinds = ("documents", "split_documents", "pieces") if number == 0 else ("pieces",)
-                yield _learnt(f"{row.row_id}/{number}", piece), kinds
+        else:  # a last piece of one token is kept, so that the pieces together, each begun once, are the text
+            beginning = self._beginning
+            room = self._config.max_length - len(beginning)
+            if room < 1:
+                raise UserError(self._no_room())
+            yield _learnt(f"{row.row_id}/0", first), ("documents", "split_documents", "pieces")
+            for number, rest in enumerate(pieces(chain((second,), cut), room), 1):
+                piece = np.concatenate((beginning, rest))
+                yield _learnt(f"{row.row_id}/{number}", piece, given=max(1, len(beginning))), ("pieces",)
 
     def _ended(self, parts: Iterable[NDArray[np.int32]]) -> Iterator[NDArray[np.int32]]:
         """With EOS behind them, unless there is one or there is nothing to end."""
@@ -157,6 +166,11 @@ class Tokenization:
             yield part
         if last is not None and last != eos:
             yield np.asarray([eos], np.int32)
+
+    @cached_property
+    def _beginning(self) -> NDArray[np.int32]:
+        """What the tokenizer puts in front of a document; n = 0 for one that adds nothing, or is told not to."""
+        return np.asarray(special_tokens(self.tokenizer)[0] if self._config.add_special_tokens else [], np.int32)
 
     @cached_property
     def _long_texts(self) -> LongTexts:
@@ -201,6 +215,7 @@ class Tokenization:
             if all(message["role"] != "assistant" for message in messages):
                 self._counters["nothing_to_learn"] += 1
                 continue
+            messages = without_null_content(self.tokenizer, messages, self.chat_template)
             try:
                 if _GENERATION.search(self.chat_template or ""):
                     text, spans = self._render_marked(messages)
@@ -286,6 +301,13 @@ class Tokenization:
             "or set data.chat_template to one that does not look ahead"
         )
 
+    def _no_room(self) -> str:
+        return (
+            f"a piece of a long document gives no token to learn: each begins with the tokens that the tokenizer puts in "
+            f"front of a text ({len(self._beginning)}), which leaves no room for text; raise data.max_length "
+            f"({self._config.max_length}), or set data.add_special_tokens=false or data.overlong=drop"
+        )
+
     def _nothing_made(self) -> str:
         reasons = ", ".join(f"{n} {name}" for name, n in self._counters.items() if n) or "no rows"
         first = f" (the first one: {self._refusal})" if self._refusal else ""
@@ -295,10 +317,10 @@ class Tokenization:
         )
 
 
-def _learnt(sequence_id: str, ids: NDArray[np.int32]) -> Sequence:
-    """A sequence of which all is learnt."""
+def _learnt(sequence_id: str, ids: NDArray[np.int32], given: int = 1) -> Sequence:
+    """A sequence of which all is learnt but the first ``given`` tokens, at least one: nothing predicts the very first."""
     mask = np.ones(len(ids), np.bool_)
-    mask[0] = False
+    mask[:given] = False
     return Sequence(sequence_id, ids, mask)
 
 
@@ -345,6 +367,32 @@ def render(
     except Exception as error:  # a template is a program that runs on the user's data
         raise Refused(" ".join(str(error).split())) from error
     return text
+
+
+def without_null_content(tokenizer: Any, messages: list[dict[str, Any]], template: str | None) -> list[dict[str, Any]]:
+    """A chat in which content that is None (beside tool calls) is rendered as nothing.
+
+    Many templates write "None" or "null" for it, which would be learnt, or raise (Gemma 3's); others write calls only
+    beside None (DeepSeek R1's distilled models). So it becomes the empty string, unless the template then leaves out more
+    than that word.
+    """
+    if all(message.get("content", "") is not None for message in messages):
+        return messages
+    emptied = [{**m, "content": ""} if m.get("content", "") is None else m for m in messages]
+    try:
+        with_null = render(tokenizer, messages, template)
+    except Refused:
+        return emptied
+    try:
+        return emptied if _same_but_for_null(with_null, render(tokenizer, emptied, template)) else messages
+    except Refused:
+        return messages
+
+
+def _same_but_for_null(first: str, second: str) -> bool:
+    """White space aside, which templates put around content."""
+    bare, other = ("".join(_NULL.sub("", text).split()) for text in (first, second))
+    return bare == other
 
 
 def template_of(tokenizer: Any, config: DataConfig) -> str:

@@ -164,6 +164,81 @@ def test_documents_are_learnt_but_for_their_first_token() -> None:
 texts_of_documents = st.lists(st.text(st.characters(codec="utf-8"), min_size=1, max_size=60), min_size=1, max_size=8)
 
 
+def beginning_with(*specials: str, end: str = "") -> PreTrainedTokenizerFast:
+    """A tokenizer that puts these in front of every text, as Llama 3's and Gemma's put BOS, and ``end`` behind it."""
+    tokenizer = byte_level()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=" ".join((*specials, "$A", end)).strip(),
+        special_tokens=[(name, tokenizer.convert_tokens_to_ids(name)) for name in {*specials, end} - {""}],
+    )
+    return tokenizer
+
+
+BEGINNINGS = {
+    "BOS": beginning_with("<bos>"),
+    "two tokens": beginning_with("<|im_start|>", "<bos>"),
+    "BOS and EOS": beginning_with("<bos>", end="<eos>"),
+}
+
+
+@pytest.mark.parametrize("name", BEGINNINGS)
+@settings(deadline=None, max_examples=40)
+@given(texts=texts_of_documents, room=st.integers(1, 9), append_eos=st.booleans())
+def test_every_piece_begins_with_what_the_tokenizer_puts_in_front(
+    name: str, texts: list[str], room: int, append_eos: bool
+) -> None:
+    """Without it a teacher that has never seen a text without BOS would score all but the start of a long document."""
+    tokenizer = BEGINNINGS[name]
+    front = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<bos>"] if name == "two tokens" else ["<bos>"])
+    n, max_length = len(front), len(front) + room
+    sequences, counters = tokenise(tokenizer, documents(texts), max_length=max_length, append_eos=append_eos)
+    assert counters["documents"] == len(texts)
+    by_row: dict[str, list[Sequence]] = {}
+    for sequence in sequences:
+        by_row.setdefault("/".join(sequence.sequence_id.split("/")[:2]), []).append(sequence)
+    for (row, parts), text in zip(by_row.items(), texts, strict=True):
+        ids = tokenizer(text)["input_ids"]
+        ids += [tokenizer.eos_token_id] * (append_eos and ids[-1] != tokenizer.eos_token_id)
+        assert all(part.input_ids[:n].tolist() == front for part in parts)
+        assert sum((part.input_ids[n:].tolist() for part in parts), front) == ids
+        assert all(len(part.input_ids) == max_length for part in parts[:-1])
+        assert n < len(parts[-1].input_ids) <= max_length
+        numbered = [f"{row}/{number}" for number in range(len(parts))]
+        assert [part.sequence_id for part in parts] == (numbered if len(parts) > 1 else [row])
+        # The start of the document is as it is in a document that fits; what is repeated is learnt by nobody.
+        assert parts[0].loss_mask.tolist() == [False] + [True] * (len(parts[0].input_ids) - 1)
+        for part in parts[1:]:
+            assert part.loss_mask.tolist() == [False] * n + [True] * (len(part.input_ids) - n)
+
+
+def test_pieces_begin_with_nothing_where_nothing_is_added() -> None:
+    texts = ["!" * 9, "the user asks and the assistant answers"]
+    for tokenizer, data in ((PLAIN_OFFSETS, {}), (BEGINNINGS["BOS"], {"add_special_tokens": False})):
+        sequences, _ = tokenise(tokenizer, documents(texts), max_length=4, **data)
+        for part in sequences:
+            assert tokenizer.bos_token_id not in part.input_ids
+            assert part.loss_mask.tolist() == [False] + [True] * (len(part.input_ids) - 1)
+        assert [len(s.input_ids) for s in sequences if s.sequence_id.startswith("train/0/")] == [4, 4, 1]
+
+
+@pytest.mark.parametrize(("name", "max_length"), [("BOS", 1), ("two tokens", 1), ("two tokens", 2)])
+def test_pieces_without_room_for_text(name: str, max_length: int) -> None:
+    with pytest.raises(UserError, match=rf"leaves no room for text; raise data\.max_length \({max_length}\)") as caught:
+        tokenise(BEGINNINGS[name], documents(["!!"]), max_length=max_length)
+    assert "\n" not in str(caught.value)
+    sequences, _ = tokenise(BEGINNINGS[name], documents(["!!"]), max_length=max_length, overlong="truncate")
+    assert [len(s.input_ids) for s in sequences] == [max_length]
+
+
+def test_what_is_in_front_is_found_where_a_letter_has_no_token() -> None:
+    from tokenizers import normalizers
+
+    tokenizer = beginning_with("<bos>")
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("a", "")
+    sequences, _ = tokenise(tokenizer, documents(["!" * 5]), max_length=3)
+    assert [tokenizer.decode(s.input_ids) for s in sequences] == ["<bos>!!", "<bos>!!", "<bos>!"]
+
+
 @settings(deadline=None, max_examples=60)
 @given(texts=texts_of_documents, max_length=st.integers(1, 12), append_eos=st.booleans())
 def test_pieces_together_are_the_document(texts: list[str], max_length: int, append_eos: bool) -> None:
@@ -502,6 +577,35 @@ def test_a_template_file_wins_over_the_tokenizer(tmp_path: Path) -> None:
     assert learnt(sequence) == ["12 = 42<|im_end|>", "world.<|im_end|>"]
     with pytest.raises(UserError, match=r"cannot read data\.chat_template"):
         Tokenization(PLAIN_OFFSETS, settings_for(messages_field="messages", chat_template=tmp_path / "none"), VOCAB)
+
+
+CALL = {"type": "function", "function": {"name": "user", "arguments": {"the": "None"}}}
+CALLS = "{% for c in m.tool_calls or [] %}{{ c.function | tojson }}{% endfor %}"
+CALLING = {
+    "written as a word": "{{ m.content }}" + CALLS,
+    "on a line of its own": "{{ m.content }}\n" + CALLS,  # as GLM 4.5's
+    "written as JSON": "{{ m.content or m.content | tojson if m.content != '' else '' }}" + CALLS,
+    "refused": "{{ m.content + '' }}" + CALLS,
+    "left out": "{{ m.content or '' }}" + CALLS,
+    "asked for": "{% if m.content is none %}" + CALLS + "{% else %}{{ m.content }}{% endif %}",  # as DeepSeek R1's
+}
+
+
+def calling(content: str) -> PreTrainedTokenizerFast:
+    turns = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}" + content + "{{ '<|im_end|>\n' }}{% endfor %}"
+    return with_template(turns + "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+
+
+@pytest.mark.parametrize("null", CALLING)
+def test_null_content_beside_calls_is_learnt_as_nothing(null: str) -> None:
+    call = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+    messages = [*TALK[1:2], call, {"role": "tool", "content": "42"}, *TALK[2:3]]
+    (sequence,), _ = tokenise(calling(CALLING[null]), chats(messages), messages_field="messages")
+    assert ["".join(run.split()) for run in learnt(sequence)] == [
+        '{"name":"user","arguments":{"the":"None"}}<|im_end|>',
+        "12=42<|im_end|>",
+    ]
+    assert call["content"] is None
 
 
 def test_the_template_in_force() -> None:
