@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from cache_format.manifest import Manifest
+
+_TOP_BYTES = 4096
+"""Of a card: more than its front matter, which names this format."""
 
 
 def dataset_card(manifest: Manifest) -> str:
@@ -47,6 +51,15 @@ sequence = cache[0]  # input_ids, positions, ids, logprobs, tail_logprob, sample
 `teacher-cache pull URL FOLDER` copies it, every shard verified; `train-student` trains from it. `datasets.load_dataset` opens the
 shards, too; what is packed in them is described in `cache_format/SPEC.md` of Logitcask.
 """
+
+
+def is_card(file: Path) -> bool:
+    """Whether ``file`` is the card of a cache."""
+    try:
+        with open(file, "rb") as handle:
+            return b"\n- logitcask\n" in handle.read(_TOP_BYTES)
+    except OSError:
+        return False
 
 
 def describe_head(manifest: Manifest) -> str:

@@ -16,7 +16,8 @@ def new_app(summary: str) -> typer.Typer:
 
 
 def run(app: typer.Typer, extra: str) -> None:
-    """Runs ``app`` on ``sys.argv``. Exit codes: 0, 2 for a user's mistake, 1 for damage, 130 after Ctrl-C.
+    """Runs ``app`` on ``sys.argv``. Exit codes: 0, 2 for a user's mistake and where the operating system
+    refuses, 1 for damage, 130 after Ctrl-C.
 
     ``extra`` is the optional part of the distribution that the command needs beyond reading caches.
     """
@@ -51,10 +52,25 @@ def run(app: typer.Typer, extra: str) -> None:
             raise
         print(f"error: the package {error.name} is not installed; pip install 'logitcask[{extra}]'", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:
+        if debug:
+            raise
+        print(f"error: {_refusal(error)}", file=sys.stderr)
+        sys.exit(2)
     except SystemExit as stop:
         if stop.code == 130:  # Typer has turned Ctrl-C into this
             print("interrupted; run the same command again to go on", file=sys.stderr)
         raise
+
+
+def _refusal(error: OSError) -> str:
+    """What the operating system will not do, in one line."""
+    said = " ".join((error.strerror or str(error)).split()) or type(error).__name__
+    where = "" if error.filename is None else f"{error.filename}: "
+    return (
+        f"{where}{said}; see that it is there, may be read or written and has room, then run the same command again "
+        "(--debug shows where this came up)"
+    )
 
 
 def _name_of(error: Exception) -> str:

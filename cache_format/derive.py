@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import operator
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -24,8 +25,9 @@ from cache_format.manifest import DataHash, DataIdentity, DerivedFrom, Header, M
 from cache_format.narrow import head_sizes, narrow
 from cache_format.prior import TailPrior
 from cache_format.reader import CacheReader
-from cache_format.schema import MAX_DRAWS
+from cache_format.schema import MAX_DRAWS, MAX_SHARDS
 from cache_format.sequence import CachedSequence
+from cache_format.storage import local_folder
 from cache_format.writer import CacheWriter
 
 log = logging.getLogger(__name__)
@@ -35,6 +37,8 @@ _SAMPLE_POSITIONS = 32_768
 """Positions from which a prior is estimated and a budget is met."""
 _SMALL_FILES = 5_000
 """About what manifest and card take, bytes."""
+
+_PUSH_IT = "write to a folder, then copy that with `teacher-cache push`"
 
 OnTokens = Callable[[int], object]
 """Called with the tokens of every sequence that is done."""
@@ -51,7 +55,9 @@ class DeriveOptions(BaseModel):
     min_probability: float | None = Field(
         None, gt=0, lt=1, description="A head ends before the first entry below this."
     )
-    max_bytes_per_token: float | None = Field(None, gt=0, description="Choose min_probability for about this size, to some 5 %: it is tried on a sample.")
+    max_bytes_per_token: float | None = Field(
+        None, gt=0, description="Choose min_probability for about this size, to some 5 %: it is tried on a sample."
+    )
     max_kl: float | None = Field(
         None, gt=0, description="Choose min_probability for a reconstruction at most so far from the teacher, nats."
     )
@@ -114,15 +120,16 @@ def derive(
 ) -> Manifest:
     """Writes a smaller cache made of the one at ``source``, or goes on with it where it was interrupted.
 
-    Raises UserError where the source does not hold what is asked for or nothing of it would be left, and what opening and
-    writing caches raise.
+    Raises UserError where the source does not hold what is asked for or nothing of it would be left, for a URL as output,
+    and what opening and writing caches raise.
     """
+    output = local_folder(output, _PUSH_IT)
     cache = CacheReader(source)
     store = _derived_settings(cache.manifest.store, options, source)
     part = _Part(cache, keeps=_selection(options, len(cache)))
     if options.max_bytes_per_token is not None or options.max_kl is not None:
         store = _within_budget(part, store, options)
-    part = replace(part, change=lambda sequence: narrow(sequence, store))
+    part = replace(part, change=lambda sequence: narrow(sequence, store, cache.manifest.fingerprint))
     asked = options.model_dump(mode="json", exclude_none=True)
     made_of = DerivedFrom(command="derive", fingerprints=(cache.manifest.fingerprint,), options=asked)
     return _write(output, [part], store, cache.manifest.data, made_of, shard_tokens, on_tokens)
@@ -139,8 +146,10 @@ def merge(
     """Writes one cache with the sequences of several, in order, or goes on with it where it was interrupted.
 
     ``number_ids`` puts "0/" before the sequence ids of the first cache, "1/" before those of the second, and so on. Raises
-    UserError where teacher, tokenizer or store settings differ, naming what does, and for an id that occurs twice.
+    UserError where teacher, tokenizer or store settings differ, naming what does, where only some hold what the teacher
+    wrote, for an id that occurs twice, and for a URL as output.
     """
+    output = local_folder(output, _PUSH_IT)
     if len(sources) < 2:
         raise UserError(f"merge makes one cache of two or more; {len(sources)} given")
     caches = [CacheReader(source) for source in sources]
@@ -148,8 +157,15 @@ def merge(
         ours, theirs = _common_ground(caches[0].manifest), _common_ground(cache.manifest)
         if ours != theirs:
             raise UserError(
-                f"{sources[0]} and {source} do not belong together: {describe_difference(ours, theirs)}; merge caches of one teacher and tokenizer, "
-                "and bring different store settings together with `teacher-cache derive` first"
+                f"{sources[0]} and {source} do not belong together: {describe_difference(ours, theirs)}; merge caches of one "
+                "teacher and tokenizer, and bring different store settings together with `teacher-cache derive` first"
+            )
+        policies = [each.manifest.data.mask_policy for each in (caches[0], cache)]
+        if policies[0] != policies[1] and "generated" in policies:
+            # Which sequences are held out together depends on it.
+            raise UserError(
+                f"{sources[0]} and {source} do not belong together: data.mask_policy: {' -> '.join(policies)}; do not merge "
+                "what the teacher wrote with other text, but list both caches where you train"
             )
     parts = [
         _Part(cache, rename=(lambda name, n=n: f"{n}/{name}") if number_ids else lambda name: name)  # type: ignore[misc]
@@ -201,6 +217,15 @@ def _derived_settings(had: StoreSettings, options: DeriveOptions, source: str) -
     refuse_if(changes.get("sample_sets", 0) > had.sample_sets, f"has {had.sample_sets} sets of tail samples")
     refuse_if(changes.get("sample_logprobs") and not had.sample_logprobs, "has no logprobs of its tail samples")
     refuse_if(options.entropy and not had.entropy, "has no entropies")
+    for name, is_more in (("min_probability", operator.lt), ("top_p", operator.gt)):
+        bound, wanted = getattr(had, name), changes.get(name)
+        refuse_if(
+            wanted is not None and bound is not None and is_more(wanted, bound),
+            f"holds heads that end by {name} {bound}, not {wanted}",
+        )
+    least = min(changes.get("min_k", 0), changes.get("top_k", had.top_k))
+    bounded = had.min_probability is not None or had.top_p is not None
+    refuse_if(bounded and least > had.min_k, f"holds at least {had.min_k} entries a head, not {least}")
     refuse_if(changes.get("logprob_step", 1) < had.logprob_step, f"has logprobs on a grid of {had.logprob_step:g}")
     if not samples:
         changes |= {"tail_samples": 0, "sample_sets": 1, "sample_logprobs": False, "mass_per_sample": None}
@@ -228,17 +253,23 @@ def _within_budget(part: _Part, store: StoreSettings, options: DeriveOptions) ->
     # What all tokens share: the prior, the manifest, the card.
     shared = (len(prior.to_bytes()) + _SMALL_FILES) / sum(len(ids) for _, _, ids, _ in part.chosen())
 
+    # The larger the bound, the smaller the heads, the fewer bytes, and the farther from the teacher.
+    floor = store.min_probability or 1e-7
+    everything = math.log(floor)
+    least = max(everything, math.log(0.5))
+    judged = [sequence for sequence in sample[1::2] if len(sequence.positions)] or sample
+
     def at(log_bound: float) -> StoreSettings:
-        return store.model_copy(update={"min_probability": float(f"{math.exp(log_bound):.4g}")})
+        # No smaller than the source's, whatever it is rounded to: its heads do not have those entries.
+        bound = floor if log_bound == everything else max(floor, float(f"{math.exp(log_bound):.4g}"))
+        return store.model_copy(update={"min_probability": bound})
 
     def size(log_bound: float) -> float:
-        return shared + _bytes_per_token(sample, Codec(at(log_bound), prior))
+        return shared + _bytes_per_token(sample, Codec(at(log_bound), prior), part.cache.manifest.fingerprint)
 
     def distance(log_bound: float) -> float:
-        return _mean_kl(sample[1::2] or sample, at(log_bound), apart)
+        return _mean_kl(judged, at(log_bound), apart)
 
-    # The larger the bound, the smaller the heads, the fewer bytes, and the farther from the teacher.
-    everything, least = math.log(1e-7), math.log(0.5)
     if options.max_bytes_per_token is not None:
         budget, measure, unit, good, bad = options.max_bytes_per_token, size, "bytes per token", least, everything
     else:
@@ -247,7 +278,11 @@ def _within_budget(part: _Part, store: StoreSettings, options: DeriveOptions) ->
     if measure(good) > budget:
         raise UserError(
             f"{budget:g} {unit} are out of reach: {measure(good):.3g} is the least that these settings give; "
-            + ("lower min_k or tail_samples" if good == least else "build a cache with larger heads")
+            + (
+                "lower min_k or tail_samples"
+                if options.max_bytes_per_token is not None
+                else "build a cache with larger heads"
+            )
         )
     if measure(bad) <= budget:
         good = bad
@@ -258,9 +293,9 @@ def _within_budget(part: _Part, store: StoreSettings, options: DeriveOptions) ->
     return at(good)
 
 
-def _bytes_per_token(sample: list[CachedSequence], codec: Codec) -> float:
-    """What these sequences take in a shard."""
-    small = [narrow(sequence, codec.store) for sequence in sample]
+def _bytes_per_token(sample: list[CachedSequence], codec: Codec, source: str) -> float:
+    """What these sequences of the cache with fingerprint ``source`` take in a shard."""
+    small = [narrow(sequence, codec.store, source) for sequence in sample]
     sink = pa.BufferOutputStream()
     options = pa.ipc.IpcWriteOptions(compression=pa.Codec("zstd", compression_level=1))
     with pa.ipc.new_file(sink, codec.schema, options=options) as file:
@@ -288,6 +323,7 @@ def _merged_data(parts: list[DataIdentity]) -> DataIdentity:
         return distinct[0] if len(distinct) == 1 else "mixed"
 
     counters: dict[str, int] = {}
+    generation = parts[0].generation
     for part in parts:
         for name, count in part.counters.items():
             counters[name] = counters.get(name, 0) + count
@@ -299,6 +335,7 @@ def _merged_data(parts: list[DataIdentity]) -> DataIdentity:
         max_length=max(part.max_length for part in parts),
         overlong=common(part.overlong for part in parts),
         sha256="",
+        generation=generation if all(part.generation == generation for part in parts) else None,
         counters=counters,
     )
 
@@ -314,9 +351,13 @@ def _spread(parts: list[_Part]) -> list[CachedSequence]:
     return [part.cache[index] for at, (part, index) in enumerate(every) if at in wanted]
 
 
-def _data_sha256(parts: list[_Part]) -> str:
-    """Of the new cache's sequences. Raises UserError for an id that occurs twice, and where there are none."""
+def _data_sha256(parts: list[_Part], shard_tokens: int) -> str:
+    """Of the new cache's sequences.
+
+    Raises UserError for an id that occurs twice, where there are no sequences, and for more shards than a manifest can list.
+    """
     digest, seen = DataHash(), set[str]()
+    shards = tokens = 0
     for part in parts:
         for _, name, ids, mask in part.chosen():
             if name in seen:
@@ -326,8 +367,17 @@ def _data_sha256(parts: list[_Part]) -> str:
                 )
             seen.add(name)
             digest.update(name, ids, mask)
+            if tokens and tokens + len(ids) <= shard_tokens:
+                tokens += len(ids)
+            else:
+                shards, tokens = shards + 1, len(ids)
     if not seen:
         raise UserError("no sequence is left; choose others")
+    if shards > MAX_SHARDS:
+        raise UserError(
+            f"shards of {shard_tokens:,} tokens would be {shards:,}, of which a manifest can list {MAX_SHARDS:,}; set a larger "
+            "--shard-tokens"
+        )
     return digest.hexdigest()
 
 
@@ -346,12 +396,12 @@ def _write(
         created_by=f"logitcask {version('logitcask')}",
         teacher=first.teacher,
         tokenizer=first.tokenizer,
-        data=data.model_copy(update={"sha256": _data_sha256(parts), "stamp": None}),
+        data=data.model_copy(update={"sha256": _data_sha256(parts, shard_tokens), "stamp": None}),
         store=store,
         config=first.config,
         derived_from=made_of,
     )
-    with CacheWriter(output) as writer:
+    with CacheWriter(output, afresh=f"remove {output} to start afresh") as writer:
         header = writer.begin(header, None if writer.begun else TailPrior.estimate(_spread(parts), store.vocab_size))
         # Shards are filled in order, so what is committed is the beginning.
         sequences = _sequences(parts, skip=sum(entry.sequences for entry in writer.entries()))

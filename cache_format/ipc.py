@@ -19,11 +19,12 @@ from cache_format.schema import MAX_BATCH_BYTES
 
 _MAGIC = b"ARROW1"
 # Fields of the flatbuffer tables, by their numbers.
-_FOOTER_SCHEMA, _FOOTER_DICTIONARIES, _FOOTER_BATCHES = 1, 2, 3
+_FOOTER_VERSION, _FOOTER_SCHEMA, _FOOTER_DICTIONARIES, _FOOTER_BATCHES = 0, 1, 2, 3
 _SCHEMA_ENDIANNESS = 0
-_MESSAGE_HEADER_TYPE, _MESSAGE_HEADER, _MESSAGE_BODY_BYTES = 1, 2, 3
+_MESSAGE_VERSION, _MESSAGE_HEADER_TYPE, _MESSAGE_HEADER, _MESSAGE_BODY_BYTES = 0, 1, 2, 3
 _BATCH_BUFFERS, _BATCH_COMPRESSION = 2, 3
 _RECORD_BATCH = 3
+_METADATA_V5 = 4
 _BLOCK_BYTES = 24
 _MAX_BUFFERS = 1024
 """In a record batch: the widest schema of this format has about 60."""
@@ -99,6 +100,7 @@ class BoundedFile:
             raise ValueError("it is not an Arrow file")
         (size,) = self._unpack("<i", len(self._view) - 10)
         root = self._follow(len(self._view) - 10 - size)
+        self._require_v5(root, _FOOTER_VERSION)
         # Arrow would swap the bytes of every buffer before anybody has validated its offsets.
         endianness = self._field(self._follow(self._field(root, _FOOTER_SCHEMA)), _SCHEMA_ENDIANNESS)
         if endianness and self._unpack("<h", endianness) != (0,):
@@ -114,6 +116,7 @@ class BoundedFile:
         body = message + metadata
         (first,) = self._unpack("<i", message)
         root = self._follow(message + (8 if first == -1 else 4))
+        self._require_v5(root, _MESSAGE_VERSION)
         kind = self._field(root, _MESSAGE_HEADER_TYPE)
         if not kind or self._unpack("<B", kind) != (_RECORD_BATCH,):
             raise ValueError("it is no record batch")
@@ -143,6 +146,16 @@ class BoundedFile:
                 raise ValueError("a buffer has a negative size")
             total += size
         return total
+
+    def _require_v5(self, table: int, number: int) -> None:
+        """Raises ValueError for metadata of another version than V5, which is Arrow's since 1.0.
+
+        In V4, custom metadata may say that buffers are compressed although the record batch does not.
+        """
+        at = self._field(table, number)
+        version = self._unpack("<h", at)[0] if at else 0
+        if version != _METADATA_V5:
+            raise ValueError(f"its metadata has version V{version + 1}; expected V5")
 
     def _unpack(self, layout: str, at: int) -> tuple[int, ...]:
         if not 0 <= at <= len(self._view) - struct.calcsize(layout):

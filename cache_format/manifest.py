@@ -75,7 +75,8 @@ class DataIdentity(_Part):
     split: str
     kind: Literal["documents", "chats", "mixed"]
     mask_policy: str = Field(
-        description="all: every token but the first; assistant: the assistant's; generated: what the teacher wrote."
+        description="all: every token but the first; assistant: the assistant's; generated: what the teacher wrote; "
+        "mixed: of merged caches, the first two."
     )
     max_length: int
     overlong: str
@@ -258,6 +259,13 @@ class Manifest(Header):
     def _each_shard_once(self) -> Self:
         if len({shard.path for shard in self.shards}) < len(self.shards):
             raise ValueError("two shards have the same path")
+        return self
+
+    @model_validator(mode="after")
+    def _sums_are_finite(self) -> Self:
+        for name in ("head_mass_sum", "target_nll_sum"):
+            if not math.isfinite(sum(getattr(shard, name) for shard in self.shards)):
+                raise ValueError(f"the {name} of all shards together is more than a float holds")
         return self
 
     @classmethod

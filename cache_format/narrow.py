@@ -18,8 +18,12 @@ from cache_format.manifest import StoreSettings
 from cache_format.sequence import CachedSequence, TailSamples
 
 
-def narrow(sequence: CachedSequence, store: StoreSettings) -> CachedSequence:
-    """The sequence as a cache with the settings ``store`` holds it, which must not ask for more than there is."""
+def narrow(sequence: CachedSequence, store: StoreSettings, source: str) -> CachedSequence:
+    """The sequence as a cache with the settings ``store`` holds it, which must not ask for more than there is.
+
+    ``source``: fingerprint of the cache that the sequence is of. New draws depend on it: were those of two derivations in a
+    row taken at the same points, the second would choose among what the first had chosen there, which is biased.
+    """
     ids, logprobs = sequence.ids, sequence.logprobs
     size = head_sizes(logprobs, store)
     leaves = (np.arange(ids.shape[1]) >= size[:, None]) & (ids >= 0)
@@ -33,7 +37,7 @@ def narrow(sequence: CachedSequence, store: StoreSettings) -> CachedSequence:
         logprobs=np.where(leaves, -np.inf, logprobs)[:, :width].astype(np.float32),
         tail_logprob=tail.astype(np.float32),
         entropy=sequence.entropy if store.entropy else None,
-        samples=_redraw(sequence, leaves, tail, store) if store.tail_samples else None,
+        samples=_redraw(sequence, leaves, tail, store, source) if store.tail_samples else None,
     )
 
 
@@ -54,7 +58,7 @@ def head_sizes(logprobs: NDArray[np.float32], store: StoreSettings) -> NDArray[n
 
 
 def _redraw(
-    sequence: CachedSequence, leaves: NDArray[np.bool_], tail: NDArray[np.float64], store: StoreSettings
+    sequence: CachedSequence, leaves: NDArray[np.bool_], tail: NDArray[np.float64], store: StoreSettings, source: str
 ) -> TailSamples:
     """Draws from the new tails. Where nothing left the head and as many draws are wanted as there are, the old ones."""
     assert sequence.samples is not None
@@ -71,7 +75,8 @@ def _redraw(
     weights = candidates(
         np.where(leaves, np.exp(sequence.logprobs.astype(np.float64)), 0), np.where(old >= 0, share, 0)
     ).astype(np.float64)
-    at = _choose(weights.reshape(p * sets, -1), np.repeat(wanted, sets), sequence.sequence_id, store)
+    key = f"{store.seed} {source} {sequence.sequence_id}"
+    at = _choose(weights.reshape(p * sets, weights.shape[2]), np.repeat(wanted, sets), key, store)
     at = at.reshape(p, sets, at.shape[1])
 
     def chosen(values: NDArray[np.generic], former: NDArray[np.generic], filler: float) -> NDArray[np.generic]:
@@ -101,19 +106,19 @@ def _draws_wanted(tail: NDArray[np.float64], store: StoreSettings) -> NDArray[np
 
 
 def _choose(
-    weights: NDArray[np.float64], wanted: NDArray[np.int64], sequence_id: str, store: StoreSettings
+    weights: NDArray[np.float64], wanted: NDArray[np.int64], key: str, store: StoreSettings
 ) -> NDArray[np.int64]:
     """int64[R, most]: indices into each row of ``weights`` [R, C], drawn in proportion to them; -1 where no more are wanted.
 
-    By inverse CDF. The draws depend on the settings' seed and the sequence's id alone, so that a resumed run repeats them.
+    By inverse CDF. The points it is taken at depend on ``key`` alone, so that a resumed run repeats them.
     """
     rows, count = weights.shape
     cdf = np.cumsum(weights, axis=1)
     total = cdf[:, -1:] if count else np.zeros((rows, 1))
     wanted = np.where(total[:, 0] > 0, wanted, 0)
     most = int(wanted.max(initial=0))
-    key = hashlib.sha256(f"{store.seed} {sequence_id}".encode()).digest()[:16]
-    random = np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little")))
+    digest = hashlib.sha256(key.encode()).digest()[:16]
+    random = np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
     number = np.arange(most)
     if store.draws == "independent":
         points = random.random((rows, most))

@@ -23,7 +23,9 @@ from cache_format.storage import (
     is_local,
     map_file,
     open_filesystem,
+    reaching,
     read_manifest,
+    retrying,
     verified_chunks,
 )
 from cache_format.writer import MANIFEST
@@ -60,6 +62,7 @@ class CacheReader:
     ) -> None:
         self.path = str(path)
         self.check = check
+        self._process = os.getpid()
         self._filesystem, self._root = open_filesystem(self.path)
         self.manifest = manifest or read_manifest(self._filesystem, self._root, self.path)[1]
         if check and (wrong := self.manifest.contradictions()):
@@ -74,7 +77,6 @@ class CacheReader:
         self._first = np.concatenate([[0], np.cumsum(counts)])
         self._shards: OrderedDict[int, BoundedFile] = OrderedDict()
         self._checked: set[int] = set()
-        self._process = os.getpid()
         self._batches: OrderedDict[tuple[int, int], PackedBatch] = OrderedDict()
 
     def __len__(self) -> int:
@@ -111,15 +113,20 @@ class CacheReader:
             yield self._pack(file, shard, batch)
 
     def check_shard(self, shard: int) -> None:
-        """Raises DamagedCacheError, naming the shard, unless its size and sha256 are those of the manifest."""
+        """Raises DamagedCacheError, naming the shard, unless its size and sha256 are those of the manifest.
+
+        Raises CacheError where it cannot be reached or read.
+        """
         self._check_file(self.manifest.shards[shard])
 
     def __getstate__(self) -> dict[str, Any]:
         # Open files and Arrow readers do not travel to other processes.
         return {**self.__dict__, "_shards": OrderedDict(), "_batches": OrderedDict()}
 
-    def _after_fork(self) -> None:
-        """Lets go of what belongs to the parent process: open files, and connections that do not survive a fork."""
+    def _in_this_process(self) -> None:
+        """After a fork, lets go of what belongs to the parent: open files, and connections that do not survive a fork."""
+        if os.getpid() == self._process:
+            return
         self._process = os.getpid()
         self._shards.clear()
         self._batches.clear()
@@ -133,14 +140,22 @@ class CacheReader:
             self._checked.add(shard)
 
     def _check_file(self, entry: ShardEntry | TailPriorEntry) -> None:
+        self._in_this_process()
         self._require_file(entry)
-        try:
-            for _ in verified_chunks(
-                self._filesystem, f"{self._root}/{entry.path}", CacheFile(entry.path, entry.bytes, entry.sha256)
-            ):
+        file, where = CacheFile(entry.path, entry.bytes, entry.sha256), f"{self.path}/{entry.path}"
+
+        def read() -> None:
+            for _ in verified_chunks(self._filesystem, f"{self._root}/{entry.path}", file):
                 pass
+
+        if self._copies is not None:
+            with reaching(where):
+                retrying(read)
+            return
+        try:
+            read()
         except OSError as error:
-            raise CacheError(f"{self.path}/{entry.path} cannot be read: {error}") from error
+            raise CacheError(f"{where} cannot be read: {error}") from error
 
     def _require_file(self, entry: ShardEntry | TailPriorEntry) -> None:
         """Raises DamagedCacheError for a pipe, a device or a folder: reading one could wait for ever."""
@@ -168,8 +183,7 @@ class CacheReader:
             raise DamagedCacheError(f"{entry.path} cannot be opened: {error}") from error
 
     def _batch(self, shard: int, batch: int) -> PackedBatch:
-        if os.getpid() != self._process:
-            self._after_fork()
+        self._in_this_process()
         key = (shard, batch)
         if key in self._batches:
             self._batches.move_to_end(key)
@@ -193,6 +207,7 @@ class CacheReader:
         return self.codec.open(self._get_batch(file, shard, batch), where)
 
     def _open(self, shard: int, columns: list[int] | None = None) -> BoundedFile:
+        self._in_this_process()
         entry = self.manifest.shards[shard]
         file = BoundedFile(self._map(entry), entry.path, self.codec.schema, columns)
         expected = -(-entry.sequences // entry.sequences_per_batch)

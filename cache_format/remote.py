@@ -21,8 +21,8 @@ from cache_format import card
 from cache_format.errors import CacheError, CacheInUseError, DamagedCacheError, UserError
 from cache_format.manifest import MAX_MANIFEST_BYTES, AuditSummary, Header, Manifest, ShardEntry
 from cache_format.prior import TailPrior
-from cache_format.share import CARD, Store, place_at
-from cache_format.storage import CacheFile, open_filesystem, reaching, shard_cache_folder
+from cache_format.share import CARD, MAX_MARK_BYTES, OWNER, Store, place_at
+from cache_format.storage import PUSH_MARK, CacheFile, open_filesystem, reaching, shard_cache_folder
 from cache_format.writer import (
     BUILD_DIR,
     MANIFEST,
@@ -34,9 +34,7 @@ from cache_format.writer import (
     writing_to,
 )
 
-_OWNER = f"{BUILD_DIR}/owner.json"
 _CLAIM = "claim.json"
-_MAX_OWNER_BYTES = 1 << 16
 
 
 class _Owner(BaseModel):
@@ -67,7 +65,7 @@ def remove_traces(url: str) -> None:
     """Removes what a build leaves behind that was killed between its manifest and its clean-up."""
     store = _store(url)
     with reaching(url):
-        store.remove([_OWNER])
+        store.remove([OWNER])
     _remove_work_folder(url)
 
 
@@ -75,17 +73,17 @@ def remove_remote_cache(url: str) -> None:
     """Removes the cache at ``url``, finished or not, its work folder here, and nothing else.
 
     Raises CacheInUseError while another process of this machine builds it, CacheError where the place cannot be reached,
-    and UserError where there are shards that no build or cache accounts for.
+    and UserError where there are shards that no build, push or cache accounts for.
     """
     _remove_work_folder(url)
     store = _store(url)
     with reaching(url):
         shards = store.shards()
         manifest = store.read(MANIFEST, MAX_MANIFEST_BYTES)
-        if manifest is None and store.read(_OWNER, _MAX_OWNER_BYTES) is None:
+        if manifest is None and all(store.read(name, MAX_MARK_BYTES) is None for name in (OWNER, PUSH_MARK)):
             store.refuse_strangers(shards, b"")
         # The manifest goes first: half a cache must never be taken for a whole one.
-        store.remove([MANIFEST, *shards, PRIOR, CARD, _OWNER])
+        store.remove([MANIFEST, *shards, PRIOR, CARD, OWNER, PUSH_MARK])
 
 
 class RemoteCacheWriter(CacheWriter):
@@ -123,17 +121,22 @@ class RemoteCacheWriter(CacheWriter):
             self._owner = _Owner(build=uuid.uuid4().hex, host=socket.gethostname(), since=now)
             write_durably(file, self._owner.model_dump_json())
         with self._store.claimed():
-            found = self._store.read(_OWNER, _MAX_OWNER_BYTES)
+            found = self._store.read(OWNER, MAX_MARK_BYTES)
             if found is None:
+                if self._store.read(PUSH_MARK, MAX_MARK_BYTES) is not None:
+                    raise UserError(
+                        f"{self.url} holds half a copy of a cache; push that again to complete it, choose another output, or "
+                        "start afresh with --restart"
+                    )
                 if not list((self.build_dir / "commits").glob("*.json")):
                     self._store.refuse_strangers(self._store.shards(), b"")
                 self._store.prepare(BUILD_DIR)
-                self._store.finish({_OWNER: self._owner.model_dump_json().encode()})
+                self._store.finish({OWNER: self._owner.model_dump_json().encode()})
             self._require_ours()
 
     def _require_ours(self) -> None:
         """Raises CacheInUseError where the place belongs to another build."""
-        found = self._store.read(_OWNER, _MAX_OWNER_BYTES)
+        found = self._store.read(OWNER, MAX_MARK_BYTES)
         try:
             owner = None if found is None else _Owner.model_validate_json(found)
         except ValidationError:
@@ -193,8 +196,13 @@ class RemoteCacheWriter(CacheWriter):
         manifest = self._complete(header, shards, audit)
         with reaching(self.url):
             self._require_ours()
+            if self._store.read(MANIFEST, MAX_MANIFEST_BYTES) is not None:
+                raise CacheInUseError(
+                    f"{self.url} holds a finished cache now, which somebody else has put there; choose another output, or "
+                    "replace it with --restart"
+                )
             self._store.finish({CARD: card.dataset_card(manifest).encode(), MANIFEST: manifest.to_json().encode()})
-            self._store.remove([_OWNER])
+            self._store.remove([OWNER])
         with writing_to(self.path):
             shutil.rmtree(self.path, ignore_errors=True)
         return manifest

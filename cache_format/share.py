@@ -27,12 +27,14 @@ from cache_format.errors import CacheError, CacheInUseError, DamagedCacheError, 
 from cache_format.manifest import MAX_MANIFEST_BYTES, Manifest
 from cache_format.storage import (
     PULL_DIR,
+    PUSH_MARK,
     CacheFile,
     ShardCache,
     cache_files,
     download,
     has_content,
     is_local,
+    local_folder,
     open_filesystem,
     protocol_of,
     reaching,
@@ -41,13 +43,26 @@ from cache_format.storage import (
     retrying,
     verified_chunks,
 )
-from cache_format.writer import BUILD_DIR, MANIFEST, refuse_other_files, sync, write_durably, writing_to
+from cache_format.writer import (
+    BUILD_DIR,
+    MANIFEST,
+    PRIOR,
+    may_be_cache,
+    refuse_other_files,
+    sync,
+    write_durably,
+    writing_to,
+)
 
 MAX_CARD_BYTES = 16 << 20
+MAX_MARK_BYTES = 1 << 16
 HUB_COMMIT_FILES = 100
 """Shards per commit on the hub, which advises against many small commits and against huge ones."""
 
 CARD = "README.md"
+OWNER = f"{BUILD_DIR}/owner.json"
+"""In a store while a cache is being built there: who builds it."""
+
 _SHARDS = "shard-*.arrow"
 _FOLDERS = {"sftp", "ssh", "ftp", "smb", "hdfs", "webhdfs", "webdav"}  # a file needs its folder first
 _RENAMES = {"sftp", "ssh"}  # a rename replaces a file in one step
@@ -76,7 +91,8 @@ def push(
     """Copies the finished cache at ``cache`` (folder or URL) to ``url``; goes on where an earlier push stopped.
 
     Files that are there with the right size and sha256 are not sent again; a place that holds this very cache is only
-    looked over by size. ``force`` replaces another cache, and shards or a card that belong to no cache. ``on_total`` gets
+    looked over by size. ``force`` replaces another cache, an unfinished build, whose builder then stops, and shards or a
+    card that belong to no cache. ``on_total`` gets
     the bytes of all files, ``on_bytes`` those done since its last call, or a negative number before an attempt is repeated.
 
     On the hub (``hf://datasets/ORG/NAME[@BRANCH]``) a missing repository is created, private. That branch is tested
@@ -99,10 +115,12 @@ def pull(
     """Copies the finished cache at ``url`` into the local ``folder``; goes on where an earlier pull stopped.
 
     Every file that counts was hashed here: on its way, or where it lay already; a damaged file of the same cache is thus
-    mended. ``force`` replaces another cache, but never files that are not a cache's. Raises CacheInUseError while another process copies into the folder, UserError where that holds something else
-    or cannot be written, and what ``push`` raises.
+    mended. ``force`` replaces another cache, but never files that are not a cache's. Raises CacheInUseError while another
+    process copies into the folder, UserError where that holds something else, is a URL or cannot be written, and what
+    ``push`` raises.
     """
-    return _copy(str(url), _Folder(Path(folder)), force, on_total, on_bytes)
+    place = _Folder(local_folder(folder, "copy from one place to another with `teacher-cache push`"))
+    return _copy(str(url), place, force, on_total, on_bytes)
 
 
 def place_at(url: str) -> _Folder | Store:
@@ -124,6 +142,7 @@ def _copy(cache: str, place: _Folder | Store, force: bool, on_total: OnBytes, on
         raise UserError(f"{cache} is where it would be copied to; choose another place")
     text, manifest = read_manifest(source, root, cache)
     readme = _card_of(source, root, manifest)
+    mark = f"{manifest.fingerprint} {manifest.content_sha256}\n".encode()
     files = cache_files(manifest)
     on_total(sum(file.bytes for file in files))
     with reaching(place.where), place.claimed():
@@ -133,21 +152,35 @@ def _copy(cache: str, place: _Folder | Store, force: bool, on_total: OnBytes, on
             _refuse_another(found, manifest, place.where)
         found_files = [] if found is None else cache_files(found)
         stale = sorted({*place.shards(), *(file.path for file in found_files)} - {file.path for file in files})
-        if found_text is None and not force:
-            place.refuse_strangers(stale, readme)
+        if place.read(OWNER, MAX_MARK_BYTES) is not None:
+            if force:
+                stale.append(OWNER)  # its builder finds out before it sends anything more
+            elif found_text is None:
+                raise CacheInUseError(
+                    f"{place.where} holds an unfinished build; finish it, choose another place, or replace it with --force"
+                )
+        begun = place.read(PUSH_MARK, MAX_MARK_BYTES) == mark
         missing = []
         for file in files:
             if place.holds(file, deep=force or found_files != files):
                 on_bytes(file.bytes)
             else:
                 missing.append(file)
+        if found_text is None and not force and not begun:
+            place.refuse_strangers([*stale, *(file.path for file in missing)], readme)
         if not missing and not stale and found_text == text:
+            if begun:
+                place.remove([PUSH_MARK])
             return Copied(0, len(files), 0, unchanged=True)
         if missing or stale:
+            if not begun:
+                begun = place.mark(mark)
             # From here on there is no cache until all of it is there.
             place.remove(stale if found_text is None else [MANIFEST, *stale])
         place.send(source, root, missing, on_bytes)
         place.finish({CARD: readme, MANIFEST: text})
+        if begun:
+            place.remove([PUSH_MARK])
     return Copied(len(missing), len(files) - len(missing), sum(file.bytes for file in missing))
 
 
@@ -193,7 +226,7 @@ class _Folder:
         """Keeps other copies and builds out, and makes the folder ready to be written to."""
         if (self._folder / BUILD_DIR).exists():
             raise UserError(f"{self._folder} holds an unfinished build; finish it, or choose another folder")
-        if not self._scratch.exists() and not (self._folder / MANIFEST).exists():
+        if not self._scratch.exists() and not may_be_cache(self._folder):
             refuse_other_files(self._folder)
         with writing_to(self._folder):
             self._scratch.mkdir(parents=True, exist_ok=True)
@@ -229,8 +262,12 @@ class _Folder:
         """Is the file there, by its size and its sha256? (A local disk need not be spared the latter.)"""
         return has_content(self._folder / file.path, file)
 
-    def refuse_strangers(self, stale: list[str], readme: bytes) -> None:
+    def refuse_strangers(self, names: list[str], readme: bytes) -> None:
         """Nothing: a folder without a manifest was refused when it was claimed, or an earlier copy has left its mark."""
+
+    def mark(self, text: bytes) -> bool:
+        """Notes what is being copied here, if this kind of place needs that; returns whether it does."""
+        return False  # the scratch folder says enough
 
     def remove(self, names: list[str]) -> None:
         """Removes what is there of these, in this order."""
@@ -305,9 +342,10 @@ class Store:
             return False
         return True
 
-    def refuse_strangers(self, stale: list[str], readme: bytes) -> None:
-        """Raises UserError for files, where there is no manifest, that no earlier push of this cache has left."""
-        taken = stale[:1]
+    def refuse_strangers(self, names: list[str], readme: bytes) -> None:
+        """Raises UserError where files of these names, or a card other than ``readme``, are there."""
+        shards = set(self.shards())
+        taken = [name for name in names if name in shards or (name == PRIOR and self._exists(name))][:1]
         if self.read(CARD, MAX_CARD_BYTES) not in (None, readme):
             taken.append(CARD)
         if taken:
@@ -315,6 +353,14 @@ class Store:
                 f"{self.where} is no cache, but has {' and '.join(taken)} of its own, where a cache puts its files; "
                 "choose another place, or replace them with --force"
             )
+
+    def mark(self, text: bytes) -> bool:
+        self._write(PUSH_MARK, partial(iter, [text]), _ignore)
+        self._filesystem.invalidate_cache()
+        return True
+
+    def _exists(self, name: str) -> bool:
+        return bool(self._filesystem.exists(f"{self._root}/{name}"))
 
     def remove(self, names: list[str]) -> None:
         for name in names:
@@ -385,6 +431,9 @@ class _Hub(Store):
     def prepare(self, folder: str) -> None:
         self._create()
 
+    def mark(self, text: bytes) -> bool:
+        return False  # commits are whole: what an earlier push has left is known by its hash
+
     def _commit(self, operations: list[Any], message: str) -> None:
         self._api.create_commit(**self._repo, operations=operations, commit_message=message)
         self._filesystem.invalidate_cache()
@@ -392,7 +441,7 @@ class _Hub(Store):
     def remove(self, names: list[str]) -> None:
         from huggingface_hub import CommitOperationDelete
 
-        there = [name for name in names if self._filesystem.exists(f"{self._root}/{name}")]
+        there = [name for name in names if self._exists(name)]
         if there:
             self._commit([CommitOperationDelete(self._folder + name) for name in there], "Remove what is replaced")
 

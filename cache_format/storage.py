@@ -6,6 +6,7 @@ import hashlib
 import mmap
 import os
 import random
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -32,7 +33,11 @@ DEFAULT_CACHE_BYTES = 32 << 30
 PULL_DIR = ".pull"
 """In a local folder while a copy into it is unfinished: the lock and temporary files. Never a build's ``.build``."""
 
+PUSH_MARK = ".push"
+"""In a store while a push to it is unfinished: what is being pushed, so that the same push can go on."""
+
 _CHUNK = 1 << 20
+_URL_AS_PATH = re.compile(r"[A-Za-z][A-Za-z0-9+.:-]+:")
 _STREAMING = {"http", "https", "hf"}  # with block_size=0 these send a file in one response
 _PACKAGES = {"huggingface_hub": "logitcask[hub]", "s3fs": "logitcask[s3]"}
 _PERMANENT = (UserError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, NotImplementedError)
@@ -55,10 +60,10 @@ def cache_files(manifest: Manifest) -> list[CacheFile]:
 
 
 def open_filesystem(url: str, *, fresh: bool = False) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The file system that ``url`` (or a local path) names, and the path in it; no request is made yet.
+    """The file system that ``url`` (or a local path) names, and the path in it; most drivers make no request yet.
 
     ``fresh``: with connections of its own, for a process that was forked. Raises CacheError for a protocol that fsspec
-    does not know, and where its driver is not installed.
+    does not know, where its driver is not installed, and for whatever the driver has against the address.
     """
     options: dict[str, Any] = {"skip_instance_cache": True} if fresh else {}
     try:
@@ -74,9 +79,19 @@ def open_filesystem(url: str, *, fresh: bool = False) -> tuple[fsspec.AbstractFi
         raise CacheError(
             f"{url} needs a package that is not installed; pip install '{_PACKAGES.get(missing, missing)}'"
         ) from error
-    except ValueError as error:
-        raise CacheError(f"{url} cannot be opened: {one_line(error)}") from error
+    except Exception as error:  # some drivers connect at once, or open an archive, and raise as they please
+        raise CacheError(
+            f"{url} cannot be opened: {one_line(error)}; check the address, the network and your access to it"
+        ) from error
     return filesystem, root.rstrip("/")
+
+
+def local_folder(path: str | Path, advice: str) -> Path:
+    """``path``, which has to be a local one. Raises UserError, with ``advice``, for a URL: a path ``s3:/...`` is a folder."""
+    first = Path(path).parts[:1]
+    if first and _URL_AS_PATH.fullmatch(first[0]):
+        raise UserError(f"{path} is a URL, but has to be a local folder; {advice}")
+    return Path(path)
 
 
 def is_local(filesystem: fsspec.AbstractFileSystem) -> bool:
@@ -173,7 +188,7 @@ def read_manifest(filesystem: fsspec.AbstractFileSystem, root: str, where: str) 
                 raise IncompleteCacheError(
                     f"{where} is an unfinished cache; run the same `teacher-cache build` again to complete it"
                 ) from None
-            if any(filesystem.exists(f"{root}/{name}") for name in (PULL_DIR, "data/shard-00000.arrow")):
+            if any(filesystem.exists(f"{root}/{name}") for name in (PULL_DIR, PUSH_MARK, "data/shard-00000.arrow")):
                 raise IncompleteCacheError(
                     f"{where} is an unfinished copy of a cache; "
                     "run the same `teacher-cache push` or `pull` again to complete it"
@@ -227,7 +242,8 @@ def download(
 
     def attempt() -> None:
         done = 0
-        handle.seek(0)
+        with _room_for(target):
+            handle.seek(0)
         try:
             for chunk in verified_chunks(filesystem, path, file):
                 with _room_for(target):
@@ -240,10 +256,10 @@ def download(
 
     with _room_for(target):
         target.touch()
-    with open(target, "r+b") as handle:
-        with reaching(filesystem.unstrip_protocol(path)):
-            retrying(attempt)
-        with _room_for(target):
+        # Closing writes what is left in the buffer, and fails as writing does.
+        with open(target, "r+b") as handle:
+            with reaching(filesystem.unstrip_protocol(path)):
+                retrying(attempt)
             handle.truncate(file.bytes)
             os.fsync(handle.fileno())
 
@@ -252,6 +268,8 @@ def download(
 def _room_for(target: Path) -> Iterator[None]:
     try:
         yield
+    except filelock.Timeout:  # an OSError, but somebody else's lock is no lack of room
+        raise
     except OSError as error:
         raise UserError(
             f"cannot write to {target.parent}: {error.strerror or error}; make room or permit it, then run the same again"
@@ -281,8 +299,8 @@ class ShardCache:
     ``folder``: by default ``$LOGITCASK_CACHE``, or ``logitcask`` in the user's cache folder. ``max_bytes``: by default
     ``$LOGITCASK_CACHE_BYTES``, or 32 GiB. Any number of processes may share a folder: a shard that several want is
     fetched once, and the bound holds for all of them together, with what is still being fetched. The least recently
-    used shard goes first; on POSIX a process that has it mapped keeps it. Pickles and forks. Raises UserError for a
-    folder that cannot be written.
+    used shard goes first; on POSIX a process that has it mapped keeps it. Files that are neither shards nor half of one do
+    not count. Pickles and forks. Raises UserError for a folder that cannot be written.
     """
 
     def __init__(self, folder: str | Path | None = None, max_bytes: int | None = None) -> None:
@@ -301,7 +319,7 @@ class ShardCache:
 
         Its sha256 was checked on the way, or, when an earlier process had fetched it, at this object's first call. Another
         process may remove the copy at any time; ``memory_map`` cannot miss it. Raises what ``download`` raises, and
-        UserError for a shard that is larger than the bound.
+        UserError for a shard that is larger than the bound, or where no room for it can be made.
         """
         file, target = CacheFile(path, size, sha256), self._shards / f"{sha256}.arrow"
         if not self._is_here(file, target):
@@ -348,10 +366,13 @@ class ShardCache:
             raise
 
     def _reserve(self, part: Path, size: int) -> bool:
-        """Removes old shards until ``size`` bytes are free, and takes them by giving ``part`` that size."""
+        """Removes old shards until ``size`` bytes are free, and takes them by giving ``part`` that size.
+
+        False where that has to wait for what others are fetching. The caller holds the shard's lock.
+        """
         with self._lock("room"):
-            self._remove_leftovers()
-            found = [(each.stat(), each) for each in self._shards.iterdir()]
+            self._remove_leftovers(ours=part.name[:2])
+            found = [(each.stat(), each) for each in self._shards.iterdir() if each.suffix in (".arrow", ".part")]
             total = sum(status.st_size for status, _ in found) + size
             for status, each in sorted(found, key=lambda pair: pair[0].st_mtime_ns):
                 if total > self.max_bytes and each.suffix == ".arrow":
@@ -359,22 +380,39 @@ class ShardCache:
                         each.unlink()
                         total -= status.st_size
             if total > self.max_bytes:
-                return False
+                if any(each.suffix == ".part" for _, each in found):
+                    return False
+                raise UserError(
+                    f"{self.folder} has no room for {size:,} bytes: of the {self.max_bytes:,} it may have, "
+                    f"{total - size:,} are taken by shards that cannot be removed; permit it, end what reads them, or set "
+                    "LOGITCASK_CACHE_BYTES to more"
+                )
             with open(part, "wb") as handle:
                 handle.truncate(size)
         return True
 
-    def _remove_leftovers(self) -> None:
-        """Removes what processes that were killed had begun to fetch: parts on which nobody holds the lock."""
+    def _remove_leftovers(self, ours: str | None = None) -> None:
+        """Removes what processes that were killed had begun to fetch: parts on which nobody holds the lock.
+
+        ``ours``: the lock that the caller holds. Locks do not let their own process in a second time.
+        """
         for part in self._shards.glob("*.part"):
+            if part.name[:2] == ours:
+                part.unlink(missing_ok=True)
+                continue
             with suppress(filelock.Timeout), self._lock(part.name[:2], timeout=0):
                 part.unlink(missing_ok=True)
 
     @contextmanager
     def _lock(self, name: str, timeout: float = -1) -> Iterator[None]:
         # Shards share 256 locks by the start of their hash, since the files of locks stay.
-        with filelock.FileLock(self._locks / f"{name}.lock").acquire(timeout=timeout):
+        lock = filelock.FileLock(self._locks / f"{name}.lock")
+        with _room_for(self._locks / name):
+            lock.acquire(timeout=timeout)
+        try:
             yield
+        finally:
+            lock.release()
 
 
 def shard_cache_folder() -> Path:

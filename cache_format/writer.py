@@ -41,6 +41,9 @@ BUILD_DIR = ".build"
 MANIFEST = "manifest.json"
 PRIOR = "tail_prior.arrow"
 
+RESTART = "start afresh with --restart"
+"""What a message advises where the state of a build is of no use: the option of ``teacher-cache build``."""
+
 _SHARD = re.compile(r"shard-\d{5,}\.arrow")
 # Seconds until a folder that cannot be removed is taken for one that somebody still writes to.
 _REVOKE_TIMEOUT = 60.0
@@ -52,15 +55,17 @@ class CacheWorker:
 
     path: the cache, on a file system that all workers share.
     run:  what ``CacheWriter.run`` is there.
+    afresh: what messages advise where the build cannot go on.
 
     ``join`` comes first, then ``shard`` for every shard that this worker is given. Its methods raise CacheInUseError once
     its run is over, or once the shard it writes has been given to another worker.
     """
 
-    def __init__(self, path: str | Path, run: str, *, compression_level: int = 1) -> None:
+    def __init__(self, path: str | Path, run: str, *, compression_level: int = 1, afresh: str = RESTART) -> None:
         self.path = Path(path)
         self.build_dir = self.path / BUILD_DIR
         self.run = run
+        self.afresh = afresh
         self.compression_level = compression_level
         self.committed: dict[int, ShardEntry] = {}
         self._scratch: Path | None = None
@@ -82,7 +87,7 @@ class CacheWorker:
 
     def header(self) -> Header:
         """The header that ``begin`` fixed, now or in an earlier run."""
-        return load_state(Header, self._header_file)
+        return load_state(Header, self._header_file, self.afresh)
 
     def join(self, header: Header) -> Header:
         """Takes up a build that has begun, if ``header`` describes the same content; returns its own header.
@@ -94,7 +99,7 @@ class CacheWorker:
             raise UserError(
                 f"{self.path} holds an unfinished build of something else: "
                 f"{describe_difference(first.content_identity(), header.content_identity())}; "
-                "go on with the old settings, start afresh with --restart, or choose another output"
+                f"go on with the old settings, {self.afresh}, or choose another output"
             )
         self._take_up(first, self._load_prior(first))
         return first
@@ -109,7 +114,7 @@ class CacheWorker:
             return None
         data = (self.path / PRIOR).read_bytes() if (self.path / PRIOR).exists() else b""
         if hashlib.sha256(data).hexdigest() != header.tail_prior.sha256:
-            raise DamagedCacheError(f"{self.path / PRIOR} is not the file the build wrote; start afresh with --restart")
+            raise DamagedCacheError(f"{self.path / PRIOR} is not the file the build wrote; {self.afresh}")
         return TailPrior.from_bytes(data, header.store.vocab_size, str(self.path / PRIOR))
 
     def check(self) -> None:
@@ -125,7 +130,7 @@ class CacheWorker:
         record = self._record(index)
         if not record.exists():
             return False
-        entry = load_state(ShardEntry, record)
+        entry = load_state(ShardEntry, record, self.afresh)
         shard = self.path / entry.path
         if not shard.exists() or shard.stat().st_size != entry.bytes:
             raise DamagedCacheError(f"{shard} is not the file its commit record describes; remove {self.path}")
@@ -199,8 +204,8 @@ class CacheWriter(CacheWorker):
     finished cache.
     """
 
-    def __init__(self, path: str | Path, *, compression_level: int = 1) -> None:
-        super().__init__(path, uuid.uuid4().hex, compression_level=compression_level)
+    def __init__(self, path: str | Path, *, compression_level: int = 1, afresh: str = RESTART) -> None:
+        super().__init__(path, uuid.uuid4().hex, compression_level=compression_level, afresh=afresh)
         self._exit = ExitStack()
 
     def __enter__(self) -> Self:
@@ -310,6 +315,11 @@ def refuse_other_files(path: Path) -> None:
         )
 
 
+def may_be_cache(path: Path) -> bool:
+    """Whether a manifest there is that of a cache, or what damage has made of one: then there is still the cache's card."""
+    return _is_cache(path) or ((path / MANIFEST).exists() and card.is_card(path / "README.md"))
+
+
 def _is_cache(path: Path) -> bool:
     try:
         return bool(json.loads((path / MANIFEST).read_bytes())["format"] == FORMAT)
@@ -345,12 +355,12 @@ def _shard_files(path: Path) -> list[Path]:
     return [file for file in (path / "data").glob("shard-*.arrow") if _SHARD.fullmatch(file.name)]
 
 
-def load_state(model: type[State], file: Path) -> State:
-    """Reads a file of ``.build``. Raises UserError where it is not what this version writes."""
+def load_state(model: type[State], file: Path, afresh: str = RESTART) -> State:
+    """Reads a file of ``.build``. Raises UserError, advising ``afresh``, where it is not what this version writes."""
     try:
         return model.model_validate_json(file.read_bytes())
     except ValueError as error:
-        raise UserError(f"{file} was not written by this version of logitcask; start afresh with --restart") from error
+        raise UserError(f"{file} was not written by this version of logitcask; {afresh}") from error
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from cache_format import CacheReader, DamagedCacheError, Manifest, UserError
+from cache_format.errors import CacheError
 from cache_format.manifest import AuditSummary, Header, ShardEntry
 from pipeline.audit import Audit, audit, audit_summary
 from pipeline.config import AuditConfig
@@ -30,7 +31,8 @@ def audit_build(
     """What the audit of a build whose shards are all committed found, for its manifest; None where none is asked for.
 
     Where there is no reference to compare with (the model does not fit into memory, or is not to be had), it says so and
-    the summary says why it was skipped. Raises DamagedCacheError where cache and reference differ by more than they may.
+    the summary says why it was skipped. Raises DamagedCacheError where cache and reference differ by more than they may, and
+    where a shard is damaged; CacheError where one cannot be read.
     """
     positions = sum(shard.positions for shard in shards)
     if not config.sequences or not positions:
@@ -46,7 +48,13 @@ def audit_build(
                 max_engine_difference=config.max_engine_difference,
                 on_sequence=bar.update,
             )
-        except UserError as error:
+        except DamagedCacheError as error:
+            raise DamagedCacheError(
+                f"{path}: {error}. The cache is not completed; mend the cause and start afresh with --restart"
+            ) from error
+        except CacheError:
+            raise
+        except UserError as error:  # about the reference
             return _skipped(str(error))
     if result.problems:
         raise DamagedCacheError(_failure(path, result))

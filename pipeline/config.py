@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ipaddress
+import re
 from pathlib import Path
 from typing import Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -13,6 +16,9 @@ from cache_format.remote import work_folder
 from cache_format.schema import MAX_DRAWS
 from pipeline.capture import Capture
 
+# A name or an IPv4 address, no part of it empty.
+_HOST = re.compile(r"[\w~-]+(\.[\w~-]+)*\.?")
+
 
 class _Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
@@ -21,7 +27,7 @@ class _Config(BaseModel):
 class ServerConfig(_Config):
     """The server of `backend: server`."""
 
-    url: str = Field(pattern=r"^https?://[^/\s]+", description="Where it listens: `http://HOST:PORT`.")
+    url: str = Field(description="Where it listens: `http://HOST:PORT`.")
     model: str | None = Field(
         None, description="Its name of teacher.model (`--served-model-name`). Default: the one that is called the same."
     )
@@ -44,13 +50,34 @@ class ServerConfig(_Config):
     @field_validator("url")
     @classmethod
     def _root(cls, url: str) -> str:
+        expected = "expected http://HOST:PORT or https://HOST:PORT"
+        if " " in url or not url.isprintable():
+            raise ValueError(f"a URL holds no white space; {expected}")
+        try:
+            parts = urlsplit(url)
+            host, port = parts.hostname or "", parts.port
+            bracketed = parts.netloc.rpartition("@")[2].startswith("[")
+            if bracketed:
+                ipaddress.IPv6Address(host)
+        except ValueError as error:
+            raise ValueError(f"{str(error).rstrip('.')}; {expected}") from None
+        if parts.scheme not in ("http", "https"):
+            raise ValueError(expected)
+        if not (bracketed or _HOST.fullmatch(host)):
+            raise ValueError(f"{host!r} is no host; {expected}")
+        if port == 0:
+            raise ValueError(f"no server listens at port 0; {expected}")
+        if parts.query or parts.fragment:
+            raise ValueError(f"nothing may come after ? or #; {expected}")
         return url.rstrip("/").removesuffix("/v1")
 
 
 class TeacherConfig(_Config):
     """Which model scores the text, and with what engine."""
 
-    model: str = Field(description="A built-in name (`smollm2-135m`, `synthetic`), a model folder, or a hub name.")
+    model: str = Field(
+        min_length=1, description="A built-in name (`smollm2-135m`, `synthetic`), a model folder, or a hub name."
+    )
     backend: Literal["vllm", "transformers", "synthetic", "server"] = Field(
         "vllm",
         description="The engine; `server`: a vLLM server over HTTP. Where vLLM is not installed, `vllm` falls back to "
@@ -79,7 +106,12 @@ class TeacherConfig(_Config):
         default_factory=dict, description="Passed to `vllm.LLM(...)` (or `from_pretrained(...)`) as they are."
     )
     vocab_size: int = Field(49_152, ge=258, description="Synthetic teacher only: ids it can predict.")
-    seed: int = Field(0, description="Synthetic teacher only: which distribution.")
+    seed: int = Field(0, ge=0, description="Synthetic teacher only: which distribution.")
+
+    @field_validator("model")
+    @classmethod
+    def _home(cls, model: str) -> str:
+        return _with_home(model)
 
     def step_tokens(self, *, on_cpu: bool) -> int:
         """``batch_tokens``, or its default for the device."""
@@ -131,25 +163,31 @@ class GenerateConfig(_Config):
 class DataConfig(_Config):
     """Which text, and how it becomes sequences."""
 
-    path: str = Field(description="A built-in name (`python-docs`), a file or folder, or a hub name for load_dataset.")
+    path: str = Field(
+        min_length=1, description="A built-in name (`python-docs`), a file or folder, or a hub name for load_dataset."
+    )
     name: str | None = Field(None, description="Configuration of a hub data set.")
     split: str = Field("train", description="Split to read.")
     revision: str | None = Field(None, description="Branch, tag or commit of a hub data set.")
     text_field: str | None = Field(
-        None, description="Column with documents. Default: `text`, unless another field is set."
+        None, min_length=1, description="Column with documents. Default: `text`, unless another field is set."
     )
     messages_field: str | None = Field(
-        None, description="Column with chats, lists of {role, content}; the loss mask covers assistant tokens only."
+        None,
+        min_length=1,
+        description="Column with chats, lists of {role, content}; the loss mask covers assistant tokens only.",
     )
     prompt_field: str | None = Field(
-        None, description="With generate: column with prompts, each the one user message of a chat."
+        None, min_length=1, description="With generate: column with prompts, each the one user message of a chat."
     )
     generate: GenerateConfig | None = Field(
         None,
         description="Let the teacher write the text first: it answers prompt_field, or the end of each chat in "
         "messages_field (an answer that is there already is replaced), or continues text_field.",
     )
-    id_field: str | None = Field(None, description="Column with stable, unique ids. Default: the row number.")
+    id_field: str | None = Field(
+        None, min_length=1, description="Column with stable, unique ids. Default: the row number."
+    )
     max_length: int = Field(512, ge=1, description="Longest sequence, in tokens.")
     overlong: Literal["split", "truncate", "drop"] = Field(
         "split",
@@ -163,10 +201,15 @@ class DataConfig(_Config):
     append_eos: bool = Field(False, description="Documents: end each with the tokenizer's EOS.")
     chat_template: Path | None = Field(None, description="A Jinja file used instead of the tokenizer's own template.")
 
+    @field_validator("path")
+    @classmethod
+    def _path_has_a_home(cls, path: str) -> str:
+        return _with_home(path)
+
     @field_validator("chat_template")
     @classmethod
     def _home(cls, path: Path | None) -> Path | None:
-        return None if path is None else path.expanduser()
+        return None if path is None else _expanded(path)
 
     @model_validator(mode="after")
     def _one_kind_of_text(self) -> Self:
@@ -325,10 +368,21 @@ class BuildConfig(_Config):
     @classmethod
     def _folder_or_url(cls, output: str | Path) -> str | Path:
         if isinstance(output, Path):
+            return _expanded(output)
+        protocol, is_url, path = output.partition("://")
+        if is_url and protocol not in ("file", "local"):
             return output
-        if output.startswith(("file://", "local://")):
-            return Path(output.partition("://")[2])
-        return output if "://" in output else Path(output)
+        if is_url and path.startswith("localhost/"):  # file://HOST/PATH, as RFC 8089 has it
+            path = path.removeprefix("localhost")
+        folder = path if is_url else output
+        if not folder:
+            raise ValueError("expected a folder, or the URL of one")
+        return _expanded(Path(folder))
+
+    @field_validator("log")
+    @classmethod
+    def _home(cls, log: bool | Path) -> bool | Path:
+        return log if isinstance(log, bool) else _expanded(log)
 
     @property
     def folder(self) -> Path:
@@ -339,7 +393,7 @@ class BuildConfig(_Config):
         """Where the log goes; None for none."""
         if isinstance(self.log, bool):
             return Path(f"{self.folder.absolute()}.log.jsonl") if self.log else None
-        return self.log.expanduser()
+        return self.log
 
     @model_validator(mode="after")
     def _workers_share_a_folder(self) -> Self:
@@ -370,6 +424,20 @@ class BuildConfig(_Config):
                 f"{self.store.tail_samples}); set store.tail_samples=0"
             )
         return self
+
+
+def _expanded(path: Path) -> Path:
+    """``path`` with ``~`` as the home folder, so that all who read a config mean the same place."""
+    try:
+        return path.expanduser()
+    except RuntimeError as error:  # ~NOBODY, or no home at all
+        raise ValueError(f"{str(error).rstrip('.')}; name the folder without ~") from None
+
+
+def _with_home(name: str) -> str:
+    """``name`` as it is, which a manifest repeats; a mistake in its ``~`` is found here."""
+    _expanded(Path(name))
+    return name
 
 
 if __name__ == "__main__":  # for docs/config.md

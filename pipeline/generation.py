@@ -29,7 +29,8 @@ from tqdm import tqdm
 
 from cache_format.configuration import describe_difference
 from cache_format.errors import UserError
-from cache_format.manifest import DataHash, GenerationIdentity, TeacherIdentity
+from cache_format.manifest import DataHash, GenerationIdentity, TeacherIdentity, TokenizerIdentity
+from cache_format.tokenizers import tokenizer_identity
 from cache_format.writer import load_state, sync, write_durably, writing_to
 from pipeline.config import BuildConfig
 from pipeline.interruption import at_safe_points, checkpoint
@@ -37,6 +38,7 @@ from pipeline.prompts import PromptRow, Prompts
 from pipeline.sequence import Sequence
 from pipeline.sources import Source
 from pipeline.teachers.base import Generator, Prompt, Sampling
+from pipeline.tokenize import Tokenization
 
 _PROMPTS = pa.schema([("row_id", pa.string()), ("input_ids", pa.list_(pa.int32()))])
 _ANSWERS = pa.schema([("answer", pa.list_(pa.int32())), ("finish", pa.string())])
@@ -56,6 +58,8 @@ class GenerationState(BaseModel):
     counters: dict[str, int]
     stamp: str
     prompts_sha256: str
+    # None where an earlier version has written this.
+    tokenizer: TokenizerIdentity | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -85,6 +89,7 @@ class Generations:
         self.chat_template = prompts.chat_template
         self.sampling = sampling
         self._prompts = prompts
+        self._tokenizer = tokenizer_of(prompts, config)
         self._config = config
         self._settings = config.data.generate
         self._request = request
@@ -110,7 +115,8 @@ class Generations:
     def complete(self, source: Source, start: Callable[[Sampling], Any]) -> None:
         """Writes down the prompts and every answer that is missing; ``start`` starts the engine, if one is needed.
 
-        Raises UserError for answers that are there already but were written under other settings or by another teacher.
+        Raises UserError for answers that are there already but were written under other settings, with another tokenizer or
+        by another teacher; and where the data changes while it is read.
         """
         with writing_to(self._config.folder):
             state = self._state() if self._state_file.exists() else self._write_prompts(source)
@@ -119,6 +125,11 @@ class Generations:
                     f"{self._config.output} holds an unfinished build with other settings: "
                     f"{describe_difference(state.request, self._request)}; go back to them, start afresh with --restart, "
                     "or choose another output"
+                )
+            if state.tokenizer is not None and (changes := tokenizer_changes(state.tokenizer, self._tokenizer)):
+                raise UserError(
+                    f"{self._config.output} holds prompts of another tokenizer: {self._config.teacher.model} has changed "
+                    f"since they were written ({changes}); put it back, start afresh with --restart, or choose another output"
                 )
             missing = [unit for unit in range(state.units) if not self._answers_file(unit).exists()]
             written = self._tokens(range(missing[0])) if missing else 0
@@ -161,6 +172,7 @@ class Generations:
         digest, units, waiting = DataHash(), 0, list[PromptRow]()
         per_unit = max(1, _UNIT_ANSWERS // self._settings.samples)
         file = self._folder / "prompts.arrow"
+        stamp = source.stamp()
 
         def flush() -> None:
             nonlocal units
@@ -180,14 +192,16 @@ class Generations:
             if waiting:
                 flush()
         sync(file)
+        check_unchanged(source, stamp, self._config)
         counters = {**source.counters, **self._prompts.counters}
         state = GenerationState(
             request=self._request,
             units=units,
             answers=counters["prompts"] * self._settings.samples,
             counters=counters,
-            stamp=source.stamp(),
+            stamp=stamp,
             prompts_sha256=digest.hexdigest(),
+            tokenizer=self._tokenizer,
         )
         write_durably(self._state_file, state.model_dump_json(indent=2))
         return state
@@ -319,6 +333,33 @@ def prompts_sha256(prompts: Iterable[PromptRow]) -> str:
     for row in prompts:
         digest.update(row.row_id, row.input_ids, np.zeros(0, np.bool_))
     return digest.hexdigest()
+
+
+def check_unchanged(source: Source, stamp: str, config: BuildConfig) -> None:
+    """Raises UserError where the data is no longer what ``stamp`` said before its first row was read."""
+    try:
+        now = source.stamp()
+    except OSError:  # a file is gone
+        now = ""
+    if now != stamp:
+        raise UserError(
+            f"{config.data.path} has changed while it was read; run the same command again once nothing writes to it"
+        )
+
+
+def tokenizer_of(text: Prompts | Tokenization | Generations, config: BuildConfig) -> TokenizerIdentity:
+    """The tokenizer and the chat template in force, as a manifest names them."""
+    return TokenizerIdentity(name=config.teacher.model, **tokenizer_identity(text.tokenizer, text.chat_template))
+
+
+def tokenizer_changes(before: TokenizerIdentity, now: TokenizerIdentity) -> str:
+    """What of a tokenizer differs, for people; empty where nothing does."""
+    parts = {
+        "vocab_sha256": "its vocabulary",
+        "sha256": "how it turns text into ids",
+        "chat_template_sha256": "its chat template",
+    }
+    return ", ".join(part for field, part in parts.items() if getattr(before, field) != getattr(now, field))
 
 
 def check_teacher(build_dir: Path, teacher: TeacherIdentity) -> None:

@@ -18,16 +18,22 @@ from tqdm import tqdm
 
 from cache_format import CacheReader, CacheWriter, Manifest, UserError
 from cache_format.configuration import describe_difference
-from cache_format.manifest import DataHash, DataIdentity, Header, TokenizerIdentity
+from cache_format.manifest import DataHash, DataIdentity, Header
 from cache_format.remote import RemoteCacheWriter, holds_cache, remove_remote_cache, remove_traces
-from cache_format.tokenizers import tokenizer_identity
 from cache_format.writer import BUILD_DIR, MANIFEST, remove_cache, writing_to
 from pipeline.behind import Pair
 from pipeline.build_audit import audit_build
 from pipeline.config import BuildConfig
-from pipeline.generation import Generations, check_teacher, prompts_sha256
+from pipeline.generation import (
+    Generations,
+    check_teacher,
+    check_unchanged,
+    prompts_sha256,
+    tokenizer_changes,
+    tokenizer_of,
+)
 from pipeline.interruption import at_safe_points
-from pipeline.models import weights_sha256
+from pipeline.models import check_context, resolve_model, weights_sha256
 from pipeline.plan import Plan, write_sequences
 from pipeline.progress import Progress
 from pipeline.prompts import Prompts
@@ -171,6 +177,7 @@ def _reuse(config: BuildConfig, request: dict[str, Any]) -> Manifest:
         shutil.rmtree(config.output / BUILD_DIR, ignore_errors=True)
     else:
         remove_traces(config.output)
+    _check_tokenizer(manifest, config, ways_out)
     _check_weights(manifest, config, ways_out)
     try:
         source = open_source(config.data)
@@ -216,6 +223,18 @@ def _check_weights(manifest: Manifest, config: BuildConfig, ways_out: str) -> No
         raise UserError(f"the model in {folder} has changed since {config.output} was built; {ways_out}")
 
 
+def _check_tokenizer(manifest: Manifest, config: BuildConfig, ways_out: str) -> None:
+    """Raises UserError where the teacher's folder now holds another tokenizer or chat template, as ``_check_weights``."""
+    folder = Path(config.teacher.model).expanduser()
+    if config.teacher.backend == "synthetic" or not folder.is_dir():
+        return
+    text = _tokenization(config) if config.data.generate is None else _prompts(config)
+    if changes := tokenizer_changes(manifest.tokenizer, tokenizer_of(text, config)):
+        raise UserError(
+            f"the tokenizer in {folder} has changed since {config.output} was built ({changes}); {ways_out}"
+        )
+
+
 def _tokenization(config: BuildConfig) -> Tokenization:
     return Tokenization(open_tokenizer(config.teacher), config.data, vocab_size_of(config.teacher))
 
@@ -234,15 +253,36 @@ def _check_top_k(config: BuildConfig) -> None:
 
 
 def _check_before_removing(config: BuildConfig) -> None:
-    """Finds the mistakes that would make a restart fail at once: a cache is worth more than a mistyped name."""
+    """Finds the mistakes that would make a restart fail at once: a cache is worth more than a mistyped name.
+
+    Raises UserError, as what comes after the removal would: of the model, its tokenizer, the template and the data, up to
+    the first sequence or prompt that comes of it.
+    """
     _check_top_k(config)
-    open_source(config.data)
-    open_tokenizer(config.teacher)
+    _check_engine(config)
+    source = open_source(config.data)
+    if config.data.generate is None:
+        next(_tokenization(config).sequences(source), None)
+    else:
+        next(_prompts(config).prompts(source), None)
+
+
+def _check_engine(config: BuildConfig) -> None:
+    """What an engine refuses before it reads the weights."""
+    teacher = config.teacher
+    if "synthetic" in (teacher.backend, teacher.model):
+        return
+    check_context(resolve_model(teacher.model, teacher.revision), config.data.max_length)
+    if teacher.backend == "vllm":
+        from pipeline.teachers.vllm import check_engine_args
+
+        check_engine_args(teacher)
 
 
 def _make_plan(build_dir: Path, config: BuildConfig, request: dict[str, Any], engine: _Engine) -> Plan:
     _check_top_k(config)
     source: Source = open_source(config.data)
+    stamp = source.stamp()
     text: Tokenization | Generations
     if config.data.generate is None:
         text = _tokenization(config)
@@ -260,6 +300,8 @@ def _make_plan(build_dir: Path, config: BuildConfig, request: dict[str, Any], en
 
         with writing_to(config.folder):
             shards, digest = write_sequences(build_dir, counted(), config.store.shard_tokens)
+    if not isinstance(text, Generations):  # those have read it before, perhaps days ago
+        check_unchanged(source, stamp, config)
     if not shards:
         raise UserError(f"{config.data.path} gives no sequence to score; check its fields and max_tokens")
     if not any(shard.positions for shard in shards):
@@ -269,9 +311,7 @@ def _make_plan(build_dir: Path, config: BuildConfig, request: dict[str, Any], en
         )
     plan = Plan(
         request=request,
-        tokenizer=TokenizerIdentity(
-            name=config.teacher.model, **tokenizer_identity(text.tokenizer, text.chat_template)
-        ),
+        tokenizer=tokenizer_of(text, config),
         data=DataIdentity.model_validate(
             {
                 "source": config.data.path,
@@ -282,7 +322,7 @@ def _make_plan(build_dir: Path, config: BuildConfig, request: dict[str, Any], en
                 "overlong": config.data.overlong,
                 "sha256": digest,
                 "counters": {**source.counters, **text.counters},
-                "stamp": text.stamp if isinstance(text, Generations) else source.stamp(),
+                "stamp": text.stamp if isinstance(text, Generations) else stamp,
                 "generation": text.identity() if isinstance(text, Generations) else None,
             }
         ),

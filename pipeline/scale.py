@@ -21,7 +21,7 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
-from cache_format import CacheWriter, UserError, errors
+from cache_format import CacheWriter, LogitcaskError, UserError
 from cache_format.manifest import Header
 from cache_format.prior import TailPrior
 from pipeline.config import BuildConfig, ScaleConfig
@@ -92,9 +92,21 @@ def score_shards_on_ray(
                     ):  # some are told twice: by an attempt taken for dead, and by the next
                         _take_up(writer, shard, progress)
                 if row is not None and row["error"]:
-                    raise getattr(errors, row["error"])(row["message"])
+                    raise _error(row["error"], row["message"])
                 checkpoint()
         return writer.header(), progress.seconds, progress.counts.scored_tokens
+
+
+def _error(kind: str, message: str) -> LogitcaskError:
+    """What a worker has raised, by the name of its class; one that this process does not know is a user's mistake."""
+
+    def kinds(base: type[LogitcaskError]) -> Iterator[type[LogitcaskError]]:
+        yield base
+        for each in base.__subclasses__():
+            yield from kinds(each)
+
+    # All that are loaded, not those of one module: MisalignedScoresError is the estimator's.
+    return next((each for each in kinds(LogitcaskError) if each.__name__ == kind), UserError)(message)
 
 
 def _count(done: Done, progress: Progress, workers: int) -> None:

@@ -235,11 +235,16 @@ class _Http:
         self._settings = settings
         headers = {}
         if settings.api_key_env is not None:
-            key = os.environ.get(settings.api_key_env)
+            key = os.environ.get(settings.api_key_env, "").strip()  # a key read from a file may end with its newline
             if not key:
                 raise UserError(
                     f"teacher.server.api_key_env is {settings.api_key_env}, but no such environment variable is set; "
                     "set it to the server's key"
+                )
+            if not (key.isascii() and key.isprintable()):
+                raise UserError(
+                    f"the environment variable {settings.api_key_env} (teacher.server.api_key_env) holds characters that no "
+                    "HTTP header can; a key is printable ASCII: set it to the server's key"
                 )
             headers["Authorization"] = f"Bearer {key}"
         connections = settings.concurrency + 1

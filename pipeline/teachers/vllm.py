@@ -61,6 +61,13 @@ _RESERVED = {
 }
 
 
+def check_engine_args(config: TeacherConfig) -> None:
+    """Raises ConfigError for engine arguments that are set by a field of their own, or by how logprobs are captured."""
+    for key in _RESERVED.keys() & config.engine_args.keys():
+        instead = f"use {_RESERVED[key]}" if _RESERVED[key] else "its value is part of how logprobs are captured"
+        raise ConfigError(f"teacher.engine_args.{key} cannot be set; {instead}")
+
+
 class VllmTeacher:
     """A model inside a vLLM engine: in this process on a CPU, in processes of its own on GPUs.
 
@@ -77,9 +84,7 @@ class VllmTeacher:
         capture: Capture,
         sampling: Sampling | None = None,
     ) -> None:
-        for key in _RESERVED.keys() & config.engine_args.keys():
-            instead = f"use {_RESERVED[key]}" if _RESERVED[key] else "its value is part of how logprobs are captured"
-            raise ConfigError(f"teacher.engine_args.{key} cannot be set; {instead}")
+        check_engine_args(config)
         check_context(model, max_length)
         self._config = config
         self._model = model

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ import pytest
 from cache_format import CacheReader, CacheWriter, TailSamples, UserError, verify
 from cache_format.derive import DeriveOptions, derive, merge
 from cache_format.fidelity import reconstruction_kl
-from cache_format.manifest import StoreSettings
+from cache_format.manifest import GenerationIdentity, StoreSettings
 from cache_format.narrow import head_sizes, narrow
 from cache_format.prior import TailPrior
 
@@ -19,10 +21,16 @@ VOCAB = 300
 
 @pytest.fixture
 def write(tmp_path, rng, header, consistent_sequence):
-    def make(name, kind="samples", count=8, start=0, **changes):
-        sequences = [consistent_sequence(rng, f"s{start + i}", kind=kind, tokens=60) for i in range(count)]
+    def make(name, kind="samples", count=8, start=0, empty=0, data=None, **changes):
+        """The first ``empty`` sequences have no kept position; ``data`` and ``changes`` go into the header."""
+        sequences = [
+            consistent_sequence(rng, f"s{start + i}", kind=kind, tokens=60, kept=float(i >= empty))
+            for i in range(count)
+        ]
         made = header(1000, kind=kind)
-        made = made.model_copy(update={"store": made.store.model_copy(update=changes)})
+        made = made.model_copy(
+            update={"store": made.store.model_copy(update=changes), "data": made.data.model_copy(update=data or {})}
+        )
         with CacheWriter(tmp_path / name) as writer:
             started = writer.begin(made, TailPrior.estimate(sequences, 1000))
             with writer.shard(0) as shard:
@@ -98,7 +106,7 @@ def test_draws_of_draws_are_unbiased(rng):
     for number in range(rounds):
         first = rng.choice(ids[12:], (rows, 1, 6), p=p[12:] / tail).astype(np.int32)
         named = dataclasses.replace(template, sequence_id=f"{number}", samples=TailSamples(first))
-        new = narrow(named, wide.model_copy(update={"top_k": 4}))
+        new = narrow(named, wide.model_copy(update={"top_k": 4}), "source")
         for name, share in (("right", np.exp(new.tail_logprob[0])), ("biased", tail)):
             estimate = (
                 np.stack([np.bincount(row[row >= 0], minlength=VOCAB) for row in new.samples.ids[:, 0]]) / 6 * share
@@ -112,6 +120,80 @@ def test_draws_of_draws_are_unbiased(rng):
         error = np.sqrt((squares[name] / (rounds * rows) - mean**2) / (rounds * rows)) + 1e-9
         score = np.abs(mean - expected)[ids[4:12]] / error[ids[4:12]]
         assert (score.max() < 5) == (name == "right"), (name, score)
+
+
+@pytest.mark.parametrize("draws", ["systematic", "independent"])
+def test_draws_of_draws_of_draws_are_unbiased(rng, draws):
+    """Of 16 first draws as stored, by rising id, each gets into the last 4 equally often; with the same points twice not."""
+    had = {"vocab_size": VOCAB, "top_k": 4, "capture_k": 4, "logprob_step": 2.0**-16, "draws": draws}
+    steps = [StoreSettings(**had, tail_samples=count) for count in (8, 4)]
+    first = np.arange(100, 116)
+    rounds, rows = 60, 400
+    template = sequence_of(np.arange(4), np.log([0.4, 0.2, 0.1, 0.1]), np.log(0.2), rows)
+    template = dataclasses.replace(template, samples=TailSamples(np.tile(first, (rows, 1, 1)).astype(np.int32)))
+    cases = [(("one", "two"), True)]
+    if draws == "systematic":  # one point a row, the same for both
+        cases.append((("one", "one"), False))
+    for sources, right in cases:
+        sums, squares = np.zeros(16), np.zeros(16)
+        for _ in range(rounds):
+            new = dataclasses.replace(template, sequence_id=f"{rng.integers(2**60)}")
+            for settings, source in zip(steps, sources, strict=True):
+                new = narrow(new, settings, source)
+                new = dataclasses.replace(new, samples=TailSamples(np.sort(new.samples.ids, axis=2)))
+            counts = (new.samples.ids[:, 0, :, None] == first).sum(axis=1)
+            sums += counts.sum(0)
+            squares += (counts**2).sum(0)
+        mean = sums / (rounds * rows)
+        error = np.sqrt((squares / (rounds * rows) - mean**2) / (rounds * rows)) + 1e-9
+        score = np.abs(mean - 4 / 16) / error
+        assert (score.max() < 5.5) == right, (sources, score)
+
+
+def test_each_derivation_has_draws_of_its_own(tmp_path, write):
+    """What is derived from a derived cache is drawn at other points than the source's draws were."""
+    source = write("source", "random sampling")
+    derive(source, tmp_path / "once", DeriveOptions(tail_samples=20))
+    derive(str(tmp_path / "once"), tmp_path / "twice", DeriveOptions(tail_samples=10))
+    once, twice = CacheReader(tmp_path / "once"), CacheReader(tmp_path / "twice")
+    store = twice.manifest.store
+
+    def draws(sequence):
+        return np.sort(sequence.samples.ids, axis=2)
+
+    for old, new in zip(once, twice, strict=True):
+        np.testing.assert_array_equal(draws(narrow(old, store, once.manifest.fingerprint)), draws(new))
+    others = [draws(narrow(old, store, CacheReader(source).manifest.fingerprint)) for old in once]
+    assert any((other != draws(new)).any() for other, new in zip(others, twice, strict=True))
+
+
+NARROWER = {
+    "head": {"top_k": 3},
+    "ragged": {"min_probability": 0.1},
+    "samples": {"top_k": 3, "tail_samples": 3},
+    "sample logprobs": {"top_k": 3, "tail_samples": 3},
+    "random sampling": {"tail_samples": 3},
+}
+
+
+@pytest.mark.parametrize("kind", NARROWER)
+@pytest.mark.parametrize("all_empty", [True, False])
+def test_sequences_without_kept_positions(tmp_path, write, kind, all_empty):
+    source = write("source", kind, empty=8 if all_empty else 3)
+    derive(source, tmp_path / "out", DeriveOptions(**NARROWER[kind]), shard_tokens=150)
+    assert verify(str(tmp_path / "out"), deep=True) == []
+    cache = CacheReader(tmp_path / "out")
+    empty = [sequence for sequence in cache if not len(sequence.positions)]
+    assert len(empty) == (8 if all_empty else 3)
+    store = cache.manifest.store
+    for sequence in empty:
+        assert sequence.ids.shape == (0, 0)
+        if store.tail_samples:
+            assert sequence.samples.ids.shape == (0, store.sample_sets, 0)
+            assert (sequence.samples.logprobs is None) == (not store.sample_logprobs)
+    if kind == "samples" and not all_empty:
+        derive(source, tmp_path / "budget", DeriveOptions(max_kl=5.0))
+        assert verify(str(tmp_path / "budget"), deep=True) == []
 
 
 def sequence_of(ids, logprobs, tail, rows):
@@ -184,12 +266,32 @@ def test_a_budget_is_met(tmp_path, write, option):
         ("head", {"entropy": True}, "no entropies"),
         ("samples", {"logprob_step": 2.0**-8}, "grid"),
         ("head", {"max_kl": 0.5}, "entropies"),
+        ("samples", {"min_probability": 0.001}, r"end by min_probability 0\.01, not 0\.001"),
+        ("samples", {"min_k": 3}, "at least 1 entries a head, not 3"),
     ],
 )
 def test_more_than_there_is_is_refused(tmp_path, write, kind, options, what):
     with pytest.raises(UserError, match=what):
         derive(write("source", kind), tmp_path / "out", DeriveOptions(**options))
     assert not (tmp_path / "out").exists()
+
+
+def test_heads_that_ended_are_not_said_to_go_on(tmp_path, write):
+    source = write("nucleus", top_p=0.9, min_probability=None, min_k=2)
+    for options, what in (({"top_p": 0.95}, r"top_p 0\.9, not 0\.95"), ({"min_k": 3}, "at least 2 entries")):
+        with pytest.raises(UserError, match=what):
+            derive(source, tmp_path / "out", DeriveOptions(**options))
+    # Fewer than 3 are left in any case, and whole heads have as many as one likes.
+    assert derive(source, tmp_path / "two", DeriveOptions(top_k=2, min_k=3)).store.min_k == 2
+    whole = write("whole", "head", min_k=1)
+    assert derive(whole, tmp_path / "three", DeriveOptions(min_probability=0.1, min_k=3)).store.min_k == 3
+
+
+@pytest.mark.parametrize("bound", [0.01, 0.0123456, 0.6])
+def test_a_budget_beyond_the_source_keeps_its_bound(tmp_path, write, bound):
+    source = write("source", min_probability=bound)
+    manifest = derive(source, tmp_path / "out", DeriveOptions(max_bytes_per_token=10_000))
+    assert manifest.store.min_probability == bound
 
 
 @pytest.mark.parametrize("options", [{"sequences": "x"}, {"sequences": "::0"}, {"max_kl": 1, "min_probability": 0.1}])
@@ -224,6 +326,54 @@ def test_an_interrupted_derivation_goes_on(tmp_path, write):
         derive(source, tmp_path / "source", options)
 
 
+def test_an_unfinished_derivation_is_begun_afresh_without_its_folder(tmp_path, write):
+    """``derive`` has no --restart: what to do is to remove the folder."""
+    source, out = write("source"), tmp_path / "out"
+
+    def stop(_):
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        derive(source, out, DeriveOptions(top_k=3), on_tokens=stop)
+    with pytest.raises(UserError, match=rf"go on with the old settings, remove {out} to start afresh, or") as caught:
+        derive(source, out, DeriveOptions(top_k=2))
+    assert "--restart" not in str(caught.value)
+    prior = (out / "tail_prior.arrow").read_bytes()
+    (out / "tail_prior.arrow").write_bytes(b"?")
+    with pytest.raises(UserError, match=rf"not the file the build wrote; remove {out} to start afresh$"):
+        derive(source, out, DeriveOptions(top_k=3))
+    (out / "tail_prior.arrow").write_bytes(prior)
+    (out / ".build" / "header.json").write_text("{}")
+    with pytest.raises(UserError, match=rf"this version of logitcask; remove {out} to start afresh$"):
+        derive(source, out, DeriveOptions(top_k=3))
+
+
+@pytest.mark.parametrize(
+    "output", ["s3://bucket/x", "file:///tmp/x", "hf://datasets/a/b", "simplecache::s3://bucket/x"]
+)
+def test_a_url_as_output_is_refused(tmp_path, write, output, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    one, two = write("one"), write("two", start=50)
+    for make in (lambda: derive(one, Path(output), DeriveOptions(top_k=3)), lambda: merge([one, two], Path(output))):
+        with pytest.raises(UserError, match=r"is a URL, but has to be a local folder; .*teacher-cache push"):
+            make()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
+
+
+def test_more_shards_than_a_manifest_lists(tmp_path, write, monkeypatch):
+    monkeypatch.setattr("cache_format.derive.MAX_SHARDS", 1)
+    one, two = write("one", count=2), write("two", start=50, count=2)
+    for make in (
+        lambda: derive(one, tmp_path / "out", DeriveOptions(top_k=3), shard_tokens=1),
+        lambda: merge([one, two], tmp_path / "out", shard_tokens=60),
+    ):
+        with pytest.raises(UserError, match=r"can list 1; set a larger --shard-tokens"):
+            make()
+        assert not (tmp_path / "out").exists()
+    monkeypatch.setattr("cache_format.derive.MAX_SHARDS", 4)
+    assert len(merge([one, two], tmp_path / "out", shard_tokens=60).shards) == 4
+
+
 def test_merged_caches_hold_all_sequences(tmp_path, write):
     one, two = write("one", count=4), write("two", count=5, start=4)
     manifest = merge([one, two], tmp_path / "both", shard_tokens=130)
@@ -247,6 +397,32 @@ def test_what_does_not_belong_together_is_not_merged(tmp_path, write):
         merge([one, write("narrower", start=50, top_k=5)], tmp_path / "out")
     with pytest.raises(UserError, match="two or more"):
         merge([one], tmp_path / "out")
+    for policy in ("all", "mixed"):
+        with pytest.raises(UserError, match=rf"data\.mask_policy: {policy} -> generated; do not merge"):
+            merge(
+                [
+                    write(policy, data={"mask_policy": policy}),
+                    write("written", start=50, data={"mask_policy": "generated"}),
+                ],
+                tmp_path / "out",
+            )
+        shutil.rmtree(tmp_path / "written")
     assert not (tmp_path / "out" / "manifest.json").exists()
     merge([one, write("named")], tmp_path / "numbered", number_ids=True)
     assert {s.sequence_id[:2] for s in CacheReader(tmp_path / "numbered")} == {"0/", "1/"}
+
+
+def test_what_all_parts_agree_on_is_kept(tmp_path, write):
+    written = GenerationIdentity(prompts_sha256="1", end_tokens=(2, 3), max_new_tokens=100)
+    other = written.model_copy(update={"max_new_tokens": 50})
+    caches = [
+        write(f"{i}", start=10 * i, data={"mask_policy": "generated", "generation": each})
+        for i, each in enumerate((written, written, other))
+    ]
+    merged = merge(caches[:2], tmp_path / "same").data
+    assert (merged.mask_policy, merged.generation) == ("generated", written)
+    merged = merge(caches, tmp_path / "different").data
+    assert (merged.mask_policy, merged.generation) == ("generated", None)
+    assistant = write("assistant", start=50, data={"mask_policy": "assistant"})
+    merged = merge([write("all", start=60), assistant], tmp_path / "mixed").data
+    assert (merged.mask_policy, merged.generation) == ("mixed", None)

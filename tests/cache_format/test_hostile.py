@@ -113,6 +113,15 @@ def test_a_forged_manifest_is_refused(case, laid_out, what):
     refused(laid_out(mutated), "not valid at|format_version")
 
 
+@pytest.mark.parametrize("name", ["head_mass_sum", "target_nll_sum"])
+def test_sums_that_are_beyond_floats_together(case, laid_out, name):
+    mutated = case()
+    for shard in mutated.manifest["shards"]:
+        shard[name] = 1e308
+    mutated.put_manifest()
+    refused(laid_out(mutated), f"the {name} of all shards together is more than a float holds")
+
+
 def test_a_key_that_occurs_twice(case, laid_out):
     mutated = case()
     text = mutated.base.files["manifest.json"].decode()
@@ -215,6 +224,77 @@ def test_a_body_that_claims_more_than_the_file(hostile, case, laid_out, places):
     folder = laid_out(mutated)
     refused(folder, "its body leaves the file")
     with pytest.raises(DamagedCacheError, match="its body leaves the file"):
+        list(CacheReader(folder).iter_column("sequence_id"))
+
+
+def of_version_4(batches, schema, *, hidden):
+    """An Arrow file whose messages have metadata version V4; ``hidden``: only custom metadata says that it is compressed."""
+    sink = pa.BufferOutputStream()
+    options = pa.ipc.IpcWriteOptions(metadata_version=pa.ipc.MetadataVersion.V4, compression="zstd")
+    with pa.ipc.new_file(sink, schema, options=options) as file:
+        for batch in batches:
+            file.write_batch(batch, custom_metadata={"ARROW:experimental_compression": "zstd"})
+    data = bytearray(sink.getvalue().to_pybytes())
+    if hidden:
+        for start, _ in metadata_of_batches(data):
+            message = table_at(data, start + 8)
+            batch = table_at(data, field_at(data, message, 2))
+            vtable = batch - int.from_bytes(data[batch : batch + 4], "little", signed=True)
+            data[vtable + 4 + 2 * 3 : vtable + 4 + 2 * 3 + 2] = bytes(2)
+    return bytes(data)
+
+
+def table_at(data, at):
+    """The flatbuffer table that the offset at ``at`` refers to."""
+    return at + int.from_bytes(data[at : at + 4], "little")
+
+
+def field_at(data, table, number):
+    slot = table - int.from_bytes(data[table : table + 4], "little", signed=True) + 4 + 2 * number
+    return table + int.from_bytes(data[slot : slot + 2], "little")
+
+
+def metadata_of_batches(data):
+    footer = table_at(data, len(data) - 10 - int.from_bytes(data[-10:-6], "little"))
+    blocks = table_at(data, field_at(data, footer, 3))
+    for index in range(int.from_bytes(data[blocks : blocks + 4], "little")):
+        at = blocks + 4 + 24 * index
+        yield int.from_bytes(data[at : at + 8], "little"), int.from_bytes(data[at + 8 : at + 12], "little")
+
+
+@pytest.mark.parametrize("what", ["shard", "prior"])
+@pytest.mark.parametrize("hidden", [True, False])
+def test_metadata_that_hides_compression(hostile, case, laid_out, what, hidden):
+    """In V4, Arrow decompresses where custom metadata says so: the sizes that are checked would be those on disk."""
+    mutated = case()
+    path = mutated.shard()[0]["path"] if what == "shard" else "tail_prior.arrow"
+    with pa.ipc.open_file(pa.BufferReader(mutated.files.get(path) or mutated.base.files[path])) as file:
+        batches = [file.get_batch(index) for index in range(file.num_record_batches)]
+    forged = of_version_4(batches, batches[0].schema, hidden=hidden)
+    with pa.ipc.open_file(pa.BufferReader(forged)) as file:
+        assert file.get_batch(0).equals(batches[0]), "what Arrow makes of it"
+    mutated.files[path] = forged
+    mutated.seal()
+    folder = laid_out(mutated)
+    with pytest.raises(DamagedCacheError, match=r"its metadata has version V4; expected V5"):
+        list(CacheReader(folder))
+
+
+def test_only_the_message_of_a_batch_is_old(hostile, case, laid_out):
+    """A footer of V5 does not vouch for the messages."""
+    mutated = case()
+    entry, data = mutated.shard()
+    with pa.ipc.open_file(pa.BufferReader(data)) as file:
+        batches = [file.get_batch(index) for index in range(file.num_record_batches)]
+    forged = bytearray(of_version_4(batches, batches[0].schema, hidden=True))
+    footer = table_at(forged, len(forged) - 10 - int.from_bytes(forged[-10:-6], "little"))
+    version = field_at(forged, footer, 0)
+    forged[version : version + 2] = (4).to_bytes(2, "little")
+    mutated.files[entry["path"]] = bytes(forged)
+    mutated.seal()
+    folder = laid_out(mutated)
+    refused(folder, "batch 0, cannot be read: its metadata has version V4; expected V5")
+    with pytest.raises(DamagedCacheError, match="expected V5"):
         list(CacheReader(folder).iter_column("sequence_id"))
 
 

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import http.server
 import inspect
+import multiprocessing
 import os
 import shutil
 import sys
@@ -38,6 +39,7 @@ from cache_format import (
     verify,
 )
 from cache_format.prior import TailPrior
+from cache_format.remote import RemoteCacheWriter
 from cache_format.share import pull, push
 from cache_format.storage import PULL_DIR, cache_files, open_filesystem, read_manifest
 from cache_format.writer import BUILD_DIR
@@ -396,6 +398,145 @@ def test_shards_of_half_another_cache_are_noticed(tmp_path, cache, write):
     assert files_at(url) == files_at(cache)
 
 
+def test_shards_of_others_by_our_names(cache, url):
+    """Where no manifest and no mark of this push say otherwise, they are somebody's."""
+    if url.startswith("file"):
+        pytest.skip("a folder refuses whatever is there")
+    filesystem, root = open_filesystem(url)
+    filesystem.pipe_file(f"{root}/data/shard-00001.arrow", b"somebody's")
+    before = files_at(url)
+    with pytest.raises(UserError, match=r"is no cache, but has data/shard-00001\.arrow of its own.*--force"):
+        push(cache, url)
+    assert files_at(url) == before
+    assert push(cache, url, force=True).files_sent == SHARDS
+    assert files_at(url) == files_at(cache)
+
+
+def test_half_of_another_push(tmp_path, cache, write, monkeypatch):
+    """It goes on with the same cache, whatever lies there; another cache needs --force."""
+    url, other = f"memory://{tmp_path}", write(tmp_path / "other")
+
+    def send(self, source, root, files, on_bytes):
+        self._filesystem.pipe_file(f"{self._root}/{files[0].path}", b"half a file")
+        raise Interrupted
+
+    with monkeypatch.context() as patch:
+        patch.setattr(share.Store, "send", send)
+        with pytest.raises(Interrupted):
+            push(cache, url)
+    assert files_at(url).keys() == {".push", "data/shard-00000.arrow"}
+    with pytest.raises(IncompleteCacheError, match="unfinished copy"):
+        CacheReader(url)
+    with pytest.raises(UserError, match=r"has data/shard-00000\.arrow of its own"):
+        push(other, url)
+    push(cache, url)
+    assert files_at(url) == files_at(cache)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(share.Store, "send", send)
+        with pytest.raises(Interrupted):
+            push(other, url, force=True)
+    with pytest.raises(UserError, match=r"has data/shard-0000\d\.arrow of its own"):
+        push(cache, url)
+    push(other, url)
+    assert files_at(url) == files_at(other)
+
+
+def test_a_mark_that_was_left_behind_goes(tmp_path, cache, monkeypatch):
+    url, remove = f"memory://{tmp_path}", share.Store.remove
+
+    def killed(self, names):
+        if names == [".push"]:
+            raise Interrupted
+        remove(self, names)
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(share.Store, "remove", killed)
+        push(cache, url)
+    assert verify(url) == []
+    assert push(cache, url).unchanged
+    assert files_at(url) == files_at(cache)
+
+
+@pytest.fixture
+def building(tmp_path, rng, header, sequence):
+    """A build in a store, with one shard of one: its writer, to be finished, and the URL."""
+    url = f"memory://{uuid.uuid4()}/cache"
+    with RemoteCacheWriter(url) as writer:
+        started = writer.begin(header())
+        with writer.shard(0) as shard:
+            shard.append(sequence(rng, "0"))
+        yield writer, started, url
+
+
+def test_a_push_keeps_off_a_remote_build(cache, building):
+    writer, started, url = building
+    before = files_at(url)
+    with pytest.raises(CacheInUseError, match=r"holds an unfinished build; finish it, .*--force"):
+        push(cache, url)
+    assert files_at(url) == before
+    writer.finish(started, 1)
+    assert verify(url, deep=True) == []
+
+
+def test_a_push_that_insists_ends_a_remote_build(cache, building):
+    writer, started, url = building
+    push(cache, url, force=True)
+    assert files_at(url) == files_at(cache)
+    with pytest.raises(CacheInUseError, match="removed this one's marker"):
+        writer.finish(started, 1)
+    assert files_at(url) == files_at(cache)
+
+
+def test_a_remote_build_does_not_replace_a_manifest_of_others(cache, building):
+    writer, started, url = building
+    filesystem, root = open_filesystem(url)
+    filesystem.pipe_file(f"{root}/manifest.json", (cache / "manifest.json").read_bytes())
+    before = files_at(url)
+    with pytest.raises(CacheInUseError, match="holds a finished cache now, which somebody else has put there"):
+        writer.finish(started, 1)
+    assert files_at(url) == before
+
+
+def test_a_remote_build_keeps_off_half_a_push(cache, monkeypatch):
+    url = f"memory://{uuid.uuid4()}/cache"
+
+    def stop(self, *_):
+        raise Interrupted
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        patch.setattr(share.Store, "send", stop)
+        push(cache, url)
+    with pytest.raises(UserError, match=r"half a copy of a cache; push that again .*--restart"):
+        RemoteCacheWriter(url).__enter__()
+    push(cache, url)
+    assert files_at(url) == files_at(cache)
+
+
+@pytest.mark.parametrize("text", ["// my app\n{}", "{}"])
+def test_a_forced_pull_leaves_an_application_alone(tmp_path, cache, text):
+    """Not every manifest.json is a cache's, and one that cannot be read may be anybody's."""
+    folder = tmp_path / "app"
+    (folder / "data").mkdir(parents=True)
+    (folder / "manifest.json").write_text(text)
+    (folder / "README.md").write_text("mine")
+    (folder / "data" / "shard-7.arrow").write_text("mine")
+    before = files_at(folder)
+    for force in (False, True):
+        with pytest.raises(UserError, match=r"is no cache, but has data and README\.md and manifest\.json of its own"):
+            pull(cache, folder, force=force)
+    assert files_at(folder) == before
+
+
+@pytest.mark.parametrize("folder", ["s3://bucket/x", "file:///tmp/x", "memory://x"])
+def test_a_pull_goes_to_a_folder(tmp_path, cache, folder, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(UserError, match=r"is a URL, but has to be a local folder; .*teacher-cache push"):
+        pull(cache, folder)
+    assert not list((tmp_path / "here").iterdir())
+
+
 def test_the_tail_prior_goes_along(tmp_path, rng, header, sequence):
     with CacheWriter(tmp_path / "prior") as writer:
         writer.begin(header(), TailPrior(rng.integers(0, 256, 1000).astype(np.uint8)))
@@ -445,6 +586,71 @@ def test_a_web_server(tmp_path, cache):
     assert not (tmp_path / "nothing").exists()
 
 
+@pytest.fixture
+def web(tmp_path):
+    """A web server of what is in ``tmp_path``: its address, and what it does instead for paths, by a part of them."""
+    instead = {}
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *arguments):
+            pass
+
+        def do_GET(self):
+            for part, action in instead.items():
+                if part in self.path and action(self):
+                    return
+            super().do_GET()
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=tmp_path)) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}", instead
+        server.shutdown()
+
+
+def test_verifying_over_a_bad_line(cache, web):
+    url, instead = web
+    attempts = []
+
+    def cut(handler):
+        """Sends the beginning of the shard, then hangs up."""
+        attempts.append(handler.path)
+        if len(attempts) > 2:
+            return False
+        data = (cache / "data" / "shard-00001.arrow").read_bytes()
+        handler.send_response(200)
+        handler.send_header("Content-Length", str(len(data)))
+        handler.end_headers()
+        handler.wfile.write(data[:1000])
+        handler.close_connection = True
+        return True
+
+    instead["shard-00001"] = cut
+    assert verify(f"{url}/original") == []
+    assert len(attempts) == 3
+
+    instead["shard-00001"] = lambda handler: handler.send_error(503) is None
+    with pytest.raises(CacheError, match=r"data/shard-00001\.arrow cannot be reached: 503") as caught:
+        verify(f"{url}/original")
+    assert (caught.type, caught.value.exit_code) == (CacheError, 2)
+    instead["shard-00001"] = lambda handler: handler.send_error(404) is None
+    assert len(verify(f"{url}/original")) == 1
+
+
+@pytest.mark.parametrize("what", ["iter", "column", "index", "check"])
+def test_a_forked_reader_makes_connections_of_its_own(cache, web, what):
+    reader = CacheReader(f"{web[0]}/original")
+    read = {
+        "iter": lambda: next(iter(reader)),
+        "column": lambda: next(reader.iter_column("sequence_id")),
+        "index": lambda: reader[0],
+        "check": lambda: reader.check_shard(0),
+    }[what]
+    child = multiprocessing.get_context("fork").Process(target=read, daemon=True)
+    child.start()
+    child.join(60)
+    assert child.exitcode == 0
+
+
 def test_a_bucket_that_is_not_there(cache, s3):
     with pytest.raises(
         CacheError, match="s3://no-such-bucket/x cannot be reached: The specified bucket does not exist"
@@ -472,7 +678,7 @@ def test_servers_with_folders_get_temporary_files_and_renames(tmp_path, cache, m
     place = tmp_path / "new" / "place"
     push(cache, f"sftp://{place}")
     assert files_at(place) == files_at(cache)
-    assert sorted(Sftp.written) == sorted(f"{place}/{name}.tmp" for name in files_at(cache))
+    assert sorted(Sftp.written) == sorted(f"{place}/{name}.tmp" for name in [*files_at(cache), ".push"])
 
 
 @pytest.mark.parametrize("copy", [push, pull])

@@ -241,6 +241,111 @@ def test_a_full_disk_is_one_line(tmp_path, get):
     get(cache, "/1.arrow")
 
 
+def test_what_another_process_left_of_the_same_shard(tmp_path, shards, get):
+    """It was killed after this object was made, while this process waited for its lock or fetched something else."""
+    cache = ShardCache(tmp_path, max_bytes=1500)
+    sha256 = hashlib.sha256(shards["/1.arrow"]).hexdigest()
+    for name in (sha256, sha256[:2] + "0" * 62):
+        with open(tmp_path / "shards" / f"{name}.part", "wb") as handle:
+            handle.truncate(1000)
+    assert get(cache, "/1.arrow").read_bytes() == shards["/1.arrow"]
+    assert contents(tmp_path) == [f"{sha256}.arrow"]
+
+
+@pytest.mark.timeout(60)
+def test_a_waiting_process_goes_on_when_the_fetching_one_is_killed(tmp_path, server, shards, get):
+    server.held.add("/5.arrow")
+    server.files.update(shards)
+    sha256 = hashlib.sha256(shards["/5.arrow"]).hexdigest()
+    waiting = ShardCache(tmp_path, max_bytes=1500)
+    child = multiprocessing.get_context("spawn").Process(
+        target=fetch, args=(tmp_path, f"{server.url}/5.arrow", 1000, sha256)
+    )
+    child.start()
+    while "/5.arrow" not in server.requests:
+        time.sleep(0.01)
+    found = []
+    thread = threading.Thread(target=lambda: found.append(get(waiting, "/5.arrow")), daemon=True)
+    thread.start()
+    time.sleep(0.3)
+    assert not found
+    os.kill(child.pid, signal.SIGKILL)
+    child.join()
+    server.hold.set()
+    thread.join(30)
+    assert found[0].read_bytes() == shards["/5.arrow"]
+
+
+def test_files_of_others_do_not_count(tmp_path, shards, get):
+    cache = ShardCache(tmp_path, max_bytes=1500)
+    (tmp_path / "shards" / "notes.txt").write_bytes(b"x" * 800)
+    (tmp_path / "shards" / "a folder").mkdir()
+    assert get(cache, "/1.arrow").read_bytes() == shards["/1.arrow"]
+    get(cache, "/2.arrow")
+    assert len(contents(tmp_path)) == 3
+    assert (tmp_path / "shards" / "notes.txt").exists()
+
+
+@pytest.mark.timeout(60)
+def test_room_that_nobody_can_make(tmp_path, get, monkeypatch):
+    cache = ShardCache(tmp_path, max_bytes=1500)
+    first = get(cache, "/1.arrow")
+    unlink = Path.unlink
+
+    def refuse(path, **options):
+        if path == first:
+            raise PermissionError("mapped")
+        unlink(path, **options)
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(
+        UserError, match=r"no room for 1,000 bytes: of the 1,500 .* 1,000 are taken by shards that cannot"
+    ):
+        get(cache, "/2.arrow")
+
+
+def test_a_disk_that_is_full_when_the_file_is_closed(tmp_path, get, monkeypatch):
+    """What is small stays in the buffer until then."""
+    real = open
+
+    def opened(*arguments, **options):
+        handle = real(*arguments, **options)
+        if str(arguments[0]).endswith(".part") and "+" in arguments[1]:
+            close = handle.close
+
+            class Full:
+                def __getattr__(self, name):
+                    return getattr(handle, name)
+
+                def write(self, chunk):
+                    raise OSError(28, "No space left on device")
+
+                def __enter__(self):
+                    return self
+
+                def __exit__(self, *_):
+                    close()
+                    raise OSError(28, "No space left on device")
+
+            return Full()
+        return handle
+
+    with monkeypatch.context() as patch:
+        patch.setattr("builtins.open", opened)
+        with pytest.raises(UserError, match=r"cannot write to .*shards: No space left on device; make room") as caught:
+            get(ShardCache(tmp_path), "/1.arrow")
+        assert caught.type is UserError
+    assert contents(tmp_path) == []
+
+
+def test_no_room_for_a_lock(tmp_path, get):
+    cache = ShardCache(tmp_path)
+    (tmp_path / "locks").rename(tmp_path / "gone")
+    (tmp_path / "locks").write_text("")
+    with pytest.raises(UserError, match=r"cannot write to .*locks"):
+        get(cache, "/1.arrow")
+
+
 def test_settings_come_from_the_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("LOGITCASK_CACHE", str(tmp_path / "mine"))
     monkeypatch.setenv("LOGITCASK_CACHE_BYTES", "12345")
@@ -324,6 +429,30 @@ def test_killed_while_fetching(tmp_path, server, shards, get):
 def test_places_that_cannot_be_opened():
     with pytest.raises(CacheError, match=r"gopher://x/y cannot be opened: .*gopher"):
         open_filesystem("gopher://x/y")
+
+
+@pytest.mark.parametrize(
+    "raised", [OSError("connection refused"), TypeError("no host given"), RuntimeError("\n two\nlines")]
+)
+def test_drivers_that_raise_what_they_please(monkeypatch, raised):
+    class Picky(LocalFileSystem):
+        protocol = "picky"
+
+        def __init__(self, **options):
+            raise raised
+
+    monkeypatch.setitem(sys.modules["fsspec.registry"]._registry, "picky", Picky)
+    with pytest.raises(CacheError, match=rf"^picky://x cannot be opened: {' '.join(str(raised).split())}; check"):
+        open_filesystem("picky://x")
+
+
+@pytest.mark.parametrize(
+    "url", ["ftp://127.0.0.1:1/x", "zip://x::{folder}/no.zip", "zip://x::{folder}/bad.zip", "github://x"]
+)
+def test_drivers_that_look_at_once(tmp_path, url):
+    (tmp_path / "bad.zip").write_bytes(b"no archive")
+    with pytest.raises(CacheError, match=r"cannot be opened: [^\n]*; check the address"):
+        open_filesystem(url.format(folder=tmp_path))
 
 
 @pytest.mark.parametrize(

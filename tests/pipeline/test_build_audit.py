@@ -13,6 +13,7 @@ import pytest
 import pipeline.run
 from cache_format import CacheReader, DamagedCacheError
 from cache_format.cli import describe
+from cache_format.errors import CacheError
 from pipeline import build_audit
 from pipeline.config import BuildConfig
 from pipeline.models import empty_model, resolve_model
@@ -91,6 +92,40 @@ def test_a_shifted_engine_is_caught_before_the_cache_counts(config, monkeypatch)
     resumed = build(config(SYNTHETIC, audit={"sequences": 0}))
     assert resumed.tokens_scored == 0
     assert resumed.manifest.audit is None
+
+
+@pytest.mark.parametrize("how", ["flipped", "cut", "gone"])
+def test_a_shard_damaged_before_the_audit_ends_the_build(config, monkeypatch, how) -> None:
+    """It was committed by an earlier start; nothing but the audit reads it again."""
+    made = config(SYNTHETIC, audit={"sequences": 100})
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(pipeline.run, "audit_build", stop)
+        build(made)
+    shard = made.output / "data" / "shard-00001.arrow"
+    original = pipeline.run.audit_build
+
+    def damaged(*arguments: object) -> object:
+        data = bytearray(shard.read_bytes())
+        data[len(data) // 2] ^= 4
+        if how == "gone":
+            shard.unlink()
+        else:
+            shard.write_bytes(data if how == "flipped" else data[:-64])
+        return original(*arguments)
+
+    monkeypatch.setattr(pipeline.run, "audit_build", damaged)
+    with pytest.raises(CacheError, match=r"shard-00001\.arrow") as error:
+        build(made)
+    assert "\n" not in str(error.value)
+    if how != "gone":
+        assert isinstance(error.value, DamagedCacheError)
+        assert error.value.exit_code == 1
+        assert "start afresh with --restart" in str(error.value)
+    assert not (made.output / "manifest.json").exists()
 
 
 def test_a_wrong_temperature_is_named(config, tiny_llama, monkeypatch) -> None:

@@ -469,6 +469,34 @@ def test_answers_of_another_model_are_refused(tmp_path, tiny_llama, monkeypatch)
         build(config)
 
 
+@pytest.mark.parametrize("what", ["its chat template", "how it turns text into ids"])
+def test_prompts_of_another_tokenizer_are_refused(tmp_path, tiny_llama, monkeypatch, what) -> None:
+    """The manifest would name a tokenizer and a template that did not make the prompts."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny_llama, model)
+    config = config_of(tmp_path, {"model": str(model), "backend": "transformers"})
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(pipeline.run, "write_sequences", stop)
+        build(config)
+    if what == "its chat template":
+        file = model / "chat_template.jinja"
+        edited = file.read_text().replace("<|im_start|>", "<|im_start|>the ")
+    else:
+        file = model / "tokenizer.json"
+        edited = json.dumps({**json.loads(file.read_text()), "normalizer": {"type": "Lowercase"}})
+    before = file.read_text()
+    file.write_text(edited)
+    with pytest.raises(UserError, match=rf"prompts of another tokenizer: .* \({what}\); put it back") as error:
+        build(config)
+    assert "\n" not in str(error.value)
+    file.write_text(before)
+    assert build(config).manifest.tokenizer.chat_template_sha256
+
+
 def test_killed_while_writing_the_cache_is_the_same(tmp_path, rng) -> None:
     rows = [{"q": f"question {n}"} for n in range(160)]
     generate = {"samples": 2, "max_new_tokens": 60}

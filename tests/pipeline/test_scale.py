@@ -16,11 +16,12 @@ import psutil
 import pytest
 import yaml
 
-from cache_format import CacheReader, UserError, verify
+from cache_format import CacheReader, DamagedCacheError, UserError, verify
 from cache_format.writer import BUILD_DIR
 from pipeline.config import BuildConfig, ScaleConfig
+from pipeline.estimator import MisalignedScoresError
 from pipeline.run import build
-from pipeline.scale import _import_ray, _resources
+from pipeline.scale import _error, _import_ray, _resources
 from pipeline.scale_worker import MAX_ATTEMPTS, Coordinator, Done, ShardWorker, Task
 
 pytest.importorskip("ray")
@@ -188,6 +189,22 @@ def test_vllm_in_two_workers(tmp_path, tiny_llama, monkeypatch):
     code, said = Driver(tmp_path, on_ray(fields, tmp_path / "two")).end()
     assert code == 0, said
     same_cache(tmp_path / "two", CacheReader(tmp_path / "one").manifest)
+
+
+@pytest.mark.parametrize(
+    ("kind", "raised"),
+    [
+        ("UserError", UserError),
+        ("DamagedCacheError", DamagedCacheError),
+        ("MisalignedScoresError", MisalignedScoresError),
+        ("SomethingNewer", UserError),
+        ("Iterator", UserError),
+    ],
+)
+def test_a_workers_error_is_the_drivers(kind, raised):
+    error = _error(kind, "the words")
+    assert type(error) is raised
+    assert str(error) == "the words"
 
 
 def test_a_shard_that_kills_every_worker_is_given_up(tmp_path, monkeypatch):

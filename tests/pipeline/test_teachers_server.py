@@ -364,6 +364,21 @@ def test_keys_are_sent(fake: FakeServer, start: Any, monkeypatch: pytest.MonkeyP
     start(api_key_env="SOME_KEY")
 
 
+def test_a_key_from_a_file_ends_with_its_newline(fake: FakeServer, start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake.key = "secret"
+    monkeypatch.setenv("SOME_KEY", " secret\n")
+    start(api_key_env="SOME_KEY")
+
+
+@pytest.mark.parametrize("key", ["clé", "two\nlines"])
+def test_a_key_that_no_header_can_hold(start: Any, monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+    monkeypatch.setenv("SOME_KEY", key)
+    with pytest.raises(UserError, match=r"SOME_KEY .*a key is printable ASCII") as error:
+        start(api_key_env="SOME_KEY")
+    assert "\n" not in str(error.value)
+    assert key not in str(error.value)
+
+
 @pytest.mark.parametrize("shift", [5.0, -8.0])
 def test_logits_are_not_taken_for_logprobs(fake: FakeServer, start: Any, shift: float) -> None:
     fake.table += np.float32(shift)
@@ -443,7 +458,17 @@ def test_closing_does_not_wait_for_answers(fake: FakeServer, start: Any, texts: 
         (["teacher.server=null", "store.tail_samples=0"], "set teacher.server.url=http://HOST:PORT"),
         (["teacher.engine_args.x=1", "store.tail_samples=0"], "engine_args are for engines started here"),
         (["scale.workers=2", "store.tail_samples=0"], "scale starts engines of its own"),
-        (["teacher.server.url=host:8000"], "teacher.server.url"),
+        (["teacher.server.url=host:8000"], "teacher.server.url: expected http://HOST:PORT"),
+        (["teacher.server.url=ftp://host:8000"], "teacher.server.url: expected http://HOST:PORT"),
+        (["teacher.server.url=http://"], "teacher.server.url: '' is no host"),
+        (["teacher.server.url=http://a..b"], "teacher.server.url: 'a..b' is no host"),
+        (["teacher.server.url=http://h:99999"], "teacher.server.url: Port out of range"),
+        (["teacher.server.url=http://h:0"], "teacher.server.url: no server listens at port 0"),
+        (["teacher.server.url=http://h:80a0"], "teacher.server.url: Port could not be cast"),
+        (["teacher.server.url='http://[::1'"], "teacher.server.url: Invalid IPv6 URL"),
+        (["teacher.server.url='http://[host]:80'"], "teacher.server.url: 'host' does not appear to be"),
+        (["teacher.server.url='http://a b'"], "teacher.server.url: a URL holds no white space"),
+        (["teacher.server.url='http://h/v1?x=1'"], "teacher.server.url: nothing may come after"),
         (["teacher.server.patients=3"], "did you mean patience"),
     ],
 )
@@ -458,3 +483,6 @@ def test_mistakes_in_the_config_are_one_line(tmp_path: Path, overrides: list[str
     good = load_config(BuildConfig, file, ["store.tail_samples=0"])
     assert good.teacher.server is not None
     assert good.teacher.server.url == "http://h:8000"
+    bracketed = load_config(BuildConfig, file, ["store.tail_samples=0", "teacher.server.url='https://[::1]:80/x/v1'"])
+    assert bracketed.teacher.server is not None
+    assert bracketed.teacher.server.url == "https://[::1]:80/x"
