@@ -476,7 +476,7 @@ def test_a_push_keeps_off_a_remote_build(cache, building):
         push(cache, url)
     assert files_at(url) == before
     writer.finish(started, 1)
-    assert verify(url, deep=True) == []
+    assert verify(url) == []  # not deeply: random targets need not agree with random heads
 
 
 def test_a_push_that_insists_ends_a_remote_build(cache, building):
