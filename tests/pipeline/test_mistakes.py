@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import signal
 import sys
@@ -221,8 +222,10 @@ def test_a_template_does_not_matter_to_documents(tmp_path, model) -> None:
 
 @pytest.fixture
 def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """``teacher-cache build`` in this process."""
+    """``teacher-cache build`` in this process, which is left as it was: no handler, no logging for debugging."""
     handler = signal.getsignal(signal.SIGTERM)
+    log = logging.getLogger("pipeline")
+    level = log.level
 
     def run(fields: dict[str, Any], *options: str) -> None:
         file = tmp_path / "c.yaml"
@@ -232,6 +235,7 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
     yield run
     signal.signal(signal.SIGTERM, handler)
+    log.setLevel(level)
 
 
 def refuse(*_: Any, **__: Any) -> None:
