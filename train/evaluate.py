@@ -21,8 +21,6 @@ from train.report import perplexity
 KL_KIND: dict[Tail, str] = {
     "samples": "The KL is estimated from the stored head and draws from the rest of the teacher's distribution: without bias, "
     "from the same draws before and after.",
-    "prior": "The KL is to the teacher's stored head with the rest of its mass spread by the cache's prior: a reconstruction "
-    "of the teacher's distribution, the same one before and after.",
     "ghost": "The KL is from the stored head and the exact mass of everything outside it taken as one cell: a lower bound of "
     "the KL over the whole vocabulary, the same one before and after.",
 }

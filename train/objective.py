@@ -11,7 +11,7 @@ from train.config import TrainConfig, WeightSchedule
 from train.linear import PerChunk
 from train.losses import LOSSES, SPECS, LossState, SparseTeacher, Student
 from train.losses.ranking import top_k_overlap
-from train.losses.tails import choose_tail, tail_of
+from train.losses.tails import choose_tail
 
 
 class Objective:
@@ -116,7 +116,9 @@ class Objective:
                 options[name] = {**own, **prepare(teacher, own)}
             if state is not None:
                 options[name] = {**own, **state.options()}
-        prior = teacher.prior is not None and any(self._uses_prior_dot(teacher, name) for name in options)
+        # Only these two get by on the logits' product with the prior; the others take the logits whole.
+        asked = any(options[name].get("tail") == "prior" for name in options.keys() & {"forward_kl", "tail_aware"})
+        prior = asked and teacher.prior is not None
 
         def losses(logits_CV: Tensor, rows: slice) -> tuple[Tensor, dict[str, Tensor]]:
             part = teacher[rows]
@@ -131,9 +133,3 @@ class Objective:
             return total, values
 
         return losses
-
-    def _uses_prior_dot(self, teacher: SparseTeacher, name: str) -> bool:
-        if name not in ("forward_kl", "tail_aware"):
-            return False
-        tail = self._options[name].get("tail", "auto")
-        return tail == "prior" or (tail == "auto" and tail_of(teacher) == "prior")

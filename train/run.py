@@ -43,7 +43,6 @@ log = logging.getLogger(__name__)
 
 _TAILS: dict[Tail, str] = {
     "samples": "tail samples (unbiased)",
-    "prior": "the cache's prior (a reconstruction; caches with tail samples are unbiased)",
     "ghost": "one cell of known mass (a lower bound; caches with tail samples are unbiased)",
 }
 _KINDS = {

@@ -503,7 +503,7 @@ def test_options_out_of_range(draw: torch.Generator) -> None:
         ("dpkd_token", {"beta": 0}, "beta is 0"),
         ("random_sampling", {}, "no tail samples"),
         ("reverse_kl", {"tail": "samples"}, "no samples"),
-        ("taid", {"tail": "renormalised"}, "expected auto, samples, prior or ghost"),
+        ("taid", {"tail": "renormalised"}, "expected auto, samples, ghost or prior"),
     ]:
         with pytest.raises(UserError, match=match):
             LOSSES[name](z, teacher, **options)

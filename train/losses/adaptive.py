@@ -42,7 +42,7 @@ def _needs_heads(name: str, teacher: SparseTeacher) -> None:
     from_head="biased",
     from_samples="biased",
     use="forward KL while the peaks are wrong, reverse KL once the rest is",
-    tails=("samples", "prior", "ghost"),
+    tails=("samples", "ghost", "prior"),
     needs_sample_logprobs=True,
 )
 def adaptive_kl(
@@ -67,7 +67,7 @@ def adaptive_kl(
     between(0, threshold, 1, "adaptive_kl", "threshold")
     _needs_heads("adaptive_kl", teacher)
     student_logits, teacher = softened("adaptive_kl", student_logits, teacher, temperature)
-    kind = choose_tail("adaptive_kl", teacher, tail, ("samples", "prior", "ghost"), logprobs=True)
+    kind = choose_tail("adaptive_kl", teacher, tail, ("samples", "ghost", "prior"), logprobs=True)
     size = teacher.ids.shape[1]
 
     def divergence(log_p: Tensor, log_q: Tensor, log_u: Tensor, forward: Tensor | None = None) -> Tensor:
@@ -108,7 +108,7 @@ def _mean_tail_mass(teacher: SparseTeacher, options: dict[str, Any]) -> dict[str
     from_head="lower",
     from_samples="unbiased",
     use="gives the teacher's less likely tokens more weight than forward KL",
-    tails=("samples", "prior", "ghost"),
+    tails=("samples", "ghost", "prior"),
     prepare=_mean_tail_mass,
     head_k=lambda options: options.get("k", 10),
 )
@@ -136,7 +136,7 @@ def tail_aware(
     _needs_heads("tail_aware", teacher)
     if not 0 <= beta < math.inf:
         raise UserError(f"tail_aware: beta is {beta}, expected a number from 0")
-    kind = choose_tail("tail_aware", teacher, tail, ("samples", "prior", "ghost"))
+    kind = choose_tail("tail_aware", teacher, tail, ("samples", "ghost", "prior"))
     student = Student.of(student_logits, teacher, prior=kind == "prior")
     mean = _mean_tail_mass(teacher, {"k": k})["mean_tail_mass"] if mean_tail_mass is None else mean_tail_mass
     log_m = _tail_mass(teacher, k).to(student.dtype)
@@ -211,7 +211,7 @@ class TaidState:
     from_head="biased",
     from_samples="biased",
     use="a teacher far ahead of the student: the target moves from one to the other",
-    tails=("samples", "prior", "ghost"),
+    tails=("samples", "ghost", "prior"),
     needs_sample_logprobs=True,
     state=TaidState,
 )
@@ -232,7 +232,7 @@ def taid(
     """
     if not 0 <= t <= 1:
         raise UserError(f"taid: t is {t}, expected a number from 0 to 1")
-    kind = choose_tail("taid", teacher, tail, ("samples", "prior", "ghost"), logprobs=True)
+    kind = choose_tail("taid", teacher, tail, ("samples", "ghost", "prior"), logprobs=True)
 
     def divergence(log_p: Tensor, log_q: Tensor, log_u: Tensor) -> Tensor:
         target = ((1 - t) * log_q.detach() + t * log_p).softmax(1)

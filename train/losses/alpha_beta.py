@@ -15,7 +15,7 @@ from train.losses.base import SparseTeacher, loss
 from train.losses.student import Student
 from train.losses.tails import NOTHING, TailOption, cells, choose_tail, over_the_prior, softened
 
-_TAILS = ("samples", "prior", "ghost")
+_TAILS = ("samples", "ghost", "prior")
 
 
 @loss(

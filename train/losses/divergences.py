@@ -32,7 +32,7 @@ from train.losses.tails import (
     softened,
 )
 
-_TAILS = ("samples", "prior", "ghost", "renormalised")
+_TAILS = ("samples", "ghost", "prior", "renormalised")
 
 
 def between(low: float, value: float, high: float, name: str, option: str) -> None:

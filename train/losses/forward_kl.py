@@ -16,7 +16,7 @@ from train.losses.tails import Tail, TailOption, cells, choose_tail, softened, t
 
 __all__ = ["Tail", "ce", "forward_kl", "random_sampling", "tail_of"]
 
-_TAILS = ("samples", "prior", "ghost", "renormalised")
+_TAILS = ("samples", "ghost", "prior", "renormalised")
 
 
 @loss(
@@ -58,7 +58,7 @@ def forward_kl(
         teacher: the sparse teacher; padded entries contribute nothing, and k may differ by position.
         temperature: both distributions are softened by it (TRL's convention: the result is not scaled by its square).
             Anything but 1 needs every logit of the teacher, so every head must be everything.
-        tail: ``"auto"`` takes the best that the cache allows, in the order above.
+        tail: ``"auto"`` takes samples where the cache has them, else the ghost.
 
     Returns:
         float32[P] (float64 for float64 logits). The gradient in a logit is ``M q - p``, p being what stands for the

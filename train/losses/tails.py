@@ -4,9 +4,12 @@ A divergence is written once, as a sum over cells: each cell has a log-probabili
 The cells decide what the sum is:
 
 samples       the head's ids are cells; draws from the tail estimate the sum over the rest, without bias
-prior         every id is a cell, the tail spread as the cache's prior says: a full distribution, near the teacher's
 ghost         the head's ids are cells, and the tail is one more: a lower bound of any f-divergence (data processing)
+prior         every id is a cell, the tail spread as the cache's prior says: a full distribution, near the teacher's
 renormalised  the head's ids are all there is, both sides scaled up to 1: teaches over-confidence; for comparison only
+
+``auto`` is samples where the cache has them, and the ghost elsewhere. The prior is there to be asked for: students learn
+less from it in most cases (docs/quality.md).
 
 Estimating a sum over the tail from draws of the *teacher* fails where the student has mass that the teacher lacks: the
 ratio r = q/p is large there, and rarely drawn. Where the sum grows no faster than linearly in r, as in JSD, TVD and the
@@ -29,7 +32,7 @@ from cache_format.errors import UserError
 from train.losses.base import SparseTeacher
 from train.losses.student import Student, slabs
 
-Tail = Literal["samples", "prior", "ghost", "renormalised"]
+Tail = Literal["samples", "ghost", "prior", "renormalised"]
 TailOption = Tail | Literal["auto"]
 
 NOTHING = -1e30
@@ -43,7 +46,7 @@ The first K cells are the head's, by falling log_p.
 
 
 def tail_of(teacher: SparseTeacher, *, logprobs: bool = False) -> Tail:
-    """The best that ``teacher`` allows: samples, else its prior, else the ghost.
+    """The best that ``teacher`` allows: samples, else the ghost.
 
     Samples need the teacher's entropy or their logprobs; with ``logprobs`` only the latter will do.
     """
@@ -51,7 +54,7 @@ def tail_of(teacher: SparseTeacher, *, logprobs: bool = False) -> Tail:
         teacher.sample_logprobs is not None or (teacher.entropy is not None and not logprobs)
     ):
         return "samples"
-    return "ghost" if teacher.prior is None else "prior"
+    return "ghost"
 
 
 def choose_tail(
@@ -61,8 +64,6 @@ def choose_tail(
     if tail not in ("auto", *allowed):
         raise UserError(f"{name}: tail is {tail!r}, expected {', '.join(('auto', *allowed[:-1]))} or {allowed[-1]}")
     best = tail_of(teacher, logprobs=logprobs)
-    if best not in allowed:
-        best = "prior" if "prior" in allowed and teacher.prior is not None else "ghost"
     if tail == "auto":
         return best
     if (tail == "samples" and best != "samples") or (tail == "prior" and teacher.prior is None):
