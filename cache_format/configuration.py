@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -52,10 +53,22 @@ def parse_options(model: type[Model], options: dict[str, Any]) -> Model:
 
 
 def _validated(model: type[Model], values: Any, where: str) -> Model:
+    for key, text in _texts(values):
+        if "\0" in text:
+            raise ConfigError(f"{where}: {key} holds a NUL character (found {text!r}), which no name or path can have")
     try:
         return model.model_validate(values)
     except ValidationError as error:
         raise ConfigError(f"{where}: {'; '.join(_explain(model, item) for item in error.errors()[:3])}") from error
+
+
+def _texts(values: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Every string in ``values``, with its dotted path."""
+    if isinstance(values, str):
+        yield key, values
+    elif isinstance(values, dict | list):
+        for part, value in values.items() if isinstance(values, dict) else enumerate(values):
+            yield from _texts(value, f"{key}.{part}" if key else str(part))
 
 
 def describe_difference(before: object, after: object, prefix: str = "") -> str:

@@ -72,6 +72,11 @@ def refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
     assert len(error) < 500, error
 
 
+def test_a_path_that_no_system_takes(tmp_path: Path, build_here: Any) -> None:
+    file = config_file(tmp_path, SYNTHETIC, {}, output="caches/a\0b")
+    refused(build_here(file), "output holds a NUL character", "'caches/a\\x00b'")
+
+
 def changed(tmp_path: Path, tiny_llama: Path, vocab_size: int | None = None, **fields: Any) -> Path:
     """A copy of the tiny Llama with other config fields, or with embeddings of another size."""
     import torch
