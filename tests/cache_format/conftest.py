@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from cache_format import CachedSequence, TailSamples
+from cache_format import CachedSequence, CacheWriter, TailSamples, storage
 from cache_format.manifest import DataIdentity, Header, StoreSettings, TeacherIdentity, TokenizerIdentity
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -123,6 +125,13 @@ def assert_same(expected: CachedSequence, found: CachedSequence, step: float) ->
                         assert np.isneginf(logprob)
 
 
+@pytest.fixture(autouse=True)
+def surroundings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No long pauses between attempts; a local cache of shards that is this test's own."""
+    monkeypatch.setattr(storage, "FIRST_DELAY", 0.01)
+    monkeypatch.setenv("LOGITCASK_CACHE", str(tmp_path / "shards"))
+
+
 @pytest.fixture
 def header() -> Callable[..., Header]:
     return make_header
@@ -155,3 +164,43 @@ def consistent_sequence() -> Callable[..., CachedSequence]:
 @pytest.fixture(scope="session")
 def same() -> Callable[[CachedSequence, CachedSequence, float], None]:
     return assert_same
+
+
+@pytest.fixture
+def write_cache(
+    rng: np.random.Generator, header: Callable[..., Header], sequence: Callable[..., CachedSequence]
+) -> Callable[..., Path]:
+    """``write_cache(path, shards, **options of the header)`` makes a small cache of fresh random sequences."""
+
+    def write(path: Path, shards: int = 3, **options: Any) -> Path:
+        with CacheWriter(path) as writer:
+            started = writer.begin(header(**options))
+            for index in range(shards):
+                with writer.shard(index) as shard:
+                    for i in range(4):
+                        shard.append(sequence(rng, f"{index}-{i}"))
+            writer.finish(started, shards)
+        return path
+
+    return write
+
+
+@pytest.fixture
+def cache(tmp_path: Path, write_cache: Callable[..., Path]) -> Path:
+    """A small cache of three shards."""
+    return write_cache(tmp_path / "original")
+
+
+@pytest.fixture
+def files_at() -> Callable[[str | Path], dict[str, str]]:
+    """``files_at(url)``: everything that lies there, relative path to sha256."""
+
+    def found(url: str | Path) -> dict[str, str]:
+        filesystem, root = storage.open_filesystem(str(url))
+        filesystem.invalidate_cache()
+        return {
+            path.removeprefix(f"{root}/"): hashlib.sha256(filesystem.cat_file(path)).hexdigest()
+            for path in filesystem.find(root)
+        }
+
+    return found

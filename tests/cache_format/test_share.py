@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import http.server
-import inspect
 import multiprocessing
 import os
 import shutil
@@ -21,7 +20,6 @@ import numpy as np
 import pytest
 import typer
 from fsspec.implementations.local import LocalFileSystem
-from fsspec.implementations.memory import MemoryFileSystem
 from typer.testing import CliRunner
 
 import cache_format.storage
@@ -47,35 +45,6 @@ from cache_format.writer import BUILD_DIR
 SHARDS = 3
 
 
-@pytest.fixture(autouse=True)
-def surroundings(monkeypatch, tmp_path):
-    """No long pauses between attempts; a local cache of shards that is this test's own."""
-    monkeypatch.setattr(cache_format.storage, "FIRST_DELAY", 0.01)
-    monkeypatch.setenv("LOGITCASK_CACHE", str(tmp_path / "shards"))
-
-
-@pytest.fixture
-def write(rng, header, sequence):
-    """``write(path, shards, **options of the header)`` makes a small cache of fresh random sequences."""
-
-    def write(path, shards=SHARDS, **options):
-        with CacheWriter(path) as writer:
-            started = writer.begin(header(**options))
-            for index in range(shards):
-                with writer.shard(index) as shard:
-                    for i in range(4):
-                        shard.append(sequence(rng, f"{index}-{i}"))
-            writer.finish(started, shards)
-        return path
-
-    return write
-
-
-@pytest.fixture
-def cache(tmp_path, write):
-    return write(tmp_path / "original")
-
-
 @pytest.fixture(params=["memory", "s3", "file"])
 def url(request, tmp_path):
     """A new empty place on each kind of file system."""
@@ -85,21 +54,11 @@ def url(request, tmp_path):
     return f"{root}/{uuid.uuid4()}/cache"
 
 
-def files_at(url):
-    """Everything that lies there: relative path to sha256."""
-    filesystem, root = open_filesystem(str(url))
-    filesystem.invalidate_cache()
-    return {
-        path.removeprefix(f"{root}/"): hashlib.sha256(filesystem.cat_file(path)).hexdigest()
-        for path in filesystem.find(root)
-    }
-
-
 def expected_of(cache):
     return {f"data/shard-{i:05d}.arrow" for i in range(SHARDS)} | {"README.md", "manifest.json"}
 
 
-def test_there_and_back(tmp_path, cache, url):
+def test_there_and_back(tmp_path, cache, url, files_at):
     total, done = [], []
     sent = push(cache, url, on_total=total.append, on_bytes=done.append)
     assert files_at(url) == files_at(cache)
@@ -116,7 +75,7 @@ def test_there_and_back(tmp_path, cache, url):
     assert verify(str(tmp_path / "copy")) == []
 
 
-def test_again_is_a_no_op(tmp_path, cache, url):
+def test_again_is_a_no_op(tmp_path, cache, url, files_at):
     push(cache, url)
     filesystem, root = open_filesystem(url)
     filesystem.invalidate_cache()
@@ -178,7 +137,7 @@ class Fuse:
             raise Interrupted
 
 
-def interrupt_everywhere(copy, new_place, cache, chunk, monkeypatch):
+def interrupt_everywhere(copy, new_place, cache, chunk, monkeypatch, files_at):
     """Interrupts ``copy(place)`` at its first, second, ... operation, each time with a new place, and goes on."""
     monkeypatch.setattr(cache_format.storage, "_CHUNK", chunk)
     expected = files_at(cache)
@@ -204,19 +163,24 @@ def interrupt_everywhere(copy, new_place, cache, chunk, monkeypatch):
         operation += 1
 
 
-def test_a_push_interrupted_anywhere(cache, url, monkeypatch):
+def test_a_push_interrupted_anywhere(cache, url, monkeypatch, files_at):
     # Against the S3 server every operation takes its time: whole shards there, bits of shards elsewhere.
     chunk = 1 << 20 if url.startswith("s3") else 2000
     operations = interrupt_everywhere(
-        lambda place: push(cache, place), lambda i: f"{url}-{i}", cache, chunk, monkeypatch
+        lambda place: push(cache, place), lambda i: f"{url}-{i}", cache, chunk, monkeypatch, files_at
     )
     assert operations > 4 * SHARDS
 
 
-def test_a_pull_interrupted_anywhere(tmp_path, cache, monkeypatch):
+def test_a_pull_interrupted_anywhere(tmp_path, cache, monkeypatch, files_at):
     push(cache, f"memory://{tmp_path}")
     interrupt_everywhere(
-        lambda place: pull(f"memory://{tmp_path}", place), lambda i: tmp_path / str(i), cache, 2000, monkeypatch
+        lambda place: pull(f"memory://{tmp_path}", place),
+        lambda i: tmp_path / str(i),
+        cache,
+        2000,
+        monkeypatch,
+        files_at,
     )
 
 
@@ -245,7 +209,7 @@ def kill_at(operation, action):
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
-def test_a_pull_killed_at_every_operation(tmp_path, cache):
+def test_a_pull_killed_at_every_operation(tmp_path, cache, files_at):
     operation, finished = 0, False
     while not finished:
         folder = tmp_path / str(operation)
@@ -288,7 +252,7 @@ def test_half_a_copy_is_incomplete(tmp_path, cache, monkeypatch):
         read_manifest(LocalFileSystem(), str(folder), str(folder))
 
 
-def test_a_build_keeps_off_half_a_copy(tmp_path, cache, header, monkeypatch):
+def test_a_build_keeps_off_half_a_copy(tmp_path, cache, header, monkeypatch, files_at):
     folder = half_pulled(tmp_path, cache, monkeypatch)
     before = files_at(folder)
     with pytest.raises(UserError):
@@ -305,7 +269,7 @@ def test_a_copy_keeps_off_a_build(tmp_path, cache, header):
     assert (tmp_path / "building" / BUILD_DIR / "header.json").exists()
 
 
-def test_two_pulls_at_once(tmp_path, cache):
+def test_two_pulls_at_once(tmp_path, cache, files_at):
     refused = []
 
     def second(count):
@@ -320,7 +284,7 @@ def test_two_pulls_at_once(tmp_path, cache):
 
 
 @pytest.mark.parametrize("damage", ["flipped", "short", "long", "gone"])
-def test_damage_is_found_and_named(tmp_path, cache, rng, damage):
+def test_damage_is_found_and_named(tmp_path, cache, rng, damage, files_at):
     shard = cache / "data" / "shard-00001.arrow"
     good = shard.read_bytes()
     bad = bytearray(good)
@@ -339,7 +303,7 @@ def test_damage_is_found_and_named(tmp_path, cache, rng, damage):
         assert files_at(place) == files_at(cache)
 
 
-def test_a_damaged_copy_is_mended(tmp_path, cache, rng):
+def test_a_damaged_copy_is_mended(tmp_path, cache, rng, files_at):
     pull(cache, tmp_path / "copy")
     shard = tmp_path / "copy" / "data" / "shard-00002.arrow"
     shard.write_bytes(rng.bytes(shard.stat().st_size))
@@ -347,7 +311,7 @@ def test_a_damaged_copy_is_mended(tmp_path, cache, rng):
     assert files_at(tmp_path / "copy") == files_at(cache)
 
 
-def test_a_file_missing_from_a_finished_place_is_sent_again(cache, url):
+def test_a_file_missing_from_a_finished_place_is_sent_again(cache, url, files_at):
     push(cache, url)
     filesystem, root = open_filesystem(url)
     filesystem.rm_file(f"{root}/data/shard-00001.arrow")
@@ -355,20 +319,20 @@ def test_a_file_missing_from_a_finished_place_is_sent_again(cache, url):
     assert files_at(url) == files_at(cache)
 
 
-def test_another_cache_is_replaced_only_by_force(tmp_path, cache, url, write):
+def test_another_cache_is_replaced_only_by_force(tmp_path, cache, url, write_cache, files_at):
     push(cache, url)
     before = files_at(url)
-    other = write(tmp_path / "other", SHARDS - 1)
+    other = write_cache(tmp_path / "other", SHARDS - 1)
     with pytest.raises(UserError, match=r"holds another cache \(content_sha256 .*--force"):
         push(other, url)
     with pytest.raises(UserError, match=r"another cache \(fingerprint"):
-        push(write(tmp_path / "k4", top_k=4 + 8), url)
+        push(write_cache(tmp_path / "k4", top_k=4 + 8), url)
     assert files_at(url) == before
     assert push(other, url, force=True).files_sent == SHARDS - 1
     assert files_at(url) == files_at(other)
 
 
-def test_a_damaged_manifest_is_replaced_only_by_force(cache, url):
+def test_a_damaged_manifest_is_replaced_only_by_force(cache, url, files_at):
     push(cache, url)
     filesystem, root = open_filesystem(url)
     filesystem.pipe_file(f"{root}/manifest.json", b"{")
@@ -378,7 +342,7 @@ def test_a_damaged_manifest_is_replaced_only_by_force(cache, url):
     assert files_at(url) == files_at(cache)
 
 
-def test_files_of_others_are_left_alone(tmp_path, cache, url):
+def test_files_of_others_are_left_alone(tmp_path, cache, url, files_at):
     filesystem, root = open_filesystem(url)
     filesystem.makedirs(f"{root}/data", exist_ok=True)
     filesystem.pipe_file(f"{root}/README.md", b"mine")
@@ -387,9 +351,9 @@ def test_files_of_others_are_left_alone(tmp_path, cache, url):
     assert files_at(url) == {"README.md": hashlib.sha256(b"mine").hexdigest()}
 
 
-def test_shards_of_half_another_cache_are_noticed(tmp_path, cache, write):
+def test_shards_of_half_another_cache_are_noticed(tmp_path, cache, write_cache, files_at):
     url = f"memory://{tmp_path}"
-    push(write(tmp_path / "longer", SHARDS + 1), url)
+    push(write_cache(tmp_path / "longer", SHARDS + 1), url)
     fsspec.filesystem("memory").rm_file(f"{tmp_path}/manifest.json")
     fsspec.filesystem("memory").rm_file(f"{tmp_path}/README.md")
     with pytest.raises(UserError, match=r"has data/shard-00003\.arrow of its own"):
@@ -398,7 +362,7 @@ def test_shards_of_half_another_cache_are_noticed(tmp_path, cache, write):
     assert files_at(url) == files_at(cache)
 
 
-def test_shards_of_others_by_our_names(cache, url):
+def test_shards_of_others_by_our_names(cache, url, files_at):
     """Where no manifest and no mark of this push say otherwise, they are somebody's."""
     if url.startswith("file"):
         pytest.skip("a folder refuses whatever is there")
@@ -412,9 +376,9 @@ def test_shards_of_others_by_our_names(cache, url):
     assert files_at(url) == files_at(cache)
 
 
-def test_half_of_another_push(tmp_path, cache, write, monkeypatch):
+def test_half_of_another_push(tmp_path, cache, write_cache, monkeypatch, files_at):
     """It goes on with the same cache, whatever lies there; another cache needs --force."""
-    url, other = f"memory://{tmp_path}", write(tmp_path / "other")
+    url, other = f"memory://{tmp_path}", write_cache(tmp_path / "other")
 
     def send(self, source, root, files, on_bytes):
         self._filesystem.pipe_file(f"{self._root}/{files[0].path}", b"half a file")
@@ -442,7 +406,7 @@ def test_half_of_another_push(tmp_path, cache, write, monkeypatch):
     assert files_at(url) == files_at(other)
 
 
-def test_a_mark_that_was_left_behind_goes(tmp_path, cache, monkeypatch):
+def test_a_mark_that_was_left_behind_goes(tmp_path, cache, monkeypatch, files_at):
     url, remove = f"memory://{tmp_path}", share.Store.remove
 
     def killed(self, names):
@@ -469,7 +433,7 @@ def building(tmp_path, rng, header, sequence):
         yield writer, started, url
 
 
-def test_a_push_keeps_off_a_remote_build(cache, building):
+def test_a_push_keeps_off_a_remote_build(cache, building, files_at):
     writer, started, url = building
     before = files_at(url)
     with pytest.raises(CacheInUseError, match=r"holds an unfinished build; finish it, .*--force"):
@@ -479,7 +443,7 @@ def test_a_push_keeps_off_a_remote_build(cache, building):
     assert verify(url) == []  # not deeply: random targets need not agree with random heads
 
 
-def test_a_push_that_insists_ends_a_remote_build(cache, building):
+def test_a_push_that_insists_ends_a_remote_build(cache, building, files_at):
     writer, started, url = building
     push(cache, url, force=True)
     assert files_at(url) == files_at(cache)
@@ -488,7 +452,7 @@ def test_a_push_that_insists_ends_a_remote_build(cache, building):
     assert files_at(url) == files_at(cache)
 
 
-def test_a_remote_build_does_not_replace_a_manifest_of_others(cache, building):
+def test_a_remote_build_does_not_replace_a_manifest_of_others(cache, building, files_at):
     writer, started, url = building
     filesystem, root = open_filesystem(url)
     filesystem.pipe_file(f"{root}/manifest.json", (cache / "manifest.json").read_bytes())
@@ -498,7 +462,7 @@ def test_a_remote_build_does_not_replace_a_manifest_of_others(cache, building):
     assert files_at(url) == before
 
 
-def test_a_remote_build_keeps_off_half_a_push(cache, monkeypatch):
+def test_a_remote_build_keeps_off_half_a_push(cache, monkeypatch, files_at):
     url = f"memory://{uuid.uuid4()}/cache"
 
     def stop(self, *_):
@@ -514,7 +478,7 @@ def test_a_remote_build_keeps_off_half_a_push(cache, monkeypatch):
 
 
 @pytest.mark.parametrize("text", ["// my app\n{}", "{}"])
-def test_a_forced_pull_leaves_an_application_alone(tmp_path, cache, text):
+def test_a_forced_pull_leaves_an_application_alone(tmp_path, cache, text, files_at):
     """Not every manifest.json is a cache's, and one that cannot be read may be anybody's."""
     folder = tmp_path / "app"
     (folder / "data").mkdir(parents=True)
@@ -537,7 +501,7 @@ def test_a_pull_goes_to_a_folder(tmp_path, cache, folder, monkeypatch):
     assert not list((tmp_path / "here").iterdir())
 
 
-def test_the_tail_prior_goes_along(tmp_path, rng, header, sequence):
+def test_the_tail_prior_goes_along(tmp_path, rng, header, sequence, files_at):
     with CacheWriter(tmp_path / "prior") as writer:
         writer.begin(header(), TailPrior(rng.integers(0, 256, 1000).astype(np.uint8)))
         with writer.shard(0) as shard:
@@ -552,7 +516,7 @@ def test_the_tail_prior_goes_along(tmp_path, rng, header, sequence):
     assert pull(f"memory://{tmp_path}", tmp_path / "copy").files_sent == 1
 
 
-def test_a_copy_onto_itself(cache):
+def test_a_copy_onto_itself(cache, files_at):
     before = files_at(cache)
     (cache / "data" / "shard-00001.arrow").write_bytes(b"damaged")
     with pytest.raises(UserError, match="is where it would be copied to"):
@@ -560,13 +524,13 @@ def test_a_copy_onto_itself(cache):
     assert files_at(cache).keys() == before.keys()
 
 
-def test_from_url_to_url(tmp_path, cache, s3):
+def test_from_url_to_url(tmp_path, cache, s3, files_at):
     push(cache, f"memory://{tmp_path}")
     push(f"memory://{tmp_path}", f"{s3}{tmp_path}")
     assert files_at(f"{s3}{tmp_path}") == files_at(cache)
 
 
-def test_a_web_server(tmp_path, cache):
+def test_a_web_server(tmp_path, cache, files_at):
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *arguments):
             pass
@@ -672,7 +636,7 @@ class Sftp(LocalFileSystem):
         return super()._open(path, mode, **options)
 
 
-def test_servers_with_folders_get_temporary_files_and_renames(tmp_path, cache, monkeypatch):
+def test_servers_with_folders_get_temporary_files_and_renames(tmp_path, cache, monkeypatch, files_at):
     monkeypatch.setattr(share, "is_local", lambda filesystem: type(filesystem) is LocalFileSystem)
     monkeypatch.setitem(sys.modules["fsspec.registry"]._registry, "sftp", Sftp)
     place = tmp_path / "new" / "place"
@@ -682,7 +646,7 @@ def test_servers_with_folders_get_temporary_files_and_renames(tmp_path, cache, m
 
 
 @pytest.mark.parametrize("copy", [push, pull])
-def test_a_broken_line_is_tried_again_and_counted_once(tmp_path, cache, copy, monkeypatch):
+def test_a_broken_line_is_tried_again_and_counted_once(tmp_path, cache, copy, monkeypatch, files_at):
     monkeypatch.setattr(cache_format.storage, "_CHUNK", 1000)
     for module in (share, cache_format.storage):
         monkeypatch.setattr(module, "verified_chunks", breaking_once(module.verified_chunks))
@@ -707,7 +671,7 @@ def breaking_once(chunks):
     return some
 
 
-def test_a_place_that_loses_bytes_is_noticed(tmp_path, cache, monkeypatch):
+def test_a_place_that_loses_bytes_is_noticed(tmp_path, cache, monkeypatch, files_at):
     write = share.Store._write
 
     def lossy(self, name, *rest):
@@ -726,125 +690,6 @@ def test_every_file_of_a_manifest_is_listed(cache):
     assert [file.path for file in cache_files(manifest)] == [f"data/shard-{i:05d}.arrow" for i in range(SHARDS)]
 
 
-class Hub(MemoryFileSystem):
-    """What HfFileSystem shows of a repository: files with the sha256 of large ones."""
-
-    protocol = "hf"
-    endpoint, token = "https://hub", None
-    store, pseudo_dirs = {}, [""]  # not those of memory://
-
-    @classmethod
-    def _strip_protocol(cls, path):
-        return path.removeprefix("hf://").strip("/")
-
-    def info(self, path, **options):
-        found = super().info(path, **options)
-        if found["type"] == "file" and path.endswith(".arrow"):
-            found["lfs"] = {"sha256": hashlib.sha256(self.cat_file(path)).hexdigest()}
-        return found
-
-
-class HubApi:
-    """What HfApi does with a repository, for one that lies in ``Hub``. Stands in for the real hub."""
-
-    def __init__(self, endpoint, token):
-        self.files = Hub()
-
-    def create_repo(self, repo_id, *, repo_type, exist_ok, private):
-        assert (repo_type, exist_ok, private) == ("dataset", True, True)
-        CALLS.append("create_repo")
-
-    def create_branch(self, repo_id, *, repo_type, branch, exist_ok):
-        CALLS.append(f"create_branch {branch}")
-
-    def preupload_lfs_files(self, repo_id, additions, *, repo_type, revision):
-        CALLS.extend(f"upload {each.path_in_repo}" for each in additions)
-
-    def create_commit(self, repo_id, operations, *, commit_message, repo_type, revision):
-        CALLS.append("commit " + " ".join(each.path_in_repo for each in operations))
-        root = f"datasets/{repo_id}" + (f"@{revision}" if revision else "")
-        for each in operations:
-            if hasattr(each, "path_or_fileobj"):
-                with each.as_file() as file:
-                    self.files.pipe_file(f"{root}/{each.path_in_repo}", file.read())
-            else:
-                self.files.rm_file(f"{root}/{each.path_in_repo}")
-
-
-CALLS: list[str] = []
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    real = pytest.importorskip("huggingface_hub").HfApi
-    for name in ("create_repo", "create_branch", "preupload_lfs_files", "create_commit"):
-        known = inspect.signature(getattr(real, name)).parameters.keys()
-        assert inspect.signature(getattr(HubApi, name)).parameters.keys() <= known
-    monkeypatch.setattr("huggingface_hub.HfApi", HubApi)
-    monkeypatch.setitem(sys.modules["fsspec.registry"]._registry, "hf", Hub)
-    monkeypatch.setattr(share, "HUB_COMMIT_FILES", 2)
-    CALLS.clear()
-    Hub.store.clear()
-    return CALLS
-
-
-@pytest.mark.parametrize("branch", ["", "@v1"])
-def test_push_to_the_hub(tmp_path, cache, hub, branch, write):
-    url = f"hf://datasets/org/name{branch}"
-    push(cache, url)
-    names = [f"data/shard-{i:05d}.arrow" for i in range(SHARDS)]
-    assert [call for call in hub if not call.startswith("create")] == [
-        f"upload {names[0]}",
-        f"upload {names[1]}",
-        f"commit {names[0]} {names[1]}",
-        f"upload {names[2]}",
-        f"commit {names[2]}",
-        "commit README.md manifest.json",
-    ]
-    assert hub[: 1 + bool(branch)] == ["create_repo", "create_branch v1"][: 1 + bool(branch)]
-    assert files_at(url) == files_at(cache)
-    pull(url, tmp_path / "copy")
-    assert files_at(tmp_path / "copy") == files_at(cache)
-
-    hub.clear()
-    assert push(cache, url).unchanged
-    assert hub == []
-
-    other = write(tmp_path / "other", 1)
-    push(other, url, force=True)
-    assert [call for call in hub if call.startswith("commit")] == [
-        f"commit manifest.json {names[1]} {names[2]}",
-        f"commit {names[0]}",
-        "commit README.md manifest.json",
-    ]
-    assert files_at(url) == files_at(other)
-
-
-def test_a_push_to_the_hub_goes_on(cache, hub, monkeypatch):
-    commit = HubApi.create_commit
-
-    def fail(self, *arguments, **options):
-        commit(self, *arguments, **options)
-        raise ConnectionError("gone")
-
-    with monkeypatch.context() as patch, pytest.raises(CacheError, match=r"hf://datasets/org/name.*gone"):
-        patch.setattr(HubApi, "create_commit", fail)
-        push(cache, "hf://datasets/org/name")
-    assert "manifest.json" not in files_at("hf://datasets/org/name")
-    assert push(cache, "hf://datasets/org/name").files_skipped == 2
-
-
-def test_from_a_url_to_the_hub(tmp_path, cache, hub):
-    push(cache, f"memory://{tmp_path}")
-    push(f"memory://{tmp_path}", "hf://datasets/org/name/in/here")
-    assert files_at("hf://datasets/org/name/in/here") == files_at(cache)
-
-
-def test_not_a_data_set_of_the_hub(cache, hub):
-    with pytest.raises(UserError, match="names no data set of the hub"):
-        push(cache, "hf://org/name")
-
-
 @pytest.fixture
 def run():
     app = typer.Typer()
@@ -853,7 +698,7 @@ def run():
     return functools.partial(CliRunner().invoke, app, catch_exceptions=False)
 
 
-def test_the_commands(tmp_path, cache, run, monkeypatch):
+def test_the_commands(tmp_path, cache, run, monkeypatch, files_at):
     monkeypatch.chdir(tmp_path)
     url = f"memory://{tmp_path}/quick"
     size = sum(path.stat().st_size for path in (cache / "data").iterdir())

@@ -16,7 +16,6 @@ from pathlib import Path
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 
-import cache_format.storage
 from cache_format import CacheError, DamagedCacheError, UserError
 from cache_format.storage import DEFAULT_CACHE_BYTES, CacheFile, ShardCache, download, open_filesystem, read_small
 
@@ -70,8 +69,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def server(monkeypatch):
-    monkeypatch.setattr(cache_format.storage, "FIRST_DELAY", 0.01)
+def server():
     with Server() as server:
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         yield server
