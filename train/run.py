@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 from collections.abc import Iterable
 from contextlib import nullcontext
 from importlib.metadata import version
@@ -37,7 +36,7 @@ from train.mixture import open_data
 from train.objective import Objective
 from train.report import write_report
 from train.student import build_student, load_student_tokenizer, save_student
-from train.trainer import DistillationTrainer
+from train.trainer import DistillationTrainer, check_finite
 
 log = logging.getLogger(__name__)
 
@@ -164,11 +163,7 @@ def _train(
     trainer.run(None if checkpoint is None else str(checkpoint))
 
     after = measure()
-    if not all(math.isfinite(value) for value in after.values()):
-        raise UserError(
-            f"the student has diverged: its held-out KL is {after['kl']}; lower training.learning_rate or set "
-            "training.max_grad_norm, and begin afresh with --restart"
-        )
+    check_finite(after, "on held-out text after training")
     shown = [
         {**then, "before": then["student"], "after": now["student"]}
         for then, now in zip(before["examples"], show(), strict=True)

@@ -239,11 +239,17 @@ class DistillationTrainer(Trainer):
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds, to training records, the mean of each loss since the last one, and totals over all resumed runs."""
+        """Adds, to training records, the mean of each loss since the last one, and totals over all resumed runs.
+
+        Raises UserError where a mean is not finite, before such weights become a checkpoint (see ``_LogWhenSaving``).
+        ``Trainer`` shows the last finite loss in its place and goes on.
+        """
         if "loss" in logs and self._sums:
             totals = self._totals()
             positions = totals["positions"]["all"]
-            logs |= {f"loss_{name}": total / positions for name, total in totals["losses"].items()}
+            means = {f"loss_{name}": total / positions for name, total in totals["losses"].items()}
+            check_finite(means, f"at step {self.state.global_step}")
+            logs |= means
             self._resumed_positions += int(positions)
             logs["positions"] = self._resumed_positions
             logs["seconds"] = self._resumed_seconds + time.monotonic() - self._started
@@ -306,6 +312,16 @@ class DistillationTrainer(Trainer):
             self.state = state
             return
         self.train(resume_from_checkpoint=checkpoint)
+
+
+def check_finite(values: dict[str, float], when: str) -> None:
+    """Raises UserError where one of ``values`` is nan or infinite: the student has diverged."""
+    for name, value in values.items():
+        if not math.isfinite(value):
+            raise UserError(
+                f"the student has diverged: {name} is {value} {when}; lower training.learning_rate or set "
+                "training.max_grad_norm, and begin afresh with --restart"
+            )
 
 
 def _next_token_loss(batch: dict[str, Any]) -> PerChunk:

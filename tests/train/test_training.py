@@ -158,6 +158,14 @@ def test_logs_seldom_written_say_the_same_after_a_resume(config, tmp_path):
     assert rare["final_loss"] > 0
 
 
+@pytest.mark.parametrize("logging_steps", [1, 50])
+def test_a_student_that_diverges_is_noticed_before_it_is_saved(config, logging_steps):
+    rates = {"learning_rate": 1e30, "max_grad_norm": 0, "lr_scheduler_type": "constant"}
+    with pytest.raises(UserError, match=r"diverged: loss_\w+ is (nan|inf) at step \d+; lower training.learning_rate"):
+        train(config(training={**rates, "max_steps": 20, "save_steps": 10, "logging_steps": logging_steps}))
+    assert not list(config().output_dir.glob("checkpoint-*"))
+
+
 def test_a_restart_that_cannot_work_removes_nothing(config):
     train(config(training={"max_steps": 2}))
     with pytest.raises(UserError, match="holds no cache"):
