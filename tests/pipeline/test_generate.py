@@ -450,8 +450,9 @@ def test_what_is_committed_is_never_written_again(tmp_path, monkeypatch, rng) ->
     assert found.data.counters == expected.data.counters
 
 
-def test_answers_of_another_model_are_refused(tmp_path, tiny_llama, monkeypatch) -> None:
-    """The weights in the folder change while a build is interrupted, before and after the last answer."""
+@pytest.fixture
+def interrupted(tmp_path, tiny_llama, monkeypatch):
+    """``interrupted(*steps)``: a build whose model is the test's own to change, interrupted at these steps."""
     model = tmp_path / "model"
     shutil.copytree(tiny_llama, model)
     config = config_of(tmp_path, {"model": str(model), "backend": "transformers"})
@@ -459,10 +460,19 @@ def test_answers_of_another_model_are_refused(tmp_path, tiny_llama, monkeypatch)
     def stop(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(pipeline.run, "score_shards", stop)
-        patch.setattr(pipeline.run, "estimate_prior", stop)
-        build(config)
+    def begin(*steps: str) -> tuple[BuildConfig, Path]:
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            for step in steps:
+                patch.setattr(pipeline.run, step, stop)
+            build(config)
+        return config, model
+
+    return begin
+
+
+def test_answers_of_another_model_are_refused(interrupted) -> None:
+    """The weights in the folder change while a build is interrupted, after the last answer."""
+    config, model = interrupted("score_shards", "estimate_prior")
     fields = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**fields, "rms_norm_eps": 0.5}))
     with pytest.raises(UserError, match="answers of another teacher: weights_sha256"):
@@ -470,18 +480,9 @@ def test_answers_of_another_model_are_refused(tmp_path, tiny_llama, monkeypatch)
 
 
 @pytest.mark.parametrize("what", ["its chat template", "how it turns text into ids"])
-def test_prompts_of_another_tokenizer_are_refused(tmp_path, tiny_llama, monkeypatch, what) -> None:
+def test_prompts_of_another_tokenizer_are_refused(interrupted, what) -> None:
     """The manifest would name a tokenizer and a template that did not make the prompts."""
-    model = tmp_path / "model"
-    shutil.copytree(tiny_llama, model)
-    config = config_of(tmp_path, {"model": str(model), "backend": "transformers"})
-
-    def stop(*_: Any, **__: Any) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(pipeline.run, "write_sequences", stop)
-        build(config)
+    config, model = interrupted("write_sequences")
     if what == "its chat template":
         file = model / "chat_template.jinja"
         edited = file.read_text().replace("<|im_start|>", "<|im_start|>the ")
