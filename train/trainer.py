@@ -82,6 +82,7 @@ class DistillationTrainer(Trainer):
         self._sums: dict[str, Tensor] = {}
         self._positions = 0
         self._step_sums: Tensor | None = None
+        self._progress = _Progress()
         _route_forward(student, self._distil, self._gaps)
         super().__init__(
             model=student,
@@ -92,7 +93,7 @@ class DistillationTrainer(Trainer):
                 packed=data.packing, flat=data.packing and wants_flat(self.head), positions=selection.positions
             ),
             processing_class=tokenizer,
-            callbacks=[_LogWhenSaving(), _Progress(), _TellEpoch(self), _TellObjective(self)],
+            callbacks=[_LogWhenSaving(), self._progress, _TellEpoch(self), _TellObjective(self)],
         )
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
@@ -297,6 +298,12 @@ class DistillationTrainer(Trainer):
     def run(self, checkpoint: str | None) -> None:
         """Trains from the start, or on from a checkpoint; ``positions`` and ``seconds`` of the log go on where it stopped."""
         self._started = self._last_log = time.monotonic()
+        try:
+            self._run(checkpoint)
+        finally:
+            self._progress.close()  # whose last state comes before the line of an error, then
+
+    def _run(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             self.train()
             return
@@ -444,6 +451,9 @@ class _Progress(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
