@@ -168,7 +168,7 @@ def same() -> Callable[[CachedSequence, CachedSequence, float], None]:
 
 @pytest.fixture
 def write_cache(
-    rng: np.random.Generator, header: Callable[..., Header], sequence: Callable[..., CachedSequence]
+    rng: np.random.Generator, header: Callable[..., Header], consistent_sequence: Callable[..., CachedSequence]
 ) -> Callable[..., Path]:
     """``write_cache(path, shards, **options of the header)`` makes a small cache of fresh random sequences."""
 
@@ -178,7 +178,7 @@ def write_cache(
             for index in range(shards):
                 with writer.shard(index) as shard:
                     for i in range(4):
-                        shard.append(sequence(rng, f"{index}-{i}"))
+                        shard.append(consistent_sequence(rng, f"{index}-{i}"))
             writer.finish(started, shards)
         return path
 

@@ -76,7 +76,7 @@ class Runs:
             "training": {
                 "output_dir": str(self.folder / name),
                 "max_steps": STEPS,
-                "learning_rate": 3e-3,
+                "learning_rate": 1e-2,
                 "logging_steps": 1,
                 "seed": 7,
                 "per_device_train_batch_size": batch,
@@ -153,8 +153,7 @@ def same(found: dict[str, Any], expected: dict[str, Any]) -> None:
         for name in (*names, "positions"):
             assert mine[name] == pytest.approx(theirs[name], abs=1e-4), name
         assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
-    # So few sequences need not be learnt from; but what is the same before and after would compare nothing.
-    assert abs(found["metrics"]["after"]["kl"] - found["metrics"]["before"]["kl"]) > 1e-3
+    assert found["metrics"]["after"]["kl"] < found["metrics"]["before"]["kl"] - 0.05
     for when in ("before", "after"):
         assert found["metrics"][when] == pytest.approx(expected["metrics"][when], abs=2e-4)
     assert found["metrics"]["positions_trained"] == expected["metrics"]["positions_trained"]
