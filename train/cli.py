@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,14 +37,12 @@ def train_student(
     if print_cache_config:
         print(settings.cache_config or "")
         return
-    from train.distributed import leave
     from train.run import rewrite_report, train
 
     if report:
         print(f"report: {rewrite_report(settings.output_dir)}")
         return
     metrics, found = train(settings, restart=restart)
-    leave()
     if found:
         print(f"{settings.output_dir} is trained already; --restart trains it again")
     print(summary(metrics))
@@ -66,4 +65,11 @@ def summary(metrics: dict[str, Any]) -> str:
 
 def main() -> None:
     """Entry point of the console script."""
-    run(app, extra="train")
+    try:
+        run(app, extra="train")
+    except SystemExit as stop:
+        if "torch" in sys.modules:
+            from train.distributed import leave
+
+            leave(stop.code if isinstance(stop.code, int) else int(stop.code is not None))
+        raise

@@ -6,12 +6,13 @@ With one process all of this does nothing.
 
 from __future__ import annotations
 
-import time
-import weakref
+import atexit
+import os
+import sys
+import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-import torch
 import torch.distributed as dist
 
 T = TypeVar("T")
@@ -54,19 +55,26 @@ def gathered(mine: T) -> list[T]:
     return found
 
 
-def leave() -> None:
-    """Ends what joins the processes, once all of them are done; ``train`` may not be called again in them.
+def leave(code: int = 0) -> None:
+    """Ends a process that trained together with others, with exit code ``code``; returns if it trained alone.
 
-    A thread of gloo lets go of a collective's tensors a moment after the collective is over. If the interpreter is ending
-    by then, taking its lock aborts the process, and the launcher calls a finished training failed. So this waits for it.
+    Threads of torch that move tensors between processes live as long as the process: DDP keeps them even beyond
+    ``destroy_process_group``. One that drops a Python tensor while the interpreter shuts down cannot take its lock any
+    more; CPython (3.13 and older) then ends the thread inside a C++ destructor, and that aborts the process. The launcher
+    would call a finished training failed. So all that the interpreter does at its end for others is done here (threads
+    joined, exit handlers called, streams flushed), and then the process ends without a shutdown of the interpreter.
+
+    Call it last, once everything is saved. With code 0 it waits until all processes have come here.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return
-    if dist.get_backend() == "gloo":
-        last = torch.zeros(1)
-        dist.all_reduce(last)
-        held = weakref.ref(last)
-        del last
-        while held() is not None:
-            time.sleep(0.001)
-    dist.destroy_process_group()
+    if code == 0:
+        dist.barrier()
+        dist.destroy_process_group()
+    for thread in threading.enumerate():
+        if not thread.daemon and thread is not threading.current_thread():
+            thread.join()
+    atexit._run_exitfuncs()  # trackers finish their runs in such handlers
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

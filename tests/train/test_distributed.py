@@ -6,20 +6,16 @@ import json
 import os
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
 from pipeline.config import BuildConfig
 from pipeline.run import build
 from train.config import TrainConfig
-from train.distributed import leave
 from train.run import train
 
 STEPS, SAVED = 5, 3
@@ -192,24 +188,39 @@ def test_fsdp2(runs: Runs, one: dict[str, dict[str, Any]]) -> None:
     all_the_same(runs, "fsdp", one)
 
 
-def test_leave_waits_for_the_thread_that_holds_the_last_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A thread that lets go late stands for gloo's; the group of one process is a real one."""
-    reduce, let_go = dist.all_reduce, threading.Event()
+LATE = """
+import sys, time, torch, torch.distributed as dist
+from train.distributed import leave
+rank, store = int(sys.argv[1]), sys.argv[2]
+leave()  # without a group it does nothing
+dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+tensor = torch.zeros(1)
+if rank == 0:
+    work = dist.all_reduce(tensor, async_op=True)
+    del work, tensor  # the last reference is gloo's
+    sys.setswitchinterval(1e6)  # from here on this thread keeps the interpreter's lock
+    until = time.monotonic() + 3
+    while time.monotonic() < until:
+        pass
+else:
+    time.sleep(0.5)
+    dist.all_reduce(tensor)
+print("done")
+leave(3)
+"""
 
-    def late(tensor: torch.Tensor) -> None:
-        reduce(tensor)
-        held = [tensor]
 
-        def drop() -> None:
-            time.sleep(0.2)
-            let_go.set()
-            held.clear()
-
-        threading.Thread(target=drop).start()
-
-    monkeypatch.setattr(dist, "all_reduce", late)
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    leave()
-    assert let_go.is_set()
-    assert not dist.is_initialized()
-    leave()  # where there is no group it does nothing
+def test_a_thread_of_gloo_that_still_holds_a_tensor_does_not_abort_the_end(tmp_path: Path) -> None:
+    """Rank 0's thread waits for the interpreter's lock to drop a tensor; ``sys.exit(3)`` in place of ``leave(3)`` aborts."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", LATE, str(rank), str(tmp_path / "store")],
+            env=environment,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    ends = [(process.communicate()[0], process.returncode) for process in both]
+    assert ends == [("done\n", 3), ("done\n", 3)]
