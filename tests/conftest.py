@@ -1,17 +1,27 @@
-"""Real models for every folder of tests, and the one way to compare what two engines say about the same text."""
+"""Real models for every folder of tests, and the one way to compare what two engines say about the same text.
+
+Random numbers: every test and every fixture draws from a seed made of its own name and of ``LOGITCASK_TEST_SEED``, 0 if it
+is not set. A test therefore sees the same numbers in every run, alone, in any order and on any worker. ``make fuzz`` sets
+fresh seeds (tests/fuzz.py).
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
+import random
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
+from typing import Any
 
+import hypothesis
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 
 from pipeline.capture import Capture, head_sizes
@@ -24,12 +34,53 @@ CHATML = (
 )
 
 
+SEED = int(os.environ.get("LOGITCASK_TEST_SEED", "0"))
+
+hypothesis.settings.register_profile("fixed", derandomize=True, database=None, deadline=None)
+hypothesis.settings.register_profile("fuzz", database=None, deadline=None, print_blob=True)
+hypothesis.settings.load_profile("fuzz" if SEED else "fixed")
+
+
+def pytest_report_header() -> str:
+    return f"LOGITCASK_TEST_SEED={SEED}"
+
+
+def seed_of(name: str) -> int:
+    """64 bits that depend on ``name`` and on the seed of this run, and on nothing else."""
+    return int.from_bytes(hashlib.sha256(f"{SEED}/{name}".encode()).digest()[:8])
+
+
+def seed_everything(name: str) -> None:
+    """Seeds the generators that every process has one of."""
+    seed = seed_of(name)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002  what libraries draw from
+    torch.manual_seed(seed % 2**63)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(fixturedef: Any, request: Any) -> Generator[None, Any, Any]:
+    """A shared fixture is seeded by its own name: which test asks for it first changes nothing."""
+    seed_everything(f"{request.node.nodeid}[{fixturedef.argname}][{request.param_index}]")
+    return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
+    seed_everything(item.nodeid)
+    return (yield)
+
+
 @pytest.fixture
-def rng() -> np.random.Generator:
-    """Fresh randomness in every run; a failing test prints the seed that repeats it."""
-    seed = np.random.SeedSequence().entropy
-    print("seed", seed)
-    return np.random.default_rng(seed)
+def rng(request: pytest.FixtureRequest) -> np.random.Generator:
+    """This test's own random numbers."""
+    return np.random.default_rng(seed_of(request.node.nodeid))
+
+
+@pytest.fixture
+def draw(request: pytest.FixtureRequest) -> torch.Generator:
+    """The same for torch."""
+    return torch.Generator().manual_seed(seed_of(request.node.nodeid) % 2**63)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -42,7 +93,6 @@ def _no_shards_in_the_home_folder(tmp_path_factory: pytest.TempPathFactory) -> I
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a random two-layer Llama with 384 ids, 256 positions and its own byte-level BPE tokenizer."""
-    import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -77,9 +127,8 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        LlamaForCausalLM(config).save_pretrained(folder)
+    torch.manual_seed(0)  # its sharpness and what it writes are known; fuzz varies what it reads
+    LlamaForCausalLM(config).save_pretrained(folder)
     return folder
 
 

@@ -423,13 +423,13 @@ def test_a_mark_that_was_left_behind_goes(tmp_path, cache, monkeypatch, files_at
 
 
 @pytest.fixture
-def building(tmp_path, rng, header, sequence):
+def building(rng, header, consistent_sequence):
     """A build in a store, with one shard of one: its writer, to be finished, and the URL."""
     url = f"memory://{uuid.uuid4()}/cache"
     with RemoteCacheWriter(url) as writer:
         started = writer.begin(header())
         with writer.shard(0) as shard:
-            shard.append(sequence(rng, "0"))
+            shard.append(consistent_sequence(rng, "0"))
         yield writer, started, url
 
 

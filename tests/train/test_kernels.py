@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 import torch
 
@@ -29,12 +28,9 @@ def test_under_the_interpreter() -> None:
 
 
 @pytest.fixture(autouse=True)
-def seeded(request: pytest.FixtureRequest) -> None:
+def triton_there(request: pytest.FixtureRequest) -> None:
     if "interpreter" not in request.node.name and not (kernels.INTERPRETED or torch.cuda.is_available()):
         pytest.skip("no CUDA, and Triton does not interpret")
-    seed = int(np.random.SeedSequence().generate_state(1)[0])
-    print(f"seed {seed}")
-    torch.manual_seed(seed)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -54,16 +52,6 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "cohere-scale": CohereConfig(**SMALL, logit_scale=0.3),
     "phi-bias": PhiConfig(**{**SMALL, "num_key_value_heads": 4, "partial_rotary_factor": 0.5}),
 }
-
-
-@pytest.fixture(autouse=True)
-def seeded() -> Iterator[None]:
-    """A new seed each time, shown with a failing test; other tests' random state is left alone."""
-    seed = int(np.random.SeedSequence().generate_state(1)[0])
-    print(f"seed {seed}")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        yield
 
 
 def build(name: str, dtype: torch.dtype = torch.float64) -> PreTrainedModel:

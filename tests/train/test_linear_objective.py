@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -45,15 +43,6 @@ RECIPES: dict[str, list[dict[str, Any]]] = {
     "mixed": [{"name": "forward_kl"}, {"name": "reverse_kl", "tail": "ghost"}],
     "reconstruction": [{"name": "forward_kl"}, {"name": "reverse_kl", "tail": "prior"}],
 }
-
-
-@pytest.fixture(autouse=True)
-def seeded() -> Iterator[None]:
-    seed = int(np.random.SeedSequence().generate_state(1)[0])
-    print(f"seed {seed}")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        yield
 
 
 def build(name: str, dtype: torch.dtype = torch.float64) -> PreTrainedModel:

@@ -19,14 +19,6 @@ from train.losses import LOSSES, SparseTeacher, forward_kl, ranking
 from train.losses.student import _add_entries, _Pass
 
 
-@pytest.fixture
-def draw() -> torch.Generator:
-    """A generator with a new seed each time; pytest shows the seed of a failing test."""
-    seed = int(np.random.SeedSequence().generate_state(1)[0])
-    print(f"seed {seed}")
-    return torch.Generator().manual_seed(seed)
-
-
 def normal(draw: torch.Generator, *shape: int, scale: float = 3.0, dtype: torch.dtype = torch.float64) -> Tensor:
     return scale * torch.randn(*shape, generator=draw, dtype=torch.float64).to(dtype)
 

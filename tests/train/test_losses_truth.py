@@ -23,11 +23,6 @@ V = 40
 Truth = Callable[..., Tensor]
 
 
-@pytest.fixture
-def draw(rng: np.random.Generator) -> torch.Generator:
-    return torch.Generator().manual_seed(int(rng.integers(2**31)))
-
-
 def normal(draw: torch.Generator, *shape: int, scale: float = 2.5) -> Tensor:
     return scale * torch.randn(*shape, generator=draw, dtype=torch.float64)
 

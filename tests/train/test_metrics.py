@@ -15,14 +15,6 @@ from train.metrics import Calibration, rank_agreement, rank_correlation, top_k_o
 VOCAB = 30
 
 
-@pytest.fixture
-def rng() -> np.random.Generator:
-    """A generator with a new seed each time; pytest shows the seed of a failing test."""
-    seed = int(np.random.SeedSequence().generate_state(1)[0])
-    print(f"seed {seed}")
-    return np.random.default_rng(seed)
-
-
 def cached(logits: np.ndarray, k: int, step: float) -> SparseTeacher:
     """A cache's top-k: ordered by the exact values, which are rounded to ``step`` afterwards, so that many tie."""
     logprobs = torch.from_numpy(logits).log_softmax(1)

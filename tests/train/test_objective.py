@@ -28,11 +28,6 @@ def config(losses: list[dict[str, Any]], **changes: Any) -> TrainConfig:
 
 
 @pytest.fixture
-def draw(rng: np.random.Generator) -> torch.Generator:
-    return torch.Generator().manual_seed(int(rng.integers(2**31)))
-
-
-@pytest.fixture
 def teacher(draw: torch.Generator) -> SparseTeacher:
     log_p = (2.5 * torch.randn(P, V, generator=draw)).log_softmax(1)
     top = log_p.topk(K)

@@ -29,7 +29,6 @@ STUDENTS = {
 
 
 def student(model_type, attention="sdpa", **fields):
-    torch.manual_seed(int(np.random.default_rng().integers(2**31)))
     config = AutoConfig.for_model(model_type, **SMALL, **fields)
     return AutoModelForCausalLM.from_config(config, attn_implementation=attention)
 

@@ -15,11 +15,6 @@ from train.losses.forward_kl import tail_of
 P, V, K, S, SETS = 12, 300, 6, 8, 2000
 
 
-@pytest.fixture
-def draw(rng) -> torch.Generator:
-    return torch.Generator().manual_seed(int(rng.integers(2**31)))
-
-
 def peaked(draw: torch.Generator, positions: int = P, vocab: int = V) -> Tensor:
     return (2.5 * torch.randn(positions, vocab, generator=draw, dtype=torch.float64)).log_softmax(1)
 
