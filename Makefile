@@ -11,8 +11,13 @@ HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev
 ENGINE := $(if $(HAS_GPU),teacher,teacher-cpu)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
+# Modules of tests side by side; one after the other where they would share a GPU.
+WORKERS ?= $(if $(HAS_GPU),0,$(shell cores=$$(nproc 2>/dev/null || echo 2); echo $$((cores < 4 ? cores : 4))))
+SIDE_BY_SIDE = --numprocesses $(WORKERS) --dist loadfile
+SHUFFLED = $(if $(ORDER),--random-order-bucket=module --random-order-seed=$(ORDER))
+
 .DEFAULT_GOAL := help
-.PHONY: help setup teacher-cache train-student test test-engines lint bench bench-quality report clean
+.PHONY: help setup teacher-cache train-student test fuzz test-engines lint bench bench-quality report clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -43,8 +48,12 @@ train-student: setup ## build the cache if it is missing, then train and evaluat
 report: setup ## write the report of a finished run again
 	$(BIN)/train-student $(STUDENT_CONFIG) --report
 
-test: setup ## run all tests
-	$(BIN)/python -m pytest
+test: setup ## run all tests (ORDER=N shuffles them, WORKERS=N side by side, TESTS="files or options of pytest")
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) $(SHUFFLED) $(TESTS)
+
+fuzz: setup ## run the tests that draw random numbers with fresh seeds (ROUNDS=3, or MINUTES=60; SEED=N repeats one)
+	$(BIN)/python tests/fuzz.py $(if $(SEED),--seed $(SEED)) $(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(MINUTES),--minutes $(MINUTES)) \
+	  -- $(SIDE_BY_SIDE) $(TESTS)
 
 test-engines: setup ## test the teacher against every vLLM version the extras allow, an environment each (downloads)
 	$(BIN)/python tests/versions.py

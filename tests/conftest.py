@@ -41,8 +41,31 @@ hypothesis.settings.register_profile("fuzz", database=None, deadline=None, print
 hypothesis.settings.load_profile("fuzz" if SEED else "fixed")
 
 
+def pytest_configure() -> None:
+    """One thread in every process: how sums are rounded does not depend on how many cores there are."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+
+
 def pytest_report_header() -> str:
     return f"LOGITCASK_TEST_SEED={SEED}"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--only-random", action="store_true", help="only tests that draw random numbers (make fuzz)")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--only-random"):
+        chosen = [item for item in items if _is_random(item)]
+        config.hook.pytest_deselected(items=[item for item in items if item not in set(chosen)])
+        items[:] = chosen
+
+
+def _is_random(item: pytest.Item) -> bool:
+    assert isinstance(item, pytest.Function)
+    drawn = {"rng", "draw"} & set(item.fixturenames) or item.get_closest_marker("random")
+    return bool(drawn) or hypothesis.is_hypothesis_test(item.obj)
 
 
 def seed_of(name: str) -> int:

@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -218,28 +217,3 @@ def test_vllm_with_damaged_weights(tmp_path: Path, tiny_llama: Path) -> None:
     model = changed(tmp_path, tiny_llama)
     _cut(model / "model.safetensors")
     refused(build(config_file(tmp_path, {"model": str(model), "backend": "vllm"}, {})), "vLLM cannot start", str(model))
-
-
-# --- in the middle
-
-
-def test_what_was_done_when_the_process_is_stopped_is_kept(tmp_path: Path) -> None:
-    """SIGTERM, as a scheduler sends it: exit code 130, a line that says how to go on, and it does."""
-    file = config_file(
-        tmp_path, {**SYNTHETIC, "vocab_size": 49152}, {"max_tokens": 200_000}, store={"shard_tokens": 5000}
-    )
-    process = subprocess.Popen(command("build", file), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-    commits = tmp_path / "cache" / ".build" / "commits"
-    while not list(commits.glob("*.json")):
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130, stderr
-    assert "interrupted; run the same command again to go on" in stderr
-    assert "Traceback" not in stderr
-    done_before = len(list(commits.glob("*.json")))
-    assert done_before > 0
-    done = build(file)
-    assert done.returncode == 0, done.stderr
-    assert f"{done_before} of" in done.stderr

@@ -272,21 +272,19 @@ def test_killed_ten_times_the_cache_is_the_same(tmp_path, rng):
     """``kill -9`` at random moments, the same command again each time, until one run gets through."""
     config_file = tmp_path / "config.yaml"
     whole = synthetic(tmp_path, output=str(tmp_path / "whole"), data__max_tokens=400_000)
-    started = time.monotonic()
     expected = build(whole).manifest
-    needed = time.monotonic() - started + 1.0  # and the start of Python
     config_file.write_text(yaml.safe_dump({**whole.model_dump(mode="json"), "output": str(tmp_path / "killed")}))
     command = [sys.executable, "-c", "from pipeline.cli import main; main()", "build", str(config_file)]
+    work = tmp_path / "killed" / ".build"
     kills = 0
-    for attempt in range(10):
+    # The first is killed while it plans, the others at some shard, a random moment later.
+    for shards in (0, *rng.integers(0, len(expected.shards) - 1, 9)):
         process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-        try:
-            # The first run is not given the time to get through, after which there is nothing to kill.
-            process.wait(timeout=rng.uniform(0.2, needed if attempt else needed / 2))
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            kills += 1
+        while process.poll() is None and not (work.exists() and len(list(work.glob("commits/*.json"))) >= shards):
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0, 0.2) if kills else 0)
+        process.send_signal(signal.SIGKILL)
+        kills += process.wait() == -signal.SIGKILL
     last = teacher_cache("build", config_file)
     assert last.returncode == 0, last.stderr
     found = CacheReader(tmp_path / "killed").manifest

@@ -183,7 +183,8 @@ def test_no_more_is_read_ahead_than_twice_the_concurrency(start: Any, texts: lis
 def test_a_server_that_fails_for_a_while_is_waited_for(
     fake: FakeServer, start: Any, texts: list[Sequence], failure: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    teacher = start(timeout=0.3)
+    # Long enough that a busy machine does not add absences of its own.
+    teacher = start(timeout=0.3 if failure == "slow" else 60)
     began = len(fake.requests)
 
     def before(number: int, prompt: list[int]) -> Any:
@@ -210,7 +211,7 @@ def test_patience_ends(fake: FakeServer, start: Any, texts: list[Sequence]) -> N
     began = time.monotonic()
     with pytest.raises(UserError, match=r"has not answered for 0\.5 s \(503 out of order\); start it and run the same"):
         list(teacher.score(texts))
-    assert 0.5 < time.monotonic() - began < 3
+    assert time.monotonic() - began > 0.5
     with pytest.raises(UserError, match=r"http://127\.0\.0\.1:9 has not answered for 0\.1 s \(.*refused|connect"):
         start(url="http://127.0.0.1:9", patience=0.1)
 
@@ -441,14 +442,20 @@ def test_another_model_is_refused_in_the_middle(
 
 
 def test_closing_does_not_wait_for_answers(fake: FakeServer, start: Any, texts: list[Sequence]) -> None:
-    teacher = start()
-    fake.before = lambda number, prompt: time.sleep(5) if len(prompt) > 2 else None
+    teacher, over = start(), threading.Event()
+
+    def before(number: int, prompt: list[int]) -> None:
+        if len(prompt) > 2:
+            over.wait(300)
+
+    fake.before = before
     scores = teacher.score(texts)
     next(scores)
     began = time.monotonic()
     scores.close()
     teacher.close()
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 200
+    over.set()
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,8 @@ import torch
 from train import kernels
 from train.losses import LOSSES, SparseTeacher, Student
 
+pytestmark = pytest.mark.random
+
 pytest.importorskip("triton")
 DEVICE = "cpu" if kernels.INTERPRETED else "cuda"
 

@@ -27,6 +27,8 @@ from train.linear import LogitsHead, PerChunk, head_losses
 from train.losses import LOSSES, SparseTeacher
 from train.metrics import rank_agreement, top_k_overlap
 
+pytestmark = pytest.mark.random
+
 VOCAB, HIDDEN = 211, 16
 SMALL = {
     "vocab_size": VOCAB,

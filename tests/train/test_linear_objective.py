@@ -18,6 +18,8 @@ from train.linear import LogitsHead, head_losses
 from train.losses import SparseTeacher
 from train.objective import Objective
 
+pytestmark = pytest.mark.random
+
 VOCAB, HIDDEN, POSITIONS = 211, 16, 23
 SMALL = {
     "vocab_size": VOCAB + 3,

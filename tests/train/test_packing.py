@@ -19,6 +19,8 @@ from train.packing import check_isolation, collate_packed, fill_rows, packed_uni
 from train.run import train
 from train.student import build_student
 
+pytestmark = pytest.mark.random
+
 SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
 SMALL |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 128}
 STUDENTS = {

@@ -196,15 +196,29 @@ def test_options_that_fail_late_are_refused_before_anything_is_written(config):
     assert not (config().output_dir / "run.json").exists()
 
 
+SLOWLY = """
+import time
+from train.cli import main
+from train.trainer import DistillationTrainer
+end_step = DistillationTrainer.end_step
+def slowly(self):
+    time.sleep(0.05)
+    end_step(self)
+DistillationTrainer.end_step = slowly
+main()
+"""
+
+
 def test_killed_and_resumed_it_ends_the_same(config, tmp_path, rng):
     """``kill -9`` at random moments of training; same last step, same loss, same metrics."""
     expected, _ = train(config(training={"output_dir": str(tmp_path / "whole"), "max_steps": 40}))
     command = student_process(config(training={"max_steps": 40}), tmp_path)
+    slowly = [sys.executable, "-c", SLOWLY, command[-1]]
     run = config().output_dir
     kills = 0
     for _ in range(3):
         seen = {p.name for p in run.glob("checkpoint-*")}
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(slowly, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         # Wait until it saves something new, so that each run gets further, then a random moment more.
         while process.poll() is None and {p.name for p in run.glob("checkpoint-*")} <= seen:
             time.sleep(0.02)
