@@ -176,7 +176,8 @@ def at_positions(sequences: list[CachedSequence]) -> dict[str, Tensor]:
 
 def _pooled(sets: NDArray[Any]) -> NDArray[Any]:
     """[P, T, S] -> [P, T * S]: all sets as one. Every set of a position has as many draws, so their mean is the pool's."""
-    return sets.reshape(len(sets), -1)
+    positions, count, draws = sets.shape  # any of them may be 0
+    return sets.reshape(positions, count * draws)
 
 
 def _stacked(parts: list[NDArray[Any]], filler: float) -> Tensor:

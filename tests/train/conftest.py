@@ -32,7 +32,8 @@ made = _sequences()
 def write_cache(tmp_path, rng):
     """``write_cache(name, kind=..., shards=..., sequences=..., tokens=(low, high))``: a cache of random sequences.
 
-    ``sequences`` per shard, ``per_batch`` of them in a record batch; ids below 60. ``vocab``: the identity of its tokenizer.
+    ``sequences`` per shard, ``per_batch`` of them in a record batch; ids below 60. ``tokens`` may also
+    list the length of each sequence of a shard. ``vocab``: the identity of its tokenizer.
     """
 
     def write(name, *, kind="samples", shards=3, sequences=40, tokens=(4, 40), per_batch=5, top_k=6, vocab="0" * 64):
@@ -43,7 +44,7 @@ def write_cache(tmp_path, rng):
             for index in range(shards):
                 with writer.shard(index, sequences_per_batch=lambda _: per_batch) as shard:
                     for i in range(sequences):
-                        n = int(rng.integers(*tokens))
+                        n = tokens[i] if isinstance(tokens, list) else int(rng.integers(*tokens))
                         shard.append(
                             made.make_sequence(
                                 rng, f"{name}/{index}/{i}", tokens=n, vocab_size=60, top_k=top_k, kind=kind
