@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import logging
 
+import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cache_format import Manifest, UserError
 from cache_format.tokenizers import tokenizer_identity
 from train.config import TrainConfig
+from train.dataset import CachedDataset
 from train.losses import SPECS
+from train.vocabulary import MOST_LEFT_OUT, rows_of
 
 log = logging.getLogger(__name__)
+
+_MEASURED = 64
+"""Sequences by which ``check_vocabulary`` judges a cache."""
 
 
 def check_together(paths: list[str], manifests: list[Manifest]) -> None:
@@ -52,12 +58,14 @@ def check(
                 "training is not touched by it",
                 teacher,
             )
-    rows = student.get_output_embeddings().weight.shape[0]
-    if rows < manifest.store.vocab_size:
+    rows, predicted = rows_of(student), manifest.store.vocab_size
+    # Without a tokenizer of its own the student is held to the number of the teacher's tokens; ids may have gaps.
+    used = manifest.tokenizer.vocab_size if tokenizer is None else max(tokenizer.get_vocab().values()) + 1
+    if rows < min(used, predicted):
         raise UserError(
-            f"the student predicts {rows:,} ids, but the teacher {teacher} of {path} predicts "
-            f"{manifest.store.vocab_size:,}; use a student with at least that vocabulary (resize its embeddings, or set "
-            "vocab_size in student.config)"
+            f"the student predicts {rows:,} ids, but the tokenizer of {path}, that of {teacher}, uses {used:,}; use a "
+            "student with at least so many rows in its embeddings (resize_token_embeddings of transformers, or vocab_size in "
+            "student.config)"
         )
     defaults = {term.name: SPECS[term.name].options for term in config.losses}
     by_loss = {
@@ -79,3 +87,32 @@ def check(
             f"the student reads at most {longest} tokens, but {path} has sequences of up to "
             f"{manifest.data.max_length}; use a student with more positions, or a cache with a smaller data.max_length"
         )
+
+
+def check_vocabulary(data: CachedDataset) -> None:
+    """Says how much of the teacher's mass lies on ids that the student lacks, by some sequences of ``data``.
+
+    Raises UserError where it is more than padding rows explain.
+    """
+    path, store = data.cache.path, data.cache.manifest.store
+    if data.vocab_size == store.vocab_size:
+        return
+    chosen = np.unique(np.linspace(0, len(data) - 1, _MEASURED).astype(np.int64)).tolist()
+    share = np.concatenate([data.left_out(item) for item in chosen])
+    mean, most = float(share.mean()), float(share.max())
+    found = f"{mean:.2g} of the teacher's mass (at most {most:.2g} at a position"
+    found += f"{'' if store.tail_samples else ', as far as heads tell'}; {len(share):,} positions of {path})"
+    if mean > MOST_LEFT_OUT:
+        raise UserError(
+            f"the student predicts {data.vocab_size:,} ids and the teacher {store.vocab_size:,}, but {found} lies on those "
+            f"that the student lacks; expected padding, on which there is at most {MOST_LEFT_OUT}: use a student with all of "
+            "the teacher's rows (resize_token_embeddings of transformers, or vocab_size in student.config)"
+        )
+    log.info(
+        "the student predicts %s ids, the teacher %s, their tokenizer has %s: %s lies on ids that the student lacks; it is "
+        "left out, and the rest scaled up to 1",
+        f"{data.vocab_size:,}",
+        f"{store.vocab_size:,}",
+        f"{data.cache.manifest.tokenizer.vocab_size:,}",
+        found,
+    )

@@ -19,20 +19,34 @@ from torch.utils.data import Dataset
 from cache_format import CachedSequence, CacheReader
 from cache_format.manifest import DataIdentity
 from train.losses import SparseTeacher
+from train.vocabulary import left_out, restricted
 
 
 class CachedDataset(Dataset[CachedSequence]):
-    """Some sequences of a cache, by their index there."""
+    """Some sequences of a cache, by their index there.
 
-    def __init__(self, cache: CacheReader, indices: SequenceOf[int] | NDArray[np.int64]) -> None:
+    rows: ids that the student predicts; those of the teacher beyond them are left out (``train.vocabulary``). None: the
+        student has all of the teacher's.
+    """
+
+    def __init__(
+        self, cache: CacheReader, indices: SequenceOf[int] | NDArray[np.int64], rows: int | None = None
+    ) -> None:
         self.cache = cache
         self.indices = indices
+        predicted = cache.manifest.store.vocab_size
+        self.vocab_size = predicted if rows is None else min(rows, predicted)
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def __getitem__(self, item: int) -> CachedSequence:
-        return self.cache[int(self.indices[item])]
+        sequence, predicted = self.cache[int(self.indices[item])], self.cache.manifest.store.vocab_size
+        return sequence if self.vocab_size == predicted else restricted(sequence, self.vocab_size, predicted)
+
+    def left_out(self, item: int) -> NDArray[np.float64]:
+        """float64[P]: the share of the teacher's mass that a sequence has lost, being on ids that the student lacks."""
+        return left_out(self.cache[int(self.indices[item])], self.vocab_size)
 
     def __getitems__(self, items: list[int]) -> list[CachedSequence]:
         """Several, read in the order in which they are stored, so that what lies together is decoded once."""
@@ -52,12 +66,14 @@ class CachedDataset(Dataset[CachedSequence]):
                 "teacher_ids": empty,
                 "teacher_logprobs": torch.full_like(empty, -torch.inf, dtype=torch.float32),
             }
-        return teacher_of(batch, store.vocab_size, prior)
+        return teacher_of(batch, self.vocab_size, prior)
 
     @cached_property
     def _prior(self) -> Tensor | None:
-        prior = self.cache.prior
-        return None if prior is None else torch.from_numpy(prior.probabilities()).float()
+        if self.cache.prior is None:
+            return None
+        known = self.cache.prior.probabilities()[: self.vocab_size]
+        return torch.from_numpy(known / known.sum()).float()
 
 
 class HeldOut(Dataset[CachedSequence]):
@@ -101,25 +117,29 @@ def row_of(sequence_id: str, data: DataIdentity) -> str:
 class CacheIndex:
     """What is known of a cache's N sequences before any is decoded.
 
-    held_out: bool[N]. tokens: int32[N]. kept: int32[N], kept positions.
+    held_out: bool[N]. tokens: int32[N]. kept: int32[N], kept positions. largest: int32[N], the largest id of its tokens.
     """
 
     held_out: NDArray[np.bool_]
     tokens: NDArray[np.int32]
     kept: NDArray[np.int32]
+    largest: NDArray[np.int32]
 
 
 def read_index(cache: CacheReader, share: float) -> CacheIndex:
     """Reads three columns of the whole cache, once, shard after shard; ``share`` of the data's rows are held out."""
     data = cache.manifest.data
     held_out: list[bool] = []
-    tokens, kept = [np.zeros(0, np.int32)], [np.zeros(0, np.int32)]
+    tokens, kept, largest = ([np.zeros(0, np.int32)] for _ in range(3))
     columns = (cache.iter_column(name) for name in ("sequence_id", "input_ids", "positions"))
     for ids, inputs, positions in zip(*columns, strict=True):
         held_out += [is_held_out(sequence_id, data, share) for sequence_id in ids.to_pylist()]
         tokens.append(inputs.value_lengths().to_numpy())
         kept.append(positions.value_lengths().to_numpy())
-    return CacheIndex(np.array(held_out, np.bool_), np.concatenate(tokens), np.concatenate(kept))
+        # One 0 more, so that every start is the index of something.
+        ids, starts = np.append(inputs.flatten().to_numpy(), np.int32(0)), np.cumsum(tokens[-1]) - tokens[-1]
+        largest.append(np.maximum.reduceat(ids, starts))
+    return CacheIndex(np.array(held_out, np.bool_), *map(np.concatenate, (tokens, kept, largest)))
 
 
 def collate(sequences: list[CachedSequence]) -> dict[str, Tensor]:

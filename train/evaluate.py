@@ -114,19 +114,27 @@ def _confidence(logits_CV: Tensor, target_ids_C: Tensor) -> dict[str, Tensor]:
 def teacher_reference(data: HeldOut) -> dict[str, float]:
     """What the teacher itself reaches on the same positions, from the cache: ce (nats), perplexity, ece; and positions.
 
-    A cache without heads does not say what the teacher's most probable token was: no ece then.
+    A cache without heads does not say what the teacher's most probable token was: no ece then. ``left_out``, where the
+    student has fewer ids than a teacher: the mean share of the teacher's mass on ids that it lacks.
     """
     total, positions = 0.0, 0
     calibration, heads = Calibration(), False
-    for sequence in data:  # type: ignore[attr-defined]
-        total -= float(sequence.target_logprob.sum())
-        positions += len(sequence.positions)
-        if sequence.ids.shape[1]:
-            heads = True
-            calibration.add(
-                torch.from_numpy(sequence.logprobs[:, 0]).exp(), torch.from_numpy(sequence.target_rank == 0)
-            )
+    lost: float | None = None
+    for part in data.parts:
+        for item in range(len(part)):
+            sequence = part[item]
+            total -= float(sequence.target_logprob.sum())
+            positions += len(sequence.positions)
+            if part.vocab_size < part.cache.manifest.store.vocab_size:
+                lost = (lost or 0.0) + float(part.left_out(item).sum())
+            if sequence.ids.shape[1]:
+                heads = True
+                calibration.add(
+                    torch.from_numpy(sequence.logprobs[:, 0]).exp(), torch.from_numpy(sequence.target_rank == 0)
+                )
     found = {"ce": total / positions, "perplexity": perplexity(total / positions), "positions": positions}
+    if lost is not None:
+        found["left_out"] = lost / positions
     return {**found, "ece": calibration.error()} if heads else found
 
 

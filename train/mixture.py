@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -139,8 +140,13 @@ def by_source(per_chunk: Callable[[SparseTeacher], PerChunk], teachers: list[tup
     return losses
 
 
-def open_data(config: TrainConfig, caches: list[CacheReader], seed: int) -> tuple[Mixture, HeldOut]:
-    """What is trained on and what is held out. Raises UserError for data that cannot be used so."""
+def open_data(
+    config: TrainConfig, caches: list[CacheReader], seed: int, rows: int | None = None
+) -> tuple[Mixture, HeldOut]:
+    """What is trained on and what is held out, for a student of ``rows`` ids; None: it has all of the teachers'.
+
+    Raises UserError for data that cannot be used so.
+    """
     entries = config.caches
     indexes = [read_index(cache, config.evaluation.held_out) for cache in caches]
     sources, held_out, units = [], [], []
@@ -149,7 +155,8 @@ def open_data(config: TrainConfig, caches: list[CacheReader], seed: int) -> tupl
         for cache, index in zip(caches, indexes, strict=True)
     )
     for number, (entry, cache, index) in enumerate(zip(entries, caches, indexes, strict=True)):
-        train, out = (np.flatnonzero((index.kept > 0) & chosen) for chosen in (~index.held_out, index.held_out))
+        usable = (index.kept > 0) & _readable(entry.cache, index, rows)
+        train, out = (np.flatnonzero(usable & chosen) for chosen in (~index.held_out, index.held_out))
         if not len(train) or not len(out):
             raise UserError(
                 f"{entry.cache} splits into {len(train)} sequences to train on and {len(out)} held out; "
@@ -161,8 +168,8 @@ def open_data(config: TrainConfig, caches: list[CacheReader], seed: int) -> tupl
                 "tail (store.tail_samples), which has them"
             )
         _warn_of_thrashing(cache, config.data.shuffle)
-        sources.append(CachedDataset(cache, train))
-        held_out.append(CachedDataset(cache, out))
+        sources.append(CachedDataset(cache, train, rows))
+        held_out.append(CachedDataset(cache, out, rows))
         units.append(_units(config.data, capacity, cache, index, train, (seed, 0, number)))
     weights = [entry.weight for entry in entries if entry.weight is not None]
     plan = Plan(
@@ -176,10 +183,27 @@ def open_data(config: TrainConfig, caches: list[CacheReader], seed: int) -> tupl
     limit = config.evaluation.max_sequences
     if limit is not None:
         held_out = [
-            CachedDataset(data.cache, data.indices[: max(1, round(limit * share))])
+            CachedDataset(data.cache, data.indices[: max(1, round(limit * share))], rows)
             for data, share in zip(held_out, _shares(weights, held_out), strict=True)
         ]
     return Mixture(sources, [entry.label for entry in entries], units, plan), HeldOut(held_out)
+
+
+def _readable(path: str, index: CacheIndex, rows: int | None) -> NDArray[np.bool_]:
+    """bool[N]: the sequences of which the student has every token; says so where it lacks some.
+
+    A teacher that writes the text itself may draw the id of a padding row.
+    """
+    readable = np.ones(len(index.largest), np.bool_) if rows is None else index.largest < rows
+    if not readable.all():
+        log.warning(
+            "%s of %s sequences of %s are left out: they have tokens with ids from %s up, which the student lacks",
+            f"{(~readable).sum():,}",
+            f"{len(readable):,}",
+            path,
+            f"{rows:,}",
+        )
+    return readable
 
 
 def _warn_of_thrashing(cache: CacheReader, shuffle: str) -> None:

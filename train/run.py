@@ -37,6 +37,7 @@ from train.objective import Objective
 from train.report import write_report
 from train.student import build_student, load_student_tokenizer, save_student
 from train.trainer import DistillationTrainer, check_finite
+from train.vocabulary import rows_of
 
 log = logging.getLogger(__name__)
 
@@ -109,7 +110,10 @@ def _train(
     for entry, manifest in zip(config.caches, manifests, strict=True):
         compat.check(config, entry.cache, manifest, student, tokenizer)
 
-    data, held_out = open_data(config, caches, arguments.seed if arguments.data_seed is None else arguments.data_seed)
+    data_seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
+    data, held_out = open_data(config, caches, data_seed, rows_of(student))
+    for source in data.sources:
+        compat.check_vocabulary(source)
     objective, tail, exactness = _try_objective(config, held_out)
     check_optimizer(arguments, student)
     student.to(arguments.device)  # before the trainer tries the student: flash attention needs its GPU for that
