@@ -1,9 +1,15 @@
-"""Where prepared models lie on this machine, so that the stage that makes them and the one that trains them agree."""
+"""Which folders are models, so that the stage that runs them and the one that trains them agree."""
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
+
+from cache_format.errors import UserError
+
+ADAPTER_CONFIG = "adapter_config.json"
+"""What makes a folder one of adapters (PEFT). Transformers applies them unasked, vLLM does not."""
 
 
 def models_dir() -> Path:
@@ -15,3 +21,19 @@ def local_model(name: str) -> Path | None:
     """The folder of a model prepared under that name, or None. Folders appear there only when finished."""
     folder = models_dir() / name
     return folder if (folder / "config.json").is_file() else None
+
+
+def refuse_adapters(name: str, folder: Path) -> None:
+    """Raises UserError where ``folder``, of the model that the user calls ``name``, holds adapters."""
+    if not (folder / ADAPTER_CONFIG).is_file():
+        return
+    try:
+        base = json.loads((folder / ADAPTER_CONFIG).read_text("utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError):
+        base = None
+    beside = " beside a model" if (folder / "config.json").is_file() else ""
+    raise UserError(
+        f"{name} holds adapters{f' of {base}' if base else ''}{beside} ({ADAPTER_CONFIG}), expected whole weights alone; merge "
+        f"them first: peft.AutoPeftModelForCausalLM.from_pretrained({str(folder)!r}).merge_and_unload().save_pretrained(NEW), "
+        "save the tokenizer there too, and name NEW"
+    )

@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from typing import Any
+
+from cache_format.errors import UserError
 
 _PROBE = "a"
 
@@ -43,6 +46,27 @@ def tokenizer_identity(tokenizer: Any, chat_template: str | None) -> dict[str, A
         "vocab_size": len(tokenizer),
         "chat_template_sha256": None if chat_template is None else hashlib.sha256(chat_template.encode()).hexdigest(),
     }
+
+
+def usable_tokenizer(name: str, tokenizer: Any, reload: Callable[[], Any]) -> Any:
+    """``tokenizer``, which transformers chose for the model called ``name``, or what ``reload`` gives in place of Mistral's.
+
+    Where the package mistral-common is installed, transformers lets it read a model's tekken.json, even beside a
+    tokenizer.json. Its tokenizer gives no offsets, and what the ids are would depend on what is installed. ``reload`` is to
+    read the tokenizer.json.
+
+    Raises UserError for a tekken.json alone: read without mistral-common it has no special tokens and no chat template.
+    """
+    if type(tokenizer).__name__ == "MistralCommonBackend":
+        tokenizer = reload()
+    read = [str(getattr(tokenizer, "init_kwargs", {}).get(key) or "") for key in ("tokenizer_file", "vocab_file")]
+    if not read[0] and read[1].endswith("tekken.json"):
+        raise UserError(
+            f'{name} has a tekken.json and no tokenizer.json; in a local copy of the model run python -c "from '
+            "transformers.integrations.mistral import convert_tekken_tokenizer as convert; "
+            "convert('tekken.json').save_pretrained('.')\" and name its folder"
+        )
+    return tokenizer
 
 
 def _rules(state: dict[str, Any]) -> dict[str, Any]:

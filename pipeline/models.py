@@ -26,7 +26,8 @@ from typing import Any
 from filelock import FileLock
 
 from cache_format.errors import UserError
-from cache_format.places import local_model, models_dir
+from cache_format.places import ADAPTER_CONFIG, local_model, models_dir, refuse_adapters
+from cache_format.tokenizers import usable_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +85,7 @@ def resolve_model(name: str, revision: str | None = None) -> ResolvedModel:
     if not folder.is_dir() and prepared is not None:
         folder = prepared
     if folder.is_dir():
+        refuse_adapters(name, folder)
         if not (folder / "config.json").is_file():
             raise UserError(
                 f"{folder} is not a model folder: it has no config.json; expected a folder in transformers' format"
@@ -114,11 +116,15 @@ def prepare_model(name: str, revision: str | None = None) -> str:
 
 def load_tokenizer(name: str, revision: str | None = None) -> Any:
     """The model's tokenizer, a ``transformers.PreTrainedTokenizerBase``. Raises UserError where there is none."""
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     model = resolve_model(name, revision)
     try:
-        return AutoTokenizer.from_pretrained(model.location, revision=model.revision)
+        return usable_tokenizer(
+            name,
+            AutoTokenizer.from_pretrained(model.location, revision=model.revision),
+            lambda: PreTrainedTokenizerFast.from_pretrained(model.location, revision=model.revision),
+        )
     except (OSError, ValueError, ImportError) as error:
         reason = _first_line(error)
         if "backend tokenizer" in reason:  # the start of a list that goes on for lines
@@ -216,7 +222,7 @@ def _hub_commit(name: str, revision: str | None) -> str:
     from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalEntryNotFoundError, RevisionNotFoundError
 
     try:
-        return Path(hf_hub_download(name, "config.json", revision=revision)).parent.name
+        commit = Path(hf_hub_download(name, "config.json", revision=revision)).parent.name
     except GatedRepoError as error:
         reason = "its owner restricts it: accept the terms on its page and log in with `hf auth login`"
         raise UserError(f"model {name} on the Hugging Face hub cannot be read; {reason}") from error
@@ -234,10 +240,20 @@ def _hub_commit(name: str, revision: str | None) -> str:
             f"no model {name!r}: there is no such folder, and it is not a hub name; {_what_there_is()}"
         ) from error
     except OSError as error:
+        _refuse_hub_adapters(name, revision)
         raise UserError(
             f"no model {name!r}: it is not built in, not a folder, and the Hugging Face hub does not have it "
             f"({_first_line(error)}); {_what_there_is()}"
         ) from error
+    _refuse_hub_adapters(name, commit)
+    return commit
+
+
+def _refuse_hub_adapters(name: str, revision: str | None) -> None:
+    from huggingface_hub import hf_hub_download
+
+    with contextlib.suppress(OSError):  # there are none
+        refuse_adapters(name, Path(hf_hub_download(name, ADAPTER_CONFIG, revision=revision)).parent)
 
 
 def empty_model(model: ResolvedModel) -> Any:

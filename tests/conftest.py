@@ -7,8 +7,10 @@ fresh seeds (tests/fuzz.py).
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import hashlib
+import json
 import os
 import random
 import subprocess
@@ -153,6 +155,39 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)  # its sharpness and what it writes are known; fuzz varies what it reads
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def write_tekken() -> Callable[[Path], None]:
+    """``write_tekken(folder)``: a tekken.json there, as Mistral's models have, of 20 special tokens and 268 others."""
+    merged = ["th", "he", "in", " t", " the", "er", "an", " a", "on", "re", " th", "ing"]
+    named = (
+        "<unk> <s> </s> [INST] [/INST] [AVAILABLE_TOOLS] [/AVAILABLE_TOOLS] [TOOL_RESULTS] [/TOOL_RESULTS] [TOOL_CALLS]"
+    )
+    named += (
+        " [IMG] <pad> [IMG_BREAK] [IMG_END] [PREFIX] [MIDDLE] [SUFFIX] [SYSTEM_PROMPT] [/SYSTEM_PROMPT] [TOOL_CONTENT]"
+    )
+    words, special = [*(bytes([i]) for i in range(256)), *(each.encode() for each in merged)], named.split()
+    content = {
+        "config": {
+            "pattern": r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+",
+            "num_vocab_tokens": len(words),
+            "default_vocab_size": len(words) + len(special),
+            "default_num_special_tokens": len(special),
+            "version": "v7",
+        },
+        "vocab": [
+            {"rank": rank, "token_bytes": base64.b64encode(word).decode(), "token_str": word.decode(errors="replace")}
+            for rank, word in enumerate(words)
+        ],
+        "special_tokens": [{"rank": rank, "token_str": each, "is_control": True} for rank, each in enumerate(special)],
+        "type": "Tekken",
+    }
+
+    def write(folder: Path) -> None:
+        (folder / "tekken.json").write_text(json.dumps(content))
+
+    return write
 
 
 @pytest.fixture(scope="session")

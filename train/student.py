@@ -20,11 +20,13 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
     Trainer,
 )
 
 from cache_format.errors import ConfigError, UserError
-from cache_format.places import local_model, models_dir
+from cache_format.places import local_model, models_dir, refuse_adapters
+from cache_format.tokenizers import usable_tokenizer
 from train.config import StudentConfig
 from train.folder import ADAPTER
 
@@ -79,11 +81,11 @@ def _base(config: StudentConfig, seed: int) -> PreTrainedModel:
             raise
         except Exception as error:  # whatever an architecture makes of sizes that do not go together
             raise ConfigError(f"student.config describes no causal language model: {_line(error)}") from error
-    if config.model is not None:
-        return _whole(find_model(config.model, config.revision), dtype)
-    assert config.init_from is not None
-    folder = find_model(config.init_from, config.revision)
-    if config.keep_layers is None:
+    name = config.model or config.init_from
+    assert name is not None
+    folder = find_model(name, config.revision)
+    refuse_adapters(name, folder)
+    if config.model is not None or config.keep_layers is None:
         return _whole(folder, dtype)
     return _from_layers(folder, config.keep_layers, dtype)
 
@@ -122,9 +124,11 @@ def load_student_tokenizer(config: StudentConfig) -> PreTrainedTokenizerBase | N
     if name is None:
         return None
     try:
-        revision = None if config.tokenizer else config.revision
-        return AutoTokenizer.from_pretrained(find_model(name, revision))
-    except (OSError, ValueError) as error:
+        folder = find_model(name, None if config.tokenizer else config.revision)
+        return usable_tokenizer(
+            name, AutoTokenizer.from_pretrained(folder), lambda: PreTrainedTokenizerFast.from_pretrained(folder)
+        )
+    except (OSError, ValueError, ImportError) as error:
         raise UserError(
             f"{name} has no tokenizer that transformers can load ({_line(error)}); set student.tokenizer"
         ) from error

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers.integrations.mistral import convert_tekken_tokenizer
 
 from cache_format.errors import ConfigError, UserError
+from train.config import StudentConfig
 from train.run import train
+from train.student import load_student_tokenizer
 
 BEST = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
 
@@ -91,3 +97,27 @@ def test_a_student_with_weights_missing(config, scratch_student, tmp_path):
     model.save_pretrained(tmp_path / "other", state_dict=state)
     with pytest.raises(UserError, match="not a causal language model that transformers can load"):
         train(config(student={"model": str(tmp_path / "other")}))
+
+
+def test_adapters_in_place_of_a_student(config, tiny_llama, tmp_path):
+    adapters = {"peft_type": "LORA", "base_model_name_or_path": "org/base"}
+    folder = shutil.copytree(tiny_llama, tmp_path / "adapters")
+    for whole in (True, False):
+        (folder / "adapter_config.json").write_text(json.dumps(adapters))
+        for student in ({"model": str(folder)}, {"init_from": str(folder), "keep_layers": [0]}):
+            with pytest.raises(
+                UserError, match=r"holds adapters of org/base.*expected whole weights alone; merge them first"
+            ):
+                train(config(student=student))
+        if whole:
+            (folder / "config.json").unlink()
+
+
+def test_a_tokenizer_that_mistral_common_alone_can_read(tmp_path, write_tekken):
+    write_tekken(tmp_path)
+    AutoConfig.for_model("mistral", vocab_size=288).save_pretrained(tmp_path)
+    wanted = StudentConfig(config={"model_type": "llama"}, tokenizer=str(tmp_path))
+    with pytest.raises(UserError, match=r"has a tekken.json and no tokenizer.json; .*convert_tekken_tokenizer"):
+        load_student_tokenizer(wanted)
+    convert_tekken_tokenizer(str(tmp_path / "tekken.json")).save_pretrained(tmp_path)
+    assert load_student_tokenizer(wanted).backend_tokenizer is not None
