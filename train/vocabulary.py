@@ -48,7 +48,8 @@ def _draws(samples: TailSamples, rows: int) -> tuple[NDArray[np.int64], NDArray[
 def restricted(sequence: CachedSequence, rows: int, vocab_size: int) -> CachedSequence:
     """The sequence with the teacher's distributions over ids below ``rows`` alone, of ``vocab_size`` that it predicts.
 
-    Ranks count ids that the head has lost; those of the tail are not known by name. ``input_ids`` must be below ``rows``.
+    A target's rank falls by the ids above it that the head loses; those in the tail are not known. ``input_ids`` must be
+    below ``rows``.
     """
     in_samples = sequence.samples is not None and bool((sequence.samples.ids >= rows).any())
     if not in_samples and not (sequence.ids >= rows).any():
@@ -57,16 +58,17 @@ def restricted(sequence: CachedSequence, rows: int, vocab_size: int) -> CachedSe
     tail = np.exp(sequence.tail_logprob.astype(np.float64))
     ids, logprobs = _dropped(sequence.ids, sequence.logprobs, head_lost)
     size = int((ids >= 0).sum(axis=1).max(initial=0))
-    samples, tail_share, ghost_share = sequence.samples, np.ones_like(tail), np.ones_like(tail)
+    samples, tail_share = sequence.samples, np.ones_like(tail)
     if samples is not None:
         drawn, lost = _draws(samples, rows)
-        tail_share = 1 - lost / np.maximum(drawn, 1)
         # A tail of which every draw was lost is small, not empty: as a cell beside the student's it must have some mass.
-        ghost_share = np.maximum(tail_share, 0.5 / np.maximum(drawn, 1))
-    # 1 - e, or where that is most of the mass what is left, since a difference has no digits there.
+        tail_share = np.where(drawn > 0, np.maximum(drawn - lost, 0.5) / np.maximum(drawn, 1), 1)
+    # 1 - e. Where e is most of the mass a difference has no digits: there it is summed from what is left.
     outside = left_out(sequence, rows)
-    inside = np.exp(logprobs.astype(np.float64)).sum(axis=1) + tail * ghost_share
-    log_inside = np.where(outside < 0.5, np.log1p(-np.minimum(outside, 0.5)), np.log(inside))
+    inside = np.exp(logprobs.astype(np.float64)).sum(axis=1) + tail * tail_share
+    log_inside = np.where(
+        outside < 0.5, np.log1p(-np.minimum(outside, 0.5)), np.log(np.maximum(inside, np.finfo(np.float64).tiny))
+    )
 
     def scaled(values: NDArray[Any]) -> NDArray[np.float32]:
         shift = log_inside.reshape(-1, *[1] * (values.ndim - 1))
@@ -84,7 +86,7 @@ def restricted(sequence: CachedSequence, rows: int, vocab_size: int) -> CachedSe
         sequence,
         ids=ids[:, :size],
         logprobs=scaled(logprobs[:, :size]),
-        tail_logprob=scaled(sequence.tail_logprob + np.log(ghost_share)),
+        tail_logprob=scaled(sequence.tail_logprob + np.log(tail_share)),
         target_logprob=scaled(sequence.target_logprob),
         target_rank=(sequence.target_rank - (head_lost & above).sum(axis=1)).astype(np.int32),
         entropy=entropy,

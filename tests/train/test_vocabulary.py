@@ -164,6 +164,17 @@ def test_a_tail_of_which_every_draw_was_lost_keeps_some_mass():
     assert np.isfinite(LOSSES["random_sampling"](z, teacher_of(collate([nothing]), 50)).item())
 
 
+def test_a_position_without_draws_keeps_its_tail():
+    log_p = np.random.default_rng(4).normal(0, 2, (4, 60))
+    log_p[:, 50:] = -60
+    log_p[:, 55] = 9  # in every head
+    log_p, targets = normalised(log_p), np.zeros(4, np.int64)
+    drawn = TailSamples(np.full((4, 2, 3), -1, np.int32), np.full((4, 2, 3), -np.inf, np.float32))
+    found = restricted(dataclasses.replace(cached(log_p, [5] * 4, targets), samples=drawn), 50, 60)
+    assert_same(found, cached(normalised(log_p[:, :50]), [4] * 4, targets))
+    assert (found.samples.ids == -1).all()
+
+
 def test_a_sequence_without_padding_ids_is_left_as_it_is():
     rng = np.random.default_rng(3)
     log_p = rng.normal(0, 2, (3, 60))
