@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from inspect import signature
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
@@ -38,6 +39,7 @@ PUSH_MARK = ".push"
 
 _CHUNK = 1 << 20
 _URL_AS_PATH = re.compile(r"[A-Za-z][A-Za-z0-9+.:-]+:")
+_LOCAL_URLS = ("file://", "local://")
 _STREAMING = {"http", "https", "hf"}  # with block_size=0 these send a file in one response
 _PACKAGES = {"huggingface_hub": "logitcask[hub]", "s3fs": "logitcask[s3]"}
 _PERMANENT = (UserError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, NotImplementedError)
@@ -59,12 +61,17 @@ def cache_files(manifest: Manifest) -> list[CacheFile]:
     return [CacheFile(part.path, part.bytes, part.sha256) for part in parts]
 
 
-def open_filesystem(url: str, *, fresh: bool = False) -> tuple[fsspec.AbstractFileSystem, str]:
+def open_filesystem(url: str | Path, *, fresh: bool = False) -> tuple[fsspec.AbstractFileSystem, str]:
     """The file system that ``url`` (or a local path) names, and the path in it; most drivers make no request yet.
 
-    ``fresh``: with connections of its own, for a process that was forked. Raises CacheError for a protocol that fsspec
-    does not know, where its driver is not installed, and for whatever the driver has against the address.
+    Without ``://`` it is a local path, whatever characters it has. ``fresh``: with connections of its own, for a process
+    that was forked. Raises CacheError for a protocol that fsspec does not know, where its driver is not installed, and for
+    whatever the driver has against the address; UserError for a name with ``::`` in a store.
     """
+    url = str(url)
+    if "://" not in url or url.startswith(_LOCAL_URLS):
+        return LocalFileSystem(), str(LocalFileSystem._strip_protocol(url)).rstrip("/")
+    _refuse_chain_by_accident(url)
     options: dict[str, Any] = {"skip_instance_cache": True} if fresh else {}
     try:
         if url.startswith(("http://", "https://")):
@@ -84,6 +91,20 @@ def open_filesystem(url: str, *, fresh: bool = False) -> tuple[fsspec.AbstractFi
             f"{url} cannot be opened: {one_line(error)}; check the address, the network and your access to it"
         ) from error
     return filesystem, root.rstrip("/")
+
+
+def _refuse_chain_by_accident(url: str) -> None:
+    """Raises UserError for ``s3://bucket/a::b``: fsspec takes what follows for a file system below, and drops it."""
+    outer, chained, _ = url.partition("::")
+    protocol = outer.partition("://")[0]
+    if not chained or protocol not in fsspec.available_protocols():
+        return
+    with suppress(ImportError):  # said where the file system is opened
+        kinds = fsspec.get_filesystem_class(protocol).__mro__[:-1]
+        if not any({"fo", "target_protocol"} & signature(kind.__init__).parameters.keys() for kind in kinds):
+            raise UserError(
+                f"{url} holds '::', which fsspec takes for a chain of file systems; choose a name without it"
+            )
 
 
 def local_folder(path: str | Path, advice: str) -> Path:

@@ -164,10 +164,15 @@ class DataConfig(_Config):
     """Which text, and how it becomes sequences."""
 
     path: str = Field(
-        min_length=1, description="A built-in name (`python-docs`), a file or folder, or a hub name for load_dataset."
+        min_length=1,
+        description="A built-in name (`python-docs`), a file or folder, or a hub name for load_dataset. A path is taken "
+        "literally, never as a pattern.",
     )
     name: str | None = Field(None, description="Configuration of a hub data set.")
-    split: str = Field("train", description="Split to read.")
+    split: str = Field(
+        "train",
+        description="Split to read. Of a folder also `all`: every data file below it, whatever its name and type.",
+    )
     revision: str | None = Field(None, description="Branch, tag or commit of a hub data set.")
     text_field: str | None = Field(
         None, min_length=1, description="Column with documents. Default: `text`, unless another field is set."

@@ -13,7 +13,6 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
-import fsspec
 import numpy as np
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field
@@ -22,7 +21,7 @@ from cache_format import UserError
 from pipeline.config import BuildConfig, DataConfig
 from pipeline.estimate_size import Range, Size, size_from_probe, size_from_reference
 from pipeline.estimate_speed import Speed, given_speed, probe, speed_from_hardware
-from pipeline.readers import suffix_of
+from pipeline.readers import locate, open_data, suffix_of
 from pipeline.sequence import Sequence
 from pipeline.sources import BUILT_IN, Row, Source, find_files, open_source
 from pipeline.teachers import open_tokenizer, vocab_size_of
@@ -225,9 +224,9 @@ def _rows(config: DataConfig) -> float | None:
 
         saved = load_from_disk(str(local))
         return len(saved[config.split] if isinstance(saved, DatasetDict) else saved)
-    files = [str(local)] if local.is_file() else find_files(config, str(local) if local.is_dir() else config.path)
+    files = find_files(config)
     try:
-        sizes = [filesystem.size(path) for filesystem, path in map(fsspec.core.url_to_fs, files)]
+        sizes = [filesystem.size(path) for filesystem, path in map(locate, files)]
         density = _rows_per_byte(files[0], sizes[0]) if all(sizes) else None
     except OSError:  # a server that has been asked enough; the answer does without
         return None
@@ -237,15 +236,14 @@ def _rows(config: DataConfig) -> float | None:
 def _rows_per_byte(file: str, size: int) -> float | None:
     """Rows per byte on disk: Parquet says it; of text the first megabytes are counted."""
     suffix = suffix_of(file)
-    opened = fsspec.open(file, "rb", compression="infer")
-    with opened as stream:
+    with open_data(file) as (stream, packed):
         if suffix == ".parquet":
             return pq.ParquetFile(stream).metadata.num_rows / size
         if suffix not in (*_LINES, *_TABLES):
             return None
         head = stream.read(_HEAD_BYTES)
         # Below a decompressor lies the file itself, which knows how far it has been read.
-        consumed = size if len(head) < _HEAD_BYTES else opened.fobjects[0].tell()
+        consumed = size if len(head) < _HEAD_BYTES else packed.tell()
     if suffix in _TABLES:
         records = csv.reader(
             io.StringIO(head.decode("utf-8", "replace"), newline=""), delimiter="\t" if suffix == ".tsv" else ","

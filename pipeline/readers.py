@@ -1,7 +1,8 @@
 """Rows out of one data file, as a stream: the formats people keep text in, and nothing else about the data.
 
-Any fsspec URL will do. Memory: one record batch of a Parquet or Arrow file, one line of the others; only a JSON file
-that is one big array is held whole. ``.gz``, ``.bz2``, ``.xz`` and ``.zst`` behind a text suffix are unpacked on the way.
+A local path, taken literally, or an fsspec URL. Memory: one record batch of a Parquet or Arrow file, one line of the
+others; only a JSON file that is one big array is held whole. ``.gz``, ``.bz2``, ``.xz`` and ``.zst`` behind a text suffix
+are unpacked on the way. Text is UTF-8, with or without a byte order mark.
 
 A row is a dict with at least the fields asked for; a field that a JSON object or a short CSV line lacks is None. Each
 line of a ``.txt`` file is a row with the one field ``text``, as in ``datasets``.
@@ -9,10 +10,14 @@ line of a ``.txt`` file is a row with the one field ``text``, as in ``datasets``
 
 from __future__ import annotations
 
+import bz2
 import csv
+import gzip
 import io
 import json
+import lzma
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import chain, islice
 from pathlib import PurePosixPath
 from typing import IO, Any, NamedTuple
@@ -20,30 +25,142 @@ from typing import IO, Any, NamedTuple
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
+from fsspec.implementations.local import LocalFileSystem
 
-from cache_format.errors import UserError
+from cache_format.errors import LogitcaskError, UserError
 
-_COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 _PEEK_ROWS = 1000  # objects of a JSON file that are read to learn its fields
 _BATCH_ROWS = 256  # of a Parquet file; long documents make a larger batch a large one
+_HEAD = 512  # bytes of a text file that show a wide encoding: a zero in every other one
+_CHUNK = 1 << 18  # bytes of a compressed file that are unpacked at once
+_ZSTD_WINDOW = 1 << 31  # what `zstd --long=31` writes
 
 
 def suffix_of(path: str) -> str:
     """The suffix that names the format: ``.jsonl`` for ``a/b.JSONL.gz``."""
     name = PurePosixPath(path.lower())
-    return name.with_suffix("").suffix if name.suffix in _COMPRESSED else name.suffix
+    return name.with_suffix("").suffix if name.suffix in _UNPACKERS else name.suffix
 
 
 def read_columns(path: str) -> list[str]:
     """The names of the fields. Raises UserError for content that is not what the suffix says."""
-    with fsspec.open(path, "rb", compression="infer") as file:
+    with _naming(path), open_data(path) as (file, _):
         return _FORMATS[suffix_of(path)].columns(file, path)
 
 
 def read_rows(path: str, fields: list[str]) -> Iterator[dict[str, Any]]:
     """Every row of the file, in order. Raises UserError for content that is not what the suffix says."""
-    with fsspec.open(path, "rb", compression="infer") as file:
-        yield from _FORMATS[suffix_of(path)].rows(file, path, fields)
+    count = 0
+    with open_data(path) as (file, _):
+        rows = _FORMATS[suffix_of(path)].rows(file, path, fields)
+        while True:
+            with _naming(path, count):
+                row = next(rows, None)
+            if row is None:
+                return
+            count += 1
+            yield row
+
+
+def locate(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """The file system of ``path`` and its name there. Without ``://`` it is a local path, whatever characters it has."""
+    if "://" in path:
+        found: tuple[fsspec.AbstractFileSystem, str] = fsspec.core.url_to_fs(path)
+        return found
+    return LocalFileSystem(), path
+
+
+@contextmanager
+def open_data(path: str) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
+    """The content of ``path``, unpacked, and the file itself, which knows how far it was read.
+
+    Raises UserError where a package to unpack it is missing, and what the file system raises.
+    """
+    filesystem, name = locate(path)
+    with open(name, "rb") if "://" not in path else filesystem.open(name, "rb") as file:
+        unpack = _UNPACKERS.get(PurePosixPath(path.lower()).suffix)
+        if unpack is None:
+            yield file, file
+            return
+        with unpack(file) as content:
+            yield content, file
+
+
+def _unpack_zstd(file: IO[bytes]) -> IO[bytes]:
+    try:
+        import zstandard
+    except ModuleNotFoundError:
+        raise UserError(
+            "files that end in .zst need the package zstandard, which is not installed; pip install 'logitcask[text]'"
+        ) from None
+    return io.BufferedReader(_Frames(file, zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW)), _CHUNK)
+
+
+class _Frames(io.RawIOBase):
+    """All frames of a zstd file, one after the other; zstandard's own reader takes a file that was cut off for whole."""
+
+    def __init__(self, file: IO[bytes], decompressor: Any) -> None:
+        self._file, self._decompressor = file, decompressor
+        self._frame: Any = None
+        self._packed, self._ready = b"", memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            self._packed = self._packed or self._file.read(_CHUNK)
+            if not self._packed:
+                if self._frame is not None:
+                    raise EOFError("the compressed file ends in the middle of a frame")
+                return 0
+            if self._frame is None:
+                self._frame = self._decompressor.decompressobj()
+            self._ready, self._packed = memoryview(self._frame.decompress(self._packed)), b""
+            if self._frame.eof:
+                self._packed, self._frame = self._frame.unused_data, None
+        taken = self._ready[: len(buffer)]
+        buffer[: len(taken)] = taken
+        self._ready = self._ready[len(taken) :]
+        return len(taken)
+
+
+_UNPACKERS: dict[str, Callable[[IO[bytes]], Any]] = {
+    ".gz": lambda file: gzip.GzipFile(fileobj=file),
+    ".bz2": bz2.BZ2File,
+    ".xz": lzma.LZMAFile,
+    ".zst": _unpack_zstd,
+}
+
+
+@contextmanager
+def _naming(path: str, rows: int = 0) -> Iterator[None]:
+    """Turns whatever a file system, a decoder or the network raises into a line about ``path``."""
+    try:
+        yield
+    except LogitcaskError:
+        raise
+    except UnicodeDecodeError as error:
+        raise UserError(_undecodable(path, error)) from error
+    except Exception as error:
+        said = " ".join(str(error).split())
+        after = f" after row {rows}" if rows else ""
+        named = f"{said} ({type(error).__name__})" if said else type(error).__name__
+        raise UserError(f"cannot read {path}{after}: {named}") from error
+
+
+def _undecodable(path: str, error: UnicodeDecodeError) -> str:
+    """Where ``path`` stops being UTF-8, found by reading it again: a decoder knows the place in its buffer only."""
+    with open_data(path) as (file, _):
+        for number, line in enumerate(file, 1):
+            try:
+                line.decode()
+            except UnicodeDecodeError as wrong:
+                return (
+                    f"{path}, line {number}: byte {wrong.start + 1} of the line (0x{line[wrong.start]:02x}) is not UTF-8; "
+                    "convert the file to UTF-8, for instance with iconv"
+                )
+    return f"cannot read {path}: {' '.join(str(error).split())}; expected UTF-8"
 
 
 class _Format(NamedTuple):
@@ -51,13 +168,20 @@ class _Format(NamedTuple):
     rows: Callable[[IO[bytes], str, list[str]], Iterator[dict[str, Any]]]
 
 
-def _text(file: IO[bytes], newline: str | None = None) -> io.TextIOWrapper:
+def _text(file: IO[bytes], path: str, newline: str | None = None) -> io.TextIOWrapper:
+    if not hasattr(file, "peek"):  # a remote file
+        file = io.BufferedReader(file)  # type: ignore[type-var]
+    head = file.peek(_HEAD)[:_HEAD]  # type: ignore[attr-defined]
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")) or head.count(0) > len(head) // 4:
+        raise UserError(
+            f"{path} is UTF-16 or UTF-32 text, expected UTF-8; convert it: iconv -f UTF-16 -t UTF-8 FILE > NEW"
+        )
     return io.TextIOWrapper(file, encoding="utf-8-sig", newline=newline)
 
 
 def _json_objects(file: IO[bytes], path: str) -> Iterator[dict[str, Any]]:
     """One array, or an object per line; ``.json`` and ``.jsonl`` are used for both, so the first character decides."""
-    text = _text(file, newline="\n")  # newline="\n": a lone \r does not end a line
+    text = _text(file, path, newline="\n")  # newline="\n": a lone \r does not end a line
     lines = enumerate(text, 1)
     first = next(((number, line) for number, line in lines if line.strip()), None)
     if first is None:
@@ -95,19 +219,43 @@ def _json_rows(file: IO[bytes], path: str, fields: list[str]) -> Iterator[dict[s
         yield {field: value.get(field) for field in fields}
 
 
-def _csv_reader(file: IO[bytes], path: str) -> csv.DictReader[str]:
+def _csv_reader(file: IO[bytes], path: str) -> Any:
     csv.field_size_limit(2**31 - 1)  # the default refuses documents above 128 KiB
-    return csv.DictReader(_text(file, newline=""), delimiter="\t" if suffix_of(path) == ".tsv" else ",", strict=True)
+    return csv.reader(_text(file, path, newline=""), delimiter="\t" if suffix_of(path) == ".tsv" else ",", strict=True)
+
+
+def _csv_records(reader: Any, path: str) -> Iterator[list[str]]:
+    """The lines that hold something, as lists of cells."""
+    while True:
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            raise UserError(f"{path}, line {reader.line_num}: {error}; expected a table as RFC 4180 has it") from error
+        if cells is None:
+            return
+        if cells:
+            yield cells
 
 
 def _csv_columns(file: IO[bytes], path: str) -> list[str]:
-    return list(_csv_reader(file, path).fieldnames or [])
+    return next(_csv_records(_csv_reader(file, path), path), [])
 
 
 def _csv_rows(file: IO[bytes], path: str, fields: list[str]) -> Iterator[dict[str, Any]]:
     reader = _csv_reader(file, path)
-    _require(fields, list(reader.fieldnames or []), path)
-    yield from reader
+    records = _csv_records(reader, path)
+    header = next(records, [])
+    if not header:
+        return
+    _require(fields, header, path)
+    wanted = {field: header.index(field) for field in fields}
+    for cells in records:
+        if len(cells) > len(header) and any(cells[len(header) :]):
+            raise UserError(
+                f"{path}, line {reader.line_num}: found {len(cells)} cells, expected {len(header)} as in the header; put "
+                "quotes around text that holds a separator"
+            )
+        yield {field: cells[at] if at < len(cells) else None for field, at in wanted.items()}
 
 
 def _line_columns(file: IO[bytes], path: str) -> list[str]:
@@ -115,7 +263,7 @@ def _line_columns(file: IO[bytes], path: str) -> list[str]:
 
 
 def _line_rows(file: IO[bytes], path: str, fields: list[str]) -> Iterator[dict[str, Any]]:
-    for line in _text(file):
+    for line in _text(file, path):
         yield {"text": line.rstrip("\n")}
 
 
@@ -155,9 +303,14 @@ def _arrow_rows(file: IO[bytes], path: str, fields: list[str]) -> Iterator[dict[
 
 
 def _require(fields: list[str], columns: list[str], path: str) -> None:
-    missing = [field for field in fields if field not in columns]
-    if missing:
-        raise UserError(f"{path} has no column {missing[0]!r}; the files of a data set need the same columns")
+    for field in fields:
+        if field not in columns:
+            raise UserError(f"{path} has no column {field!r}; the files of a data set need the same columns")
+        if columns.count(field) > 1:
+            raise UserError(
+                f"{path} has {columns.count(field)} columns of the name {field!r}, so which is meant cannot be told; "
+                "rename all but one"
+            )
 
 
 _JSON = _Format(_json_columns, _json_rows)

@@ -272,11 +272,13 @@ def _check_engine(config: BuildConfig) -> None:
     teacher = config.teacher
     if "synthetic" in (teacher.backend, teacher.model):
         return
-    check_context(resolve_model(teacher.model, teacher.revision), config.data.max_length)
+    model = resolve_model(teacher.model, teacher.revision)
+    check_context(model, config.data.max_length)
     if teacher.backend == "vllm":
-        from pipeline.teachers.vllm import check_engine_args
+        from pipeline.teachers.vllm import check_engine_args, check_location
 
         check_engine_args(teacher)
+        check_location(model)
 
 
 def _make_plan(build_dir: Path, config: BuildConfig, request: dict[str, Any], engine: _Engine) -> Plan:

@@ -17,6 +17,8 @@ import json
 import logging
 import os
 import re
+import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -24,17 +26,27 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from cache_format.errors import LogitcaskError, UserError
 from pipeline.config import DataConfig
 from pipeline.readers import SUFFIXES, read_columns, read_rows, suffix_of
+
+log = logging.getLogger(__name__)
+
+ALL = "all"
+"""The split of a folder that holds every data file below it, whatever its name; a split of that name goes first."""
 
 ROLES = ("system", "user", "assistant", "tool")
 _CHAT_COLUMNS = ("messages", "conversations", "conversation", "chat")
 _MIN_DOCUMENT = 256  # characters; shorter sections are little more than their heading
 _HEADING = re.compile(r"^\S.*\n([*=\-~^\"'#+])\1{2,} *$", re.MULTILINE)
 _COMMIT = re.compile(r"@([0-9a-f]{40})/")
+_SHOWN = 5  # names in a message
+# `datasets` takes the path of a folder for a pattern, `::` for a chain of file systems, and `.py` for a script.
+_NOT_LITERAL = re.compile(r"[\[\]?*]|::|\.py$")
+_CARDS = ("README.md", ".huggingface.yaml", "dataset_infos.json")  # where a folder may name its splits
+_NOT_DATA = ("config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +68,8 @@ class Source:
     ``row_id`` is the value of ``data.id_field``, else ``split/index``, where ``index`` counts all rows of the split,
     used or not, so that ids stay what they are when a bad row is repaired.
 
-    ``counters`` describes the latest iteration: ``rows_read``, and ``rows_skipped_REASON`` for rows that hold no text.
+    ``counters`` describes the latest iteration: ``rows_read``, ``rows_skipped_REASON`` for rows that hold no text, and
+    ``files_left_out`` for data files of the folder that are in no split.
     """
 
     def __init__(
@@ -66,6 +79,7 @@ class Source:
         read: Callable[[list[str]], Iterator[Mapping[str, Any]]],
         stamp: Callable[[], str],
         id_field: str | None,
+        files_left_out: int = 0,
     ) -> None:
         self._config = config
         self._read = read
@@ -77,6 +91,7 @@ class Source:
         _check_field(config.path, columns, self._field, setting)
         if id_field is not None:
             _check_field(config.path, columns, id_field, "id_field")
+        self._files_left_out = files_left_out
         self._counters: Counter[str] = Counter()
 
     @property
@@ -93,6 +108,8 @@ class Source:
     def __iter__(self) -> Iterator[Row]:
         """Raises UserError where the data cannot be read, an id is missing or occurs twice, or no row can be used."""
         self._counters = Counter(rows_read=0)
+        if self._files_left_out:
+            self._counters["files_left_out"] = self._files_left_out
         seen: set[int] = set()  # 8 bytes of hash per row: two ids of 10 million collide with probability 3e-6
         used = 0
         for index, record in enumerate(self._records()):
@@ -153,7 +170,8 @@ class Source:
 
     def _nothing_found(self) -> str:
         place = f"empty data set: {self._config.path}, split {self._config.split}"
-        skipped = [f"{n} {reason.removeprefix('rows_skipped_')}" for reason, n in self._counters.items() if n][1:]
+        prefix = "rows_skipped_"
+        skipped = [f"{n} {why.removeprefix(prefix)}" for why, n in self._counters.items() if why.startswith(prefix)]
         if not skipped:
             return f"{place}, has no rows"
         wanted = f"chats ({', '.join(ROLES)} messages with role and content)" if self._chats else "non-empty strings"
@@ -177,10 +195,13 @@ def open_source(config: DataConfig) -> Source:
     if (local / "state.json").is_file() or (local / "dataset_dict.json").is_file():
         return _open_saved(config, local)
     if local.is_dir():
-        return _open_files(config, find_files(config, str(local)), local)
+        found = _find_in_folder(config, local)
+        if len(found.files) < found.listed:
+            log.log(logging.WARNING if found.left_out else logging.INFO, "%s", _chosen(config, found))
+        return _open_files(config, found.files, local, len(found.left_out))
     if config.path.startswith((".", "/", "~")) or config.path.count("/") > 1 or suffix_of(config.path) in SUFFIXES:
         raise UserError(f"no data at {config.path!r}; expected a file, a folder, a hub name, or {_names(BUILT_IN)}")
-    return _open_files(config, find_files(config, config.path), None)
+    return _open_files(config, find_files(config), None)
 
 
 # --- built-in -----------------------------------------------------------------------------------------------------
@@ -235,17 +256,12 @@ def _open_built_in(config: DataConfig) -> Source:
 # --- files, local and on the hub ----------------------------------------------------------------------------------
 
 
-def _open_files(config: DataConfig, files: list[str], base: Path | None) -> Source:
+def _open_files(config: DataConfig, files: list[str], base: Path | None, left_out: int = 0) -> Source:
     """``files`` are paths or fsspec URLs in reading order; ``base`` is the folder of local ones, None on the hub."""
     unknown = [file for file in files if suffix_of(file) not in SUFFIXES]
     if unknown:
         raise UserError(f"cannot read {unknown[0]}: expected a file of type {_names(SUFFIXES)}")
-    try:
-        columns = next(filter(None, map(read_columns, files)), [])  # of the first file with rows
-    except LogitcaskError:
-        raise
-    except Exception as error:
-        raise UserError(f"cannot read {config.path}: {_one_line(error)}") from error
+    columns = next(filter(None, map(read_columns, files)), [])  # of the first file with rows
 
     def read(fields: list[str]) -> Iterator[Mapping[str, Any]]:
         for file in files:
@@ -257,25 +273,143 @@ def _open_files(config: DataConfig, files: list[str], base: Path | None) -> Sour
         commit = _COMMIT.search(files[0])
         return f"hub:{config.path}@{commit[1] if commit else config.revision or 'main'}"
 
-    return Source(config, columns, read, stamp, config.id_field)
+    return Source(config, columns, read, stamp, config.id_field, left_out)
 
 
-def find_files(config: DataConfig, where: str) -> list[str]:
-    """The files of one split of a folder or a hub data set, by the rules of ``datasets`` (names, subfolders, card)."""
+def find_files(config: DataConfig) -> list[str]:
+    """The files of ``config.split``, in reading order: of a file, a folder, or a hub data set."""
+    local = Path(config.path).expanduser()
+    if local.is_file():
+        return [str(local)]
+    if local.is_dir():
+        return _find_in_folder(config, local).files
+    splits = _ask_datasets(config, config.path)
+    _check_split(config, list(splits))
+    return splits[config.split]
+
+
+class _Found(NamedTuple):
+    """What a folder has for a split; ``left_out`` are its data files that are in no split, ``elsewhere`` other splits."""
+
+    files: list[str]
+    listed: int
+    left_out: list[str]
+    elsewhere: list[str]
+
+
+def _find_in_folder(config: DataConfig, folder: Path) -> _Found:
+    """The files of one split by the rules of ``datasets`` (names, subfolders, card), or all of them for ``ALL``."""
+    listed = _data_files(folder)
+    everything = f"data.split={ALL} reads all {len(listed)} data files of the folder"
+    try:
+        splits = _splits_of_folder(config, folder)
+    except UserError as error:
+        if not listed:
+            raise
+        if config.split != ALL:
+            raise UserError(f"{error}; {everything}") from error
+        splits = {}
+    if config.split == ALL and ALL not in splits and listed:
+        return _Found([str(folder.resolve() / name) for name in listed], len(listed), [], [])
+    if config.split not in splits and listed:
+        raise UserError(f"{_no_such_split(config, list(splits))}; {everything}")
+    _check_split(config, list(splits))
+    base = folder.resolve()
+    used = {os.path.relpath(file, base) for files in splits.values() for file in files}
+    left_out = [name for name in listed if name not in used]
+    elsewhere = [split for split in splits if split != config.split]
+    return _Found(splits[config.split], len(listed), left_out, elsewhere)
+
+
+def _chosen(config: DataConfig, found: _Found) -> str:
+    """How many of which files are read and which are not, and how to read all."""
+    line = f"{config.path}: reading {len(found.files)} of {found.listed} data files, split {config.split!r}"
+    if found.elsewhere:
+        line += f" (other splits: {_names(found.elsewhere)})"
+    if not found.left_out:
+        return line
+    more = f" and {len(found.left_out) - _SHOWN} more" if len(found.left_out) > _SHOWN else ""
+    return (
+        f"{line}; left out, since the rules of `datasets` for names and file types put them into no split: "
+        f"{', '.join(found.left_out[:_SHOWN])}{more}; data.split={ALL} reads every file of the folder"
+    )
+
+
+def _data_files(folder: Path) -> list[str]:
+    """The data files below ``folder``, relative to it, sorted; hidden ones and what describes a data set are none."""
+    found: list[str] = []
+    entered = {os.path.realpath(folder)}
+    for here, folders, files in os.walk(folder, followlinks=True):
+        visible = [name for name in folders if not name.startswith((".", "__"))]
+        folders[:] = []
+        for name in visible:
+            real = os.path.realpath(os.path.join(here, name))
+            if real not in entered:  # a link may lead back to where it lies
+                entered.add(real)
+                folders.append(name)
+        data = (name for name in files if suffix_of(name) in SUFFIXES and name not in _NOT_DATA and name[0] != ".")
+        found.extend(os.path.relpath(os.path.join(here, name), folder) for name in data)
+    return sorted(found)
+
+
+def _splits_of_folder(config: DataConfig, folder: Path) -> dict[str, list[str]]:
+    """What ``datasets`` makes of a folder.
+
+    It takes names with ``*``, ``?``, ``[`` or ``::`` for patterns and reads other folders by them. So where there are any,
+    it is shown a folder of empty files with plain names instead: its rules are about names alone.
+    """
+    base = folder.resolve()
+    paths = [os.path.join(here, name) for here, folders, files in os.walk(base) for name in (*folders, *files)]
+    if not any(_NOT_LITERAL.search(path) for path in (str(base), *paths)):
+        return _ask_datasets(config, str(base))
+    with tempfile.TemporaryDirectory() as temporary:
+        mirror = Path(temporary).resolve() / "data"
+        original: dict[str, str] = {}
+        for path in sorted(paths):
+            if not os.path.isfile(path):
+                continue
+            plain = mirror / _plain(os.path.relpath(path, base))
+            while str(plain) in original:
+                plain = plain.with_name(f"{plain.stem}x{plain.suffix}")
+            original[str(plain)] = path
+            plain.parent.mkdir(parents=True, exist_ok=True)
+            if plain.name in _CARDS:
+                shutil.copyfile(path, plain)
+            else:
+                plain.touch()
+        splits = _ask_datasets(config, str(mirror))
+    return {split: [original[file] for file in files] for split, files in splits.items()}
+
+
+def _plain(name: str) -> str:
+    """``name`` without special characters; a letter for each, since for the rules they are no borders of words."""
+    return re.sub(r"[\[\]?*:]", "x", name)
+
+
+def _ask_datasets(config: DataConfig, where: str) -> dict[str, list[str]]:
+    """The files of every split of a folder or a hub data set, as ``datasets`` sees them, each once."""
     with _quiet_datasets():
         from datasets import load_dataset_builder
 
         try:
             builder = load_dataset_builder(where, name=config.name, revision=config.revision)
         except Exception as error:  # not found, no such configuration, gated, offline, ...
-            raise UserError(f"cannot open data set {config.path!r}: {_one_line(error)}") from error
-    splits = {str(split): [str(file) for file in files] for split, files in (builder.config.data_files or {}).items()}
-    _check_split(config, list(splits))
-    return splits[config.split]
+            what = _one_line(error).replace(where, config.path)
+            raise UserError(f"cannot open data set {config.path!r}: {what}") from error
+    # A name may match several patterns of one split.
+    return {
+        str(split): list(dict.fromkeys(str(file) for file in files))
+        for split, files in (builder.config.data_files or {}).items()
+    }
 
 
 def _open_saved(config: DataConfig, folder: Path) -> Source:
     """A folder written by ``save_to_disk``: already Arrow, so it is memory-mapped."""
+    if "::" in str(folder.resolve()):
+        raise UserError(
+            f"cannot open data set {config.path!r}: `datasets` takes '::' in the path of a saved data set for a chain of "
+            "file systems; rename the folder"
+        )
     from datasets import DatasetDict, load_from_disk
 
     with _quiet_datasets():
@@ -288,6 +422,7 @@ def _open_saved(config: DataConfig, folder: Path) -> Source:
         saved = saved[config.split]
     elif saved.split is not None:
         _check_split(config, [str(saved.split)])
+    saved = saved.with_format(None)  # tensors or frames of some of its columns, if that is how it was used last
 
     def read(fields: list[str]) -> Iterator[Mapping[str, Any]]:
         return iter(saved.select_columns(fields))
@@ -388,8 +523,12 @@ def _check_unicode(text: str) -> None:
 
 def _check_split(config: DataConfig, splits: list[str]) -> None:
     if config.split not in splits:
-        hint = _nearest(config.split, splits)
-        raise UserError(f"data set {config.path!r} has no split {config.split!r}; expected {_names(splits)}{hint}")
+        raise UserError(_no_such_split(config, splits))
+
+
+def _no_such_split(config: DataConfig, splits: list[str]) -> str:
+    hint = _nearest(config.split, splits)
+    return f"data set {config.path!r} has no split {config.split!r}; expected {_names(splits)}{hint}"
 
 
 def _check_field(path: str, columns: list[str], field: str, setting: str) -> None:

@@ -68,6 +68,15 @@ def check_engine_args(config: TeacherConfig) -> None:
         raise ConfigError(f"teacher.engine_args.{key} cannot be set; {instead}")
 
 
+def check_location(model: ResolvedModel) -> None:
+    """Raises UserError for a folder whose name vLLM takes for a pattern: the weights of another folder would be read."""
+    if re.search(r"[*?\[]", model.location):
+        raise UserError(
+            f"vLLM takes the '*', '?' or '[' in {model.location} for a pattern and reads the weights of other folders by "
+            "it; rename the folder, or name a link to it that has none of them"
+        )
+
+
 class VllmTeacher:
     """A model inside a vLLM engine: in this process on a CPU, in processes of its own on GPUs.
 
@@ -85,6 +94,7 @@ class VllmTeacher:
         sampling: Sampling | None = None,
     ) -> None:
         check_engine_args(config)
+        check_location(model)
         check_context(model, max_length)
         self._config = config
         self._model = model

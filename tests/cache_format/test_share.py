@@ -36,6 +36,7 @@ from cache_format import (
     share_cli,
     verify,
 )
+from cache_format.derive import DeriveOptions, derive, merge
 from cache_format.prior import TailPrior
 from cache_format.remote import RemoteCacheWriter
 from cache_format.share import pull, push
@@ -73,6 +74,32 @@ def test_there_and_back(tmp_path, cache, url, files_at):
     assert received.files_sent == SHARDS
     assert files_at(tmp_path / "copy") == files_at(cache)
     assert verify(str(tmp_path / "copy")) == []
+
+
+@pytest.mark.parametrize("name", ["a::b", "[ab]", "a*?", "m::[x]"])
+def test_folders_with_special_names(tmp_path, cache, name, files_at):
+    """Copied, derived and merged where the name says, and opened again; nothing beside it."""
+    here = tmp_path / name
+    push(cache, here / "pushed")
+    pull(here / "pushed", here / name)
+    derive(here / name, here / "derived", DeriveOptions(top_k=1, tail_samples=0))
+    merge([here / name, here / "pushed"], here / "merged", number_ids=True)
+    assert verify(str(here / name), deep=True) == []
+    assert len(CacheReader(here / "merged")) == 2 * len(CacheReader(here / name))
+    assert [s.sequence_id for s in CacheReader(here / "derived")] == [s.sequence_id for s in CacheReader(cache)]
+    assert not [path for path in tmp_path.iterdir() if path.name not in (name, cache.name)]
+
+
+@pytest.mark.parametrize("name", ["[ab]", "a*"])
+def test_keys_of_a_store_with_special_names(tmp_path, cache, s3, name, files_at):
+    base = f"{s3}/{uuid.uuid4()}"
+    push(cache, f"{base}/ab")
+    before = files_at(f"{base}/ab")
+    push(cache, f"{base}/{name}")
+    assert files_at(f"{base}/{name}") == before
+    pull(f"{base}/{name}", tmp_path / "copy")
+    push(cache, f"{base}/{name}", force=True)
+    assert files_at(f"{base}/ab") == before
 
 
 def test_again_is_a_no_op(tmp_path, cache, url, files_at):

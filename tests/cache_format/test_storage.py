@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -471,3 +472,28 @@ def test_a_missing_driver_is_named(monkeypatch, url, module, package):
 
 def test_the_path_of_a_url(tmp_path):
     assert open_filesystem(str(tmp_path))[1] == open_filesystem(f"file://{tmp_path}/")[1] == str(Path(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["a::b", "[ab]", "a?", "a*", "memory::x", "zip::a.zip"])
+def test_a_path_is_taken_literally(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for url in (name, f"{tmp_path}/{name}", f"file://{tmp_path}/{name}", f"{name}/"):
+        filesystem, root = open_filesystem(url)
+        assert isinstance(filesystem, LocalFileSystem)
+        assert root == f"{tmp_path}/{name}"
+
+
+@pytest.mark.parametrize("url", ["memory://a::b", "memory://a::b.c/d", "memory://a::file"])
+def test_a_name_that_fsspec_would_take_for_a_chain_is_refused(url):
+    with pytest.raises(UserError, match="holds '::', which fsspec takes for a chain of file systems"):
+        open_filesystem(url)
+
+
+def test_chains_that_are_meant_still_work(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("x/manifest.json", "{}")
+    for url in (f"zip://x::{tmp_path}/a.zip", f"zip://x::file://{tmp_path}/a.zip"):
+        filesystem, root = open_filesystem(url)
+        assert filesystem.cat(f"{root}/manifest.json") == b"{}"
+    filesystem, root = open_filesystem(f"simplecache::file://{tmp_path}/a.zip")
+    assert filesystem.size(root) == (tmp_path / "a.zip").stat().st_size

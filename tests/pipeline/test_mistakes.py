@@ -16,6 +16,7 @@ import yaml
 
 import pipeline.generation
 import pipeline.run
+from cache_format import CacheReader
 from cache_format.configuration import load_config
 from cache_format.errors import ConfigError, UserError
 from pipeline.cli import main
@@ -105,6 +106,31 @@ def test_values_that_name_nothing_are_refused_by_the_config(tmp_path, override, 
     with pytest.raises(ConfigError, match=says) as error:
         load_config(BuildConfig, file, [override])
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["[ab]", "a?*", "a::b"])
+def test_every_path_of_a_build_is_taken_literally(tmp_path, model, name) -> None:
+    here = tmp_path / name
+    here.mkdir()
+    model.rename(here / "model")
+    fields = fields_of(here, {"model": str(here / "model"), "backend": "transformers"})
+    config = BuildConfig.model_validate({**fields, "output": str(here / name)})
+    build(config)
+    assert build(config).reused
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    reader = CacheReader(config.output)
+    assert len(reader) == 3
+    assert reader[0].sequence_id == "train/0"
+
+
+@pytest.mark.parametrize("name", ["m[ab]", "m?", "m*"])
+def test_a_model_whose_folder_is_a_pattern_to_vllm(tmp_path, model, name) -> None:
+    model = model.rename(tmp_path / name)
+    build(config_of(tmp_path))
+    config = config_of(tmp_path, {"model": str(model), "backend": "vllm"})
+    with pytest.raises(UserError, match="for a pattern and reads the weights of other folders"):
+        build(config, restart=True)
+    assert build(config_of(tmp_path)).reused
 
 
 # --- restarts

@@ -311,6 +311,142 @@ def test_files_of_a_folder_need_the_same_columns(tmp_path: Path) -> None:
     assert "b.parquet has no column 'text'" in message_of(tmp_path)
 
 
+SPECIAL = ["[ab]", "a?", "a*", "a::b", "[!x]", "x.py", "json"]
+
+
+@pytest.mark.parametrize("name", SPECIAL)
+def test_paths_are_taken_literally(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder beside it that the name matches as a pattern must not be read; nor the module `json` of `datasets`."""
+    for folder, text in ((name, "mine"), ("a", "other"), ("ab", "other"), ("y", "other")):
+        (tmp_path / folder / "train").mkdir(parents=True)
+        (tmp_path / folder / "train" / "x.jsonl").write_bytes(json_lines([{"text": text}]))
+    (tmp_path / name / "test").mkdir()
+    (tmp_path / name / "test" / f"{name}.jsonl").write_bytes(json_lines([{"text": "of test"}]))
+    monkeypatch.chdir(tmp_path)
+    for path in (tmp_path / name, name):
+        assert rows_of(path) == [Row("train/0", "mine", None)]
+        assert rows_of(path, split="test") == [Row("test/0", "of test", None)]
+        assert rows_of(path, split="all") == [Row("all/0", "of test", None), Row("all/1", "mine", None)]
+    assert [row.text for row in rows_of(tmp_path / name / "test" / f"{name}.jsonl")] == ["of test"]
+    assert "no split 'dev'; expected test, train" in message_of(name, split="dev")
+
+
+def test_names_that_are_one_without_their_special_characters(tmp_path: Path) -> None:
+    for number, name in enumerate(["a[1", "a]1", "ax1", "a?1"]):
+        (tmp_path / f"{name}.jsonl").write_bytes(json_lines([{"text": str(number)}]))
+    assert sorted(row.text or "" for row in rows_of(tmp_path)) == ["0", "1", "2", "3"]
+
+
+def test_the_card_of_a_folder_with_a_special_name(tmp_path: Path) -> None:
+    folder = tmp_path / "[a]"
+    folder.mkdir()
+    for name in ("one", "two", "three"):
+        (folder / f"{name}.jsonl").write_bytes(json_lines([{"text": name}]))
+    (folder / "README.md").write_text(
+        "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: [one.jsonl, two.jsonl]\n---\n"
+    )
+    assert [row.text for row in rows_of(folder)] == ["one", "two"]
+    assert [row.text for row in rows_of(folder, split="all")] == ["one", "three", "two"]
+
+
+@pytest.mark.parametrize(
+    ("files", "read", "left_out"),
+    [
+        (["train_part1.jsonl", "more.jsonl", "extra.jsonl"], ["train_part1.jsonl"], "extra.jsonl, more.jsonl"),
+        (["a.jsonl", "b.parquet", "c.parquet"], ["b.parquet", "c.parquet"], "a.jsonl"),
+        (["train/a.jsonl", "test/b.jsonl", "books/c.jsonl"], ["train/a.jsonl"], "books/c.jsonl"),
+    ],
+)
+def test_files_that_are_left_out_are_named_and_counted(
+    files: list[str], read: list[str], left_out: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        WRITERS["a.parquet" if name.endswith("parquet") else "a.jsonl"](tmp_path / name, [{"text": name}])
+    source = open_source(DataConfig(path=str(tmp_path)))
+    assert [row.text for row in source] == read
+    missing = left_out.count(",") + 1
+    assert source.counters == {"rows_read": len(read), "files_left_out": missing}
+    (line,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert f"reading {len(read)} of 3 data files" in line
+    assert f"into no split: {left_out}; data.split=all reads every file of the folder" in line
+    caplog.clear()
+    source = open_source(DataConfig(path=str(tmp_path), split="all"))
+    assert [row.text for row in source] == sorted(files)
+    assert source.counters == {"rows_read": 3}
+    assert not caplog.records
+
+
+def test_a_folder_of_which_datasets_makes_nothing_says_how_to_read_it(tmp_path: Path) -> None:
+    for name in ("unit-test/a.jsonl", "books/b.jsonl"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_bytes(json_lines([{"text": name}]))
+    assert "no split 'train'; expected test; data.split=all reads all 2 data files" in message_of(tmp_path)
+    (tmp_path / "train").mkdir()
+    write_table(tmp_path / "train" / "c.csv", [{"text": "c"}], ",")  # another type in another split
+    message = message_of(tmp_path)
+    assert "cannot open data set" in message
+    assert "data.split=all reads all 3 data files of the folder" in message
+    assert [row.text for row in rows_of(tmp_path, split="all")] == ["books/b.jsonl", "c", "unit-test/a.jsonl"]
+
+
+def test_links_to_folders(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """``datasets`` does not enter them: they are said to be left out, and read with the rest, once."""
+    (tmp_path / "far").mkdir()
+    (tmp_path / "far" / "b.jsonl").write_bytes(json_lines([{"text": "b"}]))
+    folder = tmp_path / "here"
+    folder.mkdir()
+    (folder / "a.jsonl").write_bytes(json_lines([{"text": "a"}]))
+    (folder / "link").symlink_to(tmp_path / "far")
+    (folder / "loop").symlink_to(folder)
+    assert [row.text for row in rows_of(folder)] == ["a"]
+    assert "link/b.jsonl" in caplog.text
+    assert [row.text for row in rows_of(folder, split="all")] == ["a", "b"]
+
+
+def test_other_splits_are_no_files_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+        (tmp_path / split / "a.jsonl").write_bytes(json_lines([{"text": split}]))
+    source = open_source(DataConfig(path=str(tmp_path)))
+    assert list(source) == [Row("train/0", "train", None)]
+    assert source.counters == {"rows_read": 1}
+    assert [record.levelname for record in caplog.records if record.name == "pipeline.sources"] == ["INFO"]
+    assert "reading 1 of 2 data files, split 'train' (other splits: test)" in caplog.text
+
+
+def test_a_file_that_matches_twice_is_read_once(tmp_path: Path) -> None:
+    (tmp_path / "train-train.jsonl").write_bytes(json_lines([{"text": "once"}]))
+    assert [row.text for row in rows_of(tmp_path)] == ["once"]
+
+
+@pytest.mark.parametrize("kind", ["torch", "numpy", "pandas", "polars", "arrow"])
+@pytest.mark.parametrize("columns", [None, ["n"], ["id"]])
+def test_a_format_that_was_saved_with_the_data_changes_nothing(
+    kind: str, columns: list[str] | None, tmp_path: Path
+) -> None:
+    from datasets import Dataset, DatasetDict
+
+    data = Dataset.from_dict({"text": ["a", "b"], "id": [100, 101], "n": [[1, 2]] * 2, "chat": [[HI, YO]] * 2})
+    data.with_format(kind, columns=columns).save_to_disk(tmp_path / "one")
+    DatasetDict(train=data.with_format(kind, columns=columns)).save_to_disk(tmp_path / "many")
+    for folder in (tmp_path / "one", tmp_path / "many"):
+        assert rows_of(folder, id_field="id") == [Row("100", "a", None), Row("101", "b", None)]
+        assert [row.messages for row in rows_of(folder, messages_field="chat")] == [[HI, YO]] * 2
+
+
+def test_a_saved_data_set_whose_path_is_a_chain_to_datasets(tmp_path: Path) -> None:
+    from datasets import Dataset
+
+    data = Dataset.from_dict({"text": ["a"]})
+    data.save_to_disk(tmp_path / "plain")
+    (tmp_path / "plain").rename(tmp_path / "a::b")
+    assert "takes '::' in the path of a saved data set" in message_of(tmp_path / "a::b")
+    (tmp_path / "a::b").rename(tmp_path / "[a]*?")
+    assert rows_of(tmp_path / "[a]*?") == [Row("train/0", "a", None)]
+
+
 def test_data_sets_saved_to_disk(tmp_path: Path) -> None:
     from datasets import Dataset, DatasetDict
 
@@ -402,7 +538,7 @@ def test_missing_and_unreadable_files(tmp_path: Path) -> None:
     (tmp_path / "a.docx").write_bytes(b"PK")
     assert "expected a file of type .arrow, .csv, .json" in message_of(tmp_path / "a.docx")
     (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
-    assert "utf-8" in message_of(tmp_path / "latin.txt")
+    assert "latin.txt, line 1: byte 1 of the line (0xe9) is not UTF-8" in message_of(tmp_path / "latin.txt")
     (tmp_path / "list.jsonl").write_text('{"text": "a"}\n["b"]\n')
     assert "line 2: found a list" in message_of(tmp_path / "list.jsonl")
     (tmp_path / "mixed.json").write_text('[{"text": "a"}, "b"]')
@@ -412,6 +548,87 @@ def test_missing_and_unreadable_files(tmp_path: Path) -> None:
     assert "line 3 column 2" in message_of(tmp_path / "cut.json")
     (tmp_path / "none").mkdir()
     assert "cannot open data set" in message_of(tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("a.csv", b'text\n"ok"\n"open\n', "a.csv, line 3: unexpected end of data"),
+        ("a.csv", b'text\nok\n"x" y\n', "a.csv, line 3: ',' expected after '\"'"),
+        ("a.csv", b"text\nok\nhello, world\n", "a.csv, line 3: found 2 cells, expected 1"),
+        ("a.csv", b"text,id,text\na,1,b\n", "has 2 columns of the name 'text'"),
+        ("a.csv", b"text\nok\ncaf\xe9\n", "a.csv, line 3: byte 4 of the line (0xe9) is not UTF-8"),
+        ("a.tsv", b"text\nok\nhello\tworld\n", "a.tsv, line 3: found 2 cells, expected 1"),
+        ("a.jsonl", b'{"text": "ok"}\n\n{"text": "caf\xe9"}\n', "a.jsonl, line 3: byte 14 of the line (0xe9)"),
+        ("a.jsonl", b'{"text": "ok"}\n\n{"text": \n', "a.jsonl, line 3: not JSON"),
+        ("a.json", b'[{"text": "ok"},\n {"text": "caf\xe9"}]\n', "a.json, line 2: byte 15 of the line (0xe9)"),
+        ("a.txt", b"ok\n" * 4999 + b"caf\xe9\n", "a.txt, line 5000: byte 4 of the line (0xe9)"),
+        ("a.txt.gz", gzip.compress(b"ok\ncaf\xe9\n"), "a.txt.gz, line 2: byte 4 of the line (0xe9)"),
+        *(
+            (name, content.encode(encoding), "is UTF-16 or UTF-32 text, expected UTF-8; convert it")
+            for name, content in (("a.txt", "some text\n"), ("a.jsonl", '{"text": "a"}\n'), ("a.csv", "text\na\n"))
+            for encoding in ("utf-16", "utf-16-le", "utf-16-be", "utf-32")
+        ),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 999)[:-20], "a.jsonl.gz"),
+        ("a.jsonl.bz2", bz2.compress(b'{"text": "a"}\n' * 999)[:-20], "a.jsonl.bz2"),
+        ("a.jsonl.xz", lzma.compress(b'{"text": "a"}\n' * 999)[:-20], "a.jsonl.xz"),
+        ("a.jsonl.zst", zstandard.compress(b'{"text": "a"}\n' * 999)[:-20], "a.jsonl.zst"),
+        *((f"a.jsonl{suffix}", b'{"text": "a"}\n', f"a.jsonl{suffix}") for suffix in (".gz", ".bz2", ".xz", ".zst")),
+    ],
+)
+def test_what_is_wrong_in_a_file_is_said_with_its_place(name: str, content: bytes, says: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    assert says in message_of(tmp_path / name)
+    if "UTF-16" in says or "columns" in says:
+        return
+    # The same among others: which file it was is in the message all the same.
+    (tmp_path / "good.txt").touch()
+    assert says in message_of(tmp_path, split="all")
+
+
+def test_two_columns_of_one_name(tmp_path: Path) -> None:
+    table = pa.table([["a"], ["b"], ["c"]], names=["text", "text", "id"])
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pa.ipc.new_file(str(tmp_path / "a.arrow"), table.schema) as file:
+        file.write_table(table)
+    for name in ("a.parquet", "a.arrow"):
+        assert f"{name} has 2 columns of the name 'text'" in message_of(tmp_path / name)
+        assert [row.text for row in rows_of(tmp_path / name, text_field="id")] == ["c"]
+    (tmp_path / "a.csv").write_text(",,text,,\n1,2,a,,\n")  # cells without a name are nobody's
+    assert [row.text for row in rows_of(tmp_path / "a.csv")] == ["a"]
+    (tmp_path / "b.csv").write_text("text\n\na,,\n")
+    assert [row.text for row in rows_of(tmp_path / "b.csv")] == ["a"]
+
+
+def test_a_damaged_page_names_the_file(tmp_path: Path) -> None:
+    pq.write_table(
+        pa.table({"text": [f"row {i}" * 9 for i in range(2000)]}), tmp_path / "a.parquet", row_group_size=500
+    )
+    content = bytearray((tmp_path / "a.parquet").read_bytes())
+    content[len(content) // 2 : len(content) // 2 + 400] = bytes(400)
+    (tmp_path / "a.parquet").write_bytes(content)
+    message = message_of(tmp_path / "a.parquet")
+    assert message.startswith(f"cannot read {tmp_path / 'a.parquet'} after row ")
+
+
+def test_a_compressed_file_of_several_parts_is_read_whole(tmp_path: Path) -> None:
+    lines = [json_lines([{"text": str(i)}]) for i in range(5)]
+    packers = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": zstandard.compress}
+    for suffix, pack in packers.items():
+        path = tmp_path / f"a.jsonl{suffix}"
+        path.write_bytes(b"".join(map(pack, lines)))
+        assert [row.text for row in rows_of(path)] == list("01234")
+    wide = zstandard.ZstdCompressor(compression_params=zstandard.ZstdCompressionParameters(window_log=28))
+    (tmp_path / "wide.jsonl.zst").write_bytes(wide.compressobj().compress(b"") + wide.compress(b"".join(lines)))
+    assert [row.text for row in rows_of(tmp_path / "wide.jsonl.zst")] == list("01234")
+
+
+def test_a_package_that_is_missing_is_named_with_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.jsonl.zst").write_bytes(zstandard.compress(b'{"text": "a"}\n'))
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    assert "need the package zstandard, which is not installed; pip install 'logitcask[text]'" in message_of(
+        tmp_path / "a.jsonl.zst"
+    )
 
 
 def test_a_missing_column_is_named_with_those_that_exist(tmp_path: Path) -> None:

@@ -237,6 +237,27 @@ def test_killed_and_resumed_it_ends_the_same(config, tmp_path, rng):
     assert found["positions_trained"] == expected["positions_trained"]
 
 
+@pytest.mark.parametrize("name", ["[ab]", "a?*::b"])
+def test_every_path_of_a_run_is_taken_literally(config, cache, tiny_llama, tmp_path, name):
+    here = tmp_path / name
+    shutil.copytree(cache, here / "cache")
+    shutil.copytree(tiny_llama, here / "model")
+    settings = config(
+        cache=str(here / "cache"),
+        student={"init_from": str(here / "model"), "keep_layers": [1]},
+        training={"output_dir": str(here / "run"), "max_steps": 4, "save_steps": 2, "save_total_limit": 2},
+    )
+    metrics, _ = train(settings)
+    assert AutoModelForCausalLM.from_pretrained(here / "run").config.num_hidden_layers == 1
+    assert train(settings) == (metrics, True)
+    for file in ("metrics.json", "model.safetensors"):  # stopped after its last checkpoint
+        (here / "run" / file).unlink()
+    again, found = train(settings)
+    assert not found
+    assert again["after"] == metrics["after"]
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
 def test_a_checkpoint_cut_short_is_not_resumed_from(config):
     train(config())
     run = config().output_dir
