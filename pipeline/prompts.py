@@ -20,7 +20,7 @@ from cache_format.errors import UserError
 from pipeline.config import DataConfig
 from pipeline.long_texts import LONG, LongTexts, pieces
 from pipeline.sources import Row
-from pipeline.tokenize import Refused, batches, check_ids, render, template_of, without_null_content
+from pipeline.tokenize import AddedTokens, Refused, batches, check_ids, render, template_of, without_null_content
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -90,7 +90,7 @@ class Prompts:
     def _tokenised(self, batch: list[Row]) -> Iterator[tuple[str, list[int]]]:
         documents = self._config.kind == "documents"
         if documents:
-            texts = {row.row_id: row.text or "" for row in batch}
+            texts = {row.row_id: self._added.once(row.text or "")[0] for row in batch}
         else:
             texts = {row.row_id: text for row in batch if (text := self._rendered(row)) is not None}
         special = documents and self._config.add_special_tokens
@@ -109,6 +109,10 @@ class Prompts:
     @cached_property
     def _long_texts(self) -> LongTexts:
         return LongTexts(self.tokenizer)
+
+    @cached_property
+    def _added(self) -> AddedTokens:
+        return AddedTokens(self.tokenizer, self._config.add_special_tokens)
 
     def _rendered(self, row: Row) -> str | None:
         messages = row.messages or [{"role": "user", "content": row.text}]

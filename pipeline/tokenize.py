@@ -3,7 +3,8 @@
 Documents: every token but the first is learnt. One above ``max_length`` may be cut into consecutive pieces; each piece
 is scored on its own, so its teacher has not read the pieces before it. What the tokenizer puts in front of a text (BOS,
 usually) is put in front of every piece, as a teacher trained with it predicts badly without; it is repeated context, learnt
-by nobody. Where there is no such token, a piece's first token of text is learnt by nobody.
+by nobody. Where there is no such token, a piece's first token of text is learnt by nobody. A text that has the special
+tokens already, as one that another tool has rendered does, gets no second ones.
 
 Chats: rendered once as a whole with the chat template and tokenised once. What the assistant wrote is learnt, its
 end-of-turn token included: its characters are found in the rendered text, and a token is the assistant's if it holds at
@@ -16,6 +17,7 @@ for where the rest is cut off or the text left out.
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -33,10 +35,22 @@ from pipeline.long_texts import LONG, LongTexts, Tokens, head, pieces, special_t
 from pipeline.sequence import Sequence
 from pipeline.sources import Row
 
+log = logging.getLogger(__name__)
+
 _BATCH_ROWS = 256
 _BATCH_CHARACTERS = 1 << 20
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _PIECE_LIKE = re.compile(r"/\d+$")
+# BOS of widely used tokenizers. Text that begins with another tokenizer's was rendered for that one.
+_KNOWN_BOS = (
+    "<s>",
+    "<bos>",
+    "<|begin_of_text|>",
+    "<|endoftext|>",
+    "<|startoftext|>",
+    "<｜begin▁of▁sentence｜>",
+    "[BOS]",
+)
 _NULL = re.compile(r"None|null")
 
 Span = tuple[int, int]
@@ -66,8 +80,9 @@ class Tokenization:
 
     ``chat_template`` is the template in force, None for documents.
 
-    ``counters`` describes the latest ``sequences()``: ``documents`` or ``chats`` used; ``split_documents`` and the
-    ``pieces`` they gave; ``truncated``; ``dropped_overlong``; ``without_tokens``; ``nothing_to_learn`` (chats in which
+    ``counters`` describes the latest ``sequences()``: ``documents`` or ``chats`` used; ``second_bos_removed`` and
+    ``second_eos_removed``, documents whose text held what the tokenizer adds; ``foreign_bos``, those that begin with the
+    BOS of another tokenizer, which is text to this one; ``split_documents`` and the ``pieces`` they gave; ``truncated``; ``dropped_overlong``; ``without_tokens``; ``nothing_to_learn`` (chats in which
     the assistant says nothing, or nothing within ``max_length``); ``refused_by_template``; ``sequences``; ``tokens``;
     ``kept_positions``; ``stopped_at_max_tokens`` (0 or 1).
 
@@ -122,38 +137,39 @@ class Tokenization:
 
     def _documents(self, batch: list[Row]) -> Iterator[_Counted]:
         config = self._config
-        texts = [row.text or "" for row in batch]
+        cleaned = [self._added.once(row.text or "") for row in batch]
+        texts = [text for text, _ in cleaned]
         short = [text for text in texts if len(text) <= LONG]
         encoded = iter(
             self.tokenizer(short, add_special_tokens=config.add_special_tokens, **self._quiet)["input_ids"]
             if short
             else ()
         )
-        for row, text in zip(batch, texts, strict=True):
+        for row, (text, found) in zip(batch, cleaned, strict=True):
             if len(text) <= LONG:
                 parts: Iterable[NDArray[np.int32]] = [np.asarray(next(encoded), np.int32)]
             else:
                 parts = self._long_texts.ids(text, add_special_tokens=config.add_special_tokens)
-            yield from self._document(row, self._ended(parts) if config.append_eos else parts)
+            yield from self._document(row, self._ended(parts) if config.append_eos else parts, found)
 
-    def _document(self, row: Row, parts: Iterable[NDArray[np.int32]]) -> Iterator[_Counted]:
-        """``parts``: the ids of the document, read as far as they are needed."""
+    def _document(self, row: Row, parts: Iterable[NDArray[np.int32]], found: tuple[str, ...]) -> Iterator[_Counted]:
+        """``parts``: the ids of the document, read as far as they are needed; ``found``: counters of its text."""
         cut = pieces(parts, self._config.max_length)
         first, second = next(cut, None), next(cut, None)
         if first is None:
             self._counters["without_tokens"] += 1
         elif second is None:
-            yield _learnt(row.row_id, first), ("documents",)
+            yield _learnt(row.row_id, first), ("documents", *found)
         elif self._config.overlong == "drop":
             self._counters["dropped_overlong"] += 1
         elif self._config.overlong == "truncate":
-            yield _learnt(row.row_id, first), ("documents", "truncated")
+            yield _learnt(row.row_id, first), ("documents", "truncated", *found)
         else:  # a last piece of one token is kept, so that the pieces together, each begun once, are the text
             beginning = self._beginning
             room = self._config.max_length - len(beginning)
             if room < 1:
                 raise UserError(self._no_room())
-            yield _learnt(f"{row.row_id}/0", first), ("documents", "split_documents", "pieces")
+            yield _learnt(f"{row.row_id}/0", first), ("documents", "split_documents", "pieces", *found)
             for number, rest in enumerate(pieces(chain((second,), cut), room), 1):
                 piece = np.concatenate((beginning, rest))
                 yield _learnt(f"{row.row_id}/{number}", piece, given=max(1, len(beginning))), ("pieces",)
@@ -175,6 +191,10 @@ class Tokenization:
     @cached_property
     def _long_texts(self) -> LongTexts:
         return LongTexts(self.tokenizer)
+
+    @cached_property
+    def _added(self) -> AddedTokens:
+        return AddedTokens(self.tokenizer, self._config.add_special_tokens)
 
     # --- chats ---
 
@@ -315,6 +335,66 @@ class Tokenization:
             f"no sequence came out of {self._config.path}: {reasons}{first}; "
             "look at data.max_length, data.overlong and the chat template"
         )
+
+
+class AddedTokens:
+    """Documents without the special tokens at their ends that the tokenizer adds to every text."""
+
+    def __init__(self, tokenizer: Any, add_special_tokens: bool) -> None:
+        self._tokenizer, self._adds = tokenizer, add_special_tokens
+        self._warned = False
+
+    def once(self, text: str) -> tuple[str, tuple[str, ...]]:
+        """``text`` without them, and the counters of ``Tokenization`` that go up."""
+        beginnings, ends = self._strings
+        found = []
+        cleaned = text
+        while (at := next((len(each) for each in beginnings if cleaned.startswith(each)), 0)) > 0:
+            cleaned = cleaned[at:]
+        if len(cleaned) < len(text):
+            found.append("second_bos_removed")
+        begun = len(cleaned)
+        while (at := next((len(each) for each in ends if cleaned.endswith(each)), 0)) > 0:
+            cleaned = cleaned[:-at]
+        if len(cleaned) < begun:
+            found.append("second_eos_removed")
+        foreign = next((bos for bos in self._foreign if text.startswith(bos)), None)
+        if foreign is not None:
+            found.append("foreign_bos")
+            if not self._warned:
+                log.warning(
+                    "a document begins with %s, which another tokenizer takes for the beginning of a text and this one for "
+                    "text, to be learnt; take it out of the data if that is not meant (counted as foreign_bos)",
+                    foreign,
+                )
+                self._warned = True
+        return cleaned, tuple(found)
+
+    @cached_property
+    def _strings(self) -> tuple[list[str], list[str]]:
+        """How a text spells what is added in front, or the last of it, and behind, or the first of it; longest first."""
+        if not self._adds:
+            return [], []
+        try:
+            before, after = special_tokens(self._tokenizer)
+        except UserError:  # what is added cannot be told from the text
+            return [], []
+        beginnings = [self._spelled(before[at:]) for at in range(len(before))]
+        ends = [self._spelled(after[:at]) for at in range(len(after), 0, -1)]
+        return [each for each in beginnings if each], [each for each in ends if each]
+
+    def _spelled(self, ids: list[int]) -> str:
+        """The text that gives special tokens ``ids``; empty where there is none."""
+        if not set(ids) <= {*self._tokenizer.all_special_ids, *getattr(self._tokenizer, "added_tokens_decoder", {})}:
+            return ""
+        spelled = "".join(map(str, self._tokenizer.convert_ids_to_tokens(ids)))
+        again = self._tokenizer([spelled], add_special_tokens=False)["input_ids"][0]
+        return spelled if list(again) == ids else ""
+
+    @cached_property
+    def _foreign(self) -> tuple[str, ...]:
+        own = self._tokenizer.get_vocab() if hasattr(self._tokenizer, "get_vocab") else {}
+        return tuple(bos for bos in _KNOWN_BOS if bos not in own) if own else ()
 
 
 def _learnt(sequence_id: str, ids: NDArray[np.int32], given: int = 1) -> Sequence:

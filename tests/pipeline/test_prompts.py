@@ -32,3 +32,10 @@ def test_null_content_beside_calls_is_rendered_as_nothing(template: str) -> None
     config = DataConfig(path="x", messages_field="messages", generate=GenerateConfig(max_new_tokens=4))
     (prompt,) = Prompts(tokenizer, config, 300).prompts([Row("a", None, messages)])
     assert tokenizer.decode(prompt.input_ids) == "<user>q<assistant>search<tool>42"
+
+
+def test_a_text_to_continue_begins_with_one_bos() -> None:
+    config = DataConfig(path="x", text_field="text", generate=GenerateConfig(max_new_tokens=4))
+    rows = [Row("a", "hello", None), Row("b", "<|im_start|>hello", None)]
+    plain, with_bos = Prompts(SyntheticTokenizer(), config, 300).prompts(rows)
+    assert plain.input_ids.tolist() == with_bos.input_ids.tolist() == [256, *b"hello"]

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from cache_format.errors import UserError
+from pipeline import tokenize as tokenize_module
 from pipeline.config import DataConfig
 from pipeline.sequence import Sequence
 from pipeline.sources import Row, open_source
@@ -273,6 +274,65 @@ def test_a_document_of_max_length_is_not_overlong(overlong: Any, lengths: list[i
     assert {"split_documents", "pieces", "truncated", "dropped_overlong"} & counters.keys() == counts.keys() - {
         "documents"
     }
+
+
+@pytest.mark.parametrize("name", BEGINNINGS)
+@pytest.mark.parametrize("long", [False, True])
+def test_a_text_that_has_the_special_tokens_already_gets_no_second_ones(
+    name: str, long: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = BEGINNINGS[name]
+    if long:
+        monkeypatch.setattr(tokenize_module, "LONG", 3)
+    (plain,), _ = tokenise(tokenizer, documents(["hello world"]))
+    start = tokenizer.decode(plain.input_ids).partition("hello")[0]
+    end = tokenizer.decode(plain.input_ids).partition("world")[2]
+    for text in (f"{start}hello world", f"<bos>hello world{end}", f"{start}{start}hello world{end}{end}"):
+        (sequence,), counters = tokenise(tokenizer, documents([text]))
+        assert sequence.input_ids.tolist() == plain.input_ids.tolist()
+        assert sequence.loss_mask.tolist() == plain.loss_mask.tolist()
+        assert counters["second_bos_removed"] == 1
+        assert counters.get("second_eos_removed", 0) == (text.endswith("<eos>"))
+    # In the middle they are the text's own; without the tokenizer's, so are those at its ends.
+    (sequence,), counters = tokenise(tokenizer, documents(["hello <bos>world"]))
+    assert sequence.input_ids.tolist().count(tokenizer.bos_token_id) == 2
+    assert "second_bos_removed" not in counters
+    (sequence,), counters = tokenise(tokenizer, documents(["<bos>hello"]), add_special_tokens=False)
+    assert tokenizer.decode(sequence.input_ids) == "<bos>hello"
+    assert "second_bos_removed" not in counters
+
+
+def test_bos_in_the_text_alone_is_kept() -> None:
+    (sequence,), counters = tokenise(PLAIN_OFFSETS, documents(["<bos>hello"]))
+    assert PLAIN_OFFSETS.decode(sequence.input_ids) == "<bos>hello"
+    assert "second_bos_removed" not in counters
+
+
+def test_what_was_removed_is_counted_for_the_documents_that_are_used() -> None:
+    texts = ["<bos>hello", "hello", "<bos>" + "!" * 50, "<bos>world"]
+    _, counters = tokenise(BEGINNINGS["BOS"], documents(texts), overlong="drop", max_length=20)
+    assert (counters["documents"], counters["second_bos_removed"], counters["dropped_overlong"]) == (3, 2, 1)
+    first = tokenise(BEGINNINGS["BOS"], documents(texts[:1]))[1]["tokens"]
+    _, counters = tokenise(BEGINNINGS["BOS"], documents(texts), max_tokens=first)
+    assert (counters["documents"], counters["second_bos_removed"]) == (1, 1)
+
+
+def test_bos_of_another_tokenizer_is_text_and_said_to_be(caplog: pytest.LogCaptureFixture) -> None:
+    texts = ["<|begin_of_text|>hello", "<s>world", "hello <s>"]
+    sequences, counters = tokenise(BEGINNINGS["BOS"], documents(texts))
+    assert [BEGINNINGS["BOS"].decode(each.input_ids) for each in sequences] == [f"<bos>{text}" for text in texts]
+    assert counters["foreign_bos"] == 2
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert "begins with <|begin_of_text|>, which another tokenizer takes for the beginning" in line
+
+
+@pytest.mark.parametrize("template", [LLAMA, GEMMA])
+@pytest.mark.parametrize("name", BEGINNINGS)
+def test_a_rendered_chat_has_the_bos_of_its_template_alone(template: str, name: str) -> None:
+    tokenizer = with_template(template, BEGINNINGS[name])
+    (sequence,), _ = tokenise(tokenizer, chats(TALK[1:]), messages_field="messages")
+    assert sequence.input_ids.tolist().count(tokenizer.bos_token_id) == 1
+    assert sequence.input_ids[0] == tokenizer.bos_token_id
 
 
 def test_special_tokens_and_eos() -> None:
