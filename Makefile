@@ -17,7 +17,7 @@ SIDE_BY_SIDE = --numprocesses $(WORKERS) --dist loadfile
 SHUFFLED = $(if $(ORDER),--random-order-bucket=module --random-order-seed=$(ORDER))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup teacher-cache train-student test fuzz test-engines lint bench bench-quality report clean
+.PHONY: help setup teacher-cache train-student test fuzz test-engines test-extras lint bench bench-quality report clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -57,6 +57,9 @@ fuzz: setup ## run the tests that draw random numbers with fresh seeds (ROUNDS=3
 
 test-engines: setup ## test the teacher against every vLLM version the extras allow, an environment each (downloads)
 	$(BIN)/python tests/versions.py
+
+test-extras: setup ## install every extra alone from a wheel, an environment each, and run what it promises (downloads)
+	$(BIN)/python tests/extras.py
 
 lint: setup ## ruff, mypy, import-linter
 	$(BIN)/ruff check .

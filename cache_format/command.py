@@ -9,6 +9,24 @@ import typer
 
 from cache_format.errors import LogitcaskError
 
+_EXTRAS = {
+    "datasets": "text",
+    "gguf": "text",
+    "httpx": "text",
+    "msgspec": "text",
+    "psutil": "text",
+    "zstandard": "text",
+    "huggingface_hub": "hub",
+    "s3fs": "s3",
+    "ray": "scale",
+    "accelerate": "train",
+    "matplotlib": "train",
+    "rouge_score": "train",
+    "safetensors": "train",
+    "peft": "peft",
+}
+"""Packages that one extra is for; of others, which several bring, the command names the one it needs."""
+
 
 def new_app(summary: str) -> typer.Typer:
     """A Typer app with the settings that both commands share."""
@@ -50,7 +68,9 @@ def run(app: typer.Typer, extra: str) -> None:
     except ModuleNotFoundError as error:
         if debug:
             raise
-        print(f"error: the package {error.name} is not installed; pip install 'logitcask[{extra}]'", file=sys.stderr)
+        package = (error.name or "").partition(".")[0]
+        extra = _EXTRAS.get(package, extra)
+        print(f"error: the package {package} is not installed; pip install 'logitcask[{extra}]'", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
         if debug:

@@ -38,7 +38,7 @@ from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained("{output}")
 ```
 
-Benchmarks, with `pip install logitcask[lm-eval]`:
+Benchmarks, with `pip install 'logitcask[lm-eval]'`:
 
 ```
 lm_eval --model hf --model_args pretrained={output} --tasks hellaswag,arc_easy,piqa --batch_size auto

@@ -95,7 +95,9 @@ def _with_adapters(student: PreTrainedModel, fields: dict[str, Any], seed: int) 
         from peft import get_peft_config, get_peft_model
         from peft.tuners.tuners_utils import BaseTunerLayer
     except ImportError as error:
-        raise UserError("student.peft needs peft; install logitcask[peft]") from error
+        raise UserError(
+            f"student.peft needs the package peft, which cannot be imported ({_line(error)}); pip install 'logitcask[peft]'"
+        ) from error
 
     torch.manual_seed(seed)
     try:
