@@ -202,7 +202,11 @@ class DataConfig(_Config):
     max_tokens: int | None = Field(
         None, ge=1, description="Stop before the sequence that would exceed this many tokens."
     )
-    add_special_tokens: bool = Field(True, description="Documents: let the tokenizer add what it adds (BOS, usually).")
+    add_special_tokens: bool = Field(
+        True,
+        description="Documents: let the tokenizer add what it adds (BOS, usually); a text that has it already gets no second "
+        "one, which is counted.",
+    )
     append_eos: bool = Field(False, description="Documents: end each with the tokenizer's EOS.")
     chat_template: Path | None = Field(None, description="A Jinja file used instead of the tokenizer's own template.")
 

@@ -196,7 +196,7 @@ def open_source(config: DataConfig) -> Source:
         return _open_saved(config, local)
     if local.is_dir():
         found = _find_in_folder(config, local)
-        if len(found.files) < found.listed:
+        if found.left_out or found.elsewhere:
             log.log(logging.WARNING if found.left_out else logging.INFO, "%s", _chosen(config, found))
         return _open_files(config, found.files, local, len(found.left_out))
     if config.path.startswith((".", "/", "~")) or config.path.count("/") > 1 or suffix_of(config.path) in SUFFIXES:

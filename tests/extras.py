@@ -9,6 +9,7 @@ it is needed, so that its CPU build wins where the machine offers one. The exit 
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import shutil
 import subprocess
@@ -306,6 +307,7 @@ def s3_server() -> Iterator[dict[str, str]]:
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server.start()
     try:
         host, port = server.get_host_and_port()

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -23,6 +24,7 @@ import zstandard
 
 from cache_format.errors import UserError
 from pipeline.config import DataConfig
+from pipeline.readers import read_columns, read_rows
 from pipeline.sources import Row, open_source
 
 HI = {"role": "user", "content": "hi"}
@@ -621,6 +623,24 @@ def test_a_compressed_file_of_several_parts_is_read_whole(tmp_path: Path) -> Non
     wide = zstandard.ZstdCompressor(compression_params=zstandard.ZstdCompressionParameters(window_log=28))
     (tmp_path / "wide.jsonl.zst").write_bytes(wide.compressobj().compress(b"") + wide.compress(b"".join(lines)))
     assert [row.text for row in rows_of(tmp_path / "wide.jsonl.zst")] == list("01234")
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress, bz2.compress, lzma.compress, zstandard.compress])
+def test_remote_files(pack: Callable[[bytes], bytes]) -> None:
+    suffix = {gzip.compress: ".gz", bz2.compress: ".bz2", lzma.compress: ".xz", zstandard.compress: ".zst"}.get(
+        pack, ""
+    )
+    url = f"memory://test-remote-files/a.jsonl{suffix}"
+    filesystem = fsspec.filesystem("memory")
+    try:
+        filesystem.pipe_file(url, pack(json_lines([{"text": "a"}, {"text": "b"}])))
+        assert read_columns(url) == ["text"]
+        assert list(read_rows(url, ["text"])) == [{"text": "a"}, {"text": "b"}]
+        filesystem.pipe_file(url, pack(b'{"text": "a"}\n{"text": "\xe9"}\n'))
+        with pytest.raises(UserError, match=r"line 2: byte 11 of the line \(0xe9\) is not UTF-8"):
+            list(read_rows(url, ["text"]))
+    finally:
+        filesystem.rm("test-remote-files", recursive=True)
 
 
 def test_a_package_that_is_missing_is_named_with_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
