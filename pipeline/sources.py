@@ -43,8 +43,7 @@ _MIN_DOCUMENT = 256  # characters; shorter sections are little more than their h
 _HEADING = re.compile(r"^\S.*\n([*=\-~^\"'#+])\1{2,} *$", re.MULTILINE)
 _COMMIT = re.compile(r"@([0-9a-f]{40})/")
 _SHOWN = 5  # names in a message
-# `datasets` takes the path of a folder for a pattern, `::` for a chain of file systems, and `.py` for a script.
-_NOT_LITERAL = re.compile(r"[\[\]?*]|::|\.py$")
+_PATTERN = re.compile(r"[\[\]?*]|::")  # what `datasets` and fsspec do not take literally in a path
 _CARDS = ("README.md", ".huggingface.yaml", "dataset_infos.json")  # where a folder may name its splits
 _NOT_DATA = ("config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json")
 
@@ -338,15 +337,20 @@ def _chosen(config: DataConfig, found: _Found) -> str:
 def _data_files(folder: Path) -> list[str]:
     """The data files below ``folder``, relative to it, sorted; hidden ones and what describes a data set are none."""
     found: list[str] = []
-    entered = {os.path.realpath(folder)}
+    base = os.path.realpath(folder)
+    entered: set[str] = set()
     for here, folders, files in os.walk(folder, followlinks=True):
-        visible = [name for name in folders if not name.startswith((".", "__"))]
+        visible = sorted(name for name in folders if not name.startswith((".", "__")))
         folders[:] = []
         for name in visible:
-            real = os.path.realpath(os.path.join(here, name))
-            if real not in entered:  # a link may lead back to where it lies
+            path = os.path.join(here, name)
+            real = os.path.realpath(path)
+            if os.path.islink(path):
+                # It may lead back to where it lies, and what lies in the folder is found without it.
+                if real in entered or os.path.commonpath((real, base)) in (real, base):
+                    continue
                 entered.add(real)
-                folders.append(name)
+            folders.append(name)
         data = (name for name in files if suffix_of(name) in SUFFIXES and name not in _NOT_DATA and name[0] != ".")
         found.extend(os.path.relpath(os.path.join(here, name), folder) for name in data)
     return sorted(found)
@@ -360,7 +364,8 @@ def _splits_of_folder(config: DataConfig, folder: Path) -> dict[str, list[str]]:
     """
     base = folder.resolve()
     paths = [os.path.join(here, name) for here, folders, files in os.walk(base) for name in (*folders, *files)]
-    if not any(_NOT_LITERAL.search(path) for path in (str(base), *paths)):
+    script = base.suffix == ".py"  # a folder that passes for one
+    if not script and not any(_PATTERN.search(path) for path in (str(base), *paths)):
         return _ask_datasets(config, str(base))
     with tempfile.TemporaryDirectory() as temporary:
         mirror = Path(temporary).resolve() / "data"

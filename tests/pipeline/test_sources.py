@@ -396,14 +396,20 @@ def test_links_to_folders(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> N
     """``datasets`` does not enter them: they are said to be left out, and read with the rest, once."""
     (tmp_path / "far").mkdir()
     (tmp_path / "far" / "b.jsonl").write_bytes(json_lines([{"text": "b"}]))
-    folder = tmp_path / "here"
+    folder = tmp_path / "far-and-here"  # the start of its name is the name of the other
     folder.mkdir()
     (folder / "a.jsonl").write_bytes(json_lines([{"text": "a"}]))
     (folder / "link").symlink_to(tmp_path / "far")
+    (folder / "link-again").symlink_to(tmp_path / "far")
     (folder / "loop").symlink_to(folder)
-    assert [row.text for row in rows_of(folder)] == ["a"]
-    assert "link/b.jsonl" in caplog.text
-    assert [row.text for row in rows_of(folder, split="all")] == ["a", "b"]
+    (folder / "above").symlink_to(tmp_path)
+    (folder / "sub").mkdir()
+    (folder / "sub" / "c.jsonl").write_bytes(json_lines([{"text": "c"}]))
+    (folder / "alias").symlink_to(folder / "sub")
+    (tmp_path / "far" / "loop").symlink_to(tmp_path / "far")
+    assert [row.text for row in rows_of(folder)] == ["a", "c"]
+    assert "into no split: link/b.jsonl; data.split=all" in caplog.text
+    assert [row.text for row in rows_of(folder, split="all")] == ["a", "b", "c"]
 
 
 def test_other_splits_are_no_files_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
