@@ -16,8 +16,6 @@ _EXTRAS = {
     "msgspec": "text",
     "psutil": "text",
     "zstandard": "text",
-    "huggingface_hub": "hub",
-    "s3fs": "s3",
     "ray": "scale",
     "accelerate": "train",
     "matplotlib": "train",
@@ -25,7 +23,8 @@ _EXTRAS = {
     "safetensors": "train",
     "peft": "peft",
 }
-"""Packages that one extra is for; of others, which several bring, the command names the one it needs."""
+"""Packages that one extra is for; of others, which several bring, the command names the one it needs. (Those of file
+systems are named where these are opened.)"""
 
 
 def new_app(summary: str) -> typer.Typer:

@@ -129,10 +129,10 @@ JOBS = {
         texts("folder/a.jsonl")
         build("no-zst", says="pip install 'logitcask[text]'", data={"path": "a.jsonl.zst"})
         build("no-datasets", says="pip install 'logitcask[text]'", data={"path": "folder"})
-        build("no-model", says="pip install 'logitcask[", teacher={"model": "somebody/something"})
-        build("no-built-in", says="pip install 'logitcask[", teacher={"model": "smollm2-135m"})
+        build("no-model", says="pip install 'logitcask[teacher]'", teacher={"model": "somebody/something"})
+        build("no-built-in", says="pip install 'logitcask[teacher]'", teacher={"model": "smollm2-135m"})
         server = {"model": "m", "backend": "server", "server": {"url": "http://127.0.0.1:9"}}
-        build("no-server", says="pip install 'logitcask[", teacher=server, store={"tail_samples": 0, "top_k": 4})
+        build("no-server", says="pip install 'logitcask[teacher]'", teacher=server, store={"tail_samples": 0, "top_k": 4})
         build("no-ray", says="pip install 'logitcask[scale]'", scale={"engine": "ray", "workers": 1})
         command("teacher-cache", "info", "hf://datasets/a/b", says="pip install 'logitcask[hub]'")
         command("teacher-cache", "info", "s3://bucket/x", says="pip install 'logitcask[s3]'")
