@@ -64,7 +64,7 @@ def _kind(annotation: Any) -> str:
     if origin is Annotated:
         return _kind(inner[0])
     if origin is Literal:
-        return ", ".join(f"`{each}`" for each in inner)
+        return ", ".join(f"`{json.dumps(each) if isinstance(each, bool) else each}`" for each in inner)
     if origin in (Union, UnionType):
         kinds = [_kind(each) for each in inner if each is not NoneType]
         return " or ".join([*dict.fromkeys(kinds), *(["null"] if NoneType in inner else [])])
@@ -72,5 +72,12 @@ def _kind(annotation: Any) -> str:
         return f"list of {_kind(inner[0])}"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return "mapping, see below"
-    names = {"str": "text", "int": "whole number", "float": "number", "bool": "true, false", "Path": "path"}
+    names = {
+        "str": "text",
+        "int": "whole number",
+        "float": "number",
+        "bool": "true, false",
+        "Path": "path",
+        "date": "date",
+    }
     return names.get(getattr(annotation, "__name__", ""), "mapping")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ipaddress
 import re
+from datetime import date
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -15,6 +16,21 @@ from cache_format.manifest import StoreSettings
 from cache_format.remote import work_folder
 from cache_format.schema import MAX_DRAWS
 from pipeline.capture import Capture
+
+# Names that transformers gives a meaning of its own when it renders a chat.
+_NOT_ARGUMENTS = {
+    *("conversation", "messages", "tools", "chat_template", "add_generation_prompt", "continue_final_message"),
+    *(
+        "tokenize",
+        "padding",
+        "truncation",
+        "max_length",
+        "return_tensors",
+        "return_dict",
+        "return_assistant_tokens_mask",
+    ),
+    *("tokenizer_kwargs", "sanitize_control_tokens", "strftime_now", "logitcask_date"),
+}
 
 # A name or an IPv4 address, no part of it empty.
 _HOST = re.compile(r"[\w~-]+(\.[\w~-]+)*\.?")
@@ -209,6 +225,21 @@ class DataConfig(_Config):
     )
     append_eos: bool = Field(False, description="Documents: end each with the tokenizer's EOS.")
     chat_template: Path | None = Field(None, description="A Jinja file used instead of the tokenizer's own template.")
+    tools_field: Annotated[str, Field(min_length=1)] | Literal[False] | None = Field(
+        None,
+        description="Chats and prompts: column with the tool definitions that the template is given, lists or JSON text of "
+        "lists. Default: `tools`, if there is one; false: none.",
+    )
+    template_arguments: dict[str, object] = Field(
+        default_factory=dict,
+        description="Chats and prompts: given to the chat template beside messages and tools, such as "
+        "`enable_thinking: false`.",
+    )
+    template_date: date | None = Field(
+        None,
+        description="Chats and prompts: today, for a template that writes the date. Default: the day on which the build "
+        "begins, which is written down and holds for all of it.",
+    )
 
     @field_validator("path")
     @classmethod
@@ -219,6 +250,21 @@ class DataConfig(_Config):
     @classmethod
     def _home(cls, path: Path | None) -> Path | None:
         return None if path is None else _expanded(path)
+
+    @field_validator("template_arguments")
+    @classmethod
+    def _arguments_are_the_templates(cls, arguments: dict[str, object]) -> dict[str, object]:
+        for name in _NOT_ARGUMENTS.intersection(arguments):
+            raise ValueError(f"{name!r} is not for a config to give to a template; remove it")
+        return arguments
+
+    @model_validator(mode="after")
+    def _templates_are_for_chats(self) -> Self:
+        if self.kind == "documents":
+            for name in ("tools_field", "template_arguments", "template_date"):
+                if getattr(self, name):
+                    raise ValueError(f"{name} is set, but documents are not rendered by a template; remove it")
+        return self
 
     @model_validator(mode="after")
     def _one_kind_of_text(self) -> Self:
@@ -247,6 +293,12 @@ class DataConfig(_Config):
     def kind(self) -> Literal["documents", "chats"]:
         """What the teacher reads."""
         return "chats" if self.messages_field or self.prompt_field else "documents"
+
+    @property
+    def looks_for_tools(self) -> bool:
+        """Whether a column of tool definitions is read if there is one, without being asked for."""
+        taken = (self.messages_field, self.prompt_field, self.id_field)
+        return self.kind == "chats" and self.tools_field is None and "tools" not in taken
 
     @property
     def mask_policy(self) -> str:

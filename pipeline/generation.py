@@ -86,7 +86,7 @@ class Generations:
     ) -> None:
         assert config.data.generate is not None
         self.tokenizer = prompts.tokenizer
-        self.chat_template = prompts.chat_template
+        self.template = prompts.template
         self.sampling = sampling
         self._prompts = prompts
         self._tokenizer = tokenizer_of(prompts, config)
@@ -104,6 +104,12 @@ class Generations:
     def stamp(self) -> str:
         """Of the source when the prompts were read."""
         return self._state().stamp
+
+    @staticmethod
+    def request_in(build_dir: Path) -> dict[str, Any]:
+        """What was asked for when the prompts in ``build_dir`` were written; empty where there are none."""
+        file = build_dir / "generations" / "prompts.json"
+        return load_state(GenerationState, file).request if file.exists() else {}
 
     def identity(self) -> GenerationIdentity:
         return GenerationIdentity(
@@ -349,7 +355,8 @@ def check_unchanged(source: Source, stamp: str, config: BuildConfig) -> None:
 
 def tokenizer_of(text: Prompts | Tokenization | Generations, config: BuildConfig) -> TokenizerIdentity:
     """The tokenizer and the chat template in force, as a manifest names them."""
-    return TokenizerIdentity(name=config.teacher.model, **tokenizer_identity(text.tokenizer, text.chat_template))
+    template = text.template.text if text.template else None
+    return TokenizerIdentity(name=config.teacher.model, **tokenizer_identity(text.tokenizer, template))
 
 
 def tokenizer_changes(before: TokenizerIdentity, now: TokenizerIdentity) -> str:

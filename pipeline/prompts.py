@@ -17,10 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cache_format.errors import UserError
+from pipeline.chat_template import ChatTemplate, Refused
 from pipeline.config import DataConfig
 from pipeline.long_texts import LONG, LongTexts, pieces
-from pipeline.sources import Row
-from pipeline.tokenize import AddedTokens, Refused, batches, check_ids, render, template_of, without_null_content
+from pipeline.sources import SYSTEM_ROLES, Row
+from pipeline.tokenize import AddedTokens, batches, check_ids
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -34,7 +35,7 @@ class PromptRow:
 class Prompts:
     """Turns the rows of one source into prompts.
 
-    ``chat_template`` is the template in force, None for texts that are continued.
+    ``template`` is the chat template in force, None for texts that are continued.
 
     ``counters`` describes the latest ``prompts()``: ``prompts``; ``overlong_prompts``; ``answers_replaced`` (chats that
     ended with the assistant); ``without_prompt`` (chats in which nobody asks); ``without_tokens``; ``refused_by_template``.
@@ -45,7 +46,7 @@ class Prompts:
     def __init__(self, tokenizer: Any, config: DataConfig, vocab_size: int) -> None:
         assert config.generate is not None
         self.tokenizer = tokenizer
-        self.chat_template = template_of(tokenizer, config) if config.kind == "chats" else None
+        self.template = ChatTemplate(tokenizer, config) if config.kind == "chats" else None
         self._config = config
         self._settings = config.generate
         self._vocab_size = vocab_size
@@ -88,11 +89,11 @@ class Prompts:
             raise UserError(self._nothing_made())
 
     def _tokenised(self, batch: list[Row]) -> Iterator[tuple[str, list[int]]]:
-        documents = self._config.kind == "documents"
-        if documents:
+        documents = self.template is None
+        if self.template is None:
             texts = {row.row_id: self._added.once(row.text or "")[0] for row in batch}
         else:
-            texts = {row.row_id: text for row in batch if (text := self._rendered(row)) is not None}
+            texts = {row.row_id: text for row in batch if (text := self._rendered(row, self.template)) is not None}
         special = documents and self._config.add_special_tokens
         short = [text for text in texts.values() if len(text) <= LONG]
         encoded = iter(self.tokenizer(short, add_special_tokens=special, **self._quiet)["input_ids"] if short else ())
@@ -114,20 +115,21 @@ class Prompts:
     def _added(self) -> AddedTokens:
         return AddedTokens(self.tokenizer, self._config.add_special_tokens)
 
-    def _rendered(self, row: Row) -> str | None:
+    def _rendered(self, row: Row, template: ChatTemplate) -> str | None:
         messages = row.messages or [{"role": "user", "content": row.text}]
         asked = len(messages)
         while asked and messages[asked - 1]["role"] == "assistant":
             asked -= 1
-        if not asked or messages[asked - 1]["role"] == "system":
+        if not asked or messages[asked - 1]["role"] in SYSTEM_ROLES:
             self._counters["without_prompt"] += 1
             return None
         replaced, messages = asked < len(messages), messages[:asked]
-        if self._settings.system_prompt is not None and messages[0]["role"] != "system":
+        if self._settings.system_prompt is not None and messages[0]["role"] not in SYSTEM_ROLES:
             messages = [{"role": "system", "content": self._settings.system_prompt}, *messages]
+        messages = template.prepared(messages, row.tools)
+        template.check_tools(row.row_id, messages, row.tools)
         try:
-            messages = without_null_content(self.tokenizer, messages, self.chat_template)
-            text = render(self.tokenizer, messages, self.chat_template, add_generation_prompt=True)
+            text = template.render(messages, row.tools, add_generation_prompt=True)
         except Refused as refusal:
             self._counters["refused_by_template"] += 1
             self._refusal = self._refusal or f"{row.row_id}: {refusal}"

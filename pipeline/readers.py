@@ -326,3 +326,4 @@ _FORMATS = {
     ".arrow": _Format(_arrow_columns, _arrow_rows),
 }
 SUFFIXES = tuple(_FORMATS)
+JSON_SUFFIXES = tuple(suffix for suffix, each in _FORMATS.items() if each is _JSON)

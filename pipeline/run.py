@@ -11,6 +11,7 @@ import logging
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any, Self
 
@@ -71,12 +72,11 @@ def build(config: BuildConfig, *, restart: bool = False) -> BuildResult:
 
     Raises UserError (and its kinds) for anything the user can mend: see each stop.
     """
-    request = _request(config)
     if restart:
         _check_before_removing(config)
         _remove(config.output)
     if _is_finished(config.output):
-        manifest = _reuse(config, request)
+        manifest = _reuse(config)
         return BuildResult(manifest, reused=True, seconds=0.0, tokens_scored=0)
 
     with (
@@ -85,13 +85,21 @@ def build(config: BuildConfig, *, restart: bool = False) -> BuildResult:
     ):
         plan = Plan.load(writer.build_dir)
         if plan is None:
-            plan = _make_plan(writer.build_dir, config, request, engine)
-        elif plan.request != request:
-            raise UserError(
-                f"{config.output} holds an unfinished build with other settings: "
-                f"{describe_difference(plan.request, request)}; go back to them, start afresh with --restart, "
-                "or choose another output"
-            )
+            written = Generations.request_in(writer.build_dir)
+            config = _dated(config, written)
+            request = _request(config)
+            # Prompts of a version that knew fewer fields are compared as they were written.
+            same = bool(written) and _as_of_today(written, config) == request
+            plan = _make_plan(writer.build_dir, config, written if same else request, engine)
+        else:
+            config = _dated(config, plan.request)
+            before, now = _as_of_today(plan.request, config), _request(config)
+            if before != now:
+                raise UserError(
+                    f"{config.output} holds an unfinished build with other settings: "
+                    f"{describe_difference(before, now)}; go back to them, start afresh with --restart, "
+                    "or choose another output"
+                )
         header, seconds, scored = _write_shards(writer, plan, config, engine)
         found = audit_build(config.output, header, writer.entries(), config.audit)
         manifest = writer.finish(header, len(plan.shards), audit=found)
@@ -159,7 +167,16 @@ def _request(config: BuildConfig) -> dict[str, Any]:
     return request
 
 
-def _reuse(config: BuildConfig, request: dict[str, Any]) -> Manifest:
+def _dated(config: BuildConfig, written: dict[str, Any]) -> BuildConfig:
+    """With the date for the chat template that is written down in an earlier request, unless the config has its own."""
+    day = written.get("data", {}).get("template_date")
+    if day is None or config.data.template_date is not None:
+        return config
+    data = config.data.model_copy(update={"template_date": date.fromisoformat(day)})
+    return config.model_copy(update={"data": data})
+
+
+def _reuse(config: BuildConfig) -> Manifest:
     """The finished cache in the way, if it is the one asked for; UserError naming what differs if it is not."""
     manifest = CacheReader(config.output).manifest
     ways_out = "choose another output, or replace the cache with --restart"
@@ -167,11 +184,14 @@ def _reuse(config: BuildConfig, request: dict[str, Any]) -> Manifest:
         raise UserError(
             f"{config.output} holds a cache that `teacher-cache {manifest.derived_from.command}` made; {ways_out}"
         )
-    if _as_of_today(manifest.config, config) != request:
+    config = _dated(config, manifest.config)
+    before, now = _as_of_today(manifest.config, config), _request(config)
+    if before != now:
         raise UserError(
-            f"{config.output} holds a finished cache with other settings: "
-            f"{describe_difference(_as_of_today(manifest.config, config), request)}; {ways_out}"
+            f"{config.output} holds a finished cache with other settings: {describe_difference(before, now)}; {ways_out}"
         )
+    if "template_date" not in manifest.config.get("data", {}):  # of a version that did not write it down
+        config = _dated(config, {"data": {"template_date": manifest.created_at[:10]}})
     # A crash between manifest and clean-up leaves the build's state.
     if isinstance(config.output, Path):
         shutil.rmtree(config.output / BUILD_DIR, ignore_errors=True)
@@ -288,8 +308,10 @@ def _make_plan(build_dir: Path, config: BuildConfig, request: dict[str, Any], en
     text: Tokenization | Generations
     if config.data.generate is None:
         text = _tokenization(config)
+        request = _with_date(request, text)
     else:
         prompts = _prompts(config)
+        request = _with_date(request, prompts)
         sampling = sampling_of(config.teacher, config.data.generate, prompts.tokenizer)
         text = Generations(prompts, config, sampling, build_dir, request)
         text.complete(source, engine.start)
@@ -333,6 +355,17 @@ def _make_plan(build_dir: Path, config: BuildConfig, request: dict[str, Any], en
     with writing_to(config.folder):
         plan.save(build_dir)
     return plan
+
+
+def _with_date(request: dict[str, Any], text: Tokenization | Prompts) -> dict[str, Any]:
+    """The request with the day that the chat template writes, if it writes one: what is resumed or compared later has it."""
+    if text.template is None or text.template.date is None:
+        if request["data"].get("template_date") is not None:
+            log.warning("data.template_date changes nothing: the chat template writes no date of today")
+        return request
+    day = text.template.date.isoformat()
+    log.info("the chat template writes today's date: it is %s for all of this cache (data.template_date)", day)
+    return {**request, "data": {**request["data"], "template_date": day}}
 
 
 def _write_shards(writer: CacheWriter, plan: Plan, config: BuildConfig, engine: _Engine) -> tuple[Header, float, int]:

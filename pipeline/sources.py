@@ -30,14 +30,16 @@ from typing import Any, NamedTuple
 
 from cache_format.errors import LogitcaskError, UserError
 from pipeline.config import DataConfig
-from pipeline.readers import SUFFIXES, read_columns, read_rows, suffix_of
+from pipeline.readers import JSON_SUFFIXES, SUFFIXES, read_columns, read_rows, suffix_of
 
 log = logging.getLogger(__name__)
 
 ALL = "all"
 """The split of a folder that holds every data file below it, whatever its name; a split of that name goes first."""
 
-ROLES = ("system", "user", "assistant", "tool")
+ROLES = ("system", "developer", "user", "assistant", "tool")
+SYSTEM_ROLES = ("system", "developer")
+_TOOLS = "tools"  # the column read beside chats unasked
 _CHAT_COLUMNS = ("messages", "conversations", "conversation", "chat")
 _MIN_DOCUMENT = 256  # characters; shorter sections are little more than their heading
 _HEADING = re.compile(r"^\S.*\n([*=\-~^\"'#+])\1{2,} *$", re.MULTILINE)
@@ -50,11 +52,17 @@ _NOT_DATA = ("config.json", "dataset_info.json", "dataset_infos.json", "dataset_
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One usable row: a document (``text``) or a chat (``messages``), the other one being None."""
+    """One usable row: a document (``text``) or a chat (``messages``), the other one being None.
+
+    tools:    definitions that the chat, or the question in ``text``, comes with; None for none.
+    unlearnt: indices of the messages that are marked as not to be learnt.
+    """
 
     row_id: str
     text: str | None
     messages: list[dict[str, Any]] | None
+    tools: list[dict[str, Any]] | None = None
+    unlearnt: frozenset[int] = frozenset()
 
 
 class _Skipped(Exception):
@@ -91,6 +99,11 @@ class Source:
         if id_field is not None:
             _check_field(config.path, columns, id_field, "id_field")
         self._files_left_out = files_left_out
+        self._tools_field: str | None = config.tools_field or None
+        if self._tools_field is not None:
+            _check_field(config.path, columns, self._tools_field, "tools_field")
+        elif config.looks_for_tools:
+            self._tools_field = _TOOLS
         self._counters: Counter[str] = Counter()
 
     @property
@@ -117,7 +130,7 @@ class Source:
             if self._id_field is not None:
                 row_id = self._unique_id(record[self._id_field], row_id, seen)
             try:
-                row = self._row(row_id, record[self._field])
+                row = self._row(row_id, record)
             except _Skipped as reason:
                 self._counters[f"rows_skipped_{reason}"] += 1
                 continue
@@ -127,7 +140,7 @@ class Source:
             raise UserError(self._nothing_found())
 
     def _records(self) -> Iterator[Mapping[str, Any]]:
-        fields = [self._field] if self._id_field is None else list(dict.fromkeys((self._field, self._id_field)))
+        fields = list(dict.fromkeys(filter(None, (self._field, self._id_field, self._tools_field))))
         try:
             yield from self._read(fields)
         except LogitcaskError:
@@ -155,17 +168,21 @@ class Source:
         seen.add(digest)
         return row_id
 
-    def _row(self, row_id: str, value: object) -> Row:
+    def _row(self, row_id: str, record: Mapping[str, Any]) -> Row:
+        value = record[self._field]
         if value is None:
             raise _Skipped("null")
+        tools = None if self._tools_field is None else _tools(record.get(self._tools_field))
         if self._chats:
-            return Row(row_id, None, _messages(value))
+            marked = _messages(value)
+            unlearnt = frozenset(index for index, (_, learnt) in enumerate(marked) if not learnt)
+            return Row(row_id, None, [message for message, _ in marked], tools, unlearnt)
         if not isinstance(value, str):
             raise _Skipped("not_a_string")
         if not value.strip():
             raise _Skipped("empty")
         _check_unicode(value)
-        return Row(row_id, value, None)
+        return Row(row_id, value, None, tools)
 
     def _nothing_found(self) -> str:
         place = f"empty data set: {self._config.path}, split {self._config.split}"
@@ -173,6 +190,16 @@ class Source:
         skipped = [f"{n} {why.removeprefix(prefix)}" for why, n in self._counters.items() if why.startswith(prefix)]
         if not skipped:
             return f"{place}, has no rows"
+        if self._counters["rows_skipped_sharegpt"]:
+            return (
+                f"{place}: column {self._field!r} holds chats in ShareGPT's form ({{from, value}}), which is not read; turn "
+                "each message into {role, content}: `from` human is role user, gpt is assistant, system stays"
+            )
+        if self._counters["rows_skipped_not_tools"] == self._counters["rows_read"]:
+            return (
+                f"{place}: column {self._tools_field!r} should hold tool definitions (a list of objects, or JSON text of "
+                "one); name another column in data.tools_field, or set data.tools_field=false to leave it out"
+            )
         wanted = f"chats ({', '.join(ROLES)} messages with role and content)" if self._chats else "non-empty strings"
         return (
             f"{place}: none of its {self._counters['rows_read']} rows can be used ({', '.join(skipped)}); "
@@ -264,7 +291,7 @@ def _open_files(config: DataConfig, files: list[str], base: Path | None, left_ou
 
     def read(fields: list[str]) -> Iterator[Mapping[str, Any]]:
         for file in files:
-            yield from read_rows(file, fields)
+            yield from read_rows(file, _fields_in(file, fields, config))
 
     def stamp() -> str:
         if base is not None:
@@ -273,6 +300,14 @@ def _open_files(config: DataConfig, files: list[str], base: Path | None, left_ou
         return f"hub:{config.path}@{commit[1] if commit else config.revision or 'main'}"
 
     return Source(config, columns, read, stamp, config.id_field, left_out)
+
+
+def _fields_in(file: str, fields: list[str], config: DataConfig) -> list[str]:
+    """Without the column of tools where nobody asked for it and this file has none; JSON objects have any, perhaps None."""
+    if _TOOLS not in fields or not config.looks_for_tools or suffix_of(file) in JSON_SUFFIXES:
+        return fields
+    columns = read_columns(file)
+    return [field for field in fields if field != _TOOLS or field in columns]
 
 
 def find_files(config: DataConfig) -> list[str]:
@@ -430,7 +465,7 @@ def _open_saved(config: DataConfig, folder: Path) -> Source:
     saved = saved.with_format(None)  # tensors or frames of some of its columns, if that is how it was used last
 
     def read(fields: list[str]) -> Iterator[Mapping[str, Any]]:
-        return iter(saved.select_columns(fields))
+        return iter(saved.select_columns([field for field in fields if field in saved.column_names]))
 
     def stamp() -> str:
         return _stamp_of_files(sorted(folder.rglob("*.arrow")), folder)
@@ -465,8 +500,9 @@ def _quiet_datasets() -> Iterator[None]:
 # --- checks -------------------------------------------------------------------------------------------------------
 
 
-def _messages(value: object) -> list[dict[str, Any]]:
-    """A chat as a template takes it: ``content`` is one string, or None beside tool calls.
+def _messages(value: object) -> list[tuple[dict[str, Any], bool]]:
+    """A chat as a template takes it, and whether each message may be learnt: ``content`` is one string, or None beside
+    tool calls, whose arguments are objects.
 
     Arrow fills keys that other messages, calls or parts have with None; those are taken out again at every depth, in all
     formats, so that a chat is the same whichever file it was in.
@@ -485,10 +521,15 @@ def _messages(value: object) -> list[dict[str, Any]]:
         raise _Skipped("not_a_chat") from None
 
 
-def _message(filled: dict[str, Any]) -> dict[str, Any]:
+def _message(filled: dict[str, Any]) -> tuple[dict[str, Any], bool]:
     message = {_unfilled(key): _unfilled(item) for key, item in filled.items() if item is not None or key == "content"}
+    learnt = [_is_learnt(mark, message.pop(mark)) for mark in _MARKS if mark in message]
     content = message.get("content")
     calls = bool(message.get("tool_calls"))
+    if "role" not in message and {"from", "value"} <= message.keys():
+        raise _Skipped("sharegpt")
+    if "function_call" in message:  # what OpenAI had before tool_calls; no template renders it
+        raise _Skipped("function_call")
     if "role" not in message or not ("content" in message or calls):
         raise _Skipped("not_a_chat")
     if message["role"] not in ROLES:
@@ -499,7 +540,70 @@ def _message(filled: dict[str, Any]) -> dict[str, Any]:
         raise _Skipped("null_content")
     if content is not None and not isinstance(content, str):
         raise _Skipped("content_not_text")
-    return {**message, "content": content}
+    if calls:
+        message["tool_calls"] = _calls(message["tool_calls"])
+    return {**message, "content": content}, all(learnt)
+
+
+_MARKS = {"weight": False, "train": False, "training": False, "mask": True, "masked": True}
+"""Keys of a message that say whether it is learnt, and the value that says it is not: those of OpenAI and axolotl."""
+
+
+def _is_learnt(mark: str, value: object) -> bool:
+    """Raises _Skipped for a value that is neither yes nor no: half a weight has no meaning here."""
+    if value not in (0, 1):
+        raise _Skipped(f"{mark}_not_0_or_1")
+    return bool(value) is not _MARKS[mark]
+
+
+def _calls(calls: object) -> list[Any]:
+    """Calls with their arguments as objects, which OpenAI's API has as JSON text. Empty text: no arguments.
+
+    Raises _Skipped for text that is not a JSON object: templates would quote it once more.
+    """
+    if not isinstance(calls, list):
+        raise _Skipped("not_a_chat")
+    parsed = []
+    for call in calls:
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if isinstance(function, dict) and isinstance(function.get("arguments"), str):
+            function = {**function, "arguments": _arguments(function["arguments"])}
+            call = {**call, "function": function} if "function" in call else function
+        parsed.append(call)
+    return parsed
+
+
+def _arguments(text: str) -> dict[str, Any]:
+    try:
+        arguments = json.loads(text, parse_constant=_no_constant) if text.strip() else {}
+    except (ValueError, RecursionError):
+        arguments = None
+    if not isinstance(arguments, dict):
+        raise _Skipped("arguments_not_json")
+    unfilled: dict[str, Any] = _unfilled(arguments)
+    return unfilled
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _tools(value: object) -> list[dict[str, Any]] | None:
+    """Tool definitions as a template takes them; None for none. The list, or each of its elements, may be JSON text.
+
+    Without keys that hold None, as in messages: Arrow gives each tool the parameters of all.
+    """
+    try:
+        tools = json.loads(value.strip() or "null") if isinstance(value, str) else value
+        if tools is None or tools == []:
+            return None
+        if isinstance(tools, list):
+            tools = [_unfilled(json.loads(tool) if isinstance(tool, str) else tool) for tool in tools]
+    except (ValueError, RecursionError):
+        raise _Skipped("not_tools") from None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) and tool for tool in tools):
+        raise _Skipped("not_tools")
+    return tools
 
 
 def _is_text(part: object) -> bool:

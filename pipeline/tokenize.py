@@ -23,13 +23,14 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
+from itertools import chain, pairwise
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cache_format.errors import UserError
+from pipeline.chat_template import ChatTemplate, Messages, Refused, Span
 from pipeline.config import DataConfig
 from pipeline.long_texts import LONG, LongTexts, Tokens, head, pieces, special_tokens, with_whole_offsets
 from pipeline.sequence import Sequence
@@ -39,7 +40,6 @@ log = logging.getLogger(__name__)
 
 _BATCH_ROWS = 256
 _BATCH_CHARACTERS = 1 << 20
-_GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _PIECE_LIKE = re.compile(r"/\d+$")
 # BOS of widely used tokenizers. Text that begins with another tokenizer's was rendered for that one.
 _KNOWN_BOS = (
@@ -51,24 +51,20 @@ _KNOWN_BOS = (
     "<｜begin▁of▁sentence｜>",
     "[BOS]",
 )
-_NULL = re.compile(r"None|null")
 
-Span = tuple[int, int]
 _Counted = tuple[Sequence, tuple[str, ...]]
 """A sequence, and the counters that go up if it is taken."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Rendered:
-    """A chat as text; ``spans`` are the characters of its assistant turns, rising, end exclusive."""
+    """A chat as text; ``spans`` are the characters of its assistant turns that are learnt, rising, end exclusive; the
+    others are ``unlearnt`` in number."""
 
     row_id: str
     text: str
     spans: list[Span]
-
-
-class Refused(Exception):
-    """The chat template raised on this chat."""
+    unlearnt: int
 
 
 class Tokenization:
@@ -78,12 +74,14 @@ class Tokenization:
                 add_special_tokens=..., return_offsets_mapping=...)`` and ``apply_chat_template``.
     vocab_size: how many ids the teacher knows; every id must be below it.
 
-    ``chat_template`` is the template in force, None for documents.
+    ``template`` is the chat template in force, None for documents.
 
     ``counters`` describes the latest ``sequences()``: ``documents`` or ``chats`` used; ``second_bos_removed`` and
     ``second_eos_removed``, documents whose text held what the tokenizer adds; ``foreign_bos``, those that begin with the
-    BOS of another tokenizer, which is text to this one; ``split_documents`` and the ``pieces`` they gave; ``truncated``; ``dropped_overlong``; ``without_tokens``; ``nothing_to_learn`` (chats in which
-    the assistant says nothing, or nothing within ``max_length``); ``refused_by_template``; ``sequences``; ``tokens``;
+    BOS of another tokenizer, which is text to this one; ``split_documents`` and the ``pieces`` they gave; ``truncated``;
+    ``dropped_overlong``; ``without_tokens``; ``nothing_to_learn`` (chats in which the assistant says nothing, or nothing
+    within ``max_length``); ``refused_by_template``; ``turns_not_learnt`` (of the chats used, the assistant's turns that a
+    mark makes context); ``sequences``; ``tokens``;
     ``kept_positions``; ``stopped_at_max_tokens`` (0 or 1).
 
     Raises UserError if the tokenizer lacks what the config asks for: a chat template, offsets, an EOS token.
@@ -91,7 +89,7 @@ class Tokenization:
 
     def __init__(self, tokenizer: Any, config: DataConfig, vocab_size: int) -> None:
         self.tokenizer = tokenizer
-        self.chat_template: str | None = None
+        self.template: ChatTemplate | None = None
         self._config = config
         self._vocab_size = vocab_size
         self._counters: Counter[str] = Counter()
@@ -101,7 +99,7 @@ class Tokenization:
         if config.append_eos and tokenizer.eos_token_id is None:
             raise UserError("data.append_eos is set, but the tokenizer has no EOS token; leave append_eos out")
         if config.messages_field is not None:
-            self.chat_template = template_of(tokenizer, config)
+            self.template = ChatTemplate(tokenizer, config)
             self._offset_tokenizer = _with_offsets(tokenizer)
 
     @property
@@ -121,7 +119,7 @@ class Tokenization:
         self._refusal = ""
         used: set[int] = set()
         for batch in batches(rows):
-            for sequence, kinds in self._chats(batch) if self.chat_template is not None else self._documents(batch):
+            for sequence, kinds in self._chats(batch, self.template) if self.template else self._documents(batch):
                 if not self._fits(sequence):
                     return
                 self._check(sequence, used)
@@ -198,8 +196,8 @@ class Tokenization:
 
     # --- chats ---
 
-    def _chats(self, batch: list[Row]) -> Iterator[_Counted]:
-        rendered = list(self._render_all(batch))
+    def _chats(self, batch: list[Row], template: ChatTemplate) -> Iterator[_Counted]:
+        rendered = list(self._render_all(batch, template))
         if not rendered:
             return
         for chat, (ids, offsets) in zip(rendered, self._tokens([chat.text for chat in rendered]), strict=True):
@@ -211,7 +209,9 @@ class Tokenization:
             elif not mask[:limit].any():
                 self._counters["nothing_to_learn"] += 1
             else:  # a piece from the middle of a chat is no chat, so `split` cuts off as `truncate` does
-                kinds = ("chats", "truncated") if len(ids) > limit else ("chats",)
+                kinds = ("chats", *["turns_not_learnt"] * chat.unlearnt)
+                if len(ids) > limit:
+                    kinds += ("truncated",)
                 yield Sequence(chat.row_id, ids[:limit], mask[:limit]), kinds
 
     def _tokens(self, texts: list[str]) -> Iterator[Tokens]:
@@ -229,63 +229,69 @@ class Tokenization:
                 ids, offsets = next(ready)
                 yield np.asarray(ids, np.int32), np.asarray(offsets, np.int64).reshape(-1, 2)
 
-    def _render_all(self, batch: list[Row]) -> Iterator[_Rendered]:
+    def _render_all(self, batch: list[Row], template: ChatTemplate) -> Iterator[_Rendered]:
         for row in batch:
             messages = row.messages or []
-            if all(message["role"] != "assistant" for message in messages):
+            turns = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
+            learnt = [turn for turn in turns if turn not in row.unlearnt]
+            if not learnt:
                 self._counters["nothing_to_learn"] += 1
                 continue
-            messages = without_null_content(self.tokenizer, messages, self.chat_template)
+            messages = template.prepared(messages, row.tools)
+            template.check_tools(row.row_id, messages, row.tools)
+            render = self._render_marked if template.marks_answers else self._render_by_prefixes
             try:
-                if _GENERATION.search(self.chat_template or ""):
-                    text, spans = self._render_marked(messages)
-                else:
-                    text, spans = self._render_by_prefixes(messages, row.row_id)
+                text, spans = render(template, messages, row, learnt)
             except Refused as refusal:
                 self._counters["refused_by_template"] += 1
                 self._refusal = self._refusal or f"{row.row_id}: {refusal}"
                 continue
-            yield _Rendered(row.row_id, text, spans)
+            yield _Rendered(row.row_id, text, spans, len(turns) - len(learnt))
 
-    def _render_marked(self, messages: list[dict[str, Any]]) -> tuple[str, list[Span]]:
+    def _render_marked(
+        self, template: ChatTemplate, messages: Messages, row: Row, learnt: list[int]
+    ) -> tuple[str, list[Span]]:
         """A template with ``{% generation %}`` blocks says itself what the assistant wrote; its author's word counts.
 
-        Not ``apply_chat_template(return_assistant_tokens_mask=True)``: where the last character of a block has no token
-        (trimmed offsets), that masks in the rest of the chat.
+        A block is a turn's if it is in the chat up to that turn, at the same place, and not in the chat before. A template
+        that looks ahead has no such places; there the order tells, if there is one block for each turn.
         """
-        from transformers.utils.chat_template_utils import render_jinja_template
+        text, spans = template.render_marked(messages, row.tools)
+        turns = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
+        if len(learnt) == len(turns):
+            return text, spans
+        ends = []
+        for turn in turns[:-1]:
+            start, blocks = template.render_marked(messages[: turn + 1], row.tools)
+            shared = [block for block in blocks if block in spans and text[slice(*block)] == start[slice(*block)]]
+            ends.append(len(shared) if shared == spans[: len(shared)] else -1)
+        ends = [0, *ends, len(spans)]
+        if any(end <= before for before, end in pairwise(ends)):
+            if len(spans) != len(turns):
+                raise UserError(self._unattributed(row.row_id))
+            ends = list(range(len(turns) + 1))
+        of_turn = {turn: spans[before:end] for turn, (before, end) in zip(turns, pairwise(ends), strict=True)}
+        return text, [span for turn in learnt for span in of_turn[turn]]
 
-        try:
-            texts, spans = render_jinja_template(
-                conversations=[messages],
-                chat_template=self.chat_template,
-                return_assistant_tokens_mask=True,
-                **getattr(self.tokenizer, "special_tokens_map", {}),
-            )
-        except Exception as error:  # a template is a program that runs on the user's data
-            raise Refused(" ".join(str(error).split())) from error
-        return texts[0], [(start, end) for start, end in spans[0]]
-
-    def _render_by_prefixes(self, messages: list[dict[str, Any]], row_id: str) -> tuple[str, list[Span]]:
+    def _render_by_prefixes(
+        self, template: ChatTemplate, messages: Messages, row: Row, learnt: list[int]
+    ) -> tuple[str, list[Span]]:
         """The assistant's turn ``i`` is what the chat up to it has more than the prompt that asks for it.
 
         White space after the end-of-turn token separates turns and is nobody's. A chat that opens with the assistant
         has no prompt for that turn: it is context.
         """
-        text = self._render(messages)
+        text = template.render(messages, row.tools)
         spans = []
-        for turn, message in enumerate(messages):
-            if message["role"] != "assistant" or turn == 0:
+        for turn in learnt:
+            if turn == 0:
                 continue
-            prompt = self._render(messages[:turn], add_generation_prompt=True)
-            through = text if turn + 1 == len(messages) else self._render(messages[: turn + 1])
+            prompt = template.render(messages[:turn], row.tools, add_generation_prompt=True)
+            through = text if turn + 1 == len(messages) else template.render(messages[: turn + 1], row.tools)
             if not (text.startswith(through) and through.startswith(prompt)):
-                raise UserError(self._unstable(row_id, turn))
+                raise UserError(self._unstable(row.row_id, turn))
             spans.append((len(prompt), max(len(prompt), len(through.rstrip()))))
         return text, spans
-
-    def _render(self, messages: list[dict[str, Any]], add_generation_prompt: bool = False) -> str:
-        return render(self.tokenizer, messages, self.chat_template, add_generation_prompt=add_generation_prompt)
 
     # --- checks ---
 
@@ -319,6 +325,13 @@ class Tokenization:
             f"{name} renders the start of chat {row_id} otherwise than the whole (message {turn}), so the assistant's "
             "tokens cannot be found; put {% generation %}...{% endgeneration %} around them in the template, "
             "or set data.chat_template to one that does not look ahead"
+        )
+
+    def _unattributed(self, row_id: str) -> str:
+        return (
+            f"chat {row_id} has turns that are not to be learnt, but the template's {{% generation %}} blocks are more or "
+            "fewer than its turns, so which block is whose cannot be told; set data.chat_template to one with a block for "
+            "each turn of the assistant"
         )
 
     def _no_room(self) -> str:
@@ -434,64 +447,6 @@ def check_ids(input_ids: NDArray[np.int32], vocab_size: int, where: str) -> None
             f"the tokenizer gives id {largest} ({where}), but the teacher knows ids below {vocab_size}; "
             "the tokenizer is not this teacher's"
         )
-
-
-def render(
-    tokenizer: Any, messages: list[dict[str, Any]], template: str | None, *, add_generation_prompt: bool = False
-) -> str:
-    """A chat as text. Raises Refused where the template does."""
-    try:
-        text: str = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt, chat_template=template
-        )
-    except Exception as error:  # a template is a program that runs on the user's data
-        raise Refused(" ".join(str(error).split())) from error
-    return text
-
-
-def without_null_content(tokenizer: Any, messages: list[dict[str, Any]], template: str | None) -> list[dict[str, Any]]:
-    """A chat in which content that is None (beside tool calls) is rendered as nothing.
-
-    Many templates write "None" or "null" for it, which would be learnt, or raise (Gemma 3's); others write calls only
-    beside None (DeepSeek R1's distilled models). So it becomes the empty string, unless the template then leaves out more
-    than that word.
-    """
-    if all(message.get("content", "") is not None for message in messages):
-        return messages
-    emptied = [{**m, "content": ""} if m.get("content", "") is None else m for m in messages]
-    try:
-        with_null = render(tokenizer, messages, template)
-    except Refused:
-        return emptied
-    try:
-        return emptied if _same_but_for_null(with_null, render(tokenizer, emptied, template)) else messages
-    except Refused:
-        return messages
-
-
-def _same_but_for_null(first: str, second: str) -> bool:
-    """White space aside, which templates put around content."""
-    bare, other = ("".join(_NULL.sub("", text).split()) for text in (first, second))
-    return bare == other
-
-
-def template_of(tokenizer: Any, config: DataConfig) -> str:
-    """The text of the template in force. Raises UserError where there is none, or it cannot be read."""
-    if config.chat_template is not None:
-        try:
-            return config.chat_template.expanduser().read_text("utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"cannot read data.chat_template {config.chat_template}: {error}") from error
-    template = getattr(tokenizer, "chat_template", None)
-    if isinstance(template, dict):  # several by name, as apply_chat_template chooses
-        template = template.get("default")
-    if not template:
-        field = "messages_field" if config.messages_field else "prompt_field"
-        raise UserError(
-            f"data.{field} is set, but the teacher's tokenizer has no chat template; set data.chat_template to a "
-            "Jinja file, or use documents (data.text_field)"
-        )
-    return str(template)
 
 
 def _with_offsets(tokenizer: Any) -> Any:

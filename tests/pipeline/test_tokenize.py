@@ -629,7 +629,7 @@ def test_a_template_file_wins_over_the_tokenizer(tmp_path: Path) -> None:
         tokenization = Tokenization(
             with_template(template), settings_for(messages_field="messages", chat_template=file), VOCAB
         )
-        assert tokenization.chat_template == LLAMA
+        assert tokenization.template.text == LLAMA
         (sequence,) = tokenization.sequences(chats(TALK))
         assert learnt(sequence) == ["12 = 42<|eot_id|>", "world.<|eot_id|>"]
     file.write_text(MARKED)
@@ -669,12 +669,12 @@ def test_null_content_beside_calls_is_learnt_as_nothing(null: str) -> None:
 
 
 def test_the_template_in_force() -> None:
-    assert Tokenization(with_template(CHATML), settings_for(), VOCAB).chat_template is None
+    assert Tokenization(with_template(CHATML), settings_for(), VOCAB).template is None
     chats_config = settings_for(messages_field="messages")
-    assert Tokenization(with_template(CHATML), chats_config, VOCAB).chat_template == CHATML
+    assert Tokenization(with_template(CHATML), chats_config, VOCAB).template.text == CHATML
     named = with_template(CHATML)
     named.chat_template = {"default": LLAMA, "tool_use": CHATML}
-    assert Tokenization(named, chats_config, VOCAB).chat_template == LLAMA
+    assert Tokenization(named, chats_config, VOCAB).template.text == LLAMA
     with pytest.raises(UserError, match="has no chat template"):
         Tokenization(PLAIN_OFFSETS, chats_config, VOCAB)
 
