@@ -542,6 +542,8 @@ def _message(filled: dict[str, Any]) -> tuple[dict[str, Any], bool]:
         raise _Skipped("content_not_text")
     if calls:
         message["tool_calls"] = _calls(message["tool_calls"])
+    else:  # some templates ask only whether the key is there
+        message.pop("tool_calls", None)
     return {**message, "content": content}, all(learnt)
 
 

@@ -34,12 +34,13 @@ from pipeline.chat_template import ChatTemplate, Messages, Refused, Span
 from pipeline.config import DataConfig
 from pipeline.long_texts import LONG, LongTexts, Tokens, head, pieces, special_tokens, with_whole_offsets
 from pipeline.sequence import Sequence
-from pipeline.sources import Row
+from pipeline.sources import SYSTEM_ROLES, Row
 
 log = logging.getLogger(__name__)
 
 _BATCH_ROWS = 256
 _BATCH_CHARACTERS = 1 << 20
+_MANY_TURNS = 8  # from which on a chat is rendered in windows
 _PIECE_LIKE = re.compile(r"/\d+$")
 # BOS of widely used tokenizers. Text that begins with another tokenizer's was rendered for that one.
 _KNOWN_BOS = (
@@ -282,6 +283,10 @@ class Tokenization:
         has no prompt for that turn: it is context.
         """
         text = template.render(messages, row.tools)
+        if len(learnt) >= _MANY_TURNS:
+            found = self._render_by_windows(template, text, messages, row, learnt)
+            if found is not None:
+                return text, found
         spans = []
         for turn in learnt:
             if turn == 0:
@@ -292,6 +297,39 @@ class Tokenization:
                 raise UserError(self._unstable(row.row_id, turn))
             spans.append((len(prompt), max(len(prompt), len(through.rstrip()))))
         return text, spans
+
+    def _render_by_windows(
+        self, template: ChatTemplate, text: str, messages: Messages, row: Row, learnt: list[int]
+    ) -> list[Span] | None:
+        """The spans of ``_render_by_prefixes`` at a cost linear in turns; None where it cannot be told so.
+
+        A chat is a row of rounds, each rendered behind the system prompt and the round before it instead of behind the
+        whole chat. It counts only if all that the rounds add makes up ``text``, to the character.
+        """
+        lead = next((i for i, message in enumerate(messages) if message["role"] not in SYSTEM_ROLES), len(messages))
+        starts, spans, at = _rounds(messages, lead), list[Span](), 0
+        for number, (start, end) in enumerate(pairwise([*starts, len(messages)])):
+            before = messages[:lead]
+            if number:
+                before = [*before, *_question(messages, starts[number - 1]), *messages[starts[number - 1] : start]]
+            window = [*before, *messages[start:end]]
+            try:
+                begun = template.render(before, row.tools) if number else ""
+                whole = template.render(window, row.tools)
+                if not (whole.startswith(begun) and text.startswith(whole[len(begun) :], at)):
+                    return None
+                for turn in (turn for turn in learnt if start <= turn < end and turn):
+                    length = len(before) + turn - start
+                    prompt = template.render(window[:length], row.tools, add_generation_prompt=True)
+                    through = whole if turn + 1 == end else template.render(window[: length + 1], row.tools)
+                    if not (whole.startswith(through) and through.startswith(prompt)):
+                        return None
+                    shift = at - len(begun)
+                    spans.append((shift + len(prompt), shift + max(len(prompt), len(through.rstrip()))))
+            except Refused:
+                return None
+            at += len(whole) - len(begun)
+        return spans if at == len(text) else None
 
     # --- checks ---
 
@@ -415,6 +453,24 @@ def _learnt(sequence_id: str, ids: NDArray[np.int32], given: int = 1) -> Sequenc
     mask = np.ones(len(ids), np.bool_)
     mask[:given] = False
     return Sequence(sequence_id, ids, mask)
+
+
+def _rounds(messages: Messages, lead: int) -> list[int]:
+    """Where rounds begin behind the system prompt: at a question, and where the assistant goes on after a tool."""
+    starts = [lead]
+    for index in range(lead + 1, len(messages)):
+        before, role = messages[index - 1]["role"], messages[index]["role"]
+        if role == "user" != before or (role == "assistant" and before == "tool"):
+            starts.append(index)
+    return starts
+
+
+def _question(messages: Messages, start: int) -> Messages:
+    """The question that a round is about, for one that begins with the assistant."""
+    if messages[start]["role"] == "user":
+        return []
+    asked = next((index for index in range(start - 1, -1, -1) if messages[index]["role"] == "user"), None)
+    return [] if asked is None else [messages[asked]]
 
 
 def _tokens_in(spans: list[Span], offsets: NDArray[np.int64]) -> NDArray[np.bool_]:

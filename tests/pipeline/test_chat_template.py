@@ -194,6 +194,14 @@ def test_calls_without_a_function_around_them(tmp_path: Path) -> None:
     assert '"arguments": {"city": "Oslo"}}' in learnt(TEMPLATES["qwen2_5"], row)
 
 
+@EVERY_TEMPLATE
+def test_an_empty_list_of_calls_is_none(name: str, tmp_path: Path) -> None:
+    one, other = rows(tmp_path, {"messages": TALK}, {"messages": [{**message, "tool_calls": []} for message in TALK]})
+    assert one.messages == other.messages
+    template = ChatTemplate(tokenizer(TEMPLATES[name]), config())
+    assert "omega" in template.render(template.prepared(other.messages or []))
+
+
 def test_the_form_before_tool_calls_is_counted(tmp_path: Path) -> None:
     """No template renders it: the turn would be learnt without its call."""
     old = {"role": "assistant", "content": "", "function_call": {"name": "weather", "arguments": "{}"}}
@@ -415,6 +423,95 @@ def test_blocks_that_are_not_one_for_each_turn() -> None:
     assert learnt(NO_BLOCK_BUT_THE_LAST, Row("a", None, TALK)) == "omega"
     with pytest.raises(UserError, match="chat a has turns that are not to be learnt, but"):
         learnt(NO_BLOCK_BUT_THE_LAST, Row("a", None, TALK, None, frozenset({1})))
+
+
+# --- roles and forms
+
+
+@EVERY_TEMPLATE
+def test_a_developer_is_the_system_where_the_template_knows_none(name: str, tmp_path: Path) -> None:
+    developer, system = rows(
+        tmp_path, *({"messages": [{"role": role, "content": "be kind"}, *TALK[:2]]} for role in ("developer", "system"))
+    )
+    assert (developer.messages or [])[0]["role"] == "developer"
+    template = ChatTemplate(tokenizer(TEMPLATES[name]), config())
+    found = template.prepared(developer.messages or [])
+    if "'developer'" in TEMPLATES[name] or '"developer"' in TEMPLATES[name]:
+        assert found == developer.messages
+        assert "be kind" in template.render(found)
+    else:
+        assert found == system.messages
+
+
+def test_a_developer_is_no_question_and_needs_no_system_prompt(tmp_path: Path) -> None:
+    settings = {"generate": {"max_new_tokens": 4, "system_prompt": "be brief"}}
+    kind = {"role": "developer", "content": "be kind"}
+    given = rows(tmp_path, {"messages": [kind]}, {"messages": [kind, TALK[0]]}, **settings)
+    found = tokenizer(TEMPLATES["qwen2_5"])
+    prompts = Prompts(found, config(**settings), len(found))
+    (prompt,) = prompts.prompts(given)
+    assert found.decode(prompt.input_ids).startswith("<|im_start|>system\nbe kind<|im_end|>\n<|im_start|>user\nq1")
+    assert prompts.counters["without_prompt"] == 1
+
+
+def test_the_form_of_sharegpt_is_named(tmp_path: Path) -> None:
+    talk = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo", "weight": 1}]
+    with pytest.raises(UserError) as error:
+        rows(tmp_path, *[{"conversations": talk}] * 2, messages_field="conversations")
+    assert "column 'conversations' holds chats in ShareGPT's form ({from, value}), which is not read" in str(
+        error.value
+    )
+    assert "`from` human is role user, gpt is assistant" in str(error.value)
+
+
+# --- long chats
+
+
+def long_talk(turns: int) -> list[dict[str, Any]]:
+    return [{**m, "content": f"{m['content']} {turn} "} for turn in range(turns) for m in TALK[:2]]
+
+
+def long_work(turns: int) -> list[dict[str, Any]]:
+    call, answer = calling({"n": 1})[1:3]
+    return [TALK[0], *(m for turn in range(turns) for m in (call, {**answer, "content": f"{turn}"})), TALK[1]]
+
+
+LONG = {
+    "questions": lambda n: long_talk(n),
+    "calls": lambda n: long_work(n),
+    "both": lambda n: [{"role": "system", "content": "s"}, *long_talk(2), *long_work(n), *long_talk(2), *long_work(2)],
+}
+
+
+@EVERY_TEMPLATE
+def test_windows_find_what_prefixes_find(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for messages in LONG.values():
+        given = [Row("a", None, messages(5), [TOOL])]
+        monkeypatch.setattr("pipeline.tokenize._MANY_TURNS", 1)
+        by_windows = outcome(TEMPLATES[name], given)
+        monkeypatch.setattr("pipeline.tokenize._MANY_TURNS", 1000)
+        assert by_windows == outcome(TEMPLATES[name], given)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        *((name, kind) for name in ("qwen2_5", "llama3_1") for kind in LONG),
+        *(("llama3_2", "both"), ("qwen3_5_nothink", "calls"), ("gptoss", "calls"), ("gemma4", "questions")),
+    ],
+)
+def test_the_cost_of_a_long_chat_is_linear(kind: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rendered = []
+    render = ChatTemplate.render
+
+    def counting(self: ChatTemplate, messages: Any, *rest: Any, **options: Any) -> str:
+        rendered.append(len(messages))
+        return render(self, messages, *rest, **options)
+
+    monkeypatch.setattr(ChatTemplate, "render", counting)
+    messages = LONG[kind](50)
+    tokenise(TEMPLATES[name], [Row("a", None, messages)])
+    assert sum(rendered) < 25 * len(messages)
 
 
 # --- dates
