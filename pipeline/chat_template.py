@@ -75,7 +75,7 @@ class ChatTemplate:
         self.date = (config.template_date or today()) if _CLOCK.search(self.text) else None
         self._tokenizer = tokenizer
         self._source, self._variables = self.text, dict(config.template_arguments)
-        self._asked = set[str]()
+        self._asked = set[str]()  # whether it renders tools, or calls
         for name in self._variables:
             if not re.search(rf"\b{re.escape(name)}\b", self.text):
                 raise UserError(
@@ -95,13 +95,12 @@ class ChatTemplate:
         """A chat of a row in the form this template takes. Raises nothing: what it refuses, ``render`` refuses."""
         if any(message["role"] == "developer" for message in messages) and not _DEVELOPER.search(self.text):
             messages = [{**m, "role": "system"} if m["role"] == "developer" else m for m in messages]
-        if self._takes_strings and any(message.get("tool_calls") for message in messages):
+        if any(message.get("tool_calls") for message in messages) and self._takes_strings:
             messages = [_with_string_arguments(message) for message in messages]
         return self._without_null_content(messages, tools)
 
     def render(self, messages: Messages, tools: Tools | None = None, *, add_generation_prompt: bool = False) -> str:
         """A prepared chat as text. Raises Refused where the template does."""
-
         return self._text(self._with_parts(messages), tools, add_generation_prompt=add_generation_prompt)
 
     def render_marked(self, messages: Messages, tools: Tools | None = None) -> tuple[str, list[Span]]:
@@ -128,18 +127,18 @@ class ChatTemplate:
     def check_tools(self, row_id: str, messages: Messages, tools: Tools | None) -> None:
         """Says so, once each, if the template leaves out tool definitions, or calls: asked of the first chat with some."""
         without = dict[str, tuple[Messages, Tools | None]]()
-        if tools is not None:
+        if tools is not None and "tools" not in self._asked:
             without["tools"] = messages, None
-        if any(message.get("tool_calls") for message in messages):
+        if "calls" not in self._asked and any(message.get("tool_calls") for message in messages):
             without["calls"] = [_without_calls(message) for message in messages], tools
+        if not without:
+            return
+        try:
+            text = self.render(messages, tools)
+        except Refused:
+            return
+        self._asked.update(without)
         for part, variant in without.items():
-            if part in self._asked:
-                continue
-            try:
-                text = self.render(messages, tools)
-            except Refused:
-                return
-            self._asked.add(part)
             try:
                 if text == self.render(*variant):
                     log.warning(_LEFT_OUT[part], row_id)
