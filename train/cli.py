@@ -60,6 +60,8 @@ def summary(metrics: dict[str, Any]) -> str:
     rouge = metrics["rouge_l"]
     if rouge["after"] is not None:
         lines.append(f"{'rouge-l':16} {rouge['before']:12,.4f} {rouge['after']:12,.4f}")
+    elif rouge["answers"]:
+        lines.append(f"{'rouge-l':16} none: the cached answers have no words (no letters, no digits)")
     return "\n".join(lines)
 
 

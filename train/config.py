@@ -127,7 +127,10 @@ class LossTerm(BaseModel):
 
 
 class AnswersConfig(_Config):
-    """Answers that the student writes to held-out prompts, compared with those in the cache by Rouge-L."""
+    """Answers that the student writes to held-out prompts, compared with those in the cache by Rouge-L.
+
+    Words are runs of letters and digits of any script. Where words are not set apart (Chinese, Japanese, Thai, Lao, Khmer,
+    Burmese) each character counts as one. References without words are left out, and counted in a warning."""
 
     sequences: int = Field(32, ge=1, description="From the first so many held-out sequences.")
     max_new_tokens: int = Field(128, ge=1, description="Longest answer, and longest reference.")

@@ -4,17 +4,25 @@ Teacher-forced metrics look at one token at a time; here the student has to live
 before the first kept token of a held-out sequence, and the reference the kept tokens that follow it: the teacher's own
 answer where the cache was made with ``data.generate``. Documents have no such border: there the first tokens are the
 prompt.
+
+Rouge-L counts words. rouge_score's own tokenizer knows those of ``a-z`` and ``0-9`` only, so that two equal answers in
+Chinese or Arabic score 0; ``Words`` finds the same ones in English text and those of every other script besides.
 """
 
 from __future__ import annotations
 
+import logging
 import math
+import unicodedata
 from typing import Any, NamedTuple
 
 import numpy as np
+import regex
 import torch
+from nltk.stem.porter import PorterStemmer
 from numpy.typing import NDArray
 from rouge_score.rouge_scorer import RougeScorer
+from rouge_score.tokenizers import Tokenizer
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -22,18 +30,51 @@ from cache_format import CachedSequence
 from train.config import AnswersConfig
 from train.dataset import HeldOut
 
+log = logging.getLogger(__name__)
+
 _BATCH = 8
 # A prompt that ends within so many tokens asks nothing: the sequence is a document.
 _LEAST_PROMPT = 4
+_UNSPACED = (
+    r"\p{scx=Hani}\p{scx=Hira}\p{scx=Kana}\p{scx=Bopo}\p{scx=Yiii}\p{scx=Thai}\p{scx=Laoo}\p{scx=Khmr}\p{scx=Mymr}"
+    r"\p{scx=Lana}\p{scx=Tale}\p{scx=Talu}\p{scx=Tavt}\p{scx=Java}\p{scx=Bali}"
+)
+"""Scripts whose words are not set apart, by Unicode's Script_Extensions."""
+_LETTER = r"[\p{L}\p{N}]"
+# A letter of these with its marks; elsewhere a run of letters, digits and marks, which may hold joiners (Persian, Hindi).
+_WORD = regex.compile(
+    rf"[{_LETTER}&&[{_UNSPACED}]]\p{{M}}*|"
+    rf"[{_LETTER}--[{_UNSPACED}]][[\p{{L}}\p{{N}}\p{{M}}\u200c\u200d]--[{_UNSPACED}]]*",
+    regex.V1,
+)
+
+
+class Words(Tokenizer):  # type: ignore[misc]
+    """Words of any script, in lower case, compatible characters (full width, ligatures) as their plain forms.
+
+    Scripts that write no spaces between words (Han, kana, Thai, Lao, Khmer, Burmese and the like) give one word a
+    character. Words of ASCII letters are stemmed as rouge_score stems them: text in ASCII has the words it has there.
+    """
+
+    def __init__(self) -> None:
+        self._stemmer = PorterStemmer()
+
+    def tokenize(self, text: str) -> list[str]:
+        """The words, in order; none where there are no letters and no digits."""
+        words = _WORD.findall(unicodedata.normalize("NFKC", text).lower())
+        return [self._stemmer.stem(word) if len(word) > 3 and word.isascii() else word for word in words]
 
 
 class Answer(NamedTuple):
-    """prompt, reference, student: text. rouge_l: F1 of the longest common subsequence of words, stemmed, 0 to 1."""
+    """prompt, reference, student: text.
+
+    rouge_l: F1 of the longest common subsequence of ``Words``, 0 to 1; None where the reference has no words.
+    """
 
     prompt: str
     reference: str
     student: str
-    rouge_l: float
+    rouge_l: float | None
 
 
 def answers(
@@ -46,7 +87,8 @@ def answers(
     context = getattr(student.config.get_text_config(), "max_position_embeddings", None) or math.inf
     pairs = [pair for pair in (split_at_prompt(sequence, settings) for sequence in _first(data, settings)) if pair]
     pairs = [(prompt, reference) for prompt, reference in pairs if len(prompt) < context]
-    scorer = RougeScorer(["rougeL"], use_stemmer=True)
+    words = Words()
+    scorer = RougeScorer(["rougeL"], tokenizer=words)
     found: dict[int, Answer] = {}
     # Prompts of like length together: less padding.
     order = sorted(range(len(pairs)), key=lambda index: len(pairs[index][0]))
@@ -58,14 +100,21 @@ def answers(
         for index, ids in zip(chosen, generated, strict=True):
             prompt, reference = (tokenizer.decode(part.tolist(), skip_special_tokens=True) for part in pairs[index])
             text = tokenizer.decode(ids, skip_special_tokens=True)
-            score = scorer.score(reference, text)["rougeL"].fmeasure
+            score = scorer.score(reference, text)["rougeL"].fmeasure if words.tokenize(reference) else None
             found[index] = Answer(prompt.strip(), reference.strip(), text.strip(), score)
     return [found[index] for index in sorted(found)]
 
 
 def mean_rouge_l(found: list[Answer]) -> float | None:
-    """Over all answers; None where there are none."""
-    return sum(answer.rouge_l for answer in found) / len(found) if found else None
+    """Over all answers that can be compared, which is said where it is not all of them; None where there are none."""
+    scores = [answer.rouge_l for answer in found if answer.rouge_l is not None]
+    if len(scores) < len(found):
+        log.warning(
+            "%d of %d references have no words (no letters, no digits); Rouge-L is over the others",
+            len(found) - len(scores),
+            len(found),
+        )
+    return sum(scores) / len(scores) if scores else None
 
 
 def split_at_prompt(

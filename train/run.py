@@ -82,7 +82,7 @@ def rewrite_report(output: Path) -> Path:
     """Writes ``report.html`` of a finished run again. Raises UserError where there is none."""
     try:
         metrics, history, shown, answered = (
-            json.loads((output / name).read_text())
+            json.loads((output / name).read_text(encoding="utf-8"))
             for name in ("metrics.json", "log.json", "examples.json", "answers.json")
         )
     except FileNotFoundError as error:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from rouge_score.rouge_scorer import RougeScorer
+from rouge_score.tokenizers import DefaultTokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cache_format import CachedSequence
 from train.config import AnswersConfig
-from train.generation import answers, split_at_prompt
+from train.generation import Answer, Words, answers, mean_rouge_l, split_at_prompt
 
 
 def sequence(ids: list[int], mask: list[bool]) -> CachedSequence:
@@ -93,3 +95,81 @@ def test_the_teachers_own_words_score_one(tiny) -> None:
     assert answer.student == answer.reference
     if any(each.isalnum() for each in answer.reference):
         assert answer.rouge_l == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("今天天气很好，去公园。", list("今天天气很好去公园")),
+        ("ラーメンが 3つ", [*"ラーメンが", "3", "つ"]),
+        ("ＡＢＣ ﬁne", ["abc", "fine"]),  # full width, a ligature
+        ("مرحبا بالعالم، كيف الحال؟", ["مرحبا", "بالعالم", "كيف", "الحال"]),
+        ("می\u200cخواهم بروم", ["می\u200cخواهم", "بروم"]),
+        ("हिन्दी भाषा में", ["हिन्दी", "भाषा", "में"]),
+        ("ที่นี่", ["ที่", "นี่"]),
+        ("မြန်မာ", ["မြ", "န်", "မာ"]),
+        ("한국어 문장입니다.", ["한국어", "문장입니다"]),
+        ("Съешь ещё этих булок", ["съешь", "ещё", "этих", "булок"]),
+        ("Cafe\u0301 naïve über", ["café", "naïve", "über"]),
+        ("用Python写3个GPU程序", [*"用", "python", "写", "3", "个", "gpu", *"程序"]),
+        ("?! 🙂 → …", []),
+    ],
+)
+def test_words_of_every_script(text: str, words: list[str]) -> None:
+    assert Words().tokenize(text) == words
+    if words:
+        score = RougeScorer(["rougeL"], tokenizer=Words()).score
+        assert score(text, text)["rougeL"].fmeasure == 1
+        assert score(text, words[0])["rougeL"].fmeasure < 1 or len(words) == 1
+        assert score(text, "zz")["rougeL"].fmeasure == 0
+
+
+def test_words_of_english_text_are_those_of_rouge_score() -> None:
+    text = (
+        torch.nn.functional.cross_entropy.__doc__ + "it's snake_case, 3.14 and e-mails: running, flies! \t\n x^2 + 10%"
+    )
+    assert len(set(text)) > 60
+    assert text.isascii()
+    assert Words().tokenize(text) == DefaultTokenizer(use_stemmer=True).tokenize(text)
+
+
+def test_references_without_words_are_left_out(tiny, caplog) -> None:
+    model, tokenizer = tiny
+    ids = [tokenizer(text)["input_ids"] for text in ("the teacher reads", " ?! ...", " what the student")]
+    data = [sequence([*ids[0], *end], [False] * len(ids[0]) + [True] * len(end)) for end in ids[1:]]
+    none, some = answers(model, tokenizer, data, AnswersConfig(max_new_tokens=4))
+    assert none.rouge_l is None
+    assert some.rouge_l is not None
+    assert mean_rouge_l([none, some]) == some.rouge_l
+    assert "1 of 2 references have no words" in caplog.text
+    assert mean_rouge_l([none]) is None
+
+
+def test_a_report_without_rouge_l(tmp_path) -> None:
+    from train.cli import summary
+    from train.report import write_report
+
+    metrics = {
+        "before": {"kl": 1.0, "ce": 1.0},
+        "after": {"kl": 0.5, "ce": 1.0},
+        "teacher": {"ce": 1.0, "model": "t", "engine": "e"},
+        "rouge_l": {"before": None, "after": None, "answers": 1},
+        "k": 5,
+        "steps": 1,
+        "kl_kind": "",
+        "run": "r",
+        "losses": [],
+        "exactness": {},
+        "seed": 1,
+        "seconds": 1.0,
+        "train_sequences": 1,
+        "positions_trained": 1,
+        "created_by": "l",
+        "held_out_sequences": 1,
+        "held_out_positions": 1,
+        "student": {"parameters": 1, "trained": 1, "architecture": "A"},
+        "cache": {"path": "c", "fingerprint": "f", "source": "s", "tokens": 1, "bytes_per_token": 1.0},
+    }
+    assert "rouge-l          none" in summary(metrics)
+    write_report(tmp_path / "report.html", metrics, [], [], [Answer("p", "?!", "x", None)._asdict()])
+    assert "No Rouge-L" in (tmp_path / "report.html").read_text()
