@@ -54,3 +54,9 @@ class DamagedCacheError(CacheError):
     """The bytes of the cache contradict its manifest or the specification."""
 
     exit_code = 1
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what ``error`` says, at most 200 characters; its kind where it says nothing."""
+    text = str(error).strip()
+    return text.splitlines()[0][:200] if text else type(error).__name__

@@ -18,6 +18,8 @@ from cache_format.configuration import describe_difference
 
 ADAPTER = "adapter"
 """Where the adapters of a student that has some lie, apart from the merged student."""
+TRIAL = ".trial"
+"""Where the untrained student is saved, to see whether it can be."""
 _WHAT_A_RUN_WRITES = (
     *("metrics.json", "log.json", "examples.json", "answers.json", "report.html", "README.md"),
     *("config.json", "generation_config.json", "model.safetensors"),
@@ -88,5 +90,6 @@ def remove_run(output: Path) -> None:
     for checkpoint in output.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
     shutil.rmtree(output / ADAPTER, ignore_errors=True)
+    shutil.rmtree(output / TRIAL, ignore_errors=True)
     for name in _WHAT_A_RUN_WRITES:
         (output / name).unlink(missing_ok=True)

@@ -14,6 +14,8 @@ from __future__ import annotations
 import logging
 import math
 import unicodedata
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -154,9 +156,25 @@ def _generate(
     )
     was_training = student.training
     student.eval()
-    output = student.generate(input_ids=input_ids, attention_mask=attention_mask, generation_config=config)
+    with _only(config, student):
+        output = student.generate(input_ids=input_ids, attention_mask=attention_mask, generation_config=config)
     student.train(was_training)
     return [_before_end(row.tolist(), ends) for row in output[:, longest:]]
+
+
+@contextmanager
+def _only(config: GenerationConfig, student: PreTrainedModel) -> Iterator[None]:
+    """Keeps the student's own config (beams, penalties, several answers) out of ``generate``, which would fill in from it."""
+    unwrap = getattr(student, "get_base_model", None)
+    models = [student, unwrap()] if unwrap else [student]
+    own = student.generation_config
+    for model in models:
+        model.generation_config = config
+    try:
+        yield
+    finally:
+        for model in models:
+            model.generation_config = own
 
 
 def _ends_of(student: PreTrainedModel) -> set[int]:

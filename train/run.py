@@ -35,7 +35,8 @@ from train.losses.forward_kl import Tail, tail_of
 from train.mixture import open_data
 from train.objective import Objective
 from train.report import write_report
-from train.student import build_student, load_student_tokenizer, save_student
+from train.saving import mend_generation_config, save_merged, save_student, try_saving, warn_of_a_small_disk
+from train.student import build_student, load_student_tokenizer
 from train.trainer import DistillationTrainer, check_finite
 from train.vocabulary import rows_of
 
@@ -105,6 +106,7 @@ def _train(
     transformers_logging.set_verbosity_error()
     set_seed(arguments.seed)
     student = build_student(config.student, arguments.seed)
+    mend_generation_config(student)
     tokenizer = load_student_tokenizer(config.student)
     compat.check_together([entry.cache for entry in config.caches], manifests)
     for entry, manifest in zip(config.caches, manifests, strict=True):
@@ -129,6 +131,7 @@ def _train(
         data=config.data,
         selection=config.selection,
     )
+    on_main(lambda: try_saving(student, tokenizer, output))
     if restart:  # only now that nothing stands against a new run
         on_main(lambda: remove_run(output))
     parameters, trained = student.num_parameters(), student.num_parameters(only_trainable=True)
@@ -159,6 +162,8 @@ def _train(
     checkpoint = on_main(lambda: last_checkpoint(output))
     if checkpoint is None and isinstance(arguments.resume_from_checkpoint, str):
         checkpoint = named_checkpoint(arguments.resume_from_checkpoint, fingerprints, trainer.total_steps())
+    if checkpoint is None and is_main():
+        warn_of_a_small_disk(student, arguments, trainer.total_steps(), output)
     if checkpoint is not None:
         log.info("going on from %s", checkpoint)
         warn_of_other_batches(checkpoint)
@@ -166,6 +171,8 @@ def _train(
     set_seed(arguments.seed)
     trainer.run(None if checkpoint is None else str(checkpoint))
 
+    # Before anything else that can fail. Metrics are those of the student before its adapters are merged.
+    save_student(trainer, output)
     after = measure()
     check_finite(after, "on held-out text after training")
     shown = [
@@ -173,7 +180,7 @@ def _train(
         for then, now in zip(before["examples"], show(), strict=True)
     ]
     answered = answer()
-    save_student(trainer, output)
+    save_merged(trainer, output)
     history = trainer.state.log_history
     metrics = {
         "before": before["metrics"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import json
 import logging
@@ -21,16 +22,15 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
-    Trainer,
 )
 
-from cache_format.errors import ConfigError, UserError
+from cache_format.errors import ConfigError, UserError, first_line
 from cache_format.places import local_model, models_dir, refuse_adapters
 from cache_format.tokenizers import usable_tokenizer
 from train.config import StudentConfig
-from train.folder import ADAPTER
 
 log = logging.getLogger(__name__)
+
 
 _LAYER = re.compile(r"^(?P<before>(?:.*\.)?(?:layers|h|blocks)\.)(?P<index>\d+)(?P<after>\..*)$")
 """Where transformers' decoders keep a layer's number in the names of its weights."""
@@ -50,25 +50,8 @@ def build_student(config: StudentConfig, seed: int) -> PreTrainedModel:
         try:
             student.set_attn_implementation(config.attention)
         except (ValueError, ImportError, OSError) as error:
-            raise ConfigError(f"student.attention is {config.attention!r}: {_line(error)}") from error
+            raise ConfigError(f"student.attention is {config.attention!r}: {first_line(error)}") from error
     return student if config.peft is None else _with_adapters(student, config.peft, seed)
-
-
-def save_student(trainer: Trainer, output: Path) -> None:
-    """Saves the trained student as an ordinary model; adapters, where there are some, by themselves as well.
-
-    Merging adapters changes the student: it comes after all else that is done with it.
-    """
-    student = trainer.accelerator.unwrap_model(trainer.model)
-    merge = getattr(student, "merge_and_unload", None)
-    if merge is None:
-        trainer.save_model(str(output))
-        return
-    trainer.save_model(str(output / ADAPTER))
-    if trainer.args.should_save:
-        merge().save_pretrained(output)
-        if trainer.processing_class is not None:
-            trainer.processing_class.save_pretrained(output)
 
 
 def _base(config: StudentConfig, seed: int) -> PreTrainedModel:
@@ -80,7 +63,7 @@ def _base(config: StudentConfig, seed: int) -> PreTrainedModel:
         except ConfigError:
             raise
         except Exception as error:  # whatever an architecture makes of sizes that do not go together
-            raise ConfigError(f"student.config describes no causal language model: {_line(error)}") from error
+            raise ConfigError(f"student.config describes no causal language model: {first_line(error)}") from error
     name = config.model or config.init_from
     assert name is not None
     folder = find_model(name, config.revision)
@@ -109,8 +92,9 @@ def _with_adapters(student: PreTrainedModel, fields: dict[str, Any], seed: int) 
         adapted = get_peft_model(student, adapters)
     except (TypeError, ValueError, KeyError, AttributeError) as error:
         raise ConfigError(
-            f"student.peft does not describe adapters for {type(student).__name__}: {_line(error)}"
+            f"student.peft does not describe adapters for {type(student).__name__}: {first_line(error)}"
         ) from error
+    _try_merging(adapted)
     ends = (adapted.get_input_embeddings(), adapted.get_output_embeddings())
     if student.config.get_text_config().tie_word_embeddings and any(isinstance(end, BaseTunerLayer) for end in ends):
         raise ConfigError(
@@ -118,6 +102,26 @@ def _with_adapters(student: PreTrainedModel, fields: dict[str, Any], seed: int) 
             "both; leave them out of target_modules, or name them in modules_to_save"
         )
     return adapted
+
+
+def _try_merging(student: Any) -> None:
+    """Merges copies of the adapted layers, one of each kind. Raises ConfigError where that cannot be done."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    kind = student.active_peft_config.peft_type.value
+    if not hasattr(student, "merge_and_unload"):
+        raise ConfigError(f"student.peft: adapters of the kind {kind} cannot be merged into the student; use LORA")
+    seen = set()
+    for layer in student.modules():
+        if isinstance(layer, BaseTunerLayer) and (key := (type(layer), type(layer.get_base_layer()))) not in seen:
+            seen.add(key)
+            try:
+                copy.deepcopy(layer).merge()
+            except Exception as error:  # every kind of adapter refuses in its own way
+                raise ConfigError(
+                    f"student.peft: these adapters cannot be merged into the student ({type(error).__name__}: "
+                    f"{first_line(error)}), which is how it is saved; change them, or use LORA"
+                ) from error
 
 
 def load_student_tokenizer(config: StudentConfig) -> PreTrainedTokenizerBase | None:
@@ -132,7 +136,7 @@ def load_student_tokenizer(config: StudentConfig) -> PreTrainedTokenizerBase | N
         )
     except (OSError, ValueError, ImportError) as error:
         raise UserError(
-            f"{name} has no tokenizer that transformers can load ({_line(error)}); set student.tokenizer"
+            f"{name} has no tokenizer that transformers can load ({first_line(error)}); set student.tokenizer"
         ) from error
 
 
@@ -147,7 +151,7 @@ def find_model(name: str, revision: str | None) -> Path:
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
             f"there is no model {name!r}: not a folder, not under {models_dir()}/, and not to be had from the hub "
-            f"({_line(error)}). A built-in one is fetched by `teacher-cache model NAME`"
+            f"({first_line(error)}). A built-in one is fetched by `teacher-cache model NAME`"
         ) from error
 
 
@@ -157,7 +161,7 @@ def _student_config(fields: dict[str, object]) -> PretrainedConfig:
         known = AutoConfig.for_model(fields["model_type"])
     except Exception as error:  # every config class validates its fields in its own way
         raise ConfigError(
-            f"student.config does not describe a transformers model ({_line(error)}); it needs model_type and that "
+            f"student.config does not describe a transformers model ({first_line(error)}); it needs model_type and that "
             "model's own fields"
         ) from error
     # rope_theta stands inside rope_parameters nowadays; transformers still takes it by itself.
@@ -174,7 +178,7 @@ def _whole(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
         model, loading = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(
-            f"{folder} is not a causal language model that transformers can load: {_line(error)}"
+            f"{folder} is not a causal language model that transformers can load: {first_line(error)}"
         ) from error
     if loading["missing_keys"]:
         raise UserError(
@@ -189,7 +193,7 @@ def _from_layers(folder: Path, keep: list[int], dtype: torch.dtype) -> PreTraine
     try:
         config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder} has no config.json that transformers can read: {_line(error)}") from error
+        raise UserError(f"{folder} has no config.json that transformers can read: {first_line(error)}") from error
     layers = config.num_hidden_layers
     if not keep or len(set(keep)) < len(keep) or not all(0 <= layer < layers for layer in keep):
         raise ConfigError(f"student.keep_layers is {keep}; expected distinct numbers from 0 to {layers - 1}")
@@ -238,7 +242,3 @@ def _weight_files(folder: Path) -> dict[Path, list[str]]:
         raise UserError(f"{folder} has no safetensors weights; save the model with save_pretrained first")
     with safe_open(file, framework="pt") as weights:
         return {file: list(weights.keys())}
-
-
-def _line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
