@@ -6,15 +6,15 @@ import copy
 import difflib
 import json
 import logging
-import re
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -28,12 +28,9 @@ from cache_format.errors import ConfigError, UserError, first_line
 from cache_format.places import local_model, models_dir, refuse_adapters
 from cache_format.tokenizers import usable_tokenizer
 from train.config import StudentConfig
+from train.layers import from_layers
 
 log = logging.getLogger(__name__)
-
-
-_LAYER = re.compile(r"^(?P<before>(?:.*\.)?(?:layers|h|blocks)\.)(?P<index>\d+)(?P<after>\..*)$")
-"""Where transformers' decoders keep a layer's number in the names of its weights."""
 
 
 def build_student(config: StudentConfig, seed: int) -> PreTrainedModel:
@@ -68,9 +65,21 @@ def _base(config: StudentConfig, seed: int) -> PreTrainedModel:
     assert name is not None
     folder = find_model(name, config.revision)
     refuse_adapters(name, folder)
-    if config.model is not None or config.keep_layers is None:
-        return _whole(folder, dtype)
-    return _from_layers(folder, config.keep_layers, dtype)
+    _refuse_own_code(folder)
+    return _whole(folder, dtype) if config.keep_layers is None else from_layers(folder, config.keep_layers, dtype)
+
+
+def _refuse_own_code(folder: Path) -> None:
+    """Raises UserError for a model whose architecture is code in its folder: transformers would ask on the terminal."""
+    try:
+        fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return  # which whoever loads it says better
+    if isinstance(fields, dict) and "auto_map" in fields and fields.get("model_type") not in CONFIG_MAPPING:
+        raise UserError(
+            f"{folder} needs code of its own (auto_map in its config.json), which train-student does not run; use a model "
+            "whose architecture transformers has"
+        )
 
 
 def _with_adapters(student: PreTrainedModel, fields: dict[str, Any], seed: int) -> PreTrainedModel:
@@ -79,7 +88,7 @@ def _with_adapters(student: PreTrainedModel, fields: dict[str, Any], seed: int) 
         from peft.tuners.tuners_utils import BaseTunerLayer
     except ImportError as error:
         raise UserError(
-            f"student.peft needs the package peft, which cannot be imported ({_line(error)}); pip install 'logitcask[peft]'"
+            f"student.peft needs the package peft, which cannot be imported ({first_line(error)}); pip install 'logitcask[peft]'"
         ) from error
 
     torch.manual_seed(seed)
@@ -186,59 +195,3 @@ def _whole(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
             "and random ones are hardly meant; give a whole causal language model"
         )
     return model
-
-
-def _from_layers(folder: Path, keep: list[int], dtype: torch.dtype) -> PreTrainedModel:
-    """A model with some of the layers of the one in ``folder``; the weights of all others are never read."""
-    try:
-        config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder} has no config.json that transformers can read: {first_line(error)}") from error
-    layers = config.num_hidden_layers
-    if not keep or len(set(keep)) < len(keep) or not all(0 <= layer < layers for layer in keep):
-        raise ConfigError(f"student.keep_layers is {keep}; expected distinct numbers from 0 to {layers - 1}")
-    config.num_hidden_layers = len(keep)
-    for name, value in vars(config).items():
-        if isinstance(value, list) and len(value) == layers:  # layer_types and the like
-            setattr(config, name, [value[layer] for layer in keep])
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    new_number = {old: new for new, old in enumerate(keep)}
-    state = model.state_dict()
-    unset = set(state)
-    for file, names in _weight_files(folder).items():
-        with safe_open(file, framework="pt") as weights:
-            for name in names:
-                found = _LAYER.match(name)
-                if found and int(found["index"]) not in new_number:
-                    continue
-                new = name if found is None else f"{found['before']}{new_number[int(found['index'])]}{found['after']}"
-                if new in state:
-                    state[new].copy_(weights.get_tensor(name))
-                    unset.discard(new)
-    model.tie_weights()
-    tied = {
-        name
-        for name in unset
-        if any(state[name].data_ptr() == state[other].data_ptr() for other in state.keys() - unset)
-    }
-    if unset - tied:
-        raise UserError(
-            f"{folder} does not hold {sorted(unset - tied)[0]} where this expects it; keep_layers knows decoders whose "
-            "layers are named layers.N, h.N or blocks.N: give such a model, or use student.model"
-        )
-    return model
-
-
-def _weight_files(folder: Path) -> dict[Path, list[str]]:
-    """The safetensors files of a model folder and the names of the tensors in each."""
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        files: dict[Path, list[str]] = {}
-        for name, file in json.loads(index.read_text())["weight_map"].items():
-            files.setdefault(folder / file, []).append(name)
-        return files
-    file = folder / "model.safetensors"
-    if not file.exists():
-        raise UserError(f"{folder} has no safetensors weights; save the model with save_pretrained first")
-    with safe_open(file, framework="pt") as weights:
-        return {file: list(weights.keys())}
