@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
-from typing import Any, get_args, get_type_hints
+import math
+from typing import Any, cast, get_args, get_type_hints
 
 import torch
 from accelerate.state import PartialState
-from accelerate.utils import DistributedType
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from accelerate.utils import DistributedType, DynamoBackend
+from huggingface_hub import HfApi
+from torch import nn
+from torch.optim import Optimizer
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
 
-from cache_format.errors import ConfigError
+from cache_format.errors import ConfigError, first_line
 from train.config import TrainConfig
 
 log = logging.getLogger(__name__)
@@ -25,6 +32,8 @@ _AT_LEAST_ONE = ("per_device_train_batch_size", "per_device_eval_batch_size", "g
 _RISING = ("top1_agreement", "mor@", "cr@", "spearman@")
 _FALLING = ("kl", "reverse_kl", "ce", "perplexity", "ece")
 _FIRST_CHOICE = "kl"
+_CHECKPOINT_OPTIONS = {"preserve_rng_state"}  # taken from its keyword arguments
+_OF_THE_MODEL = {"params", "model", "optimizer_dict"}
 _LIGER_HEAD = "fused_linear_cross_entropy"
 
 
@@ -63,14 +72,24 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
     except TypeError as error:
         unknown = str(error).rpartition(" ")[2]
         raise ConfigError(f"training.{unknown.strip(chr(39))} is no field of transformers.TrainingArguments") from error
-    except (ValueError, ImportError, RuntimeError) as error:
-        raise ConfigError(f"training: {str(error).strip().splitlines()[0]}") from error
+    except (ValueError, ImportError, RuntimeError, FileNotFoundError) as error:
+        raise ConfigError(f"training: {first_line(error)}") from error
     for name in ("dispatch_batches", "split_batches"):
         if getattr(arguments.accelerator_config, name):
             raise ConfigError(
                 f"training.accelerator_config.{name} would cut cached batches in the wrong places; remove it"
             )
     _check_trackers(arguments)
+    _check_compilation(arguments)
+    _check_loader(arguments)
+    known = inspect.signature(checkpoint).parameters.keys() | _CHECKPOINT_OPTIONS
+    if unheard := set(arguments.gradient_checkpointing_kwargs or {}) - known:
+        raise ConfigError(
+            f"training.gradient_checkpointing_kwargs sets {', '.join(sorted(unheard))}, which torch.utils.checkpoint does "
+            "not know; remove it"
+        )
+    if arguments.push_to_hub:
+        _check_hub(arguments)
     state = PartialState()
     if arguments.fsdp and state.distributed_type in (DistributedType.NO, DistributedType.MULTI_CPU):
         raise ConfigError(
@@ -80,13 +99,53 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
     return arguments
 
 
-def check_optimizer(arguments: TrainingArguments, student: PreTrainedModel) -> None:
-    """Raises ConfigError where ``training.optim`` needs what is not here; Trainer would say so at the first step."""
+def check_optimizer(arguments: TrainingArguments, student: PreTrainedModel) -> Optimizer:
+    """Makes the optimizer on a weight of no meaning, and returns it; Trainer makes its own at the first step.
+
+    Raises ConfigError where ``training.optim`` needs what is not here, or where its numbers make no sense.
+    """
+    weight = [nn.Parameter(torch.zeros(2, 2, device=arguments.device))]
+    optim = f"training.optim is {arguments.optim.value!r}"
     try:
-        Trainer.get_optimizer_cls_and_kwargs(arguments, student)
-    except (ImportError, ValueError, RuntimeError) as error:
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments, student)
+        # Optimizers of other kinds take the model, or layers of it, and may leave hooks in it.
+        if not (isinstance(kind, type) and issubclass(kind, Optimizer)) or options.keys() & _OF_THE_MODEL:
+            return torch.optim.SGD(weight, lr=arguments.learning_rate)
+        optimizer = kind(weight, **options)
+    except Exception as error:  # every optimizer refuses in its own way
+        raise ConfigError(f"{optim}: {first_line(error)}") from error
+    # transformers drops those that it does not look for.
+    given = [pair.partition("=")[0].strip() for pair in (arguments.optim_args or "").split(",") if pair.strip()]
+    unknown = [name for name in given if name not in options]
+    if unknown and kind.__module__.startswith("torch.optim"):
         raise ConfigError(
-            f"training.optim is {arguments.optim.value!r}: {str(error).strip().splitlines()[0]}"
+            f"training.optim_args sets {', '.join(unknown)}, and {optim}, which does not take it; remove it"
+        )
+    return optimizer
+
+
+def check_schedule(arguments: TrainingArguments, optimizer: Optimizer, steps: int) -> None:
+    """Raises ConfigError where ``training.lr_scheduler_kwargs`` do not fit the scheduler; asks it for rates of some steps.
+
+    ``optimizer`` is one of no meaning (``check_optimizer``), ``steps`` how many the training makes.
+    """
+    try:
+        warmup = arguments.get_warmup_steps(steps)
+        scheduler = get_scheduler(
+            arguments.lr_scheduler_type,
+            optimizer=optimizer,
+            num_warmup_steps=warmup,
+            num_training_steps=steps,
+            scheduler_specific_kwargs=arguments.lr_scheduler_kwargs,
+        )
+        for rate in getattr(scheduler, "lr_lambdas", ()):
+            for step in sorted({0, min(warmup, steps), min(warmup + 1, steps), steps // 2, steps - 1, steps}):
+                if not math.isfinite(factor := rate(step)):
+                    raise ValueError(f"the learning rate of step {step} is {factor} times training.learning_rate")
+    except Exception as error:  # every scheduler refuses in its own way
+        raise ConfigError(
+            f"training.lr_scheduler_kwargs is {arguments.lr_scheduler_kwargs or {}}, with lr_scheduler_type "
+            f"{str(arguments.lr_scheduler_type.value)!r}: {first_line(error)}"
         ) from error
 
 
@@ -124,6 +183,8 @@ def _check_numbers(fields: dict[str, Any]) -> None:
         kinds = get_args(hints.get(name)) or (hints.get(name),)
         if isinstance(value, str) and not {str, dict, list} & set(kinds) and {int, float} & set(kinds):
             raise ConfigError(f"training.{name} is {value!r}; expected a number")
+        if name in ("seed", "data_seed") and value is not None and not (type(value) is int and 0 <= value < 2**32):
+            raise ConfigError(f"training.{name} is {value!r}; expected a whole number from 0 to {2**32 - 1}")
         if name in _AT_LEAST_ONE and (not isinstance(value, int) or value < 1):
             raise ConfigError(f"training.{name} is {value!r}; expected a whole number of at least 1")
 
@@ -134,7 +195,39 @@ def _check_trackers(arguments: TrainingArguments) -> None:
         for callback in get_reporting_integration_callbacks(arguments.report_to):
             callback()
     except (ImportError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"training.report_to: {str(error).strip().splitlines()[0]}") from error
+        raise ConfigError(f"training.report_to: {first_line(error)}") from error
+
+
+def _check_loader(arguments: TrainingArguments) -> None:
+    try:
+        DataLoader(  # which starts no workers yet
+            cast(Any, [0]),
+            num_workers=arguments.dataloader_num_workers,
+            persistent_workers=arguments.dataloader_persistent_workers,
+            prefetch_factor=arguments.dataloader_prefetch_factor,
+            multiprocessing_context=arguments.dataloader_multiprocessing_context,
+        )
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"training's dataloader fields: {first_line(error)}") from error
+
+
+def _check_compilation(arguments: TrainingArguments) -> None:
+    if arguments.torch_compile:
+        try:
+            DynamoBackend(str(arguments.torch_compile_backend or "inductor").upper())
+            torch.compile(nn.Identity(), mode=arguments.torch_compile_mode)  # which compiles nothing yet
+        except (ValueError, RuntimeError) as error:
+            raise ConfigError(f"training.torch_compile: {first_line(error)}") from error
+
+
+def _check_hub(arguments: TrainingArguments) -> None:
+    try:
+        HfApi(token=arguments.hub_token).whoami()
+    except Exception as error:  # no token, a wrong one, no network: each is raised by another library
+        raise ConfigError(
+            f"training.push_to_hub is set, and the hub does not know you ({first_line(error)}); run `hf auth login`, or "
+            "remove it"
+        ) from error
 
 
 def _liger_without_head(config: dict[str, bool]) -> dict[str, bool]:

@@ -19,10 +19,10 @@ from transformers import TrainingArguments, set_seed
 from transformers.utils import logging as transformers_logging
 
 from cache_format import CacheReader, Manifest, UserError
-from cache_format.errors import ConfigError
+from cache_format.errors import ConfigError, first_line
 from cache_format.writer import write_durably
 from train import compat
-from train.arguments import check_best, check_optimizer, training_arguments
+from train.arguments import check_best, check_optimizer, check_schedule, training_arguments
 from train.card import model_card
 from train.checkpoints import CacheStamp, last_checkpoint, named_checkpoint, warn_of_other_batches
 from train.config import TrainConfig
@@ -117,7 +117,7 @@ def _train(
     for source in data.sources:
         compat.check_vocabulary(source)
     objective, tail, exactness = _try_objective(config, held_out)
-    check_optimizer(arguments, student)
+    optimizer = check_optimizer(arguments, student)
     student.to(arguments.device)  # before the trainer tries the student: flash attention needs its GPU for that
     trainer = DistillationTrainer(
         student,
@@ -131,6 +131,8 @@ def _train(
         data=config.data,
         selection=config.selection,
     )
+    steps = trainer.total_steps()
+    check_schedule(arguments, optimizer, steps)
     on_main(lambda: try_saving(student, tokenizer, output))
     if restart:  # only now that nothing stands against a new run
         on_main(lambda: remove_run(output))
@@ -161,9 +163,9 @@ def _train(
         on_main(lambda: write_durably(output / "run.json", json.dumps({**run, "before": measured}, indent=2)))
     checkpoint = on_main(lambda: last_checkpoint(output))
     if checkpoint is None and isinstance(arguments.resume_from_checkpoint, str):
-        checkpoint = named_checkpoint(arguments.resume_from_checkpoint, fingerprints, trainer.total_steps())
+        checkpoint = named_checkpoint(arguments.resume_from_checkpoint, fingerprints, steps)
     if checkpoint is None and is_main():
-        warn_of_a_small_disk(student, arguments, trainer.total_steps(), output)
+        warn_of_a_small_disk(student, arguments, steps, output)
     if checkpoint is not None:
         log.info("going on from %s", checkpoint)
         warn_of_other_batches(checkpoint)
@@ -275,7 +277,7 @@ def _try_objective(config: TrainConfig, data: HeldOut) -> tuple[Objective, Tail,
         objective = Objective(config)
         tails, kinds = zip(*(_try_on(objective, part) for part in data.parts), strict=True)
     except (TypeError, ValueError, RuntimeError, IndexError) as error:
-        raise ConfigError(f"losses: {str(error).strip().splitlines()[0]}; see the options in docs/losses.md") from error
+        raise ConfigError(f"losses: {first_line(error)}; see the options in docs/losses.md") from error
     exactness = {name: max((found[name] for found in kinds), key=list(_KINDS).index) for name in kinds[0]}
     tail = min(tails, key=list(reversed(_TAILS)).index)
     return objective, tail, {name: _KINDS[kind] for name, kind in exactness.items()}

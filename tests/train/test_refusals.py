@@ -11,11 +11,14 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.integrations.mistral import convert_tekken_tokenizer
 
 from cache_format.errors import ConfigError, UserError
+from train.arguments import check_optimizer, check_schedule, training_arguments
 from train.config import StudentConfig
 from train.run import train
 from train.student import load_student_tokenizer
 
 BEST = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
+
+MODE = {"lr_scheduler_kwargs": {"mode": "best"}}
 
 
 @pytest.fixture
@@ -31,6 +34,28 @@ def sound_cache(write_cache):
         ({"use_liger_kernel": True, "liger_kernel_config": {"fused_linear_cross_entropy": True}}, "its own loss"),
         ({"report_to": "carrier_pigeon"}, "report_to: carrier_pigeon is not supported"),
         ({"optim": "adamw_bnb_8bit"}, r"training.optim is '.*adamw_bnb_8bit'"),
+        ({"adam_beta1": 2.0}, "training.optim is 'adamw_torch.*': Invalid beta parameter"),
+        ({"learning_rate": -1.0}, "training.optim is 'adamw_torch.*': Invalid learning rate"),
+        ({"optim": "sgd", "optim_args": "nope"}, "training.optim is 'sgd': "),
+        ({"optim": "adamw_torch", "optim_args": "nope=3"}, "optim_args sets nope, and .*adamw_torch', which does not"),
+        (
+            {"lr_scheduler_kwargs": {"nope": 1}},
+            "lr_scheduler_kwargs is .*'nope': 1.*, with lr_scheduler_type 'linear': ",
+        ),
+        ({"lr_scheduler_kwargs": "x"}, "lr_scheduler_kwargs is x, with .*'linear': "),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "lr_scheduler_kwargs is {}, with .*: One of min_lr"),
+        ({"lr_scheduler_type": "warmup_stable_decay"}, "lr_scheduler_kwargs is {}, with .*'num_decay_steps'"),
+        ({"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"lr_end": 1}}, "must be smaller than initial lr"),
+        ({"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"num_cycles": "x"}}, "with .* 'cosine': could not"),
+        ({"seed": -1}, "training.seed is -1; expected a whole number from 0"),
+        ({"data_seed": 1.5}, "training.data_seed is 1.5; expected a whole number from 0"),
+        ({"accelerator_config": "no-file.json"}, "No such file"),
+        ({"torch_compile_backend": "nope"}, "training.torch_compile: 'NOPE' is not a valid"),
+        ({"torch_compile": True, "torch_compile_mode": "nope"}, "training.torch_compile: Unrecognized mode=nope"),
+        ({"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"nope": 1}}, "_kwargs sets nope, which"),
+        ({"dataloader_num_workers": -1}, "dataloader fields: num_workers option should be non-negative"),
+        ({"dataloader_persistent_workers": True}, "dataloader fields: persistent_workers option needs num_workers"),
+        ({**BEST, "save_steps": 2, "lr_scheduler_type": "reduce_lr_on_plateau", **MODE}, "mode best is unknown"),
         ({"per_device_train_batch_size": 0}, "per_device_train_batch_size is 0; expected a whole number"),
         ({"gradient_accumulation_steps": 1.5}, "gradient_accumulation_steps is 1.5; expected a whole number"),
         ({"learning_rate": "fast"}, "learning_rate is 'fast'; expected a number"),
@@ -121,3 +146,34 @@ def test_a_tokenizer_that_mistral_common_alone_can_read(tmp_path, write_tekken):
         load_student_tokenizer(wanted)
     convert_tekken_tokenizer(str(tmp_path / "tekken.json")).save_pretrained(tmp_path)
     assert load_student_tokenizer(wanted).backend_tokenizer is not None
+
+
+def test_a_hub_that_does_not_know_the_user(scratch_config, monkeypatch):
+    def refuse(self, *arguments, **options):
+        raise OSError("Token is required, but no token found.\nLog in.")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.whoami", refuse)
+    with pytest.raises(ConfigError, match=r"push_to_hub is set, .*\(Token is required, but no token found\.\)"):
+        training_arguments(scratch_config(cache="c", training={"push_to_hub": True}))
+
+
+@pytest.mark.parametrize(
+    "training",
+    [
+        {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": 0.1}, "warmup_steps": 1},
+        {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps", "lr_scheduler_kwargs": {"patience": 2}},
+        {
+            "lr_scheduler_type": "warmup_stable_decay",
+            "lr_scheduler_kwargs": {"num_decay_steps": 1},
+            "warmup_steps": 500,
+        },
+        {"optim": "adafactor"},
+        {"optim": "sgd", "optim_args": "momentum=0.9"},
+        {"optim": "rmsprop", "lr_scheduler_type": "inverse_sqrt"},
+    ],
+)
+def test_what_fits_is_not_refused(scratch_config, tiny_llama, training):
+    arguments = training_arguments(scratch_config(cache="c", training=training))
+    student = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    for steps in (1, 2, 1000):
+        check_schedule(arguments, check_optimizer(arguments, student), steps)
