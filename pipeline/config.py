@@ -119,7 +119,9 @@ class TeacherConfig(_Config):
         "Default: 1024 on a CPU, 8192 on a GPU.",
     )
     engine_args: dict[str, object] = Field(
-        default_factory=dict, description="Passed to `vllm.LLM(...)` (or `from_pretrained(...)`) as they are."
+        default_factory=dict,
+        description="Passed to `vllm.LLM(...)` (or `from_pretrained(...)`) as they are. `trust_remote_code: true` also lets "
+        "the code of the model's config and tokenizer run, and is the only one that a server's teacher takes.",
     )
     vocab_size: int = Field(49_152, ge=258, description="Synthetic teacher only: ids it can predict.")
     seed: int = Field(0, ge=0, description="Synthetic teacher only: which distribution.")
@@ -128,6 +130,11 @@ class TeacherConfig(_Config):
     @classmethod
     def _home(cls, model: str) -> str:
         return _with_home(model)
+
+    @property
+    def trust_remote_code(self) -> bool:
+        """Whether code that comes with the model may run: ``engine_args.trust_remote_code``."""
+        return self.engine_args.get("trust_remote_code") is True
 
     def step_tokens(self, *, on_cpu: bool) -> int:
         """``batch_tokens``, or its default for the device."""
@@ -138,13 +145,21 @@ class TeacherConfig(_Config):
         default = 0.01 if self.dtype == "float32" else 0.3
         return default if self.server is None else self.server.tolerance or default
 
+    @field_validator("engine_args")
+    @classmethod
+    def _trust_is_yes_or_no(cls, engine_args: dict[str, object]) -> dict[str, object]:
+        trust = engine_args.get("trust_remote_code", False)
+        if not isinstance(trust, bool):
+            raise ValueError(f"trust_remote_code is {trust!r}; expected true or false")
+        return engine_args
+
     @model_validator(mode="after")
     def _served(self) -> Self:
         if self.backend != "server":
             return self
         if self.server is None:
             raise ValueError("backend is server, but not which: set teacher.server.url=http://HOST:PORT")
-        if self.engine_args:
+        if self.engine_args.keys() - {"trust_remote_code"}:
             raise ValueError("engine_args are for engines started here; give the server its options when starting it")
         return self
 

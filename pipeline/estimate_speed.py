@@ -144,7 +144,9 @@ def speed_from_hardware(config: BuildConfig, gpu_name: str, context: float) -> S
         raise UserError(
             f"no figures for a GPU {gpu_name!r}; expected {', '.join(GPUS)}; for others give --tokens-per-second or --probe"
         )
-    model = resolve_model(config.teacher.model, config.teacher.revision)
+    model = resolve_model(
+        config.teacher.model, config.teacher.revision, trust_remote_code=config.teacher.trust_remote_code
+    )
     shape = _shape(model)
     float32_head = _float32_head(config, model)
     tensor = gpu.float32 if config.teacher.dtype == "float32" else gpu.tensor

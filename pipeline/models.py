@@ -25,6 +25,7 @@ from typing import Any
 
 from filelock import FileLock
 
+from cache_format.attention import attention_implementation
 from cache_format.errors import UserError
 from cache_format.places import ADAPTER_CONFIG, local_model, models_dir, refuse_adapters
 from cache_format.tokenizers import usable_tokenizer
@@ -65,18 +66,20 @@ class ResolvedModel:
     name:     as the user wrote it.
     location: what engines load: a folder, or a hub name.
     revision: commit of a hub model, so that a branch that moves cannot change a running build; None for a folder.
+    trust_remote_code: whether the user allows the model's own code to run.
     """
 
     name: str
     location: str
     revision: str | None
+    trust_remote_code: bool = False
 
     def weights_sha256(self) -> str | None:
         """Identity of the weights of a local model; None for a hub model, whose ``revision`` says it."""
         return weights_sha256(Path(self.location)) if self.revision is None else None
 
 
-def resolve_model(name: str, revision: str | None = None) -> ResolvedModel:
+def resolve_model(name: str, revision: str | None = None, *, trust_remote_code: bool = False) -> ResolvedModel:
     """Finds a model, preparing it if it is built in. Raises UserError, in one line, where there is no such model."""
     if name in BUILT_IN:
         return ResolvedModel(name, str(_prepare_built_in(name)), None)
@@ -90,8 +93,8 @@ def resolve_model(name: str, revision: str | None = None) -> ResolvedModel:
             raise UserError(
                 f"{folder} is not a model folder: it has no config.json; expected a folder in transformers' format"
             )
-        return ResolvedModel(name, str(folder), None)
-    return ResolvedModel(name, name, _hub_commit(name, revision))
+        return ResolvedModel(name, str(folder), None, trust_remote_code)
+    return ResolvedModel(name, name, _hub_commit(name, revision), trust_remote_code)
 
 
 def local_weights(model: ResolvedModel) -> list[Path]:
@@ -114,18 +117,21 @@ def prepare_model(name: str, revision: str | None = None) -> str:
     return resolve_model(name, revision).location
 
 
-def load_tokenizer(name: str, revision: str | None = None) -> Any:
+def load_tokenizer(name: str, revision: str | None = None, *, trust_remote_code: bool = False) -> Any:
     """The model's tokenizer, a ``transformers.PreTrainedTokenizerBase``. Raises UserError where there is none."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    model = resolve_model(name, revision)
+    model = resolve_model(name, revision, trust_remote_code=trust_remote_code)
     try:
         return usable_tokenizer(
             name,
-            AutoTokenizer.from_pretrained(model.location, revision=model.revision),
+            AutoTokenizer.from_pretrained(
+                model.location, revision=model.revision, trust_remote_code=model.trust_remote_code
+            ),
             lambda: PreTrainedTokenizerFast.from_pretrained(model.location, revision=model.revision),
         )
     except (OSError, ValueError, ImportError) as error:
+        _refuse_own_code(model, error)
         reason = _first_line(error)
         if "backend tokenizer" in reason:  # the start of a list that goes on for lines
             reason = (
@@ -151,6 +157,11 @@ def end_tokens(model: ResolvedModel) -> set[int]:
     with contextlib.suppress(OSError):  # it has none
         named.append(GenerationConfig.from_pretrained(model.location, revision=model.revision).eos_token_id)
     return {int(token) for ids in named if ids is not None for token in (ids if isinstance(ids, list) else [ids])}
+
+
+def attention(model: ResolvedModel, asked: Any) -> Any:
+    """``attn_implementation`` for the teacher in transformers, as ``cache_format.attention`` says; ``asked`` is the user's."""
+    return attention_implementation(_config(model), asked, "teacher.engine_args.attn_implementation")
 
 
 def check_context(model: ResolvedModel, max_length: int) -> None:
@@ -207,9 +218,22 @@ def _config(model: ResolvedModel) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(model.location, revision=model.revision)
-    except (OSError, ValueError) as error:
+        # Said in words either way: transformers asks on the terminal where nothing is said.
+        return AutoConfig.from_pretrained(
+            model.location, revision=model.revision, trust_remote_code=model.trust_remote_code
+        )
+    except (OSError, ValueError, ImportError) as error:
+        _refuse_own_code(model, error)
         raise UserError(f"the config.json of {model.name} cannot be read: {_first_line(error)}") from error
+
+
+def _refuse_own_code(model: ResolvedModel, error: Exception) -> None:
+    """Raises UserError where ``error`` is transformers' refusal to run code that comes with the model."""
+    if "trust_remote_code" in str(error):
+        raise UserError(
+            f"{model.name} comes with code of its own, which only runs if it is trusted; read it, then set "
+            "teacher.engine_args.trust_remote_code=true"
+        ) from error
 
 
 @functools.cache
@@ -266,7 +290,9 @@ def empty_model(model: ResolvedModel) -> Any:
 
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(_config(model).get_text_config())
+            return AutoModelForCausalLM.from_config(
+                _config(model).get_text_config(), trust_remote_code=model.trust_remote_code
+            )
     except Exception as error:  # whatever a model's own code raises
         reason = _first_line(error) or type(error).__name__
         raise UserError(f"the shape of {model.name} cannot be told from its config: {reason}") from error

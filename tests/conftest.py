@@ -191,6 +191,35 @@ def write_tekken() -> Callable[[Path], None]:
 
 
 @pytest.fixture(scope="session")
+def tiny_gemma2(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a random two-layer Gemma 2, a soft cap far below its attention scores, with the tokenizer of ``tiny_llama``."""
+    from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
+
+    folder = tmp_path_factory.mktemp("tiny-gemma2")
+    AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(folder)
+    config = Gemma2Config(
+        vocab_size=384,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        max_position_embeddings=256,
+        sliding_window=32,
+        query_pre_attn_scalar=4,
+        attn_logit_softcapping=1.0,
+        initializer_range=0.25,
+        pad_token_id=0,
+        bos_token_id=0,
+        eos_token_id=2,
+    )
+    torch.manual_seed(0)
+    Gemma2ForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def smollm2() -> Iterator[Path]:
     """Folder of the built-in model, prepared once into the repository's models folder (or $LOGITCASK_MODELS)."""
     from pipeline.models import prepare_model

@@ -37,7 +37,9 @@ class StudentConfig(_Config):
         "peft_type names. The adapters are saved beside the merged student.",
     )
     attention: str | None = Field(
-        None, description="transformers' attn_implementation, e.g. flash_attention_2. Default: transformers' choice."
+        None,
+        description="transformers' attn_implementation, e.g. flash_attention_2. Default: transformers' choice, or eager where "
+        "the student's config caps attention scores (Gemma 2), which sdpa leaves out.",
     )
 
     @model_validator(mode="after")

@@ -24,6 +24,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from cache_format.attention import attention_implementation
 from cache_format.errors import ConfigError, UserError, first_line
 from cache_format.places import local_model, models_dir, refuse_adapters
 from cache_format.tokenizers import usable_tokenizer
@@ -39,15 +40,16 @@ def build_student(config: StudentConfig, seed: int) -> PreTrainedModel:
     Raises UserError where its model is not to be had, ConfigError where keep_layers, config or attention do not fit.
     """
     student = _base(config, seed)
-    if config.attention is not None:
-        if "flash" in config.attention and config.dtype == "float32":
+    attention = attention_implementation(student.config, config.attention, "student.attention")
+    if attention is not None:
+        if "flash" in attention and config.dtype == "float32":
             raise ConfigError(
-                f"student.attention is {config.attention!r}, which does not compute in float32; set student.dtype to bfloat16"
+                f"student.attention is {attention!r}, which does not compute in float32; set student.dtype to bfloat16"
             )
         try:
-            student.set_attn_implementation(config.attention)
+            student.set_attn_implementation(attention)
         except (ValueError, ImportError, OSError) as error:
-            raise ConfigError(f"student.attention is {config.attention!r}: {first_line(error)}") from error
+            raise ConfigError(f"student.attention is {attention!r}: {first_line(error)}") from error
     return student if config.peft is None else _with_adapters(student, config.peft, seed)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from pipeline.capture import Capture
 from pipeline.config import GenerateConfig, TeacherConfig
-from pipeline.models import end_tokens, load_tokenizer, resolve_model, vocab_size
+from pipeline.models import ResolvedModel, end_tokens, load_tokenizer, resolve_model, vocab_size
 from pipeline.sequence import Sequence
 from pipeline.teachers.base import Generator, Prompt, Sampling, Teacher, answers
 
@@ -54,7 +54,7 @@ def open_teacher(
         from pipeline.teachers.synthetic import SyntheticTeacher
 
         return SyntheticTeacher(config, capture, sampling)
-    model = resolve_model(config.model, config.revision)
+    model = _resolve(config)
     if config.backend == "server":
         from pipeline.teachers.server import ServerTeacher
 
@@ -82,7 +82,7 @@ def open_tokenizer(config: TeacherConfig) -> Any:
         from pipeline.teachers.synthetic import SyntheticTokenizer
 
         return SyntheticTokenizer()
-    return load_tokenizer(config.model, config.revision)
+    return load_tokenizer(config.model, config.revision, trust_remote_code=config.trust_remote_code)
 
 
 def sampling_of(config: TeacherConfig, settings: GenerateConfig, tokenizer: Any) -> Sampling:
@@ -102,7 +102,7 @@ def sampling_of(config: TeacherConfig, settings: GenerateConfig, tokenizer: Any)
 
 
 def _ends_of_turns(config: TeacherConfig, tokenizer: Any) -> set[int]:
-    named = end_tokens(resolve_model(config.model, config.revision))
+    named = end_tokens(_resolve(config))
     return named | ({tokenizer.eos_token_id} - {None})
 
 
@@ -110,7 +110,7 @@ def vocab_size_of(config: TeacherConfig) -> int:
     """How many ids the teacher can predict, known without loading its weights."""
     if _is_synthetic(config):
         return config.vocab_size
-    return vocab_size(resolve_model(config.model, config.revision))
+    return vocab_size(_resolve(config))
 
 
 def bounded_groups(sequences: Iterable[Sequence], tokens: int) -> Iterator[list[Sequence]]:
@@ -125,6 +125,10 @@ def bounded_groups(sequences: Iterable[Sequence], tokens: int) -> Iterator[list[
         held += len(sequence.input_ids)
     if group:
         yield group
+
+
+def _resolve(config: TeacherConfig) -> ResolvedModel:
+    return resolve_model(config.model, config.revision, trust_remote_code=config.trust_remote_code)
 
 
 def _is_synthetic(config: TeacherConfig) -> bool:

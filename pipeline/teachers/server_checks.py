@@ -101,6 +101,8 @@ def start_command(
     command = ["vllm", "serve", model.location]
     if model.revision is not None:
         command += ["--revision", model.revision]
+    if model.trust_remote_code:
+        command += ["--trust-remote-code"]
     if config.server is not None and config.server.model is not None:
         command += ["--served-model-name", config.server.model]
     command += ["--dtype", config.dtype, "--max-model-len", str(room)]

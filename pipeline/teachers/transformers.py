@@ -21,7 +21,7 @@ from pipeline.capture import Capture
 from pipeline.config import TeacherConfig
 from pipeline.draws import KEY_IDS, no_draws
 from pipeline.draws_torch import draw, to_numpy
-from pipeline.models import ResolvedModel, check_context, load_tokenizer
+from pipeline.models import ResolvedModel, attention, check_context, load_tokenizer
 from pipeline.sequence import Scored, Sequence
 from pipeline.teachers import bounded_groups
 from pipeline.teachers.base import Prompt, Sampling
@@ -56,6 +56,9 @@ class TransformersTeacher:
         self._step_tokens = config.step_tokens(on_cpu=self._device.type == "cpu")
         check_context(model, max_length)
         dtype = "float32" if config.dtype == "auto" and self._device.type == "cpu" else config.dtype
+        arguments: dict[str, Any] = {"dtype": dtype, "trust_remote_code": model.trust_remote_code, **config.engine_args}
+        if (chosen := attention(model, config.engine_args.get("attn_implementation"))) is not None:
+            arguments["attn_implementation"] = chosen
         # The bar for loading weights would run through the command's own progress, a report of what is wrong over pages.
         logging = transformers.utils.logging
         bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
@@ -63,7 +66,7 @@ class TransformersTeacher:
         logging.set_verbosity_error()
         try:
             self._lm = transformers.AutoModelForCausalLM.from_pretrained(
-                model.location, revision=model.revision, **{"dtype": dtype, **config.engine_args}
+                model.location, revision=model.revision, **arguments
             )
             if "device_map" not in config.engine_args:
                 self._lm.to(self._device)
@@ -102,7 +105,11 @@ class TransformersTeacher:
     def generate(self, prompts: Iterable[Prompt]) -> Iterator[NDArray[np.int32]]:
         """Answers in batches of prompts of like length. Each answer draws from a generator of its own."""
         assert self._sampling is not None
-        tokenizer = load_tokenizer(self._config.model, self._config.revision) if self._sampling.stop else None
+        tokenizer = None
+        if self._sampling.stop:
+            tokenizer = load_tokenizer(
+                self._config.model, self._config.revision, trust_remote_code=self._config.trust_remote_code
+            )
         prompts = iter(prompts)
         while group := list(itertools.islice(prompts, _ANSWERS_PER_GROUP)):
             answers: dict[int, NDArray[np.int32]] = {}

@@ -1,0 +1,37 @@
+"""The attention implementation a model needs, told from its config, for both stages.
+
+transformers picks ``sdpa`` for most models. That implementation takes no soft cap for the attention scores and leaves it
+out without a word, so the same weights become another function (Gemma 2: up to 4 nats per token). ``eager``,
+``flex_attention`` and the flash kernels apply it. Models whose attention sdpa cannot compute otherwise (the sinks of
+gpt-oss) are kept from it by transformers; sliding windows and ALiBi are part of the mask.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cache_format.errors import UserError
+
+_SOFT_CAP = "attn_logit_softcapping"
+
+
+def attention_implementation(config: Any, asked: Any, option: str) -> Any:
+    """``attn_implementation`` to load a model with; None leaves the choice to transformers.
+
+    config: the model's transformers config; the text model in it decides.
+    asked:  the value the user gave, or None.
+    option: name of the user's option, for the message.
+
+    Raises UserError where ``asked`` is an implementation that leaves out what the config says.
+    """
+    cap = getattr(config.get_text_config(), _SOFT_CAP, None)
+    if cap is None:
+        return asked
+    if asked is None:
+        return "eager"
+    if any("sdpa" in str(each) for each in (asked.values() if isinstance(asked, dict) else [asked])):
+        raise UserError(
+            f"{option} is {asked!r}, which leaves out the soft cap of the attention scores that the model's config asks for "
+            f"({_SOFT_CAP} {cap:g}); use eager, flex_attention or flash_attention_2, or leave it unset"
+        )
+    return asked
