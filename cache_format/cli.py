@@ -124,7 +124,7 @@ def describe(manifest: Manifest, path: str | Path) -> str:
         "head": describe_head(manifest),
         "tail": describe_tail(manifest),
         "teacher's loss": loss,
-        "audit": describe_audit(manifest.audit),
+        "audit": "" if manifest.derived_from else describe_audit(manifest.audit),
         "size": f"{totals.bytes:,} bytes in {len(manifest.shards)} shards, {totals.bytes_per_token:.1f} bytes per token",
         "made of": _origin(manifest),
         "format": f"version {manifest.format_version}, logprobs within {store.rounding:g} nats",
@@ -134,11 +134,11 @@ def describe(manifest: Manifest, path: str | Path) -> str:
 
 
 def describe_audit(audit: AuditSummary | None) -> str:
-    """What the audit at the end of the build found, in one line; empty where there was none."""
+    """What the audit at the end of the build found, in one line."""
     if audit is None:
-        return ""
+        return "not audited: none was asked for"
     if audit.skipped is not None:
-        return f"none: {audit.skipped}"
+        return f"not audited: {audit.skipped}"
     engine = max(audit.engine_target or 0.0, audit.engine_head or 0.0)
     truncation = audit.truncation_kl_even if audit.truncation_kl_prior is None else audit.truncation_kl_prior
     return (

@@ -71,12 +71,14 @@ def audit(
     sequences: int = SEQUENCES,
     teacher: str | None = None,
     max_engine_difference: float | None = None,
+    trust_remote_code: bool = False,
     on_sequence: Callable[[], object] = lambda: None,
 ) -> Audit:
     """Scores ``sequences`` sequences of ``cache`` (a folder, a URL or a reader) again and compares.
 
     teacher:               the model, where the one that the manifest names is not to be had under that name.
     max_engine_difference: nats, the mean above which cache and reference disagree; by default what the teacher's dtype allows.
+    trust_remote_code:     whether code that comes with the model may run.
     on_sequence:           called after each sequence.
 
     The sample depends on the cache's fingerprint alone. Raises what opening the cache raises, and UserError where there is
@@ -85,7 +87,7 @@ def audit(
     reader = cache if isinstance(cache, CacheReader) else CacheReader(cache)
     manifest = reader.manifest
     limit = engine_limit(manifest.teacher) if max_engine_difference is None else max_engine_difference
-    with open_reference(manifest, teacher) as reference:
+    with open_reference(manifest, teacher, trust_remote_code=trust_remote_code) as reference:
         sums = Sums(manifest.store, reader.prior, _NEAR_TIE * limit, derived=manifest.derived_from is not None)
         for sequence in sample(reader, sequences, reference.max_tokens):
             dense = reference.dense(sequence.input_ids)

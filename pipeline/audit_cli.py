@@ -34,6 +34,9 @@ def audit(
             show_default=False,
         ),
     ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Let code that comes with the model run.")
+    ] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print every figure as JSON.")] = False,
 ) -> None:
     """Scores a sample again with transformers in float32: what engine, codec and truncation cost. Exit code 1 if it differs."""
@@ -43,6 +46,7 @@ def audit(
             sequences=sequences,
             teacher=teacher,
             max_engine_difference=max_engine_difference,
+            trust_remote_code=trust_remote_code,
             on_sequence=bar.update,
         )
     print(json.dumps(asdict(result), indent=2) if json_output else describe(result))

@@ -42,11 +42,13 @@ class Reference:
 
 
 @contextmanager
-def open_reference(manifest: Manifest, name: str | None = None) -> Iterator[Reference]:
+def open_reference(
+    manifest: Manifest, name: str | None = None, *, trust_remote_code: bool = False
+) -> Iterator[Reference]:
     """The teacher that ``manifest`` names, or the model ``name``, as a dense reference in float32.
 
-    Nothing but the name and the revision is taken from the manifest: engine options of a stranger's cache, such as leave to
-    run a model's own code, are never passed on. Raises UserError where the model is not to be had or predicts other ids,
+    Name, revision and eager attention, where the teacher had that, are taken from the manifest, and nothing else: engine
+    options of a stranger's cache, such as leave to run a model's own code, are never passed on. Raises UserError where the model is not to be had or predicts other ids,
     DamagedCacheError for a temperature that no distribution has.
     """
     temperature = manifest.teacher.temperature
@@ -54,7 +56,9 @@ def open_reference(manifest: Manifest, name: str | None = None) -> Iterator[Refe
         raise DamagedCacheError(f"the manifest says teacher.temperature {temperature:g}; expected one above 0")
     bounded = min(MAX_TOKENS, max(2, _SEQUENCE_VALUES // manifest.store.vocab_size))
     synthetic = name is None and manifest.teacher.backend == "synthetic"
-    teacher, most = _synthetic(manifest, bounded) if synthetic else _transformers(manifest, name, bounded)
+    teacher, most = (
+        _synthetic(manifest, bounded) if synthetic else _transformers(manifest, name, bounded, trust_remote_code)
+    )
 
     def dense(input_ids: NDArray[np.int32]) -> NDArray[np.floating]:
         logprobs: NDArray[np.floating] = teacher.dense_logprobs(input_ids)
@@ -84,13 +88,14 @@ def _synthetic(manifest: Manifest, bounded: int) -> tuple[Any, int]:
     return SyntheticTeacher(config, Capture(1)), bounded
 
 
-def _transformers(manifest: Manifest, name: str | None, bounded: int) -> tuple[Any, int]:
+def _transformers(manifest: Manifest, name: str | None, bounded: int, trust_remote_code: bool) -> tuple[Any, int]:
     from pipeline.teachers.transformers import TransformersTeacher
 
     wanted = manifest.teacher
     model_name = name or wanted.model
     try:
-        model = resolve_model(model_name, wanted.revision if model_name == wanted.model else None)
+        revision = wanted.revision if model_name == wanted.model else None
+        model = resolve_model(model_name, revision, trust_remote_code=trust_remote_code)
         found = vocab_size(model)
     except UserError as error:
         if name is not None:
@@ -102,8 +107,18 @@ def _transformers(manifest: Manifest, name: str | None, bounded: int) -> tuple[A
             "name the one that built the cache with --teacher"
         )
     most = min(bounded, context_limit(model) or bounded)
-    config = TeacherConfig(model=model_name, backend="transformers", dtype="float32")
+    config = TeacherConfig(
+        model=model_name, backend="transformers", dtype="float32", engine_args=_eager_attention(manifest)
+    )
     return TransformersTeacher(config, model, max_length=most, capture=Capture(1)), most
+
+
+def _eager_attention(manifest: Manifest) -> dict[str, object]:
+    """The engine option for eager attention, where the teacher had it: it may compute what other kinds leave out."""
+    teacher = manifest.config.get("teacher")
+    options = teacher.get("engine_args") if isinstance(teacher, dict) else None
+    eager = isinstance(options, dict) and options.get("attn_implementation") == "eager"
+    return {"attn_implementation": "eager"} if eager else {}
 
 
 def _other_identity(cache: TeacherIdentity, reference: TeacherIdentity) -> Iterator[str]:

@@ -7,6 +7,9 @@ shards are on disk by then, so a build that fails here loses nothing: it can be 
 from __future__ import annotations
 
 import logging
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
@@ -15,7 +18,7 @@ from cache_format import CacheReader, DamagedCacheError, Manifest, UserError
 from cache_format.errors import CacheError
 from cache_format.manifest import AuditSummary, Header, ShardEntry
 from pipeline.audit import Audit, audit, audit_summary
-from pipeline.config import AuditConfig
+from pipeline.config import AuditConfig, TeacherConfig
 from pipeline.models import empty_model, resolve_model
 
 log = logging.getLogger(__name__)
@@ -25,43 +28,69 @@ _FLOAT32_BYTES = 4
 _SHARE_FOR_WEIGHTS = 0.7
 
 
+@dataclass(frozen=True, slots=True)
+class BuildAudit:
+    """All that the audit of a build needs to know."""
+
+    path: str
+    header: Header
+    shards: tuple[ShardEntry, ...]
+    settings: AuditConfig
+    teacher: TeacherConfig
+
+
 def audit_build(
-    path: Path | str, header: Header, shards: tuple[ShardEntry, ...], config: AuditConfig
+    path: Path | str, header: Header, shards: tuple[ShardEntry, ...], settings: AuditConfig, teacher: TeacherConfig
 ) -> AuditSummary | None:
-    """What the audit of a build whose shards are all committed found, for its manifest; None where none is asked for.
+    """The audit of a build whose shards are all committed, for its manifest; None where none is asked for.
 
     Where there is no reference to compare with (the model does not fit into memory, or is not to be had), it says so and
     the summary says why it was skipped. Raises DamagedCacheError where cache and reference differ by more than they may, and
     where a shard is damaged; CacheError where one cannot be read.
     """
-    positions = sum(shard.positions for shard in shards)
-    if not config.sequences or not positions:
+    if not settings.sequences or not any(shard.positions for shard in shards):
         return None
-    if (reason := _too_large(header)) is not None:
-        return _skipped(reason)
-    reader = CacheReader(str(path), manifest=Manifest.complete(header, shards, created_at=""))
-    with tqdm(total=min(config.sequences, len(reader)), unit="seq", desc="audit", leave=False) as bar:
-        try:
-            result = audit(
-                reader,
-                sequences=config.sequences,
-                max_engine_difference=config.max_engine_difference,
-                on_sequence=bar.update,
-            )
-        except DamagedCacheError as error:
-            raise DamagedCacheError(
-                f"{path}: {error}. The cache is not completed; mend the cause and start afresh with --restart"
-            ) from error
-        except CacheError:
-            raise
-        except UserError as error:  # about the reference
-            return _skipped(str(error))
+    asked = BuildAudit(path=str(path), header=header, shards=shards, settings=settings, teacher=teacher)
+    total = min(settings.sequences, sum(shard.sequences for shard in shards))
+    with tqdm(total=total, unit="seq", desc="audit", leave=False) as bar:
+        if header.teacher.backend == "vllm" and "vllm" in sys.modules:  # which may have changed transformers here
+            from pipeline.audit_worker import audit_apart
+
+            found = audit_apart(asked, bar.update)
+        else:
+            found = audit_here(asked, bar.update)
+    if found.skipped is not None:
+        log.warning("the cache is not audited: %s", found.skipped)
+    return found
+
+
+def audit_here(asked: BuildAudit, on_sequence: Callable[[], object]) -> AuditSummary:
+    """As ``audit_build``, in this process."""
+    if (reason := _too_large(asked)) is not None:
+        return AuditSummary(skipped=reason)
+    reader = CacheReader(asked.path, manifest=Manifest.complete(asked.header, asked.shards, created_at=""))
+    try:
+        result = audit(
+            reader,
+            sequences=asked.settings.sequences,
+            max_engine_difference=asked.settings.max_engine_difference,
+            trust_remote_code=asked.teacher.trust_remote_code,
+            on_sequence=on_sequence,
+        )
+    except DamagedCacheError as error:
+        raise DamagedCacheError(
+            f"{asked.path}: {error}. The cache is not completed; mend the cause and start afresh with --restart"
+        ) from error
+    except CacheError:
+        raise
+    except UserError as error:  # about the reference
+        return AuditSummary(skipped=str(error))
     if result.problems:
-        raise DamagedCacheError(_failure(path, result))
+        raise DamagedCacheError(_failure(asked.path, result))
     return audit_summary(result)
 
 
-def _failure(path: Path | str, result: Audit) -> str:
+def _failure(path: str, result: Audit) -> str:
     return (
         f"{path} does not hold what {result.reference} says of the same text: {'; '.join(result.problems)}. The cache is not "
         "completed and its shards are kept. Where this is as it should be, raise audit.max_engine_difference or set "
@@ -69,17 +98,14 @@ def _failure(path: Path | str, result: Audit) -> str:
     )
 
 
-def _skipped(reason: str) -> AuditSummary:
-    log.warning("the cache is not audited: %s", reason)
-    return AuditSummary(skipped=reason)
-
-
-def _too_large(header: Header) -> str | None:
+def _too_large(asked: BuildAudit) -> str | None:
     """Why a float32 copy of the teacher cannot be loaded here, if it cannot."""
-    if header.teacher.backend == "synthetic":
+    teacher = asked.header.teacher
+    if teacher.backend == "synthetic":
         return None
+    trust = asked.teacher.trust_remote_code
     try:
-        model = empty_model(resolve_model(header.teacher.model, header.teacher.revision))
+        model = empty_model(resolve_model(teacher.model, teacher.revision, trust_remote_code=trust))
     except UserError:
         return None  # the audit itself says why there is no such model
     needed = _FLOAT32_BYTES * model.num_parameters()

@@ -34,7 +34,7 @@ from pipeline.generation import (
     tokenizer_of,
 )
 from pipeline.interruption import at_safe_points
-from pipeline.models import check_context, resolve_model, weights_sha256
+from pipeline.models import attention, check_context, resolve_model, weights_sha256
 from pipeline.plan import Plan, write_sequences
 from pipeline.progress import Progress
 from pipeline.prompts import Prompts
@@ -101,7 +101,7 @@ def build(config: BuildConfig, *, restart: bool = False) -> BuildResult:
                     "or choose another output"
                 )
         header, seconds, scored = _write_shards(writer, plan, config, engine)
-        found = audit_build(config.output, header, writer.entries(), config.audit)
+        found = audit_build(config.output, header, writer.entries(), config.audit, config.teacher)
         manifest = writer.finish(header, len(plan.shards), audit=found)
     return BuildResult(manifest, reused=False, seconds=seconds, tokens_scored=scored)
 
@@ -292,8 +292,10 @@ def _check_engine(config: BuildConfig) -> None:
     teacher = config.teacher
     if "synthetic" in (teacher.backend, teacher.model):
         return
-    model = resolve_model(teacher.model, teacher.revision)
+    model = resolve_model(teacher.model, teacher.revision, trust_remote_code=teacher.trust_remote_code)
     check_context(model, config.data.max_length)
+    if teacher.backend == "transformers":
+        attention(model, teacher.engine_args.get("attn_implementation"))
     if teacher.backend == "vllm":
         from pipeline.teachers.vllm import check_engine_args, check_location
 
