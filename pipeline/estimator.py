@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from cache_format import CachedSequence, LogitcaskError, TailSamples
+from cache_format import CachedSequence, LogitcaskError, TailSamples, UserError
 from cache_format.manifest import StoreSettings
 from cache_format.schema import TAIL_MASS_FLOOR
 from pipeline.sequence import Scored, Sequence
@@ -35,6 +35,20 @@ def check_alignment(sequence: Sequence, scored: Scored) -> None:
         )
 
 
+def not_a_number(place: str) -> UserError:
+    """The error for a teacher whose logits are NaN, or infinite, at ``place``: what makes them so, and the ways out."""
+    return UserError(
+        f"the teacher's logprobs are NaN {place}: its arithmetic overflows, as that of models made for bfloat16 does in float16 "
+        "(set teacher.dtype to bfloat16 or float32), or its weights are damaged (fetch them again)"
+    )
+
+
+def check_numbers(scored: Scored, place: str) -> None:
+    """Raises UserError where a logprob in ``scored`` is NaN. One logit that is NaN makes its whole row so."""
+    if np.isnan(scored.target_logprob).any() or np.isnan(scored.logprobs).any():
+        raise not_a_number(place)
+
+
 def tail_logprob(logprobs: NDArray[np.float32], size: NDArray[np.int32], vocab_size: int) -> NDArray[np.float32]:
     """float32[P]: log of the mass outside the first ``size`` entries of each row of ``logprobs`` [P, K].
 
@@ -56,6 +70,7 @@ def keep(sequence: Sequence, scored: Scored, store: StoreSettings) -> CachedSequ
     Entries of probability 0 (ids that the engine masks) are never part of a head.
     """
     check_alignment(sequence, scored)
+    check_numbers(scored, f"in sequence {sequence.sequence_id[:100]!r}")
     positions = sequence.positions()
     # Where the engine's rows are those of the kept positions already, they are taken as they are.
     rows = positions if scored.positions is None else np.searchsorted(scored.positions, positions)

@@ -232,7 +232,7 @@ def _refuse_own_code(model: ResolvedModel, error: Exception) -> None:
     if "trust_remote_code" in str(error):
         raise UserError(
             f"{model.name} comes with code of its own, which only runs if it is trusted; read it, then set "
-            "teacher.engine_args.trust_remote_code=true"
+            "teacher.engine_args.trust_remote_code=true (an audit: --trust-remote-code)"
         ) from error
 
 

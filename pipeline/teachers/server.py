@@ -29,6 +29,7 @@ from cache_format.errors import UserError
 from cache_format.manifest import TeacherIdentity
 from pipeline.capture import Capture
 from pipeline.config import ServerConfig, TeacherConfig
+from pipeline.estimator import not_a_number
 from pipeline.interruption import checkpoint
 from pipeline.models import ResolvedModel, check_context, local_weights, vocab_size
 from pipeline.sequence import Scored, Sequence
@@ -202,6 +203,8 @@ class ServerTeacher:
                 f"with another model; start it as before, with: {self._command} , and run the same command again: finished "
                 "shards are kept"
             )
+        if "not JSON compliant" in message:
+            return not_a_number(f"on the server at {self._settings.url}")
         if "max allowed" in message:
             message += f" (store.top_k is {self._capture.top_k})"
         return UserError(

@@ -6,6 +6,7 @@ dictionaries, and what is not asked for (decoded tokens) is skipped.
 
 from __future__ import annotations
 
+import re
 from itertools import chain
 from operator import attrgetter
 
@@ -13,11 +14,13 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.estimator import MisalignedScoresError
+from pipeline.estimator import MisalignedScoresError, not_a_number
 from pipeline.teachers.vllm_routes import Rows
 
 # What vLLM writes in place of -inf, which JSON does not have.
 _MINUS_INFINITY = -9999.0
+# JSON has no NaN either; encoders write this or that.
+_NOT_A_NUMBER = re.compile(rb'"logprob":\s*(?:NaN|null)')
 
 
 # gc=False: millions of these live for a moment each, and none refers to anything.
@@ -42,7 +45,7 @@ _logprob, _rank = attrgetter("logprob"), attrgetter("rank")
 def parse_rows(body: bytes, input_ids: NDArray[np.int32], top_k: int, sequence_id: str) -> Rows | None:
     """What ``body`` says of ``input_ids`` (int32[n]), targets before heads; None where the server has aborted the request.
 
-    Raises MisalignedScoresError for an answer that is not n - 1 rows, each with its target and ``top_k`` ids of ranks 1, 2, ...
+    Raises UserError where a logprob is NaN, MisalignedScoresError for an answer that is not n - 1 rows, each with its target and ``top_k`` ids of ranks 1, 2, ...
     """
 
     def wrong(what: str) -> MisalignedScoresError:
@@ -54,6 +57,8 @@ def parse_rows(body: bytes, input_ids: NDArray[np.int32], top_k: int, sequence_i
     try:
         (choice,) = _decoder.decode(body).choices
     except (msgspec.DecodeError, ValueError) as error:
+        if _NOT_A_NUMBER.search(body):
+            raise not_a_number(f"in sequence {sequence_id[:100]!r}") from error
         raise wrong(f"is not what a vLLM server says ({' '.join(str(error).split())[:200]})") from error
     if choice.finish_reason == "abort":
         return None

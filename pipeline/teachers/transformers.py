@@ -21,6 +21,7 @@ from pipeline.capture import Capture
 from pipeline.config import TeacherConfig
 from pipeline.draws import KEY_IDS, no_draws
 from pipeline.draws_torch import draw, to_numpy
+from pipeline.estimator import not_a_number
 from pipeline.models import ResolvedModel, attention, check_context, load_tokenizer
 from pipeline.sequence import Scored, Sequence
 from pipeline.teachers import bounded_groups
@@ -177,7 +178,10 @@ class TransformersTeacher:
             inputs["attention_mask"] = attention_mask.to(self._device)
         logits = self._lm(**inputs, use_cache=False).logits
         for row, ids in enumerate(batch):
-            yield logits[row, : len(ids) - 1].float().log_softmax(dim=-1)
+            logprobs = logits[row, : len(ids) - 1].float().log_softmax(dim=-1)
+            if logprobs[:, 0].isnan().any():  # one NaN makes its whole row so
+                raise not_a_number(f"in a sequence of {len(ids)} tokens")
+            yield logprobs
 
 
 def _cause(error: Exception) -> str:

@@ -33,6 +33,7 @@ from cache_format.manifest import TeacherIdentity
 from pipeline.capture import Capture
 from pipeline.config import TeacherConfig
 from pipeline.draws import first_difference
+from pipeline.estimator import check_numbers, not_a_number
 from pipeline.heap import map_large_blocks
 from pipeline.interruption import checkpoint
 from pipeline.models import ResolvedModel, check_context, context_limit, is_quantised, kv_bytes_per_token, vocab_size
@@ -46,6 +47,7 @@ logger = logging.getLogger(__name__)
 
 # How much text an engine is given beyond the step it is at, in steps.
 _STEPS_AHEAD = {"cpu": 3, "gpu": 8}
+_AT_START = "for a first prompt"
 # Other values of these would silently change or break what is stored; each has a field of its own or just one right value.
 _RESERVED = {
     "model": "teacher.model",
@@ -101,6 +103,7 @@ class VllmTeacher:
         self._sampling = sampling
         self._request = Request.of(capture, vocab_size(model))
         self._requests = itertools.count()
+        self._starting = True
         # Prompt logprobs that have come, by request, until the stream that asked for them takes them.
         self._finished: dict[str, Any] = {}
         # What the engine prints goes here for as long as it lives; it is read only to find the cause of a failure.
@@ -125,11 +128,13 @@ class VllmTeacher:
         try:
             # An engine that fails in the middle of its work prints all that it holds.
             with self._quiet():
+                self.check_engine(max_length)
                 self.check_draws(max_length)
             self.route: Route = self.choose_route(max_length)
         except BaseException:
             self.close()
             raise
+        self._starting = False
 
     def identity(self) -> TeacherIdentity:
         return TeacherIdentity(
@@ -171,6 +176,19 @@ class VllmTeacher:
             cleanup_dist_env_and_memory()
         self._engine_log.close()
 
+    def check_engine(self, max_length: int) -> None:
+        """Scores a short prompt, with nothing of ours in it: some kernels refuse a model only when they first run.
+
+        Raises UserError with the kernel's message.
+        """
+        prompt = _prompt(min(9, max(2, max_length)), self.vocab_size)
+        try:
+            list(self._stream([prompt], 1, "stock"))
+        except UserError:
+            raise
+        except Exception as error:
+            raise self._does_not_run(error) from error
+
     def check_draws(self, max_length: int) -> None:
         """Compares the draws of a short prompt with the whole distributions, where draws are asked for.
 
@@ -183,8 +201,12 @@ class VllmTeacher:
             ((ids, logprobs, _),) = self._ask([prompt], self.vocab_size, "flat")
             dense = np.empty((len(ids), self.vocab_size), np.float32)
             np.put_along_axis(dense, ids[:, 1:].astype(np.int64), logprobs[:, 1:], axis=1)
+            if np.isnan(dense).any():
+                raise not_a_number(_AT_START)
             (rows,) = self._ask([prompt], self._request.columns, "flat")
             reason = _wrong_draws(rows, dense, self._request)
+        except UserError:
+            raise
         except Exception as error:
             reason = " ".join(str(error).split()) or type(error).__name__
         if reason is not None:
@@ -235,7 +257,17 @@ class VllmTeacher:
             ]
         except (ImportError, AttributeError, TypeError, ValueError) as error:
             return " ".join(str(error).split()) or type(error).__name__
-        return [scored_rows(each, self._request) for each in rows]
+        scored = [scored_rows(each, self._request) for each in rows]
+        for each in scored:
+            check_numbers(each, _AT_START)
+        return scored
+
+    def _does_not_run(self, error: Exception) -> UserError:
+        """For an engine that has started, and fails at its first prompt."""
+        return UserError(
+            f"vLLM {self._vllm.__version__} cannot run {self._model.name} here: {_explain(error, self._engine_log)}; "
+            "another kernel may (teacher.engine_args.attention_backend), or set teacher.backend=transformers"
+        )
 
     def _does_not_work(self, route: Route, reason: str) -> str:
         return f"the {route} route does not work with vLLM {self._vllm.__version__}: {reason}"
@@ -364,6 +396,8 @@ class VllmTeacher:
             if not _is_engine_failure(error):
                 raise
             logger.debug("vLLM stopped", exc_info=True)
+            if self._starting:
+                raise self._does_not_run(error) from error
             raise UserError(
                 f"vLLM stopped while {work}: {_explain(error, self._engine_log)}; the same command goes on at the first "
                 f"shard that is missing; where memory ran out, lower teacher.batch_tokens ({self._step_tokens}) or "
@@ -489,11 +523,11 @@ def _explain(error: Exception, engine_log: IO[bytes]) -> str:
         first = error.errors()[0]
         return ": ".join([*map(str, first["loc"]), first["msg"].removeprefix("Value error, ")])
     message = str(error)
-    if "root cause" in message:
+    if "root cause" in message or "check the logs" in message:
         engine_log.seek(0)
         printed = engine_log.read().decode(errors="replace")
-        # The first error is the cause; the rest is other processes noticing.
-        raised = re.search(r"\b(?:\w+\.)*\w*Error: .+", printed)
-        message = raised[0] if raised else message
+        # The first error is the cause; the rest is other processes noticing, or naming the process it came from.
+        causes = re.findall(r"\b(?:\w+\.)*\w*Error: .+", printed)
+        message = next((cause for cause in causes if "raised in subprocess" not in cause), message)
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__

@@ -77,7 +77,8 @@ class FakeServer:
                     self.connection.close()
                     self.close_connection = True
                 elif failure is not None:
-                    self.answer(failure, {"error": {"message": "out of order"}})
+                    status, message = failure if isinstance(failure, tuple) else (failure, "out of order")
+                    self.answer(status, {"error": {"message": message}})
                 elif request["prompt_logprobs"] > fake.max_logprobs:
                     message = f"Requested prompt logprobs of {request['prompt_logprobs']}, which is greater than max allowed: {fake.max_logprobs}"
                     self.answer(400, {"error": {"message": message}})
@@ -384,6 +385,21 @@ def test_a_key_that_no_header_can_hold(start: Any, monkeypatch: pytest.MonkeyPat
 def test_logits_are_not_taken_for_logprobs(fake: FakeServer, start: Any, shift: float) -> None:
     fake.table += np.float32(shift)
     with pytest.raises(UserError, match=r"does not send logprobs of whole distributions.*--logprobs-mode raw_logprobs"):
+        start()
+
+
+@pytest.mark.parametrize("nan", [b"NaN", b"null"])
+def test_nan_is_named(nan: bytes) -> None:
+    entry = b'{"7": {"logprob": ' + nan + b', "rank": 1, "decoded_token": null}}'
+    body = b'{"choices": [{"prompt_logprobs": [null, ' + entry + b'], "finish_reason": "length"}]}'
+    with pytest.raises(UserError, match=r"logprobs are NaN in sequence 'x': .*float16.*weights are damaged"):
+        parse_rows(body, np.array([3, 7], np.int32), 1, "x")
+
+
+def test_nan_that_a_server_cannot_send_is_named(fake: FakeServer, start: Any) -> None:
+    message = "Out of range float values are not JSON compliant: nan"
+    fake.before = lambda number, prompt: (400, message)
+    with pytest.raises(UserError, match=r"logprobs are NaN on the server at http://127.*float16"):
         start()
 
 

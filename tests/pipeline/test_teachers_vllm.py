@@ -646,6 +646,53 @@ def test_causes_are_found_in_what_other_processes_printed() -> None:
         assert _explain(ValueError("first\nsecond"), log) == "first"
 
 
+def test_a_package_that_a_model_needs_is_named() -> None:
+    """vLLM looks at a model's class in a process of its own, and logs what that process printed."""
+    failed = ValueError("Model architectures ['X'] failed to be inspected. Please check the logs for more details.")
+    with tempfile.TemporaryFile() as log:
+        assert _explain(failed, log) == str(failed)
+        log.write(
+            b"ERROR 01-01 [registry.py:9] Error in inspecting model architecture 'X'\n"
+            b"ERROR 01-01 [registry.py:9] RuntimeError: Error raised in subprocess:\n"
+            b"ERROR 01-01 [registry.py:9] Traceback (most recent call last):\n"
+            b"ERROR 01-01 [registry.py:9] ModuleNotFoundError: No module named 'mamba_ssm'\n"
+        )
+        assert _explain(failed, log) == "ModuleNotFoundError: No module named 'mamba_ssm'"
+
+
+@needs_vllm
+@pytest.mark.parametrize("error", [NotImplementedError, ValueError])
+def test_a_kernel_that_does_not_run_is_no_fault_of_draws(
+    vllm_tiny: Any, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    def step() -> None:
+        raise error("the attention kernel TINY does not take heads of 20\nand more")
+
+    monkeypatch.setattr(vllm_tiny, "_starting", True)
+    with monkeypatch.context() as patch:
+        patch.setattr(vllm_tiny._llm.llm_engine, "step", step)
+        with pytest.raises(UserError) as caught:
+            vllm_tiny.check_engine(64)
+    assert "cannot run" in str(caught.value)
+    assert "the attention kernel TINY does not take heads of 20; " in str(caught.value)
+    assert "draws" not in str(caught.value)
+    assert "the same command goes on" not in str(caught.value)
+    vllm_tiny.check_engine(64)
+
+
+@needs_vllm
+def test_nan_is_no_fault_of_draws_or_routes(vllm_tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = vllm_tiny._ask
+
+    def overflowing(*args: Any) -> Any:
+        return [(ids, logprobs * np.nan, ranks) for ids, logprobs, ranks in original(*args)]
+
+    monkeypatch.setattr(vllm_tiny, "_ask", overflowing)
+    for check in (vllm_tiny.check_draws, vllm_tiny.choose_route):
+        with pytest.raises(UserError, match=r"^the teacher's logprobs are NaN for a first prompt: .*float16"):
+            check(64)
+
+
 # Last, since closing an engine ends all that live in this process.
 
 
