@@ -17,7 +17,7 @@ SIDE_BY_SIDE = --numprocesses $(WORKERS) --dist loadfile
 SHUFFLED = $(if $(ORDER),--random-order-bucket=module --random-order-seed=$(ORDER))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup teacher-cache train-student test fuzz test-engines test-extras lint bench bench-quality report clean
+.PHONY: help setup teacher-cache train-student test fuzz test-engines test-extras test-families lint bench bench-quality report clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -60,6 +60,9 @@ test-engines: setup ## test the teacher against every vLLM version the extras al
 
 test-extras: setup ## install every extra alone from a wheel, an environment each, and run what it promises (downloads)
 	$(BIN)/python tests/extras.py
+
+test-families: setup ## tiny models of many families through both engines and the audit (docs/families.md); half an hour
+	$(BIN)/python tests/families.py
 
 lint: setup ## ruff, mypy, import-linter
 	$(BIN)/ruff check .
