@@ -145,7 +145,8 @@ def compare(family: str, parent: Path) -> dict[str, str]:
         try:
             audit = build(config(backend), restart=True).manifest.audit
         except Exception as error:
-            return f"refused: {cell(error)}"
+            said = str(error)
+            return f"refused: {cell(said.partition('of the same text: ')[2] or said)}"
         assert audit is not None
         return "agrees" if audit.skipped is None else f"not audited: {cell(audit.skipped)}"
 
@@ -203,7 +204,7 @@ def largest(found: Any, dense: Any) -> float:
 
 def cell(message: object) -> str:
     """For a table."""
-    return " ".join(str(message).split()).replace("|", "/").replace(str(ROOT), "")[:200]
+    return " ".join(str(message).split()).replace("|", "/")[:120]
 
 
 if __name__ == "__main__":
