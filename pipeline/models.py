@@ -176,11 +176,41 @@ def check_context(model: ResolvedModel, max_length: int) -> None:
 def context_limit(model: ResolvedModel) -> int | None:
     """Most tokens the model was made for; None where its config does not say, or stretches its positions at run time."""
     config = _config(model).get_text_config()
-    rope = getattr(config, "rope_parameters", None) or {}
-    per_layer_type = [rope] if "rope_type" in rope else rope.values()
-    if any(isinstance(one, dict) and one.get("rope_type") in {"linear", "dynamic"} for one in per_layer_type):
+    if any(one.get("rope_type") in {"linear", "dynamic"} for one in _rope_parameters(config)):
         return None
     return getattr(config, "max_position_embeddings", None)
+
+
+def longest_with_short_rope(model: ResolvedModel) -> int | None:
+    """Length in tokens above which a text is read with other RoPE factors (LongRoPE: Phi-3, Phi-4-mini); None: never."""
+    config = _config(model).get_text_config()
+    for rope in _rope_parameters(config):
+        if rope.get("rope_type") == "longrope" and rope.get("short_factor") != rope.get("long_factor"):
+            limit = rope.get("original_max_position_embeddings") or config.max_position_embeddings
+            return int(getattr(config, "original_max_position_embeddings", None) or limit)
+    return None
+
+
+def check_rope_in_vllm(model: ResolvedModel, max_model_len: int) -> None:
+    """Raises UserError where vLLM would read short texts otherwise than the model was made to.
+
+    vLLM chooses between the two sets of LongRoPE factors once, by ``max_model_len``, for texts of every length
+    (https://github.com/vllm-project/vllm/pull/27431).
+    """
+    limit = longest_with_short_rope(model)
+    if limit is not None and max_model_len > limit:
+        raise UserError(
+            f"{model.name} has RoPE factors for texts of up to {limit} tokens and others for longer ones; vLLM that takes "
+            f"{max_model_len} tokens (data.max_length and one more, or --max-model-len of a server) uses the latter for "
+            f"every text; set data.max_length to {limit - 1} or less (and start a server with --max-model-len {limit}), or "
+            "set teacher.backend=transformers, which chooses by text"
+        )
+
+
+def _rope_parameters(config: Any) -> list[dict[str, Any]]:
+    """The RoPE settings of a config: one, or one for each type of layer."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    return [one for one in ([rope] if "rope_type" in rope else rope.values()) if isinstance(one, dict)]
 
 
 def kv_bytes_per_token(model: ResolvedModel, value_bytes: int) -> int:

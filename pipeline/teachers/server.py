@@ -31,7 +31,7 @@ from pipeline.capture import Capture
 from pipeline.config import ServerConfig, TeacherConfig
 from pipeline.estimator import not_a_number
 from pipeline.interruption import checkpoint
-from pipeline.models import ResolvedModel, check_context, local_weights, vocab_size
+from pipeline.models import ResolvedModel, check_context, check_rope_in_vllm, local_weights, vocab_size
 from pipeline.sequence import Scored, Sequence
 from pipeline.teachers.server_checks import (
     Probe,
@@ -139,6 +139,7 @@ class ServerTeacher:
                 f"the server at {settings.url} takes {max_model_len} tokens, data.max_length is {self._max_length} and the "
                 f"engine needs room for one more; lower data.max_length, or start it with: {self._command}"
             )
+        check_rope_in_vllm(self._model, max_model_len or self._max_length + 1)
         self._version = await self._ask_version()
         probe = Probe.of(self._probe_ids, await self._rows(self._probe_ids))
         check_distributions(probe, self.vocab_size, settings.url, self._command)

@@ -22,7 +22,7 @@ from pipeline.config import TeacherConfig
 from pipeline.draws import KEY_IDS, no_draws
 from pipeline.draws_torch import draw, to_numpy
 from pipeline.estimator import not_a_number
-from pipeline.models import ResolvedModel, attention, check_context, load_tokenizer
+from pipeline.models import ResolvedModel, attention, check_context, load_tokenizer, longest_with_short_rope
 from pipeline.sequence import Scored, Sequence
 from pipeline.teachers import bounded_groups
 from pipeline.teachers.base import Prompt, Sampling
@@ -56,6 +56,7 @@ class TransformersTeacher:
         self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._step_tokens = config.step_tokens(on_cpu=self._device.type == "cpu")
         check_context(model, max_length)
+        self._longest_short = longest_with_short_rope(model)
         dtype = "float32" if config.dtype == "auto" and self._device.type == "cpu" else config.dtype
         arguments: dict[str, Any] = {"dtype": dtype, "trust_remote_code": model.trust_remote_code, **config.engine_args}
         if (chosen := attention(model, config.engine_args.get("attn_implementation"))) is not None:
@@ -118,6 +119,11 @@ class TransformersTeacher:
             while by_length:
                 first = group[by_length[0]]
                 rows = max(1, self._step_tokens // (len(first.input_ids) + first.max_tokens))
+                if self._longest_short is not None and any(
+                    len(group[index].input_ids) + group[index].max_tokens > self._longest_short
+                    for index in by_length[:rows]
+                ):
+                    rows = 1  # as in _batches; when an answer grows long depends on what it says
                 batch, by_length = by_length[:rows], by_length[rows:]
                 written = self._write([group[index] for index in batch], self._sampling, tokenizer)
                 answers.update(zip(batch, written, strict=True))
@@ -157,12 +163,19 @@ class TransformersTeacher:
         del self._lm
 
     def _batches(self, group: list[Sequence]) -> Iterator[list[int]]:
-        """Indices into ``group``, by falling length, in batches of at most ``batch_tokens`` padded tokens (or of one)."""
+        """Indices into ``group``, by falling length, in batches of at most ``batch_tokens`` padded tokens (or of one).
+
+        transformers chooses RoPE factors by the longest text of a batch, so short texts are in no batch with long ones.
+        """
         by_length = sorted(range(len(group)), key=lambda index: -len(group[index].input_ids))
         while by_length:
-            rows = max(1, self._step_tokens // len(group[by_length[0]].input_ids))
-            yield by_length[:rows]
-            by_length = by_length[rows:]
+            longest = len(group[by_length[0]].input_ids)
+            rows = max(1, self._step_tokens // longest)
+            batch = by_length[:rows]
+            if self._longest_short is not None and longest > self._longest_short:
+                batch = [index for index in batch if len(group[index].input_ids) > self._longest_short]
+            yield batch
+            by_length = by_length[len(batch) :]
 
     @torch.inference_mode()
     def _logprobs(self, batch: list[NDArray[np.int32]]) -> Iterator[Tensor]:

@@ -36,7 +36,15 @@ from pipeline.draws import first_difference
 from pipeline.estimator import check_numbers, not_a_number
 from pipeline.heap import map_large_blocks
 from pipeline.interruption import checkpoint
-from pipeline.models import ResolvedModel, check_context, context_limit, is_quantised, kv_bytes_per_token, vocab_size
+from pipeline.models import (
+    ResolvedModel,
+    check_context,
+    check_rope_in_vllm,
+    context_limit,
+    is_quantised,
+    kv_bytes_per_token,
+    vocab_size,
+)
 from pipeline.sequence import Answer, Scored, Sequence
 from pipeline.teachers.base import Prompt, Sampling
 from pipeline.teachers.vllm_routes import ENTRY_BYTES, Route, Rows, capturing, convert, drawn, sampling, scored_rows
@@ -98,6 +106,7 @@ class VllmTeacher:
         check_engine_args(config)
         check_location(model)
         check_context(model, max_length)
+        check_rope_in_vllm(model, _max_model_len(max_length))
         self._config = config
         self._model = model
         self._sampling = sampling
@@ -274,8 +283,7 @@ class VllmTeacher:
 
     def _start(self, max_length: int) -> Any:
         config, model, request = self._config, self._model, self._request
-        # One token of room: the engine insists on sampling one after the prompt.
-        max_model_len = max(2, max_length) + 1
+        max_model_len = _max_model_len(max_length)
         overrides: dict[str, Any] = {}
         if max_length == context_limit(model):
             # The sampled token is never read, so a prompt may fill the model's context; this field says that it may.
@@ -474,6 +482,11 @@ def _torch_threads_kept() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads = original
+
+
+def _max_model_len(max_length: int) -> int:
+    """With one token of room: the engine insists on sampling one after the prompt."""
+    return max(2, max_length) + 1
 
 
 def _prompt(length: int, vocab_size: int) -> list[int]:

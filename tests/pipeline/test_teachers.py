@@ -12,13 +12,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from cache_format.errors import UserError
 from pipeline.capture import Capture, head_sizes
 from pipeline.config import TeacherConfig
-from pipeline.models import load_tokenizer
+from pipeline.models import check_rope_in_vllm, load_tokenizer, resolve_model
 from pipeline.sequence import Sequence
-from pipeline.teachers import bounded_groups, open_teacher, open_tokenizer, vocab_size_of
+from pipeline.teachers import Prompt, Sampling, bounded_groups, open_teacher, open_tokenizer, vocab_size_of
 from pipeline.teachers.synthetic import SyntheticTeacher, SyntheticTokenizer
 
 MAX_LENGTH = 96
@@ -333,3 +334,67 @@ def test_groups_are_bounded_and_complete(rng: np.random.Generator, as_sequence: 
         sum(len(s.input_ids) for s in group) + len(after[0].input_ids) > 20
         for group, after in itertools.pairwise(groups)
     )
+
+
+@pytest.fixture(scope="module")
+def long_rope(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a random model that reads texts above 32 tokens with other RoPE factors, as Phi-3's 128k models do."""
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    folder = tmp_path_factory.mktemp("long-rope")
+    factors = {"short_factor": [1.0] * 16, "long_factor": [1.0 + 3 * each for each in range(16)]}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 32, **factors}
+    torch.manual_seed(0)
+    config = Phi3Config(
+        vocab_size=384,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=128,
+        original_max_position_embeddings=32,
+        initializer_range=0.25,
+        bos_token_id=0,
+        eos_token_id=2,
+        pad_token_id=0,
+        rope_parameters=rope,
+    )
+    Phi3ForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def test_what_a_short_text_scores_does_not_depend_on_the_long_ones_in_its_group(
+    long_rope: Path, as_sequence: Any, rng: np.random.Generator
+) -> None:
+    config = TeacherConfig(model=str(long_rope), backend="transformers", batch_tokens=1000)
+    teacher = open_teacher(config, max_length=64, capture=Capture(4))
+    texts = [as_sequence(str(n), rng.integers(3, 384, n).tolist()) for n in (20, 60, 33, 32)]
+    for text, scored in zip(texts, teacher.score(texts), strict=True):
+        alone = teacher.dense_logprobs(text.input_ids)
+        rows = np.arange(len(alone))
+        np.testing.assert_allclose(scored.target_logprob, alone[rows, text.input_ids[1:]], atol=1e-4)
+    teacher.close()
+
+
+def test_an_answer_does_not_depend_on_the_long_ones_in_its_group(long_rope: Path, rng: np.random.Generator) -> None:
+    config = TeacherConfig(model=str(long_rope), backend="transformers", batch_tokens=1000)
+    teacher = open_teacher(config, max_length=64, capture=Capture(4), sampling=Sampling(0.0, 1.0, ()))
+    prompts = [Prompt(rng.integers(3, 384, n).astype(np.int32), 4, 0) for n in (20, 50, 27)]
+    for together, prompt in zip(teacher.generate(prompts), prompts, strict=True):
+        np.testing.assert_array_equal(together, next(teacher.generate([prompt])))
+    teacher.close()
+
+
+def test_vllm_would_read_short_texts_as_long_ones(long_rope: Path) -> None:
+    model = resolve_model(str(long_rope))
+    check_rope_in_vllm(model, 32)
+    with pytest.raises(UserError, match=r"texts of up to 32 tokens.*33 tokens.*data.max_length to 31 or less") as error:
+        check_rope_in_vllm(model, 33)
+    assert "\n" not in str(error.value)
+
+
+def test_vllm_is_asked_before_it_starts(long_rope: Path) -> None:
+    pytest.importorskip("vllm")
+    with pytest.raises(UserError, match=r"data\.max_length to 31 or less"):
+        open_teacher(TeacherConfig(model=str(long_rope), backend="vllm"), max_length=32, capture=Capture(4))
