@@ -124,6 +124,14 @@ class ChatTemplate:
         )
         return texts[0], [(start, end) for start, end in spans[0]]
 
+    def end_of_turn(self) -> str:
+        """The text behind the last answer of a chat, white space aside; empty where there is none, or it cannot be told."""
+        try:
+            text = self.render([_QUESTION, {"role": "assistant", "content": "logitcask"}])
+        except Refused:
+            return ""
+        return text.rpartition("logitcask")[2].strip()
+
     def check_tools(self, row_id: str, messages: Messages, tools: Tools | None) -> None:
         """Says so, once each, if the template leaves out tool definitions, or calls: asked of the first chat with some."""
         without = dict[str, tuple[Messages, Tools | None]]()

@@ -314,7 +314,7 @@ def _make_plan(build_dir: Path, config: BuildConfig, request: dict[str, Any], en
     else:
         prompts = _prompts(config)
         request = _with_date(request, prompts)
-        sampling = sampling_of(config.teacher, config.data.generate, prompts.tokenizer)
+        sampling = sampling_of(config.teacher, config.data.generate, prompts.tokenizer, prompts.template)
         text = Generations(prompts, config, sampling, build_dir, request)
         text.complete(source, engine.start)
     with tqdm(unit="tok", unit_scale=True, desc="tokenise", leave=False, total=config.data.max_tokens) as bar:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.capture import Capture
+from pipeline.chat_template import ChatTemplate
 from pipeline.config import GenerateConfig, TeacherConfig
 from pipeline.models import ResolvedModel, end_tokens, load_tokenizer, resolve_model, vocab_size
 from pipeline.sequence import Sequence
@@ -85,13 +86,26 @@ def open_tokenizer(config: TeacherConfig) -> Any:
     return load_tokenizer(config.model, config.revision, trust_remote_code=config.trust_remote_code)
 
 
-def sampling_of(config: TeacherConfig, settings: GenerateConfig, tokenizer: Any) -> Sampling:
+def sampling_of(
+    config: TeacherConfig, settings: GenerateConfig, tokenizer: Any, template: ChatTemplate | None = None
+) -> Sampling:
     """How the teacher is to write: by the settings, until one of its own end tokens.
+
+    The special token that ``template`` puts behind an answer is one of them, whatever the model's configs name: a teacher
+    that writes on behind it writes the next question itself.
 
     A stop string that is a special token of the tokenizer, which would not show in the text, counts as an end token.
     """
     ends = {tokenizer.eos_token_id} if _is_synthetic(config) else _ends_of_turns(config, tokenizer)
     special = {str(token): index for index, token in getattr(tokenizer, "added_tokens_decoder", {}).items()}
+    behind = template.end_of_turn() if template is not None else ""
+    written = next((token for token in sorted(special, key=len, reverse=True) if behind.startswith(token)), None)
+    if written is not None and special[written] not in ends:
+        logger.warning(
+            "the chat template ends an answer with %s, which the model's configs do not name as an end token; answers end there",
+            written,
+        )
+        ends |= {special[written]}
     ends |= {special[stop] for stop in settings.stop if stop in special}
     return Sampling(
         temperature=settings.temperature,

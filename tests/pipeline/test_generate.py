@@ -173,6 +173,45 @@ def test_a_models_own_generation_settings_do_not_count(tiny_llama, rng, tmp_path
 # --- where answers end
 
 
+LLAMA_3 = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n\n{{ m['content'] | trim }}{{ end }}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n\n{% endif %}"
+)
+
+
+def test_an_answer_ends_where_the_template_ends_a_turn(
+    tiny_llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The first Llama 3 Instruct named <|end_of_text|> alone in its configs, and its template wrote <|eot_id|>."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_llama, folder)
+    for name in ("config.json", "generation_config.json"):
+        fields = json.loads((folder / name).read_text()) if (folder / name).exists() else {}
+        (folder / name).write_text(json.dumps({**fields, "eos_token_id": 0}))
+    fields = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**fields, "eos_token": "<|endoftext|>"}))
+    teacher = {"model": str(folder), "backend": "transformers"}
+    file = tmp_path / "template.jinja"
+
+    def ends(template: str) -> tuple[int, ...]:
+        file.write_text(template)
+        config = config_of(tmp_path, teacher, chat_template=str(file))
+        prompts = Prompts(open_tokenizer(config.teacher), config.data, 384)
+        caplog.clear()
+        return sampling_of(config.teacher, config.data.generate, prompts.tokenizer, prompts.template).end_tokens
+
+    assert ends(LLAMA_3.replace("{{ end }}", "<|im_end|>")) == (0, 2)
+    assert "ends an answer with <|im_end|>" in caplog.text
+    assert ends(LLAMA_3.replace("{{ end }}", "\n<|im_end|>\n<|endoftext|>")) == (0, 2)
+    for nothing_else in ("<|endoftext|>", "", "### end", "{{ raise_exception('no') }}"):
+        assert ends(LLAMA_3.replace("{{ end }}", nothing_else)) == (0,)
+        assert not caplog.text
+
+    file.write_text(LLAMA_3.replace("{{ end }}", "<|im_end|>"))
+    build(config_of(tmp_path, teacher, chat_template=str(file)))
+    assert CacheReader(tmp_path / "cache").manifest.data.generation.end_tokens == (0, 2)
+
+
 def byte_decode(ids: np.ndarray) -> str:
     return SyntheticTokenizer().decode(ids, skip_special_tokens=True)
 
