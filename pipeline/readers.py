@@ -277,7 +277,7 @@ def _parquet_rows(file: IO[bytes], path: str, fields: list[str]) -> Iterator[dic
     table = pq.ParquetFile(file)
     _require(fields, table.schema_arrow.names, path)
     for batch in table.iter_batches(_BATCH_ROWS, columns=fields):
-        yield from batch.to_pylist()
+        yield from _objects_in(batch)
 
 
 def _arrow_batches(file: IO[bytes]) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
@@ -299,7 +299,12 @@ def _arrow_rows(file: IO[bytes], path: str, fields: list[str]) -> Iterator[dict[
     schema, batches = _arrow_batches(file)
     _require(fields, schema.names, path)
     for batch in batches:
-        yield from batch.select(fields).to_pylist()
+        yield from _objects_in(batch.select(fields))
+
+
+def _objects_in(batch: pa.RecordBatch) -> list[dict[str, Any]]:
+    """The rows of ``batch``. Maps, which Spark writes for objects, are dicts. Raises KeyError for a key that occurs twice."""
+    return batch.to_pylist(maps_as_pydicts="strict")
 
 
 def _require(fields: list[str], columns: list[str], path: str) -> None:

@@ -124,6 +124,27 @@ def test_csv_cells_stay_text(tmp_path: Path) -> None:
     assert "row train/4" in message_of(tmp_path / "a.csv", id_field="id")
 
 
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow", "file.arrow"])
+def test_maps_are_objects(name: str, tmp_path: Path) -> None:
+    """Spark writes a map where others write a struct."""
+
+    def write(*messages: list[tuple[str, str]]) -> None:
+        chats = pa.list_(pa.map_(pa.string(), pa.string()))
+        table = pa.table({"messages": pa.array([list(messages)], chats)})
+        if name == "a.parquet":
+            pq.write_table(table, tmp_path / name)
+            return
+        with (pa.ipc.new_file if name == "file.arrow" else pa.ipc.new_stream)(
+            str(tmp_path / name), table.schema
+        ) as out:
+            out.write_table(table)
+
+    write(list(HI.items()), list(YO.items()))
+    assert rows_of(tmp_path / name, messages_field="messages") == [Row("train/0", None, [HI, YO])]
+    write([*HI.items(), ("content", "ho")], list(YO.items()))
+    assert "content" in message_of(tmp_path / name, messages_field="messages")
+
+
 def test_rows_without_text_are_counted_by_reason_and_keep_their_numbers(tmp_path: Path) -> None:
     lines = ['{"text": null}', '{"text": "a"}', '{"text": 5}', '{"text": ["x"]}', '{"text": ""}', '{"text": " \\n"}']
     lines += ['{"other": 1}', '{"text": "half \\ud83d"}', '{"text": "b"}']
