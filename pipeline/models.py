@@ -27,7 +27,7 @@ from filelock import FileLock
 
 from cache_format.attention import attention_implementation
 from cache_format.errors import UserError
-from cache_format.places import ADAPTER_CONFIG, local_model, models_dir, refuse_adapters
+from cache_format.places import ADAPTER_CONFIG, cannot_write, local_model, models_dir, refuse_adapters
 from cache_format.tokenizers import usable_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -268,11 +268,12 @@ def _refuse_own_code(model: ResolvedModel, error: Exception) -> None:
 
 @functools.cache
 def _hub_commit(name: str, revision: str | None) -> str:
-    """Commit that ``revision`` of a hub model stands for; from the local hub cache when the hub is out of reach.
+    """Commit that ``revision`` of a hub model stands for; from the local hub cache when the hub is out of reach, or when
+    that cache cannot be written.
 
     Cached: a branch that moves while a command runs must not give it two models.
     """
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalEntryNotFoundError, RevisionNotFoundError
 
     try:
@@ -294,6 +295,16 @@ def _hub_commit(name: str, revision: str | None) -> str:
             f"no model {name!r}: there is no such folder, and it is not a hub name; {_what_there_is()}"
         ) from error
     except OSError as error:
+        if cannot_write(error):
+            cached = try_to_load_from_cache(name, "config.json", revision=revision)
+            if not isinstance(cached, str):
+                raise UserError(
+                    f"model {name} of the Hugging Face hub cannot be fetched, as the hub cache cannot be written "
+                    f"({_first_line(error)}); set HF_HOME to a folder that can be written and has room"
+                ) from error
+            commit = Path(cached).parent.name
+            _refuse_hub_adapters(name, commit)
+            return commit
         _refuse_hub_adapters(name, revision)
         raise UserError(
             f"no model {name!r}: it is not built in, not a folder, and the Hugging Face hub does not have it "

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cache_format.errors import LogitcaskError, UserError
+from cache_format.places import cannot_write
 from pipeline.config import DataConfig
 from pipeline.readers import JSON_SUFFIXES, SUFFIXES, read_columns, read_rows, suffix_of
 
@@ -317,7 +318,7 @@ def find_files(config: DataConfig) -> list[str]:
         return [str(local)]
     if local.is_dir():
         return _find_in_folder(config, local).files
-    splits = _ask_datasets(config, config.path)
+    splits = _ask_datasets(config, config.path, None)
     _check_split(config, list(splits))
     return splits[config.split]
 
@@ -400,9 +401,9 @@ def _splits_of_folder(config: DataConfig, folder: Path) -> dict[str, list[str]]:
     base = folder.resolve()
     paths = [os.path.join(here, name) for here, folders, files in os.walk(base) for name in (*folders, *files)]
     script = base.suffix == ".py"  # a folder that passes for one
-    if not script and not any(_PATTERN.search(path) for path in (str(base), *paths)):
-        return _ask_datasets(config, str(base))
     with tempfile.TemporaryDirectory() as temporary:
+        if not script and not any(_PATTERN.search(path) for path in (str(base), *paths)):
+            return _ask_datasets(config, str(base), temporary)
         mirror = Path(temporary).resolve() / "data"
         original: dict[str, str] = {}
         for path in sorted(paths):
@@ -417,7 +418,7 @@ def _splits_of_folder(config: DataConfig, folder: Path) -> dict[str, list[str]]:
                 shutil.copyfile(path, plain)
             else:
                 plain.touch()
-        splits = _ask_datasets(config, str(mirror))
+        splits = _ask_datasets(config, str(mirror), temporary)
     return {split: [original[file] for file in files] for split, files in splits.items()}
 
 
@@ -426,15 +427,20 @@ def _plain(name: str) -> str:
     return re.sub(r"[\[\]?*:]", "x", name)
 
 
-def _ask_datasets(config: DataConfig, where: str) -> dict[str, list[str]]:
-    """The files of every split of a folder or a hub data set, as ``datasets`` sees them, each once."""
+def _ask_datasets(config: DataConfig, where: str, cache: str | None) -> dict[str, list[str]]:
+    """The files of every split of a folder or a hub data set, as ``datasets`` sees them, each once.
+
+    ``cache``: the folder that it makes its own in, which names need no cache for; None for the user's.
+    """
     with _quiet_datasets():
         from datasets import load_dataset_builder
 
         try:
-            builder = load_dataset_builder(where, name=config.name, revision=config.revision)
+            builder = load_dataset_builder(where, name=config.name, revision=config.revision, cache_dir=cache)
         except Exception as error:  # not found, no such configuration, gated, offline, ...
             what = _one_line(error).replace(where, config.path)
+            if cannot_write(error):
+                what += "; set HF_HOME to a folder that can be written and has room"
             raise UserError(f"cannot open data set {config.path!r}: {what}") from error
     # A name may match several patterns of one split.
     return {

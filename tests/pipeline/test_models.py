@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -65,6 +67,36 @@ def test_adapters_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, co
     (snapshot / "adapter_config.json").unlink()
     if config:
         assert resolve_model("org/adapters").revision == "0123abcd"
+    _hub_commit.cache_clear()
+
+
+@pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES, errno.ENOSPC])
+def test_a_hub_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    """What is in it is read; of what is not, the cache is named, not the model."""
+
+    def download(name: str, file: str, revision: str | None = None) -> str:
+        raise OSError(code, os.strerror(code), str(tmp_path / "hub"))
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("LOGITCASK_MODELS", str(tmp_path / "models"))
+    _hub_commit.cache_clear()
+    with pytest.raises(UserError, match=r"hub cache cannot be written.*set HF_HOME to a folder") as error:
+        resolve_model("org/model")
+    assert os.strerror(code) in str(error.value)
+    assert "\n" not in str(error.value)
+
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    snapshot = tmp_path / "hub" / "models--org--model" / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    refs = tmp_path / "hub" / "models--org--model" / "refs"
+    refs.mkdir()
+    (refs / "main").write_text(commit)
+    assert resolve_model("org/model").revision == commit
+    assert resolve_model("org/model", commit).revision == commit
+    with pytest.raises(UserError, match="hub cache cannot be written"):
+        resolve_model("org/model", "another-branch")
     _hub_commit.cache_clear()
 
 

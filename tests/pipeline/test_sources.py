@@ -145,6 +145,17 @@ def test_maps_are_objects(name: str, tmp_path: Path) -> None:
     assert "content" in message_of(tmp_path / name, messages_field="messages")
 
 
+def test_a_local_folder_needs_no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Containers often run as a user whose home cannot be written; nothing of a folder of files needs a copy."""
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "file" / "datasets"))
+    for name in ("plain", "with [brackets]"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train.jsonl").write_bytes(json_lines([{"text": name}]))
+        assert [row.text for row in rows_of(tmp_path / name)] == [name]
+        assert sorted(path.name for path in (tmp_path / name).iterdir()) == ["train.jsonl"]
+
+
 def test_rows_without_text_are_counted_by_reason_and_keep_their_numbers(tmp_path: Path) -> None:
     lines = ['{"text": null}', '{"text": "a"}', '{"text": 5}', '{"text": ["x"]}', '{"text": ""}', '{"text": " \\n"}']
     lines += ['{"other": 1}', '{"text": "half \\ud83d"}', '{"text": "b"}']
@@ -508,7 +519,7 @@ def test_the_files_of_a_hub_data_set_are_read_at_the_commit_that_was_found(
 
     monkeypatch.setattr(datasets, "load_dataset_builder", builder)
     source = open_source(DataConfig(path="user/name", name="small", revision="v1"))
-    assert asked == [("user/name", {"name": "small", "revision": "v1"})]
+    assert asked == [("user/name", {"name": "small", "revision": "v1", "cache_dir": None})]
     assert list(source) == [Row("train/0", "from the hub", None)]
     assert source.stamp() == f"hub:user/name@{commit}"
 
