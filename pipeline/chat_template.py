@@ -76,6 +76,7 @@ class ChatTemplate:
         self._tokenizer = tokenizer
         self._source, self._variables = self.text, dict(config.template_arguments)
         self._asked = set[str]()  # whether it renders tools, or calls
+        self._warned_of_specials = False
         for name in self._variables:
             if not re.search(rf"\b{re.escape(name)}\b", self.text):
                 raise UserError(
@@ -131,6 +132,28 @@ class ChatTemplate:
         except Refused:
             return ""
         return text.rpartition("logitcask")[2].strip()
+
+    def special_token_in(self, row_id: str, messages: Messages, tools: Tools | None) -> bool:
+        """Whether a text of the chat spells a special token, which it becomes; said once, of the first such chat.
+
+        A tokenizer cannot tell what the template wrote from what was in the data.
+        """
+        found = None if self._specials is None else _first_match(self._specials, [messages, tools])
+        if found is not None and not self._warned_of_specials:
+            log.warning(
+                "chat %s holds the text %s, which the tokenizer takes for its special token, as if the template had written it "
+                "(counted as special_tokens_in_content); take it out of the data if that is not meant",
+                row_id,
+                found,
+            )
+            self._warned_of_specials = True
+        return found is not None
+
+    @cached_property
+    def _specials(self) -> re.Pattern[str] | None:
+        added = getattr(self._tokenizer, "added_tokens_decoder", {}).values()
+        texts = [str(token) for token in added if getattr(token, "special", False)]
+        return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True)))) if texts else None
 
     def check_tools(self, row_id: str, messages: Messages, tools: Tools | None) -> None:
         """Says so, once each, if the template leaves out tool definitions, or calls: asked of the first chat with some."""
@@ -242,6 +265,18 @@ def _directives(day: date) -> list[tuple[str, str]]:
     names = [f"%{directive}" for directive in _DIRECTIVES]
     unpadded = [(f"%-{directive}", str(int(midnight.strftime(f"%{directive}")))) for directive in "dmyHIMSj"]
     return [("%%", "\0"), *unpadded, *((name, midnight.strftime(name)) for name in names), ("\0", "%")]
+
+
+def _first_match(pattern: re.Pattern[str], value: Any) -> str | None:
+    """What ``pattern`` finds first in the strings of ``value``, at any depth; keys and values."""
+    if isinstance(value, str):
+        match = pattern.search(value)
+        return match[0] if match else None
+    if isinstance(value, dict):
+        value = [*value.keys(), *value.values()]
+    if isinstance(value, list):
+        return next((found for each in value if (found := _first_match(pattern, each)) is not None), None)
+    return None
 
 
 def _without_calls(message: dict[str, Any]) -> dict[str, Any]:

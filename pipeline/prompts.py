@@ -38,7 +38,8 @@ class Prompts:
     ``template`` is the chat template in force, None for texts that are continued.
 
     ``counters`` describes the latest ``prompts()``: ``prompts``; ``overlong_prompts``; ``answers_replaced`` (chats that
-    ended with the assistant); ``without_prompt`` (chats in which nobody asks); ``without_tokens``; ``refused_by_template``.
+    ended with the assistant); ``special_tokens_in_content`` (chats with a text that spells a special token);
+    ``without_prompt`` (chats in which nobody asks); ``without_tokens``; ``refused_by_template``.
 
     Raises UserError if the tokenizer has no chat template where one is needed.
     """
@@ -128,6 +129,8 @@ class Prompts:
             messages = [{"role": "system", "content": self._settings.system_prompt}, *messages]
         messages = template.prepared(messages, row.tools)
         template.check_tools(row.row_id, messages, row.tools)
+        if template.special_token_in(row.row_id, messages, row.tools):
+            self._counters["special_tokens_in_content"] += 1
         try:
             text = template.render(messages, row.tools, add_generation_prompt=True)
         except Refused as refusal:

@@ -81,7 +81,8 @@ class Tokenization:
     ``second_eos_removed``, documents whose text held what the tokenizer adds; ``foreign_bos``, those that begin with the
     BOS of another tokenizer, which is text to this one; ``split_documents`` and the ``pieces`` they gave; ``truncated``;
     ``dropped_overlong``; ``without_tokens``; ``nothing_to_learn`` (chats in which the assistant says nothing, or nothing
-    within ``max_length``); ``refused_by_template``; ``turns_not_learnt`` (of the chats used, the assistant's turns that a
+    within ``max_length``); ``special_tokens_in_content`` (chats with a text that spells a special token);
+    ``refused_by_template``; ``turns_not_learnt`` (of the chats used, the assistant's turns that a
     mark makes context); ``sequences``; ``tokens``;
     ``kept_positions``; ``stopped_at_max_tokens`` (0 or 1).
 
@@ -240,6 +241,8 @@ class Tokenization:
                 continue
             messages = template.prepared(messages, row.tools)
             template.check_tools(row.row_id, messages, row.tools)
+            if template.special_token_in(row.row_id, messages, row.tools):
+                self._counters["special_tokens_in_content"] += 1
             render = self._render_marked if template.marks_answers else self._render_by_prefixes
             try:
                 text, spans = render(template, messages, row, learnt)
