@@ -14,6 +14,7 @@ import io
 import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -31,6 +32,9 @@ from cache_format.places import ADAPTER_CONFIG, cannot_write, local_model, model
 from cache_format.tokenizers import usable_tokenizer
 
 logger = logging.getLogger(__name__)
+
+_NUMBERED = re.compile(r"(.+)-\d{5}-of-(\d{5})\.(?:safetensors|bin)")
+_SHOWN = 3  # files in a message
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +114,40 @@ def local_weights(model: ResolvedModel) -> list[Path]:
 
 def _weight_files(folder: Path) -> list[Path]:
     return sorted(file for file in folder.iterdir() if file.suffix in {".safetensors", ".bin"})
+
+
+def check_weights(model: ResolvedModel) -> None:
+    """Raises UserError where files of a local model's weights are missing.
+
+    Engines differ in what they do about it; vLLM may start without some of the weights
+    (https://github.com/vllm-project/vllm/issues/34859). Weights of a hub model are fetched by the engine.
+    """
+    if model.revision is not None:
+        return
+    folder = Path(model.location)
+    there = {file.name for file in _weight_files(folder)}
+    # Engines prefer safetensors; an index of .bin files beside them is often left over.
+    suffix = ".safetensors" if any(name.endswith(".safetensors") for name in there) else ".bin"
+    named = {name for index in folder.glob(f"*{suffix}.index.json") for name in _weight_map(index)}
+    if not named:
+        for name in there:
+            if name.endswith(suffix) and (numbered := _NUMBERED.fullmatch(name)):
+                stem, count = numbered[1], int(numbered[2])
+                named |= {f"{stem}-{number:05d}-of-{count:05d}{suffix}" for number in range(1, count + 1)}
+    if missing := sorted(named - there):
+        more = f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
+        raise UserError(
+            f"{model.name} is incomplete: {len(missing)} of the {len(named)} files of its weights are missing "
+            f"({', '.join(missing[:_SHOWN])}{more}); fetch them again, or copy the whole folder"
+        )
+
+
+def _weight_map(index: Path) -> set[str]:
+    """The files that an index of weights names. Raises UserError where it is no such index."""
+    try:
+        return set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{index} is no index of weights ({_first_line(error)}); fetch it again") from error
 
 
 def prepare_model(name: str, revision: str | None = None) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 from pipeline.capture import Capture
 from pipeline.chat_template import ChatTemplate
 from pipeline.config import GenerateConfig, TeacherConfig
-from pipeline.models import ResolvedModel, end_tokens, load_tokenizer, resolve_model, vocab_size
+from pipeline.models import ResolvedModel, check_weights, end_tokens, load_tokenizer, resolve_model, vocab_size
 from pipeline.sequence import Sequence
 from pipeline.teachers.base import Generator, Prompt, Sampling, Teacher, answers
 
@@ -60,6 +60,7 @@ def open_teacher(
         from pipeline.teachers.server import ServerTeacher
 
         return ServerTeacher(config, model, max_length=max_length, capture=capture, state=state)
+    check_weights(model)
     if config.backend == "vllm":
         if importlib.util.find_spec("vllm") is not None:
             from pipeline.teachers.vllm import VllmTeacher

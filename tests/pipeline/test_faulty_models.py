@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,13 @@ from transformers import AutoModelForCausalLM
 from cache_format import CacheReader, UserError
 from cache_format.cli import describe
 from pipeline.audit import audit
+from pipeline.capture import Capture
 from pipeline.config import BuildConfig, TeacherConfig
 from pipeline.estimator import keep
-from pipeline.models import load_tokenizer
+from pipeline.models import check_weights, load_tokenizer, resolve_model
 from pipeline.run import build
 from pipeline.sequence import Sequence
+from pipeline.teachers import open_teacher
 from pipeline.teachers.synthetic import SyntheticTeacher
 
 CONFIGURATION = """
@@ -70,6 +73,29 @@ def test_nan_names_its_cause(tiny_llama: Path, tmp_path: Path, fault: str) -> No
         build(config(folder, tmp_path / "cache", dtype=dtype))
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "cache" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("backend", ["transformers", "vllm"])
+def test_a_folder_that_lacks_weights(tiny_llama: Path, tmp_path: Path, backend: str) -> None:
+    """An interrupted download. vLLM starts without an lm_head where there is no index, and transformers says something else."""
+    folder = tmp_path / "model"
+    AutoModelForCausalLM.from_pretrained(tiny_llama).save_pretrained(folder, max_shard_size="150KB")
+    index, files = folder / "model.safetensors.index.json", sorted(folder.glob("*.safetensors"))
+    assert len(files) > 2
+    model = resolve_model(str(folder))
+    check_weights(model)
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {"a": "pytorch_model.bin"}}))
+    check_weights(model)  # left over
+    files[-1].unlink()
+    message = rf"^{re.escape(str(folder))} is incomplete: 1 of the {len(files)} files .* missing \({files[-1].name}\)"
+    for _ in range(2):
+        with pytest.raises(UserError, match=message):
+            open_teacher(TeacherConfig(model=str(folder), backend=backend), max_length=16, capture=Capture(2))
+        index.unlink(missing_ok=True)
+    index.write_text("<html>")
+    with pytest.raises(UserError, match="is no index of weights") as error:
+        check_weights(model)
+    assert "\n" not in str(error.value)
 
 
 def test_nan_of_any_engine_is_not_stored(synthetic_scored: tuple[Sequence, Any, Any]) -> None:
