@@ -360,6 +360,15 @@ def test_a_model_goes_by_its_own_name(fake: FakeServer, start: Any, tiny_llama: 
     assert start(model=None)._served == fake.models[1][0]
 
 
+def test_a_server_that_reads_short_texts_as_long_ones(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes 200 tokens, more than data.max_length, and chooses RoPE factors by that."""
+    monkeypatch.setattr("pipeline.models.longest_with_short_rope", lambda model: 200)
+    start()
+    monkeypatch.setattr("pipeline.models.longest_with_short_rope", lambda model: 150)
+    with pytest.raises(UserError, match=r"takes 200 tokens .* start a server with --max-model-len 150"):
+        start()
+
+
 def test_keys_are_sent(fake: FakeServer, start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     fake.key = "secret"
     monkeypatch.setenv("SOME_KEY", "secret")
