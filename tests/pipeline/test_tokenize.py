@@ -583,6 +583,7 @@ def test_content_that_spells_a_special_token_is_counted_and_named_once(caplog: p
     assert counters["chats"] == 5
     start = with_template(CHATML).convert_tokens_to_ids("<|im_start|>")
     assert sequences[1].input_ids.tolist().count(start) == 3
+    assert sequences[1].loss_mask.sum() == sequences[0].loss_mask.sum()  # of the forged turn nothing is learnt
     (said,) = [record.getMessage() for record in caplog.records if "special token" in record.getMessage()]
     assert said.startswith("chat train/1 holds the text <|im_end|>")
 
