@@ -24,6 +24,7 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.trainer_utils import SaveStrategy
 
 from cache_format.errors import UserError
@@ -97,6 +98,8 @@ class DistillationTrainer(Trainer):
         )
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
+        if args.enable_jit_checkpoint:
+            self.add_callback(_StopAfterSaving(self.pop_callback(JITCheckpointCallback)))
         # Batches carry one label per kept position, shifted already; Trainer counts them for the mean.
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = False
@@ -383,6 +386,34 @@ class _LogWhenSaving(TrainerCallback):
 def _may_save(args: TrainingArguments, control: TrainerControl) -> bool:
     # Whether a student is the best so far is known only once it is evaluated, which comes after logging.
     return control.should_save or (args.save_strategy == SaveStrategy.BEST and control.should_evaluate)
+
+
+class _StopAfterSaving(TrainerCallback):
+    """After SIGTERM (``training.enable_jit_checkpoint``), saves at the end of a step and raises KeyboardInterrupt.
+
+    The signal is caught by transformers' own callback, which would save inside a step, drop the losses since the last
+    record, and let a training that has stopped pass for one that has finished.
+    """
+
+    def __init__(self, catching: JITCheckpointCallback) -> None:
+        self._catching = catching
+        self._asked = False
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        # Every process gets the signal, but not at the same step.
+        self._asked = self._asked or any(gathered(bool(self._catching.jit_manager.is_checkpoint_requested)))
+        if self._asked:
+            control.should_log = control.should_save = True
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._asked:
+            self._catching.on_train_end(args, state, control)  # which gives the signal back
+            raise KeyboardInterrupt
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._catching.on_train_end(args, state, control)
 
 
 class _TellEpoch(TrainerCallback):
