@@ -27,6 +27,8 @@ _UNSUPPORTED = {
     "label_smoothing_factor": "the hard labels are a loss of their own: ce_weight",
     "save_only_model": "a run could not go on exactly",
     "group_by_length": "set data.group_by_length instead",
+    "auto_find_batch_size": "it begins again with a smaller batch, but keeps the weights of the steps before; set "
+    "per_device_train_batch_size and gradient_accumulation_steps instead",
 }
 _AT_LEAST_ONE = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
 _RISING = ("top1_agreement", "mor@", "cr@", "spearman@")

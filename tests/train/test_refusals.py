@@ -32,6 +32,7 @@ def sound_cache(write_cache):
         ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches would cut cached batches"),
         ({"accelerator_config": {"split_batches": True}}, "split_batches would cut cached batches"),
         ({"use_liger_kernel": True, "liger_kernel_config": {"fused_linear_cross_entropy": True}}, "its own loss"),
+        ({"auto_find_batch_size": True}, "auto_find_batch_size is True, .*; set per_device_train_batch_size"),
         ({"report_to": "carrier_pigeon"}, "report_to: carrier_pigeon is not supported"),
         ({"optim": "adamw_bnb_8bit"}, r"training.optim is '.*adamw_bnb_8bit'"),
         ({"adam_beta1": 2.0}, "training.optim is 'adamw_torch.*': Invalid beta parameter"),
