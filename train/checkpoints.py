@@ -74,6 +74,20 @@ def named_checkpoint(name: str, fingerprints: tuple[str, ...], steps: int) -> Pa
     return folder
 
 
+def best_checkpoint(recorded: str, output: Path) -> Path:
+    """Where the best student so far lies, whose path at the time of saving is ``recorded``; the run may have moved since.
+
+    Raises UserError where it is gone: going on would end with another student than the best.
+    """
+    for folder in (output / Path(recorded).name, Path(recorded)):
+        if _state(folder) is not None:
+            return folder
+    raise UserError(
+        f"the best student so far was saved in {Path(recorded).name}, which is no complete checkpoint in {output}; put it back, "
+        "begin afresh with --restart, or choose another training.output_dir without training.load_best_model_at_end"
+    )
+
+
 def warn_of_other_batches(checkpoint: Path) -> None:
     """Says so where as many processes as now did not make ``checkpoint``: each takes its part of what comes next."""
     before = _stamp(_state(checkpoint) or {}).get("attributes", {}).get("processes")

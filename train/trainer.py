@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import groupby
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -28,6 +29,7 @@ from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.trainer_utils import SaveStrategy
 
 from cache_format.errors import UserError
+from train.checkpoints import best_checkpoint
 from train.config import DataConfig, SelectionConfig
 from train.dataset import HeldOut
 from train.distributed import gathered
@@ -315,9 +317,12 @@ class DistillationTrainer(Trainer):
         if records:
             self._resumed_positions = int(records[-1]["positions"])
             self._resumed_seconds = records[-1]["seconds"]
+        best: str | None = None
+        if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            best = str(best_checkpoint(state.best_model_checkpoint, Path(self.args.output_dir)))
+            self.add_callback(_FindBest(best))
         if state.global_step >= self.total_steps():
             # Killed after the last step. Trainer itself would take one step more.
-            best = state.best_model_checkpoint if self.args.load_best_model_at_end else None
             self._load_from_checkpoint(best or checkpoint)
             self.state = state
             return
@@ -426,6 +431,18 @@ class _TellEpoch(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._trainer.tell_epoch(kwargs["train_dataloader"])
+
+
+class _FindBest(TrainerCallback):
+    """Tells where the best student so far lies. Trainer forgets it where the path of the checkpoint's time leads nowhere."""
+
+    def __init__(self, folder: str) -> None:
+        self._folder = folder
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        state.best_model_checkpoint = self._folder
 
 
 class _TellObjective(TrainerCallback):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import threading
 from pathlib import Path
@@ -12,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 from safetensors.torch import load_file
 
+from cache_format.errors import UserError
 from tests.train.conftest import scratch
 from train.run import train
 from train.trainer import DistillationTrainer
@@ -59,3 +61,25 @@ def test_a_training_that_a_signal_stops_has_not_finished(cache, scratch_config, 
     assert found["after"] == expected["after"]
     weights, whole = (load_file(Path(folder) / "model.safetensors") for folder in (output, tmp_path / "whole"))
     assert all(weights[name].equal(whole[name]) for name in whole)
+
+
+@pytest.mark.parametrize("last", [6, 8], ids=["inside", "after the last step"])
+def test_the_best_student_is_found_in_a_folder_that_has_moved(cache, scratch_config, tmp_path, last):
+    """The largest KL counts as the best here, so that the first student is the best."""
+    training = {"eval_strategy": "steps", "eval_steps": 2, "save_steps": 2, "max_steps": 8}
+    training |= {"load_best_model_at_end": True, "greater_is_better": True}
+    expected, _ = train(scratch_config(cache=cache, training=training))
+    run, moved = tmp_path / "run", tmp_path / "moved"
+    best = Path(json.loads((run / "checkpoint-8" / "trainer_state.json").read_text())["best_model_checkpoint"]).name
+    assert best == "checkpoint-2"
+    (run / "metrics.json").unlink()
+    for step in range(last + 2, 10, 2):
+        shutil.rmtree(run / f"checkpoint-{step}")
+    run.rename(moved)
+    config = scratch_config(cache=cache, training={**training, "output_dir": str(moved)})
+    (moved / best).rename(tmp_path / "aside")
+    with pytest.raises(UserError, match=f"saved in {best}, which is no complete checkpoint in .*moved; put it back"):
+        train(config)
+    (tmp_path / "aside").rename(moved / best)
+    found, _ = train(config)
+    assert found["after"] == expected["after"]
