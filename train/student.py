@@ -33,6 +33,8 @@ from train.layers import from_layers
 
 log = logging.getLogger(__name__)
 
+_PLAIN_WEIGHTS = "give the student as it was before quantisation, or dequantise it once with transformers and save that"
+
 
 def build_student(config: StudentConfig, seed: int) -> PreTrainedModel:
     """The untrained student, in ``config.dtype``, on the CPU.
@@ -67,17 +69,48 @@ def _base(config: StudentConfig, seed: int) -> PreTrainedModel:
     assert name is not None
     folder = find_model(name, config.revision)
     refuse_adapters(name, folder)
-    _refuse_own_code(folder)
-    return _whole(folder, dtype) if config.keep_layers is None else from_layers(folder, config.keep_layers, dtype)
+    fields = _config_fields(folder)
+    _refuse_own_code(folder, fields)
+    method = _quantization(fields)
+    try:
+        student = (
+            _whole(folder, dtype) if config.keep_layers is None else from_layers(folder, config.keep_layers, dtype)
+        )
+    except Exception as error:  # every method refuses in its own way: a package, a GPU, a field that is missing
+        if method is None or isinstance(error, ConfigError):
+            raise
+        raise UserError(
+            f"the weights in {folder} are quantised ({method}), and transformers does not load them here "
+            f"({first_line(error)}); {_PLAIN_WEIGHTS}"
+        ) from error
+    quantizer = getattr(student, "hf_quantizer", None)  # none where transformers has dequantised them
+    if quantizer is not None and (config.peft is None or not quantizer.is_trainable):
+        raise UserError(
+            f"the weights in {folder} are quantised ({method}), and transformers does not train "
+            f"{'them' if config.peft is None else 'adapters on them'}; {_PLAIN_WEIGHTS}"
+        )
+    return student
 
 
-def _refuse_own_code(folder: Path) -> None:
-    """Raises UserError for a model whose architecture is code in its folder: transformers would ask on the terminal."""
+def _config_fields(folder: Path) -> dict[str, Any]:
+    """config.json as it stands there; nothing of one that cannot be read, which whoever loads it says better."""
     try:
         fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return  # which whoever loads it says better
-    if isinstance(fields, dict) and "auto_map" in fields and fields.get("model_type") not in CONFIG_MAPPING:
+        return {}
+    return fields if isinstance(fields, dict) else {}
+
+
+def _quantization(fields: dict[str, Any]) -> str | None:
+    """How the weights of a model are quantised, by its config.json; None for plain ones."""
+    text = fields.get("text_config")
+    found = fields.get("quantization_config") or (text.get("quantization_config") if isinstance(text, dict) else None)
+    return str(found.get("quant_method", "in some way")) if isinstance(found, dict) else None
+
+
+def _refuse_own_code(folder: Path, fields: dict[str, Any]) -> None:
+    """Raises UserError for a model whose architecture is code in its folder: transformers would ask on the terminal."""
+    if "auto_map" in fields and fields.get("model_type") not in CONFIG_MAPPING:
         raise UserError(
             f"{folder} needs code of its own (auto_map in its config.json), which train-student does not run; use a model "
             "whose architecture transformers has"

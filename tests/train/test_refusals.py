@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from cache_format.errors import ConfigError, UserError
 from train.arguments import check_optimizer, check_schedule, training_arguments
 from train.config import StudentConfig
 from train.run import train
-from train.student import load_student_tokenizer
+from train.student import build_student, load_student_tokenizer
 
 BEST = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
 
@@ -137,6 +138,43 @@ def test_adapters_in_place_of_a_student(config, tiny_llama, tmp_path):
                 train(config(student=student))
         if whole:
             (folder / "config.json").unlink()
+
+
+@pytest.mark.parametrize("kept", [None, [1]], ids=["whole", "layers"])
+@pytest.mark.parametrize("nested", [False, True], ids=["plain", "text_config"])
+def test_weights_that_are_quantised(scratch_student, monkeypatch, kept, nested):
+    """Whether transformers cannot load them here (a package is missing), or loads them as they are."""
+    folder = scratch_student(tied=False)
+    origin = {"model": str(folder)} if kept is None else {"init_from": str(folder), "keep_layers": kept}
+    config = StudentConfig.model_validate(origin)
+    fields = json.loads((folder / "config.json").read_text())
+    made = {"quantization_config": {"quant_method": "gptq", "bits": 4}}
+    (folder / "config.json").write_text(json.dumps(fields | ({"text_config": made} if nested else made)))
+    loader = "_whole" if kept is None else "from_layers"
+
+    def missing(*args):
+        raise ImportError("Loading a GPTQ quantized model requires optimum\nand more")
+
+    monkeypatch.setattr(f"train.student.{loader}", missing)
+    with pytest.raises(
+        UserError, match=r"are quantised \(gptq\), and .* requires optimum\); give the student as it was"
+    ):
+        build_student(config, seed=0)
+    loaded = SimpleNamespace(hf_quantizer=SimpleNamespace(is_trainable=False))
+    monkeypatch.setattr(f"train.student.{loader}", lambda *args: loaded)
+    for peft, what in ((None, "them"), ({"target_modules": ["q_proj"]}, "adapters on them")):
+        with pytest.raises(UserError, match=rf"are quantised \(gptq\), and transformers does not train {what}; give"):
+            build_student(config.model_copy(update={"peft": peft}), seed=0)
+
+
+def test_quantised_weights_of_which_the_package_is_missing(scratch_student):
+    """None of these packages is among those of this project."""
+    folder = scratch_student(tied=False)
+    fields = json.loads((folder / "config.json").read_text())
+    for method in ({"quant_method": "gptq", "bits": 4, "group_size": 128}, {"quant_method": "hqq"}):
+        (folder / "config.json").write_text(json.dumps({**fields, "quantization_config": method}))
+        with pytest.raises(UserError, match=r"are quantised \(.*\), and transformers does not load them here"):
+            build_student(StudentConfig(model=str(folder)), seed=0)
 
 
 def test_a_tokenizer_that_mistral_common_alone_can_read(tmp_path, write_tekken):
