@@ -42,6 +42,7 @@ def build_student(config: StudentConfig, seed: int) -> PreTrainedModel:
     Raises UserError where its model is not to be had, ConfigError where keep_layers, config or attention do not fit.
     """
     student = _base(config, seed)
+    _say_untied(student)
     attention = attention_implementation(student.config, config.attention, "student.attention")
     if attention is not None:
         if "flash" in attention and config.dtype == "float32":
@@ -53,6 +54,23 @@ def build_student(config: StudentConfig, seed: int) -> PreTrainedModel:
         except (ValueError, ImportError, OSError) as error:
             raise ConfigError(f"student.attention is {attention!r}: {first_line(error)}") from error
     return student if config.peft is None else _with_adapters(student, config.peft, seed)
+
+
+def _say_untied(student: PreTrainedModel) -> None:
+    """Has the config say so where the embedding and the lm_head are two weights that it calls one.
+
+    Merged adapters leave such folders. transformers loads both weights, as they are, and would save the config as it was;
+    others (vLLM, converters) take the config's word and leave out the lm_head: another student than was trained.
+    """
+    ends = (student.get_input_embeddings(), student.get_output_embeddings())
+    text = student.config.get_text_config(decoder=True)
+    if any(end is None for end in ends) or not text.tie_word_embeddings or ends[0].weight is ends[1].weight:
+        return
+    log.warning(
+        "the student's config ties its embedding and its lm_head, and its weights for them differ; they are trained apart, and "
+        "the student is saved with tie_word_embeddings: false"
+    )
+    student.config.tie_word_embeddings = text.tie_word_embeddings = False
 
 
 def _base(config: StudentConfig, seed: int) -> PreTrainedModel:

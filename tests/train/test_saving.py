@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, TrainingArguments
 
 import train.run
@@ -209,6 +210,27 @@ def test_adapters_are_saved_by_themselves_and_merged(scratch_student, tmp_path, 
     again = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), tmp_path / "out" / "adapter").eval()
     for found in (merged, again):
         torch.testing.assert_close(found(ids).logits, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kept", [None, [1]], ids=["whole", "layers"])
+def test_weights_that_the_config_calls_one_are_saved_as_two(scratch_student, tmp_path, caplog, kept):
+    """Who reads the saved config, as vLLM does, reads the lm_head too; tied students stay tied."""
+
+    def saved(tied_in_config, folder):
+        fields = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**fields, "tie_word_embeddings": tied_in_config}))
+        origin = {"model": str(folder)} if kept is None else {"init_from": str(folder), "keep_layers": kept}
+        caplog.clear()
+        build_student(StudentConfig.model_validate(origin), seed=0).save_pretrained(tmp_path / "out")
+        assert ("its weights for them differ" in caplog.text) == (tied_in_config and folder == apart)
+        return json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"]
+
+    apart, one = scratch_student(tied=False), scratch_student(tied=True)
+    head = load_file(apart / "model.safetensors")["lm_head.weight"]
+    assert saved(True, apart) is False
+    assert load_file(tmp_path / "out" / "model.safetensors")["lm_head.weight"].equal(head)
+    assert saved(False, apart) is False
+    assert saved(True, one) is True
 
 
 def test_adapters_that_do_not_merge_are_refused(tiny_llama):
