@@ -21,6 +21,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from cache_format.errors import UserError, first_line
 from train.folder import ADAPTER, TRIAL
+from train.student import say_untied
 from train.trainer import check_finite
 
 log = logging.getLogger(__name__)
@@ -43,7 +44,9 @@ def save_merged(trainer: Trainer, output: Path) -> None:
     """
     student = trainer.accelerator.unwrap_model(trainer.model)
     if _has_adapters(student) and trainer.args.should_save:
-        student.merge_and_unload().save_pretrained(output)
+        merged = student.merge_and_unload()
+        say_untied(merged)  # older versions of peft leave the config as it was
+        merged.save_pretrained(output)
         if trainer.processing_class is not None:
             trainer.processing_class.save_pretrained(output)
 

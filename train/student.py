@@ -42,7 +42,8 @@ def build_student(config: StudentConfig, seed: int) -> PreTrainedModel:
     Raises UserError where its model is not to be had, ConfigError where keep_layers, config or attention do not fit.
     """
     student = _base(config, seed)
-    _say_untied(student)
+    say_untied(student)
+    _say_unbalanced(student)
     attention = attention_implementation(student.config, config.attention, "student.attention")
     if attention is not None:
         if "flash" in attention and config.dtype == "float32":
@@ -56,7 +57,7 @@ def build_student(config: StudentConfig, seed: int) -> PreTrainedModel:
     return student if config.peft is None else _with_adapters(student, config.peft, seed)
 
 
-def _say_untied(student: PreTrainedModel) -> None:
+def say_untied(student: PreTrainedModel) -> None:
     """Has the config say so where the embedding and the lm_head are two weights that it calls one.
 
     Merged adapters leave such folders. transformers loads both weights, as they are, and would save the config as it was;
@@ -67,10 +68,18 @@ def _say_untied(student: PreTrainedModel) -> None:
     if any(end is None for end in ends) or not text.tie_word_embeddings or ends[0].weight is ends[1].weight:
         return
     log.warning(
-        "the student's config ties its embedding and its lm_head, and its weights for them differ; they are trained apart, and "
-        "the student is saved with tie_word_embeddings: false"
+        "the student's config ties its embedding and its lm_head, and it has two different weights for them; it is saved with "
+        "tie_word_embeddings: false"
     )
     student.config.tie_word_embeddings = text.tie_word_embeddings = False
+
+
+def _say_unbalanced(student: PreTrainedModel) -> None:
+    if getattr(student.config.get_text_config(decoder=True), "output_router_logits", False):
+        log.warning(
+            "the student's config has output_router_logits: true, for which transformers adds a loss that keeps its experts evenly "
+            "used; that loss is not part of the training here, where only losses and ce_weight are minimised"
+        )
 
 
 def _base(config: StudentConfig, seed: int) -> PreTrainedModel:

@@ -208,3 +208,12 @@ def test_a_model_with_code_of_its_own_is_refused_without_a_question(tmp_path, mo
     (tmp_path / "own" / "config.json").write_text(json.dumps(fields))
     with pytest.raises(UserError, match="needs code of its own"):
         build_student(StudentConfig(**origin), seed=0)
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_the_loss_that_balances_experts_is_said_to_be_left_out(caplog, asked):
+    fields = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    fields |= {"num_key_value_heads": 1, "vocab_size": 32, "num_local_experts": 2, "num_experts_per_tok": 1}
+    config = StudentConfig(config={"model_type": "mixtral", **fields, "output_router_logits": asked})
+    build_student(config, seed=0)
+    assert ("keeps its experts evenly used" in caplog.text) == asked
