@@ -203,9 +203,17 @@ def load_student_tokenizer(config: StudentConfig) -> PreTrainedTokenizerBase | N
     try:
         folder = find_model(name, None if config.tokenizer else config.revision)
         return usable_tokenizer(
-            name, AutoTokenizer.from_pretrained(folder), lambda: PreTrainedTokenizerFast.from_pretrained(folder)
+            name,
+            # Said in words: transformers asks on the terminal where nothing is said.
+            AutoTokenizer.from_pretrained(folder, trust_remote_code=False),
+            lambda: PreTrainedTokenizerFast.from_pretrained(folder),
         )
     except (OSError, ValueError, ImportError) as error:
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"the tokenizer of {name} needs code of its own, which train-student does not run; set student.tokenizer to "
+                "one that transformers has"
+            ) from error
         raise UserError(
             f"{name} has no tokenizer that transformers can load ({first_line(error)}); set student.tokenizer"
         ) from error

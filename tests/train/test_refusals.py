@@ -187,6 +187,18 @@ def test_a_tokenizer_that_mistral_common_alone_can_read(tmp_path, write_tekken):
     assert load_student_tokenizer(wanted).backend_tokenizer is not None
 
 
+def test_a_tokenizer_with_code_of_its_own_is_refused_without_a_question(tiny_llama, tmp_path):
+    folder = shutil.copytree(tiny_llama, tmp_path / "own")
+    file = folder / "tokenizer_config.json"
+    own = {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": [None, "own.OwnTokenizer"]}}
+    file.write_text(json.dumps(json.loads(file.read_text()) | own))
+    for model in (folder, None):  # beside weights, and alone
+        if model is None:
+            (folder / "config.json").unlink()
+        with pytest.raises(UserError, match=r"own needs code of its own, .*; set student\.tokenizer to one"):
+            load_student_tokenizer(StudentConfig(config={"model_type": "llama"}, tokenizer=str(folder)))
+
+
 def test_a_hub_that_does_not_know_the_user(scratch_config, monkeypatch):
     def refuse(self, *arguments, **options):
         raise OSError("Token is required, but no token found.\nLog in.")
