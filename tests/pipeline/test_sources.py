@@ -604,13 +604,13 @@ def test_missing_and_unreadable_files(tmp_path: Path) -> None:
         ("a.jsonl", b'{"text": "ok"}\n\n{"text": \n', "a.jsonl, line 3: not JSON"),
         ("a.json", b'[{"text": "ok"},\n {"text": "caf\xe9"}]\n', "a.json, line 2: byte 15 of the line (0xe9)"),
         ("a.txt", b"ok\n" * 4999 + b"caf\xe9\n", "a.txt, line 5000: byte 4 of the line (0xe9)"),
-        ("a.txt.gz", gzip.compress(b"ok\ncaf\xe9\n"), "a.txt.gz, line 2: byte 4 of the line (0xe9)"),
+        ("a.txt.gz", gzip.compress(b"ok\ncaf\xe9\n", mtime=0), "a.txt.gz, line 2: byte 4 of the line (0xe9)"),
         *(
             (name, content.encode(encoding), "is UTF-16 or UTF-32 text, expected UTF-8; convert it")
             for name, content in (("a.txt", "some text\n"), ("a.jsonl", '{"text": "a"}\n'), ("a.csv", "text\na\n"))
             for encoding in ("utf-16", "utf-16-le", "utf-16-be", "utf-32")
         ),
-        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 999)[:-20], "a.jsonl.gz"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 999, mtime=0)[:-20], "a.jsonl.gz"),
         ("a.jsonl.bz2", bz2.compress(b'{"text": "a"}\n' * 999)[:-20], "a.jsonl.bz2"),
         ("a.jsonl.xz", lzma.compress(b'{"text": "a"}\n' * 999)[:-20], "a.jsonl.xz"),
         ("a.jsonl.zst", zstandard.compress(b'{"text": "a"}\n' * 999)[:-20], "a.jsonl.zst"),
