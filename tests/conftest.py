@@ -47,6 +47,8 @@ def pytest_configure() -> None:
     """One thread in every process: how sums are rounded does not depend on how many cores there are."""
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
+    # Ray gives its workers the lowest priority; beside another module's tests they would hardly run.
+    os.environ["RAY_worker_niceness"] = "0"
 
 
 def pytest_report_header() -> str:
