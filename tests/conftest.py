@@ -48,7 +48,7 @@ def pytest_configure() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     # Ray gives its workers the lowest priority; beside another module's tests they would hardly run.
-    os.environ["RAY_worker_niceness"] = "0"
+    os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  its name
 
 
 def pytest_report_header() -> str:
