@@ -20,6 +20,7 @@ from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
+import absl.logging
 import hypothesis
 import numpy as np
 import pytest
@@ -47,6 +48,8 @@ def pytest_configure() -> None:
     """One thread in every process: how sums are rounded does not depend on how many cores there are."""
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
+    # rouge_score imports absl, whose handler closes the stream it found when vLLM sets up logging: this suite's own.
+    absl.logging.get_absl_handler().python_handler.stream = sys.__stderr__
     # Ray gives its workers the lowest priority; beside another module's tests they would hardly run.
     os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  its name
 
