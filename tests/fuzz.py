@@ -47,12 +47,17 @@ def main() -> None:
 
 
 def round_of(seed: int, rest: list[str]) -> tuple[int, list[str]]:
-    """How many tests passed with this seed, and the names of those that failed."""
+    """How many tests passed with this seed, and the names of those that failed.
+
+    Ends the command where pytest did not run them: a round without tests is no round that passed.
+    """
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", "--only-random", "--quiet", "--tb=short"]
         command += [f"--hypothesis-seed={seed}", f"--junitxml={report}", *rest]
-        subprocess.run(command, cwd=ROOT, env={**os.environ, "LOGITCASK_TEST_SEED": str(seed)})
+        done = subprocess.run(command, cwd=ROOT, env={**os.environ, "LOGITCASK_TEST_SEED": str(seed)})
+        if done.returncode not in (0, 1):
+            sys.exit(f"seed {seed}: pytest ended with code {done.returncode} before it had run the tests")
         cases = list(ElementTree.parse(report).iter("testcase"))
     bad = [case for case in cases if case.find("failure") is not None or case.find("error") is not None]
     skipped = sum(case.find("skipped") is not None for case in cases)

@@ -169,7 +169,7 @@ def test_streaming_fetches_each_shard_once_an_epoch(
         assert sum(epochs("all")[1].values()) > 2 * len(names)
 
 
-def test_the_wait_for_data_is_a_small_share(write_cache, scratch_config):
+def test_the_wait_for_data_is_logged_as_a_share(write_cache, scratch_config):
     cache = write_cache("c", sequences=60)
     train(scratch_config(cache=cache.path, training={"max_steps": 5}))
     output = scratch_config(cache="c").output_dir
