@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 # Modules of tests side by side; one after the other where they would share a GPU.
 WORKERS ?= $(if $(HAS_GPU),0,$(shell cores=$$(nproc 2>/dev/null || echo 2); echo $$((cores < 4 ? cores : 4))))
-SIDE_BY_SIDE = --numprocesses $(WORKERS) --dist loadfile
+SIDE_BY_SIDE = --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 SHUFFLED = $(if $(ORDER),--random-order-bucket=module --random-order-seed=$(ORDER))
 
 .DEFAULT_GOAL := help

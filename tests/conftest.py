@@ -39,6 +39,14 @@ CHATML = (
 
 SEED = int(os.environ.get("LOGITCASK_TEST_SEED", "0"))
 
+_LONG = [
+    *("test_scale", "test_distributed", "test_teachers_vllm", "test_training", "test_teachers_server_vllm"),
+    *("test_loading", "test_trainer_options", "test_scoring", "test_build", "test_bad_input", "test_generate"),
+    *("test_alignment", "test_estimate", "test_remote_build", "test_build_audit", "test_long_texts"),
+    *("test_kernels", "test_interruption"),
+]
+"""Modules whose tests start engines and processes or train: minutes each. The longest first."""
+
 hypothesis.settings.register_profile("fixed", derandomize=True, database=None, deadline=None)
 hypothesis.settings.register_profile("fuzz", database=None, deadline=None, print_blob=True)
 hypothesis.settings.load_profile("fuzz" if SEED else "fixed")
@@ -67,6 +75,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         chosen = [item for item in items if _is_random(item)]
         config.hook.pytest_deselected(items=[item for item in items if item not in set(chosen)])
         items[:] = chosen
+    for item in items:
+        if item.path.stem in _LONG:
+            item.add_marker("long")
+    # With the longest modules first, no worker is left with one of them at the end.
+    items.sort(key=lambda item: _LONG.index(item.path.stem) if item.path.stem in _LONG else len(_LONG))
 
 
 def _is_random(item: pytest.Item) -> bool:

@@ -100,11 +100,11 @@ def changed(tmp_path: Path, tiny_llama: Path, vocab_size: int | None = None, **f
 # --- data
 
 
-def test_rows_of_all_kinds(tmp_path: Path) -> None:
+def test_rows_of_all_kinds(tmp_path: Path, build_here: Any) -> None:
     rows = [None, "", "  \n", 5, ["x"], {"a": 1}, True, "fine", "\ud83d", "z" * 2_000_000, "the end"]
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
-    done = build(config_file(tmp_path, SYNTHETIC, {"path": str(data), "overlong": "drop"}))
+    done = build_here(config_file(tmp_path, SYNTHETIC, {"path": str(data), "overlong": "drop"}))
     assert done.returncode == 0, done.stderr
     cache = CacheReader(tmp_path / "cache")
     assert [sequence.sequence_id for sequence in cache] == ["train/7", "train/10"]
@@ -114,27 +114,29 @@ def test_rows_of_all_kinds(tmp_path: Path) -> None:
     assert counters["dropped_overlong"] == 1
 
 
-def test_an_enormous_row(tmp_path: Path) -> None:
+def test_an_enormous_row(tmp_path: Path, build_here: Any) -> None:
     """5 MB in one row, to be cut to 32 tokens."""
     data = tmp_path / "rows.jsonl"
     with data.open("w") as file:
         for text in ("before", "the teacher reads " * 280_000, "after"):
             file.write(json.dumps({"text": text}) + "\n")
-    done = build(config_file(tmp_path, SYNTHETIC, {"path": str(data), "overlong": "truncate"}))
+    done = build_here(config_file(tmp_path, SYNTHETIC, {"path": str(data), "overlong": "truncate"}))
     assert done.returncode == 0, done.stderr
     assert [len(sequence) for sequence in CacheReader(tmp_path / "cache")] == [7, 32, 6]
 
 
 @pytest.mark.parametrize("rows", [[None, ""], [3, 4], []])
-def test_data_without_text(tmp_path: Path, rows: list[Any]) -> None:
+def test_data_without_text(tmp_path: Path, build_here: Any, rows: list[Any]) -> None:
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
-    refused(build(config_file(tmp_path, SYNTHETIC, {"path": str(data)})), "empty data set", str(data))
+    refused(build_here(config_file(tmp_path, SYNTHETIC, {"path": str(data)})), "empty data set", str(data))
 
 
-def test_nothing_fits(tmp_path: Path) -> None:
+def test_nothing_fits(tmp_path: Path, build_here: Any) -> None:
     refused(
-        build(config_file(tmp_path, SYNTHETIC, {"max_length": 1})), "no token to learn", "raise data.max_length (1)"
+        build_here(config_file(tmp_path, SYNTHETIC, {"max_length": 1})),
+        "no token to learn",
+        "raise data.max_length (1)",
     )
 
 
@@ -194,22 +196,22 @@ def test_a_model_larger_than_its_tokenizer(tmp_path: Path, tiny_llama: Path, bui
 
 
 @pytest.mark.parametrize("backend", ["transformers", pytest.param("vllm", marks=needs_vllm)])
-def test_max_length_above_the_models_context(tmp_path: Path, tiny_llama: Path, backend: str) -> None:
-    done = build(config_file(tmp_path, {"model": str(tiny_llama), "backend": backend}, {"max_length": 300}))
+def test_max_length_above_the_models_context(tmp_path: Path, tiny_llama: Path, build_here: Any, backend: str) -> None:
+    done = build_here(config_file(tmp_path, {"model": str(tiny_llama), "backend": backend}, {"max_length": 300}))
     refused(done, "reads at most 256 tokens", "data.max_length is 300")
 
 
 @needs_vllm
-@pytest.mark.parametrize(
-    ("engine_args", "words"),
-    [
-        ({"max_model_len": 8}, ["engine_args.max_model_len cannot be set", "use data.max_length"]),
-        ({"kv_cache_memory_bytes": 1000}, ["vLLM cannot start"]),
-    ],
-)
-def test_engine_arguments_that_cannot_work(tmp_path: Path, tiny_llama: Path, engine_args: Any, words: Any) -> None:
-    teacher = {"model": str(tiny_llama), "backend": "vllm", "engine_args": engine_args}
-    refused(build(config_file(tmp_path, teacher, {})), *words)
+def test_an_engine_argument_with_a_field_of_its_own(tmp_path: Path, tiny_llama: Path, build_here: Any) -> None:
+    teacher = {"model": str(tiny_llama), "backend": "vllm", "engine_args": {"max_model_len": 8}}
+    done = build_here(config_file(tmp_path, teacher, {}))
+    refused(done, "engine_args.max_model_len cannot be set", "use data.max_length")
+
+
+@needs_vllm
+def test_an_engine_argument_that_cannot_work(tmp_path: Path, tiny_llama: Path) -> None:
+    teacher = {"model": str(tiny_llama), "backend": "vllm", "engine_args": {"kv_cache_memory_bytes": 1000}}
+    refused(build(config_file(tmp_path, teacher, {})), "vLLM cannot start")
 
 
 @needs_vllm

@@ -183,7 +183,8 @@ def test_heads_and_draws_beyond_the_measured_ranks():
 
 
 @pytest.mark.parametrize("store", [{}, {**FIXED, "top_k": 16, "tail_samples": 0}, {"sample_logprobs": True}])
-def test_a_probe_measures_the_bytes_of_a_build(tmp_path, store):
+def test_a_probe_measures_the_bytes_of_a_build(tmp_path, store, monkeypatch):
+    monkeypatch.setattr(estimate_speed, "_LONG_ENOUGH", 0.5)
     config = config_of(tmp_path, {"max_tokens": 100_000, "max_length": 100}, store=store)
     built = build(config).manifest.statistics
     found = estimate(config, measure=True)
@@ -310,9 +311,10 @@ def test_no_engine_starts_unless_it_is_asked_for(real, monkeypatch):
         real(measure=True)
 
 
-def test_a_probe_of_a_real_model(tmp_path, tiny_llama):
+def test_a_probe_of_a_real_model(tmp_path, tiny_llama, monkeypatch):
+    monkeypatch.setattr(estimate_speed, "_LONG_ENOUGH", 0.5)
     teacher = {"model": str(tiny_llama), "backend": "transformers"}
-    config = config_of(tmp_path, {"max_tokens": 4000, "max_length": 64}, teacher=teacher)
+    config = config_of(tmp_path, {"max_tokens": 4000, "max_length": 64}, teacher=teacher, audit={"sequences": 0})
     found = estimate(config, measure=True)
     assert found.speed.tokens_per_second.low < found.speed.tokens_per_second.likely
     assert "measured here with transformers" in found.speed.notes[0]

@@ -52,6 +52,7 @@ def config_of(tmp_path: Path, teacher: dict[str, Any] | None = None, **fields: A
             "teacher": teacher or {"model": "synthetic", "backend": "synthetic", "vocab_size": VOCAB},
             "data": {"path": str(file), "prompt_field": "q", "max_length": 96, "generate": generate, **fields},
             "store": {"top_k": 8, "shard_tokens": 400},
+            "audit": {"sequences": 0},
             "output": output,
         }
     )

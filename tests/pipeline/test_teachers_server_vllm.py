@@ -149,6 +149,7 @@ def config_of(output: Path, model: Path, url: str, **settings: Any) -> BuildConf
             "teacher": teacher_fields(model, url, **settings),
             "data": {"path": "python-docs", "max_length": MAX_LENGTH, "max_tokens": 16_000},
             "store": {"top_k": TOP_K, "tail_samples": 0, "shard_tokens": 1_000},
+            "audit": {"sequences": 0},
             "output": str(output),
         }
     )

@@ -159,14 +159,26 @@ def test_logs_seldom_written_say_the_same_after_a_resume(config, tmp_path):
     assert rare["final_loss"] > 0
 
 
-@pytest.mark.parametrize("logging_steps", [1, 50])
-def test_a_student_that_diverges_is_noticed_before_it_is_saved(config, tmp_path, logging_steps):
-    training = {"learning_rate": 1e30, "max_grad_norm": 0, "lr_scheduler_type": "constant", "disable_tqdm": False}
-    training |= {"max_steps": 20, "save_steps": 10, "logging_steps": logging_steps}
-    done = subprocess.run(student_process(config(training=training), tmp_path), capture_output=True, text=True)
+DIVERGED = r"the student has diverged: loss_\w+ is (nan|inf) at step \d+; lower training\."
+
+
+def diverging(config, **training):
+    settings = {"learning_rate": 1e30, "max_grad_norm": 0, "lr_scheduler_type": "constant", "max_steps": 20}
+    return config(training={**settings, "save_steps": 10, **training})
+
+
+def test_a_student_that_diverges_is_noticed_before_it_is_saved(config):
+    with pytest.raises(UserError, match=DIVERGED):
+        train(diverging(config, logging_steps=1))
+    assert not list(config().output_dir.glob("checkpoint-*"))
+
+
+def test_a_student_that_diverges_between_two_logs_is_noticed_too(config, tmp_path):
+    settings = diverging(config, logging_steps=50, disable_tqdm=False)
+    done = subprocess.run(student_process(settings, tmp_path), capture_output=True, text=True)
     assert done.returncode == 2, done.stderr
     last = done.stderr.replace("\r", "\n").splitlines()[-1]  # after the bar's
-    assert re.match(r"error: the student has diverged: loss_\w+ is (nan|inf) at step \d+; lower training\.", last)
+    assert re.match(f"error: {DIVERGED}", last)
     assert not list(config().output_dir.glob("checkpoint-*"))
 
 
