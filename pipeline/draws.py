@@ -1,4 +1,5 @@
-"""Draws from the tail of a distribution: the algorithm, in numpy. ``pipeline.draws_torch`` is its twin inside engines.
+"""Draws from the tail of a distribution: the algorithm, in numpy. ``pipeline.draws_torch`` is its twin inside engines, and
+``pipeline.draws_triton`` on GPUs.
 
 The head of a position is its most probable ids (``pipeline.capture``), the tail everything else, with mass ``m``. Draw
 ``d`` of ``S`` is the id at which the tail's cumulative probability, in the order of ids, passes ``fraction * m`` (inverse
@@ -146,10 +147,15 @@ def hashed(columns: list[Any], cells: Any, seed: int) -> Any:
 
     Numpy arrays or torch tensors: the bits are the same.
     """
-    bits: Any = int(mix(np.array([seed % 2**64], np.uint64).view(np.int64))[0])
+    bits: Any = hashed_seed(seed)
     for column in columns:
         bits = mix(column + bits)
     return mix(bits[:, None, None] + cells)
+
+
+def hashed_seed(seed: int) -> int:
+    """Where ``hashed`` begins: 64 bits, signed."""
+    return int(mix(np.array([seed % 2**64], np.uint64).view(np.int64))[0])
 
 
 def first_difference(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline import draws_torch
 from pipeline.capture import Capture, head_sizes
@@ -241,6 +243,35 @@ def test_no_draws_have_head_sizes_and_no_entropy(rng: np.random.Generator) -> No
     np.testing.assert_array_equal(found.head_size, head_sizes(head, capture))
     assert found.samples.shape == found.sample_logprobs.shape == (5, 0, 0)
     assert found.entropy is None
+
+
+class Operations(TorchDispatchMode):
+    """How many operations torch is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("capture", [*CAPTURES, Capture(16, samples=16, min_probability=0.01, mass_per_sample=0.02)])
+@pytest.mark.parametrize("logits", [False, True])
+def test_a_chunk_takes_few_operations(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, capture: Capture, logits: bool
+) -> None:
+    """Each costs a GPU more than its work does. The hash, half of all of them, is made once for all chunks."""
+    rows = some_rows(rng, 12, 1000, capture.top_k)
+    counts = []
+    for chunks in (1, 3):
+        monkeypatch.setattr(draws_torch, "_CHUNK", {"cpu": max(1000, capture.draws * 256) * 12 // chunks, "gpu": 0})
+        with Operations() as operations:
+            by_torch(rows, capture, logits=logits)
+        counts.append(operations.count)
+    assert (counts[1] - counts[0]) / 2 <= 65
+    assert counts[0] <= 260
 
 
 def _other_seed(rows: Rows, capture: Capture, found: Draws) -> Draws:
