@@ -111,7 +111,12 @@ class TeacherConfig(_Config):
         description="How logprobs leave vLLM: `raw` keeps its arrays (self-checked at start-up), `flat` is the public way, "
         "`stock` vLLM's default, slow and without draws. `auto`: the first that works, saying so if it is not `raw`.",
     )
-    tensor_parallel_size: int = Field(1, ge=1, description="GPUs per engine.")
+    tensor_parallel_size: int = Field(
+        1,
+        ge=1,
+        description="GPUs that share every layer. With `engine_args.pipeline_parallel_size` an engine has that many times as "
+        "many.",
+    )
     batch_tokens: int | None = Field(
         None,
         ge=16,
@@ -136,6 +141,20 @@ class TeacherConfig(_Config):
         """Whether code that comes with the model may run: ``engine_args.trust_remote_code``."""
         return self.engine_args.get("trust_remote_code") is True
 
+    @property
+    def pipeline_stages(self) -> int:
+        """Parts in which the layers are shared out among GPUs: ``engine_args.pipeline_parallel_size``."""
+        stages = self.engine_args.get("pipeline_parallel_size", 1)
+        assert isinstance(stages, int)
+        return stages
+
+    @property
+    def gpus_per_engine(self) -> int:
+        """GPUs that one engine takes, where there are any; 0 for the synthetic teacher, which has no use for them."""
+        if "synthetic" in (self.backend, self.model):
+            return 0
+        return self.tensor_parallel_size * self.pipeline_stages
+
     def step_tokens(self, *, on_cpu: bool) -> int:
         """``batch_tokens``, or its default for the device."""
         return self.batch_tokens or (1024 if on_cpu else 8192)
@@ -151,6 +170,14 @@ class TeacherConfig(_Config):
         trust = engine_args.get("trust_remote_code", False)
         if not isinstance(trust, bool):
             raise ValueError(f"trust_remote_code is {trust!r}; expected true or false")
+        return engine_args
+
+    @field_validator("engine_args")
+    @classmethod
+    def _stages_are_a_number(cls, engine_args: dict[str, object]) -> dict[str, object]:
+        stages = engine_args.get("pipeline_parallel_size", 1)
+        if not isinstance(stages, int) or isinstance(stages, bool) or stages < 1:
+            raise ValueError(f"pipeline_parallel_size is {stages!r}; expected a whole number of 1 or more")
         return engine_args
 
     @model_validator(mode="after")
@@ -412,7 +439,10 @@ class ScaleConfig(_Config):
     engine: Literal["ray"] = Field("ray", description="What hands out the shards: Ray Data.")
     workers: int = Field(ge=1, description="Engines.")
     gpus_per_worker: float | None = Field(
-        None, ge=0, description="Default: teacher.tensor_parallel_size where there are GPUs, else 0."
+        None,
+        ge=0,
+        description="Default where there are GPUs: those of an engine, teacher.tensor_parallel_size times "
+        "engine_args.pipeline_parallel_size; else 0.",
     )
     cpus_per_worker: int | None = Field(
         None, ge=1, description="Default: 1 beside GPUs, else the cores there are, divided by the workers."

@@ -234,7 +234,7 @@ def _resources(ray: Any, scale: ScaleConfig, config: BuildConfig) -> tuple[float
     gpus_there = there.get("GPU", 0)
     gpus = scale.gpus_per_worker
     if gpus is None:
-        gpus = config.teacher.tensor_parallel_size if gpus_there and config.teacher.backend != "synthetic" else 0
+        gpus = config.teacher.gpus_per_engine if gpus_there else 0
     if gpus * scale.workers > gpus_there:
         found = f"scale asks for {scale.workers} workers with {gpus:g} GPUs each, and the Ray cluster has {gpus_there:g} GPUs"
         if scale.address is None and "RAY_ADDRESS" not in os.environ:

@@ -251,6 +251,30 @@ def test_resources(tmp_path):
     assert resources({"CPU": 32, "GPU": 2}, address="elsewhere:6379") == (1, 2), "a cluster may grow"
 
 
+@pytest.mark.parametrize(
+    ("teacher", "gpus"),
+    [
+        ({"model": "m"}, 1),
+        ({"model": "m", "tensor_parallel_size": 2, "engine_args": {"pipeline_parallel_size": 3}}, 6),
+        ({"model": "synthetic", "tensor_parallel_size": 2}, 0),
+        ({"model": "m", "backend": "synthetic", "engine_args": {"pipeline_parallel_size": 3}}, 0),
+    ],
+)
+def test_a_worker_has_the_gpus_of_its_engine(tmp_path, teacher, gpus):
+    config = BuildConfig.model_validate(settings(tmp_path, teacher=teacher))
+    ray = SimpleNamespace(cluster_resources=lambda: {"CPU": 64, "GPU": 32})
+    assert _resources(ray, ScaleConfig(workers=2), config)[1] == gpus
+    assert _resources(SimpleNamespace(cluster_resources=lambda: {"CPU": 64}), ScaleConfig(workers=2), config)[1] == 0
+
+
+@pytest.mark.parametrize("stages", [0, "two", 1.5, True, None])
+def test_stages_of_a_pipeline_are_a_number(tmp_path, stages):
+    with pytest.raises(ValueError, match=r"pipeline_parallel_size is .*; expected a whole number of 1 or more"):
+        BuildConfig.model_validate(
+            settings(tmp_path, teacher={"model": "m", "engine_args": {"pipeline_parallel_size": stages}})
+        )
+
+
 def test_without_ray(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(UserError, match=r"pip install 'logitcask\[scale\]'"):
