@@ -123,12 +123,12 @@ def estimate(
     if tokens_per_second is not None:
         speed = given_speed(config, tokens_per_second)
     elif not measure:
-        speed = speed_from_hardware(config, gpu, sample.context)
+        speed = speed_from_hardware(config, gpu, sample.context, size.heads + size.draws)
     gpus = gpus or speed.gpus_per_engine
     if gpus % speed.gpus_per_engine:
         raise UserError(
-            f"{gpus} GPUs do not make up engines of {speed.gpus_per_engine} (teacher.tensor_parallel_size); "
-            "give --gpus a multiple of it"
+            f"{gpus} GPUs do not make up engines of {speed.gpus_per_engine} (teacher.tensor_parallel_size times "
+            "engine_args.pipeline_parallel_size); give --gpus a multiple of it"
         )
 
     limit = config.data.max_tokens if tokens is None else None

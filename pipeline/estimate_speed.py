@@ -13,7 +13,7 @@ from cache_format import CachedSequence, UserError
 from pipeline.config import BuildConfig
 from pipeline.estimate_size import Range
 from pipeline.estimator import keep
-from pipeline.models import ResolvedModel, empty_model, is_quantised, resolve_model
+from pipeline.models import EXPERTS, ResolvedModel, activation_bits, empty_model, is_quantised, resolve_model
 from pipeline.sequence import Sequence
 from pipeline.teachers import open_teacher
 
@@ -23,38 +23,46 @@ class Gpu:
     """Peak figures of NVIDIA's data sheets, without sparsity.
 
     tensor:    FLOP/s of the tensor cores in bfloat16, summed in float32.
+    fp8:       the same in FP8; as ``tensor`` where they do not have it.
     float32:   FLOP/s outside the tensor cores.
     bandwidth: bytes per second of its memory.
+    link:      bytes per second to its neighbours, in one direction: NVLink where the board has it, else PCIe.
     memory:    bytes.
     """
 
     title: str
     tensor: float
+    fp8: float
     float32: float
     bandwidth: float
+    link: float
     memory: float
 
 
 GPUS = {
-    "b200": Gpu("B200", 2250e12, 75e12, 7.7e12, 180e9),
-    "h200": Gpu("H200 SXM", 989e12, 67e12, 4.8e12, 141e9),
-    "h100": Gpu("H100 SXM", 989e12, 67e12, 3.35e12, 80e9),
-    "h100-pcie": Gpu("H100 PCIe", 756e12, 51e12, 2.0e12, 80e9),
-    "a100": Gpu("A100 80 GB SXM", 312e12, 19.5e12, 2.04e12, 80e9),
-    "l40s": Gpu("L40S", 362e12, 91.6e12, 0.864e12, 48e9),
-    "l4": Gpu("L4", 121e12, 30.3e12, 0.3e12, 24e9),
-    "a10": Gpu("A10", 125e12, 31.2e12, 0.6e12, 24e9),
-    "rtx-4090": Gpu("RTX 4090", 165e12, 82.6e12, 1.01e12, 24e9),
-    "rtx-3090": Gpu("RTX 3090", 71e12, 35.6e12, 0.936e12, 24e9),
+    "b200": Gpu("B200", 2250e12, 4500e12, 75e12, 7.7e12, 900e9, 180e9),
+    "h200": Gpu("H200 SXM", 989e12, 1979e12, 67e12, 4.8e12, 450e9, 141e9),
+    "h100": Gpu("H100 SXM", 989e12, 1979e12, 67e12, 3.35e12, 450e9, 80e9),
+    "h100-pcie": Gpu("H100 PCIe", 756e12, 1513e12, 51e12, 2.0e12, 64e9, 80e9),
+    "a100": Gpu("A100 80 GB SXM", 312e12, 312e12, 19.5e12, 2.04e12, 300e9, 80e9),
+    "l40s": Gpu("L40S", 362e12, 733e12, 91.6e12, 0.864e12, 32e9, 48e9),
+    "l4": Gpu("L4", 121e12, 242e12, 30.3e12, 0.3e12, 32e9, 24e9),
+    "a10": Gpu("A10", 125e12, 125e12, 31.2e12, 0.6e12, 32e9, 24e9),
+    "rtx-4090": Gpu("RTX 4090", 165e12, 330e12, 82.6e12, 1.01e12, 32e9, 24e9),
+    "rtx-3090": Gpu("RTX 3090", 71e12, 71e12, 35.6e12, 0.936e12, 32e9, 24e9),
 }
 
-# Part of the peak that reading long batches of text reaches, all else (norms, tensor parallelism, waiting) included.
+# Part of the peak that reading long batches of text reaches, all else within a GPU (norms, launches, waiting) included.
 _UTILISATION = Range(low=0.2, likely=0.4, high=0.6)
+# Part of a link's figure that collectives over several GPUs reach.
+_LINK_UTILISATION = 0.65
 # How often the float32 logprobs of a position are read or written: softmax, top k, ranks, the CDF that is drawn from.
 _PASSES = 20
-# Seconds that packing, hashing and writing take per token on one CPU core, while the engine waits
-# (585,000 tokens/s in ``benchmarks/results/format.json``).
-_WRITING = 1.7e-6
+# Seconds of one CPU core, to make arrays of what the engine returns, choose what is kept, pack, hash and write it: of a
+# token, and of an entry kept of it. The vocabulary's size does not matter: at 152,064 ids a core of an AMD EPYC took 1.3 us
+# for a head of one, 3.8 to 5.3 us with the default store (26 entries), 11 us for 64 + 64 and 20 us for a head of 256.
+_WRITING = 1.5e-6
+_WRITING_AN_ENTRY = 0.1e-6
 # Tokens per second of a build with the synthetic teacher, writing included (one core of an AMD EPYC).
 _SYNTHETIC = 3e5
 
@@ -115,7 +123,8 @@ def probe(config: BuildConfig, sequences: Iterable[Sequence]) -> tuple[list[Cach
         teacher.close()
     if not kept:
         raise UserError(f"no sequence at the head of {config.data.path} has anything to learn; a probe needs one")
-    rate = 1 / (seconds / most + _WRITING)
+    entries = sum(int((s.ids >= 0).sum()) + (0 if s.samples is None else int((s.samples.ids >= 0).sum())) for s in kept)
+    rate = 1 / (seconds / most + writing_seconds(entries / kept_tokens))
     note = (
         f"speed: {_round(rate)} tokens/s, measured here with {engine} on {most:,} tokens in {seconds:.1f} s, after "
         "shorter ones as a warm-up; taken to hold within 15 %"
@@ -124,15 +133,19 @@ def probe(config: BuildConfig, sequences: Iterable[Sequence]) -> tuple[list[Cach
     return kept, Speed(source="probe", tokens_per_second=measured, gpus_per_engine=_gpus(config), notes=(note,))
 
 
-def speed_from_hardware(config: BuildConfig, gpu_name: str, context: float) -> Speed:
+def writing_seconds(entries: float) -> float:
+    """Of one CPU core per token, ``entries`` of which are kept on average."""
+    return _WRITING + _WRITING_AN_ENTRY * entries
+
+
+def speed_from_hardware(config: BuildConfig, gpu_name: str, context: float, entries: float) -> Speed:
     """From a model's shape and a GPU's peak figures; neither weights nor a GPU are needed.
 
     context: mean number of tokens before a token.
+    entries: head entries and draws kept of a token on average.
 
-    Time per token = (2 x weights that a token meets + 4 x layers x heads x head size x context) / (utilisation x tensor
-    peak) + 2 x vocabulary x width / (utilisation x peak of the head's arithmetic) + passes over float32 logprobs /
-    bandwidth, all that shared by the GPUs of an engine, + what writing takes. The first term as in Kaplan et al., arXiv 2001.08361, section 2.1; attention without what causality saves
-    would be twice as much.
+    An engine is as fast as its slowest stage (``seconds_per_token``) or, if that takes longer, as the CPU core that
+    writes meanwhile: on GPUs the engine has a process of its own.
 
     Raises UserError for an unknown GPU, and for a model whose shape transformers cannot tell.
     """
@@ -147,26 +160,42 @@ def speed_from_hardware(config: BuildConfig, gpu_name: str, context: float) -> S
     model = resolve_model(
         config.teacher.model, config.teacher.revision, trust_remote_code=config.teacher.trust_remote_code
     )
-    shape = _shape(model)
-    float32_head = _float32_head(config, model)
-    tensor = gpu.float32 if config.teacher.dtype == "float32" else gpu.tensor
-    body = (2 * shape.weights + 4 * shape.attention * context) / tensor
-    head = 2 * shape.head / (gpu.float32 if float32_head else tensor)
-    rest = _PASSES * 4 * shape.vocab_size / gpu.bandwidth
-    gpus = _gpus(config)
+    shape = shape_of(model)
+    quantised = activation_bits(model) is not None or config.teacher.engine_args.get("quantization") == "fp8"
+    arithmetic: Arithmetic = "float32" if config.teacher.dtype == "float32" else "fp8" if quantised else "16 bits"
+    wide = _float32_head(config, model)
+    gpus, tensor_parallel = _gpus(config), config.teacher.tensor_parallel_size
+    writing = writing_seconds(entries)
+
+    def seconds(utilisation: float) -> Seconds:
+        return seconds_per_token(
+            shape,
+            gpu,
+            context,
+            arithmetic=arithmetic,
+            wide_head=wide,
+            tensor_parallel=tensor_parallel,
+            stages=config.teacher.pipeline_stages,
+            utilisation=utilisation,
+        )
 
     def rate(utilisation: float) -> float:
-        return 1 / (((body + head) / utilisation + rest) / gpus + _WRITING)
+        return 1 / max(seconds(utilisation).all, writing)
 
     likely = Range(low=rate(_UTILISATION.low), likely=rate(_UTILISATION.likely), high=rate(_UTILISATION.high))
+    took = seconds(_UTILISATION.likely)
+    peak = _layer_peak(gpu, arithmetic)
     notes = [
         f"speed: {_round(likely.likely)} tokens/s for each engine of {gpus} {gpu.title}, from peak figures "
-        f"({tensor / 1e12:,.0f} TFLOP/s) at {_UTILISATION.likely:.0%} utilisation ({_UTILISATION.low:.0%} to "
+        f"({peak / 1e12:,.0f} TFLOP/s) at {_UTILISATION.likely:.0%} utilisation ({_UTILISATION.low:.0%} to "
         f"{_UTILISATION.high:.0%}); nothing was run: --probe measures, --gpu names another GPU",
         f"a token costs {2e-9 * shape.weights:.3g} GFLOP in the layers, {4e-9 * shape.attention * context:.2g} in attention "
         f"over {context:,.0f} tokens on average, {2e-9 * shape.head:.2g} in the output head "
-        f"({'float32, as the build has it' if float32_head else 'in the precision of the rest'}), and "
-        f"{_PASSES} passes over {shape.vocab_size:,} float32 logprobs; {_WRITING * 1e6:.1f} microseconds of a CPU write it",
+        f"({'with float32 logits, as the build has it' if wide else 'in the precision of the rest'}), and "
+        f"{_PASSES} passes over {shape.vocab_size:,} float32 logprobs, which every GPU makes for itself; in microseconds: "
+        f"{1e6 * took.layers:.2g} layers, {1e6 * took.sharing:.2g} sums over GPUs, {1e6 * took.head:.2g} head, "
+        f"{1e6 * took.gather:.2g} logits from other GPUs, {1e6 * took.passes:.2g} passes, and {1e6 * writing:.2g} of a "
+        "CPU core that writes meanwhile",
     ]
     needed = 2 * (shape.all_weights + shape.head)
     if needed > 0.85 * gpu.memory * gpus:
@@ -177,20 +206,93 @@ def speed_from_hardware(config: BuildConfig, gpu_name: str, context: float) -> S
     return Speed(source="hardware", tokens_per_second=likely, gpus_per_engine=gpus, notes=tuple(notes))
 
 
+Arithmetic = Literal["float32", "16 bits", "fp8"]
+
+
 @dataclass(frozen=True, slots=True)
-class _Shape:
+class Seconds:
+    """What a token costs the slowest stage of an engine.
+
+    layers:  its share of the layers and of attention.
+    sharing: sums over the GPUs of a layer.
+    head:    the output head.
+    gather:  logits that come from other GPUs.
+    passes:  over the logprobs of the whole vocabulary.
+    """
+
+    layers: float
+    sharing: float
+    head: float
+    gather: float
+    passes: float
+
+    @property
+    def prefill(self) -> float:
+        """Without what is asked of every position: what engines call prefill."""
+        return self.layers + self.sharing
+
+    @property
+    def all(self) -> float:
+        return self.layers + self.sharing + self.head + self.gather + self.passes
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
     """Of a model. ``weights``: those of the layers that one token meets; ``attention``: layers x heads x head size;
-    ``head``: vocabulary x width; ``all_weights``: of the layers, experts included.
+    ``stream``: layers x width; ``head``: vocabulary x width; ``all_weights``: of the layers, experts included.
     """
 
     weights: float
     all_weights: float
     attention: float
+    stream: float
     head: float
     vocab_size: int
 
 
-def _shape(model: ResolvedModel) -> _Shape:
+def seconds_per_token(
+    shape: Shape,
+    gpu: Gpu,
+    context: float,
+    *,
+    arithmetic: Arithmetic = "16 bits",
+    wide_head: bool = True,
+    tensor_parallel: int = 1,
+    stages: int = 1,
+    utilisation: float = _UTILISATION.likely,
+) -> Seconds:
+    """What reading a token costs.
+
+    Layers: 2 x weights that a token meets + 4 x layers x heads x head size x context FLOP (Kaplan et al., arXiv
+    2001.08361, section 2.1; attention without what causality saves would be twice as much). They are shared by all GPUs.
+    Everything that follows them is the work of the last stage alone.
+
+    Two sums over the GPUs of a layer, after attention and after the MLP: a GPU sends 2 (T - 1) / T of the width each time.
+
+    Head: 2 x vocabulary x width FLOP on tensor cores, also where its logits are float32: vLLM multiplies 16-bit factors
+    and keeps the float32 sums (``torch.mm(..., out_dtype=torch.float32)``). The vocabulary is shared by the GPUs of a
+    layer, and each of them then receives the logits of the others, and makes all passes over all of them.
+    """
+    gpus = tensor_parallel * stages
+    matrices = 2 * shape.weights / _layer_peak(gpu, arithmetic)
+    peak = gpu.float32 if arithmetic == "float32" else gpu.tensor
+    value_bytes = 4 if arithmetic == "float32" else 2
+    others = (tensor_parallel - 1) / tensor_parallel
+    link = _LINK_UTILISATION * gpu.link
+    return Seconds(
+        layers=(matrices + 4 * shape.attention * context / peak) / utilisation / gpus,
+        sharing=2 * 2 * others * value_bytes * shape.stream / stages / link,
+        head=2 * shape.head / peak / utilisation / tensor_parallel,
+        gather=others * (4 if wide_head else value_bytes) * shape.vocab_size / link,
+        passes=_PASSES * 4 * shape.vocab_size / gpu.bandwidth,
+    )
+
+
+def _layer_peak(gpu: Gpu, arithmetic: Arithmetic) -> float:
+    return {"float32": gpu.float32, "16 bits": gpu.tensor, "fp8": gpu.fp8}[arithmetic]
+
+
+def shape_of(model: ResolvedModel) -> Shape:
     """Read off a model without weights."""
     try:
         lm = empty_model(model)
@@ -206,10 +308,11 @@ def _shape(model: ResolvedModel) -> _Shape:
             weights += parameter.numel() * (share if ".experts." in name else 1)
     heads = config.num_attention_heads
     head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return _Shape(
+    return Shape(
         weights=weights,
         all_weights=all_weights,
         attention=config.num_hidden_layers * heads * head_size,
+        stream=config.num_hidden_layers * config.hidden_size,
         head=config.vocab_size * config.hidden_size,
         vocab_size=config.vocab_size,
     )
@@ -218,8 +321,7 @@ def _shape(model: ResolvedModel) -> _Shape:
 def _share_of_experts(config: Any) -> float:
     """Experts that one token meets, as a part of all routed ones; 1 where the config names none."""
     used = getattr(config, "num_experts_per_tok", None)
-    names = ("num_local_experts", "num_experts", "n_routed_experts")
-    all_of_them = next(filter(None, (getattr(config, name, None) for name in names)), None)
+    all_of_them = next(filter(None, (getattr(config, name, None) for name in EXPERTS)), None)
     return used / all_of_them if used and all_of_them else 1.0
 
 
@@ -256,7 +358,7 @@ def _exactly(value: float) -> Range:
 
 
 def _gpus(config: BuildConfig) -> int:
-    return 1 if _is_synthetic(config) else config.teacher.tensor_parallel_size
+    return max(1, config.teacher.gpus_per_engine)
 
 
 def _is_synthetic(config: BuildConfig) -> bool:

@@ -35,6 +35,8 @@ logger = logging.getLogger(__name__)
 
 _NUMBERED = re.compile(r"(.+)-\d{5}-of-(\d{5})\.(?:safetensors|bin)")
 _SHOWN = 3  # files in a message
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+"""How configs name the number of experts that tokens are routed to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,6 +264,31 @@ def kv_bytes_per_token(model: ResolvedModel, value_bytes: int) -> int:
 def is_quantised(model: ResolvedModel) -> bool:
     """Whether the weights are stored in a quantised form."""
     return getattr(_config(model), "quantization_config", None) is not None
+
+
+def activation_bits(model: ResolvedModel) -> int | None:
+    """Bits to which the layers of a quantised checkpoint round what they are given; None where only weights are quantised,
+    or nothing is, or the config does not say.
+
+    Of FP8 (DeepSeek's and FBGEMM's), compressed-tensors and ModelOpt. An engine computes in such a checkpoint's format.
+    """
+    settings = getattr(_config(model), "quantization_config", None)
+    if settings is None:
+        return None
+    settings = settings if isinstance(settings, dict) else settings.to_dict()
+    if settings.get("quant_method") in ("fp8", "fbgemm_fp8"):
+        return 8
+    groups = settings.get("config_groups") or {}
+    inputs = [group.get("input_activations") for group in groups.values() if isinstance(group, dict)]
+    bits = [int(one["num_bits"]) for one in inputs if one and one.get("num_bits")]
+    bits += {"FP8": [8], "NVFP4": [4]}.get(str(settings.get("quant_algo")), [])
+    return min((one for one in bits if one < 16), default=None)
+
+
+def has_experts(model: ResolvedModel) -> bool:
+    """Whether a router sends each token to some of the model's experts."""
+    config = _config(model).get_text_config()
+    return any((getattr(config, name, None) or 0) > 1 for name in EXPERTS)
 
 
 def weights_sha256(folder: Path) -> str:

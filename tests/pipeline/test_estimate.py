@@ -21,7 +21,7 @@ from pipeline import estimate_cli, estimate_speed
 from pipeline.config import BuildConfig, StoreConfig
 from pipeline.estimate import Estimate, estimate
 from pipeline.estimate_size import size_from_reference
-from pipeline.models import ResolvedModel
+from pipeline.models import ResolvedModel, activation_bits
 from pipeline.run import build
 
 
@@ -264,17 +264,104 @@ def test_time_follows_from_the_models_shape(real, monkeypatch):
     # The tiny Llama by hand: two layers of q, k, v, o, three matrices of the MLP and two norms; a last norm.
     layer = 64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 128 + 2 * 64
     weights, attention, head = 2 * layer + 64, 2 * 2 * 32, 384 * 64
-    monkeypatch.setattr(estimate_speed, "_WRITING", 0.0)
-    monkeypatch.setattr(estimate_speed, "_PASSES", 0)
+    monkeypatch.setattr(estimate_speed, "writing_seconds", lambda entries: 0.0)
     found = real(gpu="a100")
-    body = 2 * weights + 4 * attention * found.sample.context
-    expected = 4 * 0.4 / (body / 312e12 + 2 * head / 19.5e12)
+    context = found.sample.context
+    # 40 % of 312 TFLOP/s, 2.04 TB/s, and 65 % of 300 GB/s, of which a GPU of four uses three parts in four.
+    layers = (2 * weights + 4 * attention * context) / (0.4 * 312e12)
+    sums = 2 * 2 * 0.75 * 2 * (2 * 64) / (0.65 * 300e9)
+    product = 2 * head / (0.4 * 312e12)
+    gathered, passes = 0.75 * 4 * 384 / (0.65 * 300e9), 20 * 4 * 384 / 2.04e12
+    expected = 1 / (layers / 4 + sums + product / 4 + gathered + passes)
     assert found.speed.tokens_per_second.likely == pytest.approx(expected)
-    low_head = real(gpu="a100", teacher={"engine_args": {"hf_overrides": {"head_dtype": "bfloat16"}}})
-    assert low_head.speed.tokens_per_second.likely == pytest.approx(4 * 0.4 / ((body + 2 * head) / 312e12))
+
+    narrow = real(gpu="a100", teacher={"engine_args": {"hf_overrides": {"head_dtype": "bfloat16"}}})
+    expected = 1 / (layers / 4 + sums + product / 4 + gathered / 2 + passes)
+    assert narrow.speed.tokens_per_second.likely == pytest.approx(expected)
+
+    # Of a pipeline the last stage has the head and the vocabulary to itself.
+    piped = real(gpu="a100", gpus=8, teacher={"engine_args": {"pipeline_parallel_size": 2}})
+    assert piped.speed.gpus_per_engine == 8
+    expected = 1 / ((layers / 4 + sums) / 2 + product / 4 + gathered + passes)
+    assert piped.speed.tokens_per_second.likely == pytest.approx(expected)
+
+    alone = real(gpu="a100", teacher={"tensor_parallel_size": 1})
+    assert alone.speed.tokens_per_second.likely == pytest.approx(1 / (layers + product + passes))
     lengths = found.sample.tokens / found.sample.sequences
-    assert 0.4 * lengths < found.sample.context < 64
-    assert real(max_length=16).sample.context < found.sample.context
+    assert 0.4 * lengths < context < 64
+    assert real(max_length=16).sample.context < context
+
+
+def test_writing_counts_where_it_takes_longer_than_the_engine(real, monkeypatch):
+    assert 3e-6 < estimate_speed.writing_seconds(26) < 6e-6
+    with monkeypatch.context() as patch:
+        patch.setattr(estimate_speed, "writing_seconds", lambda entries: 0.0)
+        free = real().speed.tokens_per_second
+    entries = []
+    monkeypatch.setattr(estimate_speed, "writing_seconds", lambda count: entries.append(count) or 1 / free.likely)
+    found = real()
+    bound = found.speed.tokens_per_second
+    assert (bound.low, bound.likely, bound.high) == pytest.approx((free.low, free.likely, free.likely))
+    assert entries == [found.size.heads + found.size.draws]
+
+
+def _llama(width, inner, layers, heads, vocab_size=128_256):
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        hidden_size=width, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=8, head_dim=128, vocab_size=vocab_size, tie_word_embeddings=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("config", "arithmetic", "context", "published"),
+    [
+        # Tokens per second by GPU and number of them; docs/capture.md says where each comes from.
+        (_llama(4096, 14336, 32, 32), "fp8", 1088, {("h100", 1): 58_650, ("h200", 1): 60_146}),
+        (_llama(8192, 28672, 80, 64), "fp8", 1088, {("h100", 2): 12_954, ("h200", 1): 7_514}),
+        (_llama(16384, 53248, 126, 128), "fp8", 1088, {("h100", 8): 7_701, ("h200", 8): 7_752}),
+        (_llama(8192, 28672, 80, 64), "fp8", 2500, {("h100", 2): 12_292}),
+        (_llama(4096, 14336, 32, 32), "16 bits", 1500, {("h100", 4): 62_021}),
+    ],
+)
+def test_published_prefill_speeds_are_within_a_factor_of_one_and_a_half(
+    tmp_path, config, arithmetic, context, published
+):
+    config.save_pretrained(tmp_path)
+    shape = estimate_speed.shape_of(ResolvedModel("llama", str(tmp_path), None))
+    for (gpu, count), speed in published.items():
+        found = estimate_speed.seconds_per_token(
+            shape, estimate_speed.GPUS[gpu], context, arithmetic=arithmetic, tensor_parallel=count
+        )
+        assert 1 / 1.5 < 1 / found.prefill / speed < 1.5
+
+
+@pytest.mark.parametrize(
+    ("settings", "bits"),
+    [
+        (None, None),
+        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, 8),
+        ({"quant_method": "fbgemm_fp8"}, 8),
+        ({"quant_method": "modelopt", "quant_algo": "FP8"}, 8),
+        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, 4),
+        ({"quant_method": "awq", "bits": 4}, None),
+        ({"quant_method": "gptq", "bits": 8}, None),
+        ({"quant_method": "mxfp4"}, None),
+        ({"quant_method": "compressed-tensors", "config_groups": {"group_0": {"input_activations": None}}}, None),
+        (
+            {
+                "quant_method": "compressed-tensors",
+                "config_groups": {"group_0": {"weights": {"num_bits": 8}, "input_activations": {"num_bits": 8}}},
+            },
+            8,
+        ),
+    ],
+)
+def test_what_a_quantised_checkpoint_rounds_its_layers_inputs_to(tiny_llama, tmp_path, settings, bits):
+    config = json.loads((tiny_llama / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | ({"quantization_config": settings} if settings else {})))
+    assert activation_bits(ResolvedModel("tiny", str(tmp_path), None)) == bits
 
 
 def test_of_experts_only_those_that_a_token_meets_count(tmp_path):
@@ -286,7 +373,7 @@ def test_of_experts_only_those_that_a_token_meets_count(tmp_path):
             num_key_value_heads=2, head_dim=32, num_local_experts=8, num_experts_per_tok=per_token,
         )  # fmt: skip
         config.save_pretrained(tmp_path)
-        return estimate_speed._shape(ResolvedModel("mixtral", str(tmp_path), None))
+        return estimate_speed.shape_of(ResolvedModel("mixtral", str(tmp_path), None))
 
     one, three = shape(1), shape(3)
     assert three.weights - one.weights == pytest.approx(3 * 2 * 3 * 64 * 96)
@@ -295,7 +382,7 @@ def test_of_experts_only_those_that_a_token_meets_count(tmp_path):
 
 def test_weights_that_do_not_fit_are_named(real, monkeypatch):
     assert not any("will not fit" in line for line in real().assumptions)
-    small = estimate_speed.Gpu("toy", 1e12, 1e12, 1e9, 40_000)
+    small = estimate_speed.Gpu("toy", 1e12, 1e12, 1e12, 1e9, 1e9, 40_000)
     monkeypatch.setitem(estimate_speed.GPUS, "toy", small)
     assert any("0 GB of 16-bit weights will not fit" in line for line in real(gpu="toy").assumptions)
 
