@@ -10,6 +10,7 @@ Shapes: P kept positions, C positions of one chunk, H hidden size, V student voc
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -26,7 +27,7 @@ from cache_format.errors import UserError
 _CHUNK_BYTES = {"cpu": 96 * 2**20}
 _CHUNK_BYTES_ELSEWHERE = 512 * 2**20
 _CHUNK_AT_LEAST = 512
-# Rows of the head's gradient that are summed at a time where the product has to be widened first.
+# Rows of the head's gradient that are summed at a time where no kernel adds 16-bit products to float32.
 _SLICE = 8192
 
 _T = TypeVar("_T")
@@ -316,19 +317,54 @@ class _LinearProjection:
     def _add_to_weight(self, grad_CV: Tensor) -> None:
         if self._weight_sum is None:
             self._weight_sum = self._weight_VH.new_zeros(self._weight_VH.shape, dtype=self._wide())
+        # Sums over many chunks lose digits in bfloat16, and so does a product that is rounded before it is added.
         if self._weight_sum.dtype == grad_CV.dtype:
             self._weight_sum.addmm_(grad_CV.t(), self._hidden_CH)
             return
-        # Sums over many chunks lose digits in bfloat16. By slices, so that the products to be added stay small.
+        if _adds_to_float32(grad_CV.device, grad_CV.dtype):
+            _add_product(self._weight_sum, grad_CV.t(), self._hidden_CH)
+            return
+        # By slices, so that what is added, or widened for it, stays small.
+        widened = _multiplies_faster_in_float32(grad_CV.device)
+        hidden_CH = self._hidden_CH.float() if widened else self._hidden_CH
         for start in range(0, len(self._weight_sum), _SLICE):
             rows = slice(start, start + _SLICE)
-            self._weight_sum[rows].add_(grad_CV[:, rows].t() @ self._hidden_CH)
+            if widened:
+                self._weight_sum[rows].addmm_(grad_CV[:, rows].float().t(), hidden_CH)
+            else:
+                self._weight_sum[rows].add_(grad_CV[:, rows].t() @ hidden_CH)
 
     def _wide(self) -> torch.dtype:
         return torch.promote_types(self._weight_VH.dtype, torch.float32)
 
     def sums(self) -> list[Tensor]:
         return [total for total in (self._weight_sum, self._bias_sum) if total is not None]
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """``total += left @ right``, float32 from 16-bit matrices, in one kernel."""
+    torch.ops.aten.addmm.dtype_out(total, left, right, torch.float32, out=total)
+
+
+@functools.cache
+def _adds_to_float32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether ``_add_product`` works here. Only CUDA has it, from one version of torch on or another: so it is tried."""
+    return device.type == "cuda" and _adds_rightly(device, dtype)
+
+
+def _adds_rightly(device: torch.device, dtype: torch.dtype) -> bool:
+    total = torch.full((16, 16), 256.0, device=device)
+    ones = torch.ones(16, 16, device=device, dtype=dtype)
+    try:
+        _add_product(total, torch.eye(16, device=device, dtype=dtype).t(), ones)
+    except (AttributeError, RuntimeError):
+        return False
+    return bool((total == 257).all())  # which has one bit more than bfloat16
+
+
+def _multiplies_faster_in_float32(device: torch.device) -> bool:
+    """Whether a CPU multiplies 16-bit matrices slower than float32 ones: on AVX2, which has nothing for them, ten times."""
+    return device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
 
 
 class _AnyProjection:

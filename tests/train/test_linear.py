@@ -23,7 +23,15 @@ from transformers import (
 from transformers.models.auto import AutoModel, AutoModelForCausalLM
 
 from cache_format.errors import UserError
-from train.linear import LogitsHead, PerChunk, head_losses
+from train.linear import (
+    LogitsHead,
+    PerChunk,
+    _adds_rightly,
+    _adds_to_float32,
+    _all_chunks,
+    _LinearProjection,
+    head_losses,
+)
 from train.losses import LOSSES, SparseTeacher
 from train.metrics import rank_agreement, top_k_overlap
 
@@ -269,6 +277,65 @@ def test_bfloat16(mode: str) -> None:
     assert chunked.dtype == model.dtype
     error = [((found - expected).norm() / expected.norm()).item() for found in (whole, chunked)]
     assert error[1] < 2 * error[0]
+
+
+class AddingInFloat32(TorchDispatchMode):
+    """CUDA's addition of a 16-bit product to a float32 matrix, as documented, on the CPU, where torch has none."""
+
+    def __init__(self, rounded: bool = False) -> None:
+        super().__init__()
+        self.rounded = rounded
+        self.products: list[Tensor] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not torch.ops.aten.addmm.dtype_out:
+            return func(*args, **(kwargs or {}))
+        total, left, right, dtype = args
+        assert total is kwargs["out"]
+        assert (total.dtype, dtype, left.dtype, right.dtype) == (torch.float32, dtype, torch.bfloat16, torch.bfloat16)
+        self.products.append(left.double() @ right.double())
+        added = total + left.float() @ right.float()
+        return total.copy_(added.bfloat16() if self.rounded else added)
+
+
+def test_the_weight_gradient_is_added_in_one_kernel_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One addition a chunk, of products that are not rounded first; nor are those of a CPU that widens what it multiplies."""
+    model = build("llama", torch.bfloat16)
+    hidden, teacher = (0.2 * torch.randn(64, HIDDEN)).bfloat16(), teacher_of(64)
+
+    def per_chunk(logits: Tensor, rows: slice) -> tuple[Tensor, dict[str, Tensor]]:
+        return LOSSES["forward_kl"](logits, teacher[rows]), {}
+
+    def weight_sum() -> Tensor:
+        """Before it is rounded to the weight's own type."""
+        projection = _LinearProjection(LogitsHead(model), hidden, 8)
+        _all_chunks(projection, hidden, per_chunk, 8)
+        return projection.sums()[0].double()
+
+    monkeypatch.setattr("train.linear._SLICE", 50)
+    by_processor = []
+    for widened in (False, True):
+        monkeypatch.setattr("train.linear._multiplies_faster_in_float32", lambda device, widened=widened: widened)
+        by_processor.append(weight_sum())
+    sliced, widened_first = by_processor
+    monkeypatch.setattr("train.linear._adds_to_float32", lambda device, dtype: True)
+    with AddingInFloat32() as adding:
+        found = weight_sum()
+    assert [product.shape for product in adding.products] == 8 * [(VOCAB, HIDDEN)]
+    exact = torch.stack(adding.products).sum(0)
+    assert (found - exact).norm() < 1e-6 * exact.norm()
+    assert (widened_first - exact).norm() < 1e-6 * exact.norm()
+    assert 1e-2 * exact.norm() > (sliced - exact).norm() > 1e-4 * exact.norm()
+
+
+def test_whether_there_is_such_a_kernel_is_tried() -> None:
+    device = torch.device("cpu")
+    assert not _adds_to_float32(device, torch.bfloat16)
+    assert not _adds_rightly(device, torch.bfloat16), "torch has one on the CPU now: measure it"
+    with AddingInFloat32():
+        assert _adds_rightly(device, torch.bfloat16)
+    with AddingInFloat32(rounded=True):
+        assert not _adds_rightly(device, torch.bfloat16)
 
 
 def test_unknown_treatment_of_logits_is_refused() -> None:
