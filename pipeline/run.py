@@ -34,7 +34,7 @@ from pipeline.generation import (
     tokenizer_of,
 )
 from pipeline.interruption import at_safe_points
-from pipeline.models import attention, check_context, resolve_model, weights_sha256
+from pipeline.models import attention, check_context, resolve_model
 from pipeline.plan import Plan, write_sequences
 from pipeline.progress import Progress
 from pipeline.prompts import Prompts
@@ -44,6 +44,7 @@ from pipeline.sources import Source, open_source
 from pipeline.teachers import Teacher, open_teacher, open_tokenizer, sampling_of, vocab_size_of
 from pipeline.teachers.base import Sampling
 from pipeline.tokenize import Tokenization
+from pipeline.weights import weights_sha256
 
 log = logging.getLogger(__name__)
 

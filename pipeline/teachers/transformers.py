@@ -22,7 +22,14 @@ from pipeline.config import TeacherConfig
 from pipeline.draws import KEY_IDS, no_draws
 from pipeline.draws_torch import draw, to_numpy
 from pipeline.estimator import not_a_number
-from pipeline.models import ResolvedModel, attention, check_context, load_tokenizer, longest_with_short_rope
+from pipeline.models import (
+    ResolvedModel,
+    attention,
+    check_context,
+    load_tokenizer,
+    longest_with_short_rope,
+    read_weights,
+)
 from pipeline.sequence import Scored, Sequence
 from pipeline.teachers import bounded_groups
 from pipeline.teachers.base import Prompt, Sampling
@@ -57,6 +64,7 @@ class TransformersTeacher:
         self._step_tokens = config.step_tokens(on_cpu=self._device.type == "cpu")
         check_context(model, max_length)
         self._longest_short = longest_with_short_rope(model)
+        read_weights(model)
         dtype = "float32" if config.dtype == "auto" and self._device.type == "cpu" else config.dtype
         arguments: dict[str, Any] = {"dtype": dtype, "trust_remote_code": model.trust_remote_code, **config.engine_args}
         if (chosen := attention(model, config.engine_args.get("attn_implementation"))) is not None:

@@ -43,6 +43,7 @@ from pipeline.models import (
     context_limit,
     is_quantised,
     kv_bytes_per_token,
+    read_weights,
     vocab_size,
 )
 from pipeline.sequence import Answer, Scored, Sequence
@@ -107,6 +108,7 @@ class VllmTeacher:
         check_location(model)
         check_context(model, max_length)
         check_rope_in_vllm(model, _max_model_len(max_length))
+        read_weights(model)
         self._config = config
         self._model = model
         self._sampling = sampling
