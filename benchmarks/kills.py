@@ -42,7 +42,7 @@ import psutil
 import yaml
 
 from cache_format import CacheReader, Manifest, verify
-from cache_format.writer import BUILD_DIR, MANIFEST
+from cache_format.layout import BUILD_DIR, MANIFEST
 
 KINDS = {"process": 45, "vllm": 15, "ray-worker": 20, "ray-driver": 15, "ray-vllm": 5}
 PHASES = ("planning", "starting", "scoring", "committing", "finishing")

@@ -5,6 +5,8 @@ cache = CacheReader("caches/quickstart")
 cache[0].ids                               # int32[P, K]
 """
 
+from typing import TYPE_CHECKING
+
 from cache_format.errors import (
     CacheError,
     CacheInUseError,
@@ -20,7 +22,9 @@ from cache_format.manifest import Manifest
 from cache_format.reader import CacheReader
 from cache_format.sequence import CachedSequence, TailSamples
 from cache_format.verify import verify
-from cache_format.writer import CacheWriter
+
+if TYPE_CHECKING:
+    from cache_format.writer import CacheWriter
 
 __all__ = [
     "CacheError",
@@ -39,3 +43,12 @@ __all__ = [
     "UserError",
     "verify",
 ]
+
+
+def __getattr__(name: str) -> object:
+    """Imports the writer when it is asked for: who reads a cache needs none of it."""
+    if name == "CacheWriter":
+        from cache_format.writer import CacheWriter
+
+        return CacheWriter
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

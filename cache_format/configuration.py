@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -13,7 +12,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
-from cache_format.errors import ConfigError
+from cache_format.errors import ConfigError, first_line
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -39,11 +38,11 @@ def load_config(model: type[Model], path: Path, overrides: list[str]) -> Model:
             # Parsed as OmegaConf parses files, where 1e-4 is a number (to plain YAML 1.1 it is a string).
             OmegaConf.update(config, key, OmegaConf.create(f"value: {value}")["value"], force_add=True)
         except (OmegaConfBaseException, yaml.YAMLError, AssertionError, ValueError) as error:
-            raise ConfigError(f"override {override!r} cannot be applied: {str(error).splitlines()[0]}") from error
+            raise ConfigError(f"override {override!r} cannot be applied: {first_line(error)}") from error
     try:
         values = OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{path}: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"{path}: {first_line(error)}") from error
     return _validated(model, values, str(path))
 
 
@@ -69,17 +68,6 @@ def _texts(values: Any, key: str = "") -> Iterator[tuple[str, str]]:
     elif isinstance(values, dict | list):
         for part, value in values.items() if isinstance(values, dict) else enumerate(values):
             yield from _texts(value, f"{key}.{part}" if key else str(part))
-
-
-def describe_difference(before: object, after: object, prefix: str = "") -> str:
-    """``a.b: 1 -> 2, c: 3 -> 4``: where two JSON values differ, by dotted path."""
-    if isinstance(before, dict) and isinstance(after, dict):
-        return ", ".join(
-            describe_difference(before.get(key), after.get(key), f"{prefix}{key}.")
-            for key in sorted(set(before) | set(after))
-            if before.get(key) != after.get(key)
-        )
-    return f"{prefix.rstrip('.')}: {json.dumps(before, default=str)} -> {json.dumps(after, default=str)}"
 
 
 def _explain(model: type[BaseModel], error: Any) -> str:

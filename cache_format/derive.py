@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from cache_format.codec import Codec, check_step
-from cache_format.configuration import describe_difference
+from cache_format.differences import describe_difference
 from cache_format.errors import UserError
 from cache_format.fidelity import reconstruction_kl
 from cache_format.manifest import DataHash, DataIdentity, DerivedFrom, Header, Manifest, StoreSettings

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -398,3 +398,18 @@ def canonical_json(value: Any) -> str:
 
 def sha256_of_json(value: Any) -> str:
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
+class CacheFile(NamedTuple):
+    """One file of a cache beside its manifest and card; ``path`` is relative to the cache."""
+
+    path: str
+    bytes: int
+    sha256: str
+
+
+def cache_files(manifest: Manifest) -> list[CacheFile]:
+    """Every file that ``manifest`` vouches for: the shards in order, then the tail prior where there is one."""
+    prior = manifest.tail_prior
+    parts: list[ShardEntry | TailPriorEntry] = [*manifest.shards, *([] if prior is None else [prior])]
+    return [CacheFile(part.path, part.bytes, part.sha256) for part in parts]

@@ -14,11 +14,11 @@ import pyarrow as pa
 from cache_format.codec import Codec, PackedBatch
 from cache_format.errors import CacheError, DamagedCacheError
 from cache_format.ipc import BoundedFile
-from cache_format.manifest import Manifest, ShardEntry, TailPriorEntry
+from cache_format.layout import MANIFEST
+from cache_format.manifest import CacheFile, Manifest, ShardEntry, TailPriorEntry
 from cache_format.prior import TailPrior
 from cache_format.sequence import CachedSequence
 from cache_format.storage import (
-    CacheFile,
     ShardCache,
     is_local,
     map_file,
@@ -28,7 +28,6 @@ from cache_format.storage import (
     retrying,
     verified_chunks,
 )
-from cache_format.writer import MANIFEST
 
 OPEN_SHARDS = 64
 """Shards kept open: far below any limit on open files."""

@@ -18,21 +18,14 @@ from typing import Self
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from cache_format import card
+from cache_format.durable import load_state, write_durably, writing_to
 from cache_format.errors import CacheError, CacheInUseError, DamagedCacheError, UserError
-from cache_format.manifest import MAX_MANIFEST_BYTES, AuditSummary, Header, Manifest, ShardEntry
+from cache_format.layout import BUILD_DIR, CARD, MANIFEST, OWNER, PRIOR, PUSH_MARK
+from cache_format.manifest import MAX_MANIFEST_BYTES, AuditSummary, CacheFile, Header, Manifest, ShardEntry
 from cache_format.prior import TailPrior
-from cache_format.share import CARD, MAX_MARK_BYTES, OWNER, Store, place_at
-from cache_format.storage import PUSH_MARK, CacheFile, open_filesystem, reaching, shard_cache_folder
-from cache_format.writer import (
-    BUILD_DIR,
-    MANIFEST,
-    PRIOR,
-    CacheWriter,
-    load_state,
-    remove_cache,
-    write_durably,
-    writing_to,
-)
+from cache_format.share import MAX_MARK_BYTES, Store, place_at
+from cache_format.storage import open_filesystem, reaching, shard_cache_folder
+from cache_format.writer import CacheWriter, remove_cache
 
 _CLAIM = "claim.json"
 

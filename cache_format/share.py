@@ -23,14 +23,12 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from cache_format import card
+from cache_format.durable import sync, write_durably, writing_to
 from cache_format.errors import CacheError, CacheInUseError, DamagedCacheError, UnsupportedCacheError, UserError
-from cache_format.manifest import MAX_MANIFEST_BYTES, Manifest
+from cache_format.layout import BUILD_DIR, CARD, MANIFEST, OWNER, PRIOR, PULL_DIR, PUSH_MARK
+from cache_format.manifest import MAX_MANIFEST_BYTES, CacheFile, Manifest, cache_files
 from cache_format.storage import (
-    PULL_DIR,
-    PUSH_MARK,
-    CacheFile,
     ShardCache,
-    cache_files,
     download,
     has_content,
     is_local,
@@ -43,25 +41,13 @@ from cache_format.storage import (
     retrying,
     verified_chunks,
 )
-from cache_format.writer import (
-    BUILD_DIR,
-    MANIFEST,
-    PRIOR,
-    may_be_cache,
-    refuse_other_files,
-    sync,
-    write_durably,
-    writing_to,
-)
+from cache_format.writer import may_be_cache, refuse_other_files
 
 MAX_CARD_BYTES = 16 << 20
 MAX_MARK_BYTES = 1 << 16
 HUB_COMMIT_FILES = 100
 """Shards per commit on the hub, which advises against many small commits and against huge ones."""
 
-CARD = "README.md"
-OWNER = f"{BUILD_DIR}/owner.json"
-"""In a store while a cache is being built there: who builds it."""
 
 _SHARDS = "shard-*.arrow"
 _FOLDERS = {"sftp", "ssh", "ftp", "smb", "hdfs", "webhdfs", "webdav"}  # a file needs its folder first

@@ -13,15 +13,22 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from inspect import signature
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import filelock
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from cache_format.errors import CacheError, CacheNotFoundError, DamagedCacheError, IncompleteCacheError, UserError
-from cache_format.manifest import MAX_MANIFEST_BYTES, Manifest
-from cache_format.writer import BUILD_DIR, MANIFEST
+from cache_format.errors import (
+    CacheError,
+    CacheNotFoundError,
+    DamagedCacheError,
+    IncompleteCacheError,
+    UserError,
+    one_line,
+)
+from cache_format.layout import BUILD_DIR, MANIFEST, PULL_DIR, PUSH_MARK
+from cache_format.manifest import MAX_MANIFEST_BYTES, CacheFile, Manifest
 
 ATTEMPTS = 4
 """How often a transfer is tried before a failing network is reported."""
@@ -31,11 +38,6 @@ FIRST_DELAY = 0.5
 
 DEFAULT_CACHE_BYTES = 32 << 30
 
-PULL_DIR = ".pull"
-"""In a local folder while a copy into it is unfinished: the lock and temporary files. Never a build's ``.build``."""
-
-PUSH_MARK = ".push"
-"""In a store while a push to it is unfinished: what is being pushed, so that the same push can go on."""
 
 _CHUNK = 1 << 20
 _URL_AS_PATH = re.compile(r"[A-Za-z][A-Za-z0-9+.:-]+:")
@@ -44,21 +46,6 @@ _STREAMING = {"http", "https", "hf"}  # with block_size=0 these send a file in o
 _PACKAGES = {"huggingface_hub": "logitcask[hub]", "s3fs": "logitcask[s3]"}
 _PERMANENT = (UserError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, NotImplementedError)
 _Result = TypeVar("_Result")
-
-
-class CacheFile(NamedTuple):
-    """One file of a cache beside its manifest and card; ``path`` is relative to the cache."""
-
-    path: str
-    bytes: int
-    sha256: str
-
-
-def cache_files(manifest: Manifest) -> list[CacheFile]:
-    """Every file that ``manifest`` vouches for: the shards in order, then the tail prior where there is one."""
-    prior = getattr(manifest, "tail_prior", None)
-    parts = [*manifest.shards, *([] if prior is None else [prior])]
-    return [CacheFile(part.path, part.bytes, part.sha256) for part in parts]
 
 
 def open_filesystem(url: str | Path, *, fresh: bool = False) -> tuple[fsspec.AbstractFileSystem, str]:
@@ -122,11 +109,6 @@ def is_local(filesystem: fsspec.AbstractFileSystem) -> bool:
 def protocol_of(filesystem: fsspec.AbstractFileSystem) -> str:
     protocol = filesystem.protocol
     return protocol if isinstance(protocol, str) else protocol[0]
-
-
-def one_line(error: BaseException) -> str:
-    """What went wrong, for a message that has to fit one line."""
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 @contextmanager

@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 
 from cache_format.codec import ContentHash
 from cache_format.errors import DamagedCacheError, UserError
+from cache_format.layout import MANIFEST
 from cache_format.manifest import ShardEntry, StoreSettings
 from cache_format.reader import CacheReader
 from cache_format.sequence import CachedSequence, TailSamples
 from cache_format.validation import validate
-from cache_format.writer import MANIFEST
 
 _FP32_SLACK = 2.0**-16
 """What sums of an engine's fp32 probabilities may be off by."""

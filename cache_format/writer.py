@@ -23,31 +23,24 @@ from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Self
 
 import filelock
-from pydantic import BaseModel
 
 from cache_format import card
 from cache_format.codec import Codec
-from cache_format.configuration import describe_difference
+from cache_format.differences import describe_difference
+from cache_format.durable import RESTART, load_state, sync, write_durably, writing_to
 from cache_format.errors import CacheInUseError, DamagedCacheError, UserError
+from cache_format.layout import BUILD_DIR, MANIFEST, PRIOR
 from cache_format.manifest import AuditSummary, Header, Manifest, ShardEntry, TailPriorEntry
 from cache_format.prior import TailPrior
 from cache_format.schema import FORMAT
 from cache_format.shard_writer import ShardWriter
 
-BUILD_DIR = ".build"
-MANIFEST = "manifest.json"
-PRIOR = "tail_prior.arrow"
-
-RESTART = "start afresh with --restart"
-"""What a message advises where the state of a build is of no use: the option of ``teacher-cache build``."""
-
 _SHARD = re.compile(r"shard-\d{5,}\.arrow")
 # Seconds until a folder that cannot be removed is taken for one that somebody still writes to.
 _REVOKE_TIMEOUT = 60.0
-State = TypeVar("State", bound=BaseModel)
 
 
 class CacheWorker:
@@ -355,14 +348,6 @@ def _shard_files(path: Path) -> list[Path]:
     return [file for file in (path / "data").glob("shard-*.arrow") if _SHARD.fullmatch(file.name)]
 
 
-def load_state(model: type[State], file: Path, afresh: str = RESTART) -> State:
-    """Reads a file of ``.build``. Raises UserError, advising ``afresh``, where it is not what this version writes."""
-    try:
-        return model.model_validate_json(file.read_bytes())
-    except ValueError as error:
-        raise UserError(f"{file} was not written by this version of logitcask; {afresh}") from error
-
-
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """Holds the writer's lock on the cache at ``path``. Raises CacheInUseError at once if another process has it."""
@@ -378,37 +363,3 @@ def _locked(path: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def write_durably(file: Path, content: str | bytes, *, scratch: Path | None = None) -> None:
-    """Temporary file, fsync, rename, fsync of the folder: afterwards ``file`` is there whole, or as it was before."""
-    temporary = (scratch or file.parent) / f"{file.name}.tmp"
-    with open(temporary, "wb") as handle:
-        handle.write(content.encode() if isinstance(content, str) else content)
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(temporary, file)
-    sync(file.parent)
-
-
-def sync(path: Path) -> None:
-    """Makes a file's content, or the names in a folder, survive a power cut (Windows cannot open folders: no-op there)."""
-    if os.name == "nt":
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def writing_to(path: Path) -> Iterator[None]:
-    """Turns the operating system's refusal to write into one line that says where and what to do."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"cannot write to {path}: {error.strerror or error}; make room or permit it, then run the same command again: "
-            "finished shards are kept"
-        ) from error

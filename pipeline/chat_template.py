@@ -15,7 +15,7 @@ from datetime import date, datetime
 from functools import cached_property
 from typing import Any
 
-from cache_format.errors import UserError
+from cache_format.errors import UserError, one_line
 from pipeline.config import DataConfig
 
 log = logging.getLogger(__name__)
@@ -312,7 +312,7 @@ def _or_refused(render: Callable[[], Any]) -> Any:
     try:
         return render()
     except Exception as error:  # a template is a program that runs on the user's data
-        raise Refused(" ".join(str(error).split()) or type(error).__name__) from error
+        raise Refused(one_line(error)) from error
 
 
 def _template_of(tokenizer: Any, config: DataConfig) -> str:

@@ -87,7 +87,7 @@ def generations(
     import sys
 
     from cache_format import CacheReader
-    from cache_format.writer import writing_to
+    from cache_format.durable import writing_to
     from pipeline.inspection import generations as answers
 
     rows = answers(CacheReader(cache), tokenizer)

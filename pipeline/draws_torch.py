@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cache_format.errors import one_line
 from pipeline.capture import Capture
 from pipeline.draws import KEY_IDS, LEAST_LOGPROB, SET_STRIDE, Draws, hashed
 
@@ -71,7 +72,7 @@ def _why_not(few: tuple[Tensor, Tensor, Tensor, Capture, bool]) -> str | None:
         ):
             return "they draw other ids"
     except Exception as error:  # whatever a compiler or a driver raises
-        return " ".join(str(error).split())[:200] or type(error).__name__
+        return one_line(error)[:200]
     return None
 
 

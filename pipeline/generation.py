@@ -27,11 +27,11 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 from tqdm import tqdm
 
-from cache_format.configuration import describe_difference
+from cache_format.differences import describe_difference
+from cache_format.durable import load_state, sync, write_durably, writing_to
 from cache_format.errors import UserError
 from cache_format.manifest import DataHash, GenerationIdentity, TeacherIdentity, TokenizerIdentity
 from cache_format.tokenizers import tokenizer_identity
-from cache_format.writer import load_state, sync, write_durably, writing_to
 from pipeline.config import BuildConfig
 from pipeline.interruption import at_safe_points, checkpoint
 from pipeline.prompts import PromptRow, Prompts

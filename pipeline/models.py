@@ -25,7 +25,7 @@ from typing import Any
 from filelock import FileLock
 
 from cache_format.attention import attention_implementation
-from cache_format.errors import UserError
+from cache_format.errors import UserError, first_line
 from cache_format.places import ADAPTER_CONFIG, cannot_write, local_model, models_dir, refuse_adapters
 from cache_format.tokenizers import usable_tokenizer
 from pipeline.weights import file_sha256, weight_files, weights_sha256
@@ -150,7 +150,7 @@ def _weight_map(index: Path) -> set[str]:
     try:
         return set(json.loads(index.read_text("utf-8"))["weight_map"].values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{index} is no index of weights ({_first_line(error)}); fetch it again") from error
+        raise UserError(f"{index} is no index of weights ({first_line(error)}); fetch it again") from error
 
 
 def prepare_model(name: str, revision: str | None = None) -> str:
@@ -173,7 +173,7 @@ def load_tokenizer(name: str, revision: str | None = None, *, trust_remote_code:
         )
     except (OSError, ValueError, ImportError) as error:
         _refuse_own_code(model, error)
-        reason = _first_line(error)
+        reason = first_line(error)
         if "backend tokenizer" in reason:  # the start of a list that goes on for lines
             reason = (
                 "there is no tokenizer.json, nor a vocabulary that can be converted to one "
@@ -302,7 +302,7 @@ def _config(model: ResolvedModel) -> Any:
         )
     except (OSError, ValueError, ImportError) as error:
         _refuse_own_code(model, error)
-        raise UserError(f"the config.json of {model.name} cannot be read: {_first_line(error)}") from error
+        raise UserError(f"the config.json of {model.name} cannot be read: {first_line(error)}") from error
 
 
 def _refuse_own_code(model: ResolvedModel, error: Exception) -> None:
@@ -348,7 +348,7 @@ def _hub_commit(name: str, revision: str | None) -> str:
             if not isinstance(cached, str):
                 raise UserError(
                     f"model {name} of the Hugging Face hub cannot be fetched, as the hub cache cannot be written "
-                    f"({_first_line(error)}); set HF_HOME to a folder that can be written and has room"
+                    f"({first_line(error)}); set HF_HOME to a folder that can be written and has room"
                 ) from error
             commit = Path(cached).parent.name
             _refuse_hub_adapters(name, commit)
@@ -356,7 +356,7 @@ def _hub_commit(name: str, revision: str | None) -> str:
         _refuse_hub_adapters(name, revision)
         raise UserError(
             f"no model {name!r}: it is not built in, not a folder, and the Hugging Face hub does not have it "
-            f"({_first_line(error)}); {_what_there_is()}"
+            f"({first_line(error)}); {_what_there_is()}"
         ) from error
     _refuse_hub_adapters(name, commit)
     return commit
@@ -383,7 +383,7 @@ def empty_model(model: ResolvedModel) -> Any:
                 _config(model).get_text_config(), trust_remote_code=model.trust_remote_code
             )
     except Exception as error:  # whatever a model's own code raises
-        reason = _first_line(error) or type(error).__name__
+        reason = first_line(error)
         raise UserError(f"the shape of {model.name} cannot be told from its config: {reason}") from error
 
 
@@ -480,7 +480,3 @@ def _sync(folder: Path) -> None:
     for file in folder.iterdir():
         with file.open("rb") as handle:
             os.fsync(handle.fileno())
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -15,11 +15,11 @@ from typing import Any
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict
 
+from cache_format.durable import load_state, sync, write_durably
 from cache_format.errors import UserError
 from cache_format.manifest import DataHash, DataIdentity, Header, StoreSettings, TeacherIdentity, TokenizerIdentity
 from cache_format.schema import BATCH_BYTES, MAX_SHARDS
 from cache_format.shard_writer import uncompressed_bytes
-from cache_format.writer import load_state, sync, write_durably
 from pipeline.sequence import Sequence
 
 _SCHEMA = pa.schema(

@@ -27,7 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
-from cache_format.errors import LogitcaskError, UserError
+from cache_format.errors import LogitcaskError, UserError, one_line_and_kind
 
 _PEEK_ROWS = 1000  # objects of a JSON file that are read to learn its fields
 _BATCH_ROWS = 256  # of a Parquet file; long documents make a larger batch a large one
@@ -143,10 +143,8 @@ def _naming(path: str, rows: int = 0) -> Iterator[None]:
     except UnicodeDecodeError as error:
         raise UserError(_undecodable(path, error)) from error
     except Exception as error:
-        said = " ".join(str(error).split())
         after = f" after row {rows}" if rows else ""
-        named = f"{said} ({type(error).__name__})" if said else type(error).__name__
-        raise UserError(f"cannot read {path}{after}: {named}") from error
+        raise UserError(f"cannot read {path}{after}: {one_line_and_kind(error)}") from error
 
 
 def _undecodable(path: str, error: UnicodeDecodeError) -> str:

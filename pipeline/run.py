@@ -18,10 +18,12 @@ from typing import Any, Self
 from tqdm import tqdm
 
 from cache_format import CacheReader, CacheWriter, Manifest, UserError
-from cache_format.configuration import describe_difference
+from cache_format.differences import describe_difference
+from cache_format.durable import writing_to
+from cache_format.layout import BUILD_DIR, MANIFEST
 from cache_format.manifest import DataHash, DataIdentity, Header
 from cache_format.remote import RemoteCacheWriter, holds_cache, remove_remote_cache, remove_traces
-from cache_format.writer import BUILD_DIR, MANIFEST, remove_cache, writing_to
+from cache_format.writer import remove_cache
 from pipeline.behind import Pair
 from pipeline.build_audit import audit_build
 from pipeline.config import BuildConfig

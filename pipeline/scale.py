@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from cache_format import CacheWriter, LogitcaskError, UserError
+from cache_format.errors import first_line
 from cache_format.manifest import Header
 from cache_format.prior import TailPrior
 from pipeline.config import BuildConfig, ScaleConfig
@@ -213,8 +214,7 @@ def _cluster(ray: Any, scale: ScaleConfig) -> Iterator[None]:
                     **options,
                 )
         except (ConnectionError, RuntimeError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(f"there is no Ray cluster at {address}: {reason}") from error
+            raise UserError(f"there is no Ray cluster at {address}: {first_line(error)}") from error
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, on_sigterm)  # Ray would have it end the process with a code of its own
         log.info(

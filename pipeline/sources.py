@@ -28,7 +28,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cache_format.errors import LogitcaskError, UserError
+from cache_format.errors import LogitcaskError, UserError, one_line_and_kind
 from cache_format.places import cannot_write
 from pipeline.config import DataConfig
 from pipeline.readers import JSON_SUFFIXES, SUFFIXES, read_columns, read_rows, suffix_of
@@ -147,7 +147,7 @@ class Source:
         except LogitcaskError:
             raise
         except Exception as error:  # whatever a file system, a decoder or the network raises
-            raise UserError(f"cannot read {self._config.path}: {_one_line(error)}") from error
+            raise UserError(f"cannot read {self._config.path}: {one_line_and_kind(error)}") from error
 
     def _unique_id(self, value: object, place: str, seen: set[int]) -> str:
         if value is None:
@@ -438,7 +438,7 @@ def _ask_datasets(config: DataConfig, where: str, cache: str | None) -> dict[str
         try:
             builder = load_dataset_builder(where, name=config.name, revision=config.revision, cache_dir=cache)
         except Exception as error:  # not found, no such configuration, gated, offline, ...
-            what = _one_line(error).replace(where, config.path)
+            what = one_line_and_kind(error).replace(where, config.path)
             if cannot_write(error):
                 what += "; set HF_HOME to a folder that can be written and has room"
             raise UserError(f"cannot open data set {config.path!r}: {what}") from error
@@ -462,7 +462,7 @@ def _open_saved(config: DataConfig, folder: Path) -> Source:
         try:
             saved = load_from_disk(str(folder))
         except Exception as error:
-            raise UserError(f"cannot open data set {config.path!r}: {_one_line(error)}") from error
+            raise UserError(f"cannot open data set {config.path!r}: {one_line_and_kind(error)}") from error
     if isinstance(saved, DatasetDict):
         _check_split(config, list(saved))
         saved = saved[config.split]
@@ -667,8 +667,3 @@ def _nearest(wrong: str, known: list[str]) -> str:
 
 def _names(known: Any) -> str:
     return ", ".join(sorted(known)) or "one (it has none)"
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return f"{text} ({type(error).__name__})" if text else type(error).__name__

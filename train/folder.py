@@ -14,7 +14,7 @@ import filelock
 from safetensors import SafetensorError
 
 from cache_format import UserError
-from cache_format.configuration import describe_difference
+from cache_format.differences import describe_difference
 
 ADAPTER = "adapter"
 """Where the adapters of a student that has some lie, apart from the merged student."""

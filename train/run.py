@@ -19,8 +19,8 @@ from transformers import TrainingArguments, set_seed
 from transformers.utils import logging as transformers_logging
 
 from cache_format import CacheReader, Manifest, UserError
+from cache_format.durable import write_durably
 from cache_format.errors import ConfigError, first_line
-from cache_format.writer import write_durably
 from train import compat
 from train.arguments import check_best, check_optimizer, check_schedule, training_arguments
 from train.card import model_card

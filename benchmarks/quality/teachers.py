@@ -30,9 +30,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from cache_format import CachedSequence, CacheReader, CacheWriter
+from cache_format.layout import MANIFEST
 from cache_format.manifest import DataHash, DataIdentity, Header, TeacherIdentity, TokenizerIdentity
 from cache_format.prior import TailPrior
-from cache_format.writer import MANIFEST, remove_cache
+from cache_format.writer import remove_cache
 from pipeline.config import StoreConfig
 from pipeline.draws import KEY_IDS, no_draws
 from pipeline.draws_torch import draw, to_numpy

@@ -25,7 +25,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from cache_format.errors import UserError
+from cache_format.errors import UserError, one_line
 from cache_format.manifest import TeacherIdentity
 from pipeline.capture import Capture
 from pipeline.config import ServerConfig, TeacherConfig
@@ -326,7 +326,7 @@ class _Http:
                 seconds = _CONNECT_SECONDS if isinstance(error, httpx.ConnectTimeout) else self._settings.timeout
                 reason = f"no answer in {seconds:g} s"
             except httpx.TransportError as error:
-                reason = " ".join(str(error).split()) or type(error).__name__
+                reason = one_line(error)
             else:
                 if answer.status_code == 200:
                     self._is_back()

@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
+from cache_format.durable import load_state, write_durably, writing_to
 from cache_format.errors import UserError
-from cache_format.writer import load_state, write_durably, writing_to
 from pipeline.capture import Capture
 from pipeline.config import ServerConfig, TeacherConfig
 from pipeline.models import ResolvedModel, context_limit, is_quantised, local_weights

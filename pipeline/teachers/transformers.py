@@ -15,7 +15,7 @@ import transformers
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cache_format.errors import UserError
+from cache_format.errors import UserError, first_line
 from cache_format.manifest import TeacherIdentity
 from pipeline.capture import Capture
 from pipeline.config import TeacherConfig
@@ -207,7 +207,7 @@ class TransformersTeacher:
 
 def _cause(error: Exception) -> str:
     """In one line, and with a way out where the message has none."""
-    cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    cause = first_line(error)
     if "ignore_mismatched_sizes" in cause:
         return "its weights do not have the shapes that its config.json says; put the files of one model together"
     if type(error).__name__ == "SafetensorError":

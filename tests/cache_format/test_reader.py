@@ -165,12 +165,13 @@ def test_the_manifest_says_how_many_rows_a_batch_has(path):
         CacheReader(path)[0]
 
 
-def test_reading_needs_no_framework(path):
-    """In a fresh process: no torch, no engine, no transformers is imported on the way to the numbers."""
+def test_reading_needs_little(path):
+    """In a fresh process: no framework, no engine, no writer and no YAML parser is imported on the way to the numbers."""
     code = (
         "import sys; from cache_format import CacheReader; "
         f"s = CacheReader({str(path)!r})[0]; print(s.logprobs.shape); "
-        "heavy = {'torch', 'vllm', 'transformers', 'datasets', 'pipeline', 'train'} & set(sys.modules); "
+        "heavy = {'torch', 'vllm', 'transformers', 'datasets', 'pipeline', 'train'}; "
+        "heavy |= {'yaml', 'omegaconf', 'typer', 'rich', 'cache_format.writer', 'cache_format.cli'}; heavy &= set(sys.modules); "
         "sys.exit(f'imported {heavy}' if heavy else 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

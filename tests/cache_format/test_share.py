@@ -37,11 +37,12 @@ from cache_format import (
     verify,
 )
 from cache_format.derive import DeriveOptions, derive, merge
+from cache_format.layout import BUILD_DIR, PULL_DIR
+from cache_format.manifest import cache_files
 from cache_format.prior import TailPrior
 from cache_format.remote import RemoteCacheWriter
 from cache_format.share import pull, push
-from cache_format.storage import PULL_DIR, cache_files, open_filesystem, read_manifest
-from cache_format.writer import BUILD_DIR
+from cache_format.storage import open_filesystem, read_manifest
 
 SHARDS = 3
 

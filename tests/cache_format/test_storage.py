@@ -18,7 +18,8 @@ import pytest
 from fsspec.implementations.local import LocalFileSystem
 
 from cache_format import CacheError, DamagedCacheError, UserError
-from cache_format.storage import DEFAULT_CACHE_BYTES, CacheFile, ShardCache, download, open_filesystem, read_small
+from cache_format.manifest import CacheFile
+from cache_format.storage import DEFAULT_CACHE_BYTES, ShardCache, download, open_filesystem, read_small
 
 FORK = multiprocessing.get_context("fork")
 

@@ -20,8 +20,9 @@ from cache_format import (
     UserError,
     verify,
 )
+from cache_format.layout import BUILD_DIR
 from cache_format.prior import TailPrior
-from cache_format.writer import BUILD_DIR, CacheWorker, remove_cache
+from cache_format.writer import CacheWorker, remove_cache
 
 SHARDS = 3
 

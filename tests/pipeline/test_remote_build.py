@@ -31,9 +31,9 @@ from cache_format import (
     verify,
 )
 from cache_format.configuration import load_config
+from cache_format.layout import BUILD_DIR
 from cache_format.remote import RemoteCacheWriter, remove_remote_cache, work_folder
 from cache_format.storage import open_filesystem
-from cache_format.writer import BUILD_DIR
 from pipeline.config import BuildConfig
 from pipeline.run import build
 

@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from cache_format import CacheReader, DamagedCacheError, UserError, verify
-from cache_format.writer import BUILD_DIR
+from cache_format.layout import BUILD_DIR
 from pipeline.config import BuildConfig, ScaleConfig
 from pipeline.estimator import MisalignedScoresError
 from pipeline.run import build

@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 
 from cache_format import CacheReader, UserError, verify
-from cache_format.writer import BUILD_DIR
+from cache_format.layout import BUILD_DIR
 from pipeline.capture import Capture
 from pipeline.config import BuildConfig, TeacherConfig
 from pipeline.run import build

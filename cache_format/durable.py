@@ -1,0 +1,61 @@
+"""Files that survive a crash: written beside, flushed, renamed; and state files that may be damaged."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import BaseModel
+
+from cache_format.errors import UserError
+
+RESTART = "start afresh with --restart"
+"""What a message advises where the state of a build is of no use: the option of ``teacher-cache build``."""
+
+
+State = TypeVar("State", bound=BaseModel)
+
+
+def load_state(model: type[State], file: Path, afresh: str = RESTART) -> State:
+    """Reads a file of ``.build``. Raises UserError, advising ``afresh``, where it is not what this version writes."""
+    try:
+        return model.model_validate_json(file.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{file} was not written by this version of logitcask; {afresh}") from error
+
+
+def write_durably(file: Path, content: str | bytes, *, scratch: Path | None = None) -> None:
+    """Temporary file, fsync, rename, fsync of the folder: afterwards ``file`` is there whole, or as it was before."""
+    temporary = (scratch or file.parent) / f"{file.name}.tmp"
+    with open(temporary, "wb") as handle:
+        handle.write(content.encode() if isinstance(content, str) else content)
+        handle.flush()
+        os.fsync(handle.fileno())
+    os.replace(temporary, file)
+    sync(file.parent)
+
+
+def sync(path: Path) -> None:
+    """Makes a file's content, or the names in a folder, survive a power cut (Windows cannot open folders: no-op there)."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def writing_to(path: Path) -> Iterator[None]:
+    """Turns the operating system's refusal to write into one line that says where and what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot write to {path}: {error.strerror or error}; make room or permit it, then run the same command again: "
+            "finished shards are kept"
+        ) from error

@@ -1,0 +1,21 @@
+"""Names of files and folders in a cache, and of what lies beside them until it is finished (SPEC.md sections 2 and 7)."""
+
+from __future__ import annotations
+
+MANIFEST = "manifest.json"
+
+PRIOR = "tail_prior.arrow"
+
+CARD = "README.md"
+
+BUILD_DIR = ".build"
+"""The state of an unfinished build."""
+
+OWNER = f"{BUILD_DIR}/owner.json"
+"""In a store, while a cache is built there: who builds it."""
+
+PULL_DIR = ".pull"
+"""In a local folder, while a copy into it is unfinished: the lock and temporary files. Never a build's ``.build``."""
+
+PUSH_MARK = ".push"
+"""In a store, while a push to it is unfinished: what is pushed, so that the same push can go on."""
