@@ -48,6 +48,9 @@ class CacheReader:
     and hashes, and a local shard's sha256 with the manifest when it is first touched; switch it off only after ``verify``.
     Remote shards are always checked. ``manifest``: that of a build whose shards are all there and which is not finished yet.
 
+    ``checked``: the local shards whose sha256 is known to be the manifest's, and is not looked at again; whoever checks them
+    for several readers of the same files may add to it.
+
     A reader may be pickled or forked: the copy in another process opens its own files.
     """
 
@@ -75,7 +78,7 @@ class CacheReader:
         counts = np.array([shard.sequences for shard in self.manifest.shards], np.int64)
         self._first = np.concatenate([[0], np.cumsum(counts)])
         self._shards: OrderedDict[int, BoundedFile] = OrderedDict()
-        self._checked: set[int] = set()
+        self.checked: set[int] = set()
         self._batches: OrderedDict[tuple[int, int], PackedBatch] = OrderedDict()
 
     def __len__(self) -> int:
@@ -91,7 +94,7 @@ class CacheReader:
 
     def __iter__(self) -> Iterator[CachedSequence]:
         for shard in range(len(self.manifest.shards)):
-            self._check_once(shard)
+            self.check_once(shard)
             for batch in self.iter_batches(shard):
                 for row in range(len(batch)):
                     yield batch.decode(row)
@@ -100,7 +103,7 @@ class CacheReader:
         """One Arrow array of a column per record batch, in order; no other column is decompressed."""
         index = self.codec.schema.get_field_index(name)
         for shard in range(len(self.manifest.shards)):
-            self._check_once(shard)
+            self.check_once(shard)
             file = self._open(shard, [index])
             for batch in range(len(file)):
                 yield self._get_batch(file, shard, batch).column(0)
@@ -118,6 +121,13 @@ class CacheReader:
         """
         self._check_file(self.manifest.shards[shard])
 
+    def check_once(self, shard: int) -> None:
+        """``check_shard``, before a shard is first read; nothing for shards that are remote or ``checked``."""
+        # The local cache of remote shards checks on the way in.
+        if self.check and self._copies is None and shard not in self.checked:
+            self.check_shard(shard)
+            self.checked.add(shard)
+
     def __getstate__(self) -> dict[str, Any]:
         # Open files and Arrow readers do not travel to other processes.
         return {**self.__dict__, "_shards": OrderedDict(), "_batches": OrderedDict()}
@@ -131,12 +141,6 @@ class CacheReader:
         self._batches.clear()
         if self._copies is not None:
             self._filesystem, self._root = open_filesystem(self.path, fresh=True)
-
-    def _check_once(self, shard: int) -> None:
-        # The local cache of remote shards checks on the way in.
-        if self.check and self._copies is None and shard not in self._checked:
-            self.check_shard(shard)
-            self._checked.add(shard)
 
     def _check_file(self, entry: ShardEntry | TailPriorEntry) -> None:
         self._in_this_process()
@@ -188,7 +192,7 @@ class CacheReader:
             self._batches.move_to_end(key)
             return self._batches[key]
         if shard not in self._shards:
-            self._check_once(shard)
+            self.check_once(shard)
             self._shards[shard] = self._open(shard)
             if len(self._shards) > OPEN_SHARDS:
                 self._shards.popitem(last=False)

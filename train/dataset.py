@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from torch.utils.data import Dataset
 
 from cache_format import CachedSequence, CacheReader
 from cache_format.manifest import DataIdentity
+from cache_format.storage import is_local, open_filesystem
+from train.distributed import gathered, machine, processes
 from train.losses import SparseTeacher
 from train.vocabulary import left_out, restricted
 
@@ -124,6 +127,42 @@ class CacheIndex:
     tokens: NDArray[np.int32]
     kept: NDArray[np.int32]
     largest: NDArray[np.int32]
+
+
+def check_shards(caches: list[CacheReader]) -> None:
+    """Checks the sha256 of local shards once a machine, where several processes train together.
+
+    Processes of one machine that see the same folders share them out: each checks its part and takes the others' word for
+    theirs. Raises, in every process, what the first of them that found something wrong has raised. A process that trains
+    alone checks shards as it reads them.
+    """
+    rank, count = processes()
+    if count == 1:
+        return
+    here = machine(), [_folder(cache) for cache in caches]
+    mates = [other for other, there in enumerate(gathered(here)) if there == here]
+    shards = [(cache, shard) for cache in caches for shard in range(len(cache.manifest.shards))]
+    error: Exception | None = None
+    try:
+        for cache, shard in shards[mates.index(rank) :: len(mates)]:
+            cache.check_once(shard)
+    except Exception as found:  # raised below, in every process
+        error = found
+    outcomes = gathered(([cache.checked for cache in caches], error))
+    if (raised := next((error for _, error in outcomes if error is not None), None)) is not None:
+        raise raised
+    for mate in mates:
+        for cache, checked in zip(caches, outcomes[mate][0], strict=True):
+            cache.checked |= checked
+
+
+def _folder(cache: CacheReader) -> tuple[int, int] | None:
+    """Which folder of this machine a cache lies in, whatever its path; None for a remote one."""
+    filesystem, root = open_filesystem(cache.path)
+    if not is_local(filesystem):
+        return None
+    status = os.stat(root)
+    return status.st_dev, status.st_ino
 
 
 def read_index(cache: CacheReader, share: float) -> CacheIndex:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import atexit
 import os
+import socket
 import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -53,6 +55,14 @@ def gathered(mine: T) -> list[T]:
     found: list[Any] = [None] * count
     dist.all_gather_object(found, mine)
     return found
+
+
+def machine() -> tuple[str, str]:
+    """Name of this machine and of what it has run since it was started, where it says: a name may be given twice."""
+    try:
+        return socket.gethostname(), Path("/proc/sys/kernel/random/boot_id").read_text()
+    except OSError:
+        return socket.gethostname(), ""
 
 
 def leave(code: int = 0) -> None:

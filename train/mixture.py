@@ -23,7 +23,7 @@ from cache_format import CachedSequence, CacheReader
 from cache_format.errors import ConfigError, UserError
 from cache_format.storage import ShardCache, is_local, open_filesystem
 from train.config import DataConfig, SelectPositions, TrainConfig
-from train.dataset import CachedDataset, CacheIndex, HeldOut, collate, read_index
+from train.dataset import CachedDataset, CacheIndex, HeldOut, check_shards, collate, read_index
 from train.losses import SparseTeacher
 from train.order import Plan, Units, single_units
 from train.packing import collate_packed, packed_units
@@ -148,6 +148,7 @@ def open_data(
     Raises UserError for data that cannot be used so.
     """
     entries = config.caches
+    check_shards(caches)
     indexes = [read_index(cache, config.evaluation.held_out) for cache in caches]
     sources, held_out, units = [], [], []
     capacity = config.data.row_tokens or max(

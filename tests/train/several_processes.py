@@ -17,8 +17,9 @@ from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
 
+from cache_format import CacheReader
 from train.config import TrainConfig
-from train.distributed import is_main, leave, processes
+from train.distributed import gathered, is_main, leave, processes
 from train.run import train
 from train.trainer import DistillationTrainer
 
@@ -28,6 +29,13 @@ class Interrupted(Exception):
 
 
 end_step = DistillationTrainer.end_step
+check_shard = CacheReader.check_shard
+checked: list[int] = []
+
+
+def counted(self: CacheReader, shard: int) -> None:
+    checked.append(shard)
+    check_shard(self, shard)
 
 
 def shard_on_cpus() -> None:
@@ -61,6 +69,7 @@ def watch(*, sharded: bool, killed: int | None = None, interrupted: int | None =
 def main() -> None:
     file = Path(sys.argv[1])
     work = json.loads(file.read_text())
+    CacheReader.check_shard = counted
     if work["fsdp"]:
         shard_on_cpus()
     found = []
@@ -70,6 +79,9 @@ def main() -> None:
             found.append(train(TrainConfig.model_validate(job["config"]), restart=job.get("restart", False))[1])
         except Interrupted:
             found.append(None)
+    # In each training that took place, each shard by one process of the two.
+    shards = len(CacheReader(work["jobs"][0]["config"]["cache"]).manifest.shards)
+    assert sum(map(len, gathered(checked))) == shards * sum(not finished for finished in found)
     if is_main():
         file.with_suffix(".found").write_text(json.dumps(found))
     leave()
