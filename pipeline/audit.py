@@ -27,6 +27,9 @@ from pipeline.audit_sample import parts, sample
 from pipeline.draws import LEAST_LOGPROB
 
 __all__ = [
+    "EIGHT_BIT_LIMIT",
+    "EXPERTS_LIMIT",
+    "FOUR_BIT_LIMIT",
     "FULL_PRECISION_LIMIT",
     "HALF_PRECISION_LIMIT",
     "MAX_TOKENS",
@@ -50,6 +53,15 @@ FULL_PRECISION_LIMIT = 1e-3
 
 HALF_PRECISION_LIMIT = 0.05
 """The same for teachers whose weights or arithmetic have 16 bits."""
+
+EIGHT_BIT_LIMIT = 0.3
+"""The same where layers round what they are given to 8 bits, as FP8 checkpoints have it."""
+
+FOUR_BIT_LIMIT = 0.7
+"""The same for 4 bits (NVFP4)."""
+
+EXPERTS_LIMIT = 0.15
+"""Beyond the limits of fewer than 32 bits, where a router chooses experts: near ties fall to another one by rounding."""
 
 # Logprobs in memory, of the positions measured together.
 _PART_VALUES = 1 << 22
@@ -86,8 +98,10 @@ def audit(
     """
     reader = cache if isinstance(cache, CacheReader) else CacheReader(cache)
     manifest = reader.manifest
-    limit = engine_limit(manifest.teacher) if max_engine_difference is None else max_engine_difference
     with open_reference(manifest, teacher, trust_remote_code=trust_remote_code) as reference:
+        limit = max_engine_difference
+        if limit is None:
+            limit = engine_limit(manifest.teacher, bits=reference.bits, experts=reference.experts)
         sums = Sums(manifest.store, reader.prior, _NEAR_TIE * limit, derived=manifest.derived_from is not None)
         for sequence in sample(reader, sequences, reference.max_tokens):
             dense = reference.dense(sequence.input_ids)
@@ -105,10 +119,20 @@ def audit(
     return replace(result, cause=cause, problems=tuple(problems))
 
 
-def engine_limit(teacher: TeacherIdentity) -> float:
-    """Nats of mean absolute difference from the reference that the teacher's arithmetic explains."""
+def engine_limit(teacher: TeacherIdentity, *, bits: int | None = None, experts: bool = False) -> float:
+    """Nats of mean absolute difference from the reference that the teacher's arithmetic explains (docs/capture.md).
+
+    bits:    to which its layers round what they are given, where that is fewer than its dtype has.
+    experts: whether a router chooses among them.
+    """
     half = any("16" in dtype or dtype == "auto" for dtype in (teacher.dtype, teacher.head_dtype or ""))
-    return HALF_PRECISION_LIMIT if half else FULL_PRECISION_LIMIT
+    if bits is not None and bits < 16:
+        limit = EIGHT_BIT_LIMIT if bits >= 8 else FOUR_BIT_LIMIT
+    elif half:
+        limit = HALF_PRECISION_LIMIT
+    else:
+        return FULL_PRECISION_LIMIT
+    return limit + (EXPERTS_LIMIT if experts else 0)
 
 
 def audit_summary(result: Audit) -> AuditSummary:

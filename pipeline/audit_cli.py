@@ -30,7 +30,8 @@ def audit(
         typer.Option(
             "--max-engine-difference",
             min=0,
-            help="Nats, mean over logprobs; by default 0.001 for a float32 teacher, 0.05 for a 16-bit one.",
+            help="Nats, mean over logprobs; by default what the teacher's arithmetic explains: 0.001 in float32, 0.05 in "
+            "16 bits, 0.3 in FP8, 0.7 in 4 bits, and 0.15 more than the last three with experts.",
             show_default=False,
         ),
     ] = None,

@@ -19,13 +19,8 @@ from cache_format.errors import CacheError
 from cache_format.manifest import AuditSummary, Header, ShardEntry
 from pipeline.audit import Audit, audit, audit_summary
 from pipeline.config import AuditConfig, TeacherConfig
-from pipeline.models import empty_model, resolve_model
 
 log = logging.getLogger(__name__)
-
-_FLOAT32_BYTES = 4
-# Of the memory at hand, what weights may take: the rest is for activations and one sequence's logprobs.
-_SHARE_FOR_WEIGHTS = 0.7
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +61,6 @@ def audit_build(
 
 def audit_here(asked: BuildAudit, on_sequence: Callable[[], object]) -> AuditSummary:
     """As ``audit_build``, in this process."""
-    if (reason := _too_large(asked)) is not None:
-        return AuditSummary(skipped=reason)
     reader = CacheReader(asked.path, manifest=Manifest.complete(asked.header, asked.shards, created_at=""))
     try:
         result = audit(
@@ -96,33 +89,3 @@ def _failure(path: str, result: Audit) -> str:
         "completed and its shards are kept. Where this is as it should be, raise audit.max_engine_difference or set "
         "audit.sequences=0 and run the same command again; else mend the cause and start afresh with --restart"
     )
-
-
-def _too_large(asked: BuildAudit) -> str | None:
-    """Why a float32 copy of the teacher cannot be loaded here, if it cannot."""
-    teacher = asked.header.teacher
-    if teacher.backend == "synthetic":
-        return None
-    trust = asked.teacher.trust_remote_code
-    try:
-        model = empty_model(resolve_model(teacher.model, teacher.revision, trust_remote_code=trust))
-    except UserError:
-        return None  # the audit itself says why there is no such model
-    needed = _FLOAT32_BYTES * model.num_parameters()
-    free = _free_memory()
-    if needed <= _SHARE_FOR_WEIGHTS * free:
-        return None
-    return (
-        f"its teacher takes {needed / 1e9:,.1f} GB in float32, and {free / 1e9:,.1f} GB are free here; "
-        "run `teacher-cache audit` where there is room, or set audit.sequences=0"
-    )
-
-
-def _free_memory() -> int:
-    """Bytes that the reference's device has left."""
-    import psutil
-    import torch
-
-    if torch.cuda.is_available():
-        return int(torch.cuda.mem_get_info()[0])
-    return int(psutil.virtual_memory().available)

@@ -69,6 +69,9 @@ class TransformersTeacher:
         arguments: dict[str, Any] = {"dtype": dtype, "trust_remote_code": model.trust_remote_code, **config.engine_args}
         if (chosen := attention(model, config.engine_args.get("attn_implementation"))) is not None:
             arguments["attn_implementation"] = chosen
+        if self._device.type != "cpu":
+            # Weights go where they belong one by one; read into host memory first they would have to fit there, too.
+            arguments.setdefault("device_map", {"": self._device})
         # The bar for loading weights would run through the command's own progress, a report of what is wrong over pages.
         logging = transformers.utils.logging
         bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
@@ -78,8 +81,6 @@ class TransformersTeacher:
             self._lm = transformers.AutoModelForCausalLM.from_pretrained(
                 model.location, revision=model.revision, **arguments
             )
-            if "device_map" not in config.engine_args:
-                self._lm.to(self._device)
         except Exception as error:  # whatever reading a checkpoint may raise
             raise UserError(f"transformers cannot load {model.name}: {_cause(error)}") from error
         finally:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from pipeline.capture import Capture
 from pipeline.config import StoreConfig, TeacherConfig
 from pipeline.draws import KEY_IDS, draw, no_draws
 from pipeline.estimator import keep
-from pipeline.models import resolve_model
+from pipeline.models import has_experts, resolve_model
 from pipeline.sequence import Scored, Sequence
 from pipeline.teachers.synthetic import SyntheticTeacher
 
@@ -417,12 +418,67 @@ def test_what_cannot_be_compared_is_the_users_mistake(make, synthetic, llama, ti
 
 
 def test_the_limit_is_that_of_the_arithmetic():
-    def limit(**fields):
+    def limit(bits=None, experts=False, **fields):
         given = {"model": "m", "backend": "vllm", "engine": "vllm 1", "route": "raw", "vocab_size": 10, **fields}
-        return engine_limit(TeacherIdentity(**given))
+        return engine_limit(TeacherIdentity(**given), bits=bits, experts=experts)
 
     assert limit(dtype="float32") == 1e-3
     assert limit(dtype="bfloat16") == limit(dtype="float16") == limit(dtype="float32", head_dtype="bfloat16") == 0.05
+    assert limit(dtype="bfloat16", bits=8) == limit(dtype="float32", bits=8) == 0.3
+    assert limit(dtype="bfloat16", bits=4) == 0.7
+    assert limit(dtype="bfloat16", bits=16) == 0.05
+    assert limit(dtype="float32", experts=True) == 1e-3, "rounding of 24 bits decides no router's choice"
+    assert limit(dtype="bfloat16", experts=True) == 0.2
+    assert limit(dtype="bfloat16", bits=8, experts=True) == pytest.approx(0.45)
+
+
+@pytest.mark.parametrize(
+    ("engine_args", "bits"),
+    [
+        ({}, None),
+        ({"quantization": "fp8"}, 8),
+        ({"kv_cache_dtype": "fp8_e4m3"}, 8),
+        ({"kv_cache_dtype": "auto", "quantization": None}, None),
+        ({"quantization": "bitsandbytes"}, None),
+    ],
+)
+def test_an_engine_that_rounds_to_eight_bits_is_known_by_its_options(tiny_llama, engine_args, bits):
+    manifest = SimpleNamespace(config={"teacher": {"engine_args": engine_args}})
+    assert audit_reference._bits(manifest, resolve_model(str(tiny_llama))) == bits
+
+
+def test_experts_and_eight_bits_are_read_off_the_model(tiny_llama, tmp_path, monkeypatch):
+    from transformers import MixtralConfig
+
+    assert not has_experts(resolve_model(str(tiny_llama)))
+    MixtralConfig(num_local_experts=8).save_pretrained(tmp_path)
+    assert has_experts(resolve_model(str(tmp_path)))
+    manifest = SimpleNamespace(config={})
+    monkeypatch.setattr(audit_reference, "activation_bits", lambda model: 4)
+    assert audit_reference._bits(manifest, resolve_model(str(tmp_path))) == 4
+
+
+@pytest.mark.parametrize(
+    ("host", "device", "words"),
+    [
+        (1, None, r"its teacher takes \S+ GB in float32, and 0\.0 GB are free here"),
+        (10**12, 1, r"takes \S+ GB in float32, and 0\.0 GB of the GPU's memory are free here"),
+        (1, 10**12, r"passes through the host's memory in pieces of \S+ GB in float32, and 0\.0 GB are free here"),
+        (10**12, 10**12, None),
+        (10**12, None, None),
+    ],
+)
+def test_memory_is_looked_at_before_anything_is_loaded(make, llama, monkeypatch, host, device, words):
+    from pipeline.teachers import transformers as teachers
+
+    cache = make(llama, sequences=1)
+    monkeypatch.setattr(audit_reference, "free_memory", lambda: (host, device))
+    if words is None:
+        assert audit(cache.path).problems == ()
+        return
+    monkeypatch.setattr(teachers, "TransformersTeacher", None)
+    with pytest.raises(UserError, match=words):
+        audit(cache.path)
 
 
 def test_the_approximate_p_values_are_near():

@@ -15,7 +15,7 @@ import pipeline.run
 from cache_format import CacheReader, DamagedCacheError
 from cache_format.cli import describe
 from cache_format.errors import CacheError
-from pipeline import audit_worker, build_audit
+from pipeline import audit_reference, audit_worker, build_audit
 from pipeline.config import BuildConfig
 from pipeline.models import empty_model, resolve_model
 from pipeline.run import build
@@ -168,7 +168,7 @@ def test_weights_that_changed_under_the_build_are_named(config, tiny_llama, tmp_
 
 def test_a_teacher_too_large_to_compare_with_is_said(config, tiny_llama, monkeypatch, caplog) -> None:
     needed = 4 * empty_model(resolve_model(str(tiny_llama))).num_parameters()
-    monkeypatch.setattr(build_audit, "_free_memory", lambda: needed)
+    monkeypatch.setattr(audit_reference, "free_memory", lambda: (needed, None))
     made = config({"model": str(tiny_llama), "backend": "transformers"})
     manifest = build(made).manifest
     assert "GB are free here" in manifest.audit.skipped

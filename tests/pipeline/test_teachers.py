@@ -21,6 +21,7 @@ from pipeline.models import check_rope_in_vllm, load_tokenizer, resolve_model
 from pipeline.sequence import Sequence
 from pipeline.teachers import Prompt, Sampling, bounded_groups, open_teacher, open_tokenizer, vocab_size_of
 from pipeline.teachers.synthetic import SyntheticTeacher, SyntheticTokenizer
+from pipeline.teachers.transformers import TransformersTeacher
 
 MAX_LENGTH = 96
 TEXT = (
@@ -45,6 +46,32 @@ def transformers_tiny(tiny_llama: Path) -> Iterator[Any]:
 
 
 # --- transformers ---
+
+
+@pytest.mark.parametrize(
+    ("device", "engine_args", "expected"),
+    [
+        ("cuda", {}, {"": torch.device("cuda")}),
+        ("cuda", {"device_map": "auto"}, "auto"),
+        ("cpu", {}, None),
+    ],
+)
+def test_weights_go_to_their_device_without_a_copy_in_host_memory(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, device: str, engine_args: dict[str, object], expected: object
+) -> None:
+    import transformers
+
+    asked: list[dict[str, Any]] = []
+
+    def load(location: str, **arguments: Any) -> None:
+        asked.append(arguments)
+        raise OSError("there is no GPU here")
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", load)
+    config = TeacherConfig(model=str(tiny_llama), backend="transformers", dtype="float32", engine_args=engine_args)
+    with pytest.raises(UserError, match="there is no GPU here"):
+        TransformersTeacher(config, resolve_model(str(tiny_llama)), max_length=8, capture=Capture(1), device=device)
+    assert asked[0].get("device_map") == expected
 
 
 @pytest.mark.parametrize(
