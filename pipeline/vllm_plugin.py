@@ -10,7 +10,8 @@ width that the teacher asks for are answered so; all others pass as they are.
 
 Engines live in this process, in forked ones or in fresh ones. ``drawing`` replaces the functions for the first two kinds
 while it is entered; fresh processes, tensor-parallel workers included, load ``register`` as a plugin, which finds the
-request in the environment. Without that, it does nothing and imports nothing.
+request in the environment. Without that, it does nothing and imports nothing. vLLM copies to workers on Ray's other nodes
+the variables it knows and those that ``_RAY_COPIES`` names.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from typing import Any
 from pipeline.capture import Capture
 
 ENVIRONMENT = "LOGITCASK_DRAWS"
+# Of vLLM: names of more variables that its Ray executor copies to workers, with commas between them.
+_RAY_COPIES = "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -64,9 +67,20 @@ def drawing(request: Request) -> Iterator[None]:
         return
     with contextlib.ExitStack() as undo:
         _install(request, undo)
-        os.environ[ENVIRONMENT] = json.dumps(dataclasses.asdict(request))
-        undo.callback(os.environ.pop, ENVIRONMENT, None)
+        users = os.environ.get(_RAY_COPIES)
+        _set(ENVIRONMENT, json.dumps(dataclasses.asdict(request)), undo)
+        _set(_RAY_COPIES, f"{users},{ENVIRONMENT}" if users else ENVIRONMENT, undo)
         yield
+
+
+def _set(name: str, value: str, undo: contextlib.ExitStack) -> None:
+    """Sets a variable of the environment; closing ``undo`` puts back what was there."""
+    before = os.environ.get(name)
+    if before is None:
+        undo.callback(os.environ.pop, name, None)
+    else:
+        undo.callback(os.environ.__setitem__, name, before)
+    os.environ[name] = value
 
 
 def register() -> None:

@@ -567,6 +567,29 @@ def test_wrong_draws_are_refused(vllm_tiny: Any, monkeypatch: pytest.MonkeyPatch
 
 
 @needs_vllm
+@pytest.mark.parametrize("users", [None, "MINE,ITS"])
+def test_workers_on_other_nodes_are_told_of_the_draws(monkeypatch: pytest.MonkeyPatch, users: str | None) -> None:
+    """vLLM's own choice of the variables that its Ray executor copies."""
+    import vllm.envs
+    from vllm.ray.ray_env import get_env_vars_to_copy
+
+    vllm.envs.disable_envs_cache()  # engines that started before this one have frozen them
+    name = "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"
+    if users is None:
+        monkeypatch.delenv(name, raising=False)
+    else:
+        monkeypatch.setenv(name, users)
+    before = get_env_vars_to_copy()
+    assert vllm_plugin.ENVIRONMENT not in before
+    with drawing(Request.of(Capture(4, samples=4), 384)):
+        assert get_env_vars_to_copy() >= before | {vllm_plugin.ENVIRONMENT}
+    assert get_env_vars_to_copy() == before
+    assert os.environ.get(name) == users
+    with drawing(Request.of(Capture(4), 384)):
+        assert os.environ.get(name) == users
+
+
+@needs_vllm
 @pytest.mark.parametrize("top_k", [2, 16])
 def test_the_second_model_runner_would_draw_too(
     rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, top_k: int
