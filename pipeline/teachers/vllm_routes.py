@@ -30,14 +30,19 @@ Route = Literal["raw", "flat", "stock"]
 Rows = tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.int64]]
 
 RAW = "logitcask_raw"
+BESIDE = "logitcask_beside"
 
 # About what an entry takes in memory while it waits to be converted, in bytes.
 ENTRY_BYTES: dict[Route, int] = {"raw": 8, "flat": 100, "stock": 200}
 
 
-def sampling(route: Route) -> dict[str, Any]:
-    """Arguments of ``SamplingParams`` by which a request takes ``route``."""
-    return {"flat_logprobs": route != "stock", "extra_args": {RAW: True} if route == "raw" else None}
+def sampling(route: Route, beside: Route | None = None) -> dict[str, Any]:
+    """Arguments of ``SamplingParams`` by which a request takes ``route``.
+
+    beside: a public route; what comes by ``raw`` then has it in its attribute ``public``.
+    """
+    extra_args = {RAW: True, BESIDE: beside is not None} if route == "raw" else None
+    return {"flat_logprobs": (beside or route) != "stock", "extra_args": extra_args}
 
 
 def capturing(route: Route) -> contextlib.AbstractContextManager[None]:
@@ -58,7 +63,11 @@ class _Captured(list[Any]):
 
     Being a list, it takes whatever another vLLM may append, to be refused once the request is finished: an exception
     inside the engine's loop would leave it waiting for ever for a request that it has lost.
+
+    public: what vLLM makes of the same arrays, where the request asks for that too.
     """
+
+    public: Any = None
 
 
 @contextlib.contextmanager
@@ -79,22 +88,32 @@ def raw_capture() -> Iterator[None]:
 
     def marked(cls: type, tokenizer: Any, request: Any) -> Any:
         processor = from_new_request(tokenizer, request)
-        if (request.sampling_params.extra_args or {}).get(RAW):
-            processor.prompt_logprobs = _Captured()
+        asked = request.sampling_params.extra_args or {}
+        if asked.get(RAW):
+            captured = _Captured()
+            captured.public = processor.prompt_logprobs if asked.get(BESIDE) else None
+            processor.prompt_logprobs = captured
         return processor
 
     def keep(self: Any, tensors: Any) -> None:
-        if not isinstance(self.prompt_logprobs, _Captured):
+        captured = self.prompt_logprobs
+        if not isinstance(captured, _Captured):
             update(self, tensors)
             return
         try:
+            if captured.public is not None:
+                # vLLM appends to what it finds there, or puts something else in its place.
+                self.prompt_logprobs = captured.public
+                update(self, tensors)
+                captured.public = self.prompt_logprobs
             # Copies: the originals lie in the transport's receive buffer, which they would keep alive.
             ids = tensors.logprob_token_ids.numpy().astype(np.int32)
             logprobs = tensors.logprobs.numpy().astype(np.float32)
             ranks = tensors.selected_token_ranks.numpy().astype(np.int64)
-            self.prompt_logprobs.append((ids, logprobs, ranks))
+            captured.append((ids, logprobs, ranks))
         except Exception as error:
-            self.prompt_logprobs.append(error)
+            captured.append(error)
+        self.prompt_logprobs = captured
 
     LogprobsProcessor.from_new_request = classmethod(marked)
     LogprobsProcessor._update_prompt_logprobs = keep

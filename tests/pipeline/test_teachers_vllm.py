@@ -16,12 +16,13 @@ import pytest
 
 from cache_format.errors import UserError
 from pipeline import vllm_plugin
+from pipeline.audit import audit
 from pipeline.capture import Capture
 from pipeline.config import BuildConfig, TeacherConfig
 from pipeline.draws import Draws, first_difference
 from pipeline.models import load_tokenizer
 from pipeline.sequence import Scored, Sequence
-from pipeline.teachers import open_teacher, vllm_routes
+from pipeline.teachers import open_teacher, vllm, vllm_routes
 from pipeline.teachers.vllm import _explain
 from pipeline.teachers.vllm_routes import scored_rows
 from pipeline.vllm_plugin import Request, drawing
@@ -269,18 +270,20 @@ def _other_fields(processor: Any, patch: pytest.MonkeyPatch) -> None:
 
 
 def _other_numbers(processor: Any, patch: pytest.MonkeyPatch) -> None:
-    """As if the tensors meant something else: the flat route would still read them right."""
-    original = processor.update_from_output
+    """As if the tensors meant something else, which vLLM's own method knows: the flat route would still read them right."""
+    from_output, update = processor.update_from_output, processor._update_prompt_logprobs
 
     def update_from_output(self: Any, output: Any) -> None:
         tensors = output.new_prompt_logprobs_tensors
-        if tensors is not None and (
-            self.prompt_logprobs is None or "flat" not in type(self.prompt_logprobs).__name__.lower()
-        ):
+        if tensors is not None:
             output.new_prompt_logprobs_tensors = tensors._replace(logprobs=tensors.logprobs.roll(1, 0))
-        original(self, output)
+        from_output(self, output)
+
+    def update_prompt_logprobs(self: Any, tensors: Any) -> None:
+        update(self, tensors._replace(logprobs=tensors.logprobs.roll(-1, 0)))
 
     patch.setattr(processor, "update_from_output", update_from_output)
+    patch.setattr(processor, "_update_prompt_logprobs", update_prompt_logprobs)
 
 
 @needs_vllm
@@ -566,6 +569,126 @@ def test_wrong_draws_are_refused(vllm_tiny: Any, monkeypatch: pytest.MonkeyPatch
     assert "\n" not in str(caught.value)
 
 
+def _noisy(patch: pytest.MonkeyPatch, rng: np.random.Generator, nats: float = 1e-3) -> None:
+    """Two runs of the engine say other logprobs, by about so much, as those of mixtures of experts do."""
+    import torch
+    from vllm.v1.sample.sampler import Sampler
+
+    original = Sampler.compute_logprobs
+    generator = torch.Generator().manual_seed(int(rng.integers(2**40)))
+
+    def compute_logprobs(logits: Any) -> Any:
+        return original(logits + nats * torch.randn(logits.shape, generator=generator))
+
+    patch.setattr(Sampler, "compute_logprobs", staticmethod(compute_logprobs))
+
+
+def _wrong_logprobs_of_draws(patch: pytest.MonkeyPatch, nats: float) -> None:
+    original = vllm_plugin._with_draws
+
+    def with_draws(tensors: Any, *args: Any, **kind: Any) -> Any:
+        drawn = original(tensors, *args, **kind)
+        drawn.logprobs[:, tensors.logprobs.shape[1] : -1] += nats
+        return drawn
+
+    patch.setattr(vllm_plugin, "_with_draws", with_draws)
+
+
+def _draws_of_another_distribution(patch: pytest.MonkeyPatch, nats: float) -> None:
+    """Each logprob is wrong by up to so much, in the same way every time."""
+    import torch
+
+    original = vllm_plugin._with_draws
+
+    def with_draws(tensors: Any, scores: Any, *args: Any, **kind: Any) -> Any:
+        error = nats * torch.cos(torch.arange(scores.shape[1]) * 2.0)
+        return original(tensors, (scores + error).log_softmax(1), *args, **kind)
+
+    patch.setattr(vllm_plugin, "_with_draws", with_draws)
+
+
+def _wrong_where_few_are_asked_for(patch: pytest.MonkeyPatch, nats: float) -> None:
+    """As if the kernel for a few of the most probable ids were another, and wrong."""
+    from vllm.v1.sample.sampler import Sampler
+
+    original = Sampler.gather_logprobs
+
+    def gather_logprobs(scores: Any, columns: int, ids: Any) -> Any:
+        tensors = original(scores, columns, ids)
+        return tensors._replace(logprobs=tensors.logprobs + nats * (columns < scores.shape[1]))
+
+    patch.setattr(Sampler, "gather_logprobs", staticmethod(gather_logprobs))
+
+
+@needs_vllm
+def test_an_engine_that_never_says_the_same_twice_starts(
+    vllm_tiny: Any, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asking(vllm_tiny, Capture(16, samples=16, sets=2), monkeypatch)
+    _noisy(monkeypatch, rng)
+    prompt = vllm._prompt(9, 384)
+    assert np.abs(vllm_tiny._dense(prompt) - vllm_tiny._dense(prompt)).max() > 2e-3
+    for _ in range(3):
+        vllm_tiny.check_engine(64)
+        vllm_tiny.check_draws(64)
+        assert vllm_tiny.choose_route(64) == "raw"
+
+
+@needs_vllm
+def test_what_a_noisy_engine_says_passes_the_audit(
+    tiny_llama: Path, vllm_tiny: Any, rng: np.random.Generator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import pipeline.run
+
+    config = BuildConfig.model_validate(
+        {
+            "teacher": {"model": str(tiny_llama)},
+            "data": {"path": "python-docs", "max_length": 64, "max_tokens": 1_500},
+            "store": {"top_k": 16, "tail_samples": 16},
+            "audit": {"sequences": 0},
+            "output": str(tmp_path / "cache"),
+        }
+    )
+    asking(vllm_tiny, config.store.capture(), monkeypatch)
+    monkeypatch.setattr(vllm_tiny, "close", lambda: None)
+    monkeypatch.setattr(pipeline.run, "open_teacher", lambda *args, **kind: vllm_tiny)
+
+    def audited(nats: float) -> Any:
+        with monkeypatch.context() as patch:
+            _noisy(patch, rng, nats)
+            pipeline.run.build(config, restart=True)
+        return audit(str(config.output))
+
+    sound = audited(1e-3)
+    assert sound.problems == ()
+    assert sound.head.engine > 3e-4
+    assert sound.draws.draws > 1_000
+    wrong = audited(0.05)
+    assert wrong.cause is not None, wrong.problems
+
+
+@needs_vllm
+@pytest.mark.parametrize("noise", [0, 1e-3])
+@pytest.mark.parametrize(
+    "wrongly", [_wrong_logprobs_of_draws, _draws_of_another_distribution, _wrong_where_few_are_asked_for]
+)
+def test_an_engine_that_is_wrong_does_not_start_however_noisy(
+    vllm_tiny: Any,
+    rng: np.random.Generator,
+    monkeypatch: pytest.MonkeyPatch,
+    wrongly: Callable[[pytest.MonkeyPatch, float], None],
+    noise: float,
+) -> None:
+    asking(vllm_tiny, Capture(16, samples=16, sets=2), monkeypatch)
+    if noise:
+        _noisy(monkeypatch, rng, noise)
+    wrongly(monkeypatch, 0.0)
+    vllm_tiny.check_draws(64)
+    wrongly(monkeypatch, 0.05)
+    with pytest.raises(UserError, match=r"draws .* do not work"):
+        vllm_tiny.check_draws(64)
+
+
 @needs_vllm
 @pytest.mark.parametrize("users", [None, "MINE,ITS"])
 def test_workers_on_other_nodes_are_told_of_the_draws(monkeypatch: pytest.MonkeyPatch, users: str | None) -> None:
@@ -705,12 +828,11 @@ def test_a_kernel_that_does_not_run_is_no_fault_of_draws(
 
 @needs_vllm
 def test_nan_is_no_fault_of_draws_or_routes(vllm_tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = vllm_tiny._ask
-
     def overflowing(*args: Any) -> Any:
-        return [(ids, logprobs * np.nan, ranks) for ids, logprobs, ranks in original(*args)]
+        ids, logprobs, ranks = vllm_routes.convert(*args)
+        return ids, logprobs * np.nan, ranks
 
-    monkeypatch.setattr(vllm_tiny, "_ask", overflowing)
+    monkeypatch.setattr(vllm, "convert", overflowing)
     for check in (vllm_tiny.check_draws, vllm_tiny.choose_route):
         with pytest.raises(UserError, match=r"^the teacher's logprobs are NaN for a first prompt: .*float16"):
             check(64)
