@@ -222,6 +222,17 @@ def context_limit(model: ResolvedModel) -> int | None:
     return getattr(config, "max_position_embeddings", None)
 
 
+def for_text(model: ResolvedModel, fields: dict[str, Any]) -> dict[str, Any]:
+    """``fields`` of the config that describes the language model, as fields of the model's config.
+
+    They are the same but for multimodal models, whose config has one config for each part.
+    """
+    config = _config(model)
+    text = config.get_text_config()
+    parts = [name for name in config.sub_configs if getattr(config, name, None) is text]
+    return dict.fromkeys(parts, fields) if parts else fields
+
+
 def longest_with_short_rope(model: ResolvedModel) -> int | None:
     """Length in tokens above which a text is read with other RoPE factors (LongRoPE: Phi-3, Phi-4-mini); None: never."""
     config = _config(model).get_text_config()
@@ -265,6 +276,11 @@ def kv_bytes_per_token(model: ResolvedModel, value_bytes: int) -> int:
 def is_quantised(model: ResolvedModel) -> bool:
     """Whether the weights are stored in a quantised form."""
     return getattr(_config(model), "quantization_config", None) is not None
+
+
+def is_soft_capped(model: ResolvedModel) -> bool:
+    """Whether the model's final logits pass through tanh (Gemma)."""
+    return getattr(_config(model).get_text_config(), "final_logit_softcapping", None) is not None
 
 
 def activation_bits(model: ResolvedModel) -> int | None:

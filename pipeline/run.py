@@ -300,7 +300,8 @@ def _check_engine(config: BuildConfig) -> None:
     if teacher.backend == "transformers":
         attention(model, teacher.engine_args.get("attn_implementation"))
     if teacher.backend == "vllm":
-        from pipeline.teachers.vllm import check_engine_args, check_location
+        from pipeline.teachers.vllm import check_location
+        from pipeline.teachers.vllm_arguments import check_engine_args
 
         check_engine_args(teacher)
         check_location(model)

@@ -176,6 +176,48 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_gemma3(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a random Gemma 3 that also reads images, as its larger checkpoints do, with the tokenizer of ``tiny_llama``."""
+    from transformers import AutoTokenizer, Gemma3Config, Gemma3ForConditionalGeneration
+
+    folder = tmp_path_factory.mktemp("tiny-gemma3")
+    AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(folder)
+    config = Gemma3Config(
+        text_config={
+            "vocab_size": 384,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "head_dim": 32,
+            "max_position_embeddings": 256,
+            "sliding_window": 32,
+            "query_pre_attn_scalar": 4,
+            "initializer_range": 0.25,
+        },
+        vision_config={
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "image_size": 28,
+            "patch_size": 14,
+        },
+        mm_tokens_per_image=4,
+        boi_token_index=380,
+        eoi_token_index=381,
+        image_token_index=382,
+        pad_token_id=0,
+        bos_token_id=0,
+        eos_token_id=2,
+    )
+    torch.manual_seed(0)
+    Gemma3ForConditionalGeneration(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def write_tekken() -> Callable[[Path], None]:
     """``write_tekken(folder)``: a tekken.json there, as Mistral's models have, of 20 special tokens and 268 others."""
     merged = ["th", "he", "in", " t", " the", "er", "an", " a", "on", "re", " th", "ing"]

@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import itertools
 import logging
+import math
 import os
 import re
 import shutil
@@ -28,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from cache_format.errors import ConfigError, UserError
+from cache_format.errors import UserError
 from cache_format.manifest import TeacherIdentity
 from pipeline.capture import Capture
 from pipeline.config import TeacherConfig
@@ -41,13 +42,16 @@ from pipeline.models import (
     check_context,
     check_rope_in_vllm,
     context_limit,
+    for_text,
     is_quantised,
+    is_soft_capped,
     kv_bytes_per_token,
     read_weights,
     vocab_size,
 )
 from pipeline.sequence import Answer, Scored, Sequence
 from pipeline.teachers.base import Prompt, Sampling
+from pipeline.teachers.vllm_arguments import CHUNK_ROWS, check_engine_args, logits_bytes, memory_utilization
 from pipeline.teachers.vllm_routes import ENTRY_BYTES, Route, Rows, capturing, convert, drawn, sampling, scored_rows
 from pipeline.teachers.vllm_writing import engine_arguments, write
 from pipeline.vllm_plugin import Request, drawing
@@ -60,26 +64,9 @@ _AT_START = "for a first prompt"
 # Nats by which two runs of an engine may differ, whatever they do; and how often draws are asked for that seem wrong.
 _TOLERANCE = 1e-3
 _ATTEMPTS = 3
-# Other values of these would silently change or break what is stored; each has a field of its own or just one right value.
-_RESERVED = {
-    "model": "teacher.model",
-    "revision": "teacher.revision",
-    "dtype": "teacher.dtype",
-    "tensor_parallel_size": "teacher.tensor_parallel_size",
-    "max_num_batched_tokens": "teacher.batch_tokens",
-    "max_model_len": "data.max_length",
-    "max_logprobs": "store.top_k",
-    "logprobs_mode": None,
-    "enable_prefix_caching": None,
-    "speculative_config": None,
-}
-
-
-def check_engine_args(config: TeacherConfig) -> None:
-    """Raises ConfigError for engine arguments that are set by a field of their own, or by how logprobs are captured."""
-    for key in _RESERVED.keys() & config.engine_args.keys():
-        instead = f"use {_RESERVED[key]}" if _RESERVED[key] else "its value is part of how logprobs are captured"
-        raise ConfigError(f"teacher.engine_args.{key} cannot be set; {instead}")
+# Steps' worth of prompts that are scored at the start: one at least is a full step, whichever prompts come first.
+_STEPS_AT_START = 3
+_OUT_OF_MEMORY = re.compile(r"out ?of ?memory|MemoryError|can(?:not|'t) allocate", re.IGNORECASE)
 
 
 def check_location(model: ResolvedModel) -> None:
@@ -126,7 +113,11 @@ class VllmTeacher:
             with self._quiet():
                 self._vllm = _import_vllm()
                 self._on_cpu = self._vllm.platforms.current_platform.is_cpu()
+                # Model runner V2 is what GPUs have, unless a user or vLLM says otherwise.
+                self._runner_v2 = not self._on_cpu and self._vllm.envs.VLLM_USE_V2_MODEL_RUNNER is not False
                 self._step_tokens = config.step_tokens(on_cpu=self._on_cpu)
+                if not (self._on_cpu or self._runner_v2 or config.batch_tokens):
+                    self._step_tokens = CHUNK_ROWS  # V1 makes the logits of a whole step
                 if sampling is not None and self._on_cpu:  # which reads prompts whole then
                     self._step_tokens = max(self._step_tokens, max_length + 1)
                 with drawing(self._request):
@@ -134,17 +125,21 @@ class VllmTeacher:
         except UserError:
             raise
         except Exception as error:
-            raise UserError(f"vLLM cannot start with {model.name}: {_explain(error, self._engine_log)}") from error
+            raise UserError(f"vLLM cannot start with {model.name}: {self._cause(error)}") from error
         model_config = self._llm.llm_engine.model_config
         self.vocab_size: int = model_config.get_vocab_size()
         self._dtype = str(model_config.dtype).removeprefix("torch.")
         self._head_dtype = str(model_config.head_dtype).removeprefix("torch.")
         try:
             # An engine that fails in the middle of its work prints all that it holds.
+            self._check_runner()
             with self._quiet():
                 self.check_engine(max_length)
                 self.check_draws(max_length)
             self.route: Route = self.choose_route(max_length)
+            if not self._on_cpu:
+                with self._quiet():
+                    self.check_memory(max_length)
         except BaseException:
             self.close()
             raise
@@ -202,6 +197,28 @@ class VllmTeacher:
             raise
         except Exception as error:
             raise self._does_not_run(error) from error
+
+    def check_memory(self, max_length: int) -> None:
+        """Scores prompts that fill whole steps, so that memory runs out now if it ever does.
+
+        vLLM's profiler does not count prompt logprobs. Raises UserError, which names what to change.
+        """
+        length = min(self._step_tokens, max(2, max_length))
+        prompt = _prompt(length, self.vocab_size)
+        prompts = itertools.repeat(prompt, math.ceil(_STEPS_AT_START * self._step_tokens / length))
+        for _ in self._stream(prompts, self._request.columns, self.route):
+            pass
+
+    def _check_runner(self) -> None:
+        """Raises UserError where vLLM has chosen model runner V1 on a GPU, for steps larger than room was left for."""
+        runner_v2 = self._llm.llm_engine.vllm_config.use_v2_model_runner
+        if self._runner_v2 and not runner_v2 and self._step_tokens > CHUNK_ROWS:
+            raise UserError(
+                f"vLLM {self._vllm.__version__} runs {self._model.name} by its model runner V1, which makes the logits of all "
+                f"{self._step_tokens} tokens of a step at a time; set VLLM_USE_V2_MODEL_RUNNER=0 in the environment, so that "
+                f"there is room for them, or teacher.batch_tokens to {CHUNK_ROWS} or less"
+            )
+        self._runner_v2 = runner_v2 and not self._on_cpu
 
     def check_draws(self, max_length: int) -> None:
         """Compares the draws of a short prompt with the whole distributions, where draws are asked for.
@@ -293,10 +310,28 @@ class VllmTeacher:
         return None
 
     def _does_not_run(self, error: Exception) -> UserError:
-        """For an engine that has started, and fails at its first prompt."""
+        """For an engine that has started, and fails at its first prompts."""
+        cause = self._cause(error)
+        another = "another kernel may (teacher.engine_args.attention_backend), or set teacher.backend=transformers"
         return UserError(
-            f"vLLM {self._vllm.__version__} cannot run {self._model.name} here: {_explain(error, self._engine_log)}; "
-            "another kernel may (teacher.engine_args.attention_backend), or set teacher.backend=transformers"
+            f"vLLM {self._vllm.__version__} cannot run {self._model.name} here: {cause}; "
+            f"{self._less_memory() if _OUT_OF_MEMORY.search(cause) else another}"
+        )
+
+    def _cause(self, error: Exception) -> str:
+        return _explain(error, self._engine_log)
+
+    def _less_memory(self) -> str:
+        """What to change where memory runs out."""
+        if self._on_cpu or not self._runner_v2:
+            return f"lower teacher.batch_tokens ({self._step_tokens})"
+        if "kv_cache_memory_bytes" in self._config.engine_args:
+            return (
+                f"lower teacher.engine_args.kv_cache_memory_bytes ({self._config.engine_args['kv_cache_memory_bytes']})"
+            )
+        return (
+            f"lower teacher.engine_args.gpu_memory_utilization ({self._utilization:g}), or end what else runs on the GPU; "
+            f"teacher.batch_tokens helps below {CHUNK_ROWS}"
         )
 
     def _does_not_work(self, route: Route, reason: str) -> str:
@@ -308,7 +343,7 @@ class VllmTeacher:
         overrides: dict[str, Any] = {}
         if max_length == context_limit(model):
             # The sampled token is never read, so a prompt may fill the model's context; this field says that it may.
-            overrides["model_max_length"] = max_model_len
+            overrides |= for_text(model, {"model_max_length": max_model_len})
         if not self._on_cpu and config.dtype != "float32" and not is_quantised(model):
             # 16-bit logits fall on a grid of 1/8 nat near 16; a float32 head keeps the tail, at next to no cost on a GPU.
             overrides["head_dtype"] = "float32"
@@ -327,18 +362,38 @@ class VllmTeacher:
             # A prompt read from the prefix cache comes back with rows missing or stale (vllm-project/vllm#42019).
             "enable_prefix_caching": False,
             "use_tqdm_on_load": False,
+            # Images and the like are never put in, so a multimodal model needs no processor of them, nor their encoders.
+            "language_model_only": True,
         }
         if self._on_cpu:
             map_large_blocks()
             arguments["enforce_eager"] = True
             room = 2 * (max_model_len + self._step_tokens)
             arguments["kv_cache_memory_bytes"] = max(1 << 30, room * kv_bytes_per_token(model, value_bytes=4))
+        elif not {"gpu_memory_utilization", "kv_cache_memory_bytes"} & config.engine_args.keys():
+            arguments["gpu_memory_utilization"] = self._leave_room()
         arguments |= engine_arguments(self._sampling, on_cpu=self._on_cpu, step_tokens=self._step_tokens)
         arguments |= config.engine_args
-        asked = arguments.get("hf_overrides") or {}
-        arguments["hf_overrides"] = overrides | asked
+        for name, asked in (arguments.get("hf_overrides") or {}).items():
+            ours = overrides.get(name)
+            overrides[name] = ours | asked if isinstance(ours, dict) and isinstance(asked, dict) else asked
+        arguments["hf_overrides"] = overrides
+        self._utilization = arguments.get("gpu_memory_utilization", self._vllm.EngineArgs.gpu_memory_utilization)
         with _torch_threads_kept():
             return self._vllm.LLM(**arguments)
+
+    def _leave_room(self) -> float:
+        """``gpu_memory_utilization`` that leaves room for the logits of prompts."""
+        needed = logits_bytes(
+            vocab_size(self._model),
+            min(CHUNK_ROWS, self._step_tokens) if self._runner_v2 else self._step_tokens,
+            chunked=self._runner_v2,
+            soft_capped=is_soft_capped(self._model),
+            draws=bool(self._request.capture.samples),
+            tensor_parallel_size=self._config.tensor_parallel_size,
+        )
+        card = self._vllm.platforms.current_platform.get_device_total_memory()
+        return memory_utilization(card, needed, self._vllm.EngineArgs.gpu_memory_utilization)
 
     def _answers(self, sequences: Iterable[Sequence], route: Route, *, all_rows: bool) -> Iterator[Answer]:
         columns, request = self._request.columns, self._request
@@ -432,9 +487,8 @@ class VllmTeacher:
             if self._starting:
                 raise self._does_not_run(error) from error
             raise UserError(
-                f"vLLM stopped while {work}: {_explain(error, self._engine_log)}; the same command goes on at the first "
-                f"shard that is missing; where memory ran out, lower teacher.batch_tokens ({self._step_tokens}) or "
-                f"store.top_k ({self._request.capture.top_k})"
+                f"vLLM stopped while {work}: {self._cause(error)}; the same command goes on at the first "
+                f"shard that is missing; where memory ran out, {self._less_memory()}"
             ) from error
 
     def _eager(self) -> contextlib.AbstractContextManager[Any]:
@@ -481,6 +535,7 @@ def _import_vllm() -> Any:
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     import vllm
+    import vllm.envs
     import vllm.inputs
     import vllm.platforms
     import vllm.sampling_params

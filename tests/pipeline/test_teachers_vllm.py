@@ -838,6 +838,58 @@ def test_nan_is_no_fault_of_draws_or_routes(vllm_tiny: Any, monkeypatch: pytest.
             check(64)
 
 
+@needs_vllm
+@pytest.mark.parametrize("runner_v2", [False, True])
+def test_memory_that_runs_out_does_so_at_the_start(
+    vllm_tiny: Any, monkeypatch: pytest.MonkeyPatch, runner_v2: bool
+) -> None:
+    def step() -> None:
+        raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    asked: list[int] = []
+    original = vllm_tiny._stream
+
+    def stream(prompts: Any, *args: Any) -> Any:
+        prompts = list(prompts)
+        asked.extend(len(prompt) for prompt in prompts)
+        return original(prompts, *args)
+
+    monkeypatch.setattr(vllm_tiny, "_stream", stream)
+    vllm_tiny.check_memory(256)
+    assert set(asked) == {64}  # the step is smaller than the longest text
+    assert sum(asked) >= 3 * 64
+    asked.clear()
+    vllm_tiny.check_memory(20)
+    assert set(asked) == {20}
+    assert sum(asked) >= 3 * 64
+
+    monkeypatch.setattr(vllm_tiny, "_on_cpu", not runner_v2)
+    monkeypatch.setattr(vllm_tiny, "_runner_v2", runner_v2)
+    knob = r"engine_args\.gpu_memory_utilization \(0\.9" if runner_v2 else r"batch_tokens \(64\)"
+    monkeypatch.setattr(vllm_tiny._llm.llm_engine, "step", step)
+    for starting, words in ((True, "cannot run"), (False, "stopped while scoring")):
+        monkeypatch.setattr(vllm_tiny, "_starting", starting)
+        with pytest.raises(UserError, match=rf"{words}.*CUDA out of memory.*; .*lower teacher\.{knob}") as caught:
+            vllm_tiny.check_memory(64)
+        assert "\n" not in str(caught.value)
+        assert "attention_backend" not in str(caught.value)
+
+
+@needs_vllm
+def test_room_for_the_wrong_model_runner_is_refused(vllm_tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if vLLM had chosen V1 on a GPU, for a reason of its own."""
+    monkeypatch.setattr(vllm_tiny, "_on_cpu", False)
+    monkeypatch.setattr(vllm_tiny, "_runner_v2", True)
+    vllm_tiny._check_runner()  # of a step that it has room for
+    assert not vllm_tiny._runner_v2
+    monkeypatch.setattr(vllm_tiny, "_runner_v2", True)
+    monkeypatch.setattr(vllm_tiny, "_step_tokens", 8192)
+    with pytest.raises(
+        UserError, match=r"model runner V1.* 8192 tokens.*VLLM_USE_V2_MODEL_RUNNER=0.*batch_tokens to 1024"
+    ):
+        vllm_tiny._check_runner()
+
+
 # Last, since closing an engine ends all that live in this process.
 
 
