@@ -109,6 +109,8 @@ class VllmTeacher:
         self._finished: dict[str, Any] = {}
         # What the engine prints goes here for as long as it lives; it is read only to find the cause of a failure.
         self._engine_log = tempfile.TemporaryFile()  # noqa: SIM115
+        # Bytes of it that were printed before a request that has been answered since: no cause of a failure is among them.
+        self._harmless = 0
         try:
             with self._quiet():
                 self._vllm = _import_vllm()
@@ -167,6 +169,7 @@ class VllmTeacher:
     def generate(self, prompts: Iterable[Prompt]) -> Iterator[NDArray[np.int32]]:
         assert self._sampling is not None
         engine = self._llm.llm_engine
+        self._harmless = self._printed()
 
         def step() -> Iterable[Any]:
             checkpoint()
@@ -319,7 +322,7 @@ class VllmTeacher:
         )
 
     def _cause(self, error: Exception) -> str:
-        return _explain(error, self._engine_log)
+        return _explain(error, self._engine_log, self._harmless)
 
     def _less_memory(self) -> str:
         """What to change where memory runs out."""
@@ -442,8 +445,9 @@ class VllmTeacher:
         )
         room = _STEPS_AHEAD["cpu" if self._on_cpu else "gpu"] * self._step_tokens
         source = iter(prompts)
-        # In the order given: request and length. Answers may come in another order, and to another stream than asked.
-        waiting: deque[tuple[str, int]] = deque()
+        # In the order given: request, length, and the size of the engine's log then. Answers may come in another order, and
+        # to another stream than asked.
+        waiting: deque[tuple[str, int, int]] = deque()
         held, more = 0, True
         try:
             while more or waiting:
@@ -458,22 +462,27 @@ class VllmTeacher:
                 with drawing(self._request), capturing(route), self._eager(), self._explained():
                     for prompt in added:
                         name = f"logitcask-{next(self._requests)}"
-                        waiting.append((name, len(prompt)))
+                        waiting.append((name, len(prompt), self._printed()))
                         engine.add_request(name, self._vllm.inputs.tokens_input(prompt), params)
                     if waiting and waiting[0][0] not in self._finished:
                         checkpoint()
                         for output in engine.step():
                             self._finished[output.request_id] = output.prompt_logprobs
                 while waiting and waiting[0][0] in self._finished:
-                    name, length = waiting.popleft()
+                    name, length, self._harmless = waiting.popleft()
                     held -= length
                     yield length, self._finished.pop(name)
         finally:
             if waiting:
-                for name, _ in waiting:
+                names = [name for name, *_ in waiting]
+                for name in names:
                     self._finished.pop(name, None)
                 with contextlib.suppress(Exception):  # the engine may be dead
-                    engine.abort_request([name for name, _ in waiting])
+                    engine.abort_request(names)
+
+    def _printed(self) -> int:
+        """Bytes that the engine has printed."""
+        return os.fstat(self._engine_log.fileno()).st_size
 
     @contextlib.contextmanager
     def _explained(self, work: str = "scoring") -> Iterator[None]:
@@ -616,18 +625,21 @@ def _is_engine_failure(error: Exception) -> bool:
     )
 
 
-def _explain(error: Exception, engine_log: IO[bytes]) -> str:
+def _explain(error: Exception, engine_log: IO[bytes], harmless: int = 0) -> str:
     """The innermost message of an engine's failure, in one line.
 
-    In-process engines raise the cause itself. Engines in other processes leave it in what they printed.
+    In-process engines raise the cause itself. Engines in other processes leave it in what they printed, behind the first
+    ``harmless`` bytes.
     """
+    message = str(error)
     if isinstance(error, ValidationError):
         first = error.errors()[0]
-        return ": ".join([*map(str, first["loc"]), first["msg"].removeprefix("Value error, ")])
-    message = str(error)
+        message = ": ".join([*map(str, first["loc"]), first["msg"].removeprefix("Value error, ")])
     if "root cause" in message or "check the logs" in message:
-        engine_log.seek(0)
-        printed = engine_log.read().decode(errors="replace")
+        engine_log.flush()
+        # The engine's processes write on at the file's one offset, so it stays where it is.
+        size = os.fstat(engine_log.fileno()).st_size
+        printed = os.pread(engine_log.fileno(), size - harmless, harmless).decode(errors="replace")
         # The first error is the cause; the rest is other processes noticing, or naming the process it came from.
         causes = re.findall(r"\b(?:\w+\.)*\w*Error: .+", printed)
         message = next((cause for cause in causes if "raised in subprocess" not in cause), message)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import logging
+import multiprocessing
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from pydantic import ValidationError, create_model, model_validator
 
 from cache_format.errors import UserError
 from pipeline import vllm_plugin
@@ -792,18 +794,69 @@ def test_causes_are_found_in_what_other_processes_printed() -> None:
         assert _explain(ValueError("first\nsecond"), log) == "first"
 
 
+def test_an_old_error_that_did_no_harm_is_no_cause() -> None:
+    dead = RuntimeError("EngineCore encountered an issue. See stack trace (above) for the root cause.")
+    with tempfile.TemporaryFile("a+b") as log:
+        log.write(b"ERROR 01-01 [cuda.py:9] ImportError: no module named 'deep_gemm'\n")
+        harmless = log.tell()
+        log.write(b"ERROR 01-01 [core.py:9] torch.OutOfMemoryError: CUDA out of memory. Tried 2 GiB\n")
+        assert _explain(dead, log, harmless) == "torch.OutOfMemoryError: CUDA out of memory. Tried 2 GiB"
+        assert _explain(dead, log, log.tell()) == str(dead)
+
+
+@needs_vllm
+def test_what_was_printed_before_an_answered_request_did_no_harm(
+    tiny_llama: Path, vllm_tiny: Any, rng: np.random.Generator, as_sequence: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine dies in the second half; it had printed an error before the first, and one in the middle of it."""
+    sequences = texts(tiny_llama, rng, as_sequence, 256) * 4
+    engine, log = vllm_tiny._llm.llm_engine, vllm_tiny._engine_log
+    original = engine.step
+
+    def prints(line: str) -> None:
+        os.write(log.fileno(), f"ERROR 01-01 [x.py:9] {line}\n".encode())
+
+    prints("ImportError: an old one")
+    answers = vllm_tiny.answers(sequences)
+    for number in range(len(sequences) // 2):
+        next(answers)
+        if number == 2:
+            prints("RuntimeError: one that an engine lives with")
+
+    def step() -> None:
+        prints("torch.OutOfMemoryError: CUDA out of memory")
+        prints("RuntimeError: a worker has died")
+        raise RuntimeError("see stack trace above for the root cause")
+
+    monkeypatch.setattr(engine, "step", step)
+    with pytest.raises(UserError, match=r"stopped while scoring: torch\.OutOfMemoryError: CUDA out of memory; "):
+        list(answers)
+    monkeypatch.setattr(engine, "step", original)
+    assert len(list(vllm_tiny.score(sequences[:1]))) == 1
+
+
 def test_a_package_that_a_model_needs_is_named() -> None:
     """vLLM looks at a model's class in a process of its own, and logs what that process printed."""
-    failed = ValueError("Model architectures ['X'] failed to be inspected. Please check the logs for more details.")
+    message = "Model architectures ['X'] failed to be inspected. Please check the logs for more details."
+
+    def fail(self: Any) -> Any:
+        raise ValueError(message)
+
+    # While it validates its config: then pydantic has wrapped the error.
+    config = create_model("ModelConfig", __validators__={"fail": model_validator(mode="after")(fail)})
+    with pytest.raises(ValidationError) as caught:
+        config()
     with tempfile.TemporaryFile() as log:
-        assert _explain(failed, log) == str(failed)
+        for failed in (ValueError(message), caught.value):
+            assert _explain(failed, log) == message
         log.write(
             b"ERROR 01-01 [registry.py:9] Error in inspecting model architecture 'X'\n"
             b"ERROR 01-01 [registry.py:9] RuntimeError: Error raised in subprocess:\n"
             b"ERROR 01-01 [registry.py:9] Traceback (most recent call last):\n"
             b"ERROR 01-01 [registry.py:9] ModuleNotFoundError: No module named 'mamba_ssm'\n"
         )
-        assert _explain(failed, log) == "ModuleNotFoundError: No module named 'mamba_ssm'"
+        for failed in (ValueError(message), caught.value):
+            assert _explain(failed, log) == "ModuleNotFoundError: No module named 'mamba_ssm'"
 
 
 @needs_vllm
@@ -904,25 +957,54 @@ def test_an_engine_that_cannot_draw_does_not_start(tiny_llama: Path, monkeypatch
 
 
 @needs_vllm
-def test_engines_in_processes_of_their_own_load_the_plugin(
+@pytest.mark.skipif(importlib.util.find_spec("torchvision") is None, reason="vLLM imports torchvision for such models")
+def test_a_multimodal_model_reads_text(
+    tiny_gemma3: Path, rng: np.random.Generator, as_sequence: Make, assert_same_scores: Check
+) -> None:
+    """There is no processor of images in its folder, and no tokenizer in the engine; texts are as long as it can read."""
+    config = TeacherConfig(model=str(tiny_gemma3))
+    reference: Any = open_teacher(
+        config.model_copy(update={"backend": "transformers"}), max_length=256, capture=Capture(1)
+    )
+    sequences = texts(tiny_gemma3, rng, as_sequence, 256)
+    dense = [reference.dense_logprobs(sequence.input_ids) for sequence in sequences]
+    reference.close()
+    teacher: Any = open_teacher(config, max_length=256, capture=Capture(16, samples=4))
+    try:
+        for scored, expected, sequence in zip(teacher.score(sequences), dense, sequences, strict=True):
+            assert_same_scores(scored, expected, sequence.input_ids, 1e-3, teacher._request.capture)
+    finally:
+        teacher.close()
+
+
+@needs_vllm
+@pytest.mark.parametrize("method", ["spawn", "fork"])
+def test_engines_in_processes_of_their_own_draw(
     tiny_llama: Path,
     transformers_tiny: Any,
     rng: np.random.Generator,
     as_sequence: Make,
     assert_same_scores: Check,
     monkeypatch: pytest.MonkeyPatch,
+    method: str,
 ) -> None:
+    """Fresh ones load the plugin. Forked ones, as GPUs have them, do not, and have the functions that this process replaced."""
     import vllm.envs
+    import vllm.v1.engine.utils
+    import vllm.v1.executor.multiproc_executor
 
     # Engines that started before this one have frozen what vLLM reads from the environment.
     vllm.envs.disable_envs_cache()
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
-    monkeypatch.setenv("VLLM_WORKER_MULTIPROCESSING_METHOD", "spawn")
+    # vLLM's CPU build would always start fresh ones.
+    for module in (vllm.v1.engine.utils, vllm.v1.executor.multiproc_executor):
+        monkeypatch.setattr(module, "get_mp_context", lambda: multiprocessing.get_context(method))
     teacher: Any = open_teacher(
         TeacherConfig(model=str(tiny_llama)), max_length=64, capture=Capture(4, samples=4, seed=9)
     )
     try:
-        assert type(teacher._llm.llm_engine.engine_core).__name__ != "InprocClient"
+        (process,) = teacher._llm.llm_engine.engine_core.resources.engine_manager.processes
+        assert type(process).__name__ == f"{method.capitalize()}Process"
         assert vllm_plugin.ENVIRONMENT not in os.environ
         check_all(teacher, transformers_tiny, texts(tiny_llama, rng, as_sequence, 64), assert_same_scores)
     finally:
