@@ -64,8 +64,8 @@ CHUNK_ROWS = 1024
 
 # Of the card: for what is counted nowhere, fragments of the allocator most of all. vLLM's own default leaves twice that.
 _SPARE = 0.04
-# Temporaries of the draws on a GPU: four of the chunks of 1 << 25 floats that pipeline.draws_torch works in.
-_DRAWS_BYTES = 4 * 4 << 25
+# pipeline.draws_torch works in chunks of at most so many floats on a GPU, and holds so many copies of one.
+_DRAWS_CHUNK, _DRAWS_COPIES = 1 << 26, 4
 
 
 def logits_bytes(
@@ -85,7 +85,8 @@ def logits_bytes(
         fresh = max(fresh, 2 + 1 / tensor_parallel_size)
     making, held = (1 + fresh, 1) if chunked else (max(fresh, 2.25), 2)
     one = 4 * rows * vocab_size
-    return math.ceil(max(making * one, held * one + (_DRAWS_BYTES if draws else 0)))
+    drawing = _DRAWS_COPIES * min(one, 4 * _DRAWS_CHUNK) if draws else 0
+    return math.ceil(max(making * one, held * one + drawing))
 
 
 def memory_utilization(card_bytes: int, logits: int, usual: float) -> float:
