@@ -39,6 +39,7 @@ from train.mixture import Collator, Mixture, by_source
 from train.objective import Objective
 from train.order import Batches
 from train.packing import check_isolation, wants_flat
+from train.precision import shard_without_casts, summed
 from train.selection import Place, largest_gaps, learnability, most_learnable, only_positions, only_sequences
 
 MODEL_INPUTS = (
@@ -102,6 +103,8 @@ class DistillationTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         if args.enable_jit_checkpoint:
             self.add_callback(_StopAfterSaving(self.pop_callback(JITCheckpointCallback)))
+        if self.is_fsdp_enabled:
+            shard_without_casts(self.accelerator.state.fsdp_plugin)
         # Batches carry one label per kept position, shifted already; Trainer counts them for the mean.
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = False
@@ -121,11 +124,11 @@ class DistillationTrainer(Trainer):
         if len(self._mixture.sources) > 1:
             self._sum_by_cache(inputs["layout"], values.pop("objective"))
         for name, value in values.items():
-            self._sums[name] = self._sums.get(name, 0) + value.sum()
+            self._sums[name] = self._sums.get(name, 0) + summed(value)
         self._positions = self._positions + positions
         if self.objective.stateful:
             count = torch.tensor(positions, device=objective.device)
-            sums = torch.stack([*(values[name].float().sum() for name in self.objective.stateful), count.float()])
+            sums = torch.stack([*(summed(values[name]) for name in self.objective.stateful), summed(count)])
             self._step_sums = sums if self._step_sums is None else self._step_sums + sums
         loss = objective / (num_items_in_batch if num_items_in_batch is not None else max(1, positions))
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
@@ -139,7 +142,7 @@ class DistillationTrainer(Trainer):
         for source, places in groupby(layout, lambda place: place.source):
             stop = start + sum(place.chosen for place in places)
             self._cache_positions[source] = self._cache_positions.get(source, 0) + stop - start
-            self._cache_sums[source] = self._cache_sums.get(source, 0) + objective[start:stop].sum()
+            self._cache_sums[source] = self._cache_sums.get(source, 0) + summed(objective[start:stop])
             start = stop
 
     def _distil(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
@@ -29,6 +30,7 @@ class Interrupted(Exception):
 
 
 end_step = DistillationTrainer.end_step
+compute_loss = DistillationTrainer.compute_loss
 check_shard = CacheReader.check_shard
 checked: list[int] = []
 
@@ -51,12 +53,24 @@ def shard_on_cpus() -> None:
     PartialState.__init__ = pretend
 
 
+def exact(self: DistillationTrainer, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    """Computes the loss, and looks whether what the student is given and returns is in float32."""
+
+    def watched(**inputs: Any) -> Any:
+        objective, values = model(**inputs)
+        assert {each.dtype for each in (objective, *values.values())} == {torch.float32}
+        return objective, values
+
+    return compute_loss(self, watched, inputs, *args, **kwargs)
+
+
 def watch(*, sharded: bool, killed: int | None = None, interrupted: int | None = None) -> None:
     """After every step: whether parameters are sharded, all or none, and whether to stop here."""
 
     def end(self: DistillationTrainer) -> None:
         end_step(self)
         assert all(isinstance(weight, DTensor) == sharded for weight in self.model.parameters())
+        assert all(weight.dtype == torch.float32 for weight in self.model.parameters())
         rank, count = processes()
         if self.state.global_step == killed and rank == count - 1:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -64,6 +78,7 @@ def watch(*, sharded: bool, killed: int | None = None, interrupted: int | None =
             raise Interrupted
 
     DistillationTrainer.end_step = end
+    DistillationTrainer.compute_loss = exact
 
 
 def main() -> None:
