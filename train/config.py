@@ -30,7 +30,11 @@ class StudentConfig(_Config):
     )
     revision: str | None = Field(None, description="Branch, tag or commit of a hub model.")
     tokenizer: str | None = Field(None, description="Folder or hub name. Default: that of init_from or model.")
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="Of the weights that are trained.")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32",
+        description="Of the weights that are trained. In bfloat16 they miss small steps; training.bf16 computes in bfloat16 and "
+        "keeps them in float32.",
+    )
     peft: dict[str, Any] | None = Field(
         None,
         description="Train adapters instead of all weights: fields of peft.LoraConfig, or of another kind of adapter that "
@@ -38,8 +42,8 @@ class StudentConfig(_Config):
     )
     attention: str | None = Field(
         None,
-        description="transformers' attn_implementation, e.g. flash_attention_2. Default: transformers' choice, or eager where "
-        "the student's config caps attention scores (Gemma 2), which sdpa leaves out.",
+        description="transformers' attn_implementation, e.g. flash_attention_2, which needs training.bf16. Default: transformers' "
+        "choice, or eager where the student's config caps attention scores (Gemma 2), which sdpa leaves out.",
     )
 
     @model_validator(mode="after")

@@ -122,8 +122,10 @@ class LogitsHead:
             expected = causal(input_ids=input_ids, use_cache=False).logits
             found = self.logits(self.hidden(input_ids=input_ids))
         error, size = (found - expected).abs().max().item(), expected.abs().max().item()
-        # Same hidden states, maybe in another order of rounding; a missing scale or cap is far beyond this.
-        if not error <= max(8 * torch.finfo(expected.dtype).eps, 1e-4) * size:
+        # Same hidden states, maybe in another order of rounding; a missing scale or cap is far beyond this. Under autocast the
+        # lm_head computes in half precision, whatever the model widens its logits to.
+        rounding = max(torch.finfo(logits.dtype).eps for logits in (expected, found))
+        if not error <= max(8 * rounding, 1e-4) * size:
             raise UserError(
                 f"{self.architecture} treats its logits in a way not known here: what its lm_head gives differs by "
                 f"{error:.3g} from logits of up to {size:.3g}; use another student, or extend _after_lm_head"

@@ -1,14 +1,63 @@
-"""The precision of training: half precision computes, and nothing else is in it."""
+"""The precision of training, for whatever runs the student: training itself, start-up checks, evaluation, answers.
+
+With ``training.bf16`` (or ``fp16``) the weights that the optimizer moves stay in float32, and the student computes in half
+precision. In one process and under DDP, autocast does that: accelerate enters it around the student's forward, and
+``like_training`` for whatever does not go through there. Under FSDP2 each process gathers the weights in half precision.
+"""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from transformers import TrainingArguments
 
 from cache_format.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+
+def computing_dtype(arguments: TrainingArguments) -> torch.dtype | None:
+    """The half precision that training computes in; None if it computes in the precision of the weights."""
+    # accelerate's own reading: float16 needs a GPU, and the launcher's setting counts where the config has none.
+    on_cpu = arguments.device.type == "cpu"
+    return {"bf16": torch.bfloat16, "fp16": None if on_cpu else torch.float16}.get(arguments.mixed_precision)
+
+
+def like_training(student: nn.Module, arguments: TrainingArguments) -> AbstractContextManager[Any]:
+    """Inside it, the student computes in the precision that training computes in."""
+    dtype = computing_dtype(arguments)
+    if dtype is None or isinstance(student, FSDPModule):  # which gathers its weights in that precision
+        return nullcontext()
+    return torch.autocast(arguments.device.type, dtype=dtype)
+
+
+def attention_of(student: Any) -> str:
+    """The student's attention implementation, by transformers' name."""
+    return getattr(student.config.get_text_config(decoder=True), "_attn_implementation", None) or ""
+
+
+@contextmanager
+def as_exact_as_it_can(student: Any, arguments: TrainingArguments) -> Iterator[None]:
+    """For start-up checks: full precision, whose small tolerances see more, or training's if the attention has no other."""
+    with like_training(student, arguments) if "flash" in attention_of(student) else nullcontext():
+        yield
+
+
+def check_attention(student: Any, arguments: TrainingArguments) -> None:
+    """Raises ConfigError for flash attention, whose kernels take half precision only, in a training in float32."""
+    attention = attention_of(student)
+    if "flash" in attention and student.dtype == torch.float32 and computing_dtype(arguments) is None:
+        raise ConfigError(
+            f"student.attention is {attention!r}, which does not compute in float32; set training.bf16 to true: it computes in "
+            "bfloat16 then, and the weights stay in float32"
+        )
 
 
 def shard_without_casts(plugin: Any) -> None:
@@ -26,6 +75,16 @@ def shard_without_casts(plugin: Any) -> None:
     if isinstance(policy, MixedPrecisionPolicy):
         plugin.mixed_precision_policy = replace(
             policy, reduce_dtype=torch.float32, output_dtype=None, cast_forward_inputs=False
+        )
+
+
+def warn_of_lost_steps(student: nn.Module, *, widened: bool) -> None:
+    """Warns of weights that an optimizer moves in bfloat16; ``widened``: they become float32 before it does."""
+    if not widened and any(weight.requires_grad and weight.dtype == torch.bfloat16 for weight in student.parameters()):
+        log.warning(
+            "the student's weights are trained in bfloat16, where a step below 1/512 of a weight, as most of AdamW's are at a "
+            "learning rate of 2e-5, changes nothing; set student.dtype to float32 and training.bf16 to true: it computes in "
+            "bfloat16 then, and the weights stay in float32"
         )
 
 

@@ -34,6 +34,7 @@ from train.generation import Answer, answers, mean_rouge_l
 from train.losses.forward_kl import Tail, tail_of
 from train.mixture import open_data
 from train.objective import Objective
+from train.precision import check_attention
 from train.report import write_report
 from train.saving import mend_generation_config, save_merged, save_student, try_saving, warn_of_a_small_disk
 from train.student import build_student, load_student_tokenizer
@@ -106,6 +107,7 @@ def _train(
     transformers_logging.set_verbosity_error()
     set_seed(arguments.seed)
     student = build_student(config.student, arguments.seed)
+    check_attention(student, arguments)
     mend_generation_config(student)
     tokenizer = load_student_tokenizer(config.student)
     compat.check_together([entry.cache for entry in config.caches], manifests)
@@ -141,20 +143,25 @@ def _train(
     trainer.add_callback(CacheStamp(fingerprints))
 
     def measure() -> dict[str, float]:
-        return evaluate(
-            trainer.head,
-            held_out,
-            k=config.evaluation.k,
-            batch_size=arguments.per_device_eval_batch_size,
-            logits_chunk=config.logits_chunk,
-        )
+        with trainer.precision():
+            return evaluate(
+                trainer.head,
+                held_out,
+                k=config.evaluation.k,
+                batch_size=arguments.per_device_eval_batch_size,
+                logits_chunk=config.logits_chunk,
+            )
 
     def show() -> list[dict[str, Any]]:
-        return examples(trainer.head, held_out, tokenizer) if tokenizer is not None else []
+        with trainer.precision():
+            return examples(trainer.head, held_out, tokenizer) if tokenizer is not None else []
 
     def answer() -> list[Answer]:
         wanted = config.evaluation.answers
-        return answers(student, tokenizer, held_out, wanted) if wanted is not None and tokenizer is not None else []
+        if wanted is None or tokenizer is None:
+            return []
+        with trainer.precision():
+            return answers(student, tokenizer, held_out, wanted)
 
     if before is None:
         measured: dict[str, Any] = {"metrics": measure(), "examples": show(), "rouge_l": mean_rouge_l(answer())}

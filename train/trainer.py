@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
@@ -39,7 +40,14 @@ from train.mixture import Collator, Mixture, by_source
 from train.objective import Objective
 from train.order import Batches
 from train.packing import check_isolation, wants_flat
-from train.precision import shard_without_casts, summed
+from train.precision import (
+    as_exact_as_it_can,
+    computing_dtype,
+    like_training,
+    shard_without_casts,
+    summed,
+    warn_of_lost_steps,
+)
 from train.selection import Place, largest_gaps, learnability, most_learnable, only_positions, only_sequences
 
 MODEL_INPUTS = (
@@ -70,9 +78,10 @@ class DistillationTrainer(Trainer):
         data: DataConfig,
         selection: SelectionConfig,
     ) -> None:
-        self.head = LogitsHead(student)
-        if data.packing:
-            check_isolation(self.head)
+        with as_exact_as_it_can(student, args):
+            self.head = LogitsHead(student)
+            if data.packing:
+                check_isolation(self.head)
         self.objective = objective
         self.data, self.selection = data, selection
         self._mixture = train_data
@@ -105,6 +114,7 @@ class DistillationTrainer(Trainer):
             self.add_callback(_StopAfterSaving(self.pop_callback(JITCheckpointCallback)))
         if self.is_fsdp_enabled:
             shard_without_casts(self.accelerator.state.fsdp_plugin)
+        warn_of_lost_steps(student, widened=self.is_fsdp_enabled and computing_dtype(args) is not None)
         # Batches carry one label per kept position, shifted already; Trainer counts them for the mean.
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = False
@@ -135,6 +145,10 @@ class DistillationTrainer(Trainer):
             # DDP takes the mean of gradients over processes; the divisor above counts the positions of all of them.
             loss = loss * self.accelerator.num_processes
         return (loss, None) if return_outputs else loss
+
+    def precision(self) -> AbstractContextManager[None]:
+        """Inside it, the student computes as it does in training, though not called through its wrapped forward."""
+        return like_training(self.model, self.args)
 
     def _sum_by_cache(self, layout: tuple[Place, ...], objective: Tensor) -> None:
         """Adds what was minimised at each position to the sums of its cache."""
@@ -234,13 +248,14 @@ class DistillationTrainer(Trainer):
     ) -> dict[str, float]:
         """Held-out metrics (``train.evaluate``), logged under ``metric_key_prefix``."""
         began = time.monotonic()
-        found = evaluate(
-            self.head,
-            eval_dataset or self.eval_dataset,
-            k=self.k,
-            batch_size=self.args.per_device_eval_batch_size,
-            logits_chunk=self.logits_chunk,
-        )
+        with self.precision():
+            found = evaluate(
+                self.head,
+                eval_dataset or self.eval_dataset,
+                k=self.k,
+                batch_size=self.args.per_device_eval_batch_size,
+                logits_chunk=self.logits_chunk,
+            )
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         self.log(metrics)
         self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

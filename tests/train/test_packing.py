@@ -10,14 +10,12 @@ import torch
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
 from cache_format import UserError
-from train.config import StudentConfig
 from train.dataset import collate, teacher_of
 from train.linear import LogitsHead, head_losses
 from train.losses import LOSSES
 from train.order import single_units
 from train.packing import check_isolation, collate_packed, fill_rows, packed_units, wants_flat
 from train.run import train
-from train.student import build_student
 
 pytestmark = pytest.mark.random
 
@@ -203,12 +201,6 @@ def test_rows_too_short_are_refused_in_one_line(write_cache, scratch_config):
 
 def test_an_attention_that_is_not_there_is_one_line(write_cache, scratch_config):
     cache = write_cache("c", shards=1)
-    with pytest.raises(
-        UserError, match=r"student\.attention is 'flash_attention_2', which does not compute in float32"
-    ):
-        build_student(
-            StudentConfig(**scratch_config(cache="c").student.model_dump() | {"attention": "flash_attention_2"}), 0
-        )
     with pytest.raises(UserError, match=r"student\.attention is 'no-such-attention'") as caught:
         train(
             scratch_config(

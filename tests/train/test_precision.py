@@ -7,13 +7,22 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.utils import FullyShardedDataParallelPlugin
+from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from cache_format.errors import ConfigError
-from train.precision import shard_without_casts
+from train.precision import check_attention, computing_dtype, shard_without_casts, warn_of_lost_steps
 from train.run import train
 from train.selection import Place
 from train.trainer import DistillationTrainer
+
+SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+SMALL |= {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 128}
+
+
+def student(model_type="llama", **fields):
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **SMALL, **fields))
 
 
 class Stopped(Exception):
@@ -67,3 +76,54 @@ def test_under_fsdp2_only_weights_are_cast():
 def test_sharding_is_fsdp2():
     with pytest.raises(ConfigError, match=r"sharded by FSDP1; set training\.fsdp_config\.version .* to 2"):
         shard_without_casts(SimpleNamespace(fsdp_version=1, mixed_precision_policy=None))
+
+
+def test_weights_that_are_trained_in_bfloat16_are_warned_of(caplog):
+    wide = student()
+    narrow = student().to(torch.bfloat16)
+    for each, widened in ((wide, False), (narrow, True)):
+        warn_of_lost_steps(each, widened=widened)
+    for weight in narrow.parameters():
+        weight.requires_grad = False  # under adapters, which are in float32
+    warn_of_lost_steps(nn.ModuleList([narrow, nn.Linear(2, 2)]), widened=False)
+    assert not caplog.text
+    narrow.lm_head.weight.requires_grad = True
+    warn_of_lost_steps(narrow, widened=False)
+    assert "trained in bfloat16" in caplog.text
+    assert "set student.dtype to float32 and training.bf16 to true" in caplog.text
+
+
+def test_what_the_warning_says_is_so():
+    """AdamW at 2e-5, on weights as large as those of a model: most are where they were, in float32 none is."""
+    start = torch.randn(1000, generator=torch.Generator().manual_seed(0)) * 0.02
+    moved = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        weight = nn.Parameter(start.to(dtype))
+        before = weight.detach().clone()
+        optimizer = torch.optim.AdamW([weight], lr=2e-5, weight_decay=0.0)
+        for _ in range(100):
+            weight.grad = torch.ones_like(weight)
+            optimizer.step()
+        moved[dtype] = (weight.detach() != before).float().mean().item()
+    assert moved[torch.float32] == 1
+    assert moved[torch.bfloat16] < 0.5
+
+
+@pytest.mark.parametrize(
+    ("device", "mixed", "dtype"),
+    [("cpu", "no", None), ("cpu", "bf16", torch.bfloat16), ("cpu", "fp16", None), ("cuda", "fp16", torch.float16)],
+)
+def test_flash_attention_needs_half_precision(device, mixed, dtype):
+    arguments = SimpleNamespace(device=torch.device(device), mixed_precision=mixed)
+    assert computing_dtype(arguments) == dtype
+    model = student()
+    check_attention(model, arguments)
+    model.config._attn_implementation = "flash_attention_2"
+    if dtype is None:
+        with pytest.raises(
+            ConfigError, match=r"attention is 'flash_attention_2', which does not .*; set training\.bf16"
+        ):
+            check_attention(model, arguments)
+    else:
+        check_attention(model, arguments)
+    check_attention(model.to(torch.bfloat16), arguments)

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
+from itertools import pairwise
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, modeling_flash_attention_utils
 
 from cache_format import UserError
 from cache_format.errors import ConfigError
 from pipeline.config import BuildConfig
 from pipeline.run import build
 from train.config import LossTerm, TrainConfig
+from train.linear import LogitsHead
 from train.run import train
 
 
@@ -158,6 +161,96 @@ def test_options_of_trainer_pass_through(config, training):
     metrics, _ = train(config(training=training))
     assert metrics["steps"] == 6
     assert metrics["after"]["kl"] < metrics["before"]["kl"]
+
+
+@pytest.fixture
+def flash(monkeypatch):
+    """transformers' own flash path on a CPU, with a kernel like the real one in what it takes and what it computes.
+
+    Gives the numbers of sequences of its calls.
+    """
+    calls = []
+
+    def varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale=None, causal=False):
+        if {each.dtype for each in (q, k, v)} != {torch.bfloat16}:
+            raise RuntimeError("FlashAttention only support fp16 and bf16 data type")
+        calls.append(len(cu_seqlens_q) - 1)
+        k, v = (each.repeat_interleave(q.shape[1] // each.shape[1], dim=1) for each in (k, v))
+        found = torch.empty_like(q)
+        for (a, b), (c, d) in zip(pairwise(cu_seqlens_q.tolist()), pairwise(cu_seqlens_k.tolist()), strict=True):
+            seen = torch.ones(b - a, d - c, dtype=torch.bool).tril(d - c - (b - a))
+            parts = (each.transpose(0, 1)[None] for each in (q[a:b], k[c:d], v[c:d]))
+            found[a:b] = scaled_dot_product_attention(*parts, attn_mask=seen, scale=softmax_scale)[0].transpose(0, 1)
+        return found
+
+    def whole(q, k, v, softmax_scale=None, causal=False):
+        borders = (torch.arange(len(each) + 1) * each.shape[1] for each in (q, k))
+        parts = (each.flatten(0, 1) for each in (q, k, v))
+        return varlen(*parts, *borders, q.shape[1], k.shape[1], softmax_scale).view_as(q)
+
+    def load(*args, **kwargs):
+        process = modeling_flash_attention_utils._lazy_define_process_function(varlen)
+        pads = modeling_flash_attention_utils._pad_input, modeling_flash_attention_utils._unpad_input
+        return (whole, varlen, None, *pads), (process, dict)
+
+    monkeypatch.setattr(modeling_flash_attention_utils, "lazy_import_flash_attention", load)
+    # Else it looks for the package, and for a GPU.
+    monkeypatch.setattr(
+        PreTrainedModel, "_check_and_adjust_attn_implementation", lambda self, name, *args, **kwargs: name
+    )
+    return calls
+
+
+def test_flash_attention_computes_in_bfloat16_and_trains_float32(config, tiny_llama, flash):
+    """In every run of the student: checks, metrics, examples, answers, the choice of positions, training itself."""
+    wanted = {
+        "data": {"packing": True},
+        "selection": {"positions": {"by": "gap"}},
+        "evaluation": {"held_out": 0.3, "answers": {"sequences": 2, "max_new_tokens": 8}},
+    }
+    students = {
+        name: {"init_from": str(tiny_llama), "keep_layers": [1], "attention": name}
+        for name in ("flash_attention_2", "sdpa")
+    }
+    with pytest.raises(ConfigError, match=r"which does not compute in float32; set training\.bf16 to true"):
+        train(config(student=students["flash_attention_2"], **wanted))
+    assert not flash
+    found = {}
+    for name, student in students.items():
+        training = {
+            "bf16": True,
+            "eval_strategy": "steps",
+            "eval_steps": 3,
+            "output_dir": str(config().output_dir) + name,
+        }
+        made = config(student=student, training=training, **wanted)
+        found[name], _ = train(made)
+        weights = AutoModelForCausalLM.from_pretrained(made.output_dir)
+        assert {weight.dtype for weight in weights.parameters()} == {torch.float32}
+    assert max(flash) > 4  # sequences in one row
+    assert found["flash_attention_2"]["after"]["kl"] < found["flash_attention_2"]["before"]["kl"]
+    for when in ("before", "after"):
+        assert found["flash_attention_2"][when]["kl"] == pytest.approx(found["sdpa"][when]["kl"], rel=0.02)
+
+
+def test_what_is_measured_is_computed_as_in_training(config, monkeypatch):
+    """Under autocast, but for the check of the student's halves, which sees more in float32."""
+    states = []
+    hidden = LogitsHead.hidden
+
+    def watched(self, **inputs):
+        states.append((torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")))
+        return hidden(self, **inputs)
+
+    monkeypatch.setattr(LogitsHead, "hidden", watched)
+    training = {"bf16": True, "eval_strategy": "steps", "eval_steps": 3}
+    train(config(training=training, selection={"sequences": {"filter_ratio": 0.5}}))
+    assert not states[0][0]
+    assert len(states) == 19  # a check, 6 steps with 6 choices, 2 + 2 evaluations, examples twice
+    assert set(states[1:]) == {(True, torch.bfloat16)}
+    states.clear()
+    train(config(training={"max_steps": 2}), restart=True)
+    assert not any(on for on, _ in states)
 
 
 def test_going_on_with_other_processes_is_said(config, caplog):
