@@ -73,7 +73,7 @@ class LogitsHead:
         unwrap = getattr(model, "get_base_model", None)
         causal = cast(PreTrainedModel, unwrap() if unwrap else model)
         self.architecture = type(causal).__name__
-        self._model = model
+        self.student = model
         backbone, lm_head = causal.base_model, causal.get_output_embeddings()
         if lm_head is None or backbone is causal:
             raise UserError(
@@ -104,11 +104,11 @@ class LogitsHead:
 
     def inside(self, work: Callable[[], _T]) -> _T:
         """Calls ``work`` where the model's forward would run: there FSDP2 has the parameters of both halves at hand."""
-        return _as_forward_of(self._model, work)
+        return _as_forward_of(self.student, work)
 
     def evaluated(self) -> AbstractContextManager[None]:
         """Inside it, the whole model is in evaluation mode: no dropout, in adapters neither."""
-        return _eval_mode(self._model)
+        return _eval_mode(self.student)
 
     def parameters(self) -> list[nn.Parameter]:
         """The trainable parameters between hidden states and logits (shared with the embedding where tied)."""

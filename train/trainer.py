@@ -33,7 +33,7 @@ from cache_format.errors import UserError
 from train.checkpoints import best_checkpoint
 from train.config import DataConfig, SelectionConfig
 from train.dataset import HeldOut
-from train.distributed import gathered
+from train.distributed import gathered, may_go_unused
 from train.evaluate import evaluate
 from train.linear import LogitsHead, PerChunk, chosen_head_losses, head_losses
 from train.mixture import Collator, Mixture, by_source
@@ -82,6 +82,8 @@ class DistillationTrainer(Trainer):
             self.head = LogitsHead(student)
             if data.packing:
                 check_isolation(self.head)
+            if args.world_size > 1 and args.ddp_find_unused_parameters is None:
+                args.ddp_find_unused_parameters = may_go_unused(self.head)
         self.objective = objective
         self.data, self.selection = data, selection
         self._mixture = train_data

@@ -64,13 +64,14 @@ def exact(self: DistillationTrainer, model: Any, inputs: dict[str, Any], *args: 
     return compute_loss(self, watched, inputs, *args, **kwargs)
 
 
-def watch(*, sharded: bool, killed: int | None = None, interrupted: int | None = None) -> None:
+def watch(*, sharded: bool, unused: bool = False, killed: int | None = None, interrupted: int | None = None) -> None:
     """After every step: whether parameters are sharded, all or none, and whether to stop here."""
 
     def end(self: DistillationTrainer) -> None:
         end_step(self)
         assert all(isinstance(weight, DTensor) == sharded for weight in self.model.parameters())
         assert all(weight.dtype == torch.float32 for weight in self.model.parameters())
+        assert sharded or self.model_wrapped.find_unused_parameters == unused
         rank, count = processes()
         if self.state.global_step == killed and rank == count - 1:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -89,7 +90,8 @@ def main() -> None:
         shard_on_cpus()
     found = []
     for job in work["jobs"]:
-        watch(sharded=work["fsdp"], killed=job.get("killed"), interrupted=job.get("interrupted"))
+        unused = job["config"]["training"].get("ddp_find_unused_parameters", False)
+        watch(sharded=work["fsdp"], unused=unused, killed=job.get("killed"), interrupted=job.get("interrupted"))
         try:
             found.append(train(TrainConfig.model_validate(job["config"]), restart=job.get("restart", False))[1])
         except Interrupted:

@@ -134,7 +134,9 @@ def halves(runs: Runs, kind: str, **training: Any) -> dict[str, dict[str, Any]]:
         "tied": runs.config(f"{kind}-tied", batch=2, tied=True, **training),
         "untied": runs.config(f"{kind}-untied", batch=2, tied=False, **training),
         "8": runs.config(f"{kind}-8", batch=2, tied=True, gradient_accumulation_steps=2, **training),
-        "taid": runs.config(f"{kind}-taid", batch=2, tied=True, losses=TAID, **training),
+        "taid": runs.config(
+            f"{kind}-taid", batch=2, tied=True, losses=TAID, ddp_find_unused_parameters=True, **training
+        ),
         "gaps": runs.config(f"{kind}-gaps", batch=2, tied=True, selection=GAPS, **training),
         "acid": runs.config(f"{kind}-acid", batch=2, tied=True, selection=ACID, **training),
         "bf16": runs.config(f"{kind}-bf16", batch=2, tied=True, gradient_accumulation_steps=2, bf16=True, **training),
