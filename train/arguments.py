@@ -58,10 +58,6 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
             f"training.train_sampling_strategy is {strategy!r}; the order of cached data is set by data.shuffle and "
             "data.group_by_length: remove it"
         )
-    if fields.get("torch_compile") and config.selection.sequences is not None:
-        raise ConfigError(
-            "selection.sequences asks the student in between, which torch_compile does not allow; drop one of them"
-        )
     if fields.get("use_liger_kernel"):
         fields["liger_kernel_config"] = _liger_without_head(fields.get("liger_kernel_config") or {})
     fields |= _best(fields, config.evaluation.k)
@@ -217,8 +213,13 @@ def _check_compilation(arguments: TrainingArguments) -> None:
     if arguments.torch_compile:
         try:
             DynamoBackend(str(arguments.torch_compile_backend or "inductor").upper())
-            torch.compile(nn.Identity(), mode=arguments.torch_compile_mode)  # which compiles nothing yet
-        except (ValueError, RuntimeError) as error:
+            compiled = torch.compile(
+                torch.sin, backend=arguments.torch_compile_backend, mode=arguments.torch_compile_mode
+            )
+            compiled(
+                torch.zeros(2, device=arguments.device)
+            )  # needs whatever the backend needs: a C++ compiler, Triton
+        except Exception as error:  # every backend refuses in its own way
             raise ConfigError(f"training.torch_compile: {first_line(error)}") from error
 
 

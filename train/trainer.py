@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate.utils import DynamoBackend, TorchDynamoPlugin
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
@@ -117,6 +118,13 @@ class DistillationTrainer(Trainer):
         if self.is_fsdp_enabled:
             shard_without_casts(self.accelerator.state.fsdp_plugin)
         warn_of_lost_steps(student, widened=self.is_fsdp_enabled and computing_dtype(args) is not None)
+        self._read = self.head.hidden
+        dynamo = self.accelerator.state.dynamo_plugin
+        if dynamo.backend != DynamoBackend.NO:
+            # accelerate would compile all of the student's forward, the losses' buffers and hand-made gradients included.
+            options = {name: value for name, value in dynamo.to_dict().items() if name != "use_regional_compilation"}
+            self._read = torch.compile(self.head.hidden, **options)
+            self.accelerator.state.dynamo_plugin = TorchDynamoPlugin(backend="no")
         # Batches carry one label per kept position, shifted already; Trainer counts them for the mean.
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = False
@@ -180,7 +188,7 @@ class DistillationTrainer(Trainer):
 
     def _hidden(self, batch: dict[str, Any]) -> Tensor:
         """Hidden states [P, H] at the kept positions of a batch."""
-        hidden = self.head.hidden(**{name: batch[name] for name in MODEL_INPUTS if name in batch})
+        hidden = self._read(**{name: batch[name] for name in MODEL_INPUTS if name in batch})
         return hidden.flatten(0, 1)[batch["kept"]]
 
     @torch.no_grad()

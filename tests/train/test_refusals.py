@@ -77,7 +77,6 @@ def test_training_arguments(sound_cache, scratch_config, training, message):
     ("fields", "message"),
     [
         ({"losses": [{"name": "taid", "t_start": None}]}, "losses: "),
-        ({"selection": {"sequences": {}}, "training": {"torch_compile": True}}, "torch_compile does not allow"),
         ({"student": {"config": {"model_type": "vit"}}}, "no causal language model"),
         ({"student": {"config": {"model_type": "gpt2", "n_embd": 33, "n_head": 2}}}, "no causal language model"),
     ],

@@ -253,6 +253,18 @@ def test_what_is_measured_is_computed_as_in_training(config, monkeypatch):
     assert not any(on for on, _ in states)
 
 
+def test_compiled(config):
+    """The backbone alone, in training and where sequences are chosen; nothing changes."""
+    fields = {"selection": {"sequences": {"filter_ratio": 0.5}}}
+    plain, _ = train(config(training={"max_steps": 1}, **fields))
+    torch._dynamo.utils.counters.clear()
+    compiled = {"max_steps": 1, "torch_compile": True, "torch_compile_backend": "eager"}
+    found, _ = train(config(training=compiled, **fields), restart=True)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 3  # one is the trial
+    assert found["final_loss"] == pytest.approx(plain["final_loss"], rel=1e-5)
+    assert found["after"] == pytest.approx(plain["after"], rel=1e-5)
+
+
 def test_going_on_with_other_processes_is_said(config, caplog):
     train(config())
     output = config().output_dir
