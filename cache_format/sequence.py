@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,10 @@ class TailSamples:
 
     ids: NDArray[np.int32]
     logprobs: NDArray[np.float32] | None = None
+
+    def at(self, rows: slice | NDArray[np.integer]) -> TailSamples:
+        """The draws of some of the P positions."""
+        return TailSamples(self.ids[rows], None if self.logprobs is None else self.logprobs[rows])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -60,3 +64,17 @@ class CachedSequence:
     def target_ids(self) -> NDArray[np.int32]:
         """int32[P]: the tokens that really follow the kept positions."""
         return self.input_ids[self.positions + 1]
+
+    def at(self, rows: slice | NDArray[np.integer]) -> CachedSequence:
+        """The sequence at some of its P positions, by their number among them. Tokens and loss mask stay those of all."""
+        return replace(
+            self,
+            positions=self.positions[rows],
+            ids=self.ids[rows],
+            logprobs=self.logprobs[rows],
+            tail_logprob=self.tail_logprob[rows],
+            target_logprob=self.target_logprob[rows],
+            target_rank=self.target_rank[rows],
+            entropy=None if self.entropy is None else self.entropy[rows],
+            samples=None if self.samples is None else self.samples.at(rows),
+        )

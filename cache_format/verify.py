@@ -15,7 +15,7 @@ from cache_format.errors import DamagedCacheError, UserError
 from cache_format.layout import MANIFEST
 from cache_format.manifest import ShardEntry, StoreSettings
 from cache_format.reader import CacheReader
-from cache_format.sequence import CachedSequence, TailSamples
+from cache_format.sequence import CachedSequence
 from cache_format.validation import validate
 
 _FP32_SLACK = 2.0**-16
@@ -23,8 +23,6 @@ _FP32_SLACK = 2.0**-16
 
 _PART_ENTRIES = 1 << 22
 """Head entries checked at a time: bounds the memory that the checks take."""
-
-_BY_POSITION = ("positions", "ids", "logprobs", "tail_logprob", "target_logprob", "target_rank")
 
 
 def verify(path: str, *, deep: bool = False, on_shard: Callable[[str], None] = lambda _: None) -> list[str]:
@@ -104,16 +102,7 @@ def _parts(sequence: CachedSequence) -> Iterator[CachedSequence]:
         some = slice(start, start + step)
         mask = np.zeros_like(sequence.loss_mask)
         mask[sequence.positions[some] + 1] = True
-        samples = sequence.samples
-        if samples is not None:
-            samples = TailSamples(samples.ids[some], None if samples.logprobs is None else samples.logprobs[some])
-        yield replace(
-            sequence,
-            loss_mask=mask,
-            samples=samples,
-            entropy=None if sequence.entropy is None else sequence.entropy[some],
-            **{name: getattr(sequence, name)[some] for name in _BY_POSITION},
-        )
+        yield replace(sequence.at(some), loss_mask=mask)
 
 
 def _check_sequence(sequence: CachedSequence, store: StoreSettings, where: str) -> None:

@@ -15,7 +15,7 @@ from cache_format.manifest import StoreSettings
 from pipeline.audit_figures import Tally, head_tally, most_probable
 from pipeline.audit_reference import Reference, at_temperature
 from pipeline.audit_result import Audit
-from pipeline.audit_sample import sample, select_rows
+from pipeline.audit_sample import sample
 from pipeline.draws import LEAST_LOGPROB
 
 # Logprobs and positions looked at, at most.
@@ -135,7 +135,7 @@ def _gather(reader: CacheReader, reference: Reference, sequences: int) -> list[_
         dense = reference.dense(sequence.input_ids)
         at = np.flatnonzero((sequence.positions >= 1) & (sequence.positions + 1 < len(dense)))
         at = at[np.linspace(0, len(at) - 1, min(len(at), wanted)).astype(int)]
-        part = select_rows(sequence, at)
+        part = sequence.at(at)
         around = {by: np.maximum(dense[part.positions + by], LEAST_LOGPROB).astype(np.float32) for by in (-1, 0, 1)}
         evidence.append(_Evidence(part, around))
         wanted -= len(at)

@@ -6,9 +6,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
-from numpy.typing import NDArray
 
-from cache_format import CachedSequence, CacheReader, TailSamples, UserError
+from cache_format import CachedSequence, CacheReader, UserError
 from pipeline.draws import mix
 
 # Sequences without a kept position among their first tokens are passed over, this many at most for each one wanted.
@@ -40,29 +39,11 @@ def sample(reader: CacheReader, count: int, tokens: int) -> Iterator[CachedSeque
 
 def _beginning(sequence: CachedSequence, tokens: int) -> CachedSequence:
     kept = int(np.searchsorted(sequence.positions, tokens - 1))
-    beginning = select_rows(sequence, slice(0, kept))
+    beginning = sequence.at(slice(0, kept))
     return replace(beginning, input_ids=sequence.input_ids[:tokens], loss_mask=sequence.loss_mask[:tokens])
 
 
 def parts(sequence: CachedSequence, positions: int) -> Iterator[CachedSequence]:
     """``sequence``, at most ``positions`` kept positions at a time."""
     for start in range(0, len(sequence.positions), positions):
-        yield select_rows(sequence, slice(start, start + positions))
-
-
-def select_rows(sequence: CachedSequence, rows: slice | NDArray[np.integer]) -> CachedSequence:
-    """Some positions of ``sequence``; tokens and loss mask are still those of all."""
-    samples = sequence.samples
-    if samples is not None:
-        samples = TailSamples(samples.ids[rows], None if samples.logprobs is None else samples.logprobs[rows])
-    return replace(
-        sequence,
-        positions=sequence.positions[rows],
-        ids=sequence.ids[rows],
-        logprobs=sequence.logprobs[rows],
-        tail_logprob=sequence.tail_logprob[rows],
-        target_logprob=sequence.target_logprob[rows],
-        target_rank=sequence.target_rank[rows],
-        entropy=None if sequence.entropy is None else sequence.entropy[rows],
-        samples=samples,
-    )
+        yield sequence.at(slice(start, start + positions))

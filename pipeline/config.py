@@ -149,9 +149,14 @@ class TeacherConfig(_Config):
         return stages
 
     @property
+    def is_synthetic(self) -> bool:
+        """Whether the teacher is the synthetic one, which takes no model and no GPU. Named as backend or as model."""
+        return "synthetic" in (self.backend, self.model)
+
+    @property
     def gpus_per_engine(self) -> int:
         """GPUs that one engine takes, where there are any; 0 for the synthetic teacher, which has no use for them."""
-        if "synthetic" in (self.backend, self.model):
+        if self.is_synthetic:
             return 0
         return self.tensor_parallel_size * self.pipeline_stages
 

@@ -149,7 +149,7 @@ def speed_from_hardware(config: BuildConfig, gpu_name: str, context: float, entr
 
     Raises UserError for an unknown GPU, and for a model whose shape transformers cannot tell.
     """
-    if _is_synthetic(config):
+    if config.teacher.is_synthetic:
         note = f"speed: {_SYNTHETIC:,.0f} tokens/s, what a build with the synthetic teacher reaches on a CPU core; no GPU is involved"
         return Speed(source="hardware", tokens_per_second=_exactly(_SYNTHETIC), gpus_per_engine=1, notes=(note,))
     gpu = GPUS.get(gpu_name.lower())
@@ -359,7 +359,3 @@ def _exactly(value: float) -> Range:
 
 def _gpus(config: BuildConfig) -> int:
     return max(1, config.teacher.gpus_per_engine)
-
-
-def _is_synthetic(config: BuildConfig) -> bool:
-    return "synthetic" in (config.teacher.backend, config.teacher.model)

@@ -249,7 +249,7 @@ def _check_weights(manifest: Manifest, config: BuildConfig, ways_out: str) -> No
 def _check_tokenizer(manifest: Manifest, config: BuildConfig, ways_out: str) -> None:
     """Raises UserError where the teacher's folder now holds another tokenizer or chat template, as ``_check_weights``."""
     folder = Path(config.teacher.model).expanduser()
-    if config.teacher.backend == "synthetic" or not folder.is_dir():
+    if config.teacher.is_synthetic or not folder.is_dir():
         return
     text = _tokenization(config) if config.data.generate is None else _prompts(config)
     if changes := tokenizer_changes(manifest.tokenizer, tokenizer_of(text, config)):
@@ -293,7 +293,7 @@ def _check_before_removing(config: BuildConfig) -> None:
 def _check_engine(config: BuildConfig) -> None:
     """What an engine refuses before it reads the weights."""
     teacher = config.teacher
-    if "synthetic" in (teacher.backend, teacher.model):
+    if teacher.is_synthetic:
         return
     model = resolve_model(teacher.model, teacher.revision, trust_remote_code=teacher.trust_remote_code)
     check_context(model, config.data.max_length)

@@ -15,8 +15,7 @@ from train.dataset import CachedDataset, HeldOut, collate
 from train.linear import LogitsHead, head_losses
 from train.losses import SparseTeacher, forward_kl, reverse_kl
 from train.losses.forward_kl import Tail
-from train.metrics import Calibration, rank_agreement, rank_correlation
-from train.report import perplexity
+from train.metrics import Calibration, perplexity, rank_agreement, rank_correlation
 
 KL_KIND: dict[Tail, str] = {
     "samples": "The KL is estimated from the stored head and draws from the rest of the teacher's distribution: without bias, "

@@ -7,6 +7,7 @@ no ties.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import NamedTuple
@@ -103,3 +104,8 @@ def top_k_overlap(student_logits: Tensor, teacher: SparseTeacher, k: int) -> Ten
     RLKD's dynamic form multiplies the logits loss of each position by it.
     """
     return rank_agreement(student_logits, teacher, k).overlap
+
+
+def perplexity(cross_entropy: float) -> float:
+    """exp of nats per token, capped where a float would overflow."""
+    return math.exp(min(cross_entropy, 700.0))

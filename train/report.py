@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 from pathlib import Path
 from typing import Any
 
@@ -148,8 +147,3 @@ def _svg(figure: Figure) -> str:
         figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     text = buffer.getvalue()
     return text[text.index("<svg") :]
-
-
-def perplexity(cross_entropy: float) -> float:
-    """exp of nats per token, capped where a float would overflow."""
-    return math.exp(min(cross_entropy, 700.0))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cache_format import CachedSequence, TailSamples
+from cache_format import CachedSequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,25 +46,7 @@ def highest_entropy(sequence: CachedSequence, share: float) -> CachedSequence:
     """The sequence with only those kept positions where the teacher's entropy is highest. Needs stored entropies."""
     assert sequence.entropy is not None
     order = np.argsort(-sequence.entropy, kind="stable")
-    return at_rows(sequence, np.sort(order[: share_of(len(order), share)]))
-
-
-def at_rows(sequence: CachedSequence, rows: NDArray[np.int64]) -> CachedSequence:
-    """The sequence with only some of its kept positions, by their number among them."""
-    samples = sequence.samples
-    if samples is not None:
-        samples = TailSamples(samples.ids[rows], None if samples.logprobs is None else samples.logprobs[rows])
-    return replace(
-        sequence,
-        positions=sequence.positions[rows],
-        ids=sequence.ids[rows],
-        logprobs=sequence.logprobs[rows],
-        tail_logprob=sequence.tail_logprob[rows],
-        target_logprob=sequence.target_logprob[rows],
-        target_rank=sequence.target_rank[rows],
-        entropy=None if sequence.entropy is None else sequence.entropy[rows],
-        samples=samples,
-    )
+    return sequence.at(np.sort(order[: share_of(len(order), share)]))
 
 
 def largest_gaps(gap_P: Tensor, layout: Sequence[Place]) -> Tensor:

@@ -51,7 +51,7 @@ def open_teacher(
 
     Raises UserError where the model does not exist, or the engine cannot start with it or cannot draw.
     """
-    if _is_synthetic(config):
+    if config.is_synthetic:
         from pipeline.teachers.synthetic import SyntheticTeacher
 
         return SyntheticTeacher(config, capture, sampling)
@@ -80,7 +80,7 @@ def open_tokenizer(config: TeacherConfig) -> Any:
 
     Raises UserError where the model does not exist or has no tokenizer.
     """
-    if _is_synthetic(config):
+    if config.is_synthetic:
         from pipeline.teachers.synthetic import SyntheticTokenizer
 
         return SyntheticTokenizer()
@@ -97,7 +97,7 @@ def sampling_of(
 
     A stop string that is a special token of the tokenizer, which would not show in the text, counts as an end token.
     """
-    ends = {tokenizer.eos_token_id} if _is_synthetic(config) else _ends_of_turns(config, tokenizer)
+    ends = {tokenizer.eos_token_id} if config.is_synthetic else _ends_of_turns(config, tokenizer)
     special = {str(token): index for index, token in getattr(tokenizer, "added_tokens_decoder", {}).items()}
     behind = template.end_of_turn() if template is not None else ""
     written = next((token for token in sorted(special, key=len, reverse=True) if behind.startswith(token)), None)
@@ -123,7 +123,7 @@ def _ends_of_turns(config: TeacherConfig, tokenizer: Any) -> set[int]:
 
 def vocab_size_of(config: TeacherConfig) -> int:
     """How many ids the teacher can predict, known without loading its weights."""
-    if _is_synthetic(config):
+    if config.is_synthetic:
         return config.vocab_size
     return vocab_size(_resolve(config))
 
@@ -144,7 +144,3 @@ def bounded_groups(sequences: Iterable[Sequence], tokens: int) -> Iterator[list[
 
 def _resolve(config: TeacherConfig) -> ResolvedModel:
     return resolve_model(config.model, config.revision, trust_remote_code=config.trust_remote_code)
-
-
-def _is_synthetic(config: TeacherConfig) -> bool:
-    return config.backend == "synthetic" or config.model == "synthetic"

@@ -19,7 +19,6 @@ from train.order import Batches
 from train.run import train
 from train.selection import (
     Place,
-    at_rows,
     highest_entropy,
     largest_gaps,
     learnability,
@@ -173,7 +172,6 @@ def test_learnability_is_the_mean_gap_and_ties_go_to_the_first():
     scores = learnability(gap, layout)
     assert scores.tolist() == [2.0, 4 / 3, 5.0]
     assert most_learnable(np.array([1.0, 2.0, 2.0, 2.0]), 2) == [1, 2]
-    assert at_rows is not None
 
 
 def test_what_cannot_be_selected_is_refused(write_cache, scratch_config):
