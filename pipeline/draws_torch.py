@@ -81,46 +81,43 @@ def _by_triton(scores: Tensor, top_ids: Tensor, target_ids: Tensor, capture: Cap
 
     top_ids, target_ids = top_ids.contiguous(), target_ids.contiguous()
     with torch.cuda.device_of(scores):  # Triton launches on the current device
-        log_sums = kernels.log_sums(scores) if logits else scores.new_zeros(len(scores), dtype=torch.float32)
-        head = scores.gather(1, top_ids[:, : capture.top_k]).float() - log_sums[:, None]
+        norms = kernels.norms(scores) if logits else scores.new_zeros((len(scores), 2), dtype=torch.float32)
+        head = scores.gather(1, top_ids[:, : capture.top_k]).float() - norms[:, :1] - norms[:, 1:]
         head_size = _head_sizes(head, capture)
-        tails = kernels.tails(scores, log_sums, top_ids, target_ids, head_size, capture)
+        tails = kernels.tails(scores, norms, top_ids, target_ids, head_size, capture)
         counts = _set_sizes(tails.sums.sum(dim=1, dtype=torch.float64), capture)
-        samples, logprobs = kernels.find(scores, log_sums, tails, counts, capture)
+        samples, logprobs = kernels.find(scores, norms, tails, counts, capture)
     return Draws(head_size, samples, logprobs, tails.entropy)
 
 
 def _by_torch(scores: Tensor, top_ids: Tensor, target_ids: Tensor, capture: Capture, logits: bool) -> Draws:
     per_row = max(scores.shape[1], capture.draws * _BLOCK)
     rows = max(1, _CHUNK["cpu" if scores.device.type == "cpu" else "gpu"] // per_row)
-    log_sums = torch.cat([chunk.float().logsumexp(1) for chunk in scores.split(rows)])[:, None] if logits else None
+    chunks = [slice(start, start + rows) for start in range(0, len(scores), rows)]
+    if logits and len(chunks) == 1:
+        scores, logits = scores.log_softmax(dim=1, dtype=torch.float32), False
 
-    def logprobs_of(ids: Tensor) -> Tensor:
-        chosen = scores.gather(1, ids)
-        return chosen if log_sums is None else chosen.float() - log_sums
+    def logprobs_of(chunk: slice) -> Tensor:
+        """Made twice, since those of all rows would not fit; each time with the same bits, which the hash depends on."""
+        return scores[chunk].log_softmax(dim=1, dtype=torch.float32) if logits else scores[chunk]
 
     head_ids = top_ids[:, : capture.top_k]
-    head_size = _head_sizes(logprobs_of(head_ids), capture)
+    known_ids = torch.cat([head_ids, top_ids[:, :1], target_ids[:, None]], dim=1)
+    known = torch.cat([logprobs_of(chunk).gather(1, known_ids[chunk]) for chunk in chunks])
+    head_size = _head_sizes(known[:, :-2], capture)
     outside = torch.arange(capture.top_k, device=scores.device) >= head_size[:, None]
-    named = logprobs_of(torch.stack([top_ids[:, 0], target_ids], dim=1))
-    uniforms = _uniforms(named, top_ids, target_ids, capture)
-    drawn: list[Tensor] = []
-    sizes: list[Tensor] = []
-    entropies: list[Tensor] = []
-    for start in range(0, len(scores), rows):
-        chunk = slice(start, start + rows)
-        logprobs = scores[chunk] if log_sums is None else scores[chunk].float() - log_sums[chunk]
-        found = _draw_chunk(logprobs, head_ids[chunk], outside[chunk], uniforms[chunk], capture)
-        for each, part in zip((drawn, sizes, entropies), found, strict=True):
-            each.append(part)
-    ids, counts = torch.cat(drawn), torch.cat(sizes)
+    uniforms = _uniforms(known[:, -2:], top_ids, target_ids, capture)
+    parts = [
+        _draw_chunk(logprobs_of(chunk), head_ids[chunk], outside[chunk], uniforms[chunk], capture) for chunk in chunks
+    ]
+    ids, logprobs, counts, entropy = map(torch.cat, zip(*parts, strict=True))
     shape = (len(scores), capture.sets, capture.samples)
     real = torch.arange(capture.samples, device=scores.device) < counts[:, None, None]
     return Draws(
         head_size=head_size,
         samples=torch.where(real, ids.view(shape), -1).to(torch.int32),
-        sample_logprobs=torch.where(real, logprobs_of(ids).view(shape), -torch.inf),
-        entropy=torch.cat(entropies),
+        sample_logprobs=torch.where(real, logprobs.view(shape), -torch.inf),
+        entropy=entropy,
     )
 
 
@@ -136,8 +133,8 @@ def to_numpy(draws: Draws) -> Draws:
 
 def _draw_chunk(
     logprobs: Tensor, head_ids: Tensor, outside: Tensor, uniforms: Tensor, capture: Capture
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The ids [R, T * S] that are drawn, how many of each set count, int64[R], and the entropy, float32[R]."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The ids [R, T * S] that are drawn and their logprobs, how many of each set count, int64[R], the entropy, float32[R]."""
     rows, vocab_size = logprobs.shape
     blocks = math.ceil(vocab_size / _BLOCK)
     padded = logprobs.new_zeros((rows, blocks * _BLOCK))
@@ -160,7 +157,7 @@ def _draw_chunk(
     points = torch.minimum(points.reshape(-1, 1), _just_below(hit[:, -1:])).clamp_min_(0)
     within = torch.searchsorted(hit, points, right=True).view_as(block)
     ids = within.add_(block, alpha=_BLOCK).clamp_max_(vocab_size - 1)
-    return ids, counts[:, 0], entropy
+    return ids, logprobs.gather(1, ids), counts[:, 0], entropy
 
 
 def _head_sizes(head: Tensor, capture: Capture) -> Tensor:

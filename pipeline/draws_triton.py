@@ -33,7 +33,7 @@ _BLOCK = 256
 _WORDS = _BLOCK // 32  # of 32 bits, one an id
 _GROUP = 16  # blocks at a time
 _LANES = 4  # draws at a time: with twice as many, only one program fits a multiprocessor of an H100
-_WARPS = {"log_sums": 8, "mark": 1, "tails": 8, "find": 8}
+_WARPS = {"norms": 8, "mark": 1, "tails": 8, "find": 8}
 
 
 def usable(scores: Tensor) -> bool:
@@ -46,11 +46,14 @@ def usable(scores: Tensor) -> bool:
     )
 
 
-def log_sums(scores_RV: Tensor) -> Tensor:
-    """float32[R]: the logsumexp of each row."""
-    out = scores_RV.new_empty(len(scores_RV), dtype=torch.float32)
-    _log_sums[(len(out),)](
-        scores_RV, scores_RV.stride(0), out, scores_RV.shape[1], TILE=_GROUP * _BLOCK, num_warps=_WARPS["log_sums"]
+def norms(scores_RV: Tensor) -> Tensor:
+    """float32[R, 2]: each row's highest score, and the log of the sum of exp(score - highest).
+
+    Scores less the one and then the other are logprobs, as ``log_softmax`` has them: less their sum they would be rounded more.
+    """
+    out = scores_RV.new_empty((len(scores_RV), 2), dtype=torch.float32)
+    _norms[(len(out),)](
+        scores_RV, scores_RV.stride(0), out, scores_RV.shape[1], TILE=_GROUP * _BLOCK, num_warps=_WARPS["norms"]
     )
     return out
 
@@ -71,7 +74,7 @@ class Tails(NamedTuple):
 
 
 def tails(
-    scores_RV: Tensor, log_sums_R: Tensor, top_ids: Tensor, target_ids: Tensor, head_size: Tensor, capture: Capture
+    scores_RV: Tensor, norms_R2: Tensor, top_ids: Tensor, target_ids: Tensor, head_size: Tensor, capture: Capture
 ) -> Tails:
     """``top_ids``: int64[R, K], of which the first ``head_size`` (int32[R]) form the head; ``target_ids``: int64[R]."""
     rows, size = scores_RV.shape
@@ -93,7 +96,7 @@ def tails(
     _tails[(rows,)](
         scores_RV,
         scores_RV.stride(0),
-        log_sums_R,
+        norms_R2,
         bits,
         top_ids,
         top_ids.stride(0),
@@ -113,9 +116,7 @@ def tails(
     return Tails(sums, bits, keys, entropy)
 
 
-def find(
-    scores_RV: Tensor, log_sums_R: Tensor, tails: Tails, counts: Tensor, capture: Capture
-) -> tuple[Tensor, Tensor]:
+def find(scores_RV: Tensor, norms_R2: Tensor, tails: Tails, counts: Tensor, capture: Capture) -> tuple[Tensor, Tensor]:
     """The draws, int32[R, T, S], and their logprobs, float32[R, T, S]; -1 and -inf behind the first ``counts`` (int64[R])."""
     rows, size = scores_RV.shape
     blocks = tails.sums.shape[1]
@@ -125,7 +126,7 @@ def find(
     _find[(rows, triton.cdiv(capture.draws, _LANES))](
         scores_RV,
         scores_RV.stride(0),
-        log_sums_R,
+        norms_R2,
         tails.sums,
         tails.bits,
         tails.keys,
@@ -149,7 +150,7 @@ def find(
 if triton is not None:
 
     @triton.jit
-    def _log_sums(scores, stride, out, size, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
+    def _norms(scores, stride, out, size, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
         at = tl.program_id(0)
         # 64 bits: there may be more than 2**31 scores.
         row = scores + at.to(tl.int64) * stride
@@ -165,7 +166,8 @@ if triton is not None:
             highest = new
         most = tl.max(highest, 0)
         shift = tl.where(most == float("-inf"), 0.0, most)
-        tl.store(out + at, tl.log(tl.sum(total * tl.exp(highest - shift), 0)) + shift)
+        tl.store(out + 2 * at, shift)
+        tl.store(out + 2 * at + 1, tl.log(tl.sum(total * tl.exp(highest - shift), 0)))
 
     @triton.jit
     def _mark(bits, words, top_ids, stride, head_size, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
@@ -188,7 +190,7 @@ if triton is not None:
     def _tails(  # type: ignore[no-untyped-def]
         scores,
         stride,
-        log_sums,
+        norms,
         bits,
         top_ids,
         top_stride,
@@ -206,13 +208,13 @@ if triton is not None:
     ):
         at = tl.program_id(0).to(tl.int64)
         row, words = scores + at * stride, bits + at * blocks * (BLOCK // 32)
-        log_sum = tl.load(log_sums + at)
+        highest, log_total = tl.load(norms + 2 * at), tl.load(norms + 2 * at + 1)
         inside, group = tl.arange(0, BLOCK), tl.arange(0, GROUP)
         negative = tl.zeros((GROUP, BLOCK), tl.float32)
         for first in range(0, blocks, GROUP):
             block = first + group
             ids = block[:, None] * BLOCK + inside[None, :]
-            x = tl.load(row + ids, mask=ids < size, other=float("-inf")).to(tl.float32) - log_sum
+            x = tl.load(row + ids, mask=ids < size, other=float("-inf")).to(tl.float32) - highest - log_total
             p = tl.exp(x)
             negative += p * tl.maximum(x, LEAST)
             word = tl.load(words + (ids >> 5), mask=ids < size, other=0)
@@ -225,7 +227,7 @@ if triton is not None:
         for k in tl.static_range(KEYS):
             key = _mix(tl.load(top_ids + at * top_stride + k) + key)
         for k in tl.static_range(2):
-            logprob = tl.load(row + (top if k == 0 else target)).to(tl.float32) - log_sum
+            logprob = tl.load(row + (top if k == 0 else target)).to(tl.float32) - highest - log_total
             # In eighths, rounded to even: which float32 does where its last bit is worth 1.
             eighths = (tl.maximum(logprob, LEAST) * 8 + 12582912.0) - 12582912.0
             key = _mix(eighths.to(tl.int64) + key)
@@ -235,7 +237,7 @@ if triton is not None:
     def _find(  # type: ignore[no-untyped-def]
         scores,
         stride,
-        log_sums,
+        norms,
         sums,
         bits,
         keys,
@@ -253,7 +255,8 @@ if triton is not None:
         BLOCK: tl.constexpr,
     ):
         at = tl.program_id(0).to(tl.int64)
-        row, log_sum = scores + at * stride, tl.load(log_sums + at)
+        row = scores + at * stride
+        highest, log_total = tl.load(norms + 2 * at), tl.load(norms + 2 * at + 1)
         cell = tl.program_id(1) * LANES + tl.arange(0, LANES)
         which, step = cell // samples, cell % samples
         count = tl.load(counts + at)
@@ -279,7 +282,7 @@ if triton is not None:
         point = point - tl.sum(tl.where(block[None, :] < hit[:, None], each[None, :], 0.0), 1)
         inside = tl.arange(0, BLOCK)
         ids = hit[:, None] * BLOCK + inside[None, :]
-        p = tl.exp(tl.load(row + ids, mask=ids < size, other=float("-inf")).to(tl.float32) - log_sum)
+        p = tl.exp(tl.load(row + ids, mask=ids < size, other=float("-inf")).to(tl.float32) - highest - log_total)
         word = tl.load(bits + at * blocks * (BLOCK // 32) + (ids >> 5), mask=ids < size, other=0)
         p = tl.where(((word >> (ids & 31)) & 1) == 0, p, 0.0).to(tl.float64)
         # The block's sum was rounded in float32, so the point may lie beyond its end.
@@ -291,5 +294,5 @@ if triton is not None:
 
         out = at * cells + cell
         tl.store(ids_out + out, tl.where(wanted, drawn, -1), mask=cell < cells)
-        logprob = tl.load(row + drawn).to(tl.float32) - log_sum
+        logprob = tl.load(row + drawn).to(tl.float32) - highest - log_total
         tl.store(logprobs_out + out, tl.where(wanted, logprob, float("-inf")), mask=cell < cells)

@@ -116,7 +116,7 @@ class Operations(TorchDispatchMode):
 def test_as_many_launches_for_many_rows_as_for_few(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     """Four kernels and some operations on tensors of a column or so, however many rows there are."""
     launched: list[str] = []
-    for name in ("_log_sums", "_mark", "_tails", "_find"):
+    for name in ("_norms", "_mark", "_tails", "_find"):
 
         class Launch:
             def __getitem__(self, grid: Any, name: str = name) -> Any:
@@ -127,7 +127,7 @@ def test_as_many_launches_for_many_rows_as_for_few(rng: np.random.Generator, mon
     logprobs, top_ids, target_ids = (torch.from_numpy(each).to(DEVICE) for each in some_rows(rng, 300, 300, 16))
     with Operations() as operations:
         draws_torch._by_triton(logprobs, top_ids.long(), target_ids.long(), capture, True)
-    assert launched == ["_log_sums", "_mark", "_tails", "_find"]
+    assert launched == ["_norms", "_mark", "_tails", "_find"]
     assert len(operations.names) <= 35, operations.names
 
 
@@ -229,12 +229,12 @@ def test_interpreter_or_not_they_compile_for_nvidia() -> None:
     from triton.compiler import ASTSource
 
     pointers = {
-        "scores": "*fp32", "log_sums": "*fp32", "bits": "*i32", "sums": "*fp32", "entropy": "*fp32", "out": "*fp32",
+        "scores": "*fp32", "norms": "*fp32", "bits": "*i32", "sums": "*fp32", "entropy": "*fp32", "out": "*fp32",
         "keys": "*i64", "head_size": "*i32", "counts": "*i64", "top_ids": "*i64", "target_ids": "*i64",
         "ids_out": "*i32", "logprobs_out": "*fp32", "seed": "i64",
     }  # fmt: skip
     for name, fixed in (
-        ("log_sums", {"TILE": 4096}),
+        ("norms", {"TILE": 4096}),
         ("mark", {"WIDTH": 64}),
         ("tails", {"KEYS": KEY_IDS, "LEAST": LEAST_LOGPROB, "GROUP": 16, "BLOCK": 256}),
         (
