@@ -278,6 +278,21 @@ def is_quantised(model: ResolvedModel) -> bool:
     return getattr(_config(model), "quantization_config", None) is not None
 
 
+def auto_class(model: ResolvedModel) -> Any:
+    """The class of transformers that loads the model with its lm_head: one of two, for multimodal models."""
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+    )
+
+    kind = type(_config(model))
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING and kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
+
+
 def is_soft_capped(model: ResolvedModel) -> bool:
     """Whether the model's final logits pass through tanh (Gemma)."""
     return getattr(_config(model).get_text_config(), "final_logit_softcapping", None) is not None

@@ -25,6 +25,7 @@ from pipeline.estimator import not_a_number
 from pipeline.models import (
     ResolvedModel,
     attention,
+    auto_class,
     check_context,
     load_tokenizer,
     longest_with_short_rope,
@@ -78,9 +79,7 @@ class TransformersTeacher:
         logging.disable_progress_bar()
         logging.set_verbosity_error()
         try:
-            self._lm = transformers.AutoModelForCausalLM.from_pretrained(
-                model.location, revision=model.revision, **arguments
-            )
+            self._lm = auto_class(model).from_pretrained(model.location, revision=model.revision, **arguments)
         except Exception as error:  # whatever reading a checkpoint may raise
             raise UserError(f"transformers cannot load {model.name}: {_cause(error)}") from error
         finally:

@@ -425,3 +425,30 @@ def test_vllm_is_asked_before_it_starts(long_rope: Path) -> None:
     pytest.importorskip("vllm")
     with pytest.raises(UserError, match=r"data\.max_length to 31 or less"):
         open_teacher(TeacherConfig(model=str(long_rope), backend="vllm"), max_length=32, capture=Capture(4))
+
+
+def test_a_multimodal_model_is_read_as_its_language_model(tmp_path: Path, as_sequence: Make) -> None:
+    """transformers has another class for it: Mistral Small 3, Qwen-VL."""
+    from transformers import Mistral3Config, Mistral3ForConditionalGeneration
+
+    sizes = {"intermediate_size": 32, "num_hidden_layers": 1, "head_dim": 16}
+    text = {"vocab_size": 300, "hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1, **sizes}
+    sight = {"hidden_size": 16, "num_attention_heads": 1, "image_size": 28, "patch_size": 14, **sizes}
+    torch.manual_seed(0)
+    model = Mistral3ForConditionalGeneration(
+        Mistral3Config(
+            text_config={"model_type": "mistral", "initializer_range": 0.25, **text},
+            vision_config={"model_type": "pixtral", **sight},
+            image_token_index=299,
+        )
+    )
+    model.save_pretrained(tmp_path)
+    teacher: Any = open_teacher(
+        TeacherConfig(model=str(tmp_path), backend="transformers"), max_length=20, capture=Capture(8)
+    )
+    sequence = as_sequence("a", list(range(3, 23)))
+    ids = torch.from_numpy(sequence.input_ids.astype(np.int64))[None]
+    hidden = model.model.language_model(input_ids=ids).last_hidden_state
+    expected = model.lm_head(hidden)[0, :-1].log_softmax(-1).detach().numpy()
+    np.testing.assert_allclose(teacher.dense_logprobs(sequence.input_ids), expected, atol=1e-5)
+    teacher.close()
