@@ -387,6 +387,11 @@ class VllmTeacher:
 
     def _leave_room(self) -> float:
         """``gpu_memory_utilization`` that leaves room for the logits of prompts."""
+        usual: float = self._vllm.EngineArgs.gpu_memory_utilization
+        try:
+            card = self._vllm.platforms.current_platform.get_device_total_memory()
+        except Exception:  # a driver's own: it does not know the memory that some GPUs share with the CPU (GB10)
+            return usual
         needed = logits_bytes(
             vocab_size(self._model),
             min(CHUNK_ROWS, self._step_tokens) if self._runner_v2 else self._step_tokens,
@@ -395,8 +400,7 @@ class VllmTeacher:
             draws=bool(self._request.capture.samples),
             tensor_parallel_size=self._config.tensor_parallel_size,
         )
-        card = self._vllm.platforms.current_platform.get_device_total_memory()
-        return memory_utilization(card, needed, self._vllm.EngineArgs.gpu_memory_utilization)
+        return memory_utilization(card, needed, usual)
 
     def _answers(self, sequences: Iterable[Sequence], route: Route, *, all_rows: bool) -> Iterator[Answer]:
         columns, request = self._request.columns, self._request

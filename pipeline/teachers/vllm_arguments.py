@@ -13,7 +13,7 @@ from cache_format.errors import ConfigError, UserError
 from pipeline.config import TeacherConfig
 
 # Other values of these would silently change or break what is stored: why, or which field is for it.
-_ELSEWHERE = "a prompt whose keys and values come from elsewhere comes back with rows missing or stale"
+_ELSEWHERE = "a token whose keys and values come from elsewhere is not computed, so it has no logprobs"
 _THE_TEACHERS = "weights, config and tokenizer are those of teacher.model"
 _SAMPLED = "it changes what is sampled and nothing that is scored; answers are sampled as data.generate says"
 _ALONE = "the teacher alone says what is scored and sampled"

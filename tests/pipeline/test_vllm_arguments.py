@@ -92,7 +92,11 @@ def start_on_gpu(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """``start_on_gpu(gib, runner, **settings)``: the arguments that vLLM would be started with on such a card."""
 
     def start(
-        gib: float, runner_v2: bool | None = None, folder: Path = tiny_llama, max_length: int = 64, **settings: Any
+        gib: float | None,
+        runner_v2: bool | None = None,
+        folder: Path = tiny_llama,
+        max_length: int = 64,
+        **settings: Any,
     ) -> dict[str, Any]:
         given: dict[str, Any] = {}
 
@@ -100,7 +104,12 @@ def start_on_gpu(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
             given.update(arguments)
             raise RuntimeError("far enough")
 
-        platform = SimpleNamespace(is_cpu=lambda: False, get_device_total_memory=lambda: int(gib * GIB))
+        def memory() -> int:
+            if gib is None:
+                raise RuntimeError("Not Supported")  # as NVML says of a GPU without memory of its own
+            return int(gib * GIB)
+
+        platform = SimpleNamespace(is_cpu=lambda: False, get_device_total_memory=memory)
         fake = SimpleNamespace(
             platforms=SimpleNamespace(current_platform=platform),
             envs=SimpleNamespace(VLLM_USE_V2_MODEL_RUNNER=runner_v2),
@@ -124,6 +133,7 @@ def start_on_gpu(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_gpus_are_given_room_for_logits_unless_the_user_says_otherwise(start_on_gpu: Any) -> None:
     assert start_on_gpu(80)["gpu_memory_utilization"] == 0.92
     assert start_on_gpu(16)["gpu_memory_utilization"] == 0.88
+    assert start_on_gpu(None)["gpu_memory_utilization"] == 0.92
     assert start_on_gpu(16, engine_args={"gpu_memory_utilization": 0.95})["gpu_memory_utilization"] == 0.95
     assert "gpu_memory_utilization" not in start_on_gpu(16, engine_args={"kv_cache_memory_bytes": GIB})
 
