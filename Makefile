@@ -17,7 +17,7 @@ SIDE_BY_SIDE = --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 SHUFFLED = $(if $(ORDER),--random-order-bucket=module --random-order-seed=$(ORDER))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup teacher-cache train-student test fuzz test-engines test-extras test-families lint bench bench-quality report clean
+.PHONY: help setup teacher-cache train-student test fuzz test-engines test-extras test-families lint bench bench-quality bench-gpu report clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -75,6 +75,9 @@ bench: setup ## measure the cache format: size, fidelity, speed, memory (docs/fo
 
 bench-quality: setup ## what students learn from each store and loss (docs/quality.md); more than an hour, resumable
 	$(BIN)/python benchmarks/quality
+
+bench-gpu: setup ## what is claimed of GPUs, on one NVIDIA GPU (docs/speed.md); under ten minutes, resumable (TINY=1 tries it on a CPU)
+	$(BIN)/python benchmarks/gpu.py $(if $(TINY),--tiny --out caches/bench-gpu/tiny.json)
 
 clean: ## remove .venv and caches of tools; leaves caches/, models/ and runs/
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -111,21 +111,12 @@ def measure_speed(arguments: argparse.Namespace, k: int, work: Path) -> dict[str
         config.teacher, resolve_model(config.teacher.model, None), max_length=MAX_LENGTH, capture=store.capture()
     )
     try:
-        with CacheWriter(config.output) as writer:
-            plan = _make_plan(writer.build_dir, config, _request(config), _Engine(config, writer.build_dir))
-            sequences = list(read_sequences(writer.build_dir, 0))
-        bench = Bench(teacher, config, plan, sequences, work)
+        bench = Bench.of(teacher, config, work)
         ways = [way for way in arguments.ways if not (arguments.draws and way in ("stock", "undecoded"))]
-        for way in ways:
-            bench.once(way, sequences[:2])  # whatever is compiled or loaded on first use
-        rounds: dict[str, list[float]] = {way: [] for way in ways}
-        for turn in range(arguments.rounds):
-            for way in ways[turn % len(ways) :] + ways[: turn % len(ways)]:
-                rounds[way].append(bench.tokens / bench.once(way, sequences))
-                print(f"k={k} round {turn + 1} {way:10} {rounds[way][-1]:10,.0f} tokens/s", flush=True)
+        rounds = bench.rounds(ways, arguments.rounds, f"k={k}")
         return {
             "tokens": bench.tokens,
-            "sequences": len(sequences),
+            "sequences": len(bench.sequences),
             "route": teacher.route,
             "teacher": teacher.identity().model_dump(mode="json", exclude={"model", "weights_sha256"}),
             "tokens_per_second": {way: [round(each, 1) for each in found] for way, found in rounds.items()},
@@ -145,8 +136,27 @@ class Bench:
         self, teacher: VllmTeacher, config: BuildConfig, plan: Plan, sequences: list[Sequence], work: Path
     ) -> None:
         self.teacher, self.config, self.plan, self.work = teacher, config, plan, work
+        self.sequences = sequences
         self.tokens = sum(len(sequence.input_ids) for sequence in sequences)
         self.bytes_per_token: float | None = None
+
+    @classmethod
+    def of(cls, teacher: VllmTeacher, config: BuildConfig, work: Path) -> Bench:
+        """With the data of ``config``."""
+        with CacheWriter(config.output) as writer:
+            plan = _make_plan(writer.build_dir, config, _request(config), _Engine(config, writer.build_dir))
+            return cls(teacher, config, plan, list(read_sequences(writer.build_dir, 0)), work)
+
+    def rounds(self, ways: list[str], count: int, label: str) -> dict[str, list[float]]:
+        """Tokens per second of each way in each round; in every round another way is the first."""
+        for way in ways:
+            self.once(way, self.sequences[:2])  # whatever is compiled or loaded on first use
+        found: dict[str, list[float]] = {way: [] for way in ways}
+        for turn in range(count):
+            for way in ways[turn % len(ways) :] + ways[: turn % len(ways)]:
+                found[way].append(self.tokens / self.once(way, self.sequences))
+                print(f"{label} round {turn + 1} {way:10} {found[way][-1]:10,.0f} tokens/s", flush=True)
+        return found
 
     def once(self, way: str, sequences: list[Sequence]) -> float:
         """Seconds."""

@@ -199,7 +199,11 @@ def main() -> None:
 
 def times(size: str, rounds: int) -> dict[str, list[float]]:
     inputs = Inputs(size)
-    steps = {name: make(inputs) for name, make in METHODS.items()}
+    return taking_turns(inputs, {name: make(inputs) for name, make in METHODS.items()}, rounds)
+
+
+def taking_turns(inputs: Inputs, steps: dict[str, Step], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each step in each round."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for at in range(rounds + 1):  # the first warms up
         for name, step in steps.items():

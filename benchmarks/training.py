@@ -49,6 +49,13 @@ TERMS = {
 }
 
 
+def _now() -> float:
+    """Seconds, once a GPU is done with what it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 class StepTimes(TrainerCallback):
     """Seconds from the end of each step to the end of the next, loading of data included; the first step is left out."""
 
@@ -60,7 +67,7 @@ class StepTimes(TrainerCallback):
         self._last = None
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        now = time.perf_counter()
+        now = _now()
         if self._last is not None:
             self.seconds.append(now - self._last)
         self._last = now
@@ -71,15 +78,15 @@ class LiveTeacher(Trainer):
 
     def __init__(self, *, teacher: torch.nn.Module, **arguments: Any) -> None:
         super().__init__(**arguments)
-        self.teacher = teacher
+        self.teacher = teacher.to(self.args.device)
         self.teacher_seconds: list[float] = []
 
     def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
-        began = time.perf_counter()
+        began = _now()
         with torch.no_grad():
             theirs = self.teacher(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        self.teacher_seconds.append(time.perf_counter() - began)
+        self.teacher_seconds.append(_now() - began)
         ours = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
         kept = inputs["labels"][:, 1:] >= 0
         return kl_div(
@@ -131,16 +138,24 @@ def make_cache(options: argparse.Namespace) -> CacheReader:
     return CacheReader(options.cache)
 
 
-def measure(
-    options: argparse.Namespace, cache: CacheReader
-) -> tuple[dict[str, list[float]], dict[str, list[float]], list[float]]:
-    """Seconds of each step by arm, shares of the time in which cached arms waited for data, and the live teacher's seconds."""
+Measured = tuple[dict[str, list[float]], dict[str, list[float]], list[float]]
+"""Seconds of each step by arm, shares of the time in which cached arms waited for data, and the live teacher's seconds."""
+
+
+def measure(options: argparse.Namespace, cache: CacheReader) -> Measured:
     student = build_student(StudentConfig(init_from="smollm2-135m", keep_layers=LAYERS), seed=0)
+    teacher = AutoModelForCausalLM.from_pretrained(find_model("smollm2-135m", None), dtype=torch.float32).eval()
+    return measure_arms(options, cache, student, teacher)
+
+
+def measure_arms(
+    options: argparse.Namespace, cache: CacheReader, student: torch.nn.Module, teacher: torch.nn.Module, **more: Any
+) -> Measured:
+    """``more``: fields of transformers.TrainingArguments."""
     whole = [sequence for sequence in cache if len(sequence) == options.length]
     needed = options.batch * (options.steps + 1)
     if len(whole) < needed:
         raise SystemExit(f"the cache has {len(whole)} sequences of {options.length} tokens; {needed} are needed")
-    teacher = AutoModelForCausalLM.from_pretrained(find_model("smollm2-135m", None), dtype=torch.float32).eval()
     with tempfile.TemporaryDirectory() as scratch:
         arguments = {
             "output_dir": scratch,
@@ -151,6 +166,7 @@ def measure(
             "disable_tqdm": True,
             "logging_steps": options.steps + 1,
             "dataloader_pin_memory": torch.cuda.is_available(),
+            **more,
         }
         arms: dict[str, tuple[Trainer, StepTimes]] = {}
         plain = {
