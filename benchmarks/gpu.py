@@ -76,6 +76,8 @@ def apart(part: str, options: argparse.Namespace) -> str | None:
     command = [sys.executable, str(HERE / "gpu.py"), "--one", part, "--work", str(options.work)]
     # Asking whether there is a GPU starts its driver, unless asked so; and an engine cannot be forked from where it runs.
     environment = {**os.environ, "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+    if part != "distributed":  # Trainer would take all GPUs that it sees
+        environment["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     if options.tiny:
         command.append("--tiny")
         environment |= {"TRITON_INTERPRET": "1", "MALLOC_MMAP_THRESHOLD_": str(2**17)}

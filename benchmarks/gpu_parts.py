@@ -23,7 +23,6 @@ from typing import Any
 
 import loss as losses
 import torch
-import training as trainings
 from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
 
@@ -84,7 +83,7 @@ TINY = Sizes(
     },
     student_layers=1,
     max_length=32,
-    documents=40,
+    documents=30,
     rounds=1,
     steps=1,
     batch=2,
@@ -414,6 +413,7 @@ def over(seconds: dict[str, list[float]], base: str) -> dict[str, float]:
 
 def training(sizes: Sizes, work: Path) -> Found:
     """A step from the cache, beside fine-tuning and beside a teacher that is loaded, with each kind of attention."""
+    from training import measure_arms
     from transformers import AutoModelForCausalLM
 
     from train.config import StudentConfig
@@ -428,10 +428,11 @@ def training(sizes: Sizes, work: Path) -> Found:
         # at once, so the optimizer keeps nothing of them.
         layers = list(range(sizes.student_layers))
         student = build_student(StudentConfig(init_from=str(folder), keep_layers=layers, attention=attention), seed=0)
+        student.to(DEVICE)  # the trainer tries it, and flash attention works on a GPU alone
         teacher = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.bfloat16, attn_implementation=attention
         ).eval()
-        times, waits, teacher_seconds = trainings.measure_arms(
+        times, waits, teacher_seconds = measure_arms(
             options, cache, student, teacher, bf16=True, optim="sgd", use_cpu=DEVICE == "cpu"
         )
         del student, teacher
