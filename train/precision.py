@@ -8,8 +8,7 @@ precision. In one process and under DDP, autocast does that: accelerate enters i
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -43,11 +42,9 @@ def attention_of(student: Any) -> str:
     return getattr(student.config.get_text_config(decoder=True), "_attn_implementation", None) or ""
 
 
-@contextmanager
-def as_exact_as_it_can(student: Any, arguments: TrainingArguments) -> Iterator[None]:
+def as_exact_as_it_can(student: Any, arguments: TrainingArguments) -> AbstractContextManager[Any]:
     """For start-up checks: full precision, whose small tolerances see more, or training's if the attention has no other."""
-    with like_training(student, arguments) if "flash" in attention_of(student) else nullcontext():
-        yield
+    return like_training(student, arguments) if "flash" in attention_of(student) else nullcontext()
 
 
 def check_attention(student: Any, arguments: TrainingArguments) -> None:
