@@ -29,7 +29,10 @@ from pipeline.run import build
 from pipeline.sequence import Sequence
 from pipeline.teachers import open_teacher, server
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
+    pytest.mark.random_order(disabled=True),  # the last test ends both servers
+]
 
 MAX_LENGTH, TOP_K = 160, 24
 Make = Callable[[str, list[int]], Sequence]
