@@ -1,7 +1,7 @@
 """What is claimed of GPUs, measured in under ten minutes on one of them: ``make bench-gpu``.
 
     python benchmarks/gpu.py [--parts NAME ...] [--work FOLDER] [--out FILE] [--again]
-    python benchmarks/gpu.py --tiny        # on a CPU: every line of it, no figure worth reading
+    python benchmarks/gpu.py --tiny        # on a CPU: every part of it, no figure worth reading
 
 Parts, in this order, a process each:
 

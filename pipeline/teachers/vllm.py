@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from cache_format.errors import UserError
+from cache_format.errors import UserError, one_line
 from cache_format.manifest import TeacherIdentity
 from pipeline.capture import Capture
 from pipeline.config import TeacherConfig
@@ -247,7 +247,7 @@ class VllmTeacher:
         except UserError:
             raise
         except Exception as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
+            reason = one_line(error)
         raise UserError(
             f"draws from the tail do not work with vLLM {self._vllm.__version__}: {reason}; "
             "set store.tail_samples=0 or teacher.backend=transformers"
@@ -309,7 +309,7 @@ class VllmTeacher:
                 if differs is not None:
                     return f"{differs} differ from the {beside} route's"
         except (ImportError, AttributeError, TypeError, ValueError) as error:
-            return " ".join(str(error).split()) or type(error).__name__
+            return one_line(error)
         return None
 
     def _does_not_run(self, error: Exception) -> UserError:

@@ -29,10 +29,7 @@ from pipeline.run import build
 from pipeline.sequence import Sequence
 from pipeline.teachers import open_teacher, server
 
-pytestmark = [
-    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
-    pytest.mark.random_order(disabled=True),  # the last test ends both servers
-]
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 
 MAX_LENGTH, TOP_K = 160, 24
 Make = Callable[[str, list[int]], Sequence]
@@ -50,6 +47,8 @@ class VllmServer:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
+        if self._process is not None:
+            return
         options = {
             "model": self._model,
             "served-model-name": "tiny",  # names prove nothing
@@ -114,21 +113,27 @@ def other_llama(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 @pytest.fixture(scope="session")
-def servers(
+def both_servers(
     tiny_llama: Path, other_llama: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[VllmServer, VllmServer]]:
     """The teacher's server and one with the other model."""
     logs = tmp_path_factory.mktemp("servers")
     both = VllmServer(tiny_llama, logs / "right"), VllmServer(other_llama, logs / "other")
     try:
-        for each in both:
-            each.start()
-        for each in both:
-            each.wait()
         yield both
     finally:
         for each in both:
             each.kill()
+
+
+@pytest.fixture
+def servers(both_servers: tuple[VllmServer, VllmServer]) -> tuple[VllmServer, VllmServer]:
+    """The same, up, whichever of them an earlier test has killed."""
+    for each in both_servers:
+        each.start()
+    for each in both_servers:
+        each.wait()
+    return both_servers
 
 
 @pytest.fixture(autouse=True)
@@ -159,9 +164,14 @@ def config_of(output: Path, model: Path, url: str, **settings: Any) -> BuildConf
 
 
 @pytest.fixture(scope="module")
-def whole(servers: tuple[VllmServer, VllmServer], tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def whole(
+    both_servers: tuple[VllmServer, VllmServer], tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Any:
     """The manifest of a build that nothing has befallen."""
-    return build(config_of(tmp_path_factory.mktemp("whole") / "c", tiny_llama, servers[0].url)).manifest
+    server = both_servers[0]
+    server.start()
+    server.wait()
+    return build(config_of(tmp_path_factory.mktemp("whole") / "c", tiny_llama, server.url)).manifest
 
 
 def test_a_server_says_what_transformers_says(

