@@ -37,19 +37,19 @@ from typing import Any
 from machine import machine
 
 from cache_format import CacheWriter
-from pipeline.behind import Pair
+from pipeline.builder.plan import Plan, read_sequences, write_sequences
+from pipeline.builder.progress import Progress
+from pipeline.builder.run import _Engine, _make_plan, _request
+from pipeline.builder.score import estimate_prior, score_shard, score_shards
+from pipeline.builder.writer_thread import Pair
 from pipeline.config import BuildConfig, StoreConfig, TeacherConfig
-from pipeline.heap import use_huge_pages
-from pipeline.models import resolve_model
-from pipeline.plan import Plan, read_sequences, write_sequences
-from pipeline.progress import Progress
-from pipeline.run import _Engine, _make_plan, _request
-from pipeline.scoring import estimate_prior, score_shard, score_shards
-from pipeline.sequence import Sequence
-from pipeline.sources import BUILT_IN
-from pipeline.teachers.vllm import VllmTeacher
-from pipeline.teachers.vllm_routes import capturing, sampling
-from pipeline.vllm_plugin import drawing
+from pipeline.memory import use_huge_pages
+from pipeline.teachers.model import resolve_model
+from pipeline.teachers.vllm.engine import VllmTeacher
+from pipeline.teachers.vllm.plugin import drawing
+from pipeline.teachers.vllm.routes import capturing, sampling
+from pipeline.text.sources import BUILT_IN
+from pipeline.types import Sequence
 
 RESULTS = Path(__file__).parent / "results" / "capture.json"
 TOKENIZER = "smollm2-135m"

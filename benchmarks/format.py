@@ -32,8 +32,8 @@ from machine import machine
 from peers_formats import QUOTED, Peer, peers
 
 from cache_format import CachedSequence, CacheReader
-from cache_format.derive import DeriveOptions, derive
-from cache_format.prior import TailPrior
+from cache_format.derive.derive import DeriveOptions, derive
+from cache_format.shards.prior import TailPrior
 from pipeline.config import StoreConfig
 
 RESULTS = Path(__file__).parent / "results" / "format.json"

@@ -9,9 +9,9 @@ from typing import Any
 
 from cache_format import CachedSequence, CacheWriter
 from cache_format.manifest import DataHash, DataIdentity, Header, TeacherIdentity, TokenizerIdentity
-from cache_format.prior import TailPrior
+from cache_format.shards.prior import TailPrior
+from pipeline.builder.plan import PlannedShard
 from pipeline.config import StoreConfig
-from pipeline.plan import PlannedShard
 
 BENCHMARK_DATA: dict[str, Any] = {"source": "python-docs", "max_length": 512}
 

@@ -19,9 +19,9 @@ from format_truth import Reconstruction, Truth, distances
 from numpy.typing import NDArray
 
 from cache_format import CachedSequence, CacheReader
-from cache_format.prior import TailPrior
 from cache_format.schema import PRIOR_STEP, TAIL_MASS_FLOOR
-from cache_format.shard_writer import uncompressed_bytes
+from cache_format.shards.prior import TailPrior
+from cache_format.shards.shard_writer import uncompressed_bytes
 from pipeline.config import StoreConfig
 
 K = 16

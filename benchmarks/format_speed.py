@@ -26,12 +26,12 @@ from format_truth import Truth
 from peers_formats import Peer
 
 from cache_format import CachedSequence, CacheReader, TailSamples
-from cache_format.codec import Codec
 from cache_format.manifest import TeacherIdentity, TokenizerIdentity
-from cache_format.prior import TailPrior
-from cache_format.validation import validate
+from cache_format.shards.codec import Codec
+from cache_format.shards.prior import TailPrior
+from cache_format.shards.validation import validate
+from pipeline.builder.plan import PlannedShard
 from pipeline.config import StoreConfig
-from pipeline.plan import PlannedShard
 
 ROUNDS = 15
 # The formats that write numbers in decimal are slow enough to be timed less often.

@@ -18,12 +18,12 @@ from tqdm import tqdm
 
 from cache_format import CachedSequence
 from cache_format.manifest import StoreSettings, TeacherIdentity, TokenizerIdentity
-from cache_format.prior import TailPrior
-from pipeline.capture import Capture
+from cache_format.shards.prior import TailPrior
 from pipeline.config import DataConfig, StoreConfig, TeacherConfig
-from pipeline.draws import Draws, no_draws
-from pipeline.estimator import keep
-from pipeline.sequence import Scored, Sequence
+from pipeline.distribution.capture import Capture
+from pipeline.distribution.draws import Draws, no_draws
+from pipeline.distribution.keep import keep
+from pipeline.types import Scored, Sequence
 
 TEACHER = TeacherConfig(model="smollm2-135m", backend="transformers", dtype="float32")
 MAX_LENGTH = 512
@@ -99,12 +99,12 @@ def load(folder: Path, max_tokens: int, draws: dict[str, StoreConfig]) -> Truth:
 def _capture(folder: Path, max_tokens: int, draws: dict[str, StoreConfig]) -> dict[str, Any]:
     import torch
 
-    from cache_format.tokenizers import tokenizer_identity
-    from pipeline.draws_torch import draw, to_numpy
-    from pipeline.sources import open_source
-    from pipeline.teachers import open_teacher, open_tokenizer, vocab_size_of
+    from cache_format.tokenizer_identity import tokenizer_identity
+    from pipeline.distribution.draws_torch import draw, to_numpy
+    from pipeline.teachers.open import open_teacher, open_tokenizer, vocab_size_of
     from pipeline.teachers.transformers import TransformersTeacher
-    from pipeline.tokenize import Tokenization
+    from pipeline.text.sources import open_source
+    from pipeline.text.tokenize import Tokenization
 
     data = DataConfig(path="python-docs", max_length=MAX_LENGTH, max_tokens=max_tokens)
     tokenizer = open_tokenizer(TEACHER)

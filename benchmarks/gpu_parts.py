@@ -28,8 +28,8 @@ from torch.nn.functional import cross_entropy, linear
 
 from cache_format import CacheReader, UserError
 from pipeline.config import BuildConfig, StoreConfig, TeacherConfig
-from pipeline.models import resolve_model
-from pipeline.sources import BUILT_IN
+from pipeline.teachers.model import resolve_model
+from pipeline.text.sources import BUILT_IN
 
 DEVICE = losses.DEVICE
 NO_CUDA = "no CUDA here"
@@ -153,7 +153,7 @@ def capture(sizes: Sizes, work: Path) -> Found:
     """One engine, both widths of its answers: with draws, and (a width that the plugin leaves alone) without."""
     from capture import Bench, ratios
 
-    from pipeline.vllm_plugin import Request
+    from pipeline.teachers.vllm.plugin import Request
 
     folder, store = model_folder(sizes, work), StoreConfig(shard_tokens=10**9)
     config = BuildConfig(
@@ -231,7 +231,7 @@ def capture(sizes: Sizes, work: Path) -> Found:
 
 def watched(sizes: Sizes, memory: list[Found]) -> type:
     """The teacher's class, whose first full steps, at its start on a GPU, leave in ``memory`` the bytes they took."""
-    from pipeline.teachers.vllm import VllmTeacher
+    from pipeline.teachers.vllm.engine import VllmTeacher
 
     class Watched(VllmTeacher):
         def check_memory(self, max_length: int) -> None:
@@ -283,7 +283,7 @@ def host_memory() -> Iterator[list[int]]:
 
 def audit(sizes: Sizes, work: Path) -> Found:
     """The cache against the model in float32, on the device."""
-    from pipeline.audit import audit as compare
+    from pipeline.audit.run import audit as compare
 
     torch.zeros(1, device=DEVICE)  # what CUDA itself takes of the host comes before
     if DEVICE == "cuda":
@@ -328,7 +328,7 @@ LIGER = ("Liger fused linear JSD, teacher's head beside", "Liger fused linear CE
 
 def kernels(sizes: Sizes, work: Path) -> Found:
     """Losses through the lm_head; times and memory as ratios to plain cross-entropy over whole logits."""
-    from train import kernels as triton_kernels
+    from train.losses import kernels as triton_kernels
 
     with_liger = find_spec("liger_kernel") is not None
     names = [name for name in (*METHODS, *(LIGER if with_liger else ())) if name in losses.METHODS]
@@ -418,7 +418,7 @@ def training(sizes: Sizes, work: Path) -> Found:
     from transformers import AutoModelForCausalLM
 
     from train.config import StudentConfig
-    from train.student import build_student
+    from train.model.student import build_student
 
     folder, cache = model_folder(sizes, work), CacheReader(str(cache_folder(work)))
     flash = DEVICE == "cuda" and find_spec("flash_attn") is not None

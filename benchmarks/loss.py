@@ -34,9 +34,9 @@ from torch.nn.functional import cross_entropy, linear
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from train.config import TrainConfig
-from train.linear import LogitsHead, head_losses
+from train.head.chunked import LogitsHead, head_losses
+from train.loop.objective import Objective
 from train.losses import SparseTeacher
-from train.objective import Objective
 
 RESULTS = Path(__file__).parent / "results" / "loss.json"
 SIZES = {

@@ -23,10 +23,10 @@ from typing import Any
 import numpy as np
 from machine import machine
 
-from pipeline.capture import Capture
 from pipeline.config import TeacherConfig
-from pipeline.sequence import Sequence
-from pipeline.teachers import open_teacher
+from pipeline.distribution.capture import Capture
+from pipeline.teachers.open import open_teacher
+from pipeline.types import Sequence
 
 MAX_LENGTH, VOCAB = 256, 32_000
 

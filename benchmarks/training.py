@@ -33,13 +33,13 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from cache_format import CachedSequence, CacheReader
+from pipeline.builder.run import build
 from pipeline.config import BuildConfig
-from pipeline.run import build
 from train.config import StudentConfig, TrainConfig
-from train.objective import Objective
-from train.run import open_data
-from train.student import build_student, find_model
-from train.trainer import DistillationTrainer
+from train.data.mixture import open_data
+from train.loop.objective import Objective
+from train.loop.trainer import DistillationTrainer
+from train.model.student import build_student, find_model
 
 RESULTS = Path(__file__).parent / "results" / "training.json"
 LAYERS = [0, 1, 2, 10, 20, 27, 28, 29]

@@ -1,4 +1,4 @@
-"""``teacher-cache``: build caches, and look at them. The commands that need only a cache come from ``cache_format.cli``."""
+"""``teacher-cache``: build caches, and look at them. The commands that need only a cache come from ``cache_format.cli.cache_commands``."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from typing import Annotated
 
 import typer
 
-from cache_format import cli as cache_commands
-from cache_format import share_cli
-from cache_format.command import new_app, run
-from cache_format.configuration import load_config
-from pipeline import audit_cli, estimate_cli
-from pipeline.heap import use_huge_pages
+from cache_format.cli import cache_commands
+from cache_format.cli import share_commands as share_cli
+from cache_format.cli.app import new_app, run
+from cache_format.cli.config_file import load_config
+from pipeline.commands import audit as audit_cli
+from pipeline.commands import estimate as estimate_cli
+from pipeline.memory import use_huge_pages
 
 app = new_app("Runs a teacher LLM once over a data set and keeps its next-token distributions in a cache.")
 app.command()(cache_commands.info)
@@ -36,8 +37,8 @@ def build(
     restart: Annotated[bool, typer.Option("--restart", help="Remove what the output holds and begin afresh.")] = False,
 ) -> None:
     """Builds the cache that CONFIG describes; goes on where an interrupted build stopped; reuses a finished one."""
+    from pipeline.builder.run import build as build_cache
     from pipeline.config import BuildConfig
-    from pipeline.run import build as build_cache
 
     settings = load_config(BuildConfig, config, overrides or [])
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what stops a job in a cluster is Ctrl-C, too
@@ -66,7 +67,7 @@ def inspect(
     from rich.console import Console
 
     from cache_format import CacheReader, UserError
-    from pipeline.inspection import table, token_text
+    from pipeline.commands.sequence_table import table, token_text
 
     reader = CacheReader(cache)
     if not -len(reader) <= sequence < len(reader):
@@ -88,7 +89,7 @@ def generations(
 
     from cache_format import CacheReader
     from cache_format.durable import writing_to
-    from pipeline.inspection import generations as answers
+    from pipeline.commands.sequence_table import generations as answers
 
     rows = answers(CacheReader(cache), tokenizer)
     with (
@@ -102,7 +103,7 @@ def generations(
 @app.command()
 def model(name: Annotated[str, typer.Argument(help="A built-in model, such as smollm2-135m.")]) -> None:
     """Fetches a built-in model into the local models folder and says where it is."""
-    from pipeline.models import prepare_model
+    from pipeline.teachers.model import prepare_model
 
     print(prepare_model(name, None))
 

@@ -27,9 +27,9 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from pipeline.capture import Capture, head_sizes
-from pipeline.draws import KEY_IDS, Draws, entropy, first_difference
-from pipeline.sequence import Scored, Sequence
+from pipeline.distribution.capture import Capture, head_sizes
+from pipeline.distribution.draws import KEY_IDS, Draws, entropy, first_difference
+from pipeline.types import Scored, Sequence
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -40,10 +40,24 @@ CHATML = (
 SEED = int(os.environ.get("LOGITCASK_TEST_SEED", "0"))
 
 _LONG = [
-    *("test_scale", "test_distributed", "test_teachers_vllm", "test_training", "test_teachers_server_vllm"),
-    *("test_loading", "test_trainer_options", "test_scoring", "test_build", "test_bad_input", "test_generate"),
-    *("test_alignment", "test_estimate", "test_remote_build", "test_build_audit", "test_long_texts"),
-    *("test_kernels", "test_interruption"),
+    "pipeline/builder/test_ray_driver.py",
+    "train/test_distributed.py",
+    "pipeline/teachers/vllm/test_engine.py",
+    "train/end_to_end/test_training.py",
+    "pipeline/teachers/server/test_vllm_server.py",
+    "train/end_to_end/test_loading.py",
+    "train/loop/test_trainer_options.py",
+    "pipeline/builder/test_score.py",
+    "pipeline/builder/test_run.py",
+    "pipeline/end_to_end/test_bad_input.py",
+    "pipeline/generate/test_answers.py",
+    "pipeline/end_to_end/test_alignment.py",
+    "pipeline/estimate/test_run.py",
+    "pipeline/end_to_end/test_remote_build.py",
+    "pipeline/audit/test_at_build_end.py",
+    "pipeline/text/test_long_texts.py",
+    "train/losses/test_kernels.py",
+    "train/end_to_end/test_interruption.py",
 ]
 """Modules whose tests start engines and processes or train: minutes each. The longest first."""
 
@@ -75,11 +89,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         chosen = [item for item in items if _is_random(item)]
         config.hook.pytest_deselected(items=[item for item in items if item not in set(chosen)])
         items[:] = chosen
+    place = {item: _LONG.index(name) if (name := _module(item)) in _LONG else len(_LONG) for item in items}
     for item in items:
-        if item.path.stem in _LONG:
+        if place[item] < len(_LONG):
             item.add_marker("long")
     # With the longest modules first, no worker is left with one of them at the end.
-    items.sort(key=lambda item: _LONG.index(item.path.stem) if item.path.stem in _LONG else len(_LONG))
+    items.sort(key=place.__getitem__)
+
+
+def _module(item: pytest.Item) -> str:
+    return item.path.relative_to(Path(__file__).parent).as_posix()
 
 
 def _is_random(item: pytest.Item) -> bool:
@@ -282,7 +301,7 @@ def tiny_gemma2(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 @pytest.fixture(scope="session")
 def smollm2() -> Iterator[Path]:
     """Folder of the built-in model, prepared once into the repository's models folder (or $LOGITCASK_MODELS)."""
-    from pipeline.models import prepare_model
+    from pipeline.teachers.model import prepare_model
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(
@@ -309,7 +328,7 @@ def assert_same_scores() -> Callable[..., None]:
 
     dense: float[n-1, V], another engine's whole distribution. Engines round differently, so logprobs agree within
     ``tolerance`` nats, and ids closer to each other than that may come in any order and fall on either side of the cut.
-    capture: where it is given, head sizes and draws must be those that ``pipeline.draws`` gives for it.
+    capture: where it is given, head sizes and draws must be those that ``pipeline.distribution.draws`` gives for it.
     """
 
     def check(

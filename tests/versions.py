@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 # What the CPU builds bring as CUDA builds, which break `import transformers` beside a CPU torch.
 UNWANTED = ("torchvision", "torchaudio", "torchcodec")
-TESTS = ("tests/pipeline/test_teachers_vllm.py", "tests/pipeline/test_vllm_arguments.py", "-q")
+TESTS = ("tests/pipeline/teachers/vllm/test_engine.py", "tests/pipeline/teachers/vllm/test_arguments.py", "-q")
 
 
 def main() -> None:

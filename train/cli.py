@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from cache_format.command import new_app, run
-from cache_format.configuration import load_config
+from cache_format.cli.app import new_app, run
+from cache_format.cli.config_file import load_config
 
 app = new_app("Trains a student from a cache of teacher distributions, without the teacher.")
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from cache_format.config_reference import markdown
+from cache_format.cli.config_docs import markdown
 from train.losses import LOSSES, SPECS
 
 

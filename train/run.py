@@ -21,25 +21,25 @@ from transformers.utils import logging as transformers_logging
 from cache_format import CacheReader, Manifest, UserError
 from cache_format.durable import write_durably
 from cache_format.errors import ConfigError, first_line
-from train import compat
-from train.arguments import check_best, check_optimizer, check_schedule, training_arguments
-from train.card import model_card
-from train.checkpoints import CacheStamp, last_checkpoint, named_checkpoint, warn_of_other_batches
 from train.config import TrainConfig
-from train.dataset import CachedDataset, HeldOut, collate
+from train.data.dataset import CachedDataset, HeldOut, collate
+from train.data.mixture import open_data
+from train.data.vocabulary import rows_of
 from train.distributed import is_main, on_main
-from train.evaluate import KL_KIND, evaluate, examples, teacher_reference
-from train.folder import begun, exclusive, refuse_other_files, remove_run
-from train.generation import Answer, answers, mean_rouge_l
-from train.losses.forward_kl import Tail, tail_of
-from train.mixture import open_data
-from train.objective import Objective
-from train.precision import check_attention
-from train.report import write_report
-from train.saving import mend_generation_config, save_merged, save_student, try_saving, warn_of_a_small_disk
-from train.student import build_student, load_student_tokenizer
-from train.trainer import DistillationTrainer, check_finite
-from train.vocabulary import rows_of
+from train.evaluation.answers import Answer, answers, mean_rouge_l
+from train.evaluation.evaluate import KL_KIND, evaluate, examples, teacher_reference
+from train.loop.arguments import check_best, check_optimizer, check_schedule, training_arguments
+from train.loop.checkpoints import CacheStamp, last_checkpoint, named_checkpoint, warn_of_other_batches
+from train.loop.objective import Objective
+from train.loop.trainer import DistillationTrainer, check_finite
+from train.losses.tails import Tail, tail_of
+from train.model import compat
+from train.model.precision import check_attention
+from train.model.student import build_student, load_student_tokenizer
+from train.output.model_card import model_card
+from train.output.report import write_report
+from train.output.run_folder import begun, exclusive, refuse_other_files, remove_run
+from train.output.saving import mend_generation_config, save_merged, save_student, try_saving, warn_of_a_small_disk
 
 log = logging.getLogger(__name__)
 

@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 
 from cache_format import CachedSequence, CacheReader, CacheWriter, verify
 from cache_format.manifest import DataIdentity, Header, StoreSettings, TokenizerIdentity
-from cache_format.prior import TailPrior
+from cache_format.shards.prior import TailPrior
 from pipeline.config import StoreConfig, TeacherConfig
-from pipeline.estimator import keep, keep_nothing
-from pipeline.sequence import Sequence
+from pipeline.distribution.keep import keep, keep_nothing
 from pipeline.teachers.synthetic import SyntheticTeacher
+from pipeline.types import Sequence
 
 KINDS: dict[str, dict[str, Any]] = {
     "head": {"top_k": 8, "min_probability": None, "tail_samples": 0},

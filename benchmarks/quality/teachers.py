@@ -32,13 +32,13 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 from cache_format import CachedSequence, CacheReader, CacheWriter
 from cache_format.layout import MANIFEST
 from cache_format.manifest import DataHash, DataIdentity, Header, TeacherIdentity, TokenizerIdentity
-from cache_format.prior import TailPrior
+from cache_format.shards.prior import TailPrior
 from cache_format.writer import remove_cache
 from pipeline.config import StoreConfig
-from pipeline.draws import KEY_IDS, no_draws
-from pipeline.draws_torch import draw, to_numpy
-from pipeline.estimator import keep
-from pipeline.sequence import Scored, Sequence
+from pipeline.distribution.draws import KEY_IDS, no_draws
+from pipeline.distribution.draws_torch import draw, to_numpy
+from pipeline.distribution.keep import keep
+from pipeline.types import Scored, Sequence
 
 _ROWS = 4096
 """Positions whose distributions are looked at together."""

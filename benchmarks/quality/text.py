@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from pipeline.config import DataConfig
-from pipeline.sources import open_source
+from pipeline.text.sources import open_source
 
 PACKAGES = ("numpy", "torch")
 _NOT_DOCUMENTED = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"}

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cache_format.manifest import TeacherIdentity
-from pipeline.sequence import Answer, Scored, Sequence
+from pipeline.types import Answer, Scored, Sequence
 
 
 class Teacher(Protocol):

@@ -17,12 +17,13 @@ from torch import Tensor
 
 from cache_format.errors import UserError, first_line
 from cache_format.manifest import TeacherIdentity
-from pipeline.capture import Capture
 from pipeline.config import TeacherConfig
-from pipeline.draws import KEY_IDS, no_draws
-from pipeline.draws_torch import draw, to_numpy
-from pipeline.estimator import not_a_number
-from pipeline.models import (
+from pipeline.distribution.capture import Capture
+from pipeline.distribution.draws import KEY_IDS, no_draws
+from pipeline.distribution.draws_torch import draw, to_numpy
+from pipeline.distribution.keep import not_a_number
+from pipeline.teachers.base import Prompt, Sampling
+from pipeline.teachers.model import (
     ResolvedModel,
     attention,
     auto_class,
@@ -31,9 +32,8 @@ from pipeline.models import (
     longest_with_short_rope,
     read_weights,
 )
-from pipeline.sequence import Scored, Sequence
-from pipeline.teachers import bounded_groups
-from pipeline.teachers.base import Prompt, Sampling
+from pipeline.teachers.open import bounded_groups
+from pipeline.types import Scored, Sequence
 
 # Sequences are batched with others of like length out of this many batches' worth, which keeps padding small.
 _BATCHES_PER_GROUP = 8

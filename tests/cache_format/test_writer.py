@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import cache_format.shard_writer
+import cache_format.shards.shard_writer
 import cache_format.writer
 from cache_format import (
     CacheInUseError,
@@ -21,7 +21,7 @@ from cache_format import (
     verify,
 )
 from cache_format.layout import BUILD_DIR
-from cache_format.prior import TailPrior
+from cache_format.shards.prior import TailPrior
 from cache_format.writer import CacheWorker, remove_cache
 
 SHARDS = 3
@@ -182,7 +182,7 @@ def test_a_full_disk_is_one_clear_line_and_loses_no_shard(tmp_path, header, sequ
 
 def test_batches_are_small_and_uniform(tmp_path, rng, header, sequence, monkeypatch):
     """About BATCH_BYTES each before compression, every one but the last of the same number of sequences."""
-    monkeypatch.setattr(cache_format.shard_writer, "BATCH_BYTES", 1 << 17)
+    monkeypatch.setattr(cache_format.shards.shard_writer, "BATCH_BYTES", 1 << 17)
     many = [sequence(rng, f"s{i}", tokens=300, top_k=32, vocab_size=5000) for i in range(90)]
     manifest = build(tmp_path / "c", header(5000, 32), many)
     per_batch = [shard.sequences_per_batch for shard in manifest.shards]

@@ -15,7 +15,7 @@ from types import ModuleType
 import numpy as np
 
 from cache_format import CacheReader, CacheWriter
-from cache_format.prior import TailPrior
+from cache_format.shards.prior import TailPrior
 
 HERE = Path(__file__).parent
 CACHES = {

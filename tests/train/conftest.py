@@ -9,8 +9,8 @@ import pytest
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from cache_format import CacheReader, CacheWriter
+from pipeline.builder.run import build
 from pipeline.config import BuildConfig
-from pipeline.run import build
 from train.config import TrainConfig
 
 STEPS = 12

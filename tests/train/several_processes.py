@@ -21,8 +21,8 @@ from torch.distributed.tensor import DTensor
 from cache_format import CacheReader
 from train.config import TrainConfig
 from train.distributed import gathered, is_main, leave, processes
+from train.loop.trainer import DistillationTrainer
 from train.run import train
-from train.trainer import DistillationTrainer
 
 
 class Interrupted(Exception):

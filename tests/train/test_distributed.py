@@ -13,8 +13,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from pipeline.builder.run import build
 from pipeline.config import BuildConfig
-from pipeline.run import build
 from train.config import TrainConfig
 from train.run import train
 

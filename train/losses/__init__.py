@@ -15,7 +15,7 @@ from train.losses.divergences import jsd, reverse_kl, skew_kl, skew_reverse_kl, 
 from train.losses.forward_kl import ce, forward_kl, random_sampling
 from train.losses.pairs import bild, dpkd_token, listmle, pairwise_logistic
 from train.losses.ranking import ranking
-from train.losses.student import Student
+from train.losses.student_pass import Student
 
 __all__ = [
     "LOSSES",

@@ -16,7 +16,7 @@ from cache_format.errors import UserError
 from train.losses.base import SparseTeacher, loss
 from train.losses.divergences import between, reverse_kl_of_cells
 from train.losses.forward_kl import forward_kl, kl_of_cells
-from train.losses.student import Student
+from train.losses.student_pass import Student
 from train.losses.tails import (
     NOTHING,
     TailOption,

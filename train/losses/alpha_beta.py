@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cache_format.errors import UserError
 from train.losses.base import SparseTeacher, loss
-from train.losses.student import Student
+from train.losses.student_pass import Student
 from train.losses.tails import NOTHING, TailOption, cells, choose_tail, over_the_prior, softened
 
 _TAILS = ("samples", "ghost", "prior")

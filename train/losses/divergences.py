@@ -19,7 +19,7 @@ from torch.nn.functional import softplus
 from cache_format.errors import UserError
 from train.losses.base import SparseTeacher, loss
 from train.losses.forward_kl import forward_kl
-from train.losses.student import Student
+from train.losses.student_pass import Student
 from train.losses.tails import (
     Divergence,
     Tail,

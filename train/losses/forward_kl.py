@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cache_format.errors import UserError
 from train.losses.base import SparseTeacher, loss
-from train.losses.student import Student
+from train.losses.student_pass import Student
 from train.losses.tails import Tail, TailOption, cells, choose_tail, softened, tail_of
 
 __all__ = ["Tail", "ce", "forward_kl", "random_sampling", "tail_of"]

@@ -14,7 +14,7 @@ from torch.nn.functional import softplus
 
 from cache_format.errors import UserError
 from train.losses.base import SparseTeacher, loss
-from train.losses.student import Student
+from train.losses.student_pass import Student
 from train.losses.tails import NOTHING
 
 

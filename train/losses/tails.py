@@ -30,7 +30,7 @@ from torch import Tensor
 
 from cache_format.errors import UserError
 from train.losses.base import SparseTeacher
-from train.losses.student import Student, slabs
+from train.losses.student_pass import Student, slabs
 
 Tail = Literal["samples", "ghost", "prior", "renormalised"]
 TailOption = Tail | Literal["auto"]

@@ -1,0 +1,155 @@
+"""The commands that need nothing but a cache: ``teacher-cache info`` and ``teacher-cache verify``."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from pydantic import BaseModel
+from tqdm import tqdm
+
+from cache_format.card import describe_head, describe_tail
+from cache_format.cli.config_file import parse_options
+from cache_format.derive.derive import SHARD_TOKENS, DeriveOptions
+from cache_format.derive.derive import derive as derive_cache
+from cache_format.derive.derive import merge as merge_caches
+from cache_format.errors import ConfigError, DamagedCacheError
+from cache_format.manifest import AuditSummary, Manifest
+from cache_format.reader import CacheReader
+from cache_format.verify import verify as verify_cache
+
+_SHOWN_ELSEWHERE = ("sequences", "tokens", "kept_positions")
+
+Output = Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the new cache.")]
+ShardTokens = Annotated[int, typer.Option("--shard-tokens", min=1, help="Tokens per shard.")]
+Cache = Annotated[str, typer.Argument(metavar="CACHE", help="A cache folder or fsspec URL.")]
+
+
+def info(
+    cache: Cache, as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False
+) -> None:
+    """Says what a cache holds: teacher, data, sizes, coverage."""
+    manifest = CacheReader(cache).manifest
+    print(manifest.to_json() if as_json else describe(manifest, cache), end="" if as_json else "\n")
+
+
+def verify(
+    cache: Cache,
+    deep: Annotated[
+        bool, typer.Option("--deep", help="Decode everything and check every number against SPEC.md.")
+    ] = False,
+) -> None:
+    """Checks the size and sha256 of every shard, and with --deep all that is in them. Exit code 1 if anything is off."""
+    shards = len(CacheReader(cache).manifest.shards)
+    with tqdm(total=shards, unit="shard", desc="verify", leave=False) as bar:
+        problems = verify_cache(cache, deep=deep, on_shard=lambda _: bar.update())
+    if problems:
+        raise DamagedCacheError("; ".join(problems))
+    checked = "every number as the specification asks" if deep else "all as the manifest says"
+    print(f"{cache}: {shards} shards, {checked}")
+
+
+def derive(cache: Cache, out: Output, shard_tokens: ShardTokens = SHARD_TOKENS, **changes: Any) -> None:
+    """Makes a smaller cache of a finished one, without the teacher; goes on where an interrupted run stopped."""
+    asked = parse_options(DeriveOptions, {name: value for name, value in changes.items() if value is not None})
+    if not asked.model_fields_set:
+        raise ConfigError("nothing is to change; see the options in `teacher-cache derive --help`")
+    with _bar("derive", CacheReader(cache).manifest.statistics.tokens) as bar:
+        manifest = derive_cache(cache, out, asked, shard_tokens=shard_tokens, on_tokens=bar.update)
+    print(describe(manifest, out))
+
+
+def _options_of(model: type[BaseModel]) -> dict[str, Any]:
+    """Every field of ``model`` as the annotation of a Typer option that is None unless given."""
+    return {
+        name: Annotated[field.annotation, typer.Option(help=field.description, show_default=False)]
+        for name, field in model.model_fields.items()
+    }
+
+
+def _give_options(command: Callable[..., None], options: dict[str, Any]) -> None:
+    """Replaces ``**changes`` in the signature that Typer sees by these options."""
+    own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    more = [
+        inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=a) for n, a in options.items()
+    ]
+    command.__signature__ = inspect.Signature([*own, *more])  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in (*own, *more)}
+
+
+_give_options(derive, _options_of(DeriveOptions))
+
+
+def merge(
+    out: Output,
+    caches: Annotated[list[str], typer.Argument(metavar="CACHE CACHE ...", help="Folders or fsspec URLs.")],
+    number_ids: Annotated[
+        bool, typer.Option("--number-ids", help="Put 0/, 1/, ... before the sequence ids of each cache.")
+    ] = False,
+    shard_tokens: ShardTokens = SHARD_TOKENS,
+) -> None:
+    """Puts caches of one teacher and tokenizer together; goes on where an interrupted run stopped."""
+    tokens = sum(CacheReader(cache).manifest.statistics.tokens for cache in caches)
+    with _bar("merge", tokens) as bar:
+        manifest = merge_caches(caches, out, number_ids=number_ids, shard_tokens=shard_tokens, on_tokens=bar.update)
+    print(describe(manifest, out))
+
+
+@contextmanager
+def _bar(name: str, tokens: int) -> Iterator[tqdm]:
+    with tqdm(total=tokens, unit="tok", unit_scale=True, desc=name, leave=False, dynamic_ncols=True) as bar:
+        yield bar
+
+
+def describe(manifest: Manifest, path: str | Path) -> str:
+    """A page for a person: what the cache at ``path`` is and how large."""
+    teacher, data, store, totals = manifest.teacher, manifest.data, manifest.store, manifest.statistics
+    loss = "none: no position is kept" if totals.teacher_ce is None else f"{totals.teacher_ce:.4f} nats per token"
+    shape = f"{totals.tokens:,} in {totals.sequences:,} sequences, {totals.positions:,} kept positions"
+    counters = ", ".join(
+        f"{name.replace('_', ' ')} {count:,}"
+        for name, count in data.counters.items()
+        if count and name not in _SHOWN_ELSEWHERE
+    )
+    rows = {
+        "cache": str(path),
+        "teacher": f"{teacher.model} ({teacher.engine}, {teacher.dtype}, route {teacher.route})",
+        "data": f"{data.source}, split {data.split}, {data.kind}, loss mask: {data.mask_policy}",
+        "read": counters,
+        "tokens": shape,
+        "head": describe_head(manifest),
+        "tail": describe_tail(manifest),
+        "teacher's loss": loss,
+        "audit": "" if manifest.derived_from else describe_audit(manifest.audit),
+        "size": f"{totals.bytes:,} bytes in {len(manifest.shards)} shards, {totals.bytes_per_token:.1f} bytes per token",
+        "made of": _origin(manifest),
+        "format": f"version {manifest.format_version}, logprobs within {store.rounding:g} nats",
+        "fingerprint": manifest.fingerprint,
+    }
+    return "\n".join(f"{name:15} {value}" for name, value in rows.items() if value)
+
+
+def describe_audit(audit: AuditSummary | None) -> str:
+    """What the audit at the end of the build found, in one line."""
+    if audit is None:
+        return "not audited: none was asked for"
+    if audit.skipped is not None:
+        return f"not audited: {audit.skipped}"
+    engine = max(audit.engine_target or 0.0, audit.engine_head or 0.0)
+    truncation = audit.truncation_kl_even if audit.truncation_kl_prior is None else audit.truncation_kl_prior
+    return (
+        f"{audit.sequences} sequences against {audit.reference}: engine {engine:.2g} nats off on average (limit "
+        f"{audit.engine_limit or 0:g}), KL {audit.codec_kl or 0:.2g} by rounding, {truncation or 0:.2g} by truncation"
+    )
+
+
+def _origin(manifest: Manifest) -> str:
+    if manifest.derived_from is None:
+        return ""
+    options = ", ".join(f"{name}={value}" for name, value in manifest.derived_from.options.items())
+    names = ", ".join(each[:12] for each in manifest.derived_from.fingerprints)
+    return " ".join(filter(None, (manifest.derived_from.command, names, options)))

@@ -1,0 +1,60 @@
+"""``teacher-cache push`` and ``teacher-cache pull``: the copies of ``cache_format.share.copy`` with a bar in bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from tqdm import tqdm
+
+from cache_format.share import copy as share
+
+Force = Annotated[bool, typer.Option("--force", help="Replace another cache that is there; check every hash again.")]
+
+
+def push(
+    cache: Annotated[str, typer.Argument(metavar="CACHE", help="A finished cache: a folder or fsspec URL.")],
+    url: Annotated[
+        str, typer.Argument(metavar="URL", help="Where to: s3://bucket/path, hf://datasets/ORG/NAME, a folder, ...")
+    ],
+    force: Force = False,
+) -> None:
+    """Copies a finished cache to URL and verifies it; goes on where an interrupted push stopped."""
+    with _bar("push") as bar:
+        copied = share.push(cache, url, force=force, on_total=bar.reset, on_bytes=bar.update)
+    print(_summary(copied, url))
+
+
+def pull(
+    url: Annotated[str, typer.Argument(metavar="URL", help="A finished cache: an fsspec URL or a folder.")],
+    folder: Annotated[
+        Path | None, typer.Argument(metavar="[FOLDER]", help="Where to; caches/NAME by default.", show_default=False)
+    ] = None,
+    force: Force = False,
+) -> None:
+    """Copies a finished cache into a local folder, every file checked; goes on where an interrupted pull stopped."""
+    folder = folder or default_folder(url)
+    with _bar("pull") as bar:
+        copied = share.pull(url, folder, force=force, on_total=bar.reset, on_bytes=bar.update)
+    print(_summary(copied, str(folder)))
+
+
+def default_folder(url: str) -> Path:
+    """``caches/NAME`` for ``s3://bucket/path/NAME`` or ``hf://datasets/ORG/NAME@REVISION``."""
+    return Path("caches") / url.rstrip("/").rsplit("/", 1)[-1].split("@", 1)[0]
+
+
+def _summary(copied: share.Copied, place: str) -> str:
+    if copied.unchanged:
+        return f"{place} holds this very cache already: nothing to copy"
+    files = copied.files_sent + copied.files_skipped
+    return f"{place}: {copied.files_sent} of {files} files copied, {copied.bytes_sent:,} bytes"
+
+
+@contextmanager
+def _bar(name: str) -> Iterator[tqdm]:
+    with tqdm(unit="B", unit_scale=True, unit_divisor=1024, desc=name, leave=False) as bar:
+        yield bar

@@ -1,0 +1,426 @@
+"""New caches out of finished ones, without the teacher: ``derive`` keeps less of one, ``merge`` puts several together."""
+
+from __future__ import annotations
+
+import logging
+import math
+import operator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from cache_format.derive.fidelity import reconstruction_kl
+from cache_format.derive.narrow import head_sizes, narrow
+from cache_format.differences import describe_difference
+from cache_format.errors import UserError
+from cache_format.manifest import DataHash, DataIdentity, DerivedFrom, Header, Manifest, StoreSettings, check_step
+from cache_format.reader import CacheReader
+from cache_format.schema import MAX_DRAWS, MAX_SHARDS
+from cache_format.sequence import CachedSequence
+from cache_format.shards.codec import Codec
+from cache_format.shards.prior import TailPrior
+from cache_format.storage.files import local_folder
+from cache_format.writer import CacheWriter
+
+log = logging.getLogger(__name__)
+
+SHARD_TOKENS = 1_000_000
+_SAMPLE_POSITIONS = 32_768
+"""Positions from which a prior is estimated and a budget is met."""
+_SMALL_FILES = 5_000
+"""About what manifest and card take, bytes."""
+
+_PUSH_IT = "write to a folder, then copy that with `teacher-cache push`"
+
+OnTokens = Callable[[int], object]
+"""Called with the tokens of every sequence that is done."""
+
+
+class DeriveOptions(BaseModel):
+    """What ``derive`` changes; None leaves a setting as the source has it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    top_k: int | None = Field(None, ge=0, description="Head entries at most; 0, with tail samples: random sampling.")
+    min_k: int | None = Field(None, ge=0, description="Head entries at least, whatever the next two say.")
+    top_p: float | None = Field(None, gt=0, le=1, description="A head ends once it holds this mass.")
+    min_probability: float | None = Field(
+        None, gt=0, lt=1, description="A head ends before the first entry below this."
+    )
+    max_bytes_per_token: float | None = Field(
+        None, gt=0, description="Choose min_probability for about this size, to some 5 %: it is tried on a sample."
+    )
+    max_kl: float | None = Field(
+        None, gt=0, description="Choose min_probability for a reconstruction at most so far from the teacher, nats."
+    )
+    tail_samples: int | None = Field(None, ge=0, le=MAX_DRAWS, description="Draws per set, at most; 0 drops them.")
+    mass_per_sample: float | None = Field(None, gt=0, lt=1, description="Tail mass that one draw stands for.")
+    sample_sets: int | None = Field(None, ge=1, description="Sets of draws to keep.")
+    draws: Literal["systematic", "independent"] | None = Field(None, description="How new draws are taken.")
+    seed: int | None = Field(None, description="Of new draws.")
+    sample_logprobs: bool | None = Field(None, description="Keep the logprobs of draws.")
+    entropy: bool | None = Field(None, description="Keep entropies; by default together with draws.")
+    logprob_step: float | None = Field(None, description="Grid of logprobs, a power of two.")
+    sequences: str | None = Field(None, description="Keep some: START:STOP or START:STOP:STEP, by index.")
+    match: str | None = Field(None, description="Keep those whose id matches a pattern (*, ?, [...]).")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        bounds = ("min_probability", "max_bytes_per_token", "max_kl")
+        given = [name for name in bounds if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} are set; each decides where heads end: set one")
+        if self.logprob_step is not None:
+            check_step(self.logprob_step)
+        if self.sequences is not None:
+            _slice(self.sequences)
+        return self
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One source of a new cache: which of its sequences are kept, under what id, and what becomes of each."""
+
+    cache: CacheReader
+    keeps: Callable[[int, str], bool] = lambda index, sequence_id: True
+    rename: Callable[[str], str] = lambda sequence_id: sequence_id
+    change: Callable[[CachedSequence], CachedSequence] = lambda sequence: sequence
+
+    def chosen(self) -> Iterator[tuple[int, str, NDArray[np.int32], NDArray[np.bool_]]]:
+        """(index, new id, input ids, loss mask) of every sequence that is kept; heads are not decompressed."""
+        index = 0
+        columns = (self.cache.iter_column(name) for name in ("sequence_id", "input_ids", "loss_mask"))
+        for names, ids, masks in zip(*columns, strict=True):
+            for name, row_ids, row_mask in zip(names.to_pylist(), ids, masks, strict=True):
+                if self.keeps(index, name):
+                    mask = row_mask.values.to_numpy(zero_copy_only=False)
+                    yield index, self.rename(name), row_ids.values.to_numpy(), mask
+                index += 1
+
+    def sequence(self, index: int) -> CachedSequence:
+        sequence = self.cache[index]
+        return replace(self.change(sequence), sequence_id=self.rename(sequence.sequence_id))
+
+
+def derive(
+    source: str,
+    output: Path,
+    options: DeriveOptions,
+    *,
+    shard_tokens: int = SHARD_TOKENS,
+    on_tokens: OnTokens = lambda _: None,
+) -> Manifest:
+    """Writes a smaller cache made of the one at ``source``, or goes on with it where it was interrupted.
+
+    Raises UserError where the source does not hold what is asked for or nothing of it would be left, for a URL as output,
+    and what opening and writing caches raise.
+    """
+    output = local_folder(output, _PUSH_IT)
+    cache = CacheReader(source)
+    store = _derived_settings(cache.manifest.store, options, source)
+    part = _Part(cache, keeps=_selection(options, len(cache)))
+    if options.max_bytes_per_token is not None or options.max_kl is not None:
+        store = _within_budget(part, store, options)
+    part = replace(part, change=lambda sequence: narrow(sequence, store, cache.manifest.fingerprint))
+    asked = options.model_dump(mode="json", exclude_none=True)
+    made_of = DerivedFrom(command="derive", fingerprints=(cache.manifest.fingerprint,), options=asked)
+    return _write(output, [part], store, cache.manifest.data, made_of, shard_tokens, on_tokens)
+
+
+def merge(
+    sources: list[str],
+    output: Path,
+    *,
+    number_ids: bool = False,
+    shard_tokens: int = SHARD_TOKENS,
+    on_tokens: OnTokens = lambda _: None,
+) -> Manifest:
+    """Writes one cache with the sequences of several, in order, or goes on with it where it was interrupted.
+
+    ``number_ids`` puts "0/" before the sequence ids of the first cache, "1/" before those of the second, and so on. Raises
+    UserError where teacher, tokenizer or store settings differ, naming what does, where only some hold what the teacher
+    wrote, for an id that occurs twice, and for a URL as output.
+    """
+    output = local_folder(output, _PUSH_IT)
+    if len(sources) < 2:
+        raise UserError(f"merge makes one cache of two or more; {len(sources)} given")
+    caches = [CacheReader(source) for source in sources]
+    for source, cache in zip(sources[1:], caches[1:], strict=True):
+        ours, theirs = _common_ground(caches[0].manifest), _common_ground(cache.manifest)
+        if ours != theirs:
+            raise UserError(
+                f"{sources[0]} and {source} do not belong together: {describe_difference(ours, theirs)}; merge caches of one "
+                "teacher and tokenizer, and bring different store settings together with `teacher-cache derive` first"
+            )
+        policies = [each.manifest.data.mask_policy for each in (caches[0], cache)]
+        if policies[0] != policies[1] and "generated" in policies:
+            # Which sequences are held out together depends on it.
+            raise UserError(
+                f"{sources[0]} and {source} do not belong together: data.mask_policy: {' -> '.join(policies)}; do not merge "
+                "what the teacher wrote with other text, but list both caches where you train"
+            )
+    parts = [
+        _Part(cache, rename=(lambda name, n=n: f"{n}/{name}") if number_ids else lambda name: name)  # type: ignore[misc]
+        for n, cache in enumerate(caches)
+    ]
+    made_of = DerivedFrom(
+        command="merge",
+        fingerprints=tuple(cache.manifest.fingerprint for cache in caches),
+        options={"number_ids": True} if number_ids else {},
+    )
+    data = _merged_data([cache.manifest.data for cache in caches])
+    return _write(output, parts, caches[0].manifest.store, data, made_of, shard_tokens, on_tokens)
+
+
+def _selection(options: DeriveOptions, total: int) -> Callable[[int, str], bool]:
+    chosen = range(total) if options.sequences is None else range(total)[_slice(options.sequences)]
+    pattern = options.match
+    return lambda index, name: index in chosen and (pattern is None or fnmatchcase(name, pattern))
+
+
+def _slice(text: str) -> slice:
+    """Raises ValueError for anything but START:STOP or START:STOP:STEP."""
+    try:
+        parts = [int(part) if part.strip() else None for part in text.split(":")]
+        if len(parts) in (2, 3) and 0 not in parts[2:]:
+            return slice(*parts)
+    except ValueError:
+        pass
+    raise ValueError(f"sequences is {text!r}; expected START:STOP or START:STOP:STEP, such as 0:1000 or ::10")
+
+
+def _derived_settings(had: StoreSettings, options: DeriveOptions, source: str) -> StoreSettings:
+    """The settings of the new cache. Raises UserError where they ask for more than the source holds."""
+    changes = {
+        name: value
+        for name, value in options.model_dump(exclude_none=True).items()
+        if name in StoreSettings.model_fields and name != "entropy"
+    }
+
+    def refuse_if(lacking: Any, what: str) -> None:
+        if lacking:
+            raise UserError(f"{source} {what}; the teacher would have to be asked again: build a cache that has it")
+
+    samples = changes.get("tail_samples", had.tail_samples)
+    refuse_if(
+        changes.get("top_k", 0) > had.top_k, f"holds at most {had.top_k} entries a head, not {changes.get('top_k')}"
+    )
+    refuse_if(samples and not had.tail_samples, "has no tail samples")
+    refuse_if(changes.get("sample_sets", 0) > had.sample_sets, f"has {had.sample_sets} sets of tail samples")
+    refuse_if(changes.get("sample_logprobs") and not had.sample_logprobs, "has no logprobs of its tail samples")
+    refuse_if(options.entropy and not had.entropy, "has no entropies")
+    for name, is_more in (("min_probability", operator.lt), ("top_p", operator.gt)):
+        bound, wanted = getattr(had, name), changes.get(name)
+        refuse_if(
+            wanted is not None and bound is not None and is_more(wanted, bound),
+            f"holds heads that end by {name} {bound}, not {wanted}",
+        )
+    least = min(changes.get("min_k", 0), changes.get("top_k", had.top_k))
+    bounded = had.min_probability is not None or had.top_p is not None
+    refuse_if(bounded and least > had.min_k, f"holds at least {had.min_k} entries a head, not {least}")
+    refuse_if(changes.get("logprob_step", 1) < had.logprob_step, f"has logprobs on a grid of {had.logprob_step:g}")
+    if not samples:
+        changes |= {"tail_samples": 0, "sample_sets": 1, "sample_logprobs": False, "mass_per_sample": None}
+    if changes.get("logprob_step", had.logprob_step) != had.logprob_step:
+        changes["logprob_error"] = had.rounding + changes["logprob_step"] / 2
+    top_k = changes.get("top_k", had.top_k)
+    changes["min_k"] = min(changes.get("min_k", had.min_k), top_k)
+    changes["entropy"] = had.entropy and (samples > 0 if options.entropy is None else options.entropy)
+    try:
+        return StoreSettings.model_validate(had.model_dump() | changes)
+    except ValidationError as error:
+        raise UserError(
+            f"{source} cannot be derived so: {error.errors()[0]['msg'].removeprefix('Value error, ')}"
+        ) from None
+
+
+def _within_budget(part: _Part, store: StoreSettings, options: DeriveOptions) -> StoreSettings:
+    """``store`` with the largest heads that meet the budget on some of the sequences: its ``min_probability`` is chosen."""
+    sample = _spread([part])
+    if not any(len(sequence.positions) for sequence in sample):
+        raise UserError("no kept position is left to meet the budget with; choose more sequences")
+    prior = TailPrior.estimate(sample, store.vocab_size)
+    # A prior made of the very draws that it is judged by would look better than it is.
+    apart = TailPrior.estimate(sample[::2], store.vocab_size)
+    # What all tokens share: the prior, the manifest, the card.
+    shared = (len(prior.to_bytes()) + _SMALL_FILES) / sum(len(ids) for _, _, ids, _ in part.chosen())
+
+    # The larger the bound, the smaller the heads, the fewer bytes, and the farther from the teacher.
+    floor = store.min_probability or 1e-7
+    everything = math.log(floor)
+    least = max(everything, math.log(0.5))
+    judged = [sequence for sequence in sample[1::2] if len(sequence.positions)] or sample
+
+    def at(log_bound: float) -> StoreSettings:
+        # No smaller than the source's, whatever it is rounded to: its heads do not have those entries.
+        bound = floor if log_bound == everything else max(floor, float(f"{math.exp(log_bound):.4g}"))
+        return store.model_copy(update={"min_probability": bound})
+
+    def size(log_bound: float) -> float:
+        return shared + _bytes_per_token(sample, Codec(at(log_bound), prior), part.cache.manifest.fingerprint)
+
+    def distance(log_bound: float) -> float:
+        return _mean_kl(judged, at(log_bound), apart)
+
+    if options.max_bytes_per_token is not None:
+        budget, measure, unit, good, bad = options.max_bytes_per_token, size, "bytes per token", least, everything
+    else:
+        assert options.max_kl is not None
+        budget, measure, unit, good, bad = options.max_kl, distance, "nats", everything, least
+    if measure(good) > budget:
+        raise UserError(
+            f"{budget:g} {unit} are out of reach: {measure(good):.3g} is the least that these settings give; "
+            + (
+                "lower min_k or tail_samples"
+                if options.max_bytes_per_token is not None
+                else "build a cache with larger heads"
+            )
+        )
+    if measure(bad) <= budget:
+        good = bad
+    while abs(good - bad) > 0.005:
+        middle = (good + bad) / 2
+        good, bad = (middle, bad) if measure(middle) <= budget else (good, middle)
+    log.info("heads end at a probability of %g: %.4g %s", at(good).min_probability, measure(good), unit)
+    return at(good)
+
+
+def _bytes_per_token(sample: list[CachedSequence], codec: Codec, source: str) -> float:
+    """What these sequences of the cache with fingerprint ``source`` take in a shard."""
+    small = [narrow(sequence, codec.store, source) for sequence in sample]
+    sink = pa.BufferOutputStream()
+    options = pa.ipc.IpcWriteOptions(compression=pa.Codec("zstd", compression_level=1))
+    with pa.ipc.new_file(sink, codec.schema, options=options) as file:
+        file.write_batch(codec.encode(small))
+    return float(sink.getvalue().size / sum(len(sequence) for sequence in sample))
+
+
+def _mean_kl(sample: list[CachedSequence], store: StoreSettings, prior: TailPrior) -> float:
+    per_position = [
+        reconstruction_kl(sequence, head_sizes(sequence.logprobs, store), store.vocab_size, prior)
+        for sequence in sample
+    ]
+    return float(np.concatenate(per_position).mean())
+
+
+def _common_ground(manifest: Manifest) -> dict[str, Any]:
+    """What caches must share to be merged."""
+    identity = manifest.content_identity()
+    return {"teacher": identity["teacher"], "tokenizer": manifest.tokenizer.sha256, "store": identity["store"]}
+
+
+def _merged_data(parts: list[DataIdentity]) -> DataIdentity:
+    def common(values: Iterable[str]) -> str:
+        distinct = list(dict.fromkeys(values))
+        return distinct[0] if len(distinct) == 1 else "mixed"
+
+    counters: dict[str, int] = {}
+    generation = parts[0].generation
+    for part in parts:
+        for name, count in part.counters.items():
+            counters[name] = counters.get(name, 0) + count
+    return DataIdentity(
+        source=" + ".join(dict.fromkeys(part.source for part in parts)),
+        split=common(part.split for part in parts),
+        kind=common(part.kind for part in parts),
+        mask_policy=common(part.mask_policy for part in parts),
+        max_length=max(part.max_length for part in parts),
+        overlong=common(part.overlong for part in parts),
+        sha256="",
+        generation=generation if all(part.generation == generation for part in parts) else None,
+        counters=counters,
+    )
+
+
+def _spread(parts: list[_Part]) -> list[CachedSequence]:
+    """Sequences of the sources, unchanged, evenly spread, with about _SAMPLE_POSITIONS positions together."""
+    kept = sum(1 for part in parts for _ in part.chosen())
+    positions = sum(part.cache.manifest.statistics.positions for part in parts)
+    sequences = sum(len(part.cache) for part in parts)
+    count = min(kept, max(1, _SAMPLE_POSITIONS * sequences // max(1, positions)))
+    wanted = set(np.linspace(0, kept - 1, count).astype(int).tolist())
+    every = ((part, index) for part in parts for index, *_ in part.chosen())
+    return [part.cache[index] for at, (part, index) in enumerate(every) if at in wanted]
+
+
+def _data_sha256(parts: list[_Part], shard_tokens: int) -> str:
+    """Of the new cache's sequences.
+
+    Raises UserError for an id that occurs twice, where there are no sequences, and for more shards than a manifest can list.
+    """
+    digest, seen = DataHash(), set[str]()
+    shards = tokens = 0
+    for part in parts:
+        for _, name, ids, mask in part.chosen():
+            if name in seen:
+                raise UserError(
+                    f"sequence id {name!r} occurs twice, the second time in {part.cache.path}; ids are unique in a cache: "
+                    "number them (`merge --number-ids`)"
+                )
+            seen.add(name)
+            digest.update(name, ids, mask)
+            if tokens and tokens + len(ids) <= shard_tokens:
+                tokens += len(ids)
+            else:
+                shards, tokens = shards + 1, len(ids)
+    if not seen:
+        raise UserError("no sequence is left; choose others")
+    if shards > MAX_SHARDS:
+        raise UserError(
+            f"shards of {shard_tokens:,} tokens would be {shards:,}, of which a manifest can list {MAX_SHARDS:,}; set a larger "
+            "--shard-tokens"
+        )
+    return digest.hexdigest()
+
+
+def _write(
+    output: Path,
+    parts: list[_Part],
+    store: StoreSettings,
+    data: DataIdentity,
+    made_of: DerivedFrom,
+    shard_tokens: int,
+    on_tokens: OnTokens,
+) -> Manifest:
+    """The sequences of all parts as one cache at ``output``."""
+    first = parts[0].cache.manifest
+    header = Header(
+        created_by=f"logitcask {version('logitcask')}",
+        teacher=first.teacher,
+        tokenizer=first.tokenizer,
+        data=data.model_copy(update={"sha256": _data_sha256(parts, shard_tokens), "stamp": None}),
+        store=store,
+        config=first.config,
+        derived_from=made_of,
+    )
+    with CacheWriter(output, afresh=f"remove {output} to start afresh") as writer:
+        header = writer.begin(header, None if writer.begun else TailPrior.estimate(_spread(parts), store.vocab_size))
+        # Shards are filled in order, so what is committed is the beginning.
+        sequences = _sequences(parts, skip=sum(entry.sequences for entry in writer.entries()))
+        shards = len(writer.committed)
+        sequence = next(sequences, None)
+        while sequence is not None:
+            with writer.shard(shards) as shard:
+                while sequence is not None and (shard.tokens == 0 or shard.tokens + len(sequence) <= shard_tokens):
+                    shard.append(sequence)
+                    on_tokens(len(sequence))
+                    sequence = next(sequences, None)
+            shards += 1
+        return writer.finish(header, shards)
+
+
+def _sequences(parts: list[_Part], skip: int) -> Iterator[CachedSequence]:
+    for part in parts:
+        for index, *_ in part.chosen():
+            if skip:
+                skip -= 1
+            else:
+                yield part.sequence(index)

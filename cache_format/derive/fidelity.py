@@ -1,0 +1,47 @@
+"""How near to the teacher a cache's distributions are, told from the cache itself.
+
+A cache that stores entropies knows the teacher's term of the KL exactly, so what cutting heads costs can be computed without
+the teacher, for the heads that are there and for any smaller ones.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cache_format.errors import UserError
+from cache_format.sequence import CachedSequence
+from cache_format.shards.prior import TailPrior
+
+
+def reconstruction_kl(
+    sequence: CachedSequence, size: NDArray[np.int64], vocab_size: int, prior: TailPrior | None
+) -> NDArray[np.float64]:
+    """float64[P], nats: KL of the teacher's whole distribution to what a cache with heads of ``size`` entries says of it.
+
+    That is the head, and the mass of the rest spread as ``prior`` says, or evenly where it is None. Exact but for rounding
+    where it is even; with a prior, its value on the stored tail is estimated from the tail samples, without bias if they had
+    no part in the prior (one made of all draws of 30 thousand tokens comes out 3 % too near). Raises
+    UserError for a sequence without entropies, or with a prior and without samples.
+    """
+    if sequence.entropy is None or (prior is not None and sequence.samples is None):
+        raise UserError("how near a reconstruction comes can be told only of a cache with entropies and tail samples")
+    stored = sequence.ids >= 0
+    inside = (np.arange(sequence.ids.shape[1]) < size[:, None]) & stored
+    p = np.where(stored, np.exp(sequence.logprobs.astype(np.float64)), 0)
+    p_log_p = np.where(inside, p * np.where(stored, sequence.logprobs, 0), 0).sum(axis=1)
+    old_tail = np.exp(sequence.tail_logprob.astype(np.float64))
+    mass = old_tail + np.where(inside, 0, p).sum(axis=1)
+    if prior is None:
+        even = np.where(mass > 0, np.log(np.maximum(mass, 1e-300) / np.maximum(vocab_size - size, 1)), 0)
+        return np.asarray(-sequence.entropy - p_log_p - mass * even, np.float64)
+    assert sequence.samples is not None
+    b = prior.probabilities()
+    log_b = np.log(b)
+    ids, drawn = np.where(stored, sequence.ids, 0), sequence.samples.ids >= 0
+    of_draws = np.where(drawn, log_b[np.where(drawn, sequence.samples.ids, 0)], 0).sum(axis=(1, 2))
+    expected = old_tail * of_draws / np.maximum(drawn.sum(axis=(1, 2)), 1)
+    expected += np.where(inside, 0, p * log_b[ids]).sum(axis=1)
+    outside = np.maximum(1 - np.where(inside, b[ids], 0).sum(axis=1), 1e-300)
+    scale = np.where(mass > 0, np.log(np.maximum(mass, 1e-300) / outside), 0)
+    return np.asarray(-sequence.entropy - p_log_p - mass * scale - expected, np.float64)

@@ -1,0 +1,158 @@
+"""One shard in the making: sequences go in, a complete Arrow file and what a manifest says of it come out.
+
+Where the file lies, and when it counts, is the business of ``cache_format.writer``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import pyarrow as pa
+
+from cache_format.schema import BATCH_BYTES
+from cache_format.sequence import CachedSequence
+from cache_format.shards.codec import Codec, ContentHash
+from cache_format.shards.validation import validate
+
+
+class ShardWriter:
+    """One Arrow file in the making. Every record batch but the last has the same number of sequences."""
+
+    def __init__(
+        self,
+        path: Path,
+        codec: Codec,
+        compression_level: int,
+        sequences_per_batch: Callable[[float], int] | None,
+        *,
+        mass_slack: float,
+    ) -> None:
+        self.codec = codec
+        self._mass_slack = mass_slack
+        self._file: IO[bytes] = open(path, "wb")  # noqa: SIM115 - closed by close() or abort()
+        self._path = path
+        self._sink = _HashingFile(self._file)
+        options = pa.ipc.IpcWriteOptions(compression=pa.Codec("zstd", compression_level=compression_level))
+        self._arrow = pa.ipc.new_file(pa.PythonFile(self._sink, mode="w"), codec.schema, options=options)
+        self._content = ContentHash()
+        self._waiting: list[CachedSequence] = []
+        self._choose_rows = sequences_per_batch
+        self._per_batch: int | None = None
+        self._entries = self._draws = 0
+        self.sequences = self.tokens = self.positions = 0
+        self.flushed_tokens = 0
+        """In complete record batches, which take ``flushed_bytes`` so far."""
+        self._head_mass_sum = self._target_nll_sum = 0.0
+
+    def append(self, sequence: CachedSequence) -> None:
+        """Adds one sequence. Raises UserError if it is not one (see ``validation.validate``)."""
+        validate(sequence, self.codec.store, mass_slack=self._mass_slack)
+        self._waiting.append(sequence)
+        self._entries += int((sequence.ids >= 0).sum())
+        self._draws += 0 if sequence.samples is None else int((sequence.samples.ids >= 0).sum())
+        self.sequences += 1
+        self.tokens += len(sequence)
+        self.positions += len(sequence.positions)
+        self._head_mass_sum -= float(np.expm1(sequence.tail_logprob.astype(np.float64)).sum())
+        self._target_nll_sum -= float(sequence.target_logprob.sum(dtype=np.float64))
+        if self._per_batch is None and self._size() >= BATCH_BYTES:
+            self._fix_rows()
+        self._flush_full()
+
+    def _size(self) -> int:
+        return uncompressed_bytes(self.tokens, self.positions, self._entries + self._draws)
+
+    def _fix_rows(self) -> None:
+        rows = len(self._waiting)
+        if self._choose_rows is not None:
+            rows = self._choose_rows((self._entries + self._draws) / max(1, self.positions))
+        self._per_batch = max(1, rows)
+
+    def _flush_full(self) -> None:
+        while self._per_batch is not None and len(self._waiting) >= self._per_batch:
+            self._flush(self._per_batch)
+
+    def _flush(self, rows: int) -> None:
+        batch = self.codec.encode(self._waiting[:rows])
+        self._content.update(batch)
+        self._arrow.write_batch(batch)
+        self.flushed_tokens += sum(map(len, self._waiting[:rows]))
+        del self._waiting[:rows]
+
+    @property
+    def flushed_bytes(self) -> int:
+        """What has been given to the file, of complete record batches."""
+        return self._sink.size
+
+    def close(self) -> dict[str, object]:
+        """Completes the file on disk (fsync) and returns the fields of its ShardEntry, but for the path."""
+        if self._per_batch is None:
+            self._fix_rows()
+        self._flush_full()
+        if self._waiting:
+            self._flush(len(self._waiting))
+        self._arrow.close()
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        return {
+            "bytes": self._sink.size,
+            "sha256": self._sink.sha.hexdigest(),
+            "content_sha256": self._content.hexdigest(),
+            "sequences": self.sequences,
+            "sequences_per_batch": self._per_batch,
+            "tokens": self.tokens,
+            "positions": self.positions,
+            "entries": self._entries,
+            "draws": self._draws,
+            "head_mass_sum": self._head_mass_sum,
+            "target_nll_sum": self._target_nll_sum,
+        }
+
+    def abort(self) -> None:
+        """Removes the file."""
+        self._file.close()
+        self._path.unlink(missing_ok=True)
+
+
+class _HashingFile:
+    """A file that hashes what passes through, so that no shard is read back for its sha256."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.sha = hashlib.sha256()
+        self.size = 0
+        self.closed = False
+
+    def write(self, data: bytes) -> int:
+        self.sha.update(data)
+        self.size += len(memoryview(data))
+        return self._file.write(data)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def tell(self) -> int:
+        return self.size
+
+    def writable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return False
+
+    def seekable(self) -> bool:
+        return False
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def uncompressed_bytes(tokens: int, positions: int, entries: int) -> int:
+    """About what sequences take in a record batch: ``tokens`` tokens, ``positions`` kept, ``entries`` of heads and draws."""
+    return 5 * tokens + 20 * positions + 3 * entries

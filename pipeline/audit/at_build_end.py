@@ -1,0 +1,92 @@
+"""The audit that ends a build: a few sequences compared with the dense reference before the manifest makes the cache count.
+
+A fault of an engine, of its arguments or of this program would otherwise be found by whoever trains from the cache. The
+shards are on disk by then, so a build that fails here loses nothing: it can be audited again.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from cache_format import CacheReader, DamagedCacheError, Manifest, UserError
+from cache_format.errors import CacheError
+from cache_format.manifest import AuditSummary, Header, ShardEntry
+from pipeline.audit.result import Audit
+from pipeline.audit.run import audit, audit_summary
+from pipeline.config import AuditConfig, TeacherConfig
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class BuildAudit:
+    """All that the audit of a build needs to know."""
+
+    path: str
+    header: Header
+    shards: tuple[ShardEntry, ...]
+    settings: AuditConfig
+    teacher: TeacherConfig
+
+
+def audit_build(
+    path: Path | str, header: Header, shards: tuple[ShardEntry, ...], settings: AuditConfig, teacher: TeacherConfig
+) -> AuditSummary | None:
+    """The audit of a build whose shards are all committed, for its manifest; None where none is asked for.
+
+    Where there is no reference to compare with (the model does not fit into memory, or is not to be had), it says so and
+    the summary says why it was skipped. Raises DamagedCacheError where cache and reference differ by more than they may, and
+    where a shard is damaged; CacheError where one cannot be read.
+    """
+    if not settings.sequences or not any(shard.positions for shard in shards):
+        return None
+    asked = BuildAudit(path=str(path), header=header, shards=shards, settings=settings, teacher=teacher)
+    total = min(settings.sequences, sum(shard.sequences for shard in shards))
+    with tqdm(total=total, unit="seq", desc="audit", leave=False) as bar:
+        if header.teacher.backend == "vllm" and "vllm" in sys.modules:  # which may have changed transformers here
+            from pipeline.audit.worker import audit_apart
+
+            found = audit_apart(asked, bar.update)
+        else:
+            found = audit_here(asked, bar.update)
+    if found.skipped is not None:
+        log.warning("the cache is not audited: %s", found.skipped)
+    return found
+
+
+def audit_here(asked: BuildAudit, on_sequence: Callable[[], object]) -> AuditSummary:
+    """As ``audit_build``, in this process."""
+    reader = CacheReader(asked.path, manifest=Manifest.complete(asked.header, asked.shards, created_at=""))
+    try:
+        result = audit(
+            reader,
+            sequences=asked.settings.sequences,
+            max_engine_difference=asked.settings.max_engine_difference,
+            trust_remote_code=asked.teacher.trust_remote_code,
+            on_sequence=on_sequence,
+        )
+    except DamagedCacheError as error:
+        raise DamagedCacheError(
+            f"{asked.path}: {error}. The cache is not completed; mend the cause and start afresh with --restart"
+        ) from error
+    except CacheError:
+        raise
+    except UserError as error:  # about the reference
+        return AuditSummary(skipped=str(error))
+    if result.problems:
+        raise DamagedCacheError(_failure(asked.path, result))
+    return audit_summary(result)
+
+
+def _failure(path: str, result: Audit) -> str:
+    return (
+        f"{path} does not hold what {result.reference} says of the same text: {'; '.join(result.problems)}. The cache is not "
+        "completed and its shards are kept. Where this is as it should be, raise audit.max_engine_difference or set "
+        "audit.sequences=0 and run the same command again; else mend the cause and start afresh with --restart"
+    )

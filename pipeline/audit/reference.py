@@ -1,0 +1,219 @@
+"""What an audit compares a cache with: the teacher its manifest names, or another model, dense and in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cache_format import DamagedCacheError, Manifest, UserError
+from cache_format.manifest import TeacherIdentity
+from pipeline.config import TeacherConfig
+from pipeline.distribution.capture import Capture
+from pipeline.teachers.model import (
+    ResolvedModel,
+    activation_bits,
+    context_limit,
+    empty_model,
+    has_experts,
+    resolve_model,
+    vocab_size,
+)
+
+MAX_TOKENS = 2048
+"""Of a sequence, from its start: what a causal teacher says of them does not depend on the rest."""
+
+# Logprobs in memory, of one sequence.
+_SEQUENCE_VALUES = 1 << 28
+_FLOAT32_BYTES = 4
+# Of the memory at hand, what weights may take: the rest is for activations and one sequence's logprobs.
+_SHARE_FOR_WEIGHTS = 0.7
+
+Dense = Callable[[NDArray[np.int32]], NDArray[np.floating]]
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """The dense reference of a cache, which is a teacher of its own.
+
+    name:       for people.
+    dense:      int32[n] ids to [n-1, V] logprobs at the cache's temperature, nats; row ``i`` predicts token ``i + 1``.
+    max_tokens: longest sequence it is given.
+    problems:   what its identity already says against the cache, a line each.
+    bits:       to which the layers of the cache's teacher rounded what they were given; None where its dtype says all.
+    experts:    whether a router of the model chooses among experts.
+    """
+
+    name: str
+    dense: Dense
+    max_tokens: int
+    problems: tuple[str, ...]
+    bits: int | None = None
+    experts: bool = False
+
+
+@contextmanager
+def open_reference(
+    manifest: Manifest, name: str | None = None, *, trust_remote_code: bool = False
+) -> Iterator[Reference]:
+    """The teacher that ``manifest`` names, or the model ``name``, as a dense reference in float32.
+
+    Name, revision and eager attention, where the teacher had that, are taken from the manifest, and nothing else: engine
+    options of a stranger's cache, such as leave to run a model's own code, are never passed on. Raises UserError where the model is not to be had, predicts other ids or
+    does not fit into memory, DamagedCacheError for a temperature that no distribution has.
+    """
+    temperature = manifest.teacher.temperature
+    if temperature <= 0:
+        raise DamagedCacheError(f"the manifest says teacher.temperature {temperature:g}; expected one above 0")
+    bounded = min(MAX_TOKENS, max(2, _SEQUENCE_VALUES // manifest.store.vocab_size))
+    synthetic = name is None and manifest.teacher.backend == "synthetic"
+    bits, experts = None, False
+    if synthetic:
+        teacher, most = _synthetic(manifest, bounded)
+    else:
+        model = _resolve(manifest, name, trust_remote_code)
+        most = min(bounded, context_limit(model) or bounded)
+        check_memory(model, most)
+        bits, experts = _bits(manifest, model), has_experts(model)
+        teacher = _transformers(manifest, model, most)
+
+    def dense(input_ids: NDArray[np.int32]) -> NDArray[np.floating]:
+        logprobs: NDArray[np.floating] = teacher.dense_logprobs(input_ids)
+        return logprobs if temperature == 1 else at_temperature(logprobs, temperature)
+
+    identity = teacher.identity()
+    shown = f"{name or manifest.teacher.model} ({identity.engine}, {identity.dtype})"
+    try:
+        yield Reference(shown, dense, most, tuple(_other_identity(manifest.teacher, identity)), bits, experts)
+    finally:
+        teacher.close()
+
+
+def _synthetic(manifest: Manifest, bounded: int) -> tuple[Any, int]:
+    from pipeline.teachers.synthetic import SyntheticTeacher
+
+    seed = (manifest.teacher.revision or "").removeprefix("seed-")
+    try:
+        config = TeacherConfig(
+            model=manifest.teacher.model, backend="synthetic", vocab_size=manifest.store.vocab_size, seed=int(seed)
+        )
+    except ValueError as error:
+        raise UserError(
+            f"the manifest does not say which synthetic teacher this was: revision {manifest.teacher.revision!r}, "
+            f"{manifest.store.vocab_size} ids; name a model with --teacher"
+        ) from error
+    return SyntheticTeacher(config, Capture(1)), bounded
+
+
+def _resolve(manifest: Manifest, name: str | None, trust_remote_code: bool) -> ResolvedModel:
+    """The model to compare with."""
+    wanted = manifest.teacher
+    model_name = name or wanted.model
+    try:
+        revision = wanted.revision if model_name == wanted.model else None
+        model = resolve_model(model_name, revision, trust_remote_code=trust_remote_code)
+        found = vocab_size(model)
+    except UserError as error:
+        if name is not None:
+            raise
+        raise UserError(f"{error}; name the model that built the cache with --teacher") from error
+    if found != manifest.store.vocab_size:
+        raise UserError(
+            f"{model_name} predicts {found} ids, the teacher of the cache {manifest.store.vocab_size}: it is another model; "
+            "name the one that built the cache with --teacher"
+        )
+    return model
+
+
+def _transformers(manifest: Manifest, model: ResolvedModel, most: int) -> Any:
+    from pipeline.teachers.transformers import TransformersTeacher
+
+    config = TeacherConfig(
+        model=model.name, backend="transformers", dtype="float32", engine_args=_eager_attention(manifest)
+    )
+    return TransformersTeacher(config, model, max_length=most, capture=Capture(1))
+
+
+def check_memory(model: ResolvedModel, tokens: int) -> None:
+    """Raises UserError where the model in float32 does not fit: into the GPU's memory, where there is one, and what passes
+    through the host's on the way, or else into the host's.
+
+    Weights go to a GPU one by one, so the host holds a few of the largest, and the logprobs of a sequence of ``tokens``.
+    """
+    try:
+        lm = empty_model(model)
+    except UserError:
+        return  # whoever loads it says why there is no such model
+    weights = _FLOAT32_BYTES * lm.num_parameters()
+    host, device = free_memory()
+    if device is None:
+        _fits(weights, host, "GB are free here", "takes")
+        return
+    _fits(weights, device, "GB of the GPU's memory are free here", "takes")
+    largest = _FLOAT32_BYTES * max(parameter.numel() for parameter in lm.parameters())
+    logprobs = _FLOAT32_BYTES * tokens * vocab_size(model)
+    _fits(2 * (largest + logprobs), host, "GB are free here", "passes through the host's memory in pieces of")
+
+
+def _fits(needed: int, free: int, where: str, how: str) -> None:
+    if needed > _SHARE_FOR_WEIGHTS * free:
+        raise UserError(
+            f"its teacher {how} {needed / 1e9:,.1f} GB in float32, and {free / 1e9:,.1f} {where}; "
+            "run `teacher-cache audit` where there is room, or build with audit.sequences=0"
+        )
+
+
+def free_memory() -> tuple[int, int | None]:
+    """Bytes that are free in the host's memory, and in that of the GPU that a reference would use."""
+    import psutil
+    import torch
+
+    device = int(torch.cuda.mem_get_info()[0]) if torch.cuda.is_available() else None
+    return int(psutil.virtual_memory().available), device
+
+
+def _eager_attention(manifest: Manifest) -> dict[str, object]:
+    """The engine option for eager attention, where the teacher had it: it may compute what other kinds leave out."""
+    return {"attn_implementation": "eager"} if _option(manifest, "attn_implementation") == "eager" else {}
+
+
+def _bits(manifest: Manifest, model: ResolvedModel) -> int | None:
+    """Bits that the teacher rounded to: those of a quantised checkpoint, or of what its engine made of another one."""
+    asked = (_option(manifest, "quantization"), _option(manifest, "kv_cache_dtype"))
+    found = [8] if any(str(one).startswith("fp8") for one in asked) else []
+    found += [bits for bits in [activation_bits(model)] if bits is not None]
+    return min(found, default=None)
+
+
+def _option(manifest: Manifest, name: str) -> object:
+    """An engine option of the teacher, as its manifest has it."""
+    teacher = manifest.config.get("teacher")
+    options = teacher.get("engine_args") if isinstance(teacher, dict) else None
+    return options.get(name) if isinstance(options, dict) else None
+
+
+def _other_identity(cache: TeacherIdentity, reference: TeacherIdentity) -> Iterator[str]:
+    """How the reference is not the cache's teacher, as far as both say what they are."""
+    if cache.weights_sha256 and reference.weights_sha256 and cache.weights_sha256 != reference.weights_sha256:
+        yield (
+            f"the cache was built with other weights: their sha256 is {cache.weights_sha256[:12]}..., "
+            f"that of {reference.model} is {reference.weights_sha256[:12]}..."
+        )
+    if cache.revision and reference.revision and cache.revision != reference.revision:
+        yield (
+            f"the cache was built with other weights: revision {cache.revision} of {cache.model}, "
+            f"compared with {reference.revision} of {reference.model}"
+        )
+    if cache.backend == reference.backend == "synthetic" and cache.engine != reference.engine:
+        yield f"the cache was built with {cache.engine}, compared with {reference.engine}"
+
+
+def at_temperature(logprobs: NDArray[Any], temperature: float) -> NDArray[Any]:
+    """[R, V] logprobs, sharpened or flattened and normalised again."""
+    scaled = logprobs / logprobs.dtype.type(temperature)
+    scaled -= scaled.max(axis=1, keepdims=True)
+    return scaled - np.log(np.exp(scaled).sum(axis=1, keepdims=True))

@@ -1,0 +1,183 @@
+"""``teacher-cache audit``: a sample of a finished cache, scored again by the dense reference, to see what each stage cost.
+
+Three things stand between the teacher and what a cache says of it, and each has its own figures:
+
+engine      what was captured is not bit for bit what transformers computes in float32 from the same weights;
+truncation  only a head was kept, and the mass of the rest;
+codec       both were rounded.
+
+``audit_sample`` chooses what to look at, ``audit_reference`` scores it again, ``audit_figures`` compares, and
+``audit_diagnosis`` looks for the cause of an engine difference. What all this finds is an ``audit_result.Audit``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import numpy as np
+
+from cache_format import CacheReader, Manifest
+from cache_format.manifest import AuditSummary, TeacherIdentity
+from pipeline.audit.diagnosis import diagnose
+from pipeline.audit.figures import Sums
+from pipeline.audit.reference import MAX_TOKENS, Reference, open_reference
+from pipeline.audit.result import Audit, Difference, Distance, DrawsAudit
+from pipeline.audit.sample import parts, sample
+from pipeline.distribution.draws import LEAST_LOGPROB
+
+__all__ = [
+    "EIGHT_BIT_LIMIT",
+    "EXPERTS_LIMIT",
+    "FOUR_BIT_LIMIT",
+    "FULL_PRECISION_LIMIT",
+    "HALF_PRECISION_LIMIT",
+    "MAX_TOKENS",
+    "SEQUENCES",
+    "Audit",
+    "Difference",
+    "Distance",
+    "DrawsAudit",
+    "Reference",
+    "audit",
+    "audit_summary",
+    "engine_limit",
+    "open_reference",
+]
+
+SEQUENCES = 8
+"""In a sample, unless another number is asked for."""
+
+FULL_PRECISION_LIMIT = 1e-3
+"""Mean absolute difference of engine and reference, nats, up to which a float32 teacher passes."""
+
+HALF_PRECISION_LIMIT = 0.05
+"""The same for teachers whose weights or arithmetic have 16 bits."""
+
+EIGHT_BIT_LIMIT = 0.3
+"""The same where layers round what they are given to 8 bits, as FP8 checkpoints have it."""
+
+FOUR_BIT_LIMIT = 0.7
+"""The same for 4 bits (NVFP4)."""
+
+EXPERTS_LIMIT = 0.15
+"""Beyond the limits of fewer than 32 bits, where a router chooses experts: near ties fall to another one by rounding."""
+
+# Logprobs in memory, of the positions measured together.
+_PART_VALUES = 1 << 22
+
+# Ids closer to each other than this many limits may come in any order.
+_NEAR_TIE = 4
+# Head ids, or target ranks, that are wrong beyond near ties: up to this share, a few large differences explain them.
+_WRONG_SHARE = 0.01
+# An entropy sums over many ids, each of which differs.
+_ENTROPY_FACTOR = 10
+# Draws of a sound cache miss these once in a million audits.
+_LEAST_P_VALUE = 1e-6
+_LARGEST_Z = 5.0
+
+
+def audit(
+    cache: str | CacheReader,
+    *,
+    sequences: int = SEQUENCES,
+    teacher: str | None = None,
+    max_engine_difference: float | None = None,
+    trust_remote_code: bool = False,
+    on_sequence: Callable[[], object] = lambda: None,
+) -> Audit:
+    """Scores ``sequences`` sequences of ``cache`` (a folder, a URL or a reader) again and compares.
+
+    teacher:               the model, where the one that the manifest names is not to be had under that name.
+    max_engine_difference: nats, the mean above which cache and reference disagree; by default what the teacher's dtype allows.
+    trust_remote_code:     whether code that comes with the model may run.
+    on_sequence:           called after each sequence.
+
+    The sample depends on the cache's fingerprint alone. Raises what opening the cache raises, and UserError where there is
+    nothing to compare: no such model, another vocabulary, no kept position.
+    """
+    reader = cache if isinstance(cache, CacheReader) else CacheReader(cache)
+    manifest = reader.manifest
+    with open_reference(manifest, teacher, trust_remote_code=trust_remote_code) as reference:
+        limit = max_engine_difference
+        if limit is None:
+            limit = engine_limit(manifest.teacher, bits=reference.bits, experts=reference.experts)
+        sums = Sums(manifest.store, reader.prior, _NEAR_TIE * limit, derived=manifest.derived_from is not None)
+        for sequence in sample(reader, sequences, reference.max_tokens):
+            dense = reference.dense(sequence.input_ids)
+            for part in parts(sequence, max(1, _PART_VALUES // manifest.store.vocab_size)):
+                sums.add(part, np.maximum(dense[part.positions], LEAST_LOGPROB).astype(np.float32))
+            del dense  # not two of them at a time
+            sums.sequences += 1
+            on_sequence()
+        result = sums.result(reader.path, len(reader), reference.name, limit)
+        cause, problems = None, list(reference.problems)
+        if max(result.target.engine, result.head.engine) > limit:
+            cause, why = diagnose(reader, reference, result, sequences)
+            problems.append(why)
+        problems += _other_problems(result, manifest)
+    return replace(result, cause=cause, problems=tuple(problems))
+
+
+def engine_limit(teacher: TeacherIdentity, *, bits: int | None = None, experts: bool = False) -> float:
+    """Nats of mean absolute difference from the reference that the teacher's arithmetic explains (docs/capture.md).
+
+    bits:    to which its layers round what they are given, where that is fewer than its dtype has.
+    experts: whether a router chooses among them.
+    """
+    half = any("16" in dtype or dtype == "auto" for dtype in (teacher.dtype, teacher.head_dtype or ""))
+    if bits is not None and bits < 16:
+        limit = EIGHT_BIT_LIMIT if bits >= 8 else FOUR_BIT_LIMIT
+    elif half:
+        limit = HALF_PRECISION_LIMIT
+    else:
+        return FULL_PRECISION_LIMIT
+    return limit + (EXPERTS_LIMIT if experts else 0)
+
+
+def audit_summary(result: Audit) -> AuditSummary:
+    """The figures that matter, of an audit that found no problem, for the manifest."""
+    prior, draws = result.truncation_prior, result.draws
+    return AuditSummary(
+        reference=result.reference,
+        sequences=result.sequences,
+        positions=result.positions,
+        engine_limit=result.limit,
+        engine_target=result.target.engine,
+        engine_head=result.head.engine if result.head.values else None,
+        ids_outside=result.ids_outside,
+        codec_kl=result.codec.kl,
+        codec_tv=result.codec.tv,
+        truncation_kl_even=result.truncation_even.kl,
+        truncation_tv_even=result.truncation_even.tv,
+        truncation_kl_prior=prior.kl if prior else None,
+        truncation_tv_prior=prior.tv if prior else None,
+        draws_p_value=draws.p_value if draws else None,
+        draws_z_logprob=draws.z_logprob if draws else None,
+        draws_z_id=draws.z_id if draws else None,
+    )
+
+
+def _other_problems(result: Audit, manifest: Manifest) -> Iterator[str]:
+    """What else is not as it should be. Where the engine differs already, only what does not follow from that."""
+    draws = result.draws
+    if draws is not None and draws.in_head:
+        yield f"{draws.in_head} of {draws.draws} draws from the tail lie in the head"
+    if max(result.target.engine, result.head.engine) > result.limit:
+        return
+    store = manifest.store
+    if result.ids_outside > _WRONG_SHARE:
+        yield f"{result.ids_outside:.1%} of the head's ids are not among the reference's most probable ones"
+    if result.ranks_wrong > _WRONG_SHARE:
+        yield f"the target's rank is not the reference's at {result.ranks_wrong:.1%} of the positions"
+    # The mass of a tail that a derived cache enlarged is a sum of rounded ones.
+    room = result.limit + store.scalar_step / 2 + (store.rounding if manifest.derived_from else 0)
+    if result.tail_mass > room:
+        yield f"the mass outside the head is {result.tail_mass:.2g} from the reference's on average; at most {room:.2g} is expected"
+    if result.entropy is not None and result.entropy.engine > _ENTROPY_FACTOR * result.limit:
+        yield f"the entropies are {result.entropy.engine:.2g} nats from the reference's on average, rounding taken out"
+    if draws is not None and draws.p_value is not None and draws.p_value < _LEAST_P_VALUE:
+        yield f"the draws are not from the reference's tails: chi-square p-value {draws.p_value:.1g}"
+    for z in () if draws is None else (draws.z_logprob, draws.z_id):
+        if z is not None and abs(z) > _LARGEST_Z:
+            yield f"what is estimated from the draws is biased: {z:+.1f} standard errors from the reference's tails"

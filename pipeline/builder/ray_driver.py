@@ -1,0 +1,268 @@
+"""A build by many engines at once: Ray Data hands the shards of the plan to workers, which score and commit them.
+
+The process that the user has started, the driver, keeps the lock, the plan, the progress bar and the last word: it begins
+and finishes the cache. A worker is an actor of Ray's with an engine of its own (``pipeline.builder.ray_worker``). What a shard
+holds depends on the plan alone, so it does not matter which worker writes it, nor how often it is tried.
+
+Failures. A worker that dies is replaced by Ray, and its shard is tried again. A driver that dies takes its workers along,
+sooner or later; they commit what they have finished until the next driver locks them out (``cache_format.writer``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import queue
+import signal
+import threading
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+from cache_format import CacheWriter, LogitcaskError, UserError
+from cache_format.errors import first_line
+from cache_format.manifest import Header
+from cache_format.shards.prior import TailPrior
+from pipeline.builder.plan import Plan
+from pipeline.builder.progress import Progress
+from pipeline.builder.ray_worker import Coordinator, Done, ShardWorker, Situation, Task
+from pipeline.config import BuildConfig, ScaleConfig
+from pipeline.generate.answers import check_teacher
+from pipeline.interruption import at_safe_points, checkpoint
+
+log = logging.getLogger(__name__)
+
+_POLL_SECONDS = 0.25
+# What the environment says of this program and of the engine holds on other nodes, too.
+_PASSED_ON = ("LOGITCASK_", "VLLM_", "OMP_NUM_THREADS")
+
+
+def score_shards_on_ray(
+    writer: CacheWriter, plan: Plan, config: BuildConfig, scale: ScaleConfig, shards: list[int]
+) -> tuple[Header, float, int]:
+    """Scores and commits ``shards`` of the plan, which ``writer`` has not committed yet, by workers in a Ray cluster.
+
+    Begins the cache if that has not been done. Returns its header, seconds, and the tokens of the sequences scored.
+    Raises UserError where Ray or what it needs is missing, and what a worker raises.
+    """
+    ray = _import_ray()
+    scale = scale.model_copy(update={"workers": min(scale.workers, len(shards))})
+    with _cluster(ray, scale):
+        cpus, gpus = _resources(ray, scale, config)
+        node = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
+            ray.get_runtime_context().get_node_id(), soft=False
+        )
+        coordinator = ray.remote(Coordinator).options(num_cpus=0, scheduling_strategy=node).remote()
+        task = Task(
+            config=config.model_dump_json(),
+            path=str(writer.path.absolute()),
+            run=writer.run,
+            folder=os.getcwd(),
+        )
+        results = (
+            ray.data.from_items([{"shard": shard} for shard in shards], override_num_blocks=len(shards))
+            .map_batches(
+                ShardWorker,
+                fn_constructor_args=(task, coordinator),
+                batch_size=1,
+                compute=ray.data.ActorPoolStrategy(size=scale.workers, max_tasks_in_flight_per_actor=1),
+                num_cpus=cpus,
+                num_gpus=gpus or None,
+            )
+            .iter_rows()
+        )
+        total = sum(plan.shards[shard].tokens for shard in shards)
+        # Ray swallows a KeyboardInterrupt now and then; a flag that is looked at between two polls is never lost.
+        with Progress(total, len(shards), bar=True, file=config.log_file()) as progress, at_safe_points():
+            if writer.begun:
+                progress.started(config.output, writer.header(), len(writer.committed))
+            for row in _as_they_come(results):
+                situation: Situation = ray.get(coordinator.situation.remote())
+                if situation.offer is not None and not writer.begun:
+                    _begin(writer, *situation.offer)
+                    progress.started(config.output, writer.header(), len(writer.committed))
+                for level, message in situation.messages:
+                    log.log(level, "%s", message)
+                if writer.begun:
+                    _count(situation.done, progress, scale.workers)
+                for shard in situation.committed:
+                    if (
+                        shard not in writer.committed
+                    ):  # some are told twice: by an attempt taken for dead, and by the next
+                        _take_up(writer, shard, progress)
+                if row is not None and row["error"]:
+                    raise _error(row["error"], row["message"])
+                checkpoint()
+        return writer.header(), progress.seconds, progress.counts.scored_tokens
+
+
+def _error(kind: str, message: str) -> LogitcaskError:
+    """What a worker has raised, by the name of its class; one that this process does not know is a user's mistake."""
+
+    def kinds(base: type[LogitcaskError]) -> Iterator[type[LogitcaskError]]:
+        yield base
+        for each in base.__subclasses__():
+            yield from kinds(each)
+
+    # All that are loaded, not those of one module: MisalignedScoresError is the estimator's.
+    return next((each for each in kinds(LogitcaskError) if each.__name__ == kind), UserError)(message)
+
+
+def _count(done: Done, progress: Progress, workers: int) -> None:
+    """Tells the bar and the log what engines have done. Where one has died, what it had done of its shard is taken back."""
+    counts = progress.counts
+    waited = done.engine_seconds / workers - counts.engine_seconds
+    progress.answered(done.scored_tokens - counts.scored_tokens, scored=True, engine_seconds=waited)
+    progress.answered(done.tokens - counts.tokens, scored=False, engine_seconds=0.0)
+
+
+def _begin(writer: CacheWriter, text: str, prior: bytes) -> None:
+    """Begins the build with what the first worker offers."""
+    header = Header.model_validate_json(text)
+    if header.data.generation is not None:
+        check_teacher(writer.build_dir, header.teacher)
+    writer.begin(header, TailPrior.from_bytes(prior, header.store.vocab_size, "the prior of a worker"))
+
+
+def _take_up(writer: CacheWriter, shard: int, progress: Progress) -> None:
+    if not writer.adopt(shard):
+        raise UserError(
+            f"a worker has committed shard {shard}, but {writer.path} does not show it; run the same command again"
+        )
+    entry = writer.committed[shard]
+    progress.counts.written_tokens += entry.tokens
+    progress.counts.written_bytes += entry.bytes
+    progress.committed(shard, entry)
+
+
+def _as_they_come(rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any] | None]:
+    """``rows`` as they arrive, and None every now and then, so that the caller can look after other things."""
+    arrived: queue.SimpleQueue[dict[str, Any] | BaseException | None] = queue.SimpleQueue()
+
+    def drain() -> None:
+        try:
+            for row in rows:
+                arrived.put(row)
+            arrived.put(None)
+        except BaseException as error:  # of any kind: it belongs to the thread that waits
+            arrived.put(error)
+
+    threading.Thread(target=drain, name="results", daemon=True).start()
+    while True:
+        try:
+            row = arrived.get(timeout=_POLL_SECONDS)
+        except queue.Empty:
+            yield None
+            continue
+        if row is None:
+            return
+        if isinstance(row, BaseException):
+            raise row
+        yield row
+
+
+def _import_ray() -> Any:
+    """Ray with Ray Data, quiet unless debugging. Raises UserError where it is not installed."""
+    # Ray reads these when it is imported or started. It would send statistics of use to its makers.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if not _debugging():
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    try:
+        import ray
+        import ray.data
+        import ray.util.scheduling_strategies
+    except ModuleNotFoundError as error:
+        raise UserError("scale needs Ray, which is not installed; pip install 'logitcask[scale]'") from error
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = context.print_on_execution_start = False
+    if not _debugging():
+        for handler in logging.getLogger("ray.data").handlers:
+            if isinstance(handler, logging.StreamHandler):
+                handler.setLevel(logging.CRITICAL + 1)
+    return ray
+
+
+@contextlib.contextmanager
+def _cluster(ray: Any, scale: ScaleConfig) -> Iterator[None]:
+    """Connects to the cluster that ``scale`` or RAY_ADDRESS names, or starts one on this machine for as long as this lasts.
+
+    What Ray prints of workers that have died is not what a user wants to read, nor do they belong on stdout.
+    """
+    address = scale.address or os.environ.get("RAY_ADDRESS") or "local"
+    options: dict[str, Any] = {}
+    if address == "local":
+        # Logical cores only: as many workers as asked for are to start, whatever the machine has.
+        options = {
+            "include_dashboard": False,
+            "num_cpus": max(os.cpu_count() or 1, scale.workers * (scale.cpus_per_worker or 1)),
+        }
+    else:
+        passed_on = {name: value for name, value in os.environ.items() if name.startswith(_PASSED_ON)}
+        options = {"runtime_env": {"env_vars": passed_on}} if passed_on else {}
+    quiet = contextlib.nullcontext() if _debugging() else contextlib.redirect_stdout(_Nowhere())
+    with quiet, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        on_sigterm = signal.getsignal(signal.SIGTERM)
+        try:
+            with contextlib.nullcontext() if _debugging() else _stderr_closed():
+                ray.init(
+                    address=address,
+                    log_to_driver=_debugging(),
+                    logging_level=logging.INFO if _debugging() else logging.CRITICAL,
+                    **options,
+                )
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise UserError(f"there is no Ray cluster at {address}: {first_line(error)}") from error
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_sigterm)  # Ray would have it end the process with a code of its own
+        log.info(
+            "%d workers, in a Ray cluster %s",
+            scale.workers,
+            "on this machine" if address == "local" else f"at {address}",
+        )
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+def _resources(ray: Any, scale: ScaleConfig, config: BuildConfig) -> tuple[float, float]:
+    """Cores and GPUs of each worker. Raises UserError where this machine has fewer GPUs than are asked for."""
+    there = ray.cluster_resources()
+    gpus_there = there.get("GPU", 0)
+    gpus = scale.gpus_per_worker
+    if gpus is None:
+        gpus = config.teacher.gpus_per_engine if gpus_there else 0
+    if gpus * scale.workers > gpus_there:
+        found = f"scale asks for {scale.workers} workers with {gpus:g} GPUs each, and the Ray cluster has {gpus_there:g} GPUs"
+        if scale.address is None and "RAY_ADDRESS" not in os.environ:
+            raise UserError(f"{found}; set fewer scale.workers, or scale.address to a larger cluster")
+        log.warning("%s: fewer work until it grows", found)
+    cpus = scale.cpus_per_worker or (1 if gpus else max(1, int(there.get("CPU", 1)) // scale.workers))
+    return cpus, gpus
+
+
+@contextlib.contextmanager
+def _stderr_closed() -> Iterator[None]:
+    """What Ray's C++ prints to stderr as it starts goes nowhere."""
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+class _Nowhere(io.TextIOBase):
+    """Takes what is printed and forgets it."""
+
+    def write(self, text: str) -> int:
+        return len(text)
+
+
+def _debugging() -> bool:
+    return log.isEnabledFor(logging.DEBUG)

@@ -1,0 +1,202 @@
+"""What runs in the processes of a Ray cluster: workers, each with an engine of its own, and one coordinator.
+
+Workers and driver meet at the cache's folder, which all of them see, and at the coordinator, which only passes on what is
+said. Nothing here imports Ray: ``pipeline.builder.ray_driver`` makes actors of these classes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import time
+from collections import Counter
+from dataclasses import astuple, dataclass, field
+from typing import Any
+
+from cache_format.errors import LogitcaskError, UserError
+from cache_format.writer import CacheWorker
+from pipeline.builder.plan import Plan
+from pipeline.builder.progress import Progress
+from pipeline.builder.score import estimate_prior, score_shard, score_shards
+from pipeline.config import BuildConfig
+from pipeline.teachers.base import Teacher
+from pipeline.teachers.open import open_teacher
+
+# A shard at which so many workers have died is not tried again: the next one would die, too.
+MAX_ATTEMPTS = 5
+
+_REPORT_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Task:
+    """What every worker is told: the config as JSON, the cache's absolute path, its run, and the driver's folder."""
+
+    config: str
+    path: str
+    run: str
+    folder: str
+
+
+@dataclass(frozen=True)
+class Done:
+    """What engines have answered: tokens of all sequences and of those they have scored, and seconds waited for them."""
+
+    tokens: int = 0
+    scored_tokens: int = 0
+    engine_seconds: float = 0.0
+
+    @classmethod
+    def of(cls, progress: Progress) -> Done:
+        counts = progress.counts
+        return cls(counts.tokens, counts.scored_tokens, counts.engine_seconds)
+
+
+@dataclass
+class Situation:
+    """What workers have told the coordinator: ``done`` since the start, shards and messages since the driver last asked."""
+
+    done: Done = Done()
+    committed: list[int] = field(default_factory=list)
+    # The first worker's header (JSON) and prior (its file), while the build has not begun.
+    offer: tuple[str, bytes] | None = None
+    messages: list[tuple[int, str]] = field(default_factory=list)
+
+
+class Coordinator:
+    """Hears of all workers and is asked by the driver, on whose node it runs."""
+
+    def __init__(self) -> None:
+        self._attempts: Counter[int] = Counter()
+        self._done: dict[int, Done] = {}
+        self._situation = Situation()
+        self._seen: set[str] = set()
+
+    def attempt(self, shard: int) -> int:
+        """Which attempt at ``shard`` begins now, from 1."""
+        self._attempts[shard] += 1
+        if self._attempts[shard] > 1:
+            self.note(logging.WARNING, f"a worker died at shard {shard}; another one takes it over")
+        return self._attempts[shard]
+
+    def report(self, shard: int, done: Done) -> None:
+        """How far this attempt at ``shard`` is."""
+        self._done[shard] = done
+
+    def committed(self, shard: int) -> None:
+        """``shard`` is on disk for good."""
+        self._situation.committed.append(shard)
+
+    def offer(self, header: str, prior: bytes) -> None:
+        """What a worker would begin the build with. The first one counts."""
+        self._situation.offer = self._situation.offer or (header, prior)
+
+    def note(self, level: int, message: str) -> None:
+        """Something for the user to read, once however many workers say it."""
+        if message not in self._seen:
+            self._seen.add(message)
+            self._situation.messages.append((level, message))
+
+    def situation(self) -> Situation:
+        """Since the last call; an offer stays."""
+        now, self._situation = self._situation, Situation(offer=self._situation.offer)
+        now.done = Done(*map(sum, zip(*map(astuple, [Done(), *self._done.values()]), strict=True)))
+        return now
+
+
+class ShardWorker:
+    """Scores and commits the shards that it is given, one a call, with an engine that the first call starts.
+
+    A mistake of the user's comes back in the row instead of being raised, so that it arrives without Ray's traceback.
+    """
+
+    def __init__(self, task: Task, coordinator: Any) -> None:
+        self._task = task
+        self._config = BuildConfig.model_validate_json(task.config)
+        self._coordinator = coordinator
+        self._teacher: Teacher | None = None
+        self._worker = CacheWorker(task.path, task.run, compression_level=self._config.store.compression_level)
+        with contextlib.suppress(OSError):
+            os.chdir(task.folder)  # what the config names by a relative path lies there, on this node, too
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
+        shard, kind, message = int(batch["shard"][0]), "", ""
+        try:
+            self._write(shard)
+        except LogitcaskError as error:
+            kind, message = type(error).__name__, str(error)
+        return {"shard": [shard], "error": [kind], "message": [message]}
+
+    def __del__(self) -> None:
+        if self._teacher is not None:
+            self._teacher.close()
+
+    def _write(self, shard: int) -> None:
+        import ray
+
+        if ray.get(self._coordinator.attempt.remote(shard)) > MAX_ATTEMPTS:
+            raise UserError(
+                f"{MAX_ATTEMPTS} workers have died at shard {shard}, without a word (out of memory?); "
+                "finished shards are kept; set a smaller teacher.batch_tokens or fewer workers, and see Ray's logs"
+            )
+        if self._teacher is None:
+            self._start()
+        if not self._worker.adopt(shard):  # by an attempt that was taken for dead
+            self._score(shard)
+        # Before the row says that it is done.
+        ray.get(self._coordinator.committed.remote(shard))
+
+    def _score(self, shard: int) -> None:
+        assert self._teacher is not None
+        progress, last = Progress(), time.monotonic()
+
+        def at_every_answer() -> None:
+            nonlocal last
+            if time.monotonic() - last >= _REPORT_SECONDS:
+                last = time.monotonic()
+                self._worker.check()
+                self._coordinator.report.remote(shard, Done.of(progress))
+
+        pairs = score_shard(self._teacher, self._worker.build_dir, shard, progress, at_every_answer)
+        score_shards(self._teacher, self._worker, self._plan, [shard], progress=progress, begun={shard: pairs})
+        self._coordinator.report.remote(shard, Done.of(progress))
+
+    def _start(self) -> None:
+        """Starts the engine and joins the build, or has it begun if no worker has before."""
+        config, worker = self._config, self._worker
+        logging.getLogger("pipeline").addHandler(_ToDriver(self._coordinator))
+        self._check_shared()
+        plan = Plan.load(worker.build_dir)
+        assert plan is not None
+        self._plan = plan
+        self._teacher = open_teacher(config.teacher, max_length=config.data.max_length, capture=config.store.capture())
+        header = plan.header(self._teacher.identity(), config.store.settings(self._teacher.vocab_size))
+        if not worker.begun:
+            # Every worker that comes this early would wait for the first one, so it may as well do the same.
+            prior, _ = estimate_prior(score_shard(self._teacher, worker.build_dir, 0), header.store)
+            self._coordinator.offer.remote(header.model_dump_json(), prior.to_bytes())
+            while not worker.begun:
+                worker.check()
+                time.sleep(0.05)
+        worker.join(header)
+
+    def _check_shared(self) -> None:
+        if not (self._worker.build_dir / "plan.json").exists():
+            raise UserError(
+                f"{socket.gethostname()} does not see what the build has written to {self._task.path}; "
+                "output has to be on a file system that all nodes of the cluster share, under the same path"
+            )
+        self._worker.check()
+
+
+class _ToDriver(logging.Handler):
+    """What the pipeline has to say in a worker is said by the driver."""
+
+    def __init__(self, coordinator: Any) -> None:
+        super().__init__(logging.INFO)
+        self._coordinator = coordinator
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._coordinator.note.remote(record.levelno, record.getMessage())

@@ -1,0 +1,158 @@
+"""What is done behind the engine: reading its answers, choosing what to keep, encoding, writing, committing.
+
+All of it runs in one thread of its own, shard after shard, so that the engine never waits for a codec or a disk unless
+these are slower than it is; then it waits at a queue bounded in bytes.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from types import TracebackType
+from typing import Self
+
+from cache_format import CachedSequence
+from cache_format.manifest import StoreSettings
+from cache_format.writer import CacheWorker
+from pipeline.builder.plan import Plan
+from pipeline.builder.progress import Progress
+from pipeline.distribution.keep import keep, keep_nothing
+from pipeline.interruption import checkpoint
+from pipeline.types import Answer, Sequence
+
+# A sequence with what the teacher says of it; None where nothing of it is kept, so that it was not scored.
+Pair = tuple[Sequence, Answer | None]
+
+QUEUE_BYTES = 32 << 20
+"""Answers that may wait: sixty thousand positions of 64 entries."""
+
+_POLL_SECONDS = 0.2
+
+
+class _Abandoned(Exception):
+    """Ends the thread where the engine's side has failed or was interrupted."""
+
+
+class WriterThread:
+    """Writes the pairs of one shard after another; a context manager, which commits all of them, or those that are complete if
+    the engine's side fails.
+
+    ``begin_shard`` comes before a shard's pairs. What fails in the thread is raised by the next call here.
+    """
+
+    def __init__(self, writer: CacheWorker, plan: Plan, store: StoreSettings, progress: Progress) -> None:
+        self._writer, self._plan, self._store, self._progress = writer, plan, store, progress
+        self._changed = threading.Condition()
+        # Indices of shards, each followed by its pairs; None is the end.
+        self._queue: deque[int | Pair | None] = deque()
+        self._held = 0
+        self._error: BaseException | None = None
+        self._abandoned = False
+        self._thread = threading.Thread(target=self._run, name="writer", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._changed:
+            if error is None:
+                self._queue.append(None)
+            else:
+                # Shards of which everything is here are still committed.
+                complete = max((at for at, item in enumerate(self._queue) if isinstance(item, int)), default=-1)
+                while len(self._queue) > complete + 1:
+                    self._queue.pop()
+                self._abandoned = True
+            self._changed.notify_all()
+        self._thread.join()
+        if error is None and self._error is not None:
+            raise self._error
+
+    def begin_shard(self, index: int) -> None:
+        """What comes from now on belongs to shard ``index``; the one before is complete."""
+        self._put(index)
+
+    def append(self, pair: Pair) -> None:
+        """Hands a pair over, waiting while the queue is full."""
+        self._put(pair)
+
+    def check(self) -> None:
+        """A safe point; also raises what has failed in the thread, if something has."""
+        checkpoint()
+        if self._error is not None:
+            raise self._error
+
+    def _put(self, item: int | Pair) -> None:
+        size = _size(item)
+        with self._changed:
+            # One answer larger than the whole queue must pass too.
+            while self._held and self._held + size > QUEUE_BYTES and self._error is None:
+                self._changed.wait(_POLL_SECONDS)
+                checkpoint()
+            self.check()
+            self._queue.append(item)
+            self._held += size
+            if not isinstance(item, int):
+                self._progress.counts.queued_sequences += 1
+            self._progress.counts.queued_bytes = self._held
+            self._changed.notify_all()
+
+    def _take(self) -> int | Pair | None:
+        with self._changed:
+            while not self._queue and not self._abandoned:
+                self._changed.wait()
+            if not self._queue:
+                raise _Abandoned
+            return self._queue.popleft()
+
+    def _done(self, pair: Pair) -> None:
+        with self._changed:
+            self._held -= _size(pair)
+            self._progress.counts.queued_sequences -= 1
+            self._progress.counts.queued_bytes = self._held
+            self._changed.notify_all()
+
+    def _run(self) -> None:
+        try:
+            item = self._take()
+            while item is not None:
+                assert isinstance(item, int)
+                item = self._write_shard(item)
+        except _Abandoned:
+            pass
+        except BaseException as error:
+            with self._changed:
+                self._error = error
+                self._queue.clear()
+                self._changed.notify_all()
+
+    def _write_shard(self, index: int) -> int | None:
+        """Writes and commits a shard; returns what comes after its last pair."""
+        counts = self._progress.counts
+        tokens, size = counts.written_tokens, counts.written_bytes
+        rows = self._plan.shards[index].sequences_per_batch
+        with self._writer.shard(index, sequences_per_batch=rows) as shard:
+            while isinstance(pair := self._take(), tuple):
+                shard.append(kept(pair, self._store))
+                counts.written_tokens, counts.written_bytes = (
+                    tokens + shard.flushed_tokens,
+                    size + shard.flushed_bytes,
+                )
+                self._done(pair)
+        entry = self._writer.committed[index]
+        counts.written_tokens, counts.written_bytes = tokens + entry.tokens, size + entry.bytes
+        self._progress.committed(index, entry)
+        return pair
+
+
+def kept(pair: Pair, store: StoreSettings) -> CachedSequence:
+    """What is stored of a sequence."""
+    sequence, answer = pair
+    return keep_nothing(sequence, store) if answer is None else keep(sequence, answer.scored(), store)
+
+
+def _size(item: int | Pair) -> int:
+    return item[1].nbytes if isinstance(item, tuple) and item[1] is not None else 0

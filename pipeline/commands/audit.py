@@ -1,0 +1,107 @@
+"""``teacher-cache audit``: the comparison of ``pipeline.audit.run`` as a page for a person, or as JSON."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+from tqdm import tqdm
+
+from cache_format.errors import DamagedCacheError
+from pipeline.audit.result import Audit, Difference, Distance, DrawsAudit
+from pipeline.audit.run import SEQUENCES
+from pipeline.audit.run import audit as audit_cache
+
+
+def audit(
+    cache: Annotated[str, typer.Argument(metavar="CACHE", help="A finished cache: a folder or fsspec URL.")],
+    sequences: Annotated[
+        int, typer.Option("--sequences", min=1, help="How many sequences to score again; always the same ones.")
+    ] = SEQUENCES,
+    teacher: Annotated[
+        str | None,
+        typer.Option(
+            "--teacher", help="Folder or hub name, where the manifest's is not to be had.", show_default=False
+        ),
+    ] = None,
+    max_engine_difference: Annotated[
+        float | None,
+        typer.Option(
+            "--max-engine-difference",
+            min=0,
+            help="Nats, mean over logprobs; by default what the teacher's arithmetic explains: 0.001 in float32, 0.05 in "
+            "16 bits, 0.3 in FP8, 0.7 in 4 bits, and 0.15 more than the last three with experts.",
+            show_default=False,
+        ),
+    ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Let code that comes with the model run.")
+    ] = False,
+    json_output: Annotated[bool, typer.Option("--json", help="Print every figure as JSON.")] = False,
+) -> None:
+    """Scores a sample again with transformers in float32: what engine, codec and truncation cost. Exit code 1 if it differs."""
+    with tqdm(total=sequences, unit="seq", desc="audit", leave=False) as bar:
+        result = audit_cache(
+            cache,
+            sequences=sequences,
+            teacher=teacher,
+            max_engine_difference=max_engine_difference,
+            trust_remote_code=trust_remote_code,
+            on_sequence=bar.update,
+        )
+    print(json.dumps(asdict(result), indent=2) if json_output else describe(result))
+    if result.problems:
+        raise DamagedCacheError(f"{cache}: {'; '.join(result.problems)}")
+    if not json_output:
+        print("engine and dense agree")
+
+
+def describe(result: Audit) -> str:
+    """A page for a person."""
+    even, prior = result.truncation_even, result.truncation_prior
+    rows = [
+        ("cache", result.cache),
+        ("reference", result.reference),
+        ("sample", f"{result.sequences:,} of {result.sequences_in_cache:,} sequences, {result.positions:,} positions"),
+        ("engine", f"nats with rounding taken out; at most {result.limit:g} for target and head logprobs"),
+        ("  targets", _engine(result.target)),
+        ("  heads", _engine(result.head)),
+        ("  entropies", "" if result.entropy is None else _engine(result.entropy)),
+        ("  ids", f"{result.ids_outside:.2%} of the heads' are not the reference's, beyond near ties"),
+        ("  ranks", f"{result.ranks_differ:.2%} of the targets' differ, {result.ranks_wrong:.2%} beyond near ties"),
+        ("  tail mass", f"{result.tail_mass:.2g} off on average, with rounding"),
+        ("  loss", f"{result.cached_loss:.4f} nats per target, the reference's {result.reference_loss:.4f}"),
+        ("codec", f"{_distance(result.codec)}; with the engine {_distance(result.stored)}"),
+        ("  targets", _rounding(result.target)),
+        ("  heads", _rounding(result.head)),
+        ("truncation", f"{_distance(even)} with the tail spread evenly"),
+        ("", "" if prior is None else f"{_distance(prior)} with the tail spread by the cache's prior"),
+        ("draws", "" if result.draws is None else _draws(result.draws)),
+    ]
+    return "\n".join(f"{name:15} {value}" for name, value in rows if value)
+
+
+def _engine(of: Difference) -> str:
+    return f"mean {of.engine:.2g}, signed {of.signed:+.1g}, of {of.values:,}" if of.values else ""
+
+
+def _rounding(of: Difference) -> str:
+    if not of.values:
+        return ""
+    return (
+        f"stored {of.mean:.2g} nats off on average, rounding alone {of.rounding:.2g}; "
+        f"at most {of.largest:.4g}, rounding alone {of.largest_allowed:.4g}"
+    )
+
+
+def _distance(of: Distance) -> str:
+    return f"KL {of.kl:.3g} nats, TV {of.tv:.3g}"
+
+
+def _draws(of: DrawsAudit) -> str:
+    p_value = "" if of.p_value is None else f", chi-square p = {of.p_value:.2g}"
+    z = [f"{each:+.2f}" for each in (of.z_logprob, of.z_id) if each is not None]
+    bias = f", bias {' and '.join(z)} standard errors (of logprobs and ids)" if len(z) == 2 else ""
+    return f"{of.draws:,}, {of.in_head or 'none'} in the head{p_value}{bias}"

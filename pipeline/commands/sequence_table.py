@@ -1,0 +1,137 @@
+"""``teacher-cache inspect``: one sequence as a table, token by token, with what the teacher expected at each.
+
+``teacher-cache generations``: what the teacher wrote, as text.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+from rich.text import Text
+
+from cache_format import CachedSequence, CacheReader, UserError
+from cache_format.tokenizer_identity import tokenizer_identity
+from pipeline.config import TeacherConfig
+from pipeline.teachers.open import open_tokenizer
+
+log = logging.getLogger(__name__)
+
+_DRAWS_SHOWN = 3
+
+
+def token_text(cache: CacheReader, tokenizer: str | None) -> Callable[[int], str]:
+    """Id -> readable text, by the tokenizer of the cache's teacher or the one named; by ids alone where it is not here.
+
+    Raises UserError for a named tokenizer that is not to be had or has other ids.
+    """
+    try:
+        found = _tokenizer_of(cache, tokenizer)
+    except _NotHere as error:
+        if tokenizer is not None:
+            raise
+        log.warning("showing ids, since the teacher's tokenizer is not here: %s", error)
+        return str
+    return lambda token: repr(found.decode([token]))[1:-1] or f"<{token}>"
+
+
+class _NotHere(UserError):
+    """The tokenizer cannot be had."""
+
+
+def _tokenizer_of(cache: CacheReader, name: str | None) -> Any:
+    """Raises _NotHere where it cannot be had, UserError where it has other ids than the cache's."""
+    manifest = cache.manifest
+    backend = "synthetic" if manifest.teacher.backend == "synthetic" else "transformers"
+    name = name or manifest.tokenizer.name
+    try:
+        found = open_tokenizer(TeacherConfig(model=name, backend=backend))
+    except UserError as error:
+        raise _NotHere(str(error)) from error
+    if tokenizer_identity(found, None)["vocab_sha256"] != manifest.tokenizer.vocab_sha256:
+        raise UserError(
+            f"the tokenizer {name} has other ids than the one this cache was made with; name that one with --tokenizer"
+        )
+    return found
+
+
+def generations(cache: CacheReader, tokenizer: str | None) -> Iterator[dict[str, Any]]:
+    """Every answer of a cache whose text the teacher wrote: its id, prompt, answer, tokens, and why it ended.
+
+    ``prompt`` is what the teacher read, special tokens included; ``answer`` is what it wrote, without them. ``finish`` is
+    ``stop`` or ``length``; None where the cache no longer says what ends an answer (it was merged).
+
+    Raises UserError for a cache of other text, and where its tokenizer is not to be had.
+    """
+    data = cache.manifest.data
+    if data.mask_policy != "generated":
+        raise UserError(
+            f"{cache.path} holds no generations: its text is {data.source}'s own (loss mask: {data.mask_policy}); "
+            "only a build with data.generate lets the teacher write"
+        )
+    found = _tokenizer_of(cache, tokenizer)
+    for sequence in cache:
+        begin = int(sequence.positions[0]) + 1
+        prompt, answer = sequence.input_ids[:begin].tolist(), sequence.input_ids[begin:].tolist()
+        finish = None
+        if data.generation is not None:
+            room = data.max_length - begin
+            longest = min(room, data.generation.max_new_tokens or room)
+            ended = answer[-1] in data.generation.end_tokens or len(answer) < longest
+            finish = "stop" if ended else "length"
+        yield {
+            "id": sequence.sequence_id,
+            "prompt": found.decode(prompt),
+            "answer": found.decode(answer, skip_special_tokens=True),
+            "tokens": len(answer),
+            "finish": finish,
+        }
+
+
+def table(sequence: CachedSequence, text: Callable[[int], str], top: int) -> Table:
+    """A row per token: its text, the teacher's probability and rank of it, and the ``top`` most probable tokens there.
+
+    Tokens outside the loss mask are dim; the token that really follows is green where the teacher lists it. Beside the mass
+    of the tail stand the first draws from it.
+    """
+    shown = Table(title=f"{sequence.sequence_id}: {len(sequence)} tokens, {len(sequence.positions)} kept positions")
+    for name, justify in (
+        ("token", "right"),
+        ("", "left"),
+        ("teacher", "right"),
+        ("rank", "right"),
+        (f"top {top}", "left"),
+        ("tail", "left"),
+    ):
+        shown.add_column(name, justify=justify)  # type: ignore[arg-type]
+    row_of = {int(position) + 1: row for row, position in enumerate(sequence.positions)}
+    for at, token in enumerate(sequence.input_ids.tolist()):
+        row = row_of.get(at)
+        if row is None:
+            shown.add_row(str(at), Text(text(token)), "", "", "", "", style="dim")
+            continue
+        head = Text()
+        for candidate, logprob in zip(sequence.ids[row, :top].tolist(), sequence.logprobs[row, :top], strict=True):
+            if candidate >= 0:
+                head.append(text(candidate), style="bold green" if candidate == token else "")
+                head.append(f" {np.exp(logprob):.0%}  ", style="dim")
+        shown.add_row(
+            str(at),
+            Text(text(token)),
+            f"{np.exp(sequence.target_logprob[row]):.1%}",
+            f"{sequence.target_rank[row]:,}",
+            head,
+            _tail(sequence, row, text),
+        )
+    return shown
+
+
+def _tail(sequence: CachedSequence, row: int, text: Callable[[int], str]) -> Text:
+    shown = Text(f"{np.exp(sequence.tail_logprob[row]):6.1%}")
+    if sequence.samples is not None:
+        drawn = dict.fromkeys(sequence.samples.ids[row][sequence.samples.ids[row] >= 0].tolist())
+        shown.append("  " + "  ".join(text(token) for token in list(drawn)[:_DRAWS_SHOWN]), style="dim")
+    return shown

@@ -1,0 +1,359 @@
+"""``teacher-cache estimate``: what a build will take, before anything runs: tokens, bytes, engine hours, money.
+
+The head of the data is tokenised as a build does it, and the rest is taken to be like it. Bytes come from
+``pipeline.estimate.size``, speed from ``pipeline.estimate.speed``. No engine is started and no weights are read unless a
+probe is asked for. What every number rests on is part of the answer.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+from pydantic import BaseModel, ConfigDict, Field
+
+from cache_format import UserError
+from pipeline.config import BuildConfig, DataConfig
+from pipeline.estimate.size import Range, Size, size_from_probe, size_from_reference
+from pipeline.estimate.speed import Speed, given_speed, probe, speed_from_hardware
+from pipeline.teachers.open import open_tokenizer, vocab_size_of
+from pipeline.text.file_formats import locate, open_data, suffix_of
+from pipeline.text.sources import BUILT_IN, Row, Source, find_files, open_source
+from pipeline.text.tokenize import Tokenization
+from pipeline.types import Sequence
+
+# The head of the data that is tokenised: the first of these that is reached. English has some 4 characters to a token.
+_ROWS = 2_000
+_CHARACTERS = 1_000_000
+_HEAD_BYTES = 1 << 22
+# An int32 id, a bit of the mask and the name: the plan of a build, which lies beside the cache until it is finished.
+_PLAN_BYTES_PER_TOKEN = 4.2
+_TABLE = tuple(10**power for power in range(6, 13))
+_LINES = (".jsonl", ".ndjson", ".json", ".txt")
+_TABLES = (".csv", ".tsv")
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class Sample(_Model):
+    """The head of the data, tokenised as a build does it."""
+
+    rows: int = Field(description="Rows read, those without usable text included.")
+    whole: bool = Field(description="Whether these are all rows.")
+    text_tokens: int = Field(description="Tokens of all usable rows, before max_length is applied.")
+    tokens: int = Field(description="Tokens of the sequences that were made of them.")
+    scored_tokens: int = Field(
+        description="Those of sequences with something to learn; others never reach the teacher."
+    )
+    kept_positions: int
+    sequences: int
+    context: float = Field(description="Mean number of tokens before a token, within its sequence.")
+    counters: dict[str, int] = Field(description="What was read, split, truncated, dropped.")
+
+
+class Forecast(_Model):
+    """What a build over ``text_tokens`` tokens of text takes. Sizes in bytes, times in seconds."""
+
+    text_tokens: int = Field(description="Before max_length and data.overlong are applied.")
+    tokens: int = Field(description="In the cache.")
+    scored_tokens: int = Field(description="Read by the teacher.")
+    kept_positions: int
+    sequences: int
+    shards: int
+    bytes: Range
+    engine_seconds: Range = Field(description="Prefill time, added up over all engines.")
+    gpu_seconds: Range = Field(description="The same for every GPU of an engine.")
+    wall_seconds: Range = Field(description="With all GPUs at work.")
+    cost: Range | None = Field(description="GPU hours times the price of one; null without a price.")
+
+
+class Estimate(_Model):
+    """The answer of ``teacher-cache estimate``."""
+
+    sample: Sample
+    total_text_tokens: int | None = Field(description="Of the whole data set, where that could be told.")
+    size: Size
+    speed: Speed
+    gpus: int
+    price_per_gpu_hour: float | None
+    forecasts: tuple[Forecast, ...]
+    assumptions: tuple[str, ...]
+
+
+def estimate(
+    config: BuildConfig,
+    *,
+    tokens: list[int] | None = None,
+    price: float | None = None,
+    gpus: int | None = None,
+    gpu: str = "h100",
+    tokens_per_second: float | None = None,
+    measure: bool = False,
+) -> Estimate:
+    """What the build of ``config`` takes.
+
+    tokens:            of text, to answer for; None: those of the data set up to ``data.max_tokens``, or, where nobody can
+                       say how many there are, powers of ten from 10^6 to 10^12.
+    price:             of a GPU for an hour, in any currency.
+    gpus:              at work together; None: those of one engine.
+    gpu:               whose peak figures count (a key of ``estimate_speed.GPUS``).
+    tokens_per_second: of one engine, where it is known; replaces the figures of ``gpu``.
+    measure:           start the engine and measure speed and bytes on the head of the data; a given speed still counts.
+
+    Raises UserError: anything ``build`` would find wrong with data or model before its engine starts, and ``gpus`` that do
+    not make up whole engines.
+    """
+    vocab_size = vocab_size_of(config.teacher)
+    if config.store.top_k > vocab_size:
+        raise UserError(f"store.top_k is {config.store.top_k}, but {config.teacher.model} can predict {vocab_size} ids")
+    sample, sequences = _sample(config)
+    total = _total_text_tokens(config.data, sample)
+    if measure:
+        kept, speed = probe(config, sequences)
+        size = size_from_probe(config.store, vocab_size, kept)
+    else:
+        size = size_from_reference(config.store, vocab_size)
+    if tokens_per_second is not None:
+        speed = given_speed(config, tokens_per_second)
+    elif not measure:
+        speed = speed_from_hardware(config, gpu, sample.context, size.heads + size.draws)
+    gpus = gpus or speed.gpus_per_engine
+    if gpus % speed.gpus_per_engine:
+        raise UserError(
+            f"{gpus} GPUs do not make up engines of {speed.gpus_per_engine} (teacher.tensor_parallel_size times "
+            "engine_args.pipeline_parallel_size); give --gpus a multiple of it"
+        )
+
+    limit = config.data.max_tokens if tokens is None else None
+    if tokens is None:
+        tokens = [total] if total is not None else list(_TABLE)
+        if total is None and limit is not None:
+            tokens = [math.ceil(limit * sample.text_tokens / sample.tokens)]
+    forecasts = tuple(_forecast(count, limit, config, sample, size, speed, gpus=gpus, price=price) for count in tokens)
+    return Estimate(
+        sample=sample,
+        total_text_tokens=total,
+        size=size,
+        speed=speed,
+        gpus=gpus,
+        price_per_gpu_hour=price,
+        forecasts=forecasts,
+        assumptions=tuple(_assumptions(config, sample, total, size, speed, gpus, forecasts, limited=limit is not None)),
+    )
+
+
+# --- the head of the data -----------------------------------------------------------------------------------------
+
+
+def _sample(config: BuildConfig) -> tuple[Sample, list[Sequence]]:
+    """The head of the data and its sequences."""
+    if config.data.generate is not None:
+        raise UserError(
+            "how long the teacher's answers will be is not known before it writes them, so data.generate cannot be "
+            "estimated; build a little of it (data.max_tokens=20000, another output) and look at its figures"
+        )
+    source = open_source(config.data)
+    rows, read, whole = _head(source)
+    counters = {name: count for name, count in source.counters.items() if name != "rows_read"}
+    data = config.data.model_copy(update={"max_tokens": None})
+    tokenizer, vocab_size = open_tokenizer(config.teacher), vocab_size_of(config.teacher)
+    tokenization = Tokenization(tokenizer, data, vocab_size)
+    sequences = list(tokenization.sequences(rows))
+    counters |= tokenization.counters
+    lengths = np.array([len(sequence.input_ids) for sequence in sequences], np.int64)
+    scored = np.array([sequence.loss_mask.any() for sequence in sequences], np.bool_)
+    tokens = text_tokens = int(lengths.sum())
+    # (Pieces of a document repeat its BOS.)
+    if any(counters.get(name) for name in ("truncated", "dropped_overlong", "nothing_to_learn", "split_documents")):
+        whole_rows = data.model_copy(update={"max_length": 2**31 - 1})
+        everything = Tokenization(tokenizer, whole_rows, vocab_size)
+        text_tokens = sum(len(sequence.input_ids) for sequence in everything.sequences(rows))
+    sample = Sample(
+        rows=read,
+        whole=whole,
+        text_tokens=text_tokens,
+        tokens=tokens,
+        scored_tokens=int(lengths[scored].sum()),
+        kept_positions=counters["kept_positions"],
+        sequences=len(sequences),
+        context=float((lengths * (lengths - 1)).sum() / 2 / tokens),
+        counters={name: count for name, count in counters.items() if count},
+    )
+    return sample, sequences
+
+
+def _head(source: Source) -> tuple[list[Row], int, bool]:
+    """The first usable rows, how many rows were read for them, and whether they are all."""
+    rows: list[Row] = []
+    characters = 0
+    stream = iter(source)
+    for row in stream:
+        rows.append(row)
+        characters += len(row.text or "") + sum(len(str(message.get("content"))) for message in row.messages or [])
+        if len(rows) == _ROWS or characters >= _CHARACTERS:
+            break
+    read = source.counters["rows_read"]
+    return rows, read, next(stream, None) is None
+
+
+# --- all of the data ----------------------------------------------------------------------------------------------
+
+
+def _total_text_tokens(config: DataConfig, sample: Sample) -> int | None:
+    """Tokens of the whole data set: the rows there are, told from sizes, times the tokens per row of the head."""
+    if sample.whole:
+        return sample.text_tokens
+    rows = _rows(config)
+    return None if rows is None else round(max(rows, sample.rows) * sample.text_tokens / sample.rows)
+
+
+def _rows(config: DataConfig) -> float | None:
+    """About how many rows there are; None where sizes do not say. Of files only the first is opened."""
+    if config.path in BUILT_IN:
+        return len(BUILT_IN[config.path]())
+    local = Path(config.path).expanduser()
+    if (local / "state.json").is_file() or (local / "dataset_dict.json").is_file():
+        from datasets import DatasetDict, load_from_disk
+
+        saved = load_from_disk(str(local))
+        return len(saved[config.split] if isinstance(saved, DatasetDict) else saved)
+    files = find_files(config)
+    try:
+        sizes = [filesystem.size(path) for filesystem, path in map(locate, files)]
+        density = _rows_per_byte(files[0], sizes[0]) if all(sizes) else None
+    except OSError:  # a server that has been asked enough; the answer does without
+        return None
+    return None if density is None else density * sum(sizes)
+
+
+def _rows_per_byte(file: str, size: int) -> float | None:
+    """Rows per byte on disk: Parquet says it; of text the first megabytes are counted."""
+    suffix = suffix_of(file)
+    with open_data(file) as (stream, packed):
+        if suffix == ".parquet":
+            return pq.ParquetFile(stream).metadata.num_rows / size
+        if suffix not in (*_LINES, *_TABLES):
+            return None
+        head = stream.read(_HEAD_BYTES)
+        # Below a decompressor lies the file itself, which knows how far it has been read.
+        consumed = size if len(head) < _HEAD_BYTES else packed.tell()
+    if suffix in _TABLES:
+        records = csv.reader(
+            io.StringIO(head.decode("utf-8", "replace"), newline=""), delimiter="\t" if suffix == ".tsv" else ","
+        )
+        return max(1, sum(1 for _ in records) - 1) / consumed
+    if suffix != ".txt" and head.lstrip().startswith(b"["):
+        return None  # one array, whose elements may take any number of lines
+    return (head.count(b"\n") + (not head.endswith(b"\n"))) / consumed
+
+
+# --- what it comes to ---------------------------------------------------------------------------------------------
+
+
+def _forecast(
+    text_tokens: int,
+    limit: int | None,
+    config: BuildConfig,
+    sample: Sample,
+    size: Size,
+    speed: Speed,
+    *,
+    gpus: int,
+    price: float | None,
+) -> Forecast:
+    """The head of the data, enlarged to ``text_tokens`` of text and cut at ``limit`` tokens of sequences."""
+    factor = text_tokens / sample.text_tokens
+    if limit is not None and factor * sample.tokens > limit:
+        factor = limit / sample.tokens
+    sequences, tokens = max(1, round(factor * sample.sequences)), round(factor * sample.tokens)
+    positions, scored = round(factor * sample.kept_positions), round(factor * sample.scored_tokens)
+    shards = _shards(tokens, sample.tokens / sample.sequences, config.store.shard_tokens)
+    rate = speed.tokens_per_second
+    engine = Range(low=scored / rate.high, likely=scored / rate.likely, high=scored / rate.low)
+    on_gpus = engine.times(speed.gpus_per_engine)
+    return Forecast(
+        text_tokens=round(factor * sample.text_tokens),
+        tokens=tokens,
+        scored_tokens=scored,
+        kept_positions=positions,
+        sequences=sequences,
+        shards=shards,
+        bytes=size.of(sequences=sequences, tokens=tokens, positions=positions, shards=shards),
+        engine_seconds=engine,
+        gpu_seconds=on_gpus,
+        wall_seconds=on_gpus.times(1 / gpus),
+        cost=None if price is None else on_gpus.times(price / 3600),
+    )
+
+
+def _shards(tokens: int, length: float, shard_tokens: int) -> int:
+    """A shard ends before the sequence that would exceed ``shard_tokens``: on average half a sequence early."""
+    if tokens <= shard_tokens:
+        return 1
+    return math.ceil(tokens / max(length, shard_tokens - length / 2))
+
+
+def _assumptions(
+    config: BuildConfig,
+    sample: Sample,
+    total: int | None,
+    size: Size,
+    speed: Speed,
+    gpus: int,
+    forecasts: tuple[Forecast, ...],
+    *,
+    limited: bool,
+) -> Iterator[str]:
+    """What the numbers rest on, a line each."""
+    data, store = config.data, config.store
+    part = "all of the data" if sample.whole else "the head of the data, and the rest is taken to be like it"
+    yield (
+        f"tokens: {sample.rows:,} rows with {sample.text_tokens:,} tokens were tokenised ({part}); they give "
+        f"{sample.sequences:,} sequences of {sample.tokens / sample.sequences:,.0f} tokens on average (max_length "
+        f"{data.max_length}, overlong {data.overlong}), {sample.tokens / sample.text_tokens:.1%} of the tokens; "
+        f"{sample.kept_positions / sample.tokens:.1%} of these are kept positions"
+    )
+    if not sample.whole:
+        yield (
+            "how many tokens the whole data set has cannot be told from its files"
+            if total is None
+            else f"the whole data set has about {total:,} tokens, by the sizes of its files"
+        )
+    if limited:
+        yield f"data.max_tokens={data.max_tokens} counts" + (
+            ", taking the data to have that many" if total is None else ""
+        )
+    elif data.max_tokens is not None:
+        yield "data.max_tokens is left aside, since token counts are given"
+    yield _size_assumption(store.top_k, size)
+    yield from speed.notes
+    if gpus != speed.gpus_per_engine:
+        yield (
+            f"{gpus // speed.gpus_per_engine} engines of {speed.gpus_per_engine} GPU(s) side by side, each with its part of "
+            "the data, nothing lost to sharing the work"
+        )
+    yield "time is prefill alone: not installing, starting engines, tokenising, fetching data"
+    yield f"while a build runs, its tokenised text takes {_PLAN_BYTES_PER_TOKEN} bytes per token beside the cache"
+    if (most := max(forecast.shards for forecast in forecasts)) > size.most_shards:
+        least = math.ceil(store.shard_tokens * most / size.most_shards / 1e6) * 1_000_000
+        yield (
+            f"WARNING: a manifest holds about {size.most_shards:,} shards, so {most:,} are too many for one cache; set "
+            f"store.shard_tokens to {least:,} or more, or build several caches"
+        )
+
+
+def _size_assumption(top_k: int, size: Size) -> str:
+    kept = f"{size.heads:.1f} head entries and {size.draws:.1f} {{}} per kept position"
+    if size.source == "probe":
+        return f"bytes: what the codec made of the probe, {kept.format('draws')}; the range is 10 % either way, since texts differ along the data"
+    return (
+        f"bytes: {kept.format('distinct draws')}, as these settings keep of SmolLM2-135M over English documentation; the "
+        "range is that of surer and less sure teachers, and 15 % for other texts and vocabularies; --probe measures"
+    )

@@ -1,0 +1,384 @@
+"""``data.generate``: the teacher's own answers, written down before anything is made of them.
+
+Rows become prompts, prompts become answers, and a prompt with its answer is a sequence like any other: planned, scored by
+prefill, stored. What is learnt is what the teacher wrote, token for token as it was sampled; no text is tokenised again.
+
+Everything lies in ``.build/generations/``. The prompts are streamed there first, in units of a few hundred answers; a unit
+counts once the file with its answers is there (``write_durably``), and is never written twice. So a build that was
+killed goes on at the first unit without answers, and what was committed is what ends up in the cache, whether or not the
+engine would sample the same again: engines round differently in other batches, which may turn a token.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict
+from tqdm import tqdm
+
+from cache_format.differences import describe_difference
+from cache_format.durable import load_state, sync, write_durably, writing_to
+from cache_format.errors import UserError
+from cache_format.manifest import DataHash, GenerationIdentity, TeacherIdentity, TokenizerIdentity
+from cache_format.tokenizer_identity import tokenizer_identity
+from pipeline.config import BuildConfig
+from pipeline.generate.prompts import PromptRow, Prompts
+from pipeline.interruption import at_safe_points, checkpoint
+from pipeline.teachers.base import Generator, Prompt, Sampling
+from pipeline.text.sources import Source
+from pipeline.text.tokenize import Tokenization
+from pipeline.types import Sequence
+
+_PROMPTS = pa.schema([("row_id", pa.string()), ("input_ids", pa.list_(pa.int32()))])
+_ANSWERS = pa.schema([("answer", pa.list_(pa.int32())), ("finish", pa.string())])
+_UNIT_ANSWERS = 256
+
+Finish = Literal["stop", "length", "empty"]
+
+
+class GenerationState(BaseModel):
+    """``.build/generations/prompts.json``: from here on a resumed build answers these prompts."""
+
+    model_config = ConfigDict(frozen=True)
+
+    request: dict[str, Any]
+    units: int
+    answers: int
+    counters: dict[str, int]
+    stamp: str
+    prompts_sha256: str
+    # None where an earlier version has written this.
+    tokenizer: TokenizerIdentity | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Written:
+    """What the teacher wrote: int32[m], its end token included where one came, and why it ended there.
+
+    ``stop``: at an end token or a stop string; ``length``: it may not be longer; ``empty``: at once.
+    """
+
+    input_ids: NDArray[np.int32]
+    finish: Finish
+
+
+class Generations:
+    """The answers to the prompts of one source, as sequences; ``complete`` comes before ``sequences``.
+
+    ``counters`` are those of ``Prompts``, and of the latest ``sequences()``: ``generations``; ``generated_tokens``;
+    ``finished_stop``, ``finished_length``, ``finished_empty`` (the teacher says nothing; sequences all the same where its
+    end token is left to be learnt); ``sequences``; ``tokens``; ``kept_positions``; ``stopped_at_max_tokens``.
+    """
+
+    def __init__(
+        self, prompts: Prompts, config: BuildConfig, sampling: Sampling, build_dir: Path, request: dict[str, Any]
+    ) -> None:
+        assert config.data.generate is not None
+        self.tokenizer = prompts.tokenizer
+        self.template = prompts.template
+        self.sampling = sampling
+        self._prompts = prompts
+        self._tokenizer = tokenizer_of(prompts, config)
+        self._config = config
+        self._settings = config.data.generate
+        self._request = request
+        self._folder = build_dir / "generations"
+        self._counters: Counter[str] = Counter()
+
+    @property
+    def counters(self) -> dict[str, int]:
+        return {**self._state().counters, **self._counters}
+
+    @property
+    def stamp(self) -> str:
+        """Of the source when the prompts were read."""
+        return self._state().stamp
+
+    @staticmethod
+    def request_in(build_dir: Path) -> dict[str, Any]:
+        """What was asked for when the prompts in ``build_dir`` were written; empty where there are none."""
+        file = build_dir / "generations" / "prompts.json"
+        return load_state(GenerationState, file).request if file.exists() else {}
+
+    def identity(self) -> GenerationIdentity:
+        return GenerationIdentity(
+            prompts_sha256=self._state().prompts_sha256,
+            end_tokens=self.sampling.end_tokens,
+            max_new_tokens=self._settings.max_new_tokens,
+        )
+
+    def complete(self, source: Source, start: Callable[[Sampling], Any]) -> None:
+        """Writes down the prompts and every answer that is missing; ``start`` starts the engine, if one is needed.
+
+        Raises UserError for answers that are there already but were written under other settings, with another tokenizer or
+        by another teacher; and where the data changes while it is read.
+        """
+        with writing_to(self._config.folder):
+            state = self._state() if self._state_file.exists() else self._write_prompts(source)
+            if state.request != self._request:
+                raise UserError(
+                    f"{self._config.output} holds an unfinished build with other settings: "
+                    f"{describe_difference(state.request, self._request)}; go back to them, start afresh with --restart, "
+                    "or choose another output"
+                )
+            if state.tokenizer is not None and (changes := tokenizer_changes(state.tokenizer, self._tokenizer)):
+                raise UserError(
+                    f"{self._config.output} holds prompts of another tokenizer: {self._config.teacher.model} has changed "
+                    f"since they were written ({changes}); put it back, start afresh with --restart, or choose another output"
+                )
+            missing = [unit for unit in range(state.units) if not self._answers_file(unit).exists()]
+            written = self._tokens(range(missing[0])) if missing else 0
+            if missing and written <= self._limit:
+                teacher = start(self.sampling)
+                check_teacher(self._folder.parent, teacher.identity())
+                self._answer(teacher, missing, state.answers, written)
+
+    def sequences(self, rows: Iterable[Any] = ()) -> Iterator[Sequence]:
+        """Streams prompts with their answers, as ``row/sample``, up to ``max_tokens``."""
+        self._counters = Counter(generations=0, generated_tokens=0, stopped_at_max_tokens=0, sequences=0, tokens=0)
+        limit, count = self._limit, self._counters
+        for unit in range(self._state().units):
+            for sequence_id, prompt, answer in self._written(unit):
+                tokens = len(prompt.input_ids) + len(answer.input_ids)
+                if count["tokens"] + tokens > limit:
+                    if count["sequences"] == 0:
+                        raise UserError(
+                            f"data.max_tokens is {limit}, but the first sequence ({sequence_id}) alone has {tokens} tokens; "
+                            "raise max_tokens or lower data.generate.max_new_tokens"
+                        )
+                    count["stopped_at_max_tokens"] = 1
+                    return
+                count["generations"] += 1
+                count[f"finished_{answer.finish}"] += 1
+                if not len(answer.input_ids):
+                    continue
+                count["generated_tokens"] += len(answer.input_ids)
+                count["sequences"] += 1
+                count["tokens"] += tokens
+                count["kept_positions"] += len(answer.input_ids)
+                input_ids = np.concatenate([prompt.input_ids, answer.input_ids])
+                yield Sequence(sequence_id, input_ids, np.arange(tokens) >= len(prompt.input_ids))
+
+    # --- prompts
+
+    def _write_prompts(self, source: Source) -> GenerationState:
+        """Streams the prompts to ``prompts.arrow``, a record batch for each unit."""
+        self._folder.mkdir(exist_ok=True)
+        digest, units, waiting = DataHash(), 0, list[PromptRow]()
+        per_unit = max(1, _UNIT_ANSWERS // self._settings.samples)
+        file = self._folder / "prompts.arrow"
+        stamp = source.stamp()
+
+        def flush() -> None:
+            nonlocal units
+            columns = [[row.row_id for row in waiting], [row.input_ids for row in waiting]]
+            out.write_batch(
+                pa.record_batch([pa.array(c, f.type) for c, f in zip(columns, _PROMPTS, strict=True)], schema=_PROMPTS)
+            )
+            units += 1
+            waiting.clear()
+
+        with pa.ipc.new_file(str(file), _PROMPTS) as out:
+            for row in self._prompts.prompts(source):
+                digest.update(row.row_id, row.input_ids, np.zeros(0, np.bool_))
+                waiting.append(row)
+                if len(waiting) == per_unit:
+                    flush()
+            if waiting:
+                flush()
+        sync(file)
+        check_unchanged(source, stamp, self._config)
+        counters = {**source.counters, **self._prompts.counters}
+        state = GenerationState(
+            request=self._request,
+            units=units,
+            answers=counters["prompts"] * self._settings.samples,
+            counters=counters,
+            stamp=stamp,
+            prompts_sha256=digest.hexdigest(),
+            tokenizer=self._tokenizer,
+        )
+        write_durably(self._state_file, state.model_dump_json(indent=2))
+        return state
+
+    def _rows(self, unit: int) -> list[PromptRow]:
+        with pa.ipc.open_file(pa.memory_map(str(self._folder / "prompts.arrow"))) as file:
+            batch = file.get_batch(unit)
+            return [
+                PromptRow(row_id.as_py(), ids.values.to_numpy().copy())
+                for row_id, ids in zip(*batch.columns, strict=True)
+            ]
+
+    def _asked(self, unit: int) -> Iterator[tuple[str, Prompt]]:
+        """The id and the prompt of each answer of a unit, in order."""
+        for row in self._rows(unit):
+            room = self._config.data.max_length - len(row.input_ids)
+            for sample in range(self._settings.samples):
+                longest = min(room, self._settings.max_new_tokens or room)
+                seed = answer_seed(self._settings.seed, row.row_id, sample)
+                yield f"{row.row_id}/{sample}", Prompt(row.input_ids, longest, seed)
+
+    # --- answers
+
+    def _answer(self, generator: Generator, missing: list[int], total: int, written: int) -> None:
+        """Writes the answers of the missing units, in order, until there is text enough: ``written`` tokens are there."""
+        started, sampled = time.monotonic(), 0
+        answers = generator.generate(prompt for unit in missing for _, prompt in self._asked(unit))
+        done = total - sum(1 for unit in missing for _ in self._asked(unit))
+        try:
+            with (
+                at_safe_points(),
+                tqdm(total=total, initial=done, unit="answer", desc="generate", dynamic_ncols=True) as bar,
+            ):
+                for unit in missing:
+                    unit_answers: list[Written] = []
+                    for _ in self._asked(unit):
+                        checkpoint()
+                        ids = next(answers)
+                        sampled += len(ids)
+                        bar.set_postfix_str(f"{sampled / (time.monotonic() - started):,.0f} tok/s", refresh=False)
+                        bar.update()
+                        unit_answers.append(
+                            cut(ids, self.sampling, self._decode, include_stop=self._settings.include_stop)
+                        )
+                    self._commit(unit, unit_answers)
+                    written += self._tokens([unit])
+                    if written > self._limit:
+                        return
+        finally:
+            close = getattr(answers, "close", None)
+            if close is not None:
+                close()
+
+    def _commit(self, unit: int, answers: list[Written]) -> None:
+        sink = pa.BufferOutputStream()
+        columns = [[answer.input_ids for answer in answers], [answer.finish for answer in answers]]
+        with pa.ipc.new_file(sink, _ANSWERS) as out:
+            out.write_batch(
+                pa.record_batch([pa.array(c, f.type) for c, f in zip(columns, _ANSWERS, strict=True)], schema=_ANSWERS)
+            )
+        write_durably(self._answers_file(unit), sink.getvalue().to_pybytes())
+
+    def _written(self, unit: int) -> Iterator[tuple[str, Prompt, Written]]:
+        """Each answer of a unit with its id and prompt; nothing where it has no answers (``max_tokens`` came first)."""
+        if not self._answers_file(unit).exists():
+            return
+        with pa.ipc.open_file(pa.memory_map(str(self._answers_file(unit)))) as file:
+            ids, finish = file.get_batch(0).columns
+            for (sequence_id, prompt), answer, why in zip(self._asked(unit), ids, finish, strict=True):
+                yield sequence_id, prompt, Written(answer.values.to_numpy().copy(), why.as_py())
+
+    def _tokens(self, units: Iterable[int]) -> int:
+        """Of the prompts and answers that these units hold."""
+        each = (written for unit in units for written in self._written(unit))
+        return sum(len(prompt.input_ids) + len(answer.input_ids) for _, prompt, answer in each)
+
+    @property
+    def _limit(self) -> float:
+        return self._config.data.max_tokens or math.inf
+
+    def _decode(self, ids: NDArray[np.int32]) -> str:
+        text: str = self.tokenizer.decode(ids.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text
+
+    @property
+    def _state_file(self) -> Path:
+        return self._folder / "prompts.json"
+
+    def _state(self) -> GenerationState:
+        return load_state(GenerationState, self._state_file)
+
+    def _answers_file(self, unit: int) -> Path:
+        return self._folder / f"answers-{unit:06d}.arrow"
+
+
+def cut(
+    input_ids: NDArray[np.int32], sampling: Sampling, decode: Callable[[NDArray[np.int32]], str], *, include_stop: bool
+) -> Written:
+    """Where an answer ends: with its first end token, or at the first stop string, whichever comes first.
+
+    Without ``include_stop``, the tokens are cut off that hold nothing but the stop string and what follows it; one in which
+    the answer ends and the stop string begins stays whole, as it was sampled. With it, the answer goes on through the token
+    that completes the stop string.
+    """
+    ended = np.flatnonzero(np.isin(input_ids, sampling.end_tokens))
+    ids = input_ids[: ended[0] + 1] if len(ended) else input_ids
+    content = ids[:-1] if len(ended) else ids
+    finish: Finish = "stop" if len(ended) else "length"
+    text = decode(ids) if sampling.stop else ""
+    if any(stop in text for stop in sampling.stop):
+        counts = range(len(ids) + 1)
+        through = bisect_left(counts, True, key=lambda n: any(stop in decode(ids[:n]) for stop in sampling.stop))
+        text = decode(ids[:through])
+        at = min(position for stop in sampling.stop if (position := text.find(stop)) >= 0)
+        before = bisect_left(counts, True, key=lambda n: decode(ids[:n])[:at] == text[:at])
+        ids, content, finish = ids[: through if include_stop else before], ids[:before], "stop"
+    return Written(ids, finish if len(content) else "empty")
+
+
+def answer_seed(seed: int, row_id: str, sample: int) -> int:
+    """63 bits that belong to one answer, wherever and whenever it is sampled."""
+    name = f"{seed}\0{row_id}\0{sample}".encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little") >> 1
+
+
+def prompts_sha256(prompts: Iterable[PromptRow]) -> str:
+    """What the prompts of a source hash to now; to be compared with a manifest's."""
+    digest = DataHash()
+    for row in prompts:
+        digest.update(row.row_id, row.input_ids, np.zeros(0, np.bool_))
+    return digest.hexdigest()
+
+
+def check_unchanged(source: Source, stamp: str, config: BuildConfig) -> None:
+    """Raises UserError where the data is no longer what ``stamp`` said before its first row was read."""
+    try:
+        now = source.stamp()
+    except OSError:  # a file is gone
+        now = ""
+    if now != stamp:
+        raise UserError(
+            f"{config.data.path} has changed while it was read; run the same command again once nothing writes to it"
+        )
+
+
+def tokenizer_of(text: Prompts | Tokenization | Generations, config: BuildConfig) -> TokenizerIdentity:
+    """The tokenizer and the chat template in force, as a manifest names them."""
+    template = text.template.text if text.template else None
+    return TokenizerIdentity(name=config.teacher.model, **tokenizer_identity(text.tokenizer, template))
+
+
+def tokenizer_changes(before: TokenizerIdentity, now: TokenizerIdentity) -> str:
+    """What of a tokenizer differs, for people; empty where nothing does."""
+    parts = {
+        "vocab_sha256": "its vocabulary",
+        "sha256": "how it turns text into ids",
+        "chat_template_sha256": "its chat template",
+    }
+    return ", ".join(part for field, part in parts.items() if getattr(before, field) != getattr(now, field))
+
+
+def check_teacher(build_dir: Path, teacher: TeacherIdentity) -> None:
+    """The teacher that scores answers is the one that wrote them: the first one is written down, others are refused."""
+    file = build_dir / "generations" / "teacher.json"
+    if not file.exists():
+        write_durably(file, teacher.model_dump_json(indent=2))
+        return
+    first = load_state(TeacherIdentity, file)
+    before, now = (each.model_dump(mode="json", exclude={"route"}) for each in (first, teacher))
+    if before != now:
+        raise UserError(
+            f"{build_dir.parent} holds answers of another teacher: {describe_difference(before, now)}; "
+            "go on with that one, start afresh with --restart, or choose another output"
+        )

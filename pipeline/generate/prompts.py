@@ -1,0 +1,149 @@
+"""From rows to prompts: what the teacher reads before it writes an answer.
+
+A chat, or a single question, is rendered with the chat template up to the point where the assistant speaks; what the
+assistant says there already is taken off, since the teacher is asked for its own words. A text is continued as it stands.
+A prompt is never cut: one that leaves no room for an answer is left out, and counted.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cache_format.errors import UserError
+from pipeline.config import DataConfig
+from pipeline.text.chat_template import ChatTemplate, Refused
+from pipeline.text.long_texts import LONG, LongTexts, pieces
+from pipeline.text.sources import SYSTEM_ROLES, Row
+from pipeline.text.tokenize import AddedTokens, batches, check_ids
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PromptRow:
+    """The prompt of one row: its id, and int32[n], n >= 1."""
+
+    row_id: str
+    input_ids: NDArray[np.int32]
+
+
+class Prompts:
+    """Turns the rows of one source into prompts.
+
+    ``template`` is the chat template in force, None for texts that are continued.
+
+    ``counters`` describes the latest ``prompts()``: ``prompts``; ``overlong_prompts``; ``answers_replaced`` (chats that
+    ended with the assistant); ``special_tokens_in_content`` (chats with a text that spells a special token);
+    ``without_prompt`` (chats in which nobody asks); ``without_tokens``; ``refused_by_template``.
+
+    Raises UserError if the tokenizer has no chat template where one is needed.
+    """
+
+    def __init__(self, tokenizer: Any, config: DataConfig, vocab_size: int) -> None:
+        assert config.generate is not None
+        self.tokenizer = tokenizer
+        self.template = ChatTemplate(tokenizer, config) if config.kind == "chats" else None
+        self._config = config
+        self._settings = config.generate
+        self._vocab_size = vocab_size
+        self._counters: Counter[str] = Counter()
+        self._refusal = ""
+        self._quiet = {"verbose": False} if hasattr(tokenizer, "model_max_length") else {}
+
+    @property
+    def counters(self) -> dict[str, int]:
+        return dict(self._counters)
+
+    def prompts(self, rows: Iterable[Row]) -> Iterator[PromptRow]:
+        """Streams prompts, in order, until they alone, each with one token of answer, would exceed ``max_tokens``.
+
+        Raises UserError for an id outside the vocabulary, and where there is no prompt at all.
+        """
+        self._counters = Counter(prompts=0)
+        self._refusal = ""
+        tokens = 0
+        for batch in batches(rows):
+            for row_id, ids in self._tokenised(batch):
+                if not ids:
+                    self._counters["without_tokens"] += 1
+                    continue
+                if len(ids) >= self._config.max_length:
+                    self._counters["overlong_prompts"] += 1
+                    continue
+                tokens += self._settings.samples * (len(ids) + 1)
+                if (
+                    self._config.max_tokens is not None
+                    and tokens > self._config.max_tokens
+                    and self._counters["prompts"]
+                ):
+                    return
+                input_ids = np.asarray(ids, np.int32)
+                check_ids(input_ids, self._vocab_size, f"prompt {row_id}")
+                self._counters["prompts"] += 1
+                yield PromptRow(row_id, input_ids)
+        if self._counters["prompts"] == 0:
+            raise UserError(self._nothing_made())
+
+    def _tokenised(self, batch: list[Row]) -> Iterator[tuple[str, list[int]]]:
+        documents = self.template is None
+        if self.template is None:
+            texts = {row.row_id: self._added.once(row.text or "")[0] for row in batch}
+        else:
+            texts = {row.row_id: text for row in batch if (text := self._rendered(row, self.template)) is not None}
+        special = documents and self._config.add_special_tokens
+        short = [text for text in texts.values() if len(text) <= LONG]
+        encoded = iter(self.tokenizer(short, add_special_tokens=special, **self._quiet)["input_ids"] if short else ())
+        for row_id, text in texts.items():
+            if len(text) <= LONG:
+                ids = next(encoded)
+            else:  # no more than shows that it is too long
+                ids = next(
+                    pieces(self._long_texts.ids(text, add_special_tokens=special), self._config.max_length + 2)
+                ).tolist()
+            # Some tokenizers end every text with EOS; one that is to go on has not ended.
+            yield row_id, ids[:-1] if documents and ids and ids[-1] == self.tokenizer.eos_token_id else ids
+
+    @cached_property
+    def _long_texts(self) -> LongTexts:
+        return LongTexts(self.tokenizer)
+
+    @cached_property
+    def _added(self) -> AddedTokens:
+        return AddedTokens(self.tokenizer, self._config.add_special_tokens)
+
+    def _rendered(self, row: Row, template: ChatTemplate) -> str | None:
+        messages = row.messages or [{"role": "user", "content": row.text}]
+        asked = len(messages)
+        while asked and messages[asked - 1]["role"] == "assistant":
+            asked -= 1
+        if not asked or messages[asked - 1]["role"] in SYSTEM_ROLES:
+            self._counters["without_prompt"] += 1
+            return None
+        replaced, messages = asked < len(messages), messages[:asked]
+        if self._settings.system_prompt is not None and messages[0]["role"] not in SYSTEM_ROLES:
+            messages = [{"role": "system", "content": self._settings.system_prompt}, *messages]
+        messages = template.prepared(messages, row.tools)
+        template.check_tools(row.row_id, messages, row.tools)
+        if template.special_token_in(row.row_id, messages, row.tools):
+            self._counters["special_tokens_in_content"] += 1
+        try:
+            text = template.render(messages, row.tools, add_generation_prompt=True)
+        except Refused as refusal:
+            self._counters["refused_by_template"] += 1
+            self._refusal = self._refusal or f"{row.row_id}: {refusal}"
+            return None
+        self._counters["answers_replaced"] += replaced
+        return text
+
+    def _nothing_made(self) -> str:
+        reasons = ", ".join(f"{n} {name}" for name, n in self._counters.items() if n) or "no rows"
+        first = f" (the first one: {self._refusal})" if self._refusal else ""
+        return (
+            f"no prompt came out of {self._config.path}: {reasons}{first}; "
+            "look at data.max_length and the chat template"
+        )

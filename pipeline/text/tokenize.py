@@ -1,0 +1,518 @@
+"""From rows to sequences: which tokens the teacher reads, and which of them a student will learn.
+
+Documents: every token but the first is learnt. One above ``max_length`` may be cut into consecutive pieces; each piece
+is scored on its own, so its teacher has not read the pieces before it. What the tokenizer puts in front of a text (BOS,
+usually) is put in front of every piece, as a teacher trained with it predicts badly without; it is repeated context, learnt
+by nobody. Where there is no such token, a piece's first token of text is learnt by nobody. A text that has the special
+tokens already, as one that another tool has rendered does, gets no second ones.
+
+Chats: rendered once as a whole with the chat template and tokenised once. What the assistant wrote is learnt, its
+end-of-turn token included: its characters are found in the rendered text, and a token is the assistant's if it holds at
+least one of them.
+
+A text above a million characters is tokenised in parts (``pipeline.text.long_texts``), and no further than ``max_length`` asks
+for where the rest is cut off or the text left out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain, pairwise
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cache_format.errors import UserError
+from pipeline.config import DataConfig
+from pipeline.text.chat_template import ChatTemplate, Messages, Refused, Span
+from pipeline.text.long_texts import LONG, LongTexts, Tokens, head, pieces, special_tokens, with_whole_offsets
+from pipeline.text.sources import SYSTEM_ROLES, Row
+from pipeline.types import Sequence
+
+log = logging.getLogger(__name__)
+
+_BATCH_ROWS = 256
+_BATCH_CHARACTERS = 1 << 20
+_MANY_TURNS = 8  # from which on a chat is rendered in windows
+_PIECE_LIKE = re.compile(r"/\d+$")
+# BOS of widely used tokenizers. Text that begins with another tokenizer's was rendered for that one.
+_KNOWN_BOS = (
+    "<s>",
+    "<bos>",
+    "<|begin_of_text|>",
+    "<|endoftext|>",
+    "<|startoftext|>",
+    "<｜begin▁of▁sentence｜>",
+    "[BOS]",
+)
+
+_Counted = tuple[Sequence, tuple[str, ...]]
+"""A sequence, and the counters that go up if it is taken."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Rendered:
+    """A chat as text; ``spans`` are the characters of its assistant turns that are learnt, rising, end exclusive; the
+    others are ``unlearnt`` in number."""
+
+    row_id: str
+    text: str
+    spans: list[Span]
+    unlearnt: int
+
+
+class Tokenization:
+    """Turns the rows of one source into sequences.
+
+    tokenizer:  a fast tokenizer of transformers, or anything with its surface: ``tokenizer(list of str,
+                add_special_tokens=..., return_offsets_mapping=...)`` and ``apply_chat_template``.
+    vocab_size: how many ids the teacher knows; every id must be below it.
+
+    ``template`` is the chat template in force, None for documents.
+
+    ``counters`` describes the latest ``sequences()``: ``documents`` or ``chats`` used; ``second_bos_removed`` and
+    ``second_eos_removed``, documents whose text held what the tokenizer adds; ``foreign_bos``, those that begin with the
+    BOS of another tokenizer, which is text to this one; ``split_documents`` and the ``pieces`` they gave; ``truncated``;
+    ``dropped_overlong``; ``without_tokens``; ``nothing_to_learn`` (chats in which the assistant says nothing, or nothing
+    within ``max_length``); ``special_tokens_in_content`` (chats with a text that spells a special token);
+    ``refused_by_template``; ``turns_not_learnt`` (of the chats used, the assistant's turns that a
+    mark makes context); ``sequences``; ``tokens``;
+    ``kept_positions``; ``stopped_at_max_tokens`` (0 or 1).
+
+    Raises UserError if the tokenizer lacks what the config asks for: a chat template, offsets, an EOS token.
+    """
+
+    def __init__(self, tokenizer: Any, config: DataConfig, vocab_size: int) -> None:
+        self.tokenizer = tokenizer
+        self.template: ChatTemplate | None = None
+        self._config = config
+        self._vocab_size = vocab_size
+        self._counters: Counter[str] = Counter()
+        self._refusal = ""
+        # transformers warns about texts above the model's length, which is what the cutting here is for.
+        self._quiet = {"verbose": False} if hasattr(tokenizer, "model_max_length") else {}
+        if config.append_eos and tokenizer.eos_token_id is None:
+            raise UserError("data.append_eos is set, but the tokenizer has no EOS token; leave append_eos out")
+        if config.messages_field is not None:
+            self.template = ChatTemplate(tokenizer, config)
+            self._offset_tokenizer = _with_offsets(tokenizer)
+
+    @property
+    def counters(self) -> dict[str, int]:
+        return dict(self._counters)
+
+    def sequences(self, rows: Iterable[Row]) -> Iterator[Sequence]:
+        """Streams the sequences of ``rows`` up to ``max_tokens``; ids are ``row_id``, or ``row_id/piece`` for pieces.
+
+        Rows are read in batches, so a source may have read a few more than there are sequences for.
+
+        Raises UserError: an id outside the vocabulary, two sequences of one id, a template whose assistant turns cannot
+        be found, the first sequence alone above ``max_tokens``, a document to be cut into pieces that have no room for
+        text, or no sequence at all.
+        """
+        self._counters = Counter(sequences=0, tokens=0, kept_positions=0, stopped_at_max_tokens=0)
+        self._refusal = ""
+        used: set[int] = set()
+        for batch in batches(rows):
+            for sequence, kinds in self._chats(batch, self.template) if self.template else self._documents(batch):
+                if not self._fits(sequence):
+                    return
+                self._check(sequence, used)
+                self._counters.update(kinds)
+                self._counters["sequences"] += 1
+                self._counters["tokens"] += len(sequence.input_ids)
+                self._counters["kept_positions"] += int(sequence.loss_mask.sum())
+                yield sequence
+        if self._counters["sequences"] == 0:
+            raise UserError(self._nothing_made())
+
+    # --- documents ---
+
+    def _documents(self, batch: list[Row]) -> Iterator[_Counted]:
+        config = self._config
+        cleaned = [self._added.once(row.text or "") for row in batch]
+        texts = [text for text, _ in cleaned]
+        short = [text for text in texts if len(text) <= LONG]
+        encoded = iter(
+            self.tokenizer(short, add_special_tokens=config.add_special_tokens, **self._quiet)["input_ids"]
+            if short
+            else ()
+        )
+        for row, (text, found) in zip(batch, cleaned, strict=True):
+            if len(text) <= LONG:
+                parts: Iterable[NDArray[np.int32]] = [np.asarray(next(encoded), np.int32)]
+            else:
+                parts = self._long_texts.ids(text, add_special_tokens=config.add_special_tokens)
+            yield from self._document(row, self._ended(parts) if config.append_eos else parts, found)
+
+    def _document(self, row: Row, parts: Iterable[NDArray[np.int32]], found: tuple[str, ...]) -> Iterator[_Counted]:
+        """``parts``: the ids of the document, read as far as they are needed; ``found``: counters of its text."""
+        cut = pieces(parts, self._config.max_length)
+        first, second = next(cut, None), next(cut, None)
+        if first is None:
+            self._counters["without_tokens"] += 1
+        elif second is None:
+            yield _learnt(row.row_id, first), ("documents", *found)
+        elif self._config.overlong == "drop":
+            self._counters["dropped_overlong"] += 1
+        elif self._config.overlong == "truncate":
+            yield _learnt(row.row_id, first), ("documents", "truncated", *found)
+        else:  # a last piece of one token is kept, so that the pieces together, each begun once, are the text
+            beginning = self._beginning
+            room = self._config.max_length - len(beginning)
+            if room < 1:
+                raise UserError(self._no_room())
+            yield _learnt(f"{row.row_id}/0", first), ("documents", "split_documents", "pieces", *found)
+            for number, rest in enumerate(pieces(chain((second,), cut), room), 1):
+                piece = np.concatenate((beginning, rest))
+                yield _learnt(f"{row.row_id}/{number}", piece, given=max(1, len(beginning))), ("pieces",)
+
+    def _ended(self, parts: Iterable[NDArray[np.int32]]) -> Iterator[NDArray[np.int32]]:
+        """With EOS behind them, unless there is one or there is nothing to end."""
+        eos, last = self.tokenizer.eos_token_id, None
+        for part in parts:
+            last = part[-1] if len(part) else last
+            yield part
+        if last is not None and last != eos:
+            yield np.asarray([eos], np.int32)
+
+    @cached_property
+    def _beginning(self) -> NDArray[np.int32]:
+        """What the tokenizer puts in front of a document; n = 0 for one that adds nothing, or is told not to."""
+        return np.asarray(special_tokens(self.tokenizer)[0] if self._config.add_special_tokens else [], np.int32)
+
+    @cached_property
+    def _long_texts(self) -> LongTexts:
+        return LongTexts(self.tokenizer)
+
+    @cached_property
+    def _added(self) -> AddedTokens:
+        return AddedTokens(self.tokenizer, self._config.add_special_tokens)
+
+    # --- chats ---
+
+    def _chats(self, batch: list[Row], template: ChatTemplate) -> Iterator[_Counted]:
+        rendered = list(self._render_all(batch, template))
+        if not rendered:
+            return
+        for chat, (ids, offsets) in zip(rendered, self._tokens([chat.text for chat in rendered]), strict=True):
+            mask = _tokens_in(chat.spans, offsets)
+            mask[:1] = False
+            limit = self._config.max_length
+            if len(ids) > limit and self._config.overlong == "drop":
+                self._counters["dropped_overlong"] += 1
+            elif not mask[:limit].any():
+                self._counters["nothing_to_learn"] += 1
+            else:  # a piece from the middle of a chat is no chat, so `split` cuts off as `truncate` does
+                kinds = ("chats", *["turns_not_learnt"] * chat.unlearnt)
+                if len(ids) > limit:
+                    kinds += ("truncated",)
+                yield Sequence(chat.row_id, ids[:limit], mask[:limit]), kinds
+
+    def _tokens(self, texts: list[str]) -> Iterator[Tokens]:
+        """The tokens of rendered chats; of long ones as many as show that they are longer than ``max_length``."""
+        short = [text for text in texts if len(text) <= LONG]
+        if short:
+            encoded = self._offset_tokenizer(
+                short, add_special_tokens=False, return_offsets_mapping=True, **self._quiet
+            )
+            ready = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+        for text in texts:
+            if len(text) > LONG:
+                yield head(self._long_texts.tokens(text), self._config.max_length + 1)
+            else:
+                ids, offsets = next(ready)
+                yield np.asarray(ids, np.int32), np.asarray(offsets, np.int64).reshape(-1, 2)
+
+    def _render_all(self, batch: list[Row], template: ChatTemplate) -> Iterator[_Rendered]:
+        for row in batch:
+            messages = row.messages or []
+            turns = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
+            learnt = [turn for turn in turns if turn not in row.unlearnt]
+            if not learnt:
+                self._counters["nothing_to_learn"] += 1
+                continue
+            messages = template.prepared(messages, row.tools)
+            template.check_tools(row.row_id, messages, row.tools)
+            if template.special_token_in(row.row_id, messages, row.tools):
+                self._counters["special_tokens_in_content"] += 1
+            render = self._render_marked if template.marks_answers else self._render_by_prefixes
+            try:
+                text, spans = render(template, messages, row, learnt)
+            except Refused as refusal:
+                self._counters["refused_by_template"] += 1
+                self._refusal = self._refusal or f"{row.row_id}: {refusal}"
+                continue
+            yield _Rendered(row.row_id, text, spans, len(turns) - len(learnt))
+
+    def _render_marked(
+        self, template: ChatTemplate, messages: Messages, row: Row, learnt: list[int]
+    ) -> tuple[str, list[Span]]:
+        """A template with ``{% generation %}`` blocks says itself what the assistant wrote; its author's word counts.
+
+        A block is a turn's if it is in the chat up to that turn, at the same place, and not in the chat before. A template
+        that looks ahead has no such places; there the order tells, if there is one block for each turn.
+        """
+        text, spans = template.render_marked(messages, row.tools)
+        turns = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
+        if len(learnt) == len(turns):
+            return text, spans
+        ends = []
+        for turn in turns[:-1]:
+            start, blocks = template.render_marked(messages[: turn + 1], row.tools)
+            shared = [block for block in blocks if block in spans and text[slice(*block)] == start[slice(*block)]]
+            ends.append(len(shared) if shared == spans[: len(shared)] else -1)
+        ends = [0, *ends, len(spans)]
+        if any(end <= before for before, end in pairwise(ends)):
+            if len(spans) != len(turns):
+                raise UserError(self._unattributed(row.row_id))
+            ends = list(range(len(turns) + 1))
+        of_turn = {turn: spans[before:end] for turn, (before, end) in zip(turns, pairwise(ends), strict=True)}
+        return text, [span for turn in learnt for span in of_turn[turn]]
+
+    def _render_by_prefixes(
+        self, template: ChatTemplate, messages: Messages, row: Row, learnt: list[int]
+    ) -> tuple[str, list[Span]]:
+        """The assistant's turn ``i`` is what the chat up to it has more than the prompt that asks for it.
+
+        White space after the end-of-turn token separates turns and is nobody's. A chat that opens with the assistant
+        has no prompt for that turn: it is context.
+        """
+        text = template.render(messages, row.tools)
+        if len(learnt) >= _MANY_TURNS:
+            found = self._render_by_windows(template, text, messages, row, learnt)
+            if found is not None:
+                return text, found
+        spans = []
+        for turn in learnt:
+            if turn == 0:
+                continue
+            prompt = template.render(messages[:turn], row.tools, add_generation_prompt=True)
+            through = text if turn + 1 == len(messages) else template.render(messages[: turn + 1], row.tools)
+            if not (text.startswith(through) and through.startswith(prompt)):
+                raise UserError(self._unstable(row.row_id, turn))
+            spans.append((len(prompt), max(len(prompt), len(through.rstrip()))))
+        return text, spans
+
+    def _render_by_windows(
+        self, template: ChatTemplate, text: str, messages: Messages, row: Row, learnt: list[int]
+    ) -> list[Span] | None:
+        """The spans of ``_render_by_prefixes`` at a cost linear in turns; None where it cannot be told so.
+
+        A chat is a row of rounds, each rendered behind the system prompt and the round before it instead of behind the
+        whole chat. It counts only if all that the rounds add makes up ``text``, to the character.
+        """
+        lead = next((i for i, message in enumerate(messages) if message["role"] not in SYSTEM_ROLES), len(messages))
+        starts, spans, at = _rounds(messages, lead), list[Span](), 0
+        for number, (start, end) in enumerate(pairwise([*starts, len(messages)])):
+            before = messages[:lead]
+            if number:
+                before = [*before, *_question(messages, starts[number - 1]), *messages[starts[number - 1] : start]]
+            window = [*before, *messages[start:end]]
+            try:
+                begun = template.render(before, row.tools) if number else ""
+                whole = template.render(window, row.tools)
+                if not (whole.startswith(begun) and text.startswith(whole[len(begun) :], at)):
+                    return None
+                for turn in (turn for turn in learnt if start <= turn < end and turn):
+                    length = len(before) + turn - start
+                    prompt = template.render(window[:length], row.tools, add_generation_prompt=True)
+                    through = whole if turn + 1 == end else template.render(window[: length + 1], row.tools)
+                    if not (whole.startswith(through) and through.startswith(prompt)):
+                        return None
+                    shift = at - len(begun)
+                    spans.append((shift + len(prompt), shift + max(len(prompt), len(through.rstrip()))))
+            except Refused:
+                return None
+            at += len(whole) - len(begun)
+        return spans if at == len(text) else None
+
+    # --- checks ---
+
+    def _fits(self, sequence: Sequence) -> bool:
+        limit, tokens = self._config.max_tokens, len(sequence.input_ids)
+        if limit is None or self._counters["tokens"] + tokens <= limit:
+            return True
+        if self._counters["sequences"] == 0:
+            raise UserError(
+                f"data.max_tokens is {limit}, but the first sequence ({sequence.sequence_id}) alone has {tokens} "
+                "tokens; raise max_tokens or lower data.max_length"
+            )
+        self._counters["stopped_at_max_tokens"] = 1
+        return False
+
+    def _check(self, sequence: Sequence, used: set[int]) -> None:
+        check_ids(sequence.input_ids, self._vocab_size, f"sequence {sequence.sequence_id}")
+        # Row ids are unique; only one that looks like a piece ("book/0") can meet a piece of another row ("book").
+        if self._config.id_field is not None and _PIECE_LIKE.search(sequence.sequence_id):
+            digest = int.from_bytes(hashlib.blake2b(sequence.sequence_id.encode(), digest_size=8).digest())
+            if digest in used:
+                raise UserError(
+                    f"two sequences are called {sequence.sequence_id!r}, one of them a piece of a longer document; "
+                    "choose another data.id_field, or none to use row numbers"
+                )
+            used.add(digest)
+
+    def _unstable(self, row_id: str, turn: int) -> str:
+        name = str(self._config.chat_template) if self._config.chat_template else "the tokenizer's chat template"
+        return (
+            f"{name} renders the start of chat {row_id} otherwise than the whole (message {turn}), so the assistant's "
+            "tokens cannot be found; put {% generation %}...{% endgeneration %} around them in the template, "
+            "or set data.chat_template to one that does not look ahead"
+        )
+
+    def _unattributed(self, row_id: str) -> str:
+        return (
+            f"chat {row_id} has turns that are not to be learnt, but the template's {{% generation %}} blocks are more or "
+            "fewer than its turns, so which block is whose cannot be told; set data.chat_template to one with a block for "
+            "each turn of the assistant"
+        )
+
+    def _no_room(self) -> str:
+        return (
+            f"a piece of a long document gives no token to learn: each begins with the tokens that the tokenizer puts in "
+            f"front of a text ({len(self._beginning)}), which leaves no room for text; raise data.max_length "
+            f"({self._config.max_length}), or set data.add_special_tokens=false or data.overlong=drop"
+        )
+
+    def _nothing_made(self) -> str:
+        reasons = ", ".join(f"{n} {name}" for name, n in self._counters.items() if n) or "no rows"
+        first = f" (the first one: {self._refusal})" if self._refusal else ""
+        return (
+            f"no sequence came out of {self._config.path}: {reasons}{first}; "
+            "look at data.max_length, data.overlong and the chat template"
+        )
+
+
+class AddedTokens:
+    """Documents without the special tokens at their ends that the tokenizer adds to every text."""
+
+    def __init__(self, tokenizer: Any, add_special_tokens: bool) -> None:
+        self._tokenizer, self._adds = tokenizer, add_special_tokens
+        self._warned = False
+
+    def once(self, text: str) -> tuple[str, tuple[str, ...]]:
+        """``text`` without them, and the counters of ``Tokenization`` that go up."""
+        beginnings, ends = self._strings
+        found = []
+        cleaned = text
+        while (at := next((len(each) for each in beginnings if cleaned.startswith(each)), 0)) > 0:
+            cleaned = cleaned[at:]
+        if len(cleaned) < len(text):
+            found.append("second_bos_removed")
+        begun = len(cleaned)
+        while (at := next((len(each) for each in ends if cleaned.endswith(each)), 0)) > 0:
+            cleaned = cleaned[:-at]
+        if len(cleaned) < begun:
+            found.append("second_eos_removed")
+        foreign = next((bos for bos in self._foreign if text.startswith(bos)), None)
+        if foreign is not None:
+            found.append("foreign_bos")
+            if not self._warned:
+                log.warning(
+                    "a document begins with %s, which another tokenizer takes for the beginning of a text and this one for "
+                    "text, to be learnt; take it out of the data if that is not meant (counted as foreign_bos)",
+                    foreign,
+                )
+                self._warned = True
+        return cleaned, tuple(found)
+
+    @cached_property
+    def _strings(self) -> tuple[list[str], list[str]]:
+        """How a text spells what is added in front, or the last of it, and behind, or the first of it; longest first."""
+        if not self._adds:
+            return [], []
+        try:
+            before, after = special_tokens(self._tokenizer)
+        except UserError:  # what is added cannot be told from the text
+            return [], []
+        beginnings = [self._spelled(before[at:]) for at in range(len(before))]
+        ends = [self._spelled(after[:at]) for at in range(len(after), 0, -1)]
+        return [each for each in beginnings if each], [each for each in ends if each]
+
+    def _spelled(self, ids: list[int]) -> str:
+        """The text that gives special tokens ``ids``; empty where there is none."""
+        if not set(ids) <= {*self._tokenizer.all_special_ids, *getattr(self._tokenizer, "added_tokens_decoder", {})}:
+            return ""
+        spelled = "".join(map(str, self._tokenizer.convert_ids_to_tokens(ids)))
+        again = self._tokenizer([spelled], add_special_tokens=False)["input_ids"][0]
+        return spelled if list(again) == ids else ""
+
+    @cached_property
+    def _foreign(self) -> tuple[str, ...]:
+        own = self._tokenizer.get_vocab() if hasattr(self._tokenizer, "get_vocab") else {}
+        return tuple(bos for bos in _KNOWN_BOS if bos not in own) if own else ()
+
+
+def _learnt(sequence_id: str, ids: NDArray[np.int32], given: int = 1) -> Sequence:
+    """A sequence of which all is learnt but the first ``given`` tokens, at least one: nothing predicts the very first."""
+    mask = np.ones(len(ids), np.bool_)
+    mask[:given] = False
+    return Sequence(sequence_id, ids, mask)
+
+
+def _rounds(messages: Messages, lead: int) -> list[int]:
+    """Where rounds begin behind the system prompt: at a question, and where the assistant goes on after a tool."""
+    starts = [lead]
+    for index in range(lead + 1, len(messages)):
+        before, role = messages[index - 1]["role"], messages[index]["role"]
+        if role == "user" != before or (role == "assistant" and before == "tool"):
+            starts.append(index)
+    return starts
+
+
+def _question(messages: Messages, start: int) -> Messages:
+    """The question that a round is about, for one that begins with the assistant."""
+    if messages[start]["role"] == "user":
+        return []
+    asked = next((index for index in range(start - 1, -1, -1) if messages[index]["role"] == "user"), None)
+    return [] if asked is None else [messages[asked]]
+
+
+def _tokens_in(spans: list[Span], offsets: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """bool[n]: tokens that hold a character of a span. ``offsets``: int64[n, 2], characters, end exclusive."""
+    mask = np.zeros(len(offsets), np.bool_)
+    for start, end in spans:
+        mask |= (offsets[:, 0] < end) & (offsets[:, 1] > start)
+    return mask
+
+
+def batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    """Rows to tokenise in one call: enough for the tokenizer's threads, few enough that long documents fit."""
+    batch: list[Row] = []
+    characters = 0
+    for row in rows:
+        batch.append(row)
+        characters += len(row.text or "") + sum(len(str(message.get("content"))) for message in row.messages or [])
+        if len(batch) == _BATCH_ROWS or characters >= _BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def check_ids(input_ids: NDArray[np.int32], vocab_size: int, where: str) -> None:
+    """Raises UserError for an id that the teacher does not know."""
+    largest = int(input_ids.max())
+    if largest >= vocab_size:
+        raise UserError(
+            f"the tokenizer gives id {largest} ({where}), but the teacher knows ids below {vocab_size}; "
+            "the tokenizer is not this teacher's"
+        )
+
+
+def _with_offsets(tokenizer: Any) -> Any:
+    try:
+        return with_whole_offsets(tokenizer)
+    except (NotImplementedError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{type(tokenizer).__name__} gives no character offsets, which the loss mask of chats needs; "
+            "use a fast tokenizer (one with a tokenizer.json), or documents"
+        ) from error

@@ -1,0 +1,777 @@
+"""Sources on real files of every format: the rows that come out, what is skipped, and what is said when it goes wrong."""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import gzip
+import json
+import lzma
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+
+from cache_format.errors import UserError
+from pipeline.config import DataConfig
+from pipeline.text.file_formats import read_columns, read_rows
+from pipeline.text.sources import Row, open_source
+
+HI = {"role": "user", "content": "hi"}
+YO = {"role": "assistant", "content": "yo"}
+
+Records = list[dict[str, Any]]
+
+
+def json_lines(records: Records) -> bytes:
+    return b"".join(json.dumps(record, ensure_ascii=False).encode() + b"\n" for record in records)
+
+
+def write_table(path: Path, records: Records, delimiter: str) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(records[0]), delimiter=delimiter)
+        writer.writeheader()
+        writer.writerows(records)
+
+
+def write_ipc(path: Path, records: Records, open_writer: Callable[..., Any]) -> None:
+    table = pa.Table.from_pylist(records)
+    with open_writer(str(path), table.schema) as writer:
+        writer.write_table(table, max_chunksize=3)
+
+
+WRITERS: dict[str, Callable[[Path, Records], object]] = {
+    "a.jsonl": lambda p, r: p.write_bytes(json_lines(r)),
+    "a.ndjson": lambda p, r: p.write_bytes(b"\xef\xbb\xbf" + json_lines(r)),  # a byte order mark, as Windows writes it
+    "a.json": lambda p, r: p.write_text(json.dumps(r, indent=1)),
+    "lines.json": lambda p, r: p.write_bytes(json_lines(r)),
+    "a.jsonl.gz": lambda p, r: p.write_bytes(gzip.compress(json_lines(r))),
+    "a.jsonl.bz2": lambda p, r: p.write_bytes(bz2.compress(json_lines(r))),
+    "a.jsonl.xz": lambda p, r: p.write_bytes(lzma.compress(json_lines(r))),
+    "a.jsonl.zst": lambda p, r: p.write_bytes(zstandard.compress(json_lines(r))),
+    "a.json.gz": lambda p, r: p.write_bytes(gzip.compress(json.dumps(r).encode())),
+    "a.json.xz": lambda p, r: p.write_bytes(lzma.compress(b"\xef\xbb\xbf" + json.dumps(r, indent=1).encode())),
+    "a.json.zst": lambda p, r: p.write_bytes(zstandard.compress(json.dumps(r).encode())),
+    "lines.json.zst": lambda p, r: p.write_bytes(zstandard.compress(b"\n \n" + json.dumps(r, indent=1).encode())),
+    "a.csv": lambda p, r: write_table(p, r, ","),
+    "a.tsv": lambda p, r: write_table(p, r, "\t"),
+    "a.parquet": lambda p, r: pq.write_table(pa.Table.from_pylist(r), p, row_group_size=3),
+    "a.arrow": lambda p, r: write_ipc(p, r, pa.ipc.new_stream),
+    "file.arrow": lambda p, r: write_ipc(p, r, pa.ipc.new_file),
+}
+
+
+def rows_of(path: object, **settings: Any) -> list[Row]:
+    return list(open_source(DataConfig(path=str(path), **settings)))
+
+
+def message_of(path: object, **settings: Any) -> str:
+    with pytest.raises(UserError) as caught:
+        rows_of(path, **settings)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def random_texts(rng: np.random.Generator, count: int) -> list[str]:
+    alphabet = list('ab 1,;"\n\té日🙂👩‍👩‍👧 \u2028')
+    return ["x" + "".join(rng.choice(alphabet, rng.integers(1, 40))) + "." for _ in range(count)]
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_every_format_gives_the_rows_that_were_written(name: str, tmp_path: Path, rng: np.random.Generator) -> None:
+    texts = random_texts(rng, 11)
+    records = [{"n": i, "text": text, "key": f"k{i}"} for i, text in enumerate(texts)]
+    WRITERS[name](tmp_path / name, records)
+
+    rows = rows_of(tmp_path / name)
+    assert [row.text for row in rows] == texts
+    assert [row.row_id for row in rows] == [f"train/{i}" for i in range(11)]
+    assert all(row.messages is None for row in rows)
+    assert [row.row_id for row in rows_of(tmp_path / name, id_field="key")] == [f"k{i}" for i in range(11)]
+    assert [row.row_id for row in rows_of(tmp_path / name, id_field="n")] == [str(i) for i in range(11)]
+
+
+def test_only_a_line_feed_ends_a_json_line(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'\r\n{"text":\r"a"}\r\n\n{"text": "b\xe2\x80\xa8c"}')
+    assert rows_of(tmp_path / "a.jsonl") == [Row("train/0", "a", None), Row("train/1", "b\u2028c", None)]
+
+
+def test_a_line_of_a_text_file_is_a_row(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one\n\ntwo 🙂\r\nthree", encoding="utf-8")
+    source = open_source(DataConfig(path=str(tmp_path / "a.txt")))
+    assert [(row.row_id, row.text) for row in source] == [
+        ("train/0", "one"),
+        ("train/2", "two 🙂"),
+        ("train/3", "three"),
+    ]
+    assert source.counters == {"rows_read": 4, "rows_skipped_empty": 1}
+
+
+def test_csv_cells_stay_text(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('text,id\n007,1\nNA,2\n"",3\n"a ""quoted"", cell",4\nshort\n')
+    assert [row.text for row in rows_of(tmp_path / "a.csv")] == ["007", "NA", 'a "quoted", cell', "short"]
+    assert "row train/4" in message_of(tmp_path / "a.csv", id_field="id")
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow", "file.arrow"])
+def test_maps_are_objects(name: str, tmp_path: Path) -> None:
+    """Spark writes a map where others write a struct."""
+
+    def write(*messages: list[tuple[str, str]]) -> None:
+        chats = pa.list_(pa.map_(pa.string(), pa.string()))
+        table = pa.table({"messages": pa.array([list(messages)], chats)})
+        if name == "a.parquet":
+            pq.write_table(table, tmp_path / name)
+            return
+        with (pa.ipc.new_file if name == "file.arrow" else pa.ipc.new_stream)(
+            str(tmp_path / name), table.schema
+        ) as out:
+            out.write_table(table)
+
+    write(list(HI.items()), list(YO.items()))
+    assert rows_of(tmp_path / name, messages_field="messages") == [Row("train/0", None, [HI, YO])]
+    write([*HI.items(), ("content", "ho")], list(YO.items()))
+    assert "content" in message_of(tmp_path / name, messages_field="messages")
+
+
+def test_a_local_folder_needs_no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Containers often run as a user whose home cannot be written; nothing of a folder of files needs a copy."""
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "file" / "datasets"))
+    for name in ("plain", "with [brackets]"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train.jsonl").write_bytes(json_lines([{"text": name}]))
+        assert [row.text for row in rows_of(tmp_path / name)] == [name]
+        assert sorted(path.name for path in (tmp_path / name).iterdir()) == ["train.jsonl"]
+
+
+def test_rows_without_text_are_counted_by_reason_and_keep_their_numbers(tmp_path: Path) -> None:
+    lines = ['{"text": null}', '{"text": "a"}', '{"text": 5}', '{"text": ["x"]}', '{"text": ""}', '{"text": " \\n"}']
+    lines += ['{"other": 1}', '{"text": "half \\ud83d"}', '{"text": "b"}']
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    source = open_source(DataConfig(path=str(tmp_path / "a.jsonl")))
+    for _ in range(2):  # and once more from the start
+        assert [(row.row_id, row.text) for row in source] == [("train/1", "a"), ("train/8", "b")]
+        assert source.counters == {
+            "rows_read": 9,
+            "rows_skipped_null": 2,
+            "rows_skipped_not_a_string": 2,
+            "rows_skipped_empty": 2,
+            "rows_skipped_broken_unicode": 1,
+        }
+
+
+def test_a_column_may_change_its_type_anywhere(tmp_path: Path) -> None:
+    records = [{"text": f"t{i}", "meta": None if i < 50 else {"at": i} if i < 70 else i} for i in range(100)]
+    (tmp_path / "a.jsonl").write_bytes(json_lines(records))
+    assert len(rows_of(tmp_path / "a.jsonl")) == 100
+
+
+def test_reading_is_lazy(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(json_lines([{"text": "good"}] * 2000) + b'{"text": oops\n')
+    rows = iter(open_source(DataConfig(path=str(tmp_path / "a.jsonl"))))
+    assert next(rows).text == "good"
+    with pytest.raises(UserError, match="line 2001"):
+        list(rows)
+
+
+# --- chats
+
+
+def test_chats(tmp_path: Path) -> None:
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {"x": 1}}}]}
+    records = [
+        {"messages": [HI, YO]},
+        {"messages": None},
+        {"messages": []},
+        {"messages": "text"},
+        {"messages": [HI, "yo"]},
+        {"messages": [{"from": "human", "value": "hi"}]},
+        {"messages": [HI, {"role": "gpt", "content": "yo"}]},
+        {"messages": [HI, {"role": "assistant", "content": None}]},
+        {"messages": [{"role": "user", "content": "half \ud83d"}, YO]},
+        {"messages": [HI, call, {"role": "tool", "content": "2"}, YO]},
+        {"messages": json.dumps([HI, YO])},
+    ]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, records)))
+    source = open_source(DataConfig(path=str(tmp_path / "a.jsonl"), messages_field="messages"))
+    rows = list(source)
+    assert [row.row_id for row in rows] == ["train/0", "train/9", "train/10"]
+    assert [row.text for row in rows] == [None] * 3
+    assert rows[0].messages == rows[2].messages == [HI, YO]
+    assert rows[1].messages == [HI, call, {"role": "tool", "content": "2"}, YO]
+    assert source.counters == {
+        "rows_read": 11,
+        "rows_skipped_null": 1,
+        "rows_skipped_empty": 1,
+        "rows_skipped_not_a_chat": 2,
+        "rows_skipped_sharegpt": 1,
+        "rows_skipped_unknown_role": 1,
+        "rows_skipped_null_content": 1,
+        "rows_skipped_broken_unicode": 1,
+    }
+
+
+def test_keys_that_arrow_filled_with_none_are_taken_out(tmp_path: Path) -> None:
+    chat = [HI, {**YO, "name": "bot"}]
+    pq.write_table(pa.Table.from_pylist([{"chat": chat}]), tmp_path / "a.parquet")
+    (row,) = rows_of(tmp_path / "a.parquet", messages_field="chat")
+    assert row.messages == chat
+
+
+def parts(*texts: str) -> list[dict[str, Any]]:
+    return [{"type": "text", "text": text} for text in texts]
+
+
+CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+
+
+def test_content_is_text_or_the_row_is_skipped(tmp_path: Path) -> None:
+    """A template writes what it is given, a list or a dict too, and a student would learn that."""
+    image = {"type": "image_url", "image_url": {"url": "data:"}}
+    contents: list[Any] = [
+        *(parts("one"), parts("one", " two", ""), [{**parts("a")[0], "cache_control": {"type": "ephemeral"}}]),
+        *([*parts("see"), image], [image], {"type": "text", "text": "a"}, 5, 0, False, ["a"]),
+        *([{"type": "text", "text": None}], [{"type": "text"}], [{"text": "a"}], [None]),
+    ]
+    records = [{"chat": [HI, {"role": "assistant", "content": content}]} for content in contents]
+    records.append({"chat": [{"role": "user", "content": parts("hi")}, YO]})
+    for name, write in (
+        ("a.jsonl", lambda record: record),
+        ("strings.jsonl", lambda record: {"chat": json.dumps(record["chat"])}),
+    ):
+        (tmp_path / name).write_bytes(json_lines([write(record) for record in records]))
+        source = open_source(DataConfig(path=str(tmp_path / name), messages_field="chat"))
+        rows = list(source)
+        assert [row.messages[1]["content"] for row in rows if row.messages] == ["one", "one two", "a", "yo"]
+        assert rows[-1].messages == [HI, YO]
+        assert source.counters == {"rows_read": 15, "rows_skipped_content_not_text": 11}
+
+
+def test_content_may_be_missing_beside_calls_only(tmp_path: Path) -> None:
+    call = {"role": "assistant", "tool_calls": [CALL]}
+    records = [
+        *([HI, call], [HI, {**call, "content": None}], [HI, {**call, "content": parts("")}]),
+        *([HI, {**call, "tool_calls": []}], [HI, {**call, "tool_calls": None, "content": None}]),
+        *([HI, {"role": "assistant", "content": None, "tool_calls": []}], [{"role": "user"}, YO]),
+    ]
+    (tmp_path / "a.jsonl").write_bytes(json_lines([{"chat": record} for record in records]))
+    source = open_source(DataConfig(path=str(tmp_path / "a.jsonl"), messages_field="chat"))
+    null = [HI, {**call, "content": None}]
+    assert [row.messages for row in source] == [null, null, [HI, {**call, "content": ""}]]
+    assert source.counters == {"rows_read": 7, "rows_skipped_not_a_chat": 2, "rows_skipped_null_content": 2}
+
+
+def test_what_arrow_filled_in_is_taken_out_at_every_depth(tmp_path: Path) -> None:
+    other = {"type": "function", "function": {"name": "g", "arguments": {"y": [{"z": 1}, {"w": 2}]}}}
+    chat = [
+        {"role": "user", "content": parts("hi")},
+        {"role": "assistant", "content": None, "tool_calls": [CALL, other]},
+        {"role": "tool", "content": [{**parts("2")[0], "cache_control": "no"}]},
+        {"role": "assistant", "content": parts("yo")},
+    ]
+    pq.write_table(pa.Table.from_pylist([{"chat": chat}]), tmp_path / "a.parquet")
+    (row,) = rows_of(tmp_path / "a.parquet", messages_field="chat")
+    assert row.messages == [HI, chat[1], {"role": "tool", "content": "2"}, YO]
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {**YO, "name": "\ud83d"},
+        {**YO, "\ud83d": 1},
+        {"role": "assistant", "content": parts("a", "\ud83d")},
+        {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": '"\ud83d"'}}]},
+        {"role": "assistant", "content": "", "tool_calls": [{"function": {"arguments": {"x": ["\ud83d"]}}}]},
+    ],
+    ids=["name", "key", "part", "arguments", "nested"],
+)
+def test_half_a_surrogate_pair_anywhere_in_a_chat(tmp_path: Path, message: dict[str, Any]) -> None:
+    (tmp_path / "a.jsonl").write_text(f"{json.dumps({'chat': [HI, message]})}\n{json.dumps({'chat': [HI, YO]})}\n")
+    source = open_source(DataConfig(path=str(tmp_path / "a.jsonl"), messages_field="chat"))
+    assert [row.messages for row in source] == [[HI, YO]]
+    assert source.counters == {"rows_read": 2, "rows_skipped_broken_unicode": 1}
+
+
+def test_chats_nested_too_deeply(tmp_path: Path) -> None:
+    deep = "[" * 100_000
+    nested: Any = "x"
+    for _ in range(400):  # JSON can be read so deep, but not what is in it
+        nested = {"a": [nested]}
+    records = [{"chat": deep}, {"chat": [HI, {**YO, "tool_calls": nested}]}, {"chat": [HI, YO]}]
+    (tmp_path / "a.jsonl").write_bytes(json_lines(records))
+    source = open_source(DataConfig(path=str(tmp_path / "a.jsonl"), messages_field="chat"))
+    assert [row.row_id for row in source][-1] == "train/2"
+    assert source.counters["rows_skipped_not_a_chat"] >= 1
+    (tmp_path / "b.jsonl").write_text('{"text": "a"}\n{"text": ' + deep + "\n")
+    assert "b.jsonl, line 2: not JSON (nested too deeply)" in message_of(tmp_path / "b.jsonl")
+
+
+# --- folders, saved data sets, the hub
+
+
+def test_a_folder_of_files(tmp_path: Path) -> None:
+    (tmp_path / "b.jsonl").write_bytes(json_lines([{"text": "third"}]))
+    (tmp_path / "a.jsonl").write_bytes(json_lines([{"text": "first"}, {"text": "second"}]))
+    (tmp_path / "README.md").write_text("# about it")
+    assert [(row.row_id, row.text) for row in rows_of(tmp_path)] == [
+        ("train/0", "first"),
+        ("train/1", "second"),
+        ("train/2", "third"),
+    ]
+
+
+def test_a_folder_with_splits(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+        pq.write_table(pa.table({"text": [f"of {split}"]}), tmp_path / split / "part.parquet")
+    assert rows_of(tmp_path, split="test") == [Row("test/0", "of test", None)]
+    assert "no split 'tset'; expected test, train; did you mean 'test'?" in message_of(tmp_path, split="tset")
+
+
+def test_files_of_a_folder_need_the_same_columns(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": ["a"]}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"body": ["b"]}), tmp_path / "b.parquet")
+    assert "b.parquet has no column 'text'" in message_of(tmp_path)
+
+
+SPECIAL = ["[ab]", "a?", "a*", "a::b", "[!x]", "x.py", "json"]
+
+
+@pytest.mark.parametrize("name", SPECIAL)
+def test_paths_are_taken_literally(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder beside it that the name matches as a pattern must not be read; nor the module `json` of `datasets`."""
+    for folder, text in ((name, "mine"), ("a", "other"), ("ab", "other"), ("y", "other")):
+        (tmp_path / folder / "train").mkdir(parents=True)
+        (tmp_path / folder / "train" / "x.jsonl").write_bytes(json_lines([{"text": text}]))
+    (tmp_path / name / "test").mkdir()
+    (tmp_path / name / "test" / f"{name}.jsonl").write_bytes(json_lines([{"text": "of test"}]))
+    monkeypatch.chdir(tmp_path)
+    for path in (tmp_path / name, name):
+        assert rows_of(path) == [Row("train/0", "mine", None)]
+        assert rows_of(path, split="test") == [Row("test/0", "of test", None)]
+        assert rows_of(path, split="all") == [Row("all/0", "of test", None), Row("all/1", "mine", None)]
+    assert [row.text for row in rows_of(tmp_path / name / "test" / f"{name}.jsonl")] == ["of test"]
+    assert "no split 'dev'; expected test, train" in message_of(name, split="dev")
+
+
+def test_names_that_are_one_without_their_special_characters(tmp_path: Path) -> None:
+    for number, name in enumerate(["a[1", "a]1", "ax1", "a?1"]):
+        (tmp_path / f"{name}.jsonl").write_bytes(json_lines([{"text": str(number)}]))
+    assert sorted(row.text or "" for row in rows_of(tmp_path)) == ["0", "1", "2", "3"]
+
+
+def test_the_card_of_a_folder_with_a_special_name(tmp_path: Path) -> None:
+    folder = tmp_path / "[a]"
+    folder.mkdir()
+    for name in ("one", "two", "three"):
+        (folder / f"{name}.jsonl").write_bytes(json_lines([{"text": name}]))
+    (folder / "README.md").write_text(
+        "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: [one.jsonl, two.jsonl]\n---\n"
+    )
+    assert [row.text for row in rows_of(folder)] == ["one", "two"]
+    assert [row.text for row in rows_of(folder, split="all")] == ["one", "three", "two"]
+
+
+@pytest.mark.parametrize(
+    ("files", "read", "left_out"),
+    [
+        (["train_part1.jsonl", "more.jsonl", "extra.jsonl"], ["train_part1.jsonl"], "extra.jsonl, more.jsonl"),
+        (["a.jsonl", "b.parquet", "c.parquet"], ["b.parquet", "c.parquet"], "a.jsonl"),
+        (["train/a.jsonl", "test/b.jsonl", "books/c.jsonl"], ["train/a.jsonl"], "books/c.jsonl"),
+    ],
+)
+def test_files_that_are_left_out_are_named_and_counted(
+    files: list[str], read: list[str], left_out: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        WRITERS["a.parquet" if name.endswith("parquet") else "a.jsonl"](tmp_path / name, [{"text": name}])
+    source = open_source(DataConfig(path=str(tmp_path)))
+    assert [row.text for row in source] == read
+    missing = left_out.count(",") + 1
+    assert source.counters == {"rows_read": len(read), "files_left_out": missing}
+    (line,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert f"reading {len(read)} of 3 data files" in line
+    assert f"into no split: {left_out}; data.split=all reads every file of the folder" in line
+    caplog.clear()
+    source = open_source(DataConfig(path=str(tmp_path), split="all"))
+    assert [row.text for row in source] == sorted(files)
+    assert source.counters == {"rows_read": 3}
+    assert not caplog.records
+
+
+def test_a_folder_of_which_datasets_makes_nothing_says_how_to_read_it(tmp_path: Path) -> None:
+    for name in ("unit-test/a.jsonl", "books/b.jsonl"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_bytes(json_lines([{"text": name}]))
+    assert "no split 'train'; expected test; data.split=all reads all 2 data files" in message_of(tmp_path)
+    (tmp_path / "train").mkdir()
+    write_table(tmp_path / "train" / "c.csv", [{"text": "c"}], ",")  # another type in another split
+    message = message_of(tmp_path)
+    assert "cannot open data set" in message
+    assert "data.split=all reads all 3 data files of the folder" in message
+    assert [row.text for row in rows_of(tmp_path, split="all")] == ["books/b.jsonl", "c", "unit-test/a.jsonl"]
+
+
+def test_links_to_folders(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """``datasets`` does not enter them: they are said to be left out, and read with the rest, once."""
+    (tmp_path / "far").mkdir()
+    (tmp_path / "far" / "b.jsonl").write_bytes(json_lines([{"text": "b"}]))
+    folder = tmp_path / "far-and-here"  # the start of its name is the name of the other
+    folder.mkdir()
+    (folder / "a.jsonl").write_bytes(json_lines([{"text": "a"}]))
+    (folder / "link").symlink_to(tmp_path / "far")
+    (folder / "link-again").symlink_to(tmp_path / "far")
+    (folder / "loop").symlink_to(folder)
+    (folder / "above").symlink_to(tmp_path)
+    (folder / "sub").mkdir()
+    (folder / "sub" / "c.jsonl").write_bytes(json_lines([{"text": "c"}]))
+    (folder / "alias").symlink_to(folder / "sub")
+    (tmp_path / "far" / "loop").symlink_to(tmp_path / "far")
+    assert [row.text for row in rows_of(folder)] == ["a", "c"]
+    assert "into no split: link/b.jsonl; data.split=all" in caplog.text
+    assert [row.text for row in rows_of(folder, split="all")] == ["a", "b", "c"]
+
+
+def test_other_splits_are_no_files_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+        (tmp_path / split / "a.jsonl").write_bytes(json_lines([{"text": split}]))
+    source = open_source(DataConfig(path=str(tmp_path)))
+    assert list(source) == [Row("train/0", "train", None)]
+    assert source.counters == {"rows_read": 1}
+    assert [record.levelname for record in caplog.records if record.name == "pipeline.text.sources"] == ["INFO"]
+    assert "reading 1 of 2 data files, split 'train' (other splits: test)" in caplog.text
+
+
+def test_a_file_that_matches_twice_is_read_once(tmp_path: Path) -> None:
+    (tmp_path / "train-train.jsonl").write_bytes(json_lines([{"text": "once"}]))
+    assert [row.text for row in rows_of(tmp_path)] == ["once"]
+
+
+@pytest.mark.parametrize("kind", ["torch", "numpy", "pandas", "polars", "arrow"])
+@pytest.mark.parametrize("columns", [None, ["n"], ["id"]])
+def test_a_format_that_was_saved_with_the_data_changes_nothing(
+    kind: str, columns: list[str] | None, tmp_path: Path
+) -> None:
+    from datasets import Dataset, DatasetDict
+
+    data = Dataset.from_dict({"text": ["a", "b"], "id": [100, 101], "n": [[1, 2]] * 2, "chat": [[HI, YO]] * 2})
+    data.with_format(kind, columns=columns).save_to_disk(tmp_path / "one")
+    DatasetDict(train=data.with_format(kind, columns=columns)).save_to_disk(tmp_path / "many")
+    for folder in (tmp_path / "one", tmp_path / "many"):
+        assert rows_of(folder, id_field="id") == [Row("100", "a", None), Row("101", "b", None)]
+        assert [row.messages for row in rows_of(folder, messages_field="chat")] == [[HI, YO]] * 2
+
+
+def test_a_saved_data_set_whose_path_is_a_chain_to_datasets(tmp_path: Path) -> None:
+    from datasets import Dataset
+
+    data = Dataset.from_dict({"text": ["a"]})
+    data.save_to_disk(tmp_path / "plain")
+    (tmp_path / "plain").rename(tmp_path / "a::b")
+    assert "takes '::' in the path of a saved data set" in message_of(tmp_path / "a::b")
+    (tmp_path / "a::b").rename(tmp_path / "[a]*?")
+    assert rows_of(tmp_path / "[a]*?") == [Row("train/0", "a", None)]
+
+
+def test_data_sets_saved_to_disk(tmp_path: Path) -> None:
+    from datasets import Dataset, DatasetDict
+
+    data = Dataset.from_dict({"text": ["a", None, "c"], "chat": [[HI, YO]] * 3})
+    data.save_to_disk(tmp_path / "one")
+    DatasetDict(train=data, test=data.select([2])).save_to_disk(tmp_path / "many")
+    assert rows_of(tmp_path / "one") == [Row("train/0", "a", None), Row("train/2", "c", None)]
+    assert rows_of(tmp_path / "many", split="test", messages_field="chat") == [Row("test/0", None, [HI, YO])]
+    assert "no split 'dev'" in message_of(tmp_path / "many", split="dev")
+    assert "no column 'txt'" in message_of(tmp_path / "one", text_field="txt")
+
+
+def test_the_files_of_a_hub_data_set_are_read_at_the_commit_that_was_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hub itself is out of reach of a test: what `datasets` answers is played, on a local folder."""
+    import datasets
+
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    folder = tmp_path / f"name@{commit}"
+    folder.mkdir()
+    pq.write_table(pa.table({"text": ["from the hub"]}), folder / "part.parquet")
+    asked = []
+
+    def builder(path: str, **settings: object) -> SimpleNamespace:
+        asked.append((path, settings))
+        files = {datasets.Split.TRAIN: [f"file://{folder}/part.parquet"]}
+        return SimpleNamespace(config=SimpleNamespace(data_files=files))
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", builder)
+    source = open_source(DataConfig(path="user/name", name="small", revision="v1"))
+    assert asked == [("user/name", {"name": "small", "revision": "v1", "cache_dir": None})]
+    assert list(source) == [Row("train/0", "from the hub", None)]
+    assert source.stamp() == f"hub:user/name@{commit}"
+
+
+def test_what_datasets_raises_becomes_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    def unreachable(path: str, **settings: object) -> None:
+        raise ConnectionError("no\nroute")
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", unreachable)
+    assert message_of("user/name") == "cannot open data set 'user/name': no route (ConnectionError)"
+
+
+# --- ids and stamps
+
+
+def test_an_id_that_occurs_twice_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(json_lines([{"text": "x", "id": key} for key in ("a", 7, "b", "7")]))
+    assert "'7' occurs twice in column 'id'" in message_of(tmp_path / "a.jsonl", id_field="id")
+
+
+def test_an_id_that_is_no_unicode_text(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "x", "id": "a"}\n{"text": "y", "id": "b\\ud83d"}\n')
+    message = message_of(tmp_path / "a.jsonl", id_field="id")
+    assert r"row train/1" in message
+    assert r"'b\ud83d'" in message
+    message.encode()
+
+
+def test_the_stamp_follows_the_files(tmp_path: Path) -> None:
+    file = tmp_path / "d" / "a.jsonl"
+    file.parent.mkdir()
+    file.write_bytes(json_lines([{"text": "one"}]))
+    os.utime(file, ns=(1, 10**18))
+
+    def stamp(path: Path) -> str:
+        return open_source(DataConfig(path=str(path))).stamp()
+
+    first, first_folder = stamp(file), stamp(file.parent)
+    assert first == stamp(file)
+    moved = file.parent.rename(tmp_path / "e")
+    assert stamp(moved) == first_folder
+    os.utime(moved / "a.jsonl", ns=(1, 10**18 + 1))
+    assert stamp(moved / "a.jsonl") != first
+    assert stamp(moved) != first_folder
+
+
+# --- mistakes
+
+
+def test_missing_and_unreadable_files(tmp_path: Path) -> None:
+    assert "no data at" in message_of(tmp_path / "nothing")
+    assert "no data at 'not/here.jsonl'" in message_of("not/here.jsonl")
+    (tmp_path / "a.parquet").write_bytes(b"not parquet")
+    assert "a.parquet" in message_of(tmp_path / "a.parquet")
+    (tmp_path / "a.docx").write_bytes(b"PK")
+    assert "expected a file of type .arrow, .csv, .json" in message_of(tmp_path / "a.docx")
+    (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
+    assert "latin.txt, line 1: byte 1 of the line (0xe9) is not UTF-8" in message_of(tmp_path / "latin.txt")
+    (tmp_path / "list.jsonl").write_text('{"text": "a"}\n["b"]\n')
+    assert "line 2: found a list" in message_of(tmp_path / "list.jsonl")
+    (tmp_path / "mixed.json").write_text('[{"text": "a"}, "b"]')
+    assert "element 1: found a str" in message_of(tmp_path / "mixed.json")
+    (tmp_path / "cut.json").write_text('\n[{"text": "a"},\n{"te')
+    assert "not JSON" in message_of(tmp_path / "cut.json")
+    assert "line 3 column 2" in message_of(tmp_path / "cut.json")
+    (tmp_path / "none").mkdir()
+    assert "cannot open data set" in message_of(tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("a.csv", b'text\n"ok"\n"open\n', "a.csv, line 3: unexpected end of data"),
+        ("a.csv", b'text\nok\n"x" y\n', "a.csv, line 3: ',' expected after '\"'"),
+        ("a.csv", b"text\nok\nhello, world\n", "a.csv, line 3: found 2 cells, expected 1"),
+        ("a.csv", b"text,id,text\na,1,b\n", "has 2 columns of the name 'text'"),
+        ("a.csv", b"text\nok\ncaf\xe9\n", "a.csv, line 3: byte 4 of the line (0xe9) is not UTF-8"),
+        ("a.tsv", b"text\nok\nhello\tworld\n", "a.tsv, line 3: found 2 cells, expected 1"),
+        ("a.jsonl", b'{"text": "ok"}\n\n{"text": "caf\xe9"}\n', "a.jsonl, line 3: byte 14 of the line (0xe9)"),
+        ("a.jsonl", b'{"text": "ok"}\n\n{"text": \n', "a.jsonl, line 3: not JSON"),
+        ("a.json", b'[{"text": "ok"},\n {"text": "caf\xe9"}]\n', "a.json, line 2: byte 15 of the line (0xe9)"),
+        ("a.txt", b"ok\n" * 4999 + b"caf\xe9\n", "a.txt, line 5000: byte 4 of the line (0xe9)"),
+        ("a.txt.gz", gzip.compress(b"ok\ncaf\xe9\n", mtime=0), "a.txt.gz, line 2: byte 4 of the line (0xe9)"),
+        *(
+            (name, content.encode(encoding), "is UTF-16 or UTF-32 text, expected UTF-8; convert it")
+            for name, content in (("a.txt", "some text\n"), ("a.jsonl", '{"text": "a"}\n'), ("a.csv", "text\na\n"))
+            for encoding in ("utf-16", "utf-16-le", "utf-16-be", "utf-32")
+        ),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 999, mtime=0)[:-20], "a.jsonl.gz"),
+        ("a.jsonl.bz2", bz2.compress(b'{"text": "a"}\n' * 999)[:-20], "a.jsonl.bz2"),
+        ("a.jsonl.xz", lzma.compress(b'{"text": "a"}\n' * 999)[:-20], "a.jsonl.xz"),
+        ("a.jsonl.zst", zstandard.compress(b'{"text": "a"}\n' * 999)[:-20], "a.jsonl.zst"),
+        *((f"a.jsonl{suffix}", b'{"text": "a"}\n', f"a.jsonl{suffix}") for suffix in (".gz", ".bz2", ".xz", ".zst")),
+    ],
+)
+def test_what_is_wrong_in_a_file_is_said_with_its_place(name: str, content: bytes, says: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    assert says in message_of(tmp_path / name)
+    if "UTF-16" in says or "columns" in says:
+        return
+    # The same among others: which file it was is in the message all the same.
+    (tmp_path / "good.txt").touch()
+    assert says in message_of(tmp_path, split="all")
+
+
+def test_two_columns_of_one_name(tmp_path: Path) -> None:
+    table = pa.table([["a"], ["b"], ["c"]], names=["text", "text", "id"])
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pa.ipc.new_file(str(tmp_path / "a.arrow"), table.schema) as file:
+        file.write_table(table)
+    for name in ("a.parquet", "a.arrow"):
+        assert f"{name} has 2 columns of the name 'text'" in message_of(tmp_path / name)
+        assert [row.text for row in rows_of(tmp_path / name, text_field="id")] == ["c"]
+    (tmp_path / "a.csv").write_text(",,text,,\n1,2,a,,\n")  # cells without a name are nobody's
+    assert [row.text for row in rows_of(tmp_path / "a.csv")] == ["a"]
+    (tmp_path / "b.csv").write_text("text\n\na,,\n")
+    assert [row.text for row in rows_of(tmp_path / "b.csv")] == ["a"]
+
+
+def test_a_damaged_page_names_the_file(tmp_path: Path) -> None:
+    pq.write_table(
+        pa.table({"text": [f"row {i}" * 9 for i in range(2000)]}), tmp_path / "a.parquet", row_group_size=500
+    )
+    content = bytearray((tmp_path / "a.parquet").read_bytes())
+    content[len(content) // 2 : len(content) // 2 + 400] = bytes(400)
+    (tmp_path / "a.parquet").write_bytes(content)
+    message = message_of(tmp_path / "a.parquet")
+    assert message.startswith(f"cannot read {tmp_path / 'a.parquet'} after row ")
+
+
+def test_a_compressed_file_of_several_parts_is_read_whole(tmp_path: Path) -> None:
+    lines = [json_lines([{"text": str(i)}]) for i in range(5)]
+    packers = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": zstandard.compress}
+    for suffix, pack in packers.items():
+        path = tmp_path / f"a.jsonl{suffix}"
+        path.write_bytes(b"".join(map(pack, lines)))
+        assert [row.text for row in rows_of(path)] == list("01234")
+    wide = zstandard.ZstdCompressor(compression_params=zstandard.ZstdCompressionParameters(window_log=28))
+    (tmp_path / "wide.jsonl.zst").write_bytes(wide.compressobj().compress(b"") + wide.compress(b"".join(lines)))
+    assert [row.text for row in rows_of(tmp_path / "wide.jsonl.zst")] == list("01234")
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress, bz2.compress, lzma.compress, zstandard.compress])
+def test_remote_files(pack: Callable[[bytes], bytes]) -> None:
+    suffix = {gzip.compress: ".gz", bz2.compress: ".bz2", lzma.compress: ".xz", zstandard.compress: ".zst"}.get(
+        pack, ""
+    )
+    url = f"memory://test-remote-files/a.jsonl{suffix}"
+    filesystem = fsspec.filesystem("memory")
+    try:
+        filesystem.pipe_file(url, pack(json_lines([{"text": "a"}, {"text": "b"}])))
+        assert read_columns(url) == ["text"]
+        assert list(read_rows(url, ["text"])) == [{"text": "a"}, {"text": "b"}]
+        filesystem.pipe_file(url, pack(b'{"text": "a"}\n{"text": "\xe9"}\n'))
+        with pytest.raises(UserError, match=r"line 2: byte 11 of the line \(0xe9\) is not UTF-8"):
+            list(read_rows(url, ["text"]))
+    finally:
+        filesystem.rm("test-remote-files", recursive=True)
+
+
+def test_a_package_that_is_missing_is_named_with_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.jsonl.zst").write_bytes(zstandard.compress(b'{"text": "a"}\n'))
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    assert "need the package zstandard, which is not installed; pip install 'logitcask[text]'" in message_of(
+        tmp_path / "a.jsonl.zst"
+    )
+
+
+def test_a_missing_column_is_named_with_those_that_exist(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(json_lines([{"body": "x", "messages": [HI, YO]}]))
+    path = tmp_path / "a.jsonl"
+    assert "no column 'text' (data.text_field); it has body, messages" in message_of(path)
+    assert "set data.messages_field=messages" in message_of(path)
+    assert "did you mean 'body'?" in message_of(path, text_field="bdy")
+    assert "no column 'id' (data.id_field)" in message_of(path, text_field="body", id_field="id")
+    assert "no split 'test'; expected train" in message_of(path, text_field="body", split="test")
+
+
+def test_a_field_may_first_appear_in_a_later_object(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(json_lines([{"other": 1}, {"text": "x"}]))
+    assert rows_of(tmp_path / "a.jsonl") == [Row("train/1", "x", None)]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.txt", "a.parquet"])
+def test_an_empty_data_set_is_an_error(name: str, tmp_path: Path) -> None:
+    if name.endswith("parquet"):
+        pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / name)
+    else:
+        (tmp_path / name).write_bytes(b"")
+    assert message_of(tmp_path / name).startswith("empty data set")
+
+
+def test_a_data_set_without_a_usable_row_says_why(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(json_lines([{"text": 1}, {"text": None}, {"text": 2}]))
+    assert "none of its 3 rows can be used (2 not_a_string, 1 null)" in message_of(tmp_path / "a.jsonl")
+
+
+# --- built-in
+
+
+def test_python_docs_is_the_whole_reference_in_fair_order() -> None:
+    from pydoc_data.topics import topics
+
+    rows = rows_of("python-docs")
+    assert len({row.row_id for row in rows}) == len(rows)
+    text_of = {row.row_id: row.text or "" for row in rows}
+    for topic, page in topics.items():
+        numbers = range(sum(name.startswith(f"topics/{topic}#") for name in text_of))
+        assert numbers, topic
+        together = "".join(text_of[f"topics/{topic}#{n}"] for n in numbers)
+        assert "".join(together.split()) == "".join(page.split())
+    assert sum(len(text) < 200 for text in text_of.values()) == 0
+    assert list(text_of) != sorted(text_of)
+    # A fair prefix holds many topics, not the beginning of the alphabet.
+    assert len({row.row_id.split("#")[0] for row in rows[: len(rows) // 4]}) > 20
+
+
+def test_python_docs_refuses_what_it_does_not_have() -> None:
+    assert "no split 'test'" in message_of("python-docs", split="test")
+    assert "no column 'messages'" in message_of("python-docs", messages_field="messages")
+
+
+def test_python_docs_needs_no_datasets_and_is_the_same_everywhere() -> None:
+    code = (
+        "import sys; from pipeline.config import DataConfig; from pipeline.text.sources import open_source;"
+        "source = open_source(DataConfig(path='python-docs')); ids = [row.row_id for row in source];"
+        "assert 'datasets' not in sys.modules; print(source.stamp(), ids[:3])"
+    )
+    outputs = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert len(outputs) == 1
+    source = open_source(DataConfig(path="python-docs"))
+    assert outputs == {f"{source.stamp()} {[row.row_id for row in source][:3]}\n"}
+
+
+def test_leaving_a_parquet_file_early_lets_the_process_end_well(tmp_path: Path) -> None:
+    rows = 20_000
+    table = pa.table({"text": ["some words " * 20] * rows, "wide": [bytes(500)] * rows})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=500)
+    code = (
+        "import sys; from pipeline.config import DataConfig; from pipeline.text.sources import open_source;"
+        "rows = iter(open_source(DataConfig(path=sys.argv[1]))); next(rows); rows.close()"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "a.parquet")], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")

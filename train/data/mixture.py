@@ -1,0 +1,250 @@
+"""One or several caches as what is trained on: units drawn by a plan, collated, and each cache's teacher kept its own.
+
+Caches may differ in what they store: heads of other sizes, draws or none, a prior or none. In a batch the kept positions of
+one cache therefore stand together, and the objective meets them as a SparseTeacher of that cache alone: a loss treats every
+position as it would in training on its cache only, and never sees a padded field that stands for nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import groupby
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from cache_format import CachedSequence, CacheReader
+from cache_format.errors import ConfigError, UserError
+from cache_format.storage.files import ShardCache, is_local, open_filesystem
+from train.config import DataConfig, SelectPositions, TrainConfig
+from train.data.dataset import CachedDataset, CacheIndex, HeldOut, check_shards, collate, read_index
+from train.data.order import Plan, Units, single_units
+from train.data.packing import collate_packed, packed_units
+from train.data.selection import Place, highest_entropy, share_of
+from train.losses import SparseTeacher
+
+if TYPE_CHECKING:
+    from train.head.chunked import PerChunk  # imports transformers, which the workers of a loader do without
+
+
+log = logging.getLogger(__name__)
+
+
+class Drawn(NamedTuple):
+    """One unit: sequences of one cache, a single one unless they are packed into a row."""
+
+    source: int
+    sequences: list[CachedSequence]
+
+
+class Mixture(Dataset[Drawn]):
+    """The training data: ``sources``, their names, and the plan that draws from them."""
+
+    def __init__(self, sources: list[CachedDataset], names: list[str], units: list[Units], plan: Plan) -> None:
+        self.sources, self.names, self.units, self.plan = sources, names, units, plan
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+    def __getitem__(self, unit: int) -> Drawn:
+        return self.__getitems__([unit])[0]
+
+    def __getitems__(self, units: list[int]) -> list[Drawn]:
+        """Units by the plan's numbers; each cache's sequences are read together, in the order in which they are stored."""
+        places = [self.plan.locate(unit) for unit in units]
+        members = [self.units[source][unit] for source, unit in places]
+        read: list[dict[int, CachedSequence]] = []
+        for number, data in enumerate(self.sources):
+            wanted = [m for (source, _), each in zip(places, members, strict=True) if source == number for m in each]
+            read.append(dict(zip(wanted, data.__getitems__(wanted), strict=True)))
+        return [
+            Drawn(source, [read[source][member] for member in each])
+            for (source, _), each in zip(places, members, strict=True)
+        ]
+
+    def teachers(self, batch: dict[str, Any]) -> list[tuple[slice, SparseTeacher]]:
+        """For each cache in a batch: which of the P positions are its own, and their teacher, with what its store holds."""
+        found = []
+        start = 0
+        for source, places in groupby(batch["layout"], lambda place: place.source):
+            stop = start + sum(place.kept for place in places)
+            rows, data = slice(start, stop), self.sources[source]
+            store, teacher = data.cache.manifest.store, data.teacher(batch)[rows]
+            teacher = replace(
+                teacher,
+                samples=teacher.samples if store.tail_samples else None,
+                sample_logprobs=teacher.sample_logprobs if store.sample_logprobs else None,
+                entropy=teacher.entropy if store.entropy else None,
+            )
+            found.append((rows, teacher))
+            start = stop
+        return found
+
+
+class Collator:
+    """Units to a batch: what ``collate`` or ``collate_packed`` makes, and ``layout``, a Place for each sequence.
+
+    The units of one cache stand together. ``flat``: one row without padding instead of one for each packed unit.
+    """
+
+    def __init__(self, *, packed: bool = False, flat: bool = False, positions: SelectPositions | None = None) -> None:
+        self.packed, self.flat, self.positions = packed, flat, positions
+
+    def __call__(self, drawn: list[Drawn]) -> dict[str, Any]:
+        drawn = sorted(drawn, key=lambda unit: unit.source)
+        select = self.positions
+        if select is not None and select.by == "entropy":
+            share = select.share
+            drawn = [Drawn(unit.source, [highest_entropy(s, share) for s in unit.sequences]) for unit in drawn]
+        rows = [unit.sequences for unit in drawn]
+        batch = collate_packed(rows, flat=self.flat) if self.packed else collate([s for row in rows for s in row])
+        gaps = select.share if select is not None and select.by == "gap" else 1.0
+        layout = (
+            Place(unit.source, len(s), len(s.positions), share_of(len(s.positions), gaps))
+            for unit in drawn
+            for s in unit.sequences
+        )
+        return {**batch, "layout": tuple(layout)}
+
+
+def by_source(per_chunk: Callable[[SparseTeacher], PerChunk], teachers: list[tuple[slice, SparseTeacher]]) -> PerChunk:
+    """The losses of a batch of several caches, each position's with its own cache's teacher.
+
+    ``values`` has ``objective`` besides, what is minimised, at each position.
+    """
+    parts = [(rows, per_chunk(teacher)) for rows, teacher in teachers]
+
+    def losses(logits_CV: Tensor, rows: slice) -> tuple[Tensor, dict[str, Tensor]]:
+        objectives: list[Tensor] = []
+        values: dict[str, list[Tensor]] = {}
+        for own, function in parts:
+            start, stop = max(own.start, rows.start), min(own.stop, rows.start + len(logits_CV))
+            if start < stop:
+                chunk = logits_CV[start - rows.start : stop - rows.start]
+                if len(chunk) < len(logits_CV):
+                    # The objective may write gradients where its logits were: not into what others share.
+                    chunk = chunk.clone()
+                objective, reported = function(chunk, slice(start - own.start, stop - own.start))
+                objectives.append(objective)
+                for name, value in reported.items():
+                    values.setdefault(name, []).append(value)
+        total = torch.cat(objectives)
+        return total, {"objective": total, **{name: torch.cat(parts) for name, parts in values.items()}}
+
+    return losses
+
+
+def open_data(
+    config: TrainConfig, caches: list[CacheReader], seed: int, rows: int | None = None
+) -> tuple[Mixture, HeldOut]:
+    """What is trained on and what is held out, for a student of ``rows`` ids; None: it has all of the teachers'.
+
+    Raises UserError for data that cannot be used so.
+    """
+    entries = config.caches
+    check_shards(caches)
+    indexes = [read_index(cache, config.evaluation.held_out) for cache in caches]
+    sources, held_out, units = [], [], []
+    capacity = config.data.row_tokens or max(
+        max(cache.manifest.data.max_length, int(index.tokens.max(initial=0)))
+        for cache, index in zip(caches, indexes, strict=True)
+    )
+    for number, (entry, cache, index) in enumerate(zip(entries, caches, indexes, strict=True)):
+        usable = (index.kept > 0) & _readable(entry.cache, index, rows)
+        train, out = (np.flatnonzero(usable & chosen) for chosen in (~index.held_out, index.held_out))
+        if not len(train) or not len(out):
+            raise UserError(
+                f"{entry.cache} splits into {len(train)} sequences to train on and {len(out)} held out; "
+                "both need some: change evaluation.held_out or use a larger cache"
+            )
+        if (select := config.selection.positions) and select.by == "entropy" and not cache.manifest.store.entropy:
+            raise UserError(
+                f"selection.positions.by is entropy, but {entry.cache} stores none; use gap, or a cache with draws from the "
+                "tail (store.tail_samples), which has them"
+            )
+        _warn_of_thrashing(cache, config.data.shuffle)
+        sources.append(CachedDataset(cache, train, rows))
+        held_out.append(CachedDataset(cache, out, rows))
+        units.append(_units(config.data, capacity, cache, index, train, (seed, 0, number)))
+    weights = [entry.weight for entry in entries if entry.weight is not None]
+    plan = Plan(
+        units,
+        weights or None,
+        seed=seed,
+        shuffle=config.data.shuffle,
+        window=config.data.shuffle_window,
+        epoch=config.data.epoch,
+    )
+    limit = config.evaluation.max_sequences
+    if limit is not None:
+        held_out = [
+            CachedDataset(data.cache, data.indices[: max(1, round(limit * share))], rows)
+            for data, share in zip(held_out, _shares(weights, held_out), strict=True)
+        ]
+    return Mixture(sources, [entry.label for entry in entries], units, plan), HeldOut(held_out)
+
+
+def _readable(path: str, index: CacheIndex, rows: int | None) -> NDArray[np.bool_]:
+    """bool[N]: the sequences of which the student has every token; says so where it lacks some.
+
+    A teacher that writes the text itself may draw the id of a padding row.
+    """
+    readable = np.ones(len(index.largest), np.bool_) if rows is None else index.largest < rows
+    if not readable.all():
+        log.warning(
+            "%s of %s sequences of %s are left out: they have tokens with ids from %s up, which the student lacks",
+            f"{(~readable).sum():,}",
+            f"{len(readable):,}",
+            path,
+            f"{rows:,}",
+        )
+    return readable
+
+
+def _warn_of_thrashing(cache: CacheReader, shuffle: str) -> None:
+    """Says so where a shuffle over all of a remote cache would fetch shards again and again."""
+    if shuffle != "all" or is_local(open_filesystem(cache.path)[0]):
+        return
+    size, room = sum(shard.bytes for shard in cache.manifest.shards), ShardCache().max_bytes
+    if size > room:
+        log.warning(
+            "%s has %s bytes in shards and the local cache of shards room for %s: shuffled as a whole, shards are fetched "
+            "over and over; set data.shuffle to shards, or LOGITCASK_CACHE_BYTES to more",
+            cache.path,
+            f"{size:,}",
+            f"{room:,}",
+        )
+
+
+def _shares(weights: list[float], held_out: list[CachedDataset]) -> list[float]:
+    """How the held-out sequences are shared out among caches: by weight, else by their number."""
+    sizes = weights or [float(len(data)) for data in held_out]
+    return [size / sum(sizes) for size in sizes]
+
+
+def _units(
+    data: DataConfig, capacity: int, cache: CacheReader, index: CacheIndex, chosen: Any, seed: tuple[int, ...]
+) -> Units:
+    shards = cache.manifest.shards
+    sizes = np.array([shard.sequences for shard in shards])
+    shard = np.repeat(np.arange(len(shards), dtype=np.int32), sizes)
+    inside = np.arange(len(shard)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    run = inside // (np.repeat([each.sequences_per_batch for each in shards], sizes) * data.shuffle_window)
+    block = np.cumsum(np.diff(shard, prepend=0).astype(bool) | np.diff(run, prepend=0).astype(bool))
+    tokens, kept = (each[chosen].astype(np.int64) for each in (index.tokens, index.kept))
+    single = single_units(tokens, kept, shard[chosen], block[chosen])
+    if not data.packing:
+        return single
+    try:
+        return packed_units(single, capacity, seed=seed, shuffle=data.shuffle)
+    except ValueError:
+        raise ConfigError(
+            f"data.row_tokens is {data.row_tokens}, but {cache.path} has a sequence of {tokens.max()} tokens; set it to at "
+            "least that"
+        ) from None

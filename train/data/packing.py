@@ -1,0 +1,163 @@
+"""Several sequences in one row, none of which sees another: less padding, and exactly the loss of the sequences apart.
+
+Transformers tells packed sequences apart by position ids that start again (given no attention mask): eager, sdpa and flex
+attention then get a block-diagonal mask, flash attention the lengths. Not every architecture does it: recurrent states flow on,
+and some compute positions of their own. So it is tried on the student before training.
+
+Shapes: R rows, T tokens of the longest row, D sequences (documents).
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cache_format import CachedSequence
+from cache_format.errors import UserError
+from train.data.dataset import at_positions
+from train.data.order import Ints, Shuffle, Units
+
+if TYPE_CHECKING:
+    from train.head.chunked import LogitsHead  # imports transformers, which the workers of a loader do without
+
+PACKED_TOGETHER = 4096
+"""Sequences among which companions for a row are looked for: enough to fill rows, few enough to keep neighbours near."""
+
+_MODEL_TOLERANCE = 2e-5
+"""Of hidden states in float32, packed against apart, as a share of the largest; they differ in the order of sums."""
+
+
+def fill_rows(tokens: Ints, capacity: int) -> list[list[int]]:
+    """Puts sequences into rows of at most ``capacity`` tokens, best fit first, the longest first; indices into ``tokens``.
+
+    Raises ValueError for a sequence that no row can hold.
+    """
+    if len(tokens) and tokens.max() > capacity:
+        raise ValueError(f"a sequence of {tokens.max()} tokens for rows of {capacity}")
+    rows: list[list[int]] = []
+    open_rows: list[tuple[int, int]] = []  # (room, row), by room
+    for index in np.argsort(-tokens, kind="stable").tolist():
+        size = int(tokens[index])
+        at = bisect_left(open_rows, (size, -1))
+        if at < len(open_rows):
+            room, row = open_rows.pop(at)
+            rows[row].append(index)
+        else:
+            room, row = capacity, len(rows)
+            rows.append([index])
+        if room > size:
+            insort(open_rows, (room - size, row))
+    return rows
+
+
+def packed_units(single: Units, capacity: int, *, seed: tuple[int, ...], shuffle: Shuffle) -> Units:
+    """Rows made of ``single``'s sequences, once for all epochs, so that every epoch has as many.
+
+    Companions are random under ``shuffle: all``, and lie in the same shard or block where neighbours are to stay near.
+    """
+    count = len(single)
+    order = np.random.default_rng([*seed, 4]).permutation(count) if shuffle == "all" else np.arange(count)
+    border = {"shards": single.shard, "batches": single.block}.get(shuffle, np.zeros(count, np.int32))[order]
+    starts = [0, *(np.flatnonzero(np.diff(border)) + 1).tolist(), count]
+    rows: list[Ints] = []
+    for start, stop in pairwise(starts):
+        for at in range(start, stop, PACKED_TOGETHER):
+            part = order[at : min(at + PACKED_TOGETHER, stop)]
+            rows += [part[row] for row in fill_rows(single.tokens[part], capacity)]
+    members = np.concatenate(rows)
+    first = np.concatenate([[0], np.cumsum([len(row) for row in rows])])
+    sums = {name: np.add.reduceat(getattr(single, name)[members], first[:-1]) for name in ("tokens", "kept")}
+    leading = members[first[:-1]]
+    return Units(first, members, **sums, shard=single.shard[leading], block=single.block[leading])
+
+
+def collate_packed(rows: list[list[CachedSequence]], *, flat: bool = False) -> dict[str, Any]:
+    """R rows of sequences as one batch; what belongs to kept positions is as in ``train.data.dataset.collate``.
+
+    input_ids, position_ids: int64[R, T]; position ids start at 0 with every sequence, and are 0 in the padding.
+    flat: one row [1, all tokens] without any padding instead, for flash attention, with the borders of sequences in
+          cu_seq_lens_q = cu_seq_lens_k, int32[D + 1], and max_length_q = max_length_k, int.
+    """
+    if flat:
+        rows = [[sequence for row in rows for sequence in row]]
+    longest = max(sum(len(s) for s in row) for row in rows)
+    input_ids = np.zeros((len(rows), longest), np.int64)
+    position_ids = np.zeros_like(input_ids)
+    sequences, kept = [], []
+    for number, row in enumerate(rows):
+        at = 0
+        for sequence in row:
+            n = len(sequence)
+            input_ids[number, at : at + n] = sequence.input_ids
+            position_ids[number, at : at + n] = np.arange(n)
+            kept.append(sequence.positions.astype(np.int64) + (number * longest + at))
+            sequences.append(sequence)
+            at += n
+    batch: dict[str, Any] = {
+        "input_ids": torch.from_numpy(input_ids),
+        "position_ids": torch.from_numpy(position_ids),
+        "kept": torch.from_numpy(np.concatenate(kept)),
+        **at_positions(sequences),
+    }
+    return {**batch, **_borders([len(s) for s in sequences])} if flat else batch
+
+
+def _borders(lengths: list[int]) -> dict[str, Any]:
+    """What transformers passes on to flash attention's varlen kernels; without it every layer would work it out."""
+    borders = torch.tensor([0, *lengths]).cumsum(0).int()
+    return {
+        **dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), borders),
+        **dict.fromkeys(("max_length_q", "max_length_k"), max(lengths)),
+    }
+
+
+def wants_flat(head: LogitsHead) -> bool:
+    """Whether the student's attention tells sequences apart in one single row only: that is flash attention's way."""
+    return "flash" in (getattr(head.backbone.config, "_attn_implementation", None) or "")
+
+
+@torch.no_grad()
+def check_isolation(head: LogitsHead) -> None:
+    """Raises UserError unless the student reads packed sequences as it reads them apart, on a few random tokens.
+
+    Compared are hidden states, and what changes in them when the other sequences of the row change: nothing may.
+    """
+    device = next(head.backbone.parameters()).device
+    generator = torch.Generator().manual_seed(0)
+    apart = [torch.randint(head.vocab_size, (n,), generator=generator) for n in (11, 7, 5)]
+    other = [*(torch.randint(head.vocab_size, (n,), generator=generator) for n in (11, 7)), apart[2]]
+    training = head.backbone.training
+    head.backbone.eval()
+    try:
+        expected = torch.cat([head.hidden(input_ids=ids[None].to(device))[0] for ids in apart])
+        found = _hidden_packed(head, apart, device)
+        leak = (_hidden_packed(head, other, device) - found)[-len(apart[2]) :].abs().max().item()
+    finally:
+        head.backbone.train(training)
+    size, error = expected.abs().max().item(), (found - expected).abs().max().item()
+    rounding = torch.finfo(expected.dtype).eps
+    if torch.is_autocast_enabled(device.type):  # the last norm may widen what half precision has rounded
+        rounding = max(rounding, torch.finfo(torch.get_autocast_dtype(device.type)).eps)
+    if not (leak <= rounding * size and error <= max(_MODEL_TOLERANCE, 8 * rounding) * size):
+        raise UserError(
+            f"{head.architecture} does not keep packed sequences apart: hidden states of up to {size:.3g} differ by "
+            f"{error:.3g} from those of the sequences alone; set data.packing to false (data.group_by_length also saves "
+            "padding), or use another student"
+        )
+
+
+def _hidden_packed(head: LogitsHead, documents: list[Tensor], device: torch.device) -> Tensor:
+    """Hidden states [all tokens, H] of documents read in one row."""
+    lengths = [len(ids) for ids in documents]
+    inputs: dict[str, Any] = {
+        "input_ids": torch.cat(documents)[None],
+        "position_ids": torch.cat([torch.arange(n) for n in lengths])[None],
+        **(_borders(lengths) if wants_flat(head) else {}),
+    }
+    inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
+    return head.hidden(**inputs)[0]

@@ -1,0 +1,186 @@
+"""What the student answers, beside what the cache holds as the answer: text a person can read, and Rouge-L over it.
+
+Teacher-forced metrics look at one token at a time; here the student has to live with its own. A prompt is what comes
+before the first kept token of a held-out sequence, and the reference the kept tokens that follow it: the teacher's own
+answer where the cache was made with ``data.generate``. Documents have no such border: there the first tokens are the
+prompt.
+
+Rouge-L counts words. rouge_score's own tokenizer knows those of ``a-z`` and ``0-9`` only, so that two equal answers in
+Chinese or Arabic score 0; ``Words`` finds the same ones in English text and those of every other script besides.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import unicodedata
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+import regex
+import torch
+from nltk.stem.porter import PorterStemmer
+from numpy.typing import NDArray
+from rouge_score.rouge_scorer import RougeScorer
+from rouge_score.tokenizers import Tokenizer
+from tqdm import tqdm
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from cache_format import CachedSequence
+from train.config import AnswersConfig
+from train.data.dataset import HeldOut
+
+log = logging.getLogger(__name__)
+
+_BATCH = 8
+# A prompt that ends within so many tokens asks nothing: the sequence is a document.
+_LEAST_PROMPT = 4
+_UNSPACED = (
+    r"\p{scx=Hani}\p{scx=Hira}\p{scx=Kana}\p{scx=Bopo}\p{scx=Yiii}\p{scx=Thai}\p{scx=Laoo}\p{scx=Khmr}\p{scx=Mymr}"
+    r"\p{scx=Lana}\p{scx=Tale}\p{scx=Talu}\p{scx=Tavt}\p{scx=Java}\p{scx=Bali}"
+)
+"""Scripts whose words are not set apart, by Unicode's Script_Extensions."""
+_LETTER = r"[\p{L}\p{N}]"
+# A letter of these with its marks; elsewhere a run of letters, digits and marks, which may hold joiners (Persian, Hindi).
+_WORD = regex.compile(
+    rf"[{_LETTER}&&[{_UNSPACED}]]\p{{M}}*|"
+    rf"[{_LETTER}--[{_UNSPACED}]][[\p{{L}}\p{{N}}\p{{M}}\u200c\u200d]--[{_UNSPACED}]]*",
+    regex.V1,
+)
+
+
+class Words(Tokenizer):  # type: ignore[misc]
+    """Words of any script, in lower case, compatible characters (full width, ligatures) as their plain forms.
+
+    Scripts that write no spaces between words (Han, kana, Thai, Lao, Khmer, Burmese and the like) give one word a
+    character. Words of ASCII letters are stemmed as rouge_score stems them: text in ASCII has the words it has there.
+    """
+
+    def __init__(self) -> None:
+        self._stemmer = PorterStemmer()
+
+    def tokenize(self, text: str) -> list[str]:
+        """The words, in order; none where there are no letters and no digits."""
+        words = _WORD.findall(unicodedata.normalize("NFKC", text).lower())
+        return [self._stemmer.stem(word) if len(word) > 3 and word.isascii() else word for word in words]
+
+
+class Answer(NamedTuple):
+    """prompt, reference, student: text.
+
+    rouge_l: F1 of the longest common subsequence of ``Words``, 0 to 1; None where the reference has no words.
+    """
+
+    prompt: str
+    reference: str
+    student: str
+    rouge_l: float | None
+
+
+def answers(
+    student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: HeldOut, settings: AnswersConfig
+) -> list[Answer]:
+    """The student's greedy answers to the prompts of the first ``settings.sequences`` sequences that have one.
+
+    Prompts that fill the student's context are left out, and no answer goes on beyond it.
+    """
+    context = getattr(student.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    pairs = [pair for pair in (split_at_prompt(sequence, settings) for sequence in _first(data, settings)) if pair]
+    pairs = [(prompt, reference) for prompt, reference in pairs if len(prompt) < context]
+    words = Words()
+    scorer = RougeScorer(["rougeL"], tokenizer=words)
+    found: dict[int, Answer] = {}
+    # Prompts of like length together: less padding.
+    order = sorted(range(len(pairs)), key=lambda index: len(pairs[index][0]))
+    for start in tqdm(range(0, len(order), _BATCH), desc="answer", unit="batch", leave=False, dynamic_ncols=True):
+        chosen = order[start : start + _BATCH]
+        prompts = [pairs[index][0] for index in chosen]
+        room = int(min(settings.max_new_tokens, context - max(map(len, prompts))))
+        generated = _generate(student, tokenizer, prompts, room)
+        for index, ids in zip(chosen, generated, strict=True):
+            prompt, reference = (tokenizer.decode(part.tolist(), skip_special_tokens=True) for part in pairs[index])
+            text = tokenizer.decode(ids, skip_special_tokens=True)
+            score = scorer.score(reference, text)["rougeL"].fmeasure if words.tokenize(reference) else None
+            found[index] = Answer(prompt.strip(), reference.strip(), text.strip(), score)
+    return [found[index] for index in sorted(found)]
+
+
+def mean_rouge_l(found: list[Answer]) -> float | None:
+    """Over all answers that can be compared, which is said where it is not all of them; None where there are none."""
+    scores = [answer.rouge_l for answer in found if answer.rouge_l is not None]
+    if len(scores) < len(found):
+        log.warning(
+            "%d of %d references have no words (no letters, no digits); Rouge-L is over the others",
+            len(found) - len(scores),
+            len(found),
+        )
+    return sum(scores) / len(scores) if scores else None
+
+
+def split_at_prompt(
+    sequence: CachedSequence, settings: AnswersConfig
+) -> tuple[NDArray[np.int32], NDArray[np.int32]] | None:
+    """(prompt, reference) of a sequence, int32 ids; None where nothing follows the prompt."""
+    mask = sequence.loss_mask
+    start = int(mask.argmax())
+    if start < _LEAST_PROMPT:
+        start = settings.prompt_tokens
+        mask = np.ones_like(mask)
+    after = mask[start:]
+    length = int((~after).argmax()) if not after.all() else len(after)
+    length = min(length, settings.max_new_tokens)
+    return (sequence.input_ids[:start], sequence.input_ids[start : start + length]) if length > 0 else None
+
+
+def _first(data: HeldOut, settings: AnswersConfig) -> list[CachedSequence]:
+    return [data[index] for index in range(min(len(data), settings.sequences))]
+
+
+@torch.no_grad()
+def _generate(
+    student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[NDArray[np.int32]], new_tokens: int
+) -> list[list[int]]:
+    """Greedy continuations, without their prompts, up to and without the end token."""
+    ends = {tokenizer.eos_token_id, *_ends_of(student)} - {None}
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends, default=0)
+    longest = max(map(len, prompts))
+    input_ids = torch.full((len(prompts), longest), padding, device=student.device)
+    attention_mask = torch.zeros_like(input_ids)
+    for row, prompt in enumerate(prompts):
+        input_ids[row, longest - len(prompt) :] = torch.from_numpy(prompt).to(input_ids)
+        attention_mask[row, longest - len(prompt) :] = 1
+    config = GenerationConfig(
+        do_sample=False, max_new_tokens=new_tokens, pad_token_id=padding, eos_token_id=sorted(ends) or None
+    )
+    was_training = student.training
+    student.eval()
+    with _only(config, student):
+        output = student.generate(input_ids=input_ids, attention_mask=attention_mask, generation_config=config)
+    student.train(was_training)
+    return [_before_end(row.tolist(), ends) for row in output[:, longest:]]
+
+
+@contextmanager
+def _only(config: GenerationConfig, student: PreTrainedModel) -> Iterator[None]:
+    """Keeps the student's own config (beams, penalties, several answers) out of ``generate``, which would fill in from it."""
+    unwrap = getattr(student, "get_base_model", None)
+    models = [student, unwrap()] if unwrap else [student]
+    own = student.generation_config
+    for model in models:
+        model.generation_config = config
+    try:
+        yield
+    finally:
+        for model in models:
+            model.generation_config = own
+
+
+def _ends_of(student: PreTrainedModel) -> set[int]:
+    ends: Any = getattr(student.generation_config, "eos_token_id", None)
+    return set(ends) if isinstance(ends, list) else {ends}
+
+
+def _before_end(ids: list[int], ends: set[int]) -> list[int]:
+    return next((ids[:at] for at, each in enumerate(ids) if each in ends), ids)

@@ -1,0 +1,184 @@
+"""How close a student is to the teacher and to the text, on held-out sequences."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+
+from train import distributed
+from train.data.dataset import CachedDataset, HeldOut, collate
+from train.evaluation.metrics import Calibration, perplexity, rank_agreement, rank_correlation
+from train.head.chunked import LogitsHead, head_losses
+from train.losses import SparseTeacher, forward_kl, reverse_kl
+from train.losses.tails import Tail
+
+KL_KIND: dict[Tail, str] = {
+    "samples": "The KL is estimated from the stored head and draws from the rest of the teacher's distribution: without bias, "
+    "from the same draws before and after.",
+    "ghost": "The KL is from the stored head and the exact mass of everything outside it taken as one cell: a lower bound of "
+    "the KL over the whole vocabulary, the same one before and after.",
+}
+"""What ``kl`` is, by how the tail was taken."""
+SHOWN = 5
+"""Most probable tokens shown per example."""
+
+
+@torch.no_grad()
+def evaluate(head: LogitsHead, data: HeldOut, *, k: int, batch_size: int, logits_chunk: int | None) -> dict[str, float]:
+    """Means over the kept positions of ``data``, in the order in which they are to be shown.
+
+    kl: KL(teacher || student), nats, see KL_KIND. reverse_kl: KL(student || teacher) with everything outside the head as
+    one cell, nats: a lower bound. ce, perplexity: of the data's own next tokens (nats, and exp of it).
+    top1_agreement, mor@k, cr@k, spearman@k, ece: see ``train.evaluation.metrics``; ece is of the data's own next tokens.
+
+    What compares with the teacher's most probable ids (reverse_kl, top1_agreement, mor, cr, spearman) is left out where a
+    cache of ``data`` has no heads.
+
+    Processes share the batches among them, and all get the same result.
+    """
+    sums: dict[str, float] = {}
+    calibration = Calibration()
+    positions = 0
+    heads = all(cached.cache.manifest.store.top_k for cached in data.parts)
+    # Each cache has batches of its own: a SparseTeacher is of one.
+    batches = [
+        (cached, range(start, min(start + batch_size, len(cached))))
+        for cached in data.parts
+        for start in range(0, len(cached), batch_size)
+    ]
+    process, processes = distributed.processes()
+    # Sharded models compute together, so every process takes as many; what is one too many does not count.
+    rounds = range(process, -(-len(batches) // processes) * processes, processes)
+    for at in tqdm(
+        rounds, desc="evaluate", unit="batch", leave=False, dynamic_ncols=True, disable=not distributed.is_main()
+    ):
+        cached, items = batches[at % len(batches)]
+        batch = collate([cached[item] for item in items])
+        with head.evaluated():
+            values = head.inside(partial(_measured, head, cached, batch, k if heads else 0, logits_chunk))
+        if at >= len(batches):
+            continue
+        calibration.add(values.pop("confidence"), values.pop("right"))
+        for name, value in values.items():
+            sums[name] = sums.get(name, 0.0) + value.cpu().double().sum().item()
+        positions += len(batch["labels"])
+    parts = distributed.gathered((sums, positions, calibration))
+    positions = sum(count for _, count, _ in parts)
+    names = next(part for part, count, _ in parts if count)
+    means = {name: sum(part.get(name, 0.0) for part, _, _ in parts) / positions for name in names}
+    means["perplexity"] = perplexity(means["ce"])
+    means["ece"] = Calibration.merged(part for _, _, part in parts).error()
+    order = ["kl", "reverse_kl", "ce", "perplexity", "top1_agreement", f"mor@{k}", f"cr@{k}", f"spearman@{k}", "ece"]
+    return {name: means[name] for name in order if name in means}
+
+
+def _measured(
+    head: LogitsHead, cached: CachedDataset, batch: dict[str, Tensor], k: int, logits_chunk: int | None
+) -> dict[str, Tensor]:
+    """The metrics at each position; k = 0 for those that need no heads."""
+    teacher, hidden_PH = _run(head, cached, batch)
+
+    def measure(logits_CV: Tensor, rows: slice) -> tuple[Tensor, dict[str, Tensor]]:
+        part = teacher[rows]
+        values = {
+            "kl": forward_kl(logits_CV, part),
+            "ce": cross_entropy(logits_CV.float(), part.target_ids, reduction="none"),
+            **_confidence(logits_CV, part.target_ids),
+        }
+        if k:
+            agreement = rank_agreement(logits_CV, part, k)
+            values |= {
+                "reverse_kl": reverse_kl(logits_CV, part, tail="ghost"),
+                "top1_agreement": agreement.top_1.float(),
+                f"mor@{k}": agreement.overlap,
+                f"cr@{k}": agreement.identical.float(),
+                f"spearman@{k}": rank_correlation(logits_CV, part, k),
+            }
+        return values["kl"], values
+
+    return head_losses(head, hidden_PH, measure, chunk_size=logits_chunk).values
+
+
+def _confidence(logits_CV: Tensor, target_ids_C: Tensor) -> dict[str, Tensor]:
+    """The probability of the most probable token, and whether it is the one that follows."""
+    highest, at = logits_CV.float().max(1)
+    return {"confidence": (highest - logits_CV.float().logsumexp(1)).exp(), "right": at == target_ids_C}
+
+
+def teacher_reference(data: HeldOut) -> dict[str, float]:
+    """What the teacher itself reaches on the same positions, from the cache: ce (nats), perplexity, ece; and positions.
+
+    A cache without heads does not say what the teacher's most probable token was: no ece then. ``left_out``, where the
+    student has fewer ids than a teacher: the mean share of the teacher's mass on ids that it lacks.
+    """
+    total, positions = 0.0, 0
+    calibration, heads = Calibration(), False
+    lost: float | None = None
+    for part in data.parts:
+        for item in range(len(part)):
+            sequence = part[item]
+            total -= float(sequence.target_logprob.sum())
+            positions += len(sequence.positions)
+            if part.vocab_size < part.cache.manifest.store.vocab_size:
+                lost = (lost or 0.0) + float(part.left_out(item).sum())
+            if sequence.ids.shape[1]:
+                heads = True
+                calibration.add(
+                    torch.from_numpy(sequence.logprobs[:, 0]).exp(), torch.from_numpy(sequence.target_rank == 0)
+                )
+    found = {"ce": total / positions, "perplexity": perplexity(total / positions), "positions": positions}
+    if lost is not None:
+        found["left_out"] = lost / positions
+    return {**found, "ece": calibration.error()} if heads else found
+
+
+@torch.no_grad()
+def examples(head: LogitsHead, data: HeldOut, tokenizer: Any, *, count: int = 10) -> list[dict[str, Any]]:
+    """Some held-out positions with what both models expect there.
+
+    Each has ``context`` (the text before), ``target`` (the token that follows) and, as lists of (token, probability),
+    ``teacher`` and ``student``.
+    """
+    part = data.parts[0]
+    batch = collate([part[index] for index in range(min(len(part), 2))])
+
+    def most_probable() -> tuple[SparseTeacher, Tensor, Tensor, Tensor]:
+        teacher, hidden_PH = _run(head, part, batch)
+        chosen = torch.linspace(0, len(teacher) - 1, min(count, len(teacher))).long()
+        return teacher, chosen, *head.logits(hidden_PH[chosen]).float().softmax(-1).topk(SHOWN)
+
+    with head.evaluated():
+        teacher, chosen, probabilities, ids = head.inside(most_probable)
+    longest = batch["input_ids"].shape[1]
+    shown = []
+    for row, at in enumerate(chosen.tolist()):
+        sequence, position = divmod(int(batch["kept"][at]), longest)
+        context = batch["input_ids"][sequence, max(0, position - 24) : position + 1].tolist()
+        shown.append(
+            {
+                "context": tokenizer.decode(context),
+                "target": tokenizer.decode([int(batch["labels"][at])]),
+                "teacher": [
+                    (tokenizer.decode([int(i)]), float(p))
+                    for i, p in zip(teacher.ids[at, :SHOWN], teacher.logprobs[at, :SHOWN].exp(), strict=True)
+                    if i >= 0
+                ],
+                "student": [
+                    (tokenizer.decode([int(i)]), float(p)) for i, p in zip(ids[row], probabilities[row], strict=True)
+                ],
+            }
+        )
+    return shown
+
+
+def _run(head: LogitsHead, data: CachedDataset, batch: dict[str, Tensor]) -> tuple[SparseTeacher, Tensor]:
+    """The teacher and the student's hidden states [P, H] at the kept positions of a batch."""
+    device = next(head.backbone.parameters()).device
+    batch = {name: value.to(device) for name, value in batch.items()}
+    hidden = head.hidden(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    return data.teacher(batch), hidden.flatten(0, 1)[batch["kept"]]

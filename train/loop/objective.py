@@ -1,0 +1,135 @@
+"""The weighted sum of losses that a config asks for, as one function of a chunk of logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from train.config import TrainConfig, WeightSchedule
+from train.head.chunked import PerChunk
+from train.losses import LOSSES, SPECS, LossState, SparseTeacher, Student
+from train.losses.ranking import top_k_overlap
+from train.losses.tails import choose_tail
+
+
+class Objective:
+    """``weight * loss`` summed over the config's losses, plus ``ce_weight`` times the hard-label cross-entropy.
+
+    All losses of a chunk share one ``Student``, so that a sum costs about what its dearest term does.
+
+    With a dynamic ranking term (RLKD, equation 2) the other teacher losses of a position are weighted by the overlap of
+    the student's and the teacher's top k there, k being the ranking's own.
+
+    Weights may follow the training, and some losses remember something from step to step. The trainer says where it is
+    (``begin``) and, for those losses, what their means were (``end``), the same on all processes.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        self._weights = {term.name: term.weight for term in config.losses}
+        if config.ce_weight != 0.0:
+            self._weights["ce"] = config.ce_weight
+        dynamic = [term for term in config.losses if term.dynamic]
+        self._overlap_k: int | None = dynamic[0].options.get("k", 5) if dynamic else None
+        self._options: dict[str, dict[str, Any]] = {name: {} for name in self._weights}
+        self._states: dict[str, LossState] = {}
+        for term in config.losses:
+            options = term.options
+            make = SPECS[term.name].state
+            if make is not None:
+                own = SPECS[term.name].state_options
+                self._states[term.name] = make(**{name: options.pop(name) for name in own if name in options})
+            self._options[term.name] = options
+        self._top_k = max([SPECS[name].top_k(options) for name, options in self._options.items()])
+        self._masses = any(SPECS[name].masses for name in self._weights)
+        self.begin(0, 1)
+
+    @property
+    def stateful(self) -> list[str]:
+        """The losses whose means ``end`` wants."""
+        return list(self._states)
+
+    def begin(self, step: int, steps: int) -> None:
+        """``step`` of all ``steps`` optimizer steps have been made, and the next begins."""
+        self._now = {
+            name: weight.at(step, steps) if isinstance(weight, WeightSchedule) else weight
+            for name, weight in self._weights.items()
+        }
+
+    def end(self, means: dict[str, float], step: int, steps: int) -> None:
+        """An optimizer step has been made, the ``step``-th; ``means`` of the stateful losses over all its positions."""
+        for name, state in self._states.items():
+            state.update(means[name], step / max(1, steps))
+
+    def state_dict(self) -> dict[str, dict[str, float | None]]:
+        """What has to be the same after a checkpoint as before; empty without stateful losses. Numbers alone."""
+        return {name: state.state_dict() for name, state in self._states.items()}
+
+    def load_state_dict(self, states: dict[str, dict[str, float | None]]) -> None:
+        """Goes on from ``state_dict``."""
+        for name, state in self._states.items():
+            state.load_state_dict(states[name])
+
+    def weights(self) -> list[tuple[str, str]]:
+        """(name, weight as text) of every term, the hard-label cross-entropy as "ce"."""
+        return [
+            (name, str(weight) if isinstance(weight, WeightSchedule) else f"{weight:g}")
+            for name, weight in self._weights.items()
+        ]
+
+    def exactness(self, teacher: SparseTeacher, shortest_head: int) -> dict[str, str]:
+        """What each loss is with a cache like ``teacher``: exact, unbiased, lower or biased (``train.losses.Exactness``).
+
+        ``shortest_head``: how many entries the cache's heads have at least.
+        """
+        if bool(torch.isneginf(teacher.tail_logprob).all()):
+            return dict.fromkeys(self._weights, "exact")
+        found: dict[str, str] = {}
+        for name, options in self._options.items():
+            # At its ends, JSD is another loss.
+            ends = {0: "forward_kl", 1: "reverse_kl"} if name == "jsd" else {}
+            spec = SPECS[ends.get(options.get("beta", 0.5), name)]
+            samples = teacher.samples is not None and spec.from_samples is not None
+            if spec.tails:
+                tail = choose_tail(
+                    name, teacher, options.get("tail", "auto"), spec.tails, logprobs=spec.needs_sample_logprobs
+                )
+                samples = tail == "samples"
+                if tail in ("prior", "renormalised"):
+                    found[name] = "biased"
+                    continue
+            found[name] = spec.from_samples if samples and spec.from_samples is not None else spec.from_head
+            if shortest_head < spec.head_k(options):
+                found[name] = "biased"
+        return found
+
+    def per_chunk(self, teacher: SparseTeacher) -> PerChunk:
+        """The function ``train.head.chunked.head_losses`` calls; its values are the unweighted terms, by name.
+
+        ``teacher`` is that of the whole batch: what a loss wants to know of all its positions is found out here.
+        """
+        options = dict(self._options)
+        for name, own in self._options.items():
+            prepare, state = SPECS[name].prepare, self._states.get(name)
+            if prepare is not None:
+                options[name] = {**own, **prepare(teacher, own)}
+            if state is not None:
+                options[name] = {**own, **state.options()}
+        # Only these two get by on the logits' product with the prior; the others take the logits whole.
+        asked = any(options[name].get("tail") == "prior" for name in options.keys() & {"forward_kl", "tail_aware"})
+        prior = asked and teacher.prior is not None
+
+        def losses(logits_CV: Tensor, rows: slice) -> tuple[Tensor, dict[str, Tensor]]:
+            part = teacher[rows]
+            student = Student(logits_CV, part, top_k=self._top_k, prior=prior, masses=self._masses, may_overwrite=True)
+            overlap = None if self._overlap_k is None else top_k_overlap(student, part, self._overlap_k)
+            total = logits_CV.new_zeros(len(logits_CV), dtype=student.dtype)
+            values = {}
+            for name, weight in self._now.items():
+                values[name] = LOSSES[name](student, part, **options[name])
+                weighted = values[name] * weight
+                total = total + (weighted if overlap is None or name in ("ranking", "ce") else weighted * overlap)
+            return total, values
+
+        return losses

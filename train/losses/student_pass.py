@@ -1,0 +1,281 @@
+"""The student's side of all losses, computed once per chunk of logits.
+
+A dense pass over ``[P, V]`` logits is what a loss costs. What sparse losses need of it is small: the logits at the ids that
+the cache names (and at the student's own top), and how much mass lies elsewhere. ``Student`` makes that one pass; losses
+then work on tensors of some ``[P, K]``, by autograd, and however many of them share it, the gradient is one more pass.
+On CUDA both passes are kernels (``train.losses.kernels``).
+
+The mass of the tail is summed from the tail itself. As ``1 - sum of q`` it would lose all digits once it is small.
+
+Shapes: P positions, K head entries (padded), S draws (padded), E = K + S + 1 + k ids looked at, V student vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from train.losses import kernels
+from train.losses.base import SparseTeacher
+
+# Rows of logits worked on at a time: temporaries stay in a CPU's cache; on a GPU fewer launches matter more.
+_SLAB_BYTES = {"cpu": 2 * 2**20}
+_SLAB_BYTES_ELSEWHERE = 128 * 2**20
+
+
+class Student:
+    """softmax(scale * logits) in the cells that a sparse teacher defines: head ids, the tail, and unpredictable ids.
+
+    The unpredictable ids are those from ``teacher.vocab_size`` up (a padded student vocabulary).
+
+    Args:
+        logits: [P, V], any floating dtype; arithmetic is float32, or float64 for float64 logits.
+        teacher: of the same P positions.
+        top_k: how many of the student's own most probable ids to look at.
+        prior: whether to compute ``prior_dot``.
+        scale: 1 / temperature.
+        masses: whether to compute ``log_tail``, ``log_others`` and ``lse``; losses of logits alone do without.
+        may_overwrite: whether the backward pass may put the gradient where the logits were. It does so unless a loss has
+            asked for ``logits``, which it may still need then.
+
+    Attributes:
+        z_head, z_samples, z_target, z_top: scaled logits at head ids [P, K], draws [P, S], targets [P] and the student's
+            top k [P, k], largest first; -inf for padding.
+        top_ids:    int64[P, k].
+        log_tail:   [P], logsumexp of the scaled logits outside the head; -inf where there are none.
+        log_others: [P], logsumexp of those of the unpredictable ids.
+        lse:        [P], of all.
+        prior_dot:  [P], sum over the teacher's vocabulary of prior * scaled logits; None unless asked for.
+    """
+
+    def __init__(
+        self,
+        logits: Tensor,
+        teacher: SparseTeacher,
+        *,
+        top_k: int = 0,
+        prior: bool = False,
+        masses: bool = True,
+        scale: float = 1.0,
+        may_overwrite: bool = False,
+    ) -> None:
+        self.teacher, self.scale, self.masses = teacher, scale, masses
+        self._logits, self._overwrite = logits, [may_overwrite]
+        self.dtype = torch.promote_types(logits.dtype, torch.float32)
+        self.top_ids = logits.detach().topk(top_k, dim=1).indices
+        samples = teacher.samples if teacher.samples is not None else teacher.ids[:, :0]
+        parts = [teacher.ids, samples, teacher.target_ids.unsqueeze(1), self.top_ids]
+        b = teacher.prior.to(self.dtype) if prior and teacher.prior is not None else None
+        ids_PE = torch.cat(parts, 1)
+        z_PE, self.log_tail, self.log_others, dot = _Pass.apply(  # type: ignore[no-untyped-call]
+            logits, teacher.ids, ids_PE, b, teacher.vocab_size, scale, masses, self._overwrite
+        )
+        z_PE = z_PE.masked_fill(ids_PE < 0, -torch.inf)
+        self.z_head, self.z_samples, z_target, self.z_top = z_PE.split([part.shape[1] for part in parts], 1)
+        self.z_target = z_target.squeeze(1)
+        self.prior_dot: Tensor | None = None if b is None else dot
+        cells = [self.z_head, self.log_tail.unsqueeze(1), self.log_others.unsqueeze(1)]
+        self.lse: Tensor = torch.cat(cells, 1).logsumexp(1)
+
+    @classmethod
+    def of(
+        cls,
+        student: Tensor | Student,
+        teacher: SparseTeacher,
+        *,
+        top_k: int = 0,
+        prior: bool = False,
+        masses: bool = True,
+        scale: float | None = None,
+    ) -> Student:
+        """``student`` if it has been made already and serves, else one made of the logits; its own scale is kept, or is 1."""
+        if isinstance(student, Tensor):
+            return cls(student, teacher, top_k=top_k, prior=prior, masses=masses, scale=scale or 1.0)
+        scale = scale or student.scale
+        serves = (
+            student.teacher is teacher
+            and student.scale == scale
+            and student.top_ids.shape[1] >= top_k
+            and (student.prior_dot is not None or not prior)
+            and (student.masses or not masses)
+        )
+        return student if serves else cls(student.logits, teacher, top_k=top_k, prior=prior, masses=masses, scale=scale)
+
+    @property
+    def logits(self) -> Tensor:
+        """[P, V] as given, for losses with a dense pass of their own."""
+        self._overwrite[0] = False
+        return self._logits
+
+    def __len__(self) -> int:
+        return len(self._logits)
+
+    @property
+    def log_head(self) -> Tensor:
+        """[P, K] logprobs of the head ids, -inf for padding."""
+        return self.z_head - self.lse.unsqueeze(1)
+
+    @property
+    def log_samples(self) -> Tensor:
+        """[P, S] logprobs of the draws, 0 for padding."""
+        assert self.teacher.samples is not None
+        return (self.z_samples - self.lse.unsqueeze(1)).masked_fill(self.teacher.samples < 0, 0)
+
+    @property
+    def log_target(self) -> Tensor:
+        """[P] logprobs of the targets."""
+        return self.z_target - self.lse
+
+    @property
+    def log_Q(self) -> Tensor:
+        """[P] log of the mass in the tail."""
+        return self.log_tail - self.lse
+
+    @property
+    def log_u(self) -> Tensor:
+        """[P] log of the mass on unpredictable ids."""
+        return self.log_others - self.lse
+
+
+def slabs(logits_PV: Tensor, dtype: torch.dtype) -> Iterator[slice]:
+    """Cuts P rows into slices of bounded size in ``dtype``."""
+    bound = _SLAB_BYTES.get(logits_PV.device.type, _SLAB_BYTES_ELSEWHERE)
+    rows = max(1, bound // (dtype.itemsize * logits_PV.shape[1]))
+    return (slice(start, start + rows) for start in range(0, len(logits_PV), rows))
+
+
+class _Pass(torch.autograd.Function):
+    """(z [P, E], log_tail [P], log_others [P], prior_dot [P]) of scaled logits; keeps nothing of size [P, V] but the logits."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits_PV: Tensor,
+        head_PK: Tensor,
+        ids_PE: Tensor,
+        b: Tensor | None,
+        vocab_size: int,
+        scale: float,
+        masses: bool,
+        overwrite: list[bool],
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        dtype = torch.promote_types(logits_PV.dtype, torch.float32)
+        z_PE = logits_PV.gather(1, ids_PE.clamp_min(0)).to(dtype)
+        log_tail_P, log_others_P, dot_P = (z_PE.new_zeros(len(logits_PV)) for _ in range(3))
+        fused = masses and kernels.usable(logits_PV)
+        if fused:
+            log_tail_P, log_others_P = _log_sums(logits_PV.data, head_PK, vocab_size, scale)
+            if b is not None:
+                dot_P = _dot(logits_PV[:, :vocab_size].to(dtype), b) * scale
+        for rows in slabs(logits_PV, dtype) if masses and not fused else ():
+            work = logits_PV[rows].to(dtype, copy=True)
+            if scale != 1.0:
+                work.mul_(scale)
+            log_others_P[rows] = work[:, vocab_size:].logsumexp(1)
+            tail = work[:, :vocab_size]
+            if b is not None:
+                dot_P[rows] = _dot(tail, b)
+            _fill_head(tail, head_PK[rows], -torch.inf)
+            shift = tail.amax(1, keepdim=True)
+            shift = torch.where(torch.isneginf(shift), 0, shift)
+            log_tail_P[rows] = tail.sub_(shift).exp_().sum(1).log() + shift.squeeze(1)
+        ctx.save_for_backward(logits_PV, head_PK, ids_PE, b, log_tail_P, log_others_P)
+        ctx.vocab_size, ctx.scale, ctx.masses, ctx.overwrite = vocab_size, scale, masses, overwrite
+        ctx.set_materialize_grads(True)
+        return z_PE * scale, log_tail_P, log_others_P, dot_P
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(
+        ctx: Any, grad_z_PE: Tensor, grad_tail_P: Tensor, grad_others_P: Tensor, grad_dot_P: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        logits_PV, head_PK, ids_PE, b, log_tail_P, log_others_P = ctx.saved_tensors
+        dtype, scale, size = log_tail_P.dtype, ctx.scale, ctx.vocab_size
+        shifts = [torch.where(torch.isneginf(log), 0, log).unsqueeze(1) for log in (log_tail_P, log_others_P)]
+        grad_z_PE = (grad_z_PE * scale).masked_fill(ids_PE < 0, 0)
+        ids_PE = ids_PE.clamp_min(0)
+        if not ctx.masses:
+            grad_PV = torch.zeros_like(logits_PV, dtype=dtype).scatter_add_(1, ids_PE, grad_z_PE).to(logits_PV.dtype)
+            return grad_PV, None, None, None, None, None, None, None
+        if kernels.usable(logits_PV):
+            grad_PV = logits_PV.data if ctx.overwrite[0] else logits_PV.clone()
+            _fill_head(grad_PV[:, :size], head_PK, -torch.inf)
+            slopes = (grad_tail_P * scale, grad_others_P * scale)
+            slope_prior = None if b is None else grad_dot_P * scale
+            if b is not None and slope_prior is not None:
+                # The head's share of it joins the head's own gradient, so that what cancels does so before rounding.
+                of_head_PK = b[head_PK.clamp_min(0)].masked_fill(head_PK < 0, 0) * slope_prior.unsqueeze(1)
+                grad_z_PE[:, : head_PK.shape[1]] += of_head_PK
+            kernels.spread(
+                grad_PV, size, log_tail_P, slopes[0], log_others_P, slopes[1], scale, prior=b, slope_prior=slope_prior
+            )
+            _add_entries(grad_PV, ids_PE, grad_z_PE)
+            return grad_PV, None, None, None, None, None, None, None
+        grad_PV = logits_PV if ctx.overwrite[0] else torch.empty_like(logits_PV)
+        for rows in slabs(logits_PV, dtype):
+            if grad_PV.dtype == dtype:
+                work = grad_PV[rows]
+                if not ctx.overwrite[0]:
+                    work.copy_(logits_PV[rows])
+            else:
+                work = logits_PV[rows].to(dtype)
+            if scale != 1.0:
+                work.mul_(scale)
+            for part, shift, grad_P in (
+                (work[:, :size], shifts[0], grad_tail_P),
+                (work[:, size:], shifts[1], grad_others_P),
+            ):
+                part.sub_(shift[rows]).exp_().mul_((grad_P[rows] * scale).unsqueeze(1))
+            tail = work[:, :size]
+            # Head ids are no part of this softmax: whatever stands there now, even inf, is written over.
+            _fill_head(tail, head_PK[rows], 0.0)
+            if b is not None:
+                tail.addr_(grad_dot_P[rows] * scale, b)
+            work.scatter_add_(1, ids_PE[rows], grad_z_PE[rows])
+            if grad_PV.dtype != dtype:
+                grad_PV[rows] = work
+        return grad_PV, None, None, None, None, None, None, None
+
+
+def _log_sums(logits_PV: Tensor, head_PK: Tensor, vocab_size: int, scale: float) -> tuple[Tensor, Tensor]:
+    """(log_tail, log_others) by the kernels, which read the logits where they are: for that long the head is -inf."""
+    if not head_PK.shape[1]:
+        return kernels.log_sums(logits_PV, vocab_size, scale)
+    first_P1 = head_PK[:, :1]
+    at_PK = torch.where(head_PK < 0, first_P1, head_PK).clamp_min(0)
+    z_PK = logits_PV.gather(1, at_PK)
+    _fill_head(logits_PV[:, :vocab_size], head_PK, -torch.inf)
+    found = kernels.log_sums(logits_PV, vocab_size, scale)
+    logits_PV.scatter_(1, at_PK, z_PK)
+    return found
+
+
+def _dot(z_PV: Tensor, b_V: Tensor) -> Tensor:
+    """``z_PV @ b_V`` in their own precision, which autocast would lower."""
+    with torch.autocast(z_PV.device.type, enabled=False):
+        return z_PV @ b_V
+
+
+def _add_entries(grad_PV: Tensor, ids_PE: Tensor, grad_PE: Tensor) -> None:
+    """grad[p, ids[p, e]] += grad_PE[p, e], where ids repeat; what falls on one id is summed before it is rounded."""
+    if grad_PV.dtype == grad_PE.dtype:
+        grad_PV.scatter_add_(1, ids_PE, grad_PE)
+        return
+    ids_PE, order_PE = ids_PE.sort(dim=1)
+    # Equal ids stand together now; group_PE numbers them from 0 in each row.
+    group_PE = torch.nn.functional.pad((ids_PE[:, 1:] != ids_PE[:, :-1]).cumsum(1), (1, 0))
+    sums_PE = torch.zeros_like(grad_PE).scatter_add_(1, group_PE, grad_PE.gather(1, order_PE))
+    total_PE = sums_PE.gather(1, group_PE) + grad_PV.gather(1, ids_PE)
+    grad_PV.scatter_(1, ids_PE, total_PE.to(grad_PV.dtype))
+
+
+def _fill_head(tail_rV: Tensor, head_rK: Tensor, value: float) -> None:
+    """Writes ``value`` at the head ids, in place. Padding points at the row's first entry, or changes nothing without one."""
+    if not head_rK.shape[1]:
+        return
+    first_r1 = head_rK[:, :1]
+    keep_r1 = torch.where(first_r1 < 0, tail_rV[:, :1], value)
+    tail_rV.scatter_(1, torch.where(head_rK < 0, first_r1, head_rK).clamp_min(0), keep_r1.expand(head_rK.shape))
