@@ -36,20 +36,20 @@ from typing import Any
 
 from machine import machine
 
-from cache_format import CacheWriter
-from pipeline.builder.plan import Plan, read_sequences, write_sequences
-from pipeline.builder.progress import Progress
-from pipeline.builder.run import _Engine, _make_plan, _request
-from pipeline.builder.score import estimate_prior, score_shard, score_shards
-from pipeline.builder.writer_thread import Pair
-from pipeline.config import BuildConfig, StoreConfig, TeacherConfig
-from pipeline.memory import use_huge_pages
-from pipeline.teachers.model import resolve_model
-from pipeline.teachers.vllm.engine import VllmTeacher
-from pipeline.teachers.vllm.plugin import drawing
-from pipeline.teachers.vllm.routes import capturing, sampling
-from pipeline.text.sources import BUILT_IN
-from pipeline.types import Sequence
+from logitcask.cache_format import CacheWriter
+from logitcask.pipeline.builder.plan import Plan, read_sequences, write_sequences
+from logitcask.pipeline.builder.progress import Progress
+from logitcask.pipeline.builder.run import _Engine, _make_plan, _request
+from logitcask.pipeline.builder.score import estimate_prior, score_shard, score_shards
+from logitcask.pipeline.builder.writer_thread import Pair
+from logitcask.pipeline.config import BuildConfig, StoreConfig, TeacherConfig
+from logitcask.pipeline.memory import use_huge_pages
+from logitcask.pipeline.teachers.model import resolve_model
+from logitcask.pipeline.teachers.vllm.engine import VllmTeacher
+from logitcask.pipeline.teachers.vllm.plugin import drawing
+from logitcask.pipeline.teachers.vllm.routes import capturing, sampling
+from logitcask.pipeline.text.sources import BUILT_IN
+from logitcask.pipeline.types import Sequence
 
 RESULTS = Path(__file__).parent / "results" / "capture.json"
 TOKENIZER = "smollm2-135m"
@@ -250,7 +250,9 @@ def measure_memory(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
         }
         file = work / "config.yaml"
         file.write_text(json.dumps(config))  # JSON is YAML
-        subprocess.run([sys.executable, "-c", "from pipeline.cli import main; main()", "build", str(file)], check=True)
+        subprocess.run(
+            [sys.executable, "-c", "from logitcask.pipeline.cli import main; main()", "build", str(file)], check=True
+        )
         records = [json.loads(line) for line in Path(f"{config['output']}.log.jsonl").read_text().splitlines()]
         last = records[-1]
         course = {str(each["tokens"]): each["peak_rss_bytes"] for each in records if "peak_rss_bytes" in each}

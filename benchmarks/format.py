@@ -31,10 +31,10 @@ from format_truth import Reconstruction, Truth, distances, load, of_cache, sampl
 from machine import machine
 from peers_formats import QUOTED, Peer, peers
 
-from cache_format import CachedSequence, CacheReader
-from cache_format.derive.derive import DeriveOptions, derive
-from cache_format.shards.prior import TailPrior
-from pipeline.config import StoreConfig
+from logitcask.cache_format import CachedSequence, CacheReader
+from logitcask.cache_format.derive.derive import DeriveOptions, derive
+from logitcask.cache_format.shards.prior import TailPrior
+from logitcask.pipeline.config import StoreConfig
 
 RESULTS = Path(__file__).parent / "results" / "format.json"
 DOCS = Path(__file__).parent.parent / "docs"

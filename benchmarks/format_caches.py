@@ -7,11 +7,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from cache_format import CachedSequence, CacheWriter
-from cache_format.manifest import DataHash, DataIdentity, Header, TeacherIdentity, TokenizerIdentity
-from cache_format.shards.prior import TailPrior
-from pipeline.builder.plan import PlannedShard
-from pipeline.config import StoreConfig
+from logitcask.cache_format import CachedSequence, CacheWriter
+from logitcask.cache_format.manifest import DataHash, DataIdentity, Header, TeacherIdentity, TokenizerIdentity
+from logitcask.cache_format.shards.prior import TailPrior
+from logitcask.pipeline.builder.plan import PlannedShard
+from logitcask.pipeline.config import StoreConfig
 
 BENCHMARK_DATA: dict[str, Any] = {"source": "python-docs", "max_length": 512}
 

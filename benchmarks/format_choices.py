@@ -18,11 +18,11 @@ from format_speed import consume, seconds
 from format_truth import Reconstruction, Truth, distances
 from numpy.typing import NDArray
 
-from cache_format import CachedSequence, CacheReader
-from cache_format.schema import PRIOR_STEP, TAIL_MASS_FLOOR
-from cache_format.shards.prior import TailPrior
-from cache_format.shards.shard_writer import uncompressed_bytes
-from pipeline.config import StoreConfig
+from logitcask.cache_format import CachedSequence, CacheReader
+from logitcask.cache_format.schema import PRIOR_STEP, TAIL_MASS_FLOOR
+from logitcask.cache_format.shards.prior import TailPrior
+from logitcask.cache_format.shards.shard_writer import uncompressed_bytes
+from logitcask.pipeline.config import StoreConfig
 
 K = 16
 _ROUNDS = 7

@@ -25,13 +25,13 @@ from format_caches import cache_bytes, header_of, write_cache, write_shards
 from format_truth import Truth
 from peers_formats import Peer
 
-from cache_format import CachedSequence, CacheReader, TailSamples
-from cache_format.manifest import TeacherIdentity, TokenizerIdentity
-from cache_format.shards.codec import Codec
-from cache_format.shards.prior import TailPrior
-from cache_format.shards.validation import validate
-from pipeline.builder.plan import PlannedShard
-from pipeline.config import StoreConfig
+from logitcask.cache_format import CachedSequence, CacheReader, TailSamples
+from logitcask.cache_format.manifest import TeacherIdentity, TokenizerIdentity
+from logitcask.cache_format.shards.codec import Codec
+from logitcask.cache_format.shards.prior import TailPrior
+from logitcask.cache_format.shards.validation import validate
+from logitcask.pipeline.builder.plan import PlannedShard
+from logitcask.pipeline.config import StoreConfig
 
 ROUNDS = 15
 # The formats that write numbers in decimal are slow enough to be timed less often.

@@ -16,14 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from cache_format import CachedSequence
-from cache_format.manifest import StoreSettings, TeacherIdentity, TokenizerIdentity
-from cache_format.shards.prior import TailPrior
-from pipeline.config import DataConfig, StoreConfig, TeacherConfig
-from pipeline.distribution.capture import Capture
-from pipeline.distribution.draws import Draws, no_draws
-from pipeline.distribution.keep import keep
-from pipeline.types import Scored, Sequence
+from logitcask.cache_format import CachedSequence
+from logitcask.cache_format.manifest import StoreSettings, TeacherIdentity, TokenizerIdentity
+from logitcask.cache_format.shards.prior import TailPrior
+from logitcask.pipeline.config import DataConfig, StoreConfig, TeacherConfig
+from logitcask.pipeline.distribution.capture import Capture
+from logitcask.pipeline.distribution.draws import Draws, no_draws
+from logitcask.pipeline.distribution.keep import keep
+from logitcask.pipeline.types import Scored, Sequence
 
 TEACHER = TeacherConfig(model="smollm2-135m", backend="transformers", dtype="float32")
 MAX_LENGTH = 512
@@ -99,12 +99,12 @@ def load(folder: Path, max_tokens: int, draws: dict[str, StoreConfig]) -> Truth:
 def _capture(folder: Path, max_tokens: int, draws: dict[str, StoreConfig]) -> dict[str, Any]:
     import torch
 
-    from cache_format.tokenizer_identity import tokenizer_identity
-    from pipeline.distribution.draws_torch import draw, to_numpy
-    from pipeline.teachers.open import open_teacher, open_tokenizer, vocab_size_of
-    from pipeline.teachers.transformers import TransformersTeacher
-    from pipeline.text.sources import open_source
-    from pipeline.text.tokenize import Tokenization
+    from logitcask.cache_format.tokenizer_identity import tokenizer_identity
+    from logitcask.pipeline.distribution.draws_torch import draw, to_numpy
+    from logitcask.pipeline.teachers.open import open_teacher, open_tokenizer, vocab_size_of
+    from logitcask.pipeline.teachers.transformers import TransformersTeacher
+    from logitcask.pipeline.text.sources import open_source
+    from logitcask.pipeline.text.tokenize import Tokenization
 
     data = DataConfig(path="python-docs", max_length=MAX_LENGTH, max_tokens=max_tokens)
     tokenizer = open_tokenizer(TEACHER)

@@ -26,10 +26,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
 
-from cache_format import CacheReader, UserError
-from pipeline.config import BuildConfig, StoreConfig, TeacherConfig
-from pipeline.teachers.model import resolve_model
-from pipeline.text.sources import BUILT_IN
+from logitcask.cache_format import CacheReader, UserError
+from logitcask.pipeline.config import BuildConfig, StoreConfig, TeacherConfig
+from logitcask.pipeline.teachers.model import resolve_model
+from logitcask.pipeline.text.sources import BUILT_IN
 
 DEVICE = losses.DEVICE
 NO_CUDA = "no CUDA here"
@@ -153,7 +153,7 @@ def capture(sizes: Sizes, work: Path) -> Found:
     """One engine, both widths of its answers: with draws, and (a width that the plugin leaves alone) without."""
     from capture import Bench, ratios
 
-    from pipeline.teachers.vllm.plugin import Request
+    from logitcask.pipeline.teachers.vllm.plugin import Request
 
     folder, store = model_folder(sizes, work), StoreConfig(shard_tokens=10**9)
     config = BuildConfig(
@@ -231,7 +231,7 @@ def capture(sizes: Sizes, work: Path) -> Found:
 
 def watched(sizes: Sizes, memory: list[Found]) -> type:
     """The teacher's class, whose first full steps, at its start on a GPU, leave in ``memory`` the bytes they took."""
-    from pipeline.teachers.vllm.engine import VllmTeacher
+    from logitcask.pipeline.teachers.vllm.engine import VllmTeacher
 
     class Watched(VllmTeacher):
         def check_memory(self, max_length: int) -> None:
@@ -283,7 +283,7 @@ def host_memory() -> Iterator[list[int]]:
 
 def audit(sizes: Sizes, work: Path) -> Found:
     """The cache against the model in float32, on the device."""
-    from pipeline.audit.run import audit as compare
+    from logitcask.pipeline.audit.run import audit as compare
 
     torch.zeros(1, device=DEVICE)  # what CUDA itself takes of the host comes before
     if DEVICE == "cuda":
@@ -328,7 +328,7 @@ LIGER = ("Liger fused linear JSD, teacher's head beside", "Liger fused linear CE
 
 def kernels(sizes: Sizes, work: Path) -> Found:
     """Losses through the lm_head; times and memory as ratios to plain cross-entropy over whole logits."""
-    from train.losses import kernels as triton_kernels
+    from logitcask.train.losses import kernels as triton_kernels
 
     with_liger = find_spec("liger_kernel") is not None
     names = [name for name in (*METHODS, *(LIGER if with_liger else ())) if name in losses.METHODS]
@@ -417,8 +417,8 @@ def training(sizes: Sizes, work: Path) -> Found:
     from training import measure_arms
     from transformers import AutoModelForCausalLM
 
-    from train.config import StudentConfig
-    from train.model.student import build_student
+    from logitcask.train.config import StudentConfig
+    from logitcask.train.model.student import build_student
 
     folder, cache = model_folder(sizes, work), CacheReader(str(cache_folder(work)))
     flash = DEVICE == "cuda" and find_spec("flash_attn") is not None
@@ -459,8 +459,8 @@ def training(sizes: Sizes, work: Path) -> Found:
 def distributed(sizes: Sizes, work: Path) -> Found:
     """The same training by one process, and by one for every GPU with its weights sharded; on a CPU two processes would
     share what there is, so there is one, over gloo and unsharded."""
-    from train.config import TrainConfig
-    from train.run import train
+    from logitcask.train.config import TrainConfig
+    from logitcask.train.run import train
 
     processes = max(1, torch.cuda.device_count()) if DEVICE == "cuda" else 1
     batch = max(2, processes)
@@ -489,7 +489,7 @@ def distributed(sizes: Sizes, work: Path) -> Found:
     sharded = {"fsdp": True, "fsdp_config": sharding} if DEVICE == "cuda" else {}
     file = work / "together.json"  # JSON is YAML
     file.write_text(json.dumps(config | {"training": fields("together", processes) | sharded}))
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m", "train"]
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m", "logitcask.train"]
     # Both at once: nothing is timed here.
     with subprocess.Popen([sys.executable, *launch, str(file), "--restart"]) as together:
         try:

@@ -41,8 +41,8 @@ import numpy as np
 import psutil
 import yaml
 
-from cache_format import CacheReader, Manifest, verify
-from cache_format.layout import BUILD_DIR, MANIFEST
+from logitcask.cache_format import CacheReader, Manifest, verify
+from logitcask.cache_format.layout import BUILD_DIR, MANIFEST
 
 KINDS = {"process": 45, "vllm": 15, "ray-worker": 20, "ray-driver": 15, "ray-vllm": 5}
 PHASES = ("planning", "starting", "scoring", "committing", "finishing")
@@ -72,7 +72,7 @@ class Build:
         self.stderr = folder / "stderr"
 
     def start(self) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-c", "from pipeline.cli import main; main()", "build", str(self.config)]
+        command = [sys.executable, "-c", "from logitcask.pipeline.cli import main; main()", "build", str(self.config)]
         with open(self.stderr, "ab") as stderr:
             return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=stderr, env=environment())
 

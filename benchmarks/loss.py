@@ -33,10 +33,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from train.config import TrainConfig
-from train.head.chunked import LogitsHead, head_losses
-from train.loop.objective import Objective
-from train.losses import SparseTeacher
+from logitcask.train.config import TrainConfig
+from logitcask.train.head.chunked import LogitsHead, head_losses
+from logitcask.train.loop.objective import Objective
+from logitcask.train.losses import SparseTeacher
 
 RESULTS = Path(__file__).parent / "results" / "loss.json"
 SIZES = {

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from cache_format import CachedSequence
+from logitcask.cache_format import CachedSequence
 
 ZSTD_LEVEL = 1
 Heads = Iterator[tuple[NDArray[np.int32], NDArray[np.float32]]]

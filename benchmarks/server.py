@@ -23,10 +23,10 @@ from typing import Any
 import numpy as np
 from machine import machine
 
-from pipeline.config import TeacherConfig
-from pipeline.distribution.capture import Capture
-from pipeline.teachers.open import open_teacher
-from pipeline.types import Sequence
+from logitcask.pipeline.config import TeacherConfig
+from logitcask.pipeline.distribution.capture import Capture
+from logitcask.pipeline.teachers.open import open_teacher
+from logitcask.pipeline.types import Sequence
 
 MAX_LENGTH, VOCAB = 256, 32_000
 

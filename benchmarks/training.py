@@ -32,14 +32,14 @@ from torch.nn.functional import kl_div, log_softmax
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-from cache_format import CachedSequence, CacheReader
-from pipeline.builder.run import build
-from pipeline.config import BuildConfig
-from train.config import StudentConfig, TrainConfig
-from train.data.mixture import open_data
-from train.loop.objective import Objective
-from train.loop.trainer import DistillationTrainer
-from train.model.student import build_student, find_model
+from logitcask.cache_format import CachedSequence, CacheReader
+from logitcask.pipeline.builder.run import build
+from logitcask.pipeline.config import BuildConfig
+from logitcask.train.config import StudentConfig, TrainConfig
+from logitcask.train.data.mixture import open_data
+from logitcask.train.loop.objective import Objective
+from logitcask.train.loop.trainer import DistillationTrainer
+from logitcask.train.model.student import build_student, find_model
 
 RESULTS = Path(__file__).parent / "results" / "training.json"
 LAYERS = [0, 1, 2, 10, 20, 27, 28, 29]

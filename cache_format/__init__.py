@@ -1,13 +1,13 @@
 """The Logitcask cache format: what is on disk, with no torch, no vLLM and no transformers. See SPEC.md.
 
-from cache_format import CacheReader
+from logitcask.cache_format import CacheReader
 cache = CacheReader("caches/quickstart")
 cache[0].ids                               # int32[P, K]
 """
 
 from typing import TYPE_CHECKING
 
-from cache_format.errors import (
+from logitcask.cache_format.errors import (
     CacheError,
     CacheInUseError,
     CacheNotFoundError,
@@ -18,13 +18,13 @@ from cache_format.errors import (
     UnsupportedCacheError,
     UserError,
 )
-from cache_format.manifest import Manifest
-from cache_format.reader import CacheReader
-from cache_format.sequence import CachedSequence, TailSamples
-from cache_format.verify import verify
+from logitcask.cache_format.manifest import Manifest
+from logitcask.cache_format.reader import CacheReader
+from logitcask.cache_format.sequence import CachedSequence, TailSamples
+from logitcask.cache_format.verify import verify
 
 if TYPE_CHECKING:
-    from cache_format.writer import CacheWriter
+    from logitcask.cache_format.writer import CacheWriter
 
 __all__ = [
     "CacheError",
@@ -48,7 +48,7 @@ __all__ = [
 def __getattr__(name: str) -> object:
     """Imports the writer when it is asked for: who reads a cache needs none of it."""
     if name == "CacheWriter":
-        from cache_format.writer import CacheWriter
+        from logitcask.cache_format.writer import CacheWriter
 
         return CacheWriter
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

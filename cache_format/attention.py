@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from cache_format.errors import UserError
+from logitcask.cache_format.errors import UserError
 
 _SOFT_CAP = "attn_logit_softcapping"
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from cache_format.manifest import Manifest
+    from logitcask.cache_format.manifest import Manifest
 
 _TOP_BYTES = 4096
 """Of a card: more than its front matter, which names this format."""
@@ -42,7 +42,7 @@ A [Logitcask](https://pypi.org/project/logitcask/) cache: a sparse summary of th
 | fingerprint | `{manifest.fingerprint}` |
 
 ```python
-from cache_format import CacheReader  # pip install logitcask
+from logitcask import CacheReader
 
 cache = CacheReader("hf://datasets/ORG/NAME")  # where this card stands: the Hub, a bucket, a folder
 sequence = cache[0]  # input_ids, positions, ids, logprobs, tail_logprob, samples, ...

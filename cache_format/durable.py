@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from pydantic import BaseModel
 
-from cache_format.errors import UserError
+from logitcask.cache_format.errors import UserError
 
 RESTART = "start afresh with --restart"
 """What a message advises where the state of a build is of no use: the option of ``teacher-cache build``."""

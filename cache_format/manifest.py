@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from cache_format.errors import CacheError, DamagedCacheError, UnsupportedCacheError
-from cache_format.schema import FORMAT, FORMAT_VERSION, KNOWN_FEATURES, MAX_DRAWS, MAX_VOCAB_SIZE, SCALAR_STEP
+from logitcask.cache_format.errors import CacheError, DamagedCacheError, UnsupportedCacheError
+from logitcask.cache_format.schema import FORMAT, FORMAT_VERSION, KNOWN_FEATURES, MAX_DRAWS, MAX_VOCAB_SIZE, SCALAR_STEP
 
 MAX_MANIFEST_BYTES = 64 << 20
 MAX_MANIFEST_VALUES = 1 << 22

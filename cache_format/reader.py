@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from cache_format.errors import CacheError, DamagedCacheError
-from cache_format.layout import MANIFEST
-from cache_format.manifest import CacheFile, Manifest, ShardEntry, TailPriorEntry
-from cache_format.sequence import CachedSequence
-from cache_format.shards.bounded_file import BoundedFile
-from cache_format.shards.codec import Codec, PackedBatch
-from cache_format.shards.prior import TailPrior
-from cache_format.storage.files import (
+from logitcask.cache_format.errors import CacheError, DamagedCacheError
+from logitcask.cache_format.layout import MANIFEST
+from logitcask.cache_format.manifest import CacheFile, Manifest, ShardEntry, TailPriorEntry
+from logitcask.cache_format.sequence import CachedSequence
+from logitcask.cache_format.shards.bounded_file import BoundedFile
+from logitcask.cache_format.shards.codec import Codec, PackedBatch
+from logitcask.cache_format.shards.prior import TailPrior
+from logitcask.cache_format.storage.files import (
     ShardCache,
     is_local,
     map_file,
@@ -43,7 +43,7 @@ class CacheReader:
     """The sequences of a finished cache, by index.
 
     ``path`` is a folder or any fsspec URL; shards of a remote cache are fetched when they are first touched and kept in a
-    bounded local cache (``cache_format.storage.files.ShardCache``). Raises CacheNotFoundError, IncompleteCacheError,
+    bounded local cache (``logitcask.cache_format.storage.files.ShardCache``). Raises CacheNotFoundError, IncompleteCacheError,
     UnsupportedCacheError, or DamagedCacheError. With ``check`` (the default) the manifest has to agree with its own totals
     and hashes, and a local shard's sha256 with the manifest when it is first touched; switch it off only after ``verify``.
     Remote shards are always checked. ``manifest``: that of a build whose shards are all there and which is not finished yet.

@@ -13,7 +13,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from cache_format.errors import UserError
+from logitcask.cache_format.errors import UserError
 
 _PROBE = "a"
 

@@ -10,13 +10,13 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from cache_format.errors import DamagedCacheError, UserError
-from cache_format.layout import MANIFEST
-from cache_format.manifest import ShardEntry, StoreSettings
-from cache_format.reader import CacheReader
-from cache_format.sequence import CachedSequence
-from cache_format.shards.codec import ContentHash
-from cache_format.shards.validation import validate
+from logitcask.cache_format.errors import DamagedCacheError, UserError
+from logitcask.cache_format.layout import MANIFEST
+from logitcask.cache_format.manifest import ShardEntry, StoreSettings
+from logitcask.cache_format.reader import CacheReader
+from logitcask.cache_format.sequence import CachedSequence
+from logitcask.cache_format.shards.codec import ContentHash
+from logitcask.cache_format.shards.validation import validate
 
 _FP32_SLACK = 2.0**-16
 """What sums of an engine's fp32 probabilities may be off by."""

@@ -27,16 +27,16 @@ from typing import Self
 
 import filelock
 
-from cache_format import card
-from cache_format.differences import describe_difference
-from cache_format.durable import RESTART, load_state, sync, write_durably, writing_to
-from cache_format.errors import CacheInUseError, DamagedCacheError, UserError
-from cache_format.layout import BUILD_DIR, MANIFEST, PRIOR
-from cache_format.manifest import AuditSummary, Header, Manifest, ShardEntry, TailPriorEntry
-from cache_format.schema import FORMAT
-from cache_format.shards.codec import Codec
-from cache_format.shards.prior import TailPrior
-from cache_format.shards.shard_writer import ShardWriter
+from logitcask.cache_format import card
+from logitcask.cache_format.differences import describe_difference
+from logitcask.cache_format.durable import RESTART, load_state, sync, write_durably, writing_to
+from logitcask.cache_format.errors import CacheInUseError, DamagedCacheError, UserError
+from logitcask.cache_format.layout import BUILD_DIR, MANIFEST, PRIOR
+from logitcask.cache_format.manifest import AuditSummary, Header, Manifest, ShardEntry, TailPriorEntry
+from logitcask.cache_format.schema import FORMAT
+from logitcask.cache_format.shards.codec import Codec
+from logitcask.cache_format.shards.prior import TailPrior
+from logitcask.cache_format.shards.shard_writer import ShardWriter
 
 _SHARD = re.compile(r"shard-\d{5,}\.arrow")
 # Seconds until a folder that cannot be removed is taken for one that somebody still writes to.

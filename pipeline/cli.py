@@ -1,4 +1,4 @@
-"""``teacher-cache``: build caches, and look at them. The commands that need only a cache come from ``cache_format.cli.cache_commands``."""
+"""``teacher-cache``: build caches, and look at them. The commands that need only a cache come from ``logitcask.cache_format.cli.cache_commands``."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Annotated
 
 import typer
 
-from cache_format.cli import cache_commands
-from cache_format.cli import share_commands as share_cli
-from cache_format.cli.app import new_app, run
-from cache_format.cli.config_file import load_config
-from pipeline.commands import audit as audit_cli
-from pipeline.commands import estimate as estimate_cli
-from pipeline.memory import use_huge_pages
+from logitcask.cache_format.cli import cache_commands
+from logitcask.cache_format.cli import share_commands as share_cli
+from logitcask.cache_format.cli.app import new_app, run
+from logitcask.cache_format.cli.config_file import load_config
+from logitcask.pipeline.commands import audit as audit_cli
+from logitcask.pipeline.commands import estimate as estimate_cli
+from logitcask.pipeline.memory import use_huge_pages
 
 app = new_app("Runs a teacher LLM once over a data set and keeps its next-token distributions in a cache.")
 app.command()(cache_commands.info)
@@ -37,8 +37,8 @@ def build(
     restart: Annotated[bool, typer.Option("--restart", help="Remove what the output holds and begin afresh.")] = False,
 ) -> None:
     """Builds the cache that CONFIG describes; goes on where an interrupted build stopped; reuses a finished one."""
-    from pipeline.builder.run import build as build_cache
-    from pipeline.config import BuildConfig
+    from logitcask.pipeline.builder.run import build as build_cache
+    from logitcask.pipeline.config import BuildConfig
 
     settings = load_config(BuildConfig, config, overrides or [])
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what stops a job in a cluster is Ctrl-C, too
@@ -66,8 +66,8 @@ def inspect(
     """Shows one sequence token by token, with what the teacher expected at each."""
     from rich.console import Console
 
-    from cache_format import CacheReader, UserError
-    from pipeline.commands.sequence_table import table, token_text
+    from logitcask.cache_format import CacheReader, UserError
+    from logitcask.pipeline.commands.sequence_table import table, token_text
 
     reader = CacheReader(cache)
     if not -len(reader) <= sequence < len(reader):
@@ -87,9 +87,9 @@ def generations(
     import json
     import sys
 
-    from cache_format import CacheReader
-    from cache_format.durable import writing_to
-    from pipeline.commands.sequence_table import generations as answers
+    from logitcask.cache_format import CacheReader
+    from logitcask.cache_format.durable import writing_to
+    from logitcask.pipeline.commands.sequence_table import generations as answers
 
     rows = answers(CacheReader(cache), tokenizer)
     with (
@@ -103,7 +103,7 @@ def generations(
 @app.command()
 def model(name: Annotated[str, typer.Argument(help="A built-in model, such as smollm2-135m.")]) -> None:
     """Fetches a built-in model into the local models folder and says where it is."""
-    from pipeline.teachers.model import prepare_model
+    from logitcask.pipeline.teachers.model import prepare_model
 
     print(prepare_model(name, None))
 

@@ -11,11 +11,11 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from cache_format.cli.config_docs import markdown
-from cache_format.manifest import StoreSettings
-from cache_format.schema import MAX_DRAWS
-from cache_format.share.remote_writer import work_folder
-from pipeline.distribution.capture import Capture
+from logitcask.cache_format.cli.config_docs import markdown
+from logitcask.cache_format.manifest import StoreSettings
+from logitcask.cache_format.schema import MAX_DRAWS
+from logitcask.cache_format.share.remote_writer import work_folder
+from logitcask.pipeline.distribution.capture import Capture
 
 # Names that transformers gives a meaning of its own when it renders a chat.
 _NOT_ARGUMENTS = {
@@ -395,7 +395,7 @@ class StoreConfig(_Config):
 
     @model_validator(mode="after")
     def _makes_sense(self) -> Self:
-        from cache_format.manifest import check_step
+        from logitcask.cache_format.manifest import check_step
 
         check_step(self.logprob_step)
         if self.top_k == 0 and self.tail_samples == 0:

@@ -1,6 +1,6 @@
 """The types that travel through the teacher stage, and nothing else.
 
-``Sequence`` comes out of tokenisation, ``Scored`` out of an engine, and the estimator (``pipeline.distribution.keep``) turns a
+``Sequence`` comes out of tokenisation, ``Scored`` out of an engine, and the estimator (``logitcask.pipeline.distribution.keep``) turns a
 pair of them into what the cache stores.
 """
 
@@ -38,7 +38,7 @@ class Scored:
 
     ids:              int32[n-1, K], the teacher's K most probable ids, by falling logprob.
     logprobs:         float32[n-1, K], nats, at temperature 1.
-    head_size:        int32[n-1], how many of them form the head (``pipeline.distribution.capture``); the tail is everything else.
+    head_size:        int32[n-1], how many of them form the head (``logitcask.pipeline.distribution.capture``); the tail is everything else.
     target_ids:       int32[n-1], the tokens the engine says it scored; must equal ``input_ids[1:]``.
     target_logprob:   float32[n-1], nats.
     target_rank:      int32[n-1], how many ids have a higher logprob than the target (0 = the argmax).

@@ -27,9 +27,9 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from pipeline.distribution.capture import Capture, head_sizes
-from pipeline.distribution.draws import KEY_IDS, Draws, entropy, first_difference
-from pipeline.types import Scored, Sequence
+from logitcask.pipeline.distribution.capture import Capture, head_sizes
+from logitcask.pipeline.distribution.draws import KEY_IDS, Draws, entropy, first_difference
+from logitcask.pipeline.types import Scored, Sequence
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -301,7 +301,7 @@ def tiny_gemma2(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 @pytest.fixture(scope="session")
 def smollm2() -> Iterator[Path]:
     """Folder of the built-in model, prepared once into the repository's models folder (or $LOGITCASK_MODELS)."""
-    from pipeline.teachers.model import prepare_model
+    from logitcask.pipeline.teachers.model import prepare_model
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(
@@ -328,7 +328,7 @@ def assert_same_scores() -> Callable[..., None]:
 
     dense: float[n-1, V], another engine's whole distribution. Engines round differently, so logprobs agree within
     ``tolerance`` nats, and ids closer to each other than that may come in any order and fall on either side of the cut.
-    capture: where it is given, head sizes and draws must be those that ``pipeline.distribution.draws`` gives for it.
+    capture: where it is given, head sizes and draws must be those that ``logitcask.pipeline.distribution.draws`` gives for it.
     """
 
     def check(

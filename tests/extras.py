@@ -113,7 +113,7 @@ JOBS = {
     "base": Job(
         """
         import gzip
-        from cache_format import CacheReader
+        from logitcask.cache_format import CacheReader
 
         build()
         command("teacher-cache", "info", "cache")

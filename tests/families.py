@@ -123,10 +123,10 @@ def in_a_process(family: str, folder: Path) -> dict[str, str]:
 
 def compare(family: str, parent: Path) -> dict[str, str]:
     """The cells of a family's row."""
-    from pipeline.builder.run import build
-    from pipeline.config import BuildConfig
-    from pipeline.teachers.open import open_teacher
-    from pipeline.teachers.transformers import TransformersTeacher
+    from logitcask.pipeline.builder.run import build
+    from logitcask.pipeline.config import BuildConfig
+    from logitcask.pipeline.teachers.open import open_teacher
+    from logitcask.pipeline.teachers.transformers import TransformersTeacher
 
     logging.getLogger().setLevel(logging.ERROR)
     folder = parent / family
@@ -162,9 +162,9 @@ def compare(family: str, parent: Path) -> dict[str, str]:
     except Exception as error:
         return answer | {"vllm": f"skipped: {cell(error)}"}
     differences = [largest(found, each) for found, each in zip(teacher.score(texts), dense, strict=True)]
-    import pipeline.builder.run
+    import logitcask.pipeline.builder.run
 
-    pipeline.builder.run.open_teacher = lambda *args, **kwargs: teacher  # the engine that runs already
+    logitcask.pipeline.builder.run.open_teacher = lambda *args, **kwargs: teacher  # the engine that runs already
     return answer | {"largest": f"{max(differences):.1e}", "vllm": outcome("vllm")}
 
 
@@ -189,7 +189,7 @@ def make(family: str, folder: Path) -> None:
 
 def sequence(length: int) -> Any:
     """Random ids, all to be learnt."""
-    from pipeline.types import Sequence
+    from logitcask.pipeline.types import Sequence
 
     ids = np.random.default_rng(length).integers(0, SIZES["vocab_size"], length).astype(np.int32)
     return Sequence(str(length), ids, np.arange(length) > 0)

@@ -1,5 +1,5 @@
-"""``python -m train``, for launchers that start modules: ``torchrun -m train CONFIG``, ``accelerate launch -m train CONFIG``."""
+"""``python -m logitcask.train``, for launchers that start modules: ``torchrun -m logitcask.train CONFIG``, ``accelerate launch -m logitcask.train CONFIG``."""
 
-from train.cli import main
+from logitcask.train.cli import main
 
 main()

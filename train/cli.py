@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from cache_format.cli.app import new_app, run
-from cache_format.cli.config_file import load_config
+from logitcask.cache_format.cli.app import new_app, run
+from logitcask.cache_format.cli.config_file import load_config
 
 app = new_app("Trains a student from a cache of teacher distributions, without the teacher.")
 
@@ -31,13 +31,13 @@ def train_student(
 ) -> None:
     """Trains the student that CONFIG describes; goes on where an interrupted run stopped."""
     # Torch and transformers take seconds to import: not for --help.
-    from train.config import TrainConfig
+    from logitcask.train.config import TrainConfig
 
     settings = load_config(TrainConfig, config, overrides or [])
     if print_cache_config:
         print(settings.cache_config or "")
         return
-    from train.run import rewrite_report, train
+    from logitcask.train.run import rewrite_report, train
 
     if report:
         print(f"report: {rewrite_report(settings.output_dir)}")
@@ -71,7 +71,7 @@ def main() -> None:
         run(app, extra="train")
     except SystemExit as stop:
         if "torch" in sys.modules:
-            from train.distributed import leave
+            from logitcask.train.distributed import leave
 
             leave(stop.code if isinstance(stop.code, int) else int(stop.code is not None))
         raise

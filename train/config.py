@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from cache_format.cli.config_docs import markdown
-from train.losses import LOSSES, SPECS
+from logitcask.cache_format.cli.config_docs import markdown
+from logitcask.train.losses import LOSSES, SPECS
 
 
 class _Config(BaseModel):

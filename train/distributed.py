@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 if TYPE_CHECKING:
-    from train.head.chunked import LogitsHead
+    from logitcask.train.head.chunked import LogitsHead
 
 T = TypeVar("T")
 

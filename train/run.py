@@ -18,28 +18,34 @@ import torch
 from transformers import TrainingArguments, set_seed
 from transformers.utils import logging as transformers_logging
 
-from cache_format import CacheReader, Manifest, UserError
-from cache_format.durable import write_durably
-from cache_format.errors import ConfigError, first_line
-from train.config import TrainConfig
-from train.data.dataset import CachedDataset, HeldOut, collate
-from train.data.mixture import open_data
-from train.data.vocabulary import rows_of
-from train.distributed import is_main, on_main
-from train.evaluation.answers import Answer, answers, mean_rouge_l
-from train.evaluation.evaluate import KL_KIND, evaluate, examples, teacher_reference
-from train.loop.arguments import check_best, check_optimizer, check_schedule, training_arguments
-from train.loop.checkpoints import CacheStamp, last_checkpoint, named_checkpoint, warn_of_other_batches
-from train.loop.objective import Objective
-from train.loop.trainer import DistillationTrainer, check_finite
-from train.losses.tails import Tail, tail_of
-from train.model import compat
-from train.model.precision import check_attention
-from train.model.student import build_student, load_student_tokenizer
-from train.output.model_card import model_card
-from train.output.report import write_report
-from train.output.run_folder import begun, exclusive, refuse_other_files, remove_run
-from train.output.saving import mend_generation_config, save_merged, save_student, try_saving, warn_of_a_small_disk
+from logitcask.cache_format import CacheReader, Manifest, UserError
+from logitcask.cache_format.durable import write_durably
+from logitcask.cache_format.errors import ConfigError, first_line
+from logitcask.train.config import TrainConfig
+from logitcask.train.data.dataset import CachedDataset, HeldOut, collate
+from logitcask.train.data.mixture import open_data
+from logitcask.train.data.vocabulary import rows_of
+from logitcask.train.distributed import is_main, on_main
+from logitcask.train.evaluation.answers import Answer, answers, mean_rouge_l
+from logitcask.train.evaluation.evaluate import KL_KIND, evaluate, examples, teacher_reference
+from logitcask.train.loop.arguments import check_best, check_optimizer, check_schedule, training_arguments
+from logitcask.train.loop.checkpoints import CacheStamp, last_checkpoint, named_checkpoint, warn_of_other_batches
+from logitcask.train.loop.objective import Objective
+from logitcask.train.loop.trainer import DistillationTrainer, check_finite
+from logitcask.train.losses.tails import Tail, tail_of
+from logitcask.train.model import compat
+from logitcask.train.model.precision import check_attention
+from logitcask.train.model.student import build_student, load_student_tokenizer
+from logitcask.train.output.model_card import model_card
+from logitcask.train.output.report import write_report
+from logitcask.train.output.run_folder import begun, exclusive, refuse_other_files, remove_run
+from logitcask.train.output.saving import (
+    mend_generation_config,
+    save_merged,
+    save_student,
+    try_saving,
+    warn_of_a_small_disk,
+)
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ import pyarrow as pa
 from cases import Case
 from shards import Columns, columns_of, metadata_of, put_columns
 
-from cache_format.schema import MAX_DECODED_BYTES
+from logitcask.cache_format.schema import MAX_DECODED_BYTES
 
 
 def forge_bomb(case: Case) -> None:

@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cache_format import CachedSequence, CacheReader, CacheWriter, verify
-from cache_format.manifest import DataIdentity, Header, StoreSettings, TokenizerIdentity
-from cache_format.shards.prior import TailPrior
-from pipeline.config import StoreConfig, TeacherConfig
-from pipeline.distribution.keep import keep, keep_nothing
-from pipeline.teachers.synthetic import SyntheticTeacher
-from pipeline.types import Sequence
+from logitcask.cache_format import CachedSequence, CacheReader, CacheWriter, verify
+from logitcask.cache_format.manifest import DataIdentity, Header, StoreSettings, TokenizerIdentity
+from logitcask.cache_format.shards.prior import TailPrior
+from logitcask.pipeline.config import StoreConfig, TeacherConfig
+from logitcask.pipeline.distribution.keep import keep, keep_nothing
+from logitcask.pipeline.teachers.synthetic import SyntheticTeacher
+from logitcask.pipeline.types import Sequence
 
 KINDS: dict[str, dict[str, Any]] = {
     "head": {"top_k": 8, "min_probability": None, "tail_samples": 0},

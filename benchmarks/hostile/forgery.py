@@ -11,7 +11,7 @@ from cases import Case
 from damage import change_bytes, edit_manifest, flip_bits
 from shards import arrow_file, metadata_of, stream_of, written, written_with_nulls
 
-from cache_format.shards.prior import TailPrior
+from logitcask.cache_format.shards.prior import TailPrior
 
 
 def forge_manifest(case: Case) -> None:

@@ -9,8 +9,8 @@ import numpy as np
 from cases import Case, digest
 from numpy.typing import NDArray
 
-from cache_format import CachedSequence, CacheReader, LogitcaskError, verify
-from cache_format.manifest import StoreSettings
+from logitcask.cache_format import CachedSequence, CacheReader, LogitcaskError, verify
+from logitcask.cache_format.manifest import StoreSettings
 
 SPREAD = 2.0**-16  # what sums of fp32 probabilities may be off by
 HASH, MANIFEST, DECODER, DEEP = "refused: hash", "refused: manifest", "refused: decoder", "refused: verify --deep"

@@ -10,7 +10,7 @@ import pyarrow as pa
 from cases import Case
 from numpy.typing import NDArray
 
-from cache_format.shards.codec import ContentHash
+from logitcask.cache_format.shards.codec import ContentHash
 
 Columns = dict[str, tuple[NDArray[np.int64], NDArray[Any]]]
 """Of a shard's rows: how many values each has, and all the values."""

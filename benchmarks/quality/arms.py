@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.config import StoreConfig
-from train.losses import LOSSES
+from logitcask.pipeline.config import StoreConfig
+from logitcask.train.losses import LOSSES
 
 FULL, TEXT = "full logits", "text"
 """Sources that are no cache: every logit, and the text alone."""

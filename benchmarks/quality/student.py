@@ -23,13 +23,13 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from cache_format import CachedSequence
-from train.config import TrainConfig
-from train.data.dataset import collate, teacher_of
-from train.evaluation.metrics import Calibration, rank_agreement, top_k_overlap
-from train.head.chunked import LogitsHead, PerChunk, head_losses
-from train.loop.objective import Objective
-from train.losses import LOSSES, SparseTeacher
+from logitcask.cache_format import CachedSequence
+from logitcask.train.config import TrainConfig
+from logitcask.train.data.dataset import collate, teacher_of
+from logitcask.train.evaluation.metrics import Calibration, rank_agreement, top_k_overlap
+from logitcask.train.head.chunked import LogitsHead, PerChunk, head_losses
+from logitcask.train.loop.objective import Objective
+from logitcask.train.losses import LOSSES, SparseTeacher
 
 K = 5
 """Of MOR@k and CR@k, as in the paper's Table 1."""
@@ -214,8 +214,8 @@ def evaluate(
 ) -> dict[str, float]:
     """Means over every position of ``ids`` [N, T], with the teacher's whole distributions.
 
-    ce: of the text, nats. kl, reverse_kl: to and from the teacher, nats. top1, mor@5, cr@5: ``train.evaluation.metrics``, in percent.
-    ece: ``train.evaluation.metrics.Calibration``, in percent;
+    ce: of the text, nats. kl, reverse_kl: to and from the teacher, nats. top1, mor@5, cr@5: ``logitcask.train.evaluation.metrics``, in percent.
+    ece: ``logitcask.train.evaluation.metrics.Calibration``, in percent;
     confidence: mean probability of that id less how often it is right, in percent (positive: over-confident).
     """
     model.eval()

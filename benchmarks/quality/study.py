@@ -47,7 +47,7 @@ from teachers import (
 from text import Text, TextSize, load_text, native_sequences
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from pipeline.teachers.model import resolve_model
+from logitcask.pipeline.teachers.model import resolve_model
 
 TEACHERS = ("strong", "weak")
 DOCS = Path(__file__).parents[2] / "docs"

@@ -29,16 +29,16 @@ from text import Text
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from cache_format import CachedSequence, CacheReader, CacheWriter
-from cache_format.layout import MANIFEST
-from cache_format.manifest import DataHash, DataIdentity, Header, TeacherIdentity, TokenizerIdentity
-from cache_format.shards.prior import TailPrior
-from cache_format.writer import remove_cache
-from pipeline.config import StoreConfig
-from pipeline.distribution.draws import KEY_IDS, no_draws
-from pipeline.distribution.draws_torch import draw, to_numpy
-from pipeline.distribution.keep import keep
-from pipeline.types import Scored, Sequence
+from logitcask.cache_format import CachedSequence, CacheReader, CacheWriter
+from logitcask.cache_format.layout import MANIFEST
+from logitcask.cache_format.manifest import DataHash, DataIdentity, Header, TeacherIdentity, TokenizerIdentity
+from logitcask.cache_format.shards.prior import TailPrior
+from logitcask.cache_format.writer import remove_cache
+from logitcask.pipeline.config import StoreConfig
+from logitcask.pipeline.distribution.draws import KEY_IDS, no_draws
+from logitcask.pipeline.distribution.draws_torch import draw, to_numpy
+from logitcask.pipeline.distribution.keep import keep
+from logitcask.pipeline.types import Scored, Sequence
 
 _ROWS = 4096
 """Positions whose distributions are looked at together."""

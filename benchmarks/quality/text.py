@@ -26,8 +26,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from pipeline.config import DataConfig
-from pipeline.text.sources import open_source
+from logitcask.pipeline.config import DataConfig
+from logitcask.pipeline.text.sources import open_source
 
 PACKAGES = ("numpy", "torch")
 _NOT_DOCUMENTED = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"}

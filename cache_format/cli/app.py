@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from cache_format.errors import LogitcaskError
+from logitcask.cache_format.errors import LogitcaskError
 
 _EXTRAS = {
     "datasets": "text",
@@ -43,7 +43,7 @@ def run(app: typer.Typer, extra: str) -> None:
         sys.argv.remove("--debug")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     if debug:
-        logging.getLogger("pipeline").setLevel(logging.DEBUG)
+        logging.getLogger("logitcask.pipeline").setLevel(logging.DEBUG)
     for chatty in (
         "httpx",
         "datasets",

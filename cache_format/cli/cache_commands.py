@@ -12,15 +12,15 @@ import typer
 from pydantic import BaseModel
 from tqdm import tqdm
 
-from cache_format.card import describe_head, describe_tail
-from cache_format.cli.config_file import parse_options
-from cache_format.derive.derive import SHARD_TOKENS, DeriveOptions
-from cache_format.derive.derive import derive as derive_cache
-from cache_format.derive.derive import merge as merge_caches
-from cache_format.errors import ConfigError, DamagedCacheError
-from cache_format.manifest import AuditSummary, Manifest
-from cache_format.reader import CacheReader
-from cache_format.verify import verify as verify_cache
+from logitcask.cache_format.card import describe_head, describe_tail
+from logitcask.cache_format.cli.config_file import parse_options
+from logitcask.cache_format.derive.derive import SHARD_TOKENS, DeriveOptions
+from logitcask.cache_format.derive.derive import derive as derive_cache
+from logitcask.cache_format.derive.derive import merge as merge_caches
+from logitcask.cache_format.errors import ConfigError, DamagedCacheError
+from logitcask.cache_format.manifest import AuditSummary, Manifest
+from logitcask.cache_format.reader import CacheReader
+from logitcask.cache_format.verify import verify as verify_cache
 
 _SHOWN_ELSEWHERE = ("sequences", "tokens", "kept_positions")
 

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
-from cache_format.errors import ConfigError, first_line
+from logitcask.cache_format.errors import ConfigError, first_line
 
 Model = TypeVar("Model", bound=BaseModel)
 

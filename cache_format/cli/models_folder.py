@@ -7,7 +7,7 @@ import json
 import os
 from pathlib import Path
 
-from cache_format.errors import UserError
+from logitcask.cache_format.errors import UserError
 
 ADAPTER_CONFIG = "adapter_config.json"
 """What makes a folder one of adapters (PEFT). Transformers applies them unasked, vLLM does not."""

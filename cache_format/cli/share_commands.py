@@ -1,4 +1,4 @@
-"""``teacher-cache push`` and ``teacher-cache pull``: the copies of ``cache_format.share.copy`` with a bar in bytes."""
+"""``teacher-cache push`` and ``teacher-cache pull``: the copies of ``logitcask.cache_format.share.copy`` with a bar in bytes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from tqdm import tqdm
 
-from cache_format.share import copy as share
+from logitcask.cache_format.share import copy as share
 
 Force = Annotated[bool, typer.Option("--force", help="Replace another cache that is there; check every hash again.")]
 

@@ -17,18 +17,26 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from cache_format.derive.fidelity import reconstruction_kl
-from cache_format.derive.narrow import head_sizes, narrow
-from cache_format.differences import describe_difference
-from cache_format.errors import UserError
-from cache_format.manifest import DataHash, DataIdentity, DerivedFrom, Header, Manifest, StoreSettings, check_step
-from cache_format.reader import CacheReader
-from cache_format.schema import MAX_DRAWS, MAX_SHARDS
-from cache_format.sequence import CachedSequence
-from cache_format.shards.codec import Codec
-from cache_format.shards.prior import TailPrior
-from cache_format.storage.files import local_folder
-from cache_format.writer import CacheWriter
+from logitcask.cache_format.derive.fidelity import reconstruction_kl
+from logitcask.cache_format.derive.narrow import head_sizes, narrow
+from logitcask.cache_format.differences import describe_difference
+from logitcask.cache_format.errors import UserError
+from logitcask.cache_format.manifest import (
+    DataHash,
+    DataIdentity,
+    DerivedFrom,
+    Header,
+    Manifest,
+    StoreSettings,
+    check_step,
+)
+from logitcask.cache_format.reader import CacheReader
+from logitcask.cache_format.schema import MAX_DRAWS, MAX_SHARDS
+from logitcask.cache_format.sequence import CachedSequence
+from logitcask.cache_format.shards.codec import Codec
+from logitcask.cache_format.shards.prior import TailPrior
+from logitcask.cache_format.storage.files import local_folder
+from logitcask.cache_format.writer import CacheWriter
 
 log = logging.getLogger(__name__)
 

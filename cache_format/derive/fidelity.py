@@ -9,9 +9,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from cache_format.errors import UserError
-from cache_format.sequence import CachedSequence
-from cache_format.shards.prior import TailPrior
+from logitcask.cache_format.errors import UserError
+from logitcask.cache_format.sequence import CachedSequence
+from logitcask.cache_format.shards.prior import TailPrior
 
 
 def reconstruction_kl(

@@ -14,8 +14,8 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from cache_format.manifest import StoreSettings
-from cache_format.sequence import CachedSequence, TailSamples
+from logitcask.cache_format.manifest import StoreSettings
+from logitcask.cache_format.sequence import CachedSequence, TailSamples
 
 
 def narrow(sequence: CachedSequence, store: StoreSettings, source: str) -> CachedSequence:

@@ -14,8 +14,8 @@ from contextlib import contextmanager
 
 import pyarrow as pa
 
-from cache_format.errors import DamagedCacheError
-from cache_format.schema import MAX_BATCH_BYTES
+from logitcask.cache_format.errors import DamagedCacheError
+from logitcask.cache_format.schema import MAX_BATCH_BYTES
 
 _MAGIC = b"ARROW1"
 # Fields of the flatbuffer tables, by their numbers.

@@ -16,10 +16,10 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from cache_format.errors import DamagedCacheError, UserError
-from cache_format.manifest import StoreSettings
-from cache_format.manifest import check_step as check_step
-from cache_format.schema import (
+from logitcask.cache_format.errors import DamagedCacheError, UserError
+from logitcask.cache_format.manifest import StoreSettings
+from logitcask.cache_format.manifest import check_step as check_step
+from logitcask.cache_format.schema import (
     MAX_BATCH_BYTES,
     MAX_DECODED_BYTES,
     MAX_DRAWS,
@@ -28,8 +28,8 @@ from cache_format.schema import (
     id_bytes,
     shard_schema,
 )
-from cache_format.sequence import CachedSequence, TailSamples
-from cache_format.shards.prior import TailPrior
+from logitcask.cache_format.sequence import CachedSequence, TailSamples
+from logitcask.cache_format.shards.prior import TailPrior
 
 ESCAPE = 255
 _Array = NDArray[Any]

@@ -17,10 +17,10 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from cache_format.errors import DamagedCacheError
-from cache_format.schema import PRIOR_STEP
-from cache_format.sequence import CachedSequence
-from cache_format.shards.bounded_file import BoundedFile
+from logitcask.cache_format.errors import DamagedCacheError
+from logitcask.cache_format.schema import PRIOR_STEP
+from logitcask.cache_format.sequence import CachedSequence
+from logitcask.cache_format.shards.bounded_file import BoundedFile
 
 POWER = 0.75
 # Added to every mean probability: ids that were not met are unlikely, not impossible.

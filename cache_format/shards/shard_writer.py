@@ -1,6 +1,6 @@
 """One shard in the making: sequences go in, a complete Arrow file and what a manifest says of it come out.
 
-Where the file lies, and when it counts, is the business of ``cache_format.writer``.
+Where the file lies, and when it counts, is the business of ``logitcask.cache_format.writer``.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import IO
 import numpy as np
 import pyarrow as pa
 
-from cache_format.schema import BATCH_BYTES
-from cache_format.sequence import CachedSequence
-from cache_format.shards.codec import Codec, ContentHash
-from cache_format.shards.validation import validate
+from logitcask.cache_format.schema import BATCH_BYTES
+from logitcask.cache_format.sequence import CachedSequence
+from logitcask.cache_format.shards.codec import Codec, ContentHash
+from logitcask.cache_format.shards.validation import validate
 
 
 class ShardWriter:

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from cache_format.errors import UserError
-from cache_format.manifest import StoreSettings
-from cache_format.schema import MAX_DECODED_BYTES, MAX_DRAWS, TAIL_MASS_FLOOR
-from cache_format.sequence import CachedSequence
+from logitcask.cache_format.errors import UserError
+from logitcask.cache_format.manifest import StoreSettings
+from logitcask.cache_format.schema import MAX_DECODED_BYTES, MAX_DRAWS, TAIL_MASS_FLOOR
+from logitcask.cache_format.sequence import CachedSequence
 
 
 def validate(sequence: CachedSequence, store: StoreSettings, *, mass_slack: float = 1e-3) -> None:

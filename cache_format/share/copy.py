@@ -22,12 +22,18 @@ import filelock
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from cache_format import card
-from cache_format.durable import sync, write_durably, writing_to
-from cache_format.errors import CacheError, CacheInUseError, DamagedCacheError, UnsupportedCacheError, UserError
-from cache_format.layout import BUILD_DIR, CARD, MANIFEST, OWNER, PRIOR, PULL_DIR, PUSH_MARK
-from cache_format.manifest import MAX_MANIFEST_BYTES, CacheFile, Manifest, cache_files
-from cache_format.storage.files import (
+from logitcask.cache_format import card
+from logitcask.cache_format.durable import sync, write_durably, writing_to
+from logitcask.cache_format.errors import (
+    CacheError,
+    CacheInUseError,
+    DamagedCacheError,
+    UnsupportedCacheError,
+    UserError,
+)
+from logitcask.cache_format.layout import BUILD_DIR, CARD, MANIFEST, OWNER, PRIOR, PULL_DIR, PUSH_MARK
+from logitcask.cache_format.manifest import MAX_MANIFEST_BYTES, CacheFile, Manifest, cache_files
+from logitcask.cache_format.storage.files import (
     ShardCache,
     download,
     has_content,
@@ -41,7 +47,7 @@ from cache_format.storage.files import (
     retrying,
     verified_chunks,
 )
-from cache_format.writer import may_be_cache, refuse_other_files
+from logitcask.cache_format.writer import may_be_cache, refuse_other_files
 
 MAX_CARD_BYTES = 16 << 20
 MAX_MARK_BYTES = 1 << 16

@@ -17,15 +17,15 @@ from typing import Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from cache_format import card
-from cache_format.durable import load_state, write_durably, writing_to
-from cache_format.errors import CacheError, CacheInUseError, DamagedCacheError, UserError
-from cache_format.layout import BUILD_DIR, CARD, MANIFEST, OWNER, PRIOR, PUSH_MARK
-from cache_format.manifest import MAX_MANIFEST_BYTES, AuditSummary, CacheFile, Header, Manifest, ShardEntry
-from cache_format.shards.prior import TailPrior
-from cache_format.share.copy import MAX_MARK_BYTES, Store, place_at
-from cache_format.storage.files import open_filesystem, reaching, shard_cache_folder
-from cache_format.writer import CacheWriter, remove_cache
+from logitcask.cache_format import card
+from logitcask.cache_format.durable import load_state, write_durably, writing_to
+from logitcask.cache_format.errors import CacheError, CacheInUseError, DamagedCacheError, UserError
+from logitcask.cache_format.layout import BUILD_DIR, CARD, MANIFEST, OWNER, PRIOR, PUSH_MARK
+from logitcask.cache_format.manifest import MAX_MANIFEST_BYTES, AuditSummary, CacheFile, Header, Manifest, ShardEntry
+from logitcask.cache_format.shards.prior import TailPrior
+from logitcask.cache_format.share.copy import MAX_MARK_BYTES, Store, place_at
+from logitcask.cache_format.storage.files import open_filesystem, reaching, shard_cache_folder
+from logitcask.cache_format.writer import CacheWriter, remove_cache
 
 _CLAIM = "claim.json"
 

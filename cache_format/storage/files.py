@@ -19,7 +19,7 @@ import filelock
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from cache_format.errors import (
+from logitcask.cache_format.errors import (
     CacheError,
     CacheNotFoundError,
     DamagedCacheError,
@@ -27,8 +27,8 @@ from cache_format.errors import (
     UserError,
     one_line,
 )
-from cache_format.layout import BUILD_DIR, MANIFEST, PULL_DIR, PUSH_MARK
-from cache_format.manifest import MAX_MANIFEST_BYTES, CacheFile, Manifest
+from logitcask.cache_format.layout import BUILD_DIR, MANIFEST, PULL_DIR, PUSH_MARK
+from logitcask.cache_format.manifest import MAX_MANIFEST_BYTES, CacheFile, Manifest
 
 ATTEMPTS = 4
 """How often a transfer is tried before a failing network is reported."""

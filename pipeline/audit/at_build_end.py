@@ -14,12 +14,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from cache_format import CacheReader, DamagedCacheError, Manifest, UserError
-from cache_format.errors import CacheError
-from cache_format.manifest import AuditSummary, Header, ShardEntry
-from pipeline.audit.result import Audit
-from pipeline.audit.run import audit, audit_summary
-from pipeline.config import AuditConfig, TeacherConfig
+from logitcask.cache_format import CacheReader, DamagedCacheError, Manifest, UserError
+from logitcask.cache_format.errors import CacheError
+from logitcask.cache_format.manifest import AuditSummary, Header, ShardEntry
+from logitcask.pipeline.audit.result import Audit
+from logitcask.pipeline.audit.run import audit, audit_summary
+from logitcask.pipeline.config import AuditConfig, TeacherConfig
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ def audit_build(
     total = min(settings.sequences, sum(shard.sequences for shard in shards))
     with tqdm(total=total, unit="seq", desc="audit", leave=False) as bar:
         if header.teacher.backend == "vllm" and "vllm" in sys.modules:  # which may have changed transformers here
-            from pipeline.audit.worker import audit_apart
+            from logitcask.pipeline.audit.worker import audit_apart
 
             found = audit_apart(asked, bar.update)
         else:

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cache_format import CachedSequence, CacheReader
-from cache_format.manifest import StoreSettings
-from pipeline.audit.figures import Tally, head_tally, most_probable
-from pipeline.audit.reference import Reference, at_temperature
-from pipeline.audit.result import Audit
-from pipeline.audit.sample import sample
-from pipeline.distribution.draws import LEAST_LOGPROB
+from logitcask.cache_format import CachedSequence, CacheReader
+from logitcask.cache_format.manifest import StoreSettings
+from logitcask.pipeline.audit.figures import Tally, head_tally, most_probable
+from logitcask.pipeline.audit.reference import Reference, at_temperature
+from logitcask.pipeline.audit.result import Audit
+from logitcask.pipeline.audit.sample import sample
+from logitcask.pipeline.distribution.draws import LEAST_LOGPROB
 
 # Logprobs and positions looked at, at most.
 _EVIDENCE_VALUES = 1 << 23

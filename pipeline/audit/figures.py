@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cache_format import CachedSequence
-from cache_format.manifest import StoreSettings
-from cache_format.shards.prior import TailPrior
-from pipeline.audit.result import Audit, Difference, Distance, DrawsAudit
-from pipeline.distribution.draws import LEAST_LOGPROB
-from pipeline.distribution.keep import tail_logprob
+from logitcask.cache_format import CachedSequence
+from logitcask.cache_format.manifest import StoreSettings
+from logitcask.cache_format.shards.prior import TailPrior
+from logitcask.pipeline.audit.result import Audit, Difference, Distance, DrawsAudit
+from logitcask.pipeline.distribution.draws import LEAST_LOGPROB
+from logitcask.pipeline.distribution.keep import tail_logprob
 
 # Draws expected in each class of the chi-square test, at least.
 _LEAST_EXPECTED = 10
@@ -217,7 +217,7 @@ class _DrawSums:
             self._variance[which] += (mass[at] ** 2 * np.maximum(spread, 0) / draws).sum()
 
     def _new(self, part: CachedSequence) -> NDArray[np.bool_]:
-        """bool[R]: positions unlike all before. Those that look alike share their draws (``pipeline.distribution.draws``): they count once."""
+        """bool[R]: positions unlike all before. Those that look alike share their draws (``logitcask.pipeline.distribution.draws``): they count once."""
         looks = zip(
             part.target_ids.tolist(),
             part.target_logprob.tolist(),

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cache_format import DamagedCacheError, Manifest, UserError
-from cache_format.manifest import TeacherIdentity
-from pipeline.config import TeacherConfig
-from pipeline.distribution.capture import Capture
-from pipeline.teachers.model import (
+from logitcask.cache_format import DamagedCacheError, Manifest, UserError
+from logitcask.cache_format.manifest import TeacherIdentity
+from logitcask.pipeline.config import TeacherConfig
+from logitcask.pipeline.distribution.capture import Capture
+from logitcask.pipeline.teachers.model import (
     ResolvedModel,
     activation_bits,
     context_limit,
@@ -94,7 +94,7 @@ def open_reference(
 
 
 def _synthetic(manifest: Manifest, bounded: int) -> tuple[Any, int]:
-    from pipeline.teachers.synthetic import SyntheticTeacher
+    from logitcask.pipeline.teachers.synthetic import SyntheticTeacher
 
     seed = (manifest.teacher.revision or "").removeprefix("seed-")
     try:
@@ -130,7 +130,7 @@ def _resolve(manifest: Manifest, name: str | None, trust_remote_code: bool) -> R
 
 
 def _transformers(manifest: Manifest, model: ResolvedModel, most: int) -> Any:
-    from pipeline.teachers.transformers import TransformersTeacher
+    from logitcask.pipeline.teachers.transformers import TransformersTeacher
 
     config = TeacherConfig(
         model=model.name, backend="transformers", dtype="float32", engine_args=_eager_attention(manifest)

@@ -16,7 +16,7 @@ class Difference:
     largest_allowed: what rounding alone may make of it.
     signed:          mean of stored - reference, in which rounding averages out.
     engine:          mean of |engine - reference|, rounding taken out: an estimate without bias, or a lower bound where the
-                     cache was rounded more than once (see ``pipeline.audit.figures``).
+                     cache was rounded more than once (see ``logitcask.pipeline.audit.figures``).
     """
 
     values: int

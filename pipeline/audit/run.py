@@ -17,14 +17,14 @@ from dataclasses import replace
 
 import numpy as np
 
-from cache_format import CacheReader, Manifest
-from cache_format.manifest import AuditSummary, TeacherIdentity
-from pipeline.audit.diagnosis import diagnose
-from pipeline.audit.figures import Sums
-from pipeline.audit.reference import MAX_TOKENS, Reference, open_reference
-from pipeline.audit.result import Audit, Difference, Distance, DrawsAudit
-from pipeline.audit.sample import parts, sample
-from pipeline.distribution.draws import LEAST_LOGPROB
+from logitcask.cache_format import CacheReader, Manifest
+from logitcask.cache_format.manifest import AuditSummary, TeacherIdentity
+from logitcask.pipeline.audit.diagnosis import diagnose
+from logitcask.pipeline.audit.figures import Sums
+from logitcask.pipeline.audit.reference import MAX_TOKENS, Reference, open_reference
+from logitcask.pipeline.audit.result import Audit, Difference, Distance, DrawsAudit
+from logitcask.pipeline.audit.sample import parts, sample
+from logitcask.pipeline.distribution.draws import LEAST_LOGPROB
 
 __all__ = [
     "EIGHT_BIT_LIMIT",

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from cache_format import CachedSequence, CacheReader, UserError
-from pipeline.distribution.draws import mix
+from logitcask.cache_format import CachedSequence, CacheReader, UserError
+from logitcask.pipeline.distribution.draws import mix
 
 # Sequences without a kept position among their first tokens are passed over, this many at most for each one wanted.
 _LOOKS = 16

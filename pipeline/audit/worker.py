@@ -22,12 +22,12 @@ import threading
 from collections.abc import Callable
 from typing import IO
 
-from cache_format import errors
-from cache_format.errors import LogitcaskError, UserError
-from cache_format.manifest import AuditSummary
-from pipeline.audit.at_build_end import BuildAudit, audit_here
+from logitcask.cache_format import errors
+from logitcask.cache_format.errors import LogitcaskError, UserError
+from logitcask.cache_format.manifest import AuditSummary
+from logitcask.pipeline.audit.at_build_end import BuildAudit, audit_here
 
-_WORKER = "import sys; sys.path[:] = sys.argv[1:]; from pipeline.audit.worker import main; main()"
+_WORKER = "import sys; sys.path[:] = sys.argv[1:]; from logitcask.pipeline.audit.worker import main; main()"
 
 
 def audit_apart(asked: BuildAudit, on_sequence: Callable[[], object]) -> AuditSummary:

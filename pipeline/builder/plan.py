@@ -15,12 +15,19 @@ from typing import Any
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict
 
-from cache_format.durable import load_state, sync, write_durably
-from cache_format.errors import UserError
-from cache_format.manifest import DataHash, DataIdentity, Header, StoreSettings, TeacherIdentity, TokenizerIdentity
-from cache_format.schema import BATCH_BYTES, MAX_SHARDS
-from cache_format.shards.shard_writer import uncompressed_bytes
-from pipeline.types import Sequence
+from logitcask.cache_format.durable import load_state, sync, write_durably
+from logitcask.cache_format.errors import UserError
+from logitcask.cache_format.manifest import (
+    DataHash,
+    DataIdentity,
+    Header,
+    StoreSettings,
+    TeacherIdentity,
+    TokenizerIdentity,
+)
+from logitcask.cache_format.schema import BATCH_BYTES, MAX_SHARDS
+from logitcask.cache_format.shards.shard_writer import uncompressed_bytes
+from logitcask.pipeline.types import Sequence
 
 _SCHEMA = pa.schema(
     [("sequence_id", pa.string()), ("input_ids", pa.list_(pa.int32())), ("loss_mask", pa.list_(pa.bool_()))]

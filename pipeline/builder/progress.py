@@ -21,8 +21,8 @@ from typing import IO, Any, Self
 
 from tqdm import tqdm
 
-from cache_format import UserError
-from cache_format.manifest import Header, ShardEntry
+from logitcask.cache_format import UserError
+from logitcask.cache_format.manifest import Header, ShardEntry
 
 log = logging.getLogger(__name__)
 

@@ -1,11 +1,11 @@
 """A build by many engines at once: Ray Data hands the shards of the plan to workers, which score and commit them.
 
 The process that the user has started, the driver, keeps the lock, the plan, the progress bar and the last word: it begins
-and finishes the cache. A worker is an actor of Ray's with an engine of its own (``pipeline.builder.ray_worker``). What a shard
+and finishes the cache. A worker is an actor of Ray's with an engine of its own (``logitcask.pipeline.builder.ray_worker``). What a shard
 holds depends on the plan alone, so it does not matter which worker writes it, nor how often it is tried.
 
 Failures. A worker that dies is replaced by Ray, and its shard is tried again. A driver that dies takes its workers along,
-sooner or later; they commit what they have finished until the next driver locks them out (``cache_format.writer``).
+sooner or later; they commit what they have finished until the next driver locks them out (``logitcask.cache_format.writer``).
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
-from cache_format import CacheWriter, LogitcaskError, UserError
-from cache_format.errors import first_line
-from cache_format.manifest import Header
-from cache_format.shards.prior import TailPrior
-from pipeline.builder.plan import Plan
-from pipeline.builder.progress import Progress
-from pipeline.builder.ray_worker import Coordinator, Done, ShardWorker, Situation, Task
-from pipeline.config import BuildConfig, ScaleConfig
-from pipeline.generate.answers import check_teacher
-from pipeline.interruption import at_safe_points, checkpoint
+from logitcask.cache_format import CacheWriter, LogitcaskError, UserError
+from logitcask.cache_format.errors import first_line
+from logitcask.cache_format.manifest import Header
+from logitcask.cache_format.shards.prior import TailPrior
+from logitcask.pipeline.builder.plan import Plan
+from logitcask.pipeline.builder.progress import Progress
+from logitcask.pipeline.builder.ray_worker import Coordinator, Done, ShardWorker, Situation, Task
+from logitcask.pipeline.config import BuildConfig, ScaleConfig
+from logitcask.pipeline.generate.answers import check_teacher
+from logitcask.pipeline.interruption import at_safe_points, checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -167,6 +167,8 @@ def _import_ray() -> Any:
     """Ray with Ray Data, quiet unless debugging. Raises UserError where it is not installed."""
     # Ray reads these when it is imported or started. It would send statistics of use to its makers.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # A thread that still reads results when the cluster is shut down would start another one.
+    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
     if not _debugging():
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     try:

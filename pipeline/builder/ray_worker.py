@@ -1,7 +1,7 @@
 """What runs in the processes of a Ray cluster: workers, each with an engine of its own, and one coordinator.
 
 Workers and driver meet at the cache's folder, which all of them see, and at the coordinator, which only passes on what is
-said. Nothing here imports Ray: ``pipeline.builder.ray_driver`` makes actors of these classes.
+said. Nothing here imports Ray: ``logitcask.pipeline.builder.ray_driver`` makes actors of these classes.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from collections import Counter
 from dataclasses import astuple, dataclass, field
 from typing import Any
 
-from cache_format.errors import LogitcaskError, UserError
-from cache_format.writer import CacheWorker
-from pipeline.builder.plan import Plan
-from pipeline.builder.progress import Progress
-from pipeline.builder.score import estimate_prior, score_shard, score_shards
-from pipeline.config import BuildConfig
-from pipeline.teachers.base import Teacher
-from pipeline.teachers.open import open_teacher
+from logitcask.cache_format.errors import LogitcaskError, UserError
+from logitcask.cache_format.writer import CacheWorker
+from logitcask.pipeline.builder.plan import Plan
+from logitcask.pipeline.builder.progress import Progress
+from logitcask.pipeline.builder.score import estimate_prior, score_shard, score_shards
+from logitcask.pipeline.config import BuildConfig
+from logitcask.pipeline.teachers.base import Teacher
+from logitcask.pipeline.teachers.open import open_teacher
 
 # A shard at which so many workers have died is not tried again: the next one would die, too.
 MAX_ATTEMPTS = 5
@@ -166,7 +166,7 @@ class ShardWorker:
     def _start(self) -> None:
         """Starts the engine and joins the build, or has it begun if no worker has before."""
         config, worker = self._config, self._worker
-        logging.getLogger("pipeline").addHandler(_ToDriver(self._coordinator))
+        logging.getLogger("logitcask.pipeline").addHandler(_ToDriver(self._coordinator))
         self._check_shared()
         plan = Plan.load(worker.build_dir)
         assert plan is not None

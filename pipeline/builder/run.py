@@ -17,20 +17,25 @@ from typing import Any, Self
 
 from tqdm import tqdm
 
-from cache_format import CacheReader, CacheWriter, Manifest, UserError
-from cache_format.differences import describe_difference
-from cache_format.durable import writing_to
-from cache_format.layout import BUILD_DIR, MANIFEST
-from cache_format.manifest import DataHash, DataIdentity, Header
-from cache_format.share.remote_writer import RemoteCacheWriter, holds_cache, remove_remote_cache, remove_traces
-from cache_format.writer import remove_cache
-from pipeline.audit.at_build_end import audit_build
-from pipeline.builder.plan import Plan, write_sequences
-from pipeline.builder.progress import Progress
-from pipeline.builder.score import estimate_prior, score_shard, score_shards
-from pipeline.builder.writer_thread import Pair
-from pipeline.config import BuildConfig
-from pipeline.generate.answers import (
+from logitcask.cache_format import CacheReader, CacheWriter, Manifest, UserError
+from logitcask.cache_format.differences import describe_difference
+from logitcask.cache_format.durable import writing_to
+from logitcask.cache_format.layout import BUILD_DIR, MANIFEST
+from logitcask.cache_format.manifest import DataHash, DataIdentity, Header
+from logitcask.cache_format.share.remote_writer import (
+    RemoteCacheWriter,
+    holds_cache,
+    remove_remote_cache,
+    remove_traces,
+)
+from logitcask.cache_format.writer import remove_cache
+from logitcask.pipeline.audit.at_build_end import audit_build
+from logitcask.pipeline.builder.plan import Plan, write_sequences
+from logitcask.pipeline.builder.progress import Progress
+from logitcask.pipeline.builder.score import estimate_prior, score_shard, score_shards
+from logitcask.pipeline.builder.writer_thread import Pair
+from logitcask.pipeline.config import BuildConfig
+from logitcask.pipeline.generate.answers import (
     Generations,
     check_teacher,
     check_unchanged,
@@ -38,15 +43,15 @@ from pipeline.generate.answers import (
     tokenizer_changes,
     tokenizer_of,
 )
-from pipeline.generate.prompts import Prompts
-from pipeline.interruption import at_safe_points
-from pipeline.teachers.base import Sampling, Teacher
-from pipeline.teachers.model import attention, check_context, resolve_model
-from pipeline.teachers.open import open_teacher, open_tokenizer, sampling_of, vocab_size_of
-from pipeline.teachers.weights import weights_sha256
-from pipeline.text.sources import Source, open_source
-from pipeline.text.tokenize import Tokenization
-from pipeline.types import Sequence
+from logitcask.pipeline.generate.prompts import Prompts
+from logitcask.pipeline.interruption import at_safe_points
+from logitcask.pipeline.teachers.base import Sampling, Teacher
+from logitcask.pipeline.teachers.model import attention, check_context, resolve_model
+from logitcask.pipeline.teachers.open import open_teacher, open_tokenizer, sampling_of, vocab_size_of
+from logitcask.pipeline.teachers.weights import weights_sha256
+from logitcask.pipeline.text.sources import Source, open_source
+from logitcask.pipeline.text.tokenize import Tokenization
+from logitcask.pipeline.types import Sequence
 
 log = logging.getLogger(__name__)
 
@@ -300,8 +305,8 @@ def _check_engine(config: BuildConfig) -> None:
     if teacher.backend == "transformers":
         attention(model, teacher.engine_args.get("attn_implementation"))
     if teacher.backend == "vllm":
-        from pipeline.teachers.vllm.arguments import check_engine_args
-        from pipeline.teachers.vllm.engine import check_location
+        from logitcask.pipeline.teachers.vllm.arguments import check_engine_args
+        from logitcask.pipeline.teachers.vllm.engine import check_location
 
         check_engine_args(teacher)
         check_location(model)
@@ -384,7 +389,7 @@ def _write_shards(writer: CacheWriter, plan: Plan, config: BuildConfig, engine: 
     try:
         if config.scale is None:
             return _score_here(writer, plan, config, pending, engine)
-        from pipeline.builder.ray_driver import score_shards_on_ray
+        from logitcask.pipeline.builder.ray_driver import score_shards_on_ray
 
         engine.close()  # the workers have engines of their own
         log.info("starting the teachers: %s with %s", config.teacher.model, config.teacher.backend)

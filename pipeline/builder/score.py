@@ -13,17 +13,17 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
 
-from cache_format.manifest import StoreSettings
-from cache_format.shards.prior import TailPrior
-from cache_format.writer import CacheWorker
-from pipeline.builder.plan import Plan, read_sequences
-from pipeline.builder.progress import Progress
-from pipeline.builder.writer_thread import Pair, WriterThread, kept
-from pipeline.interruption import checkpoint
-from pipeline.memory import give_back
-from pipeline.teachers.base import Teacher, answers
-from pipeline.teachers.open import bounded_groups
-from pipeline.types import Answer, Sequence
+from logitcask.cache_format.manifest import StoreSettings
+from logitcask.cache_format.shards.prior import TailPrior
+from logitcask.cache_format.writer import CacheWorker
+from logitcask.pipeline.builder.plan import Plan, read_sequences
+from logitcask.pipeline.builder.progress import Progress
+from logitcask.pipeline.builder.writer_thread import Pair, WriterThread, kept
+from logitcask.pipeline.interruption import checkpoint
+from logitcask.pipeline.memory import give_back
+from logitcask.pipeline.teachers.base import Teacher, answers
+from logitcask.pipeline.teachers.open import bounded_groups
+from logitcask.pipeline.types import Answer, Sequence
 
 # The prior settles within some ten thousand positions; they are held in memory until it is known.
 _PRIOR_POSITIONS = 16_384
@@ -92,7 +92,7 @@ def score_shards(
     begun:    pairs of shards of which some have been scored already, as ``estimate_prior`` returns them.
 
     Raises whatever the teacher or the writer does, as soon as it does, and KeyboardInterrupt as
-    ``pipeline.interruption`` says.
+    ``logitcask.pipeline.interruption`` says.
     """
     begun, progress = begun or {}, progress or Progress()
     with WriterThread(writer, plan, writer.header().store, progress) as behind:

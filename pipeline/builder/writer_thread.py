@@ -11,14 +11,14 @@ from collections import deque
 from types import TracebackType
 from typing import Self
 
-from cache_format import CachedSequence
-from cache_format.manifest import StoreSettings
-from cache_format.writer import CacheWorker
-from pipeline.builder.plan import Plan
-from pipeline.builder.progress import Progress
-from pipeline.distribution.keep import keep, keep_nothing
-from pipeline.interruption import checkpoint
-from pipeline.types import Answer, Sequence
+from logitcask.cache_format import CachedSequence
+from logitcask.cache_format.manifest import StoreSettings
+from logitcask.cache_format.writer import CacheWorker
+from logitcask.pipeline.builder.plan import Plan
+from logitcask.pipeline.builder.progress import Progress
+from logitcask.pipeline.distribution.keep import keep, keep_nothing
+from logitcask.pipeline.interruption import checkpoint
+from logitcask.pipeline.types import Answer, Sequence
 
 # A sequence with what the teacher says of it; None where nothing of it is kept, so that it was not scored.
 Pair = tuple[Sequence, Answer | None]

@@ -1,4 +1,4 @@
-"""``teacher-cache audit``: the comparison of ``pipeline.audit.run`` as a page for a person, or as JSON."""
+"""``teacher-cache audit``: the comparison of ``logitcask.pipeline.audit.run`` as a page for a person, or as JSON."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Annotated
 import typer
 from tqdm import tqdm
 
-from cache_format.errors import DamagedCacheError
-from pipeline.audit.result import Audit, Difference, Distance, DrawsAudit
-from pipeline.audit.run import SEQUENCES
-from pipeline.audit.run import audit as audit_cache
+from logitcask.cache_format.errors import DamagedCacheError
+from logitcask.pipeline.audit.result import Audit, Difference, Distance, DrawsAudit
+from logitcask.pipeline.audit.run import SEQUENCES
+from logitcask.pipeline.audit.run import audit as audit_cache
 
 
 def audit(

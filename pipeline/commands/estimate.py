@@ -1,4 +1,4 @@
-"""``teacher-cache estimate``: the forecasts of ``pipeline.estimate.run`` as a page, or as JSON."""
+"""``teacher-cache estimate``: the forecasts of ``logitcask.pipeline.estimate.run`` as a page, or as JSON."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cache_format.cli.config_file import load_config
-from cache_format.errors import ConfigError
+from logitcask.cache_format.cli.config_file import load_config
+from logitcask.cache_format.errors import ConfigError
 
 if TYPE_CHECKING:
-    from pipeline.estimate.run import Estimate, Forecast
-    from pipeline.estimate.size import Range
+    from logitcask.pipeline.estimate.run import Estimate, Forecast
+    from logitcask.pipeline.estimate.size import Range
 
 _MOST_TOKENS = 10**15
 _WIDTH = 20
@@ -42,8 +42,8 @@ def estimate(
     as_json: Annotated[bool, typer.Option("--json", help="JSON: bytes, seconds, and the same assumptions.")] = False,
 ) -> None:
     """Says what the build of CONFIG takes: tokens, bytes, hours, cost, and what that rests on. Builds nothing."""
-    from pipeline.config import BuildConfig
-    from pipeline.estimate.run import estimate as estimate_build
+    from logitcask.pipeline.config import BuildConfig
+    from logitcask.pipeline.estimate.run import estimate as estimate_build
 
     if tokens_per_second is not None and not 0 < tokens_per_second < float("inf"):
         raise ConfigError(f"--tokens-per-second is {tokens_per_second}; expected a number above 0")

@@ -13,10 +13,10 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
-from cache_format import CachedSequence, CacheReader, UserError
-from cache_format.tokenizer_identity import tokenizer_identity
-from pipeline.config import TeacherConfig
-from pipeline.teachers.open import open_tokenizer
+from logitcask.cache_format import CachedSequence, CacheReader, UserError
+from logitcask.cache_format.tokenizer_identity import tokenizer_identity
+from logitcask.pipeline.config import TeacherConfig
+from logitcask.pipeline.teachers.open import open_tokenizer
 
 log = logging.getLogger(__name__)
 

@@ -48,7 +48,7 @@ class Capture:
 def head_sizes(logprobs: NDArray[np.float32], capture: Capture) -> NDArray[np.int32]:
     """int32[R]: how many of the first entries of each row of ``logprobs`` [R, top_k] (falling, nats) form the head.
 
-    The engine's own copy of this rule (``pipeline.distribution.draws``) must come to the same sizes from the same float32 values.
+    The engine's own copy of this rule (``logitcask.pipeline.distribution.draws``) must come to the same sizes from the same float32 values.
     """
     rows, width = logprobs.shape
     size = np.full(rows, width, np.int32)

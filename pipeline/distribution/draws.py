@@ -1,7 +1,7 @@
-"""Draws from the tail of a distribution: the algorithm, in numpy. ``pipeline.distribution.draws_torch`` is its twin inside engines, and
-``pipeline.distribution.draws_triton`` on GPUs.
+"""Draws from the tail of a distribution: the algorithm, in numpy. ``logitcask.pipeline.distribution.draws_torch`` is its twin inside engines, and
+``logitcask.pipeline.distribution.draws_triton`` on GPUs.
 
-The head of a position is its most probable ids (``pipeline.distribution.capture``), the tail everything else, with mass ``m``. Draw
+The head of a position is its most probable ids (``logitcask.pipeline.distribution.capture``), the tail everything else, with mass ``m``. Draw
 ``d`` of ``S`` is the id at which the tail's cumulative probability, in the order of ids, passes ``fraction * m`` (inverse
 CDF), so id ``v`` comes up ``S * p_v / m`` times in expectation:
 
@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.distribution.capture import Capture, head_sizes
+from logitcask.pipeline.distribution.capture import Capture, head_sizes
 
 # How many of the most probable ids enter the hash.
 KEY_IDS = 4
@@ -35,7 +35,7 @@ SET_STRIDE = 256
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Draws:
-    """The draws of R positions, as in ``pipeline.types.Scored``; numpy arrays, or torch tensors inside an engine.
+    """The draws of R positions, as in ``logitcask.pipeline.types.Scored``; numpy arrays, or torch tensors inside an engine.
 
     head_size:       int32[R].
     samples:         int32[R, T, S], padded with -1.

@@ -1,9 +1,9 @@
-"""Draws from the tail of a distribution, in torch: what ``pipeline.distribution.draws`` says, where the distributions are.
+"""Draws from the tail of a distribution, in torch: what ``logitcask.pipeline.distribution.draws`` says, where the distributions are.
 
 A search in two levels keeps it cheap: one pass sums the probabilities of blocks of ids, and only in the blocks that are
 hit are ids looked at. The costly part is one exponential per id, which is as much as the engine's own log-softmax takes.
 A GPU spends longer on being told of an operation than on a small one, so what takes many small ones (the hash) is done
-once for all rows; where Triton is there, kernels do the rest (``pipeline.distribution.draws_triton``).
+once for all rows; where Triton is there, kernels do the rest (``logitcask.pipeline.distribution.draws_triton``).
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cache_format.errors import one_line
-from pipeline.distribution.capture import Capture
-from pipeline.distribution.draws import KEY_IDS, LEAST_LOGPROB, SET_STRIDE, Draws, hashed
+from logitcask.cache_format.errors import one_line
+from logitcask.pipeline.distribution.capture import Capture
+from logitcask.pipeline.distribution.draws import KEY_IDS, LEAST_LOGPROB, SET_STRIDE, Draws, hashed
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ def draw(scores: Tensor, top_ids: Tensor, target_ids: Tensor, capture: Capture, 
     """
     if not (scores.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
         return _by_torch(scores, top_ids, target_ids, capture, logits)
-    from pipeline.distribution import draws_triton
+    from logitcask.pipeline.distribution import draws_triton
 
     if not draws_triton.usable(scores):
         return _by_torch(scores, top_ids, target_ids, capture, logits)
@@ -77,7 +77,7 @@ def _why_not(few: tuple[Tensor, Tensor, Tensor, Capture, bool]) -> str | None:
 
 
 def _by_triton(scores: Tensor, top_ids: Tensor, target_ids: Tensor, capture: Capture, logits: bool) -> Draws:
-    from pipeline.distribution import draws_triton as kernels
+    from logitcask.pipeline.distribution import draws_triton as kernels
 
     top_ids, target_ids = top_ids.contiguous(), target_ids.contiguous()
     with torch.cuda.device_of(scores):  # Triton launches on the current device
@@ -161,7 +161,7 @@ def _draw_chunk(
 
 
 def _head_sizes(head: Tensor, capture: Capture) -> Tensor:
-    """int32[R]: ``pipeline.distribution.capture.head_sizes``."""
+    """int32[R]: ``logitcask.pipeline.distribution.capture.head_sizes``."""
     rows, width = head.shape
     size = torch.full((rows,), width, dtype=torch.int32, device=head.device)
     if capture.min_probability is not None:
@@ -175,7 +175,7 @@ def _head_sizes(head: Tensor, capture: Capture) -> Tensor:
 
 
 def _set_sizes(tail_mass: Tensor, capture: Capture) -> Tensor:
-    """int64, of the shape of ``tail_mass``: ``pipeline.distribution.draws.set_sizes``."""
+    """int64, of the shape of ``tail_mass``: ``logitcask.pipeline.distribution.draws.set_sizes``."""
     wanted = torch.full_like(tail_mass, capture.samples)
     if capture.mass_per_sample is not None:
         wanted = (tail_mass / capture.mass_per_sample).ceil_().clamp_(1, capture.samples)
@@ -183,7 +183,7 @@ def _set_sizes(tail_mass: Tensor, capture: Capture) -> Tensor:
 
 
 def _uniforms(named: Tensor, top_ids: Tensor, target_ids: Tensor, capture: Capture) -> Tensor:
-    """float64[R, T, S or 1]: the random numbers of ``pipeline.distribution.draws.fractions``, one per draw or one per set."""
+    """float64[R, T, S or 1]: the random numbers of ``logitcask.pipeline.distribution.draws.fractions``, one per draw or one per set."""
     eighths = (named.clamp_min(LEAST_LOGPROB) * 8).round_().long()
     columns = [target_ids, *top_ids[:, :KEY_IDS].unbind(1), *eighths.unbind(1)]
     steps = torch.arange(capture.samples if capture.independent else 1, device=named.device)
@@ -193,7 +193,7 @@ def _uniforms(named: Tensor, top_ids: Tensor, target_ids: Tensor, capture: Captu
 
 
 def _fractions(uniforms: Tensor, counts: Tensor, capture: Capture) -> Tensor:
-    """float64[R, T, S]: ``pipeline.distribution.draws.fractions``."""
+    """float64[R, T, S]: ``logitcask.pipeline.distribution.draws.fractions``."""
     if capture.independent:
         return uniforms
     return (torch.arange(capture.samples, device=uniforms.device) + uniforms) / counts.clamp_min(1)

@@ -1,8 +1,8 @@
-"""Draws from the tail as Triton kernels: what ``pipeline.distribution.draws_torch`` does, without its temporaries and its many launches.
+"""Draws from the tail as Triton kernels: what ``logitcask.pipeline.distribution.draws_torch`` does, without its temporaries and its many launches.
 
 The scores are read twice (once where they are logprobs) and nothing as large is written. One program a row finds the
 log-sum; one sums the probabilities of each block of ids and the entropy, and hashes what the position looks like; one for a
-few draws finds the block of each, and then the id in it. The bits of the hash are those of ``pipeline.distribution.draws``.
+few draws finds the block of each, and then the id in it. The bits of the hash are those of ``logitcask.pipeline.distribution.draws``.
 
 Used for CUDA tensors; ``LOGITCASK_TRITON=0`` turns them off. With ``TRITON_INTERPRET=1``, set before triton is first
 imported, they run on the CPU, slowly: that is how they are tested.
@@ -18,8 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pipeline.distribution.capture import Capture
-from pipeline.distribution.draws import KEY_IDS, LEAST_LOGPROB, SET_STRIDE, hashed_seed
+from logitcask.pipeline.distribution.capture import Capture
+from logitcask.pipeline.distribution.draws import KEY_IDS, LEAST_LOGPROB, SET_STRIDE, hashed_seed
 
 try:
     import triton
@@ -180,7 +180,7 @@ if triton is not None:
 
     @triton.jit
     def _mix(bits):  # type: ignore[no-untyped-def]
-        """``pipeline.distribution.draws.mix``: its constants, less 2**64, and its masks in full."""
+        """``logitcask.pipeline.distribution.draws.mix``: its constants, less 2**64, and its masks in full."""
         bits = bits + (-7046029254386353131)
         bits = (bits ^ ((bits >> 30) & 17179869183)) * (-4658895280553007687)
         bits = (bits ^ ((bits >> 27) & 137438953471)) * (-7723592293110705685)

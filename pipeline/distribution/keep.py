@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from cache_format import CachedSequence, LogitcaskError, TailSamples, UserError
-from cache_format.manifest import StoreSettings
-from cache_format.schema import TAIL_MASS_FLOOR
-from pipeline.types import Scored, Sequence
+from logitcask.cache_format import CachedSequence, LogitcaskError, TailSamples, UserError
+from logitcask.cache_format.manifest import StoreSettings
+from logitcask.cache_format.schema import TAIL_MASS_FLOOR
+from logitcask.pipeline.types import Scored, Sequence
 
 
 class MisalignedScoresError(LogitcaskError):

@@ -1,7 +1,7 @@
 """``teacher-cache estimate``: what a build will take, before anything runs: tokens, bytes, engine hours, money.
 
 The head of the data is tokenised as a build does it, and the rest is taken to be like it. Bytes come from
-``pipeline.estimate.size``, speed from ``pipeline.estimate.speed``. No engine is started and no weights are read unless a
+``logitcask.pipeline.estimate.size``, speed from ``logitcask.pipeline.estimate.speed``. No engine is started and no weights are read unless a
 probe is asked for. What every number rests on is part of the answer.
 """
 
@@ -17,15 +17,15 @@ import numpy as np
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field
 
-from cache_format import UserError
-from pipeline.config import BuildConfig, DataConfig
-from pipeline.estimate.size import Range, Size, size_from_probe, size_from_reference
-from pipeline.estimate.speed import Speed, given_speed, probe, speed_from_hardware
-from pipeline.teachers.open import open_tokenizer, vocab_size_of
-from pipeline.text.file_formats import locate, open_data, suffix_of
-from pipeline.text.sources import BUILT_IN, Row, Source, find_files, open_source
-from pipeline.text.tokenize import Tokenization
-from pipeline.types import Sequence
+from logitcask.cache_format import UserError
+from logitcask.pipeline.config import BuildConfig, DataConfig
+from logitcask.pipeline.estimate.size import Range, Size, size_from_probe, size_from_reference
+from logitcask.pipeline.estimate.speed import Speed, given_speed, probe, speed_from_hardware
+from logitcask.pipeline.teachers.open import open_tokenizer, vocab_size_of
+from logitcask.pipeline.text.file_formats import locate, open_data, suffix_of
+from logitcask.pipeline.text.sources import BUILT_IN, Row, Source, find_files, open_source
+from logitcask.pipeline.text.tokenize import Tokenization
+from logitcask.pipeline.types import Sequence
 
 # The head of the data that is tokenised: the first of these that is reached. English has some 4 characters to a token.
 _ROWS = 2_000

@@ -18,14 +18,14 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
-from cache_format import CachedSequence
-from cache_format.manifest import MAX_MANIFEST_BYTES
-from cache_format.shards.codec import Codec
-from cache_format.shards.prior import TailPrior
-from cache_format.shards.shard_writer import ShardWriter
-from pipeline.config import StoreConfig
-from pipeline.distribution.capture import Capture, head_sizes
-from pipeline.distribution.draws import set_sizes
+from logitcask.cache_format import CachedSequence
+from logitcask.cache_format.manifest import MAX_MANIFEST_BYTES
+from logitcask.cache_format.shards.codec import Codec
+from logitcask.cache_format.shards.prior import TailPrior
+from logitcask.cache_format.shards.shard_writer import ShardWriter
+from logitcask.pipeline.config import StoreConfig
+from logitcask.pipeline.distribution.capture import Capture, head_sizes
+from logitcask.pipeline.distribution.draws import set_sizes
 
 # Mean probability at these ranks, of tenths of the positions by rising entropy.
 _RANKS = (1, 2, 3, 4, 6, 8, 12, 16, 32, 64, 128, 256)

@@ -9,13 +9,20 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from cache_format import CachedSequence, UserError
-from pipeline.config import BuildConfig
-from pipeline.distribution.keep import keep
-from pipeline.estimate.size import Range
-from pipeline.teachers.model import EXPERTS, ResolvedModel, activation_bits, empty_model, is_quantised, resolve_model
-from pipeline.teachers.open import open_teacher
-from pipeline.types import Sequence
+from logitcask.cache_format import CachedSequence, UserError
+from logitcask.pipeline.config import BuildConfig
+from logitcask.pipeline.distribution.keep import keep
+from logitcask.pipeline.estimate.size import Range
+from logitcask.pipeline.teachers.model import (
+    EXPERTS,
+    ResolvedModel,
+    activation_bits,
+    empty_model,
+    is_quantised,
+    resolve_model,
+)
+from logitcask.pipeline.teachers.open import open_teacher
+from logitcask.pipeline.types import Sequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -326,7 +333,7 @@ def _share_of_experts(config: Any) -> float:
 
 
 def _float32_head(config: BuildConfig, model: ResolvedModel) -> bool:
-    """Whether vLLM multiplies by the output head in float32 on a GPU, as ``pipeline.teachers.vllm.engine`` has it."""
+    """Whether vLLM multiplies by the output head in float32 on a GPU, as ``logitcask.pipeline.teachers.vllm.engine`` has it."""
     teacher = config.teacher
     if teacher.backend != "vllm" or teacher.dtype == "float32" or is_quantised(model):
         return False

@@ -27,18 +27,18 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 from tqdm import tqdm
 
-from cache_format.differences import describe_difference
-from cache_format.durable import load_state, sync, write_durably, writing_to
-from cache_format.errors import UserError
-from cache_format.manifest import DataHash, GenerationIdentity, TeacherIdentity, TokenizerIdentity
-from cache_format.tokenizer_identity import tokenizer_identity
-from pipeline.config import BuildConfig
-from pipeline.generate.prompts import PromptRow, Prompts
-from pipeline.interruption import at_safe_points, checkpoint
-from pipeline.teachers.base import Generator, Prompt, Sampling
-from pipeline.text.sources import Source
-from pipeline.text.tokenize import Tokenization
-from pipeline.types import Sequence
+from logitcask.cache_format.differences import describe_difference
+from logitcask.cache_format.durable import load_state, sync, write_durably, writing_to
+from logitcask.cache_format.errors import UserError
+from logitcask.cache_format.manifest import DataHash, GenerationIdentity, TeacherIdentity, TokenizerIdentity
+from logitcask.cache_format.tokenizer_identity import tokenizer_identity
+from logitcask.pipeline.config import BuildConfig
+from logitcask.pipeline.generate.prompts import PromptRow, Prompts
+from logitcask.pipeline.interruption import at_safe_points, checkpoint
+from logitcask.pipeline.teachers.base import Generator, Prompt, Sampling
+from logitcask.pipeline.text.sources import Source
+from logitcask.pipeline.text.tokenize import Tokenization
+from logitcask.pipeline.types import Sequence
 
 _PROMPTS = pa.schema([("row_id", pa.string()), ("input_ids", pa.list_(pa.int32()))])
 _ANSWERS = pa.schema([("answer", pa.list_(pa.int32())), ("finish", pa.string())])

@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cache_format.errors import UserError
-from pipeline.config import DataConfig
-from pipeline.text.chat_template import ChatTemplate, Refused
-from pipeline.text.long_texts import LONG, LongTexts, pieces
-from pipeline.text.sources import SYSTEM_ROLES, Row
-from pipeline.text.tokenize import AddedTokens, batches, check_ids
+from logitcask.cache_format.errors import UserError
+from logitcask.pipeline.config import DataConfig
+from logitcask.pipeline.text.chat_template import ChatTemplate, Refused
+from logitcask.pipeline.text.long_texts import LONG, LongTexts, pieces
+from logitcask.pipeline.text.sources import SYSTEM_ROLES, Row
+from logitcask.pipeline.text.tokenize import AddedTokens, batches, check_ids
 
 
 @dataclass(frozen=True, slots=True, eq=False)

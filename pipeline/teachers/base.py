@@ -9,8 +9,8 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from cache_format.manifest import TeacherIdentity
-from pipeline.types import Answer, Scored, Sequence
+from logitcask.cache_format.manifest import TeacherIdentity
+from logitcask.pipeline.types import Answer, Scored, Sequence
 
 
 class Teacher(Protocol):

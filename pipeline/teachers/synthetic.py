@@ -21,12 +21,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cache_format.manifest import TeacherIdentity
-from pipeline.config import TeacherConfig
-from pipeline.distribution.capture import Capture, head_sizes
-from pipeline.distribution.draws import KEY_IDS, Draws, entropy, fractions, mix, no_draws, padded, set_sizes
-from pipeline.teachers.base import Prompt, Sampling
-from pipeline.types import Scored, Sequence
+from logitcask.cache_format.manifest import TeacherIdentity
+from logitcask.pipeline.config import TeacherConfig
+from logitcask.pipeline.distribution.capture import Capture, head_sizes
+from logitcask.pipeline.distribution.draws import KEY_IDS, Draws, entropy, fractions, mix, no_draws, padded, set_sizes
+from logitcask.pipeline.teachers.base import Prompt, Sampling
+from logitcask.pipeline.types import Scored, Sequence
 
 # Part of the teacher's identity: a change to any number it gives is a new version.
 VERSION = 1
@@ -164,7 +164,7 @@ class SyntheticTeacher:
         target_ids: NDArray[np.int32],
         target_rank: NDArray[np.int64],
     ) -> Draws:
-        """As ``pipeline.distribution.draws.draw``, but in the order of ranks."""
+        """As ``logitcask.pipeline.distribution.draws.draw``, but in the order of ranks."""
         mass = self._tails[law, -1]
         counts = set_sizes(mass, self._capture)
         named = self._laws32[law[:, None], np.stack([np.zeros_like(target_rank), target_rank], axis=1)]

@@ -15,15 +15,15 @@ import transformers
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cache_format.errors import UserError, first_line
-from cache_format.manifest import TeacherIdentity
-from pipeline.config import TeacherConfig
-from pipeline.distribution.capture import Capture
-from pipeline.distribution.draws import KEY_IDS, no_draws
-from pipeline.distribution.draws_torch import draw, to_numpy
-from pipeline.distribution.keep import not_a_number
-from pipeline.teachers.base import Prompt, Sampling
-from pipeline.teachers.model import (
+from logitcask.cache_format.errors import UserError, first_line
+from logitcask.cache_format.manifest import TeacherIdentity
+from logitcask.pipeline.config import TeacherConfig
+from logitcask.pipeline.distribution.capture import Capture
+from logitcask.pipeline.distribution.draws import KEY_IDS, no_draws
+from logitcask.pipeline.distribution.draws_torch import draw, to_numpy
+from logitcask.pipeline.distribution.keep import not_a_number
+from logitcask.pipeline.teachers.base import Prompt, Sampling
+from logitcask.pipeline.teachers.model import (
     ResolvedModel,
     attention,
     auto_class,
@@ -32,8 +32,8 @@ from pipeline.teachers.model import (
     longest_with_short_rope,
     read_weights,
 )
-from pipeline.teachers.open import bounded_groups
-from pipeline.types import Scored, Sequence
+from logitcask.pipeline.teachers.open import bounded_groups
+from logitcask.pipeline.types import Scored, Sequence
 
 # Sequences are batched with others of like length out of this many batches' worth, which keeps padding small.
 _BATCHES_PER_GROUP = 8

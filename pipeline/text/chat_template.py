@@ -1,6 +1,6 @@
 """A chat template, and chats in the form it takes.
 
-Rows hold chats in one form (``pipeline.text.sources``): arguments of calls as objects, content None beside calls, the role
+Rows hold chats in one form (``logitcask.pipeline.text.sources``): arguments of calls as objects, content None beside calls, the role
 ``developer`` as it was found. Templates differ in what they take of it, so each is asked once, with small chats of our
 own. The date of a template that writes one is given to it, so that all of a build, on whichever day, has the same.
 """
@@ -15,8 +15,8 @@ from datetime import date, datetime
 from functools import cached_property
 from typing import Any
 
-from cache_format.errors import UserError, one_line
-from pipeline.config import DataConfig
+from logitcask.cache_format.errors import UserError, one_line
+from logitcask.pipeline.config import DataConfig
 
 log = logging.getLogger(__name__)
 

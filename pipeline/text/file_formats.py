@@ -27,7 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
-from cache_format.errors import LogitcaskError, UserError, one_line_and_kind
+from logitcask.cache_format.errors import LogitcaskError, UserError, one_line_and_kind
 
 _PEEK_ROWS = 1000  # objects of a JSON file that are read to learn its fields
 _BATCH_ROWS = 256  # of a Parquet file; long documents make a larger batch a large one

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cache_format.errors import UserError
+from logitcask.cache_format.errors import UserError
 
 # Characters. Texts up to LONG are tokenised whole, whatever happens to the other two.
 LONG = 1 << 20

@@ -1,7 +1,7 @@
 """From ``data.path`` to rows: where the text comes from, read as a stream.
 
 A name in ``BUILT_IN`` needs no file. Everything else is named as for ``datasets.load_dataset``: a file, a folder, a hub
-name. ``datasets`` finds the files of a split; ``pipeline.text.file_formats`` reads them, for three reasons:
+name. ``datasets`` finds the files of a split; ``logitcask.pipeline.text.file_formats`` reads them, for three reasons:
 
 * its streaming Parquet reader may abort the process at exit when reading stops early, as it does at ``max_tokens``
   (https://github.com/huggingface/datasets/issues/7566);
@@ -28,10 +28,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cache_format.cli.models_folder import cannot_write
-from cache_format.errors import LogitcaskError, UserError, one_line_and_kind
-from pipeline.config import DataConfig
-from pipeline.text.file_formats import JSON_SUFFIXES, SUFFIXES, read_columns, read_rows, suffix_of
+from logitcask.cache_format.cli.models_folder import cannot_write
+from logitcask.cache_format.errors import LogitcaskError, UserError, one_line_and_kind
+from logitcask.pipeline.config import DataConfig
+from logitcask.pipeline.text.file_formats import JSON_SUFFIXES, SUFFIXES, read_columns, read_rows, suffix_of
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ Chats: rendered once as a whole with the chat template and tokenised once. What 
 end-of-turn token included: its characters are found in the rendered text, and a token is the assistant's if it holds at
 least one of them.
 
-A text above a million characters is tokenised in parts (``pipeline.text.long_texts``), and no further than ``max_length`` asks
+A text above a million characters is tokenised in parts (``logitcask.pipeline.text.long_texts``), and no further than ``max_length`` asks
 for where the rest is cut off or the text left out.
 """
 
@@ -29,12 +29,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cache_format.errors import UserError
-from pipeline.config import DataConfig
-from pipeline.text.chat_template import ChatTemplate, Messages, Refused, Span
-from pipeline.text.long_texts import LONG, LongTexts, Tokens, head, pieces, special_tokens, with_whole_offsets
-from pipeline.text.sources import SYSTEM_ROLES, Row
-from pipeline.types import Sequence
+from logitcask.cache_format.errors import UserError
+from logitcask.pipeline.config import DataConfig
+from logitcask.pipeline.text.chat_template import ChatTemplate, Messages, Refused, Span
+from logitcask.pipeline.text.long_texts import LONG, LongTexts, Tokens, head, pieces, special_tokens, with_whole_offsets
+from logitcask.pipeline.text.sources import SYSTEM_ROLES, Row
+from logitcask.pipeline.types import Sequence
 
 log = logging.getLogger(__name__)
 

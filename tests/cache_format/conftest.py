@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cache_format import CachedSequence, CacheWriter, TailSamples
-from cache_format.manifest import DataIdentity, Header, StoreSettings, TeacherIdentity, TokenizerIdentity
-from cache_format.storage import files as storage
+from logitcask.cache_format import CachedSequence, CacheWriter, TailSamples
+from logitcask.cache_format.manifest import DataIdentity, Header, StoreSettings, TeacherIdentity, TokenizerIdentity
+from logitcask.cache_format.storage import files as storage
 
 KINDS: dict[str, dict[str, Any]] = {
     "head": {},

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from cache_format.attention import attention_implementation
-from cache_format.errors import UserError
+from logitcask.cache_format.attention import attention_implementation
+from logitcask.cache_format.errors import UserError
 
 
 def config(cap: float | None) -> SimpleNamespace:

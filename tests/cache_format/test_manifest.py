@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import cache_format
-from cache_format.manifest import Manifest
+import logitcask.cache_format
+from logitcask.cache_format.manifest import Manifest
 
 
 def test_the_exported_schema_is_in_step():
-    """Written by: python -c "import json; from cache_format import Manifest; print(json.dumps(Manifest.model_json_schema(), indent=2))" """
-    exported = Path(cache_format.__file__).parent / "manifest.schema.json"
+    """Written by: python -c "import json; from logitcask.cache_format import Manifest; print(json.dumps(Manifest.model_json_schema(), indent=2))" """
+    exported = Path(logitcask.cache_format.__file__).parent / "manifest.schema.json"
     assert json.loads(exported.read_text()) == Manifest.model_json_schema()
 
 
@@ -35,7 +35,7 @@ def test_the_fingerprint_is_of_the_content(header):
 
 def test_public_names():
     """What other people import; a name that goes is a breaking change."""
-    assert set(cache_format.__all__) >= {
+    assert set(logitcask.cache_format.__all__) >= {
         "CacheReader",
         "CacheWriter",
         "Manifest",

@@ -12,7 +12,7 @@ import sys
 import pyarrow as pa
 import pytest
 
-from cache_format import (
+from logitcask.cache_format import (
     CacheError,
     CacheNotFoundError,
     CacheReader,
@@ -22,7 +22,7 @@ from cache_format import (
     UnsupportedCacheError,
     verify,
 )
-from cache_format.manifest import MAX_MANIFEST_BYTES
+from logitcask.cache_format.manifest import MAX_MANIFEST_BYTES
 
 
 @pytest.fixture
@@ -168,10 +168,10 @@ def test_the_manifest_says_how_many_rows_a_batch_has(path):
 def test_reading_needs_little(path):
     """In a fresh process: no framework, no engine, no writer and no YAML parser is imported on the way to the numbers."""
     code = (
-        "import sys; from cache_format import CacheReader; "
+        "import sys; from logitcask.cache_format import CacheReader; "
         f"s = CacheReader({str(path)!r})[0]; print(s.logprobs.shape); "
         "heavy = {'torch', 'vllm', 'transformers', 'datasets', 'pipeline', 'train'}; "
-        "heavy |= {'yaml', 'omegaconf', 'typer', 'rich', 'cache_format.writer', 'cache_format.cli.cache_commands'}; heavy &= set(sys.modules); "
+        "heavy |= {'yaml', 'omegaconf', 'typer', 'rich', 'logitcask.cache_format.writer', 'logitcask.cache_format.cli.cache_commands'}; heavy &= set(sys.modules); "
         "sys.exit(f'imported {heavy}' if heavy else 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -200,7 +200,7 @@ def test_more_shards_than_files_may_be_open(tmp_path, rng, header, sequence):
                 shard.append(sequence(rng, f"{index}", tokens=4))
         writer.finish(started, 90)
     code = (
-        "import resource; from cache_format import CacheReader; resource.setrlimit(resource.RLIMIT_NOFILE, (80, 80)); "
+        "import resource; from logitcask.cache_format import CacheReader; resource.setrlimit(resource.RLIMIT_NOFILE, (80, 80)); "
         f"cache = CacheReader({str(tmp_path / 'many')!r}); print(sum(len(s) for s in cache) + len(cache[0]))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -14,7 +14,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from cache_format.tokenizer_identity import tokenizer_identity
+from logitcask.cache_format.tokenizer_identity import tokenizer_identity
 
 SPECIALS = ["<bos>", "<eos>"]
 
@@ -172,7 +172,7 @@ def test_it_is_the_same_in_a_process_without_transformers(tmp_path: Path) -> Non
     code = """
 import sys
 from tokenizers import Tokenizer
-from cache_format.tokenizer_identity import tokenizer_identity
+from logitcask.cache_format.tokenizer_identity import tokenizer_identity
 
 class Surface:
     backend_tokenizer = Tokenizer.from_file(sys.argv[1])

@@ -9,8 +9,8 @@ import math
 import numpy as np
 import pytest
 
-import cache_format.shards.shard_writer
-from cache_format import CacheWriter, TailSamples, verify
+import logitcask.cache_format.shards.shard_writer
+from logitcask.cache_format import CacheWriter, TailSamples, verify
 
 KIND = "samples"
 VOCAB = 1000
@@ -23,7 +23,7 @@ def consistent(rng, consistent_sequence):
 
 def written(tmp_path, header, sequences, monkeypatch):
     """The sequences as a cache with right hashes, whatever is in them."""
-    monkeypatch.setattr(cache_format.shards.shard_writer, "validate", lambda *_, **__: None)
+    monkeypatch.setattr(logitcask.cache_format.shards.shard_writer, "validate", lambda *_, **__: None)
     with CacheWriter(tmp_path / "c") as writer:
         started = writer.begin(header(kind=KIND))
         for index, part in enumerate((sequences[:2], sequences[2:])):

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import cache_format.shards.shard_writer
-import cache_format.writer
-from cache_format import (
+import logitcask.cache_format.shards.shard_writer
+import logitcask.cache_format.writer
+from logitcask.cache_format import (
     CacheInUseError,
     CacheNotFoundError,
     CacheReader,
@@ -20,9 +20,9 @@ from cache_format import (
     UserError,
     verify,
 )
-from cache_format.layout import BUILD_DIR
-from cache_format.shards.prior import TailPrior
-from cache_format.writer import CacheWorker, remove_cache
+from logitcask.cache_format.layout import BUILD_DIR
+from logitcask.cache_format.shards.prior import TailPrior
+from logitcask.cache_format.writer import CacheWorker, remove_cache
 
 SHARDS = 3
 
@@ -182,7 +182,7 @@ def test_a_full_disk_is_one_clear_line_and_loses_no_shard(tmp_path, header, sequ
 
 def test_batches_are_small_and_uniform(tmp_path, rng, header, sequence, monkeypatch):
     """About BATCH_BYTES each before compression, every one but the last of the same number of sequences."""
-    monkeypatch.setattr(cache_format.shards.shard_writer, "BATCH_BYTES", 1 << 17)
+    monkeypatch.setattr(logitcask.cache_format.shards.shard_writer, "BATCH_BYTES", 1 << 17)
     many = [sequence(rng, f"s{i}", tokens=300, top_k=32, vocab_size=5000) for i in range(90)]
     manifest = build(tmp_path / "c", header(5000, 32), many)
     per_batch = [shard.sequences_per_batch for shard in manifest.shards]
@@ -208,14 +208,14 @@ def test_files_that_are_not_a_caches_are_left_alone(tmp_path, header):
 def test_finished_between_look_and_lock(tmp_path, header, sequences, monkeypatch):
     """Another process finishes the cache just before this one gets the lock: its shards stay."""
     path = tmp_path / "c"
-    locked = cache_format.writer._locked
+    locked = logitcask.cache_format.writer._locked
 
     def late(where):
-        monkeypatch.setattr(cache_format.writer, "_locked", locked)
+        monkeypatch.setattr(logitcask.cache_format.writer, "_locked", locked)
         build(path, header(), sequences)
         return locked(where)
 
-    monkeypatch.setattr(cache_format.writer, "_locked", late)
+    monkeypatch.setattr(logitcask.cache_format.writer, "_locked", late)
     with pytest.raises(UserError, match="finished cache"):
         CacheWriter(path).__enter__()
     assert len(CacheReader(path)) == len(sequences)
@@ -337,7 +337,7 @@ def test_the_folder_of_a_run_that_cannot_be_removed(tmp_path, monkeypatch):
     with CacheWriter(tmp_path / "c") as writer:
         pass
     (tmp_path / "c" / BUILD_DIR / "runs" / writer.run).mkdir()
-    monkeypatch.setattr(cache_format.writer, "_REVOKE_TIMEOUT", 0.3)
-    monkeypatch.setattr(cache_format.writer.shutil, "rmtree", lambda *_, **__: None)
+    monkeypatch.setattr(logitcask.cache_format.writer, "_REVOKE_TIMEOUT", 0.3)
+    monkeypatch.setattr(logitcask.cache_format.writer.shutil, "rmtree", lambda *_, **__: None)
     with pytest.raises(CacheInUseError, match="a process of an earlier run still writes there"):
         CacheWriter(tmp_path / "c").__enter__()

@@ -14,8 +14,8 @@ from types import ModuleType
 
 import numpy as np
 
-from cache_format import CacheReader, CacheWriter
-from cache_format.shards.prior import TailPrior
+from logitcask.cache_format import CacheReader, CacheWriter
+from logitcask.cache_format.shards.prior import TailPrior
 
 HERE = Path(__file__).parent
 CACHES = {

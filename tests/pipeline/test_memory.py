@@ -29,7 +29,7 @@ before = libc.mallinfo2().hblks
 block = libc.malloc(8 << 20)
 print(libc.mallinfo2().hblks - before)
 """
-_CALL = "from pipeline.memory import map_large_blocks; map_large_blocks()"
+_CALL = "from logitcask.pipeline.memory import map_large_blocks; map_large_blocks()"
 
 
 @pytest.mark.parametrize(

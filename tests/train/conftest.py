@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from cache_format import CacheReader, CacheWriter
-from pipeline.builder.run import build
-from pipeline.config import BuildConfig
-from train.config import TrainConfig
+from logitcask.cache_format import CacheReader, CacheWriter
+from logitcask.pipeline.builder.run import build
+from logitcask.pipeline.config import BuildConfig
+from logitcask.train.config import TrainConfig
 
 STEPS = 12
 

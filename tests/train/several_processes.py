@@ -18,11 +18,11 @@ from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
 
-from cache_format import CacheReader
-from train.config import TrainConfig
-from train.distributed import gathered, is_main, leave, processes
-from train.loop.trainer import DistillationTrainer
-from train.run import train
+from logitcask.cache_format import CacheReader
+from logitcask.train.config import TrainConfig
+from logitcask.train.distributed import gathered, is_main, leave, processes
+from logitcask.train.loop.trainer import DistillationTrainer
+from logitcask.train.run import train
 
 
 class Interrupted(Exception):

@@ -6,14 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from cache_format.cli.config_docs import markdown
-from pipeline.config import BuildConfig
-from train.config import TrainConfig
+from logitcask.cache_format.cli.config_docs import markdown
+from logitcask.pipeline.config import BuildConfig
+from logitcask.train.config import TrainConfig
 
 DOCS = Path(__file__).parents[2] / "docs" / "config.md"
 
 
-@pytest.mark.parametrize(("command", "model"), [("pipeline.config", BuildConfig), ("train.config", TrainConfig)])
+@pytest.mark.parametrize(
+    ("command", "model"), [("logitcask.pipeline.config", BuildConfig), ("logitcask.train.config", TrainConfig)]
+)
 def test_the_tables_are_in_sync(command, model):
     shown = DOCS.read_text().partition(f"<!-- python -m {command} -->\n")[2].partition("<!-- end -->")[0]
     assert shown.strip() == markdown(model).strip(), f"run python -m {command} and put its output into docs/config.md"

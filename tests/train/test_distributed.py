@@ -13,10 +13,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from pipeline.builder.run import build
-from pipeline.config import BuildConfig
-from train.config import TrainConfig
-from train.run import train
+from logitcask.pipeline.builder.run import build
+from logitcask.pipeline.config import BuildConfig
+from logitcask.train.config import TrainConfig
+from logitcask.train.run import train
 
 STEPS, SAVED = 5, 3
 LOSSES = [{"name": "forward_kl"}, {"name": "ranking", "weight": 2.0, "k": 5}]
@@ -211,7 +211,7 @@ def test_fsdp2(runs: Runs, one: dict[str, dict[str, Any]]) -> None:
 
 LATE = """
 import sys, time, torch, torch.distributed as dist
-from train.distributed import leave
+from logitcask.train.distributed import leave
 rank, store = int(sys.argv[1]), sys.argv[2]
 leave()  # without a group it does nothing
 dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)

@@ -17,18 +17,18 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from cache_format import CachedSequence, CacheReader
-from cache_format.manifest import DataIdentity
-from cache_format.storage.files import is_local, open_filesystem
-from train.data.vocabulary import left_out, restricted
-from train.distributed import gathered, machine, processes
-from train.losses import SparseTeacher
+from logitcask.cache_format import CachedSequence, CacheReader
+from logitcask.cache_format.manifest import DataIdentity
+from logitcask.cache_format.storage.files import is_local, open_filesystem
+from logitcask.train.data.vocabulary import left_out, restricted
+from logitcask.train.distributed import gathered, machine, processes
+from logitcask.train.losses import SparseTeacher
 
 
 class CachedDataset(Dataset[CachedSequence]):
     """Some sequences of a cache, by their index there.
 
-    rows: ids that the student predicts; those of the teacher beyond them are left out (``train.data.vocabulary``). None: the
+    rows: ids that the student predicts; those of the teacher beyond them are left out (``logitcask.train.data.vocabulary``). None: the
         student has all of the teacher's.
     """
 

@@ -19,18 +19,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from cache_format import CachedSequence, CacheReader
-from cache_format.errors import ConfigError, UserError
-from cache_format.storage.files import ShardCache, is_local, open_filesystem
-from train.config import DataConfig, SelectPositions, TrainConfig
-from train.data.dataset import CachedDataset, CacheIndex, HeldOut, check_shards, collate, read_index
-from train.data.order import Plan, Units, single_units
-from train.data.packing import collate_packed, packed_units
-from train.data.selection import Place, highest_entropy, share_of
-from train.losses import SparseTeacher
+from logitcask.cache_format import CachedSequence, CacheReader
+from logitcask.cache_format.errors import ConfigError, UserError
+from logitcask.cache_format.storage.files import ShardCache, is_local, open_filesystem
+from logitcask.train.config import DataConfig, SelectPositions, TrainConfig
+from logitcask.train.data.dataset import CachedDataset, CacheIndex, HeldOut, check_shards, collate, read_index
+from logitcask.train.data.order import Plan, Units, single_units
+from logitcask.train.data.packing import collate_packed, packed_units
+from logitcask.train.data.selection import Place, highest_entropy, share_of
+from logitcask.train.losses import SparseTeacher
 
 if TYPE_CHECKING:
-    from train.head.chunked import PerChunk  # imports transformers, which the workers of a loader do without
+    from logitcask.train.head.chunked import PerChunk  # imports transformers, which the workers of a loader do without
 
 
 log = logging.getLogger(__name__)

@@ -17,13 +17,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cache_format import CachedSequence
-from cache_format.errors import UserError
-from train.data.dataset import at_positions
-from train.data.order import Ints, Shuffle, Units
+from logitcask.cache_format import CachedSequence
+from logitcask.cache_format.errors import UserError
+from logitcask.train.data.dataset import at_positions
+from logitcask.train.data.order import Ints, Shuffle, Units
 
 if TYPE_CHECKING:
-    from train.head.chunked import LogitsHead  # imports transformers, which the workers of a loader do without
+    from logitcask.train.head.chunked import (
+        LogitsHead,  # imports transformers, which the workers of a loader do without
+    )
 
 PACKED_TOGETHER = 4096
 """Sequences among which companions for a row are looked for: enough to fill rows, few enough to keep neighbours near."""
@@ -77,7 +79,7 @@ def packed_units(single: Units, capacity: int, *, seed: tuple[int, ...], shuffle
 
 
 def collate_packed(rows: list[list[CachedSequence]], *, flat: bool = False) -> dict[str, Any]:
-    """R rows of sequences as one batch; what belongs to kept positions is as in ``train.data.dataset.collate``.
+    """R rows of sequences as one batch; what belongs to kept positions is as in ``logitcask.train.data.dataset.collate``.
 
     input_ids, position_ids: int64[R, T]; position ids start at 0 with every sequence, and are 0 in the padding.
     flat: one row [1, all tokens] without any padding instead, for flash attention, with the borders of sequences in

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cache_format import CachedSequence
+from logitcask.cache_format import CachedSequence
 
 
 @dataclass(frozen=True, slots=True)

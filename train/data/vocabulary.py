@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cache_format import CachedSequence, TailSamples
+from logitcask.cache_format import CachedSequence, TailSamples
 
 MOST_LEFT_OUT = 0.01
 """Mean share of the teacher's mass that may be left out. Padding rows of trained models hold far less."""

@@ -28,9 +28,9 @@ from rouge_score.tokenizers import Tokenizer
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from cache_format import CachedSequence
-from train.config import AnswersConfig
-from train.data.dataset import HeldOut
+from logitcask.cache_format import CachedSequence
+from logitcask.train.config import AnswersConfig
+from logitcask.train.data.dataset import HeldOut
 
 log = logging.getLogger(__name__)
 

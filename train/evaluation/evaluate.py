@@ -10,12 +10,12 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from train import distributed
-from train.data.dataset import CachedDataset, HeldOut, collate
-from train.evaluation.metrics import Calibration, perplexity, rank_agreement, rank_correlation
-from train.head.chunked import LogitsHead, head_losses
-from train.losses import SparseTeacher, forward_kl, reverse_kl
-from train.losses.tails import Tail
+from logitcask.train import distributed
+from logitcask.train.data.dataset import CachedDataset, HeldOut, collate
+from logitcask.train.evaluation.metrics import Calibration, perplexity, rank_agreement, rank_correlation
+from logitcask.train.head.chunked import LogitsHead, head_losses
+from logitcask.train.losses import SparseTeacher, forward_kl, reverse_kl
+from logitcask.train.losses.tails import Tail
 
 KL_KIND: dict[Tail, str] = {
     "samples": "The KL is estimated from the stored head and draws from the rest of the teacher's distribution: without bias, "
@@ -34,7 +34,7 @@ def evaluate(head: LogitsHead, data: HeldOut, *, k: int, batch_size: int, logits
 
     kl: KL(teacher || student), nats, see KL_KIND. reverse_kl: KL(student || teacher) with everything outside the head as
     one cell, nats: a lower bound. ce, perplexity: of the data's own next tokens (nats, and exp of it).
-    top1_agreement, mor@k, cr@k, spearman@k, ece: see ``train.evaluation.metrics``; ece is of the data's own next tokens.
+    top1_agreement, mor@k, cr@k, spearman@k, ece: see ``logitcask.train.evaluation.metrics``; ece is of the data's own next tokens.
 
     What compares with the teacher's most probable ids (reverse_kl, top1_agreement, mor, cr, spearman) is left out where a
     cache of ``data`` has no heads.

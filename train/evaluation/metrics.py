@@ -15,8 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, no_grad
 
-from train.losses.base import SparseTeacher
-from train.losses.ranking import ranking
+from logitcask.train.losses.base import SparseTeacher
+from logitcask.train.losses.ranking import ranking
 
 BINS = 15
 """Of equal width, into which confidences are sorted for the calibration error."""

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from cache_format.errors import UserError
+from logitcask.cache_format.errors import UserError
 
 # Logits of one chunk. A GPU needs large ones to have enough to do. On a CPU they gain nothing beyond so many positions, but
 # with fewer the products take longer, since each chunk reads the head and reads and writes its gradient (docs/speed.md).

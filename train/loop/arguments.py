@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
 
-from cache_format.errors import ConfigError, first_line
-from train.config import TrainConfig
+from logitcask.cache_format.errors import ConfigError, first_line
+from logitcask.train.config import TrainConfig
 
 log = logging.getLogger(__name__)
 

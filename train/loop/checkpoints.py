@@ -15,8 +15,8 @@ from typing import Any
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from cache_format.errors import UserError
-from train.distributed import processes
+from logitcask.cache_format.errors import UserError
+from logitcask.train.distributed import processes
 
 log = logging.getLogger(__name__)
 

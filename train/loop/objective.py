@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from train.config import TrainConfig, WeightSchedule
-from train.head.chunked import PerChunk
-from train.losses import LOSSES, SPECS, LossState, SparseTeacher, Student
-from train.losses.ranking import top_k_overlap
-from train.losses.tails import choose_tail
+from logitcask.train.config import TrainConfig, WeightSchedule
+from logitcask.train.head.chunked import PerChunk
+from logitcask.train.losses import LOSSES, SPECS, LossState, SparseTeacher, Student
+from logitcask.train.losses.ranking import top_k_overlap
+from logitcask.train.losses.tails import choose_tail
 
 
 class Objective:
@@ -79,7 +79,7 @@ class Objective:
         ]
 
     def exactness(self, teacher: SparseTeacher, shortest_head: int) -> dict[str, str]:
-        """What each loss is with a cache like ``teacher``: exact, unbiased, lower or biased (``train.losses.Exactness``).
+        """What each loss is with a cache like ``teacher``: exact, unbiased, lower or biased (``logitcask.train.losses.Exactness``).
 
         ``shortest_head``: how many entries the cache's heads have at least.
         """
@@ -105,7 +105,7 @@ class Objective:
         return found
 
     def per_chunk(self, teacher: SparseTeacher) -> PerChunk:
-        """The function ``train.head.chunked.head_losses`` calls; its values are the unweighted terms, by name.
+        """The function ``logitcask.train.head.chunked.head_losses`` calls; its values are the unweighted terms, by name.
 
         ``teacher`` is that of the whole batch: what a loss wants to know of all its positions is found out here.
         """

@@ -30,19 +30,26 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.trainer_utils import SaveStrategy
 
-from cache_format.errors import UserError
-from train.config import DataConfig, SelectionConfig
-from train.data.dataset import HeldOut
-from train.data.mixture import Collator, Mixture, by_source
-from train.data.order import Batches
-from train.data.packing import check_isolation, wants_flat
-from train.data.selection import Place, largest_gaps, learnability, most_learnable, only_positions, only_sequences
-from train.distributed import gathered, may_go_unused
-from train.evaluation.evaluate import evaluate
-from train.head.chunked import LogitsHead, PerChunk, chosen_head_losses, head_losses
-from train.loop.checkpoints import best_checkpoint
-from train.loop.objective import Objective
-from train.model.precision import (
+from logitcask.cache_format.errors import UserError
+from logitcask.train.config import DataConfig, SelectionConfig
+from logitcask.train.data.dataset import HeldOut
+from logitcask.train.data.mixture import Collator, Mixture, by_source
+from logitcask.train.data.order import Batches
+from logitcask.train.data.packing import check_isolation, wants_flat
+from logitcask.train.data.selection import (
+    Place,
+    largest_gaps,
+    learnability,
+    most_learnable,
+    only_positions,
+    only_sequences,
+)
+from logitcask.train.distributed import gathered, may_go_unused
+from logitcask.train.evaluation.evaluate import evaluate
+from logitcask.train.head.chunked import LogitsHead, PerChunk, chosen_head_losses, head_losses
+from logitcask.train.loop.checkpoints import best_checkpoint
+from logitcask.train.loop.objective import Objective
+from logitcask.train.model.precision import (
     as_exact_as_it_can,
     computing_dtype,
     like_training,
@@ -256,7 +263,7 @@ class DistillationTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Held-out metrics (``train.evaluation.evaluate``), logged under ``metric_key_prefix``."""
+        """Held-out metrics (``logitcask.train.evaluation.evaluate``), logged under ``metric_key_prefix``."""
         began = time.monotonic()
         with self.precision():
             found = evaluate(

@@ -8,14 +8,14 @@ themselves; docs/losses.md is the table of both.
 
 from __future__ import annotations
 
-from train.losses.adaptive import adaptive_kl, self_evolution, taid, tail_aware
-from train.losses.alpha_beta import alpha_beta
-from train.losses.base import LOSSES, SPECS, Loss, LossSpec, LossState, SparseTeacher
-from train.losses.divergences import jsd, reverse_kl, skew_kl, skew_reverse_kl, tvd
-from train.losses.forward_kl import ce, forward_kl, random_sampling
-from train.losses.pairs import bild, dpkd_token, listmle, pairwise_logistic
-from train.losses.ranking import ranking
-from train.losses.student_pass import Student
+from logitcask.train.losses.adaptive import adaptive_kl, self_evolution, taid, tail_aware
+from logitcask.train.losses.alpha_beta import alpha_beta
+from logitcask.train.losses.base import LOSSES, SPECS, Loss, LossSpec, LossState, SparseTeacher
+from logitcask.train.losses.divergences import jsd, reverse_kl, skew_kl, skew_reverse_kl, tvd
+from logitcask.train.losses.forward_kl import ce, forward_kl, random_sampling
+from logitcask.train.losses.pairs import bild, dpkd_token, listmle, pairwise_logistic
+from logitcask.train.losses.ranking import ranking
+from logitcask.train.losses.student_pass import Student
 
 __all__ = [
     "LOSSES",

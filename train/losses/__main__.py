@@ -1,8 +1,8 @@
-"""``python -m train.losses``: the tables of docs/losses.md, from what the losses say of themselves."""
+"""``python -m logitcask.train.losses``: the tables of docs/losses.md, from what the losses say of themselves."""
 
 from __future__ import annotations
 
-from train.losses import SPECS, LossSpec
+from logitcask.train.losses import SPECS, LossSpec
 
 _ORDER = (
     *("forward_kl", "random_sampling", "ce", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd", "alpha_beta"),

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cache_format.errors import UserError
-from train.losses.base import SparseTeacher, loss
-from train.losses.divergences import between, reverse_kl_of_cells
-from train.losses.forward_kl import forward_kl, kl_of_cells
-from train.losses.student_pass import Student
-from train.losses.tails import (
+from logitcask.cache_format.errors import UserError
+from logitcask.train.losses.base import SparseTeacher, loss
+from logitcask.train.losses.divergences import between, reverse_kl_of_cells
+from logitcask.train.losses.forward_kl import forward_kl, kl_of_cells
+from logitcask.train.losses.student_pass import Student
+from logitcask.train.losses.tails import (
     NOTHING,
     TailOption,
     as_cells,

@@ -10,10 +10,10 @@ import math
 import torch
 from torch import Tensor
 
-from cache_format.errors import UserError
-from train.losses.base import SparseTeacher, loss
-from train.losses.student_pass import Student
-from train.losses.tails import NOTHING, TailOption, cells, choose_tail, over_the_prior, softened
+from logitcask.cache_format.errors import UserError
+from logitcask.train.losses.base import SparseTeacher, loss
+from logitcask.train.losses.student_pass import Student
+from logitcask.train.losses.tails import NOTHING, TailOption, cells, choose_tail, over_the_prior, softened
 
 _TAILS = ("samples", "ghost", "prior")
 

@@ -23,7 +23,7 @@ class SparseTeacher:
     tail_logprob:    float32[P], log of the mass outside the head; -inf where the head is everything.
     target_ids:      int64[P], the tokens that really follow.
     target_logprob:  float32[P], the teacher's logprob of them.
-    vocab_size:      ids the teacher can predict; the student's V may be larger, never smaller (``train.data.vocabulary``).
+    vocab_size:      ids the teacher can predict; the student's V may be larger, never smaller (``logitcask.train.data.vocabulary``).
     samples:         None, or int64[P, S] ids drawn from the tail, repeats included, padded with -1. Each of a position's
                      draws stands for an equal share of its tail.
     sample_logprobs: None, or float32[P, S], padded with -inf.

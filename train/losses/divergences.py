@@ -1,6 +1,6 @@
 """Divergences between teacher and student that weigh both: reverse KL, JSD, the skewed KLs, total variation.
 
-Each is written once, over cells (``train.losses.tails``), and where it grows at most linearly in r = q/p also as what draws
+Each is written once, over cells (``logitcask.train.losses.tails``), and where it grows at most linearly in r = q/p also as what draws
 from the tail estimate. In all of them u is the student's mass on ids that the teacher does not know (a padded student
 vocabulary): p = 0 there, and u is pushed down. Options and their meaning follow TRL where TRL has them.
 
@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from cache_format.errors import UserError
-from train.losses.base import SparseTeacher, loss
-from train.losses.forward_kl import forward_kl
-from train.losses.student_pass import Student
-from train.losses.tails import (
+from logitcask.cache_format.errors import UserError
+from logitcask.train.losses.base import SparseTeacher, loss
+from logitcask.train.losses.forward_kl import forward_kl
+from logitcask.train.losses.student_pass import Student
+from logitcask.train.losses.tails import (
     Divergence,
     Tail,
     TailOption,

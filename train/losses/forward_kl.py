@@ -1,7 +1,7 @@
 """Losses whose target is fixed: forward KL from what a cache holds, its form for random samples, and the hard labels.
 
 Dropping the tail and renormalising the head would teach the student to be over-confident. There are three ways not to:
-draws from the tail, a prior for it, or one cell of known mass (``train.losses.tails``).
+draws from the tail, a prior for it, or one cell of known mass (``logitcask.train.losses.tails``).
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cache_format.errors import UserError
-from train.losses.base import SparseTeacher, loss
-from train.losses.student_pass import Student
-from train.losses.tails import Tail, TailOption, cells, choose_tail, softened, tail_of
+from logitcask.cache_format.errors import UserError
+from logitcask.train.losses.base import SparseTeacher, loss
+from logitcask.train.losses.student_pass import Student
+from logitcask.train.losses.tails import Tail, TailOption, cells, choose_tail, softened, tail_of
 
 __all__ = ["Tail", "ce", "forward_kl", "random_sampling", "tail_of"]
 

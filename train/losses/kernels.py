@@ -1,6 +1,6 @@
 """The two passes over a chunk of logits as Triton kernels: each row's log-sums, and the gradient written in place.
 
-``train.losses.student_pass`` holds the same in plain torch, the reference, which runs elsewhere. There every
+``logitcask.train.losses.student_pass`` holds the same in plain torch, the reference, which runs elsewhere. There every
 operation is a pass over the logits, several of them with a float32 copy; here the first pass reads the logits once (the
 online logsumexp of Milakov and Gimelshein, arXiv 1805.02867) and the second reads and writes them once, in their own
 dtype, with float32 arithmetic in registers.

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from cache_format.errors import UserError
-from train.losses.base import SparseTeacher, loss
-from train.losses.student_pass import Student
-from train.losses.tails import NOTHING
+from logitcask.cache_format.errors import UserError
+from logitcask.train.losses.base import SparseTeacher, loss
+from logitcask.train.losses.student_pass import Student
+from logitcask.train.losses.tails import NOTHING
 
 
 def _checked(name: str, teacher: SparseTeacher, temperature: float) -> None:

@@ -14,9 +14,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from cache_format.errors import UserError
-from train.losses.base import SparseTeacher, loss
-from train.losses.student_pass import Student
+from logitcask.cache_format.errors import UserError
+from logitcask.train.losses.base import SparseTeacher, loss
+from logitcask.train.losses.student_pass import Student
 
 SoftRank = Literal["sigmoid", "l2"]
 
@@ -46,7 +46,7 @@ def ranking(
 
     ``1 - Cov(R_p, R_q) / (sd R_p * sd R_q)``, between 0 (same order) and 2 (reversed order). RLKD trains on
     ``2 * ranking + logits loss``; its dynamic form weights the logits loss of each position by
-    ``train.evaluation.metrics.top_k_overlap``, which is the trainer's to do.
+    ``logitcask.train.evaluation.metrics.top_k_overlap``, which is the trainer's to do.
 
     Both sides get soft ranks, as in the paper. Then the loss is 0 where the student's logits equal the teacher's up to
     a constant, and among other ids a near-tie of the teacher (within quantisation, say) asks for a near-tie and not for
@@ -95,7 +95,7 @@ def ranking(
 
 
 def top_k_overlap(student: Student, teacher: SparseTeacher, k: int) -> Tensor:
-    """float32[P], no gradient: the share of both top-k that is the same (``train.evaluation.metrics.top_k_overlap`` of a Student)."""
+    """float32[P], no gradient: the share of both top-k that is the same (``logitcask.train.evaluation.metrics.top_k_overlap`` of a Student)."""
     return (student.top_ids[:, :k].unsqueeze(2) == teacher.ids[:, :k].unsqueeze(1)).sum((1, 2)).float() / k
 
 

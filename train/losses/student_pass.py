@@ -3,7 +3,7 @@
 A dense pass over ``[P, V]`` logits is what a loss costs. What sparse losses need of it is small: the logits at the ids that
 the cache names (and at the student's own top), and how much mass lies elsewhere. ``Student`` makes that one pass; losses
 then work on tensors of some ``[P, K]``, by autograd, and however many of them share it, the gradient is one more pass.
-On CUDA both passes are kernels (``train.losses.kernels``).
+On CUDA both passes are kernels (``logitcask.train.losses.kernels``).
 
 The mass of the tail is summed from the tail itself. As ``1 - sum of q`` it would lose all digits once it is small.
 
@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from train.losses import kernels
-from train.losses.base import SparseTeacher
+from logitcask.train.losses import kernels
+from logitcask.train.losses.base import SparseTeacher
 
 # Rows of logits worked on at a time: temporaries stay in a CPU's cache; on a GPU fewer launches matter more.
 _SLAB_BYTES = {"cpu": 2 * 2**20}

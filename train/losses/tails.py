@@ -28,9 +28,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from cache_format.errors import UserError
-from train.losses.base import SparseTeacher
-from train.losses.student_pass import Student, slabs
+from logitcask.cache_format.errors import UserError
+from logitcask.train.losses.base import SparseTeacher
+from logitcask.train.losses.student_pass import Student, slabs
 
 Tail = Literal["samples", "ghost", "prior", "renormalised"]
 TailOption = Tail | Literal["auto"]

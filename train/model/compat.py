@@ -7,12 +7,12 @@ import logging
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from cache_format import Manifest, UserError
-from cache_format.tokenizer_identity import tokenizer_identity
-from train.config import TrainConfig
-from train.data.dataset import CachedDataset
-from train.data.vocabulary import MOST_LEFT_OUT, rows_of
-from train.losses import SPECS
+from logitcask.cache_format import Manifest, UserError
+from logitcask.cache_format.tokenizer_identity import tokenizer_identity
+from logitcask.train.config import TrainConfig
+from logitcask.train.data.dataset import CachedDataset
+from logitcask.train.data.vocabulary import MOST_LEFT_OUT, rows_of
+from logitcask.train.losses import SPECS
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ def check(
         for term in config.losses
         if "k" in defaults[term.name]
     }
-    if manifest.store.top_k:  # without heads there are no metrics of them (train.evaluation.evaluate)
+    if manifest.store.top_k:  # without heads there are no metrics of them (logitcask.train.evaluation.evaluate)
         by_loss["evaluation.k"] = config.evaluation.k
     asked, wanted = max(by_loss.items(), key=lambda item: item[1], default=("", 0))
     if wanted > manifest.store.top_k:

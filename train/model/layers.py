@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 
-from cache_format.errors import ConfigError, UserError, first_line
+from logitcask.cache_format.errors import ConfigError, UserError, first_line
 
 _NUMBERED = re.compile(r"^(?P<list>.*?)\.(?P<index>\d+)\.(?P<rest>.*)$")
 _LAYER_NUMBER = re.compile(r"(^|_)layer_(idx|index|id|number)$")

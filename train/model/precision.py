@@ -17,7 +17,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from transformers import TrainingArguments
 
-from cache_format.errors import ConfigError
+from logitcask.cache_format.errors import ConfigError
 
 log = logging.getLogger(__name__)
 

@@ -24,12 +24,12 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from cache_format.attention import attention_implementation
-from cache_format.cli.models_folder import local_model, models_dir, refuse_adapters
-from cache_format.errors import ConfigError, UserError, first_line
-from cache_format.tokenizer_identity import usable_tokenizer
-from train.config import StudentConfig
-from train.model.layers import from_layers
+from logitcask.cache_format.attention import attention_implementation
+from logitcask.cache_format.cli.models_folder import local_model, models_dir, refuse_adapters
+from logitcask.cache_format.errors import ConfigError, UserError, first_line
+from logitcask.cache_format.tokenizer_identity import usable_tokenizer
+from logitcask.train.config import StudentConfig
+from logitcask.train.model.layers import from_layers
 
 log = logging.getLogger(__name__)
 

@@ -38,8 +38,8 @@ def write_report(
 
     metrics:  the content of metrics.json.
     log:      the Trainer's log history: training records have ``loss``, evaluations ``eval_kl`` and so on, all ``step``.
-    examples: held-out positions as ``train.evaluation.evaluate.examples`` gives them.
-    answers:  as ``train.evaluation.answers.answers`` gives them.
+    examples: held-out positions as ``logitcask.train.evaluation.evaluate.examples`` gives them.
+    answers:  as ``logitcask.train.evaluation.answers.answers`` gives them.
     """
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=select_autoescape(["html", "jinja"])

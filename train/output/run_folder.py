@@ -13,8 +13,8 @@ from typing import Any
 import filelock
 from safetensors import SafetensorError
 
-from cache_format import UserError
-from cache_format.differences import describe_difference
+from logitcask.cache_format import UserError
+from logitcask.cache_format.differences import describe_difference
 
 ADAPTER = "adapter"
 """Where the adapters of a student that has some lie, apart from the merged student."""

@@ -19,10 +19,10 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
-from cache_format.errors import UserError, first_line
-from train.loop.trainer import check_finite
-from train.model.student import say_untied
-from train.output.run_folder import ADAPTER, TRIAL
+from logitcask.cache_format.errors import UserError, first_line
+from logitcask.train.loop.trainer import check_finite
+from logitcask.train.model.student import say_untied
+from logitcask.train.output.run_folder import ADAPTER, TRIAL
 
 log = logging.getLogger(__name__)
 

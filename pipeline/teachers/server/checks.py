@@ -17,12 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
-from cache_format.durable import load_state, write_durably, writing_to
-from cache_format.errors import UserError
-from pipeline.config import ServerConfig, TeacherConfig
-from pipeline.distribution.capture import Capture
-from pipeline.teachers.model import ResolvedModel, context_limit, is_quantised, local_weights
-from pipeline.teachers.vllm.routes import Rows
+from logitcask.cache_format.durable import load_state, write_durably, writing_to
+from logitcask.cache_format.errors import UserError
+from logitcask.pipeline.config import ServerConfig, TeacherConfig
+from logitcask.pipeline.distribution.capture import Capture
+from logitcask.pipeline.teachers.model import ResolvedModel, context_limit, is_quantised, local_weights
+from logitcask.pipeline.teachers.vllm.routes import Rows
 
 logger = logging.getLogger(__name__)
 
@@ -195,7 +195,7 @@ def check_against_dense(config: TeacherConfig, model: ResolvedModel, probe: Prob
         raise UserError(
             f"teacher.server.compare is always, but the weights of {model.name} are not on this machine; set auto or never"
         )
-    from pipeline.teachers.transformers import TransformersTeacher
+    from logitcask.pipeline.teachers.transformers import TransformersTeacher
 
     local = TeacherConfig(model=config.model, backend="transformers", dtype="float32")
     dense = TransformersTeacher(local, model, max_length=len(probe.input_ids), capture=Capture(1), device="cpu")

@@ -25,14 +25,20 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from cache_format.errors import UserError, one_line
-from cache_format.manifest import TeacherIdentity
-from pipeline.config import ServerConfig, TeacherConfig
-from pipeline.distribution.capture import Capture
-from pipeline.distribution.keep import not_a_number
-from pipeline.interruption import checkpoint
-from pipeline.teachers.model import ResolvedModel, check_context, check_rope_in_vllm, local_weights, vocab_size
-from pipeline.teachers.server.checks import (
+from logitcask.cache_format.errors import UserError, one_line
+from logitcask.cache_format.manifest import TeacherIdentity
+from logitcask.pipeline.config import ServerConfig, TeacherConfig
+from logitcask.pipeline.distribution.capture import Capture
+from logitcask.pipeline.distribution.keep import not_a_number
+from logitcask.pipeline.interruption import checkpoint
+from logitcask.pipeline.teachers.model import (
+    ResolvedModel,
+    check_context,
+    check_rope_in_vllm,
+    local_weights,
+    vocab_size,
+)
+from logitcask.pipeline.teachers.server.checks import (
     Probe,
     check_against_dense,
     check_against_state,
@@ -42,10 +48,10 @@ from pipeline.teachers.server.checks import (
     served_model,
     start_command,
 )
-from pipeline.teachers.server.rows import parse_rows
-from pipeline.teachers.vllm.plugin import Request
-from pipeline.teachers.vllm.routes import Rows, scored_rows
-from pipeline.types import Scored, Sequence
+from logitcask.pipeline.teachers.server.rows import parse_rows
+from logitcask.pipeline.teachers.vllm.plugin import Request
+from logitcask.pipeline.teachers.vllm.routes import Rows, scored_rows
+from logitcask.pipeline.types import Scored, Sequence
 
 logger = logging.getLogger(__name__)
 
@@ -378,7 +384,7 @@ class _Http:
 
 
 def _patiently(future: Future[_Result]) -> _Result:
-    """The result, whenever it comes, unless a signal asks for the end first (``pipeline.interruption``)."""
+    """The result, whenever it comes, unless a signal asks for the end first (``logitcask.pipeline.interruption``)."""
     while not future.done():
         wait([future], timeout=_SIGNALS_SECONDS)
         checkpoint()

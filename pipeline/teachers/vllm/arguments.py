@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 
-from cache_format.errors import ConfigError, UserError
-from pipeline.config import TeacherConfig
+from logitcask.cache_format.errors import ConfigError, UserError
+from logitcask.pipeline.config import TeacherConfig
 
 # Other values of these would silently change or break what is stored: why, or which field is for it.
 _ELSEWHERE = "a token whose keys and values come from elsewhere is not computed, so it has no logprobs"
@@ -64,7 +64,7 @@ CHUNK_ROWS = 1024
 
 # Of the card: for what is counted nowhere, fragments of the allocator most of all. vLLM's own default leaves twice that.
 _SPARE = 0.04
-# pipeline.distribution.draws_torch works in chunks of at most so many floats on a GPU, and holds so many copies of one.
+# logitcask.pipeline.distribution.draws_torch works in chunks of at most so many floats on a GPU, and holds so many copies of one.
 _DRAWS_CHUNK, _DRAWS_COPIES = 1 << 26, 4
 
 

@@ -1,9 +1,9 @@
 """The vLLM teacher (vLLM 0.30 - 0.33): text goes in as a prompt, and its prompt logprobs come out as arrays.
 
-How they come out, and how fast, is a matter of routes: see ``pipeline.teachers.vllm.routes``. The fastest stands on a
+How they come out, and how fast, is a matter of routes: see ``logitcask.pipeline.teachers.vllm.routes``. The fastest stands on a
 private method, so it is compared with a public one every time an engine starts, and not used where they differ.
 
-Draws from the tail are made in the engine by ``pipeline.teachers.vllm.plugin``, and come in columns beside the most probable ids.
+Draws from the tail are made in the engine by ``logitcask.pipeline.teachers.vllm.plugin``, and come in columns beside the most probable ids.
 They too are checked at every start, against whole distributions, which vLLM gives of its own; there is no other way to
 get them, so where the check fails the teacher does not start.
 """
@@ -29,16 +29,16 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from cache_format.errors import UserError, one_line
-from cache_format.manifest import TeacherIdentity
-from pipeline.config import TeacherConfig
-from pipeline.distribution.capture import Capture
-from pipeline.distribution.draws import first_difference
-from pipeline.distribution.keep import check_numbers, not_a_number
-from pipeline.interruption import checkpoint
-from pipeline.memory import map_large_blocks
-from pipeline.teachers.base import Prompt, Sampling
-from pipeline.teachers.model import (
+from logitcask.cache_format.errors import UserError, one_line
+from logitcask.cache_format.manifest import TeacherIdentity
+from logitcask.pipeline.config import TeacherConfig
+from logitcask.pipeline.distribution.capture import Capture
+from logitcask.pipeline.distribution.draws import first_difference
+from logitcask.pipeline.distribution.keep import check_numbers, not_a_number
+from logitcask.pipeline.interruption import checkpoint
+from logitcask.pipeline.memory import map_large_blocks
+from logitcask.pipeline.teachers.base import Prompt, Sampling
+from logitcask.pipeline.teachers.model import (
     ResolvedModel,
     check_context,
     check_rope_in_vllm,
@@ -50,11 +50,20 @@ from pipeline.teachers.model import (
     read_weights,
     vocab_size,
 )
-from pipeline.teachers.vllm.arguments import CHUNK_ROWS, check_engine_args, logits_bytes, memory_utilization
-from pipeline.teachers.vllm.plugin import Request, drawing
-from pipeline.teachers.vllm.routes import ENTRY_BYTES, Route, Rows, capturing, convert, drawn, sampling, scored_rows
-from pipeline.teachers.vllm.writing import engine_arguments, write
-from pipeline.types import Answer, Scored, Sequence
+from logitcask.pipeline.teachers.vllm.arguments import CHUNK_ROWS, check_engine_args, logits_bytes, memory_utilization
+from logitcask.pipeline.teachers.vllm.plugin import Request, drawing
+from logitcask.pipeline.teachers.vllm.routes import (
+    ENTRY_BYTES,
+    Route,
+    Rows,
+    capturing,
+    convert,
+    drawn,
+    sampling,
+    scored_rows,
+)
+from logitcask.pipeline.teachers.vllm.writing import engine_arguments, write
+from logitcask.pipeline.types import Answer, Scored, Sequence
 
 logger = logging.getLogger(__name__)
 
@@ -230,7 +239,7 @@ class VllmTeacher:
         distributions are asked for twice, and twice what they differ by is no fault of the draws. A fault of them is found
         every time; where there seems to be one, all is asked for again.
 
-        Raises UserError where they are not what ``pipeline.distribution.draws`` gives.
+        Raises UserError where they are not what ``logitcask.pipeline.distribution.draws`` gives.
         """
         if not self._request.capture.samples:
             return

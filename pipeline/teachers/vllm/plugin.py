@@ -24,7 +24,7 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from pipeline.distribution.capture import Capture
+from logitcask.pipeline.distribution.capture import Capture
 
 ENVIRONMENT = "LOGITCASK_DRAWS"
 # Of vLLM: names of more variables that its Ray executor copies to workers, with commas between them.
@@ -46,7 +46,7 @@ class Request:
 
     @classmethod
     def of(cls, capture: Capture, vocab_size: int) -> Request:
-        from pipeline.distribution.draws import KEY_IDS
+        from logitcask.pipeline.distribution.draws import KEY_IDS
 
         if not capture.samples:
             return cls(capture, capture.top_k)
@@ -127,7 +127,7 @@ def _with_draws(tensors: Any, scores: Any, target_ids: Any, capture: Capture, *,
     """vLLM's ``LogprobsTensors``, its columns (target, then ``top``) followed by the draws and the statistics."""
     import torch
 
-    from pipeline.distribution.draws_torch import draw
+    from logitcask.pipeline.distribution.draws_torch import draw
 
     ids = tensors.logprob_token_ids
     draws = draw(scores, ids[:, 1:].long(), target_ids.long(), capture, logits=logits)

@@ -20,9 +20,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.distribution.draws import Draws, no_draws
-from pipeline.teachers.vllm.plugin import Request
-from pipeline.types import Scored
+from logitcask.pipeline.distribution.draws import Draws, no_draws
+from logitcask.pipeline.teachers.vllm.plugin import Request
+from logitcask.pipeline.types import Scored
 
 Route = Literal["raw", "flat", "stock"]
 
@@ -202,7 +202,7 @@ def scored_rows(rows: Rows, request: Request, positions: NDArray[np.int32] | Non
 
 
 def drawn(ids: NDArray[np.int32], logprobs: NDArray[np.float32], request: Request) -> Draws:
-    """The columns that ``pipeline.teachers.vllm.plugin`` fills: the draws of each set, and the statistics in the last."""
+    """The columns that ``logitcask.pipeline.teachers.vllm.plugin`` fills: the draws of each set, and the statistics in the last."""
     shape = (len(ids), request.capture.sets, request.capture.samples)
     return Draws(
         head_size=ids[:, -1].copy(),

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.teachers.base import Prompt, Sampling
+from logitcask.pipeline.teachers.base import Prompt, Sampling
 
 # Answers in the engine or waiting for those before them, as multiples of what the engine works on at a time.
 _AHEAD = 4

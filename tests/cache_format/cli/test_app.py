@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cache_format.cli import app as command
+from logitcask.cache_format.cli import app as command
 
 PYPROJECT = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())["project"]
 

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cache_format import CacheReader, CacheWriter, TailSamples, UserError, verify
-from cache_format.derive.derive import DeriveOptions, derive, merge
-from cache_format.derive.fidelity import reconstruction_kl
-from cache_format.derive.narrow import head_sizes, narrow
-from cache_format.manifest import GenerationIdentity, StoreSettings
-from cache_format.shards.prior import TailPrior
+from logitcask.cache_format import CacheReader, CacheWriter, TailSamples, UserError, verify
+from logitcask.cache_format.derive.derive import DeriveOptions, derive, merge
+from logitcask.cache_format.derive.fidelity import reconstruction_kl
+from logitcask.cache_format.derive.narrow import head_sizes, narrow
+from logitcask.cache_format.manifest import GenerationIdentity, StoreSettings
+from logitcask.cache_format.shards.prior import TailPrior
 
 VOCAB = 300
 
@@ -197,7 +197,7 @@ def test_sequences_without_kept_positions(tmp_path, write, kind, all_empty):
 
 
 def sequence_of(ids, logprobs, tail, rows):
-    from cache_format import CachedSequence
+    from logitcask.cache_format import CachedSequence
 
     mask = np.ones(rows + 1, bool)
     mask[0] = False
@@ -361,7 +361,7 @@ def test_a_url_as_output_is_refused(tmp_path, write, output, monkeypatch):
 
 
 def test_more_shards_than_a_manifest_lists(tmp_path, write, monkeypatch):
-    monkeypatch.setattr("cache_format.derive.derive.MAX_SHARDS", 1)
+    monkeypatch.setattr("logitcask.cache_format.derive.derive.MAX_SHARDS", 1)
     one, two = write("one", count=2), write("two", start=50, count=2)
     for make in (
         lambda: derive(one, tmp_path / "out", DeriveOptions(top_k=3), shard_tokens=1),
@@ -370,7 +370,7 @@ def test_more_shards_than_a_manifest_lists(tmp_path, write, monkeypatch):
         with pytest.raises(UserError, match=r"can list 1; set a larger --shard-tokens"):
             make()
         assert not (tmp_path / "out").exists()
-    monkeypatch.setattr("cache_format.derive.derive.MAX_SHARDS", 4)
+    monkeypatch.setattr("logitcask.cache_format.derive.derive.MAX_SHARDS", 4)
     assert len(merge([one, two], tmp_path / "out", shard_tokens=60).shards) == 4
 
 

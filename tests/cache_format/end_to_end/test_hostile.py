@@ -15,11 +15,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from cache_format import CacheReader, DamagedCacheError, Manifest, verify
-from cache_format.manifest import MAX_MANIFEST_VALUES
-from cache_format.shards.bounded_file import BoundedFile
-from cache_format.shards.codec import Codec
-from cache_format.shards.prior import TailPrior
+from logitcask.cache_format import CacheReader, DamagedCacheError, Manifest, verify
+from logitcask.cache_format.manifest import MAX_MANIFEST_VALUES
+from logitcask.cache_format.shards.bounded_file import BoundedFile
+from logitcask.cache_format.shards.codec import Codec
+from logitcask.cache_format.shards.prior import TailPrior
 
 BENCHMARK = Path(__file__).parents[3] / "benchmarks" / "hostile"
 MODULES = ("cases", "shards", "bombs")
@@ -383,17 +383,17 @@ def test_the_bytes_of_another_machine_are_refused(case):
 
 @pytest.mark.parametrize("kind", ["head", "samples"])
 def test_large_heads_are_verified_in_parts(hostile, case, laid_out, monkeypatch, kind):
-    monkeypatch.setattr(sys.modules["cache_format.verify"], "_PART_ENTRIES", 20)
+    monkeypatch.setattr(sys.modules["logitcask.cache_format.verify"], "_PART_ENTRIES", 20)
     mutated = case(kind)
     folder = laid_out(mutated)
     assert verify(folder, deep=True) == []
     store = mutated.base.store.model_copy(update={"logprob_step": 2.0**-9})
-    parts = list(sys.modules["cache_format.verify"]._parts(CacheReader(folder)[0]))
+    parts = list(sys.modules["logitcask.cache_format.verify"]._parts(CacheReader(folder)[0]))
     assert len(parts) > 1
     assert np.concatenate([part.positions for part in parts]).tolist() == CacheReader(folder)[0].positions.tolist()
     with pytest.raises(DamagedCacheError):
         for part in parts:
-            sys.modules["cache_format.verify"]._check_sequence(
+            sys.modules["logitcask.cache_format.verify"]._check_sequence(
                 replace(part, tail_logprob=part.tail_logprob - 3), store, "shard"
             )
 

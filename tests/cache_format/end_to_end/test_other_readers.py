@@ -7,8 +7,8 @@ import polars
 import pyarrow as pa
 import pytest
 
-from cache_format import CacheReader, CacheWriter
-from cache_format.shards.prior import TailPrior
+from logitcask.cache_format import CacheReader, CacheWriter
+from logitcask.cache_format.shards.prior import TailPrior
 
 
 @pytest.fixture

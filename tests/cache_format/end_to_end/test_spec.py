@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cache_format import CacheReader, CacheWriter, verify
-from cache_format.shards.codec import ContentHash
-from cache_format.shards.prior import TailPrior
+from logitcask.cache_format import CacheReader, CacheWriter, verify
+from logitcask.cache_format.shards.codec import ContentHash
+from logitcask.cache_format.shards.prior import TailPrior
 
 GOLDEN = sorted(path for path in (Path(__file__).parents[2] / "golden").iterdir() if path.is_dir())
 

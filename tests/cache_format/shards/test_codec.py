@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cache_format import CachedSequence, DamagedCacheError, TailSamples, UserError
-from cache_format.manifest import StoreSettings, check_step
-from cache_format.shards.codec import Codec, ContentHash
-from cache_format.shards.prior import TailPrior
-from cache_format.shards.validation import validate
+from logitcask.cache_format import CachedSequence, DamagedCacheError, TailSamples, UserError
+from logitcask.cache_format.manifest import StoreSettings, check_step
+from logitcask.cache_format.shards.codec import Codec, ContentHash
+from logitcask.cache_format.shards.prior import TailPrior
+from logitcask.cache_format.shards.validation import validate
 
 ALL_KINDS = ["head", "ragged", "samples", "sample logprobs", "random sampling"]
 

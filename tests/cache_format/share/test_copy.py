@@ -22,8 +22,8 @@ import typer
 from fsspec.implementations.local import LocalFileSystem
 from typer.testing import CliRunner
 
-import cache_format.storage.files
-from cache_format import (
+import logitcask.cache_format.storage.files
+from logitcask.cache_format import (
     CacheError,
     CacheInUseError,
     CacheNotFoundError,
@@ -34,15 +34,15 @@ from cache_format import (
     UserError,
     verify,
 )
-from cache_format.cli import share_commands as share_cli
-from cache_format.derive.derive import DeriveOptions, derive, merge
-from cache_format.layout import BUILD_DIR, PULL_DIR
-from cache_format.manifest import cache_files
-from cache_format.shards.prior import TailPrior
-from cache_format.share import copy as share
-from cache_format.share.copy import pull, push
-from cache_format.share.remote_writer import RemoteCacheWriter
-from cache_format.storage.files import open_filesystem, read_manifest
+from logitcask.cache_format.cli import share_commands as share_cli
+from logitcask.cache_format.derive.derive import DeriveOptions, derive, merge
+from logitcask.cache_format.layout import BUILD_DIR, PULL_DIR
+from logitcask.cache_format.manifest import cache_files
+from logitcask.cache_format.shards.prior import TailPrior
+from logitcask.cache_format.share import copy as share
+from logitcask.cache_format.share.copy import pull, push
+from logitcask.cache_format.share.remote_writer import RemoteCacheWriter
+from logitcask.cache_format.storage.files import open_filesystem, read_manifest
 
 SHARDS = 3
 
@@ -130,7 +130,7 @@ class Fuse:
     def __init__(self, patch, operation):
         self.left, self.burnt = operation, False
         step, replace = self.step, os.replace
-        open_stream, fs_open = cache_format.storage.files.open_stream, fsspec.AbstractFileSystem.open
+        open_stream, fs_open = logitcask.cache_format.storage.files.open_stream, fsspec.AbstractFileSystem.open
 
         def opened(filesystem, path):
             stream = open_stream(filesystem, path)
@@ -154,7 +154,7 @@ class Fuse:
                 step()
             return fs_open(filesystem, path, mode, **options)
 
-        patch.setattr(cache_format.storage.files, "open_stream", opened)
+        patch.setattr(logitcask.cache_format.storage.files, "open_stream", opened)
         patch.setattr(fsspec.AbstractFileSystem, "open", opened_file)
         patch.setattr(os, "replace", lambda *arguments: (step(), replace(*arguments)))
 
@@ -167,7 +167,7 @@ class Fuse:
 
 def interrupt_everywhere(copy, new_place, cache, chunk, monkeypatch, files_at):
     """Interrupts ``copy(place)`` at its first, second, ... operation, each time with a new place, and goes on."""
-    monkeypatch.setattr(cache_format.storage.files, "_CHUNK", chunk)
+    monkeypatch.setattr(logitcask.cache_format.storage.files, "_CHUNK", chunk)
     expected = files_at(cache)
     shards = {name: digest for name, digest in expected.items() if name.startswith("data/")}
     operation = 0
@@ -675,8 +675,8 @@ def test_servers_with_folders_get_temporary_files_and_renames(tmp_path, cache, m
 
 @pytest.mark.parametrize("copy", [push, pull])
 def test_a_broken_line_is_tried_again_and_counted_once(tmp_path, cache, copy, monkeypatch, files_at):
-    monkeypatch.setattr(cache_format.storage.files, "_CHUNK", 1000)
-    for module in (share, cache_format.storage.files):
+    monkeypatch.setattr(logitcask.cache_format.storage.files, "_CHUNK", 1000)
+    for module in (share, logitcask.cache_format.storage.files):
         monkeypatch.setattr(module, "verified_chunks", breaking_once(module.verified_chunks))
     place = f"memory://{tmp_path}" if copy is push else tmp_path / "copy"
     done = []

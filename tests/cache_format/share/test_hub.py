@@ -9,9 +9,9 @@ import sys
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from cache_format import CacheError, UserError
-from cache_format.share import copy as share
-from cache_format.share.copy import pull, push
+from logitcask.cache_format import CacheError, UserError
+from logitcask.cache_format.share import copy as share
+from logitcask.cache_format.share.copy import pull, push
 
 SHARDS = 3
 

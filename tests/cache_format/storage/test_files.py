@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 
-from cache_format import CacheError, DamagedCacheError, UserError
-from cache_format.manifest import CacheFile
-from cache_format.storage.files import DEFAULT_CACHE_BYTES, ShardCache, download, open_filesystem, read_small
+from logitcask.cache_format import CacheError, DamagedCacheError, UserError
+from logitcask.cache_format.manifest import CacheFile
+from logitcask.cache_format.storage.files import DEFAULT_CACHE_BYTES, ShardCache, download, open_filesystem, read_small
 
 FORK = multiprocessing.get_context("fork")
 

@@ -11,18 +11,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import pipeline.builder.run
-from cache_format import CacheReader, DamagedCacheError
-from cache_format.cli.cache_commands import describe
-from cache_format.errors import CacheError
-from pipeline.audit import at_build_end as build_audit
-from pipeline.audit import reference as audit_reference
-from pipeline.audit import worker as audit_worker
-from pipeline.builder.run import build
-from pipeline.config import BuildConfig
-from pipeline.teachers.model import empty_model, resolve_model
-from pipeline.teachers.open import open_teacher
-from pipeline.teachers.synthetic import SyntheticTeacher
+import logitcask.pipeline.builder.run
+from logitcask.cache_format import CacheReader, DamagedCacheError
+from logitcask.cache_format.cli.cache_commands import describe
+from logitcask.cache_format.errors import CacheError
+from logitcask.pipeline.audit import at_build_end as build_audit
+from logitcask.pipeline.audit import reference as audit_reference
+from logitcask.pipeline.audit import worker as audit_worker
+from logitcask.pipeline.builder.run import build
+from logitcask.pipeline.config import BuildConfig
+from logitcask.pipeline.teachers.model import empty_model, resolve_model
+from logitcask.pipeline.teachers.open import open_teacher
+from logitcask.pipeline.teachers.synthetic import SyntheticTeacher
 
 
 @pytest.fixture
@@ -111,10 +111,10 @@ def test_a_shard_damaged_before_the_audit_ends_the_build(config, monkeypatch, ho
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(pipeline.builder.run, "audit_build", stop)
+        patch.setattr(logitcask.pipeline.builder.run, "audit_build", stop)
         build(made)
     shard = made.output / "data" / "shard-00001.arrow"
-    original = pipeline.builder.run.audit_build
+    original = logitcask.pipeline.builder.run.audit_build
 
     def damaged(*arguments: object) -> object:
         data = bytearray(shard.read_bytes())
@@ -125,7 +125,7 @@ def test_a_shard_damaged_before_the_audit_ends_the_build(config, monkeypatch, ho
             shard.write_bytes(data if how == "flipped" else data[:-64])
         return original(*arguments)
 
-    monkeypatch.setattr(pipeline.builder.run, "audit_build", damaged)
+    monkeypatch.setattr(logitcask.pipeline.builder.run, "audit_build", damaged)
     with pytest.raises(CacheError, match=r"shard-00001\.arrow") as error:
         build(made)
     assert "\n" not in str(error.value)
@@ -142,7 +142,7 @@ def test_a_wrong_temperature_is_named(config, tiny_llama, monkeypatch) -> None:
         teacher._lm.lm_head.register_forward_hook(lambda module, inputs, logits: logits / 1.5)
         return teacher
 
-    monkeypatch.setattr(pipeline.builder.run, "open_teacher", warm)
+    monkeypatch.setattr(logitcask.pipeline.builder.run, "open_teacher", warm)
     with pytest.raises(DamagedCacheError, match=r"another temperature: its rows fit 1\.5 "):
         build(config({"model": str(tiny_llama), "backend": "transformers"}))
 

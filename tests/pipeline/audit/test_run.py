@@ -12,23 +12,23 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from cache_format import CacheReader, CacheWriter, DamagedCacheError, TailSamples, UserError
-from cache_format.derive.derive import DeriveOptions, derive
-from cache_format.manifest import DataIdentity, Header, StoreSettings, TeacherIdentity, TokenizerIdentity
-from cache_format.shards.prior import TailPrior
-from pipeline.audit import figures as audit_figures
-from pipeline.audit import reference as audit_reference
-from pipeline.audit import run as audit_module
-from pipeline.audit.run import audit, audit_summary, engine_limit
-from pipeline.audit.sample import sample
-from pipeline.commands import audit as audit_cli
-from pipeline.config import StoreConfig, TeacherConfig
-from pipeline.distribution.capture import Capture
-from pipeline.distribution.draws import KEY_IDS, draw, no_draws
-from pipeline.distribution.keep import keep
-from pipeline.teachers.model import has_experts, resolve_model
-from pipeline.teachers.synthetic import SyntheticTeacher
-from pipeline.types import Scored, Sequence
+from logitcask.cache_format import CacheReader, CacheWriter, DamagedCacheError, TailSamples, UserError
+from logitcask.cache_format.derive.derive import DeriveOptions, derive
+from logitcask.cache_format.manifest import DataIdentity, Header, StoreSettings, TeacherIdentity, TokenizerIdentity
+from logitcask.cache_format.shards.prior import TailPrior
+from logitcask.pipeline.audit import figures as audit_figures
+from logitcask.pipeline.audit import reference as audit_reference
+from logitcask.pipeline.audit import run as audit_module
+from logitcask.pipeline.audit.run import audit, audit_summary, engine_limit
+from logitcask.pipeline.audit.sample import sample
+from logitcask.pipeline.commands import audit as audit_cli
+from logitcask.pipeline.config import StoreConfig, TeacherConfig
+from logitcask.pipeline.distribution.capture import Capture
+from logitcask.pipeline.distribution.draws import KEY_IDS, draw, no_draws
+from logitcask.pipeline.distribution.keep import keep
+from logitcask.pipeline.teachers.model import has_experts, resolve_model
+from logitcask.pipeline.teachers.synthetic import SyntheticTeacher
+from logitcask.pipeline.types import Scored, Sequence
 
 VOCAB = 400
 STORES = {
@@ -129,7 +129,7 @@ def synthetic(rng):
 
 
 def open_llama(folder):
-    from pipeline.teachers.transformers import TransformersTeacher
+    from logitcask.pipeline.teachers.transformers import TransformersTeacher
 
     config = TeacherConfig(model=str(folder), backend="transformers", dtype="float32")
     return TransformersTeacher(config, resolve_model(str(folder)), max_length=256, capture=Capture(1))
@@ -471,7 +471,7 @@ def test_experts_and_eight_bits_are_read_off_the_model(tiny_llama, tmp_path, mon
     ],
 )
 def test_memory_is_looked_at_before_anything_is_loaded(make, llama, monkeypatch, host, device, words):
-    from pipeline.teachers.open import transformers as teachers
+    from logitcask.pipeline.teachers.open import transformers as teachers
 
     cache = make(llama, sequences=1)
     monkeypatch.setattr(audit_reference, "free_memory", lambda: (host, device))

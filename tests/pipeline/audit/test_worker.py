@@ -13,21 +13,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import pipeline.audit.at_build_end
-from cache_format import CacheReader, DamagedCacheError
-from cache_format.manifest import Header
-from pipeline.audit import worker as audit_worker
-from pipeline.audit.at_build_end import BuildAudit, audit_here
-from pipeline.audit.worker import audit_apart
-from pipeline.builder.run import build
-from pipeline.config import BuildConfig
-from pipeline.teachers.synthetic import SyntheticTeacher
+import logitcask.pipeline.audit.at_build_end
+from logitcask.cache_format import CacheReader, DamagedCacheError
+from logitcask.cache_format.manifest import Header
+from logitcask.pipeline.audit import worker as audit_worker
+from logitcask.pipeline.audit.at_build_end import BuildAudit, audit_here
+from logitcask.pipeline.audit.worker import audit_apart
+from logitcask.pipeline.builder.run import build
+from logitcask.pipeline.config import BuildConfig
+from logitcask.pipeline.teachers.synthetic import SyntheticTeacher
 
 # A worker that has begun, says so in a file, and never ends by itself.
 BUSY = """
 import os, sys, time
 sys.path[:] = sys.argv[1:]
-from pipeline import audit_worker
+from logitcask.pipeline import audit_worker
 def busy(asked, on_sequence):
     with open(asked.path + ".pid", "w") as file:
         file.write(str(os.getpid()))
@@ -109,7 +109,7 @@ def test_a_build_that_is_killed_leaves_no_worker(asked: BuildAudit, tmp_path: Pa
     request = tmp_path / "request"
     request.write_bytes(pickle.dumps((asked, BUSY)))
     program = (
-        "import pickle, sys; from pathlib import Path; from pipeline import audit_worker\n"
+        "import pickle, sys; from pathlib import Path; from logitcask.pipeline import audit_worker\n"
         "asked, audit_worker._WORKER = pickle.loads(Path(sys.argv[1]).read_bytes())\n"
         "audit_worker.audit_apart(asked, lambda: None)"
     )
@@ -145,7 +145,7 @@ def test_a_shifted_cache_is_not_completed(asked: BuildAudit, tmp_path: Path, mon
             yield dataclasses.replace(scored, **{name: np.roll(getattr(scored, name), 1, axis=0) for name in names})
 
     monkeypatch.setattr(SyntheticTeacher, "score", shifted)
-    monkeypatch.setattr(pipeline.audit.at_build_end, "audit_here", audit_apart)
+    monkeypatch.setattr(logitcask.pipeline.audit.at_build_end, "audit_here", audit_apart)
     config = BuildConfig.model_validate(asked.header.config | {"output": str(tmp_path / "shifted")})
     with pytest.raises(DamagedCacheError, match=r"shifted by one.*not completed"):
         build(config)

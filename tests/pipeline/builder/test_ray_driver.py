@@ -16,13 +16,13 @@ import psutil
 import pytest
 import yaml
 
-from cache_format import CacheReader, DamagedCacheError, UserError, verify
-from cache_format.layout import BUILD_DIR
-from pipeline.builder.ray_driver import _error, _import_ray, _resources
-from pipeline.builder.ray_worker import MAX_ATTEMPTS, Coordinator, Done, ShardWorker, Task
-from pipeline.builder.run import build
-from pipeline.config import BuildConfig, ScaleConfig
-from pipeline.distribution.keep import MisalignedScoresError
+from logitcask.cache_format import CacheReader, DamagedCacheError, UserError, verify
+from logitcask.cache_format.layout import BUILD_DIR
+from logitcask.pipeline.builder.ray_driver import _error, _import_ray, _resources
+from logitcask.pipeline.builder.ray_worker import MAX_ATTEMPTS, Coordinator, Done, ShardWorker, Task
+from logitcask.pipeline.builder.run import build
+from logitcask.pipeline.config import BuildConfig, ScaleConfig
+from logitcask.pipeline.distribution.keep import MisalignedScoresError
 
 pytest.importorskip("ray")
 
@@ -63,7 +63,7 @@ class Driver:
         self.said = folder / "said"
         config = folder / "config.yaml"
         config.write_text(yaml.safe_dump(fields))
-        command = [sys.executable, "-c", "from pipeline.cli import main; main()", "build", str(config)]
+        command = [sys.executable, "-c", "from logitcask.pipeline.cli import main; main()", "build", str(config)]
         with open(self.said, "w") as said:
             self.process = subprocess.Popen(command, stdout=said, stderr=said)
 
@@ -273,6 +273,18 @@ def test_stages_of_a_pipeline_are_a_number(tmp_path, stages):
         BuildConfig.model_validate(
             settings(tmp_path, teacher={"model": "m", "engine_args": {"pipeline_parallel_size": stages}})
         )
+
+
+def test_a_call_after_the_end_starts_no_second_cluster():
+    """Seen on one busy core: the thread that reads results asked for one more after an interruption had shut Ray down."""
+    code = (
+        "from logitcask.pipeline.builder.ray_driver import _import_ray\n"
+        "ray = _import_ray()\n"
+        "try: ray.put(1)\n"
+        "except Exception as error: print(type(error).__name__, ray.is_initialized())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split()[1:] == ["False"], done
 
 
 def test_without_ray(monkeypatch):

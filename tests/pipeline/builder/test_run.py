@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 import yaml
 
-import pipeline.builder.plan
-from cache_format import CacheReader, UserError, verify
-from cache_format.cli.config_file import load_config
-from pipeline.builder.run import build
-from pipeline.config import BuildConfig
-from pipeline.teachers.open import open_tokenizer
-from pipeline.teachers.synthetic import SyntheticTeacher
+import logitcask.pipeline.builder.plan
+from logitcask.cache_format import CacheReader, UserError, verify
+from logitcask.cache_format.cli.config_file import load_config
+from logitcask.pipeline.builder.run import build
+from logitcask.pipeline.config import BuildConfig
+from logitcask.pipeline.teachers.open import open_tokenizer
+from logitcask.pipeline.teachers.synthetic import SyntheticTeacher
 
 
 def synthetic(tmp_path, **changes):
@@ -136,7 +136,7 @@ def test_what_changes_no_number_changes_no_cache(tmp_path):
 
 
 def test_more_shards_than_a_manifest_can_list(tmp_path, monkeypatch):
-    monkeypatch.setattr(pipeline.builder.plan, "MAX_SHARDS", 5)
+    monkeypatch.setattr(logitcask.pipeline.builder.plan, "MAX_SHARDS", 5)
     with pytest.raises(UserError, match=r"set a larger store\.shard_tokens"):
         build(synthetic(tmp_path))
     assert build(synthetic(tmp_path, store__shard_tokens=10_000), restart=True).manifest.shards
@@ -264,7 +264,7 @@ def test_damage_is_exit_1_and_named(tmp_path):
 
 
 def teacher_cache(*arguments, env=None):
-    command = [sys.executable, "-c", "from pipeline.cli import main; main()", *map(str, arguments)]
+    command = [sys.executable, "-c", "from logitcask.pipeline.cli import main; main()", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **(env or {})})
 
 
@@ -274,7 +274,7 @@ def test_killed_ten_times_the_cache_is_the_same(tmp_path, rng):
     whole = synthetic(tmp_path, output=str(tmp_path / "whole"), data__max_tokens=400_000)
     expected = build(whole).manifest
     config_file.write_text(yaml.safe_dump({**whole.model_dump(mode="json"), "output": str(tmp_path / "killed")}))
-    command = [sys.executable, "-c", "from pipeline.cli import main; main()", "build", str(config_file)]
+    command = [sys.executable, "-c", "from logitcask.pipeline.cli import main; main()", "build", str(config_file)]
     work = tmp_path / "killed" / ".build"
     kills = 0
     # The first is killed while it plans, the others at some shard, a random moment later.
@@ -308,10 +308,10 @@ def test_an_unfinished_build_keeps_its_settings(tmp_path):
 
 _UNFINISHED = """
 import os, sys
-import pipeline.builder.run
-from pipeline.config import BuildConfig
-pipeline.builder.run.open_teacher = lambda *a, **k: os._exit(9)
-pipeline.builder.run.build(BuildConfig.model_validate_json(sys.argv[1]))
+import logitcask.pipeline.builder.run
+from logitcask.pipeline.config import BuildConfig
+logitcask.pipeline.builder.run.open_teacher = lambda *a, **k: os._exit(9)
+logitcask.pipeline.builder.run.build(BuildConfig.model_validate_json(sys.argv[1]))
 """
 
 

@@ -16,18 +16,18 @@ import numpy as np
 import pytest
 import yaml
 
-from cache_format import CacheReader, CacheWriter, UserError, verify
-from cache_format.shards.shard_writer import ShardWriter
-from pipeline.builder import run
-from pipeline.builder import score as scoring
-from pipeline.builder import writer_thread as behind
-from pipeline.builder.plan import write_sequences
-from pipeline.builder.progress import Progress
-from pipeline.builder.run import build
-from pipeline.config import BuildConfig, StoreConfig, TeacherConfig
-from pipeline.teachers.base import answers
-from pipeline.teachers.synthetic import SyntheticTeacher
-from pipeline.types import Answer, Sequence
+from logitcask.cache_format import CacheReader, CacheWriter, UserError, verify
+from logitcask.cache_format.shards.shard_writer import ShardWriter
+from logitcask.pipeline.builder import run
+from logitcask.pipeline.builder import score as scoring
+from logitcask.pipeline.builder import writer_thread as behind
+from logitcask.pipeline.builder.plan import write_sequences
+from logitcask.pipeline.builder.progress import Progress
+from logitcask.pipeline.builder.run import build
+from logitcask.pipeline.config import BuildConfig, StoreConfig, TeacherConfig
+from logitcask.pipeline.teachers.base import answers
+from logitcask.pipeline.teachers.synthetic import SyntheticTeacher
+from logitcask.pipeline.types import Answer, Sequence
 
 
 def config_for(tmp_path, **changes):
@@ -253,7 +253,7 @@ def events(config):
 
 
 def test_the_log_tells_the_whole_story(tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.builder.progress.EVERY_SECONDS", 0.0)
+    monkeypatch.setattr("logitcask.pipeline.builder.progress.EVERY_SECONDS", 0.0)
     config = config_for(tmp_path)
     manifest = build(config).manifest
     found = events(config)
@@ -303,14 +303,14 @@ def test_a_log_that_fails_later_does_not_fail_the_build(tmp_path, caplog):
 
 SLOWLY = """
 import time
-import pipeline.builder.score
-answers = pipeline.builder.score.answers
+import logitcask.pipeline.builder.score
+answers = logitcask.pipeline.builder.score.answers
 def slowly(teacher, sequences):
     for answer in answers(teacher, sequences):
         time.sleep(0.02)
         yield answer
-pipeline.builder.score.answers = slowly
-from pipeline.cli import main
+logitcask.pipeline.builder.score.answers = slowly
+from logitcask.pipeline.cli import main
 main()
 """
 

@@ -12,9 +12,18 @@ import torch
 from numpy.typing import NDArray
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pipeline.distribution import draws_torch
-from pipeline.distribution.capture import Capture, head_sizes
-from pipeline.distribution.draws import KEY_IDS, LEAST_LOGPROB, Draws, draw, first_difference, fractions, mix, no_draws
+from logitcask.pipeline.distribution import draws_torch
+from logitcask.pipeline.distribution.capture import Capture, head_sizes
+from logitcask.pipeline.distribution.draws import (
+    KEY_IDS,
+    LEAST_LOGPROB,
+    Draws,
+    draw,
+    first_difference,
+    fractions,
+    mix,
+    no_draws,
+)
 
 CAPTURES = [
     Capture(16, samples=16),

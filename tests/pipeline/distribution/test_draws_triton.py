@@ -14,12 +14,12 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pipeline.distribution import draws_torch
-from pipeline.distribution.capture import Capture
-from pipeline.distribution.draws import KEY_IDS, LEAST_LOGPROB, SET_STRIDE, Draws, draw, first_difference
+from logitcask.pipeline.distribution import draws_torch
+from logitcask.pipeline.distribution.capture import Capture
+from logitcask.pipeline.distribution.draws import KEY_IDS, LEAST_LOGPROB, SET_STRIDE, Draws, draw, first_difference
 
 pytest.importorskip("triton")
-from pipeline.distribution import draws_triton
+from logitcask.pipeline.distribution import draws_triton
 
 DEVICE = "cpu" if draws_triton.INTERPRETED else "cuda"
 CAPTURES = [

@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from cache_format.manifest import StoreSettings
-from cache_format.shards.validation import validate
-from pipeline.distribution.capture import Capture
-from pipeline.distribution.draws import draw
-from pipeline.distribution.keep import MisalignedScoresError, keep, keep_nothing, tail_logprob
-from pipeline.types import Scored, Sequence
+from logitcask.cache_format.manifest import StoreSettings
+from logitcask.cache_format.shards.validation import validate
+from logitcask.pipeline.distribution.capture import Capture
+from logitcask.pipeline.distribution.draws import draw
+from logitcask.pipeline.distribution.keep import MisalignedScoresError, keep, keep_nothing, tail_logprob
+from logitcask.pipeline.types import Scored, Sequence
 
 VOCAB = 60
 

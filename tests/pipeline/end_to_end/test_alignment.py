@@ -13,11 +13,11 @@ import sys
 import numpy as np
 import pytest
 
-from cache_format import CacheReader
-from pipeline.builder.run import build
-from pipeline.config import BuildConfig, TeacherConfig
-from pipeline.distribution.capture import Capture
-from pipeline.teachers.open import open_teacher
+from logitcask.cache_format import CacheReader
+from logitcask.pipeline.builder.run import build
+from logitcask.pipeline.config import BuildConfig, TeacherConfig
+from logitcask.pipeline.distribution.capture import Capture
+from logitcask.pipeline.teachers.open import open_teacher
 
 MAX_LENGTH = 48
 DOCUMENTS = [

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 import yaml
 
-from cache_format import CacheReader
-from pipeline.cli import main
+from logitcask.cache_format import CacheReader
+from logitcask.pipeline.cli import main
 
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 SYNTHETIC = {"model": "synthetic", "backend": "synthetic", "vocab_size": 3000}
@@ -38,7 +38,7 @@ def config_file(tmp_path: Path, teacher: dict[str, Any], data: dict[str, Any], *
 
 
 def command(*arguments: Any) -> list[str]:
-    return [sys.executable, "-c", "from pipeline.cli import main; main()", *map(str, arguments)]
+    return [sys.executable, "-c", "from logitcask.pipeline.cli import main; main()", *map(str, arguments)]
 
 
 def build(file: Path, **env: str) -> subprocess.CompletedProcess[str]:

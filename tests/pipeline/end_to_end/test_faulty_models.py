@@ -14,17 +14,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from cache_format import CacheReader, UserError
-from cache_format.cli.cache_commands import describe
-from pipeline.audit.run import audit
-from pipeline.builder.run import build
-from pipeline.config import BuildConfig, TeacherConfig
-from pipeline.distribution.capture import Capture
-from pipeline.distribution.keep import keep
-from pipeline.teachers.model import check_weights, load_tokenizer, resolve_model
-from pipeline.teachers.open import open_teacher
-from pipeline.teachers.synthetic import SyntheticTeacher
-from pipeline.types import Sequence
+from logitcask.cache_format import CacheReader, UserError
+from logitcask.cache_format.cli.cache_commands import describe
+from logitcask.pipeline.audit.run import audit
+from logitcask.pipeline.builder.run import build
+from logitcask.pipeline.config import BuildConfig, TeacherConfig
+from logitcask.pipeline.distribution.capture import Capture
+from logitcask.pipeline.distribution.keep import keep
+from logitcask.pipeline.teachers.model import check_weights, load_tokenizer, resolve_model
+from logitcask.pipeline.teachers.open import open_teacher
+from logitcask.pipeline.teachers.synthetic import SyntheticTeacher
+from logitcask.pipeline.types import Sequence
 
 CONFIGURATION = """
 from transformers import LlamaConfig

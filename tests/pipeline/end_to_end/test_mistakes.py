@@ -14,14 +14,14 @@ from typing import Any
 import pytest
 import yaml
 
-import pipeline.builder.run
-import pipeline.generate.answers
-from cache_format import CacheReader
-from cache_format.cli.config_file import load_config
-from cache_format.errors import ConfigError, UserError
-from pipeline.builder.run import build
-from pipeline.cli import main
-from pipeline.config import BuildConfig
+import logitcask.pipeline.builder.run
+import logitcask.pipeline.generate.answers
+from logitcask.cache_format import CacheReader
+from logitcask.cache_format.cli.config_file import load_config
+from logitcask.cache_format.errors import ConfigError, UserError
+from logitcask.pipeline.builder.run import build
+from logitcask.pipeline.cli import main
+from logitcask.pipeline.config import BuildConfig
 
 CHAT = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "four"}]
 ROWS = [{"text": "the teacher reads", "q": "why?", "messages": CHAT}] * 3
@@ -185,7 +185,9 @@ def test_data_that_changes_while_it_is_read(tmp_path, monkeypatch, data, gone) -
     """What is in the cache would otherwise pass for what the file holds now."""
     config = config_of(tmp_path, **data)
     file = Path(config.data.path)
-    module, name = (pipeline.generate.answers, "sync") if data else (pipeline.builder.run, "write_sequences")
+    module, name = (
+        (logitcask.pipeline.generate.answers, "sync") if data else (logitcask.pipeline.builder.run, "write_sequences")
+    )
     original = getattr(module, name)
 
     def then_changed(*arguments: Any) -> Any:
@@ -226,7 +228,9 @@ TEXTS = [{"messages_field": "messages"}, {"prompt_field": "q", "generate": {"max
 def test_another_tokenizer_in_the_same_folder_is_noticed(tmp_path, model, monkeypatch, changes, data) -> None:
     config = config_of(tmp_path, {"model": str(model), "backend": "transformers"}, **data)
     build(config)
-    monkeypatch.setattr(pipeline.builder.run, "open_teacher", lambda *_, **__: pytest.fail("the engine was started"))
+    monkeypatch.setattr(
+        logitcask.pipeline.builder.run, "open_teacher", lambda *_, **__: pytest.fail("the engine was started")
+    )
     assert build(config).reused
     EDITS[changes](model)
     with pytest.raises(
@@ -250,7 +254,7 @@ def test_a_template_does_not_matter_to_documents(tmp_path, model) -> None:
 def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """``teacher-cache build`` in this process, which is left as it was: no handler, no logging for debugging."""
     handler = signal.getsignal(signal.SIGTERM)
-    log = logging.getLogger("pipeline")
+    log = logging.getLogger("logitcask.pipeline")
     level = log.level
 
     def run(fields: dict[str, Any], *options: str) -> None:
@@ -273,11 +277,11 @@ def test_what_the_system_refuses_is_one_line(tmp_path, monkeypatch, capsys, comm
     fields = fields_of(tmp_path)
     says = "/secret/tokens.json: Permission denied"
     if cause == "permission":
-        monkeypatch.setattr(pipeline.builder.run, "open_source", refuse)
+        monkeypatch.setattr(logitcask.pipeline.builder.run, "open_source", refuse)
     elif cause == "name":
         fields["output"], says = str(tmp_path / ("x" * 300)), "File name too long"
     else:
-        monkeypatch.setattr(pipeline.builder.run, "open_source", lambda *_: (_ for _ in ()).throw(OSError()))
+        monkeypatch.setattr(logitcask.pipeline.builder.run, "open_source", lambda *_: (_ for _ in ()).throw(OSError()))
         says = "error: OSError; "
     with pytest.raises(SystemExit) as stop:
         command(fields)
@@ -290,6 +294,6 @@ def test_what_the_system_refuses_is_one_line(tmp_path, monkeypatch, capsys, comm
 
 
 def test_debugging_shows_where(tmp_path, monkeypatch, command) -> None:
-    monkeypatch.setattr(pipeline.builder.run, "open_source", refuse)
+    monkeypatch.setattr(logitcask.pipeline.builder.run, "open_source", refuse)
     with pytest.raises(PermissionError):
         command(fields_of(tmp_path), "--debug")

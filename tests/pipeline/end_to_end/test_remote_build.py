@@ -18,7 +18,7 @@ import pytest
 import yaml
 from fsspec.implementations.memory import MemoryFileSystem
 
-from cache_format import (
+from logitcask.cache_format import (
     CacheError,
     CacheInUseError,
     CacheReader,
@@ -28,14 +28,14 @@ from cache_format import (
     UserError,
     verify,
 )
-from cache_format.cli.config_file import load_config
-from cache_format.layout import BUILD_DIR
-from cache_format.share import copy as share
-from cache_format.share.remote_writer import RemoteCacheWriter, remove_remote_cache, work_folder
-from cache_format.storage import files as storage
-from cache_format.storage.files import open_filesystem
-from pipeline.builder.run import build
-from pipeline.config import BuildConfig
+from logitcask.cache_format.cli.config_file import load_config
+from logitcask.cache_format.layout import BUILD_DIR
+from logitcask.cache_format.share import copy as share
+from logitcask.cache_format.share.remote_writer import RemoteCacheWriter, remove_remote_cache, work_folder
+from logitcask.cache_format.storage import files as storage
+from logitcask.cache_format.storage.files import open_filesystem
+from logitcask.pipeline.builder.run import build
+from logitcask.pipeline.config import BuildConfig
 
 
 class _Crash(BaseException):
@@ -164,7 +164,7 @@ def test_kill_at_random_moments(s3: str, tmp_path: Path, whole: Any, rng: np.ran
     url = f"{s3}/{uuid.uuid4()}/cache"
     file = tmp_path / "c.yaml"
     file.write_text(yaml.safe_dump(fields(url)))
-    command = [sys.executable, "-c", "from pipeline.cli import main; main()", "build", str(file)]
+    command = [sys.executable, "-c", "from logitcask.pipeline.cli import main; main()", "build", str(file)]
     for wanted in (0, 1, 3):
         process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
         commits = work_folder(url) / BUILD_DIR / "commits"

@@ -14,16 +14,16 @@ import typer
 import yaml
 from typer.testing import CliRunner
 
-from cache_format import ConfigError, UserError
-from cache_format.manifest import MAX_MANIFEST_BYTES, ShardEntry
-from pipeline.builder.run import build
-from pipeline.commands import estimate as estimate_cli
-from pipeline.config import BuildConfig, StoreConfig
-from pipeline.estimate import run as estimates
-from pipeline.estimate import speed as estimate_speed
-from pipeline.estimate.run import Estimate, estimate
-from pipeline.estimate.size import size_from_reference
-from pipeline.teachers.model import ResolvedModel, activation_bits
+from logitcask.cache_format import ConfigError, UserError
+from logitcask.cache_format.manifest import MAX_MANIFEST_BYTES, ShardEntry
+from logitcask.pipeline.builder.run import build
+from logitcask.pipeline.commands import estimate as estimate_cli
+from logitcask.pipeline.config import BuildConfig, StoreConfig
+from logitcask.pipeline.estimate import run as estimates
+from logitcask.pipeline.estimate import speed as estimate_speed
+from logitcask.pipeline.estimate.run import Estimate, estimate
+from logitcask.pipeline.estimate.size import size_from_reference
+from logitcask.pipeline.teachers.model import ResolvedModel, activation_bits
 
 
 def config_of(tmp_path, data=None, **parts):

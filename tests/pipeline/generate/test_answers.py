@@ -21,18 +21,18 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import pipeline.builder.run
-from cache_format import CacheReader, UserError, verify
-from pipeline.builder.run import build
-from pipeline.config import BuildConfig, DataConfig, TeacherConfig
-from pipeline.distribution.capture import Capture
-from pipeline.generate.answers import answer_seed, cut
-from pipeline.generate.prompts import Prompts
-from pipeline.teachers.base import Prompt, Sampling
-from pipeline.teachers.model import load_tokenizer
-from pipeline.teachers.open import open_teacher, open_tokenizer, sampling_of
-from pipeline.teachers.synthetic import SyntheticTeacher, SyntheticTokenizer
-from pipeline.text.sources import Row
+import logitcask.pipeline.builder.run
+from logitcask.cache_format import CacheReader, UserError, verify
+from logitcask.pipeline.builder.run import build
+from logitcask.pipeline.config import BuildConfig, DataConfig, TeacherConfig
+from logitcask.pipeline.distribution.capture import Capture
+from logitcask.pipeline.generate.answers import answer_seed, cut
+from logitcask.pipeline.generate.prompts import Prompts
+from logitcask.pipeline.teachers.base import Prompt, Sampling
+from logitcask.pipeline.teachers.model import load_tokenizer
+from logitcask.pipeline.teachers.open import open_teacher, open_tokenizer, sampling_of
+from logitcask.pipeline.teachers.synthetic import SyntheticTeacher, SyntheticTokenizer
+from logitcask.pipeline.text.sources import Row
 
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 BACKENDS = ["synthetic", "transformers", pytest.param("vllm", marks=needs_vllm)]
@@ -412,7 +412,7 @@ def test_prompt_and_answer_never_exceed_max_length(tmp_path) -> None:
 
 
 def test_max_tokens_ends_the_writing_too(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("pipeline.generate.answers._UNIT_ANSWERS", 4)
+    monkeypatch.setattr("logitcask.pipeline.generate.answers._UNIT_ANSWERS", 4)
     asked = counting(monkeypatch)
     rows = [{"q": f"question {n}"} for n in range(400)]
     config = config_of(tmp_path, rows=rows, max_tokens=600, generate={"max_new_tokens": 20})
@@ -427,7 +427,9 @@ def test_max_tokens_ends_the_writing_too(tmp_path, monkeypatch) -> None:
 def test_a_finished_cache_needs_no_engine(tmp_path, monkeypatch) -> None:
     config = config_of(tmp_path)
     build(config)
-    monkeypatch.setattr(pipeline.builder.run, "open_teacher", lambda *_, **__: pytest.fail("the engine was started"))
+    monkeypatch.setattr(
+        logitcask.pipeline.builder.run, "open_teacher", lambda *_, **__: pytest.fail("the engine was started")
+    )
     assert build(config).reused
     os.utime(config.data.path, (1, 1))
     assert build(config).reused, "the same prompts, only touched"
@@ -445,7 +447,7 @@ def test_the_engine_is_started_once(tmp_path, monkeypatch) -> None:
         starts["teacher"] += 1
         return open_teacher(*arguments, **options)
 
-    monkeypatch.setattr(pipeline.builder.run, "open_teacher", counted)
+    monkeypatch.setattr(logitcask.pipeline.builder.run, "open_teacher", counted)
     build(config_of(tmp_path))
     assert starts["teacher"] == 1
 
@@ -470,7 +472,7 @@ def counting(monkeypatch: pytest.MonkeyPatch, fail_after: int | None = None) -> 
 
 
 def test_what_is_committed_is_never_written_again(tmp_path, monkeypatch, rng) -> None:
-    monkeypatch.setattr("pipeline.generate.answers._UNIT_ANSWERS", 4)
+    monkeypatch.setattr("logitcask.pipeline.generate.answers._UNIT_ANSWERS", 4)
     expected = build(config_of(tmp_path, generate={"samples": 2}, output="whole")).manifest
     config, total = config_of(tmp_path, generate={"samples": 2}), 2 * len(QUESTIONS)
     asked: list[int] = []
@@ -504,7 +506,7 @@ def interrupted(tmp_path, tiny_llama, monkeypatch):
     def begin(*steps: str) -> tuple[BuildConfig, Path]:
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             for step in steps:
-                patch.setattr(pipeline.builder.run, step, stop)
+                patch.setattr(logitcask.pipeline.builder.run, step, stop)
             build(config)
         return config, model
 
@@ -569,14 +571,14 @@ def test_killed_while_writing_the_cache_is_the_same(tmp_path, rng) -> None:
 # Slow enough to be killed between units.
 _SLOW = """
 import time
-import pipeline.generate.answers as generation
+import logitcask.pipeline.generate.answers as generation
 commit = generation.write_durably
 def slow(*arguments):
     time.sleep(0.05)
     commit(*arguments)
 generation.write_durably = slow
 generation._UNIT_ANSWERS = 16
-from pipeline.cli import main
+from logitcask.pipeline.cli import main
 main()
 """
 
@@ -610,7 +612,7 @@ def test_a_model_answers_and_is_scored(tmp_path, tiny_llama, backend) -> None:
 
 
 def teacher_cache(*arguments: Any, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", "from pipeline.cli import main; main()", *map(str, arguments)]
+    command = [sys.executable, "-c", "from logitcask.pipeline.cli import main; main()", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **(env or {})})
 
 

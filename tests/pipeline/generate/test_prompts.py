@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.config import DataConfig, GenerateConfig
-from pipeline.generate.prompts import Prompts
-from pipeline.teachers.synthetic import SyntheticTokenizer
-from pipeline.text.sources import Row
+from logitcask.pipeline.config import DataConfig, GenerateConfig
+from logitcask.pipeline.generate.prompts import Prompts
+from logitcask.pipeline.teachers.synthetic import SyntheticTokenizer
+from logitcask.pipeline.text.sources import Row
 
 CALLS = "{% for c in m.tool_calls or [] %}{{ c.function.name }}{% endfor %}"
 

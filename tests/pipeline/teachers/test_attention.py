@@ -10,11 +10,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from cache_format import UserError
-from pipeline.builder.run import build
-from pipeline.config import BuildConfig, TeacherConfig
-from pipeline.distribution.capture import Capture
-from pipeline.teachers.open import open_teacher
+from logitcask.cache_format import UserError
+from logitcask.pipeline.builder.run import build
+from logitcask.pipeline.config import BuildConfig, TeacherConfig
+from logitcask.pipeline.distribution.capture import Capture
+from logitcask.pipeline.teachers.open import open_teacher
 
 IDS = (np.arange(100) * 7919 % 384).astype(np.int32)
 

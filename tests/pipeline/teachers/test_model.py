@@ -14,9 +14,9 @@ import pytest
 from transformers import AutoTokenizer, MistralConfig
 from transformers.integrations.mistral import convert_tekken_tokenizer
 
-from cache_format import UserError
-from cache_format.tokenizer_identity import tokenizer_identity
-from pipeline.teachers.model import _hub_commit, load_tokenizer, resolve_model
+from logitcask.cache_format import UserError
+from logitcask.cache_format.tokenizer_identity import tokenizer_identity
+from logitcask.pipeline.teachers.model import _hub_commit, load_tokenizer, resolve_model
 
 ADAPTERS = {"peft_type": "LORA", "base_model_name_or_path": "org/base", "r": 4}
 

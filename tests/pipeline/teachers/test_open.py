@@ -14,15 +14,15 @@ import numpy as np
 import pytest
 import torch
 
-from cache_format.errors import UserError
-from pipeline.config import TeacherConfig
-from pipeline.distribution.capture import Capture, head_sizes
-from pipeline.teachers.base import Prompt, Sampling
-from pipeline.teachers.model import check_rope_in_vllm, load_tokenizer, resolve_model
-from pipeline.teachers.open import bounded_groups, open_teacher, open_tokenizer, vocab_size_of
-from pipeline.teachers.synthetic import SyntheticTeacher, SyntheticTokenizer
-from pipeline.teachers.transformers import TransformersTeacher
-from pipeline.types import Sequence
+from logitcask.cache_format.errors import UserError
+from logitcask.pipeline.config import TeacherConfig
+from logitcask.pipeline.distribution.capture import Capture, head_sizes
+from logitcask.pipeline.teachers.base import Prompt, Sampling
+from logitcask.pipeline.teachers.model import check_rope_in_vllm, load_tokenizer, resolve_model
+from logitcask.pipeline.teachers.open import bounded_groups, open_teacher, open_tokenizer, vocab_size_of
+from logitcask.pipeline.teachers.synthetic import SyntheticTeacher, SyntheticTokenizer
+from logitcask.pipeline.teachers.transformers import TransformersTeacher
+from logitcask.pipeline.types import Sequence
 
 MAX_LENGTH = 96
 TEXT = (
@@ -216,10 +216,10 @@ def test_synthetic_entropies_differ_from_row_to_row(rng: np.random.Generator) ->
 def test_synthetic_needs_neither_torch_nor_transformers() -> None:
     code = (
         "import sys, numpy as np\n"
-        "from pipeline.distribution.capture import Capture\n"
-        "from pipeline.config import TeacherConfig\n"
-        "from pipeline.types import Sequence\n"
-        "from pipeline.teachers.open import open_teacher, open_tokenizer\n"
+        "from logitcask.pipeline.distribution.capture import Capture\n"
+        "from logitcask.pipeline.config import TeacherConfig\n"
+        "from logitcask.pipeline.types import Sequence\n"
+        "from logitcask.pipeline.teachers.open import open_teacher, open_tokenizer\n"
         "config = TeacherConfig(model='synthetic')\n"
         "ids = np.array(open_tokenizer(config)('one text')['input_ids'], np.int32)\n"
         "teacher = open_teacher(config, max_length=64, capture=Capture(8, samples=4))\n"

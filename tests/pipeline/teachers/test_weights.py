@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
-from cache_format.errors import UserError
-from pipeline.config import TeacherConfig
-from pipeline.distribution.capture import Capture
-from pipeline.teachers import weights
-from pipeline.teachers.open import open_teacher
-from pipeline.teachers.weights import weights_sha256
+from logitcask.cache_format.errors import UserError
+from logitcask.pipeline.config import TeacherConfig
+from logitcask.pipeline.distribution.capture import Capture
+from logitcask.pipeline.teachers import weights
+from logitcask.pipeline.teachers.open import open_teacher
+from logitcask.pipeline.teachers.weights import weights_sha256
 
 
 @pytest.fixture

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from pipeline.config import DataConfig
-from pipeline.text.sources import Row
-from pipeline.text.tokenize import Tokenization
+from logitcask.pipeline.config import DataConfig
+from logitcask.pipeline.text.sources import Row
+from logitcask.pipeline.text.tokenize import Tokenization
 
 Messages = list[dict[str, Any]]
 Pieces = Iterator[tuple[str, bool]]

@@ -17,16 +17,16 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-import pipeline.builder.run
-from cache_format import CacheReader
-from cache_format.errors import UserError
-from pipeline.builder.run import build
-from pipeline.config import BuildConfig, DataConfig
-from pipeline.generate.prompts import Prompts
-from pipeline.text.chat_template import ChatTemplate
-from pipeline.text.sources import Row, open_source
-from pipeline.text.tokenize import Tokenization
-from pipeline.types import Sequence
+import logitcask.pipeline.builder.run
+from logitcask.cache_format import CacheReader
+from logitcask.cache_format.errors import UserError
+from logitcask.pipeline.builder.run import build
+from logitcask.pipeline.config import BuildConfig, DataConfig
+from logitcask.pipeline.generate.prompts import Prompts
+from logitcask.pipeline.text.chat_template import ChatTemplate
+from logitcask.pipeline.text.sources import Row, open_source
+from logitcask.pipeline.text.tokenize import Tokenization
+from logitcask.pipeline.types import Sequence
 
 _TRL = find_spec("trl")
 assert _TRL is not None
@@ -486,9 +486,9 @@ LONG = {
 def test_windows_find_what_prefixes_find(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for messages in LONG.values():
         given = [Row("a", None, messages(3), [TOOL])]
-        monkeypatch.setattr("pipeline.text.tokenize._MANY_TURNS", 1)
+        monkeypatch.setattr("logitcask.pipeline.text.tokenize._MANY_TURNS", 1)
         by_windows = outcome(TEMPLATES[name], given)
-        monkeypatch.setattr("pipeline.text.tokenize._MANY_TURNS", 1000)
+        monkeypatch.setattr("logitcask.pipeline.text.tokenize._MANY_TURNS", 1000)
         assert by_windows == outcome(TEMPLATES[name], given)
 
 
@@ -525,7 +525,7 @@ CLOCK = (
 @pytest.fixture
 def on(monkeypatch: pytest.MonkeyPatch) -> Any:
     """``on(2026, 1, 31)``: it is that day now."""
-    return lambda *day: monkeypatch.setattr("pipeline.text.chat_template.today", lambda: date(*day))
+    return lambda *day: monkeypatch.setattr("logitcask.pipeline.text.chat_template.today", lambda: date(*day))
 
 
 @pytest.mark.parametrize("name", CLOCKS)
@@ -623,7 +623,7 @@ def test_a_build_goes_on_the_next_day_with_the_date_it_began_with(
 
     on(2026, 1, 31)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(pipeline.builder.run, step, stop)
+        patch.setattr(logitcask.pipeline.builder.run, step, stop)
         build(clock_build(tmp_path, **GENERATE))
     on(2026, 2, 1)
     with pytest.raises(

@@ -11,14 +11,14 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from cache_format.errors import UserError
-from pipeline.config import DataConfig
-from pipeline.generate import prompts
-from pipeline.generate.prompts import Prompts
-from pipeline.teachers.synthetic import SyntheticTokenizer
-from pipeline.text import long_texts, tokenize
-from pipeline.text.sources import BUILT_IN, Row
-from pipeline.text.tokenize import Tokenization
+from logitcask.cache_format.errors import UserError
+from logitcask.pipeline.config import DataConfig
+from logitcask.pipeline.generate import prompts
+from logitcask.pipeline.generate.prompts import Prompts
+from logitcask.pipeline.teachers.synthetic import SyntheticTokenizer
+from logitcask.pipeline.text import long_texts, tokenize
+from logitcask.pipeline.text.sources import BUILT_IN, Row
+from logitcask.pipeline.text.tokenize import Tokenization
 
 PAGES = [text for _, text in BUILT_IN["python-docs"]()]
 CHATML = "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"

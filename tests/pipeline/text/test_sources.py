@@ -22,10 +22,10 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from cache_format.errors import UserError
-from pipeline.config import DataConfig
-from pipeline.text.file_formats import read_columns, read_rows
-from pipeline.text.sources import Row, open_source
+from logitcask.cache_format.errors import UserError
+from logitcask.pipeline.config import DataConfig
+from logitcask.pipeline.text.file_formats import read_columns, read_rows
+from logitcask.pipeline.text.sources import Row, open_source
 
 HI = {"role": "user", "content": "hi"}
 YO = {"role": "assistant", "content": "yo"}
@@ -453,7 +453,9 @@ def test_other_splits_are_no_files_left_out(tmp_path: Path, caplog: pytest.LogCa
     source = open_source(DataConfig(path=str(tmp_path)))
     assert list(source) == [Row("train/0", "train", None)]
     assert source.counters == {"rows_read": 1}
-    assert [record.levelname for record in caplog.records if record.name == "pipeline.text.sources"] == ["INFO"]
+    assert [record.levelname for record in caplog.records if record.name == "logitcask.pipeline.text.sources"] == [
+        "INFO"
+    ]
     assert "reading 1 of 2 data files, split 'train' (other splits: test)" in caplog.text
 
 
@@ -746,7 +748,7 @@ def test_python_docs_refuses_what_it_does_not_have() -> None:
 
 def test_python_docs_needs_no_datasets_and_is_the_same_everywhere() -> None:
     code = (
-        "import sys; from pipeline.config import DataConfig; from pipeline.text.sources import open_source;"
+        "import sys; from logitcask.pipeline.config import DataConfig; from logitcask.pipeline.text.sources import open_source;"
         "source = open_source(DataConfig(path='python-docs')); ids = [row.row_id for row in source];"
         "assert 'datasets' not in sys.modules; print(source.stamp(), ids[:3])"
     )
@@ -770,7 +772,7 @@ def test_leaving_a_parquet_file_early_lets_the_process_end_well(tmp_path: Path) 
     table = pa.table({"text": ["some words " * 20] * rows, "wide": [bytes(500)] * rows})
     pq.write_table(table, tmp_path / "a.parquet", row_group_size=500)
     code = (
-        "import sys; from pipeline.config import DataConfig; from pipeline.text.sources import open_source;"
+        "import sys; from logitcask.pipeline.config import DataConfig; from logitcask.pipeline.text.sources import open_source;"
         "rows = iter(open_source(DataConfig(path=sys.argv[1]))); next(rows); rows.close()"
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "a.parquet")], capture_output=True, text=True)

@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from cache_format.errors import UserError
-from pipeline.config import DataConfig
-from pipeline.generate.prompts import Prompts
-from pipeline.teachers.synthetic import SyntheticTokenizer
-from pipeline.text import tokenize as tokenize_module
-from pipeline.text.sources import Row, open_source
-from pipeline.text.tokenize import Tokenization
-from pipeline.types import Sequence
+from logitcask.cache_format.errors import UserError
+from logitcask.pipeline.config import DataConfig
+from logitcask.pipeline.generate.prompts import Prompts
+from logitcask.pipeline.teachers.synthetic import SyntheticTokenizer
+from logitcask.pipeline.text import tokenize as tokenize_module
+from logitcask.pipeline.text.sources import Row, open_source
+from logitcask.pipeline.text.tokenize import Tokenization
+from logitcask.pipeline.types import Sequence
 
 SPECIALS = [
     "<bos>",

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from train.data.dataset import CachedDataset, HeldOut, collate
-from train.data.packing import collate_packed
-from train.evaluation.evaluate import evaluate, teacher_reference
-from train.head.chunked import LogitsHead, head_losses
-from train.loop.objective import Objective
-from train.losses import LOSSES
-from train.model.student import build_student
+from logitcask.train.data.dataset import CachedDataset, HeldOut, collate
+from logitcask.train.data.packing import collate_packed
+from logitcask.train.evaluation.evaluate import evaluate, teacher_reference
+from logitcask.train.head.chunked import LogitsHead, head_losses
+from logitcask.train.loop.objective import Objective
+from logitcask.train.losses import LOSSES
+from logitcask.train.model.student import build_student
 
 KINDS = ["head", "ragged", "samples", "sample logprobs", "random sampling"]
 

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from cache_format import CacheReader, UserError
-from train.config import TrainConfig
-from train.data.dataset import CachedDataset, collate, read_index, teacher_of
-from train.data.mixture import Collator, Drawn, Mixture, by_source, open_data
-from train.data.order import Plan, single_units
-from train.head.chunked import LogitsHead, head_losses
-from train.loop.objective import Objective
-from train.model.student import build_student
-from train.run import train
+from logitcask.cache_format import CacheReader, UserError
+from logitcask.train.config import TrainConfig
+from logitcask.train.data.dataset import CachedDataset, collate, read_index, teacher_of
+from logitcask.train.data.mixture import Collator, Drawn, Mixture, by_source, open_data
+from logitcask.train.data.order import Plan, single_units
+from logitcask.train.head.chunked import LogitsHead, head_losses
+from logitcask.train.loop.objective import Objective
+from logitcask.train.model.student import build_student
+from logitcask.train.run import train
 
 KINDS = ["head", "samples", "random sampling", "sample logprobs"]
 """Caches that differ in everything: no draws, several sets, no head, draws with logprobs and no entropy."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from train.data.order import Batches, Plan, single_units
+from logitcask.train.data.order import Batches, Plan, single_units
 
 
 def units(rng, count=None, shards=6):

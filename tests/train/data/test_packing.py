@@ -9,13 +9,13 @@ import pytest
 import torch
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
-from cache_format import UserError
-from train.data.dataset import collate, teacher_of
-from train.data.order import single_units
-from train.data.packing import check_isolation, collate_packed, fill_rows, packed_units, wants_flat
-from train.head.chunked import LogitsHead, head_losses
-from train.losses import LOSSES
-from train.run import train
+from logitcask.cache_format import UserError
+from logitcask.train.data.dataset import collate, teacher_of
+from logitcask.train.data.order import single_units
+from logitcask.train.data.packing import check_isolation, collate_packed, fill_rows, packed_units, wants_flat
+from logitcask.train.head.chunked import LogitsHead, head_losses
+from logitcask.train.losses import LOSSES
+from logitcask.train.run import train
 
 pytestmark = pytest.mark.random
 
@@ -218,7 +218,7 @@ def test_a_restart_that_cannot_pack_removes_nothing(write_cache, scratch_config,
     def refuse(head):
         raise UserError("does not keep packed sequences apart")
 
-    monkeypatch.setattr("train.loop.trainer.check_isolation", refuse)
+    monkeypatch.setattr("logitcask.train.loop.trainer.check_isolation", refuse)
     with pytest.raises(UserError, match="apart"):
         train(scratch_config(cache=cache.path, data={"packing": True}, training={"max_steps": 1}), restart=True)
     assert train(scratch_config(cache=cache.path, training={"max_steps": 1}))[1]

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from cache_format import UserError
-from train.config import SelectPositions
-from train.data.dataset import collate, teacher_of
-from train.data.mixture import Collator, Drawn, open_data
-from train.data.order import Batches
-from train.data.selection import (
+from logitcask.cache_format import UserError
+from logitcask.train.config import SelectPositions
+from logitcask.train.data.dataset import collate, teacher_of
+from logitcask.train.data.mixture import Collator, Drawn, open_data
+from logitcask.train.data.order import Batches
+from logitcask.train.data.selection import (
     Place,
     highest_entropy,
     largest_gaps,
@@ -24,9 +24,9 @@ from train.data.selection import (
     only_sequences,
     share_of,
 )
-from train.losses import forward_kl
-from train.model.student import build_student
-from train.run import train
+from logitcask.train.losses import forward_kl
+from logitcask.train.model.student import build_student
+from logitcask.train.run import train
 
 
 @pytest.mark.parametrize("kind", ["samples", "random sampling"])

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-import train.data.dataset
-from cache_format import CacheReader, DamagedCacheError
-from train.data.dataset import check_shards
+import logitcask.train.data.dataset
+from logitcask.cache_format import CacheReader, DamagedCacheError
+from logitcask.train.data.dataset import check_shards
 
 SHARDS = 5
 
@@ -34,9 +34,9 @@ class Processes:
             check(cache, shard)
 
         monkeypatch.setattr(CacheReader, "check_shard", counted)
-        monkeypatch.setattr(train.data.dataset, "processes", lambda: (self._rank.value, len(machines)))
-        monkeypatch.setattr(train.data.dataset, "machine", lambda: (machines[self._rank.value], ""))
-        monkeypatch.setattr(train.data.dataset, "gathered", self._gathered)
+        monkeypatch.setattr(logitcask.train.data.dataset, "processes", lambda: (self._rank.value, len(machines)))
+        monkeypatch.setattr(logitcask.train.data.dataset, "machine", lambda: (machines[self._rank.value], ""))
+        monkeypatch.setattr(logitcask.train.data.dataset, "gathered", self._gathered)
 
     def _gathered(self, mine: Any) -> list[Any]:
         self._said[self._rank.value] = pickle.dumps(mine)

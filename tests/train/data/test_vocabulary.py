@@ -11,15 +11,15 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from cache_format import CachedSequence, CacheReader, TailSamples, UserError
-from pipeline.builder.run import build
-from pipeline.config import BuildConfig
-from train.data.dataset import CachedDataset, collate, teacher_of
-from train.data.mixture import open_data
-from train.data.vocabulary import left_out, restricted
-from train.evaluation.metrics import rank_agreement, rank_correlation
-from train.losses import LOSSES
-from train.run import train
+from logitcask.cache_format import CachedSequence, CacheReader, TailSamples, UserError
+from logitcask.pipeline.builder.run import build
+from logitcask.pipeline.config import BuildConfig
+from logitcask.train.data.dataset import CachedDataset, collate, teacher_of
+from logitcask.train.data.mixture import open_data
+from logitcask.train.data.vocabulary import left_out, restricted
+from logitcask.train.evaluation.metrics import rank_agreement, rank_correlation
+from logitcask.train.losses import LOSSES
+from logitcask.train.run import train
 
 TEACHER, STUDENT, TOKENS = 1216, 1152, 1100
 """Rows of both and tokens of their tokenizer: Qwen2.5's numbers, scaled down."""

@@ -13,10 +13,10 @@ from types import SimpleNamespace
 import pytest
 from safetensors.torch import load_file
 
-from cache_format.errors import UserError
+from logitcask.cache_format.errors import UserError
+from logitcask.train.loop.trainer import DistillationTrainer
+from logitcask.train.run import train
 from tests.train.conftest import scratch
-from train.loop.trainer import DistillationTrainer
-from train.run import train
 
 
 @pytest.fixture

@@ -10,17 +10,17 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-import cache_format.reader
-import cache_format.storage.files
-from cache_format import CacheReader, UserError
-from cache_format.share.copy import push
-from cache_format.storage.files import ShardCache
-from train.config import DataConfig
-from train.data.dataset import CachedDataset
-from train.data.mixture import Collator, Mixture, open_data
-from train.data.order import Batches
-from train.loop.arguments import training_arguments
-from train.run import train
+import logitcask.cache_format.reader
+import logitcask.cache_format.storage.files
+from logitcask.cache_format import CacheReader, UserError
+from logitcask.cache_format.share.copy import push
+from logitcask.cache_format.storage.files import ShardCache
+from logitcask.train.config import DataConfig
+from logitcask.train.data.dataset import CachedDataset
+from logitcask.train.data.mixture import Collator, Mixture, open_data
+from logitcask.train.data.order import Batches
+from logitcask.train.loop.arguments import training_arguments
+from logitcask.train.run import train
 
 STEPS = 14
 """Two epochs and a half of 5 steps, with two batches in a step and a short last one."""
@@ -120,16 +120,16 @@ def test_streaming_fetches_each_shard_once_an_epoch(
     push(local.path, url)
     log = tmp_path / "fetched"
     log.touch()
-    plain = cache_format.storage.files.download
+    plain = logitcask.cache_format.storage.files.download
 
     def download(filesystem, path, *args, **kwargs):
         with log.open("a") as handle:
             handle.write(path.rpartition("/")[2] + "\n")
         return plain(filesystem, path, *args, **kwargs)
 
-    monkeypatch.setattr(cache_format.storage.files, "download", download)
+    monkeypatch.setattr(logitcask.cache_format.storage.files, "download", download)
     # Shards that are open stay readable when they have gone from the disk; these few are of no help.
-    monkeypatch.setattr(cache_format.reader, "OPEN_SHARDS", 2)
+    monkeypatch.setattr(logitcask.cache_format.reader, "OPEN_SHARDS", 2)
     room = 4 * max(shard.bytes for shard in local.manifest.shards)
 
     def epochs(shuffle):

@@ -11,11 +11,11 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.integrations.mistral import convert_tekken_tokenizer
 
-from cache_format.errors import ConfigError, UserError
-from train.config import StudentConfig
-from train.loop.arguments import check_optimizer, check_schedule, training_arguments
-from train.model.student import build_student, load_student_tokenizer
-from train.run import train
+from logitcask.cache_format.errors import ConfigError, UserError
+from logitcask.train.config import StudentConfig
+from logitcask.train.loop.arguments import check_optimizer, check_schedule, training_arguments
+from logitcask.train.model.student import build_student, load_student_tokenizer
+from logitcask.train.run import train
 
 BEST = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
 
@@ -154,13 +154,13 @@ def test_weights_that_are_quantised(scratch_student, monkeypatch, kept, nested):
     def missing(*args):
         raise ImportError("Loading a GPTQ quantized model requires optimum\nand more")
 
-    monkeypatch.setattr(f"train.model.student.{loader}", missing)
+    monkeypatch.setattr(f"logitcask.train.model.student.{loader}", missing)
     with pytest.raises(
         UserError, match=r"are quantised \(gptq\), and .* requires optimum\); give the student as it was"
     ):
         build_student(config, seed=0)
     loaded = SimpleNamespace(hf_quantizer=SimpleNamespace(is_trainable=False))
-    monkeypatch.setattr(f"train.model.student.{loader}", lambda *args: loaded)
+    monkeypatch.setattr(f"logitcask.train.model.student.{loader}", lambda *args: loaded)
     for peft, what in ((None, "them"), ({"target_modules": ["q_proj"]}, "adapters on them")):
         with pytest.raises(UserError, match=rf"are quantised \(gptq\), and transformers does not train {what}; give"):
             build_student(config.model_copy(update={"peft": peft}), seed=0)

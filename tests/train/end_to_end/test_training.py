@@ -17,14 +17,14 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
-from cache_format import CacheReader, UserError
-from cache_format.cli.config_file import load_config
-from pipeline.builder.run import build
-from pipeline.config import BuildConfig
-from train.cli import main
-from train.config import TrainConfig
-from train.data.dataset import read_index, row_of
-from train.run import rewrite_report, train
+from logitcask.cache_format import CacheReader, UserError
+from logitcask.cache_format.cli.config_file import load_config
+from logitcask.pipeline.builder.run import build
+from logitcask.pipeline.config import BuildConfig
+from logitcask.train.cli import main
+from logitcask.train.config import TrainConfig
+from logitcask.train.data.dataset import read_index, row_of
+from logitcask.train.run import rewrite_report, train
 
 STEPS = 12  # what the fixture `config` trains for
 
@@ -138,7 +138,7 @@ def test_the_dynamic_form_weighs_the_kl_by_the_overlap(config, dynamic):
 def student_process(config, tmp_path):
     file = tmp_path / "student.yaml"
     file.write_text(yaml.safe_dump(config.model_dump(mode="json")))
-    return [sys.executable, "-c", "from train.cli import main; main()", str(file)]
+    return [sys.executable, "-c", "from logitcask.train.cli import main; main()", str(file)]
 
 
 def test_logs_seldom_written_say_the_same_after_a_resume(config, tmp_path):
@@ -210,8 +210,8 @@ def test_options_that_fail_late_are_refused_before_anything_is_written(config):
 
 SLOWLY = """
 import time
-from train.cli import main
-from train.loop.trainer import DistillationTrainer
+from logitcask.train.cli import main
+from logitcask.train.loop.trainer import DistillationTrainer
 end_step = DistillationTrainer.end_step
 def slowly(self):
     time.sleep(0.05)
@@ -294,7 +294,7 @@ def test_the_teacher_stays_away(config, cache, tiny_llama, tmp_path):
         file.write_text(yaml.safe_dump(settings.model_dump(mode="json")))
         code = (
             "import sys; sys.argv = ['train-student', sys.argv[1]]\n"
-            "from train.cli import main\n"
+            "from logitcask.train.cli import main\n"
             "try:\n    main()\nexcept SystemExit as e:\n    assert not e.code, e.code\n"
             "found = {'vllm', 'pipeline'} & set(sys.modules)\n"
             "assert not found, found\n"
@@ -441,8 +441,8 @@ def test_bad_input_is_one_line_and_exit_2(config, tmp_path, changes, match, monk
 
 
 def test_keep_layers_takes_those_layers(tiny_llama):
-    from train.config import StudentConfig
-    from train.model.student import build_student
+    from logitcask.train.config import StudentConfig
+    from logitcask.train.model.student import build_student
 
     teacher = AutoModelForCausalLM.from_pretrained(tiny_llama).state_dict()
     student = build_student(StudentConfig(init_from=str(tiny_llama), keep_layers=[1]), seed=0).state_dict()

@@ -9,9 +9,9 @@ from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenizers import DefaultTokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cache_format import CachedSequence
-from train.config import AnswersConfig
-from train.evaluation.answers import Answer, Words, answers, mean_rouge_l, split_at_prompt
+from logitcask.cache_format import CachedSequence
+from logitcask.train.config import AnswersConfig
+from logitcask.train.evaluation.answers import Answer, Words, answers, mean_rouge_l, split_at_prompt
 
 
 def sequence(ids: list[int], mask: list[bool]) -> CachedSequence:
@@ -146,8 +146,8 @@ def test_references_without_words_are_left_out(tiny, caplog) -> None:
 
 
 def test_a_report_without_rouge_l(tmp_path) -> None:
-    from train.cli import summary
-    from train.output.report import write_report
+    from logitcask.train.cli import summary
+    from logitcask.train.output.report import write_report
 
     metrics = {
         "before": {"kl": 1.0, "ce": 1.0},

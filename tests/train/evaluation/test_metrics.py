@@ -9,8 +9,8 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
-from train.evaluation.metrics import Calibration, rank_agreement, rank_correlation, top_k_overlap
-from train.losses import SparseTeacher
+from logitcask.train.evaluation.metrics import Calibration, rank_agreement, rank_correlation, top_k_overlap
+from logitcask.train.losses import SparseTeacher
 
 VOCAB = 30
 

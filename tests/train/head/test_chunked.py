@@ -22,9 +22,9 @@ from transformers import (
 )
 from transformers.models.auto import AutoModel, AutoModelForCausalLM
 
-from cache_format.errors import UserError
-from train.evaluation.metrics import rank_agreement, top_k_overlap
-from train.head.chunked import (
+from logitcask.cache_format.errors import UserError
+from logitcask.train.evaluation.metrics import rank_agreement, top_k_overlap
+from logitcask.train.head.chunked import (
     LogitsHead,
     PerChunk,
     _adds_rightly,
@@ -33,7 +33,7 @@ from train.head.chunked import (
     _LinearProjection,
     head_losses,
 )
-from train.losses import LOSSES, SparseTeacher
+from logitcask.train.losses import LOSSES, SparseTeacher
 
 pytestmark = pytest.mark.random
 
@@ -312,13 +312,15 @@ def test_the_weight_gradient_is_added_in_one_kernel_where_there_is_one(monkeypat
         _all_chunks(projection, hidden, per_chunk, 8)
         return projection.sums()[0].double()
 
-    monkeypatch.setattr("train.head.chunked._SLICE", 50)
+    monkeypatch.setattr("logitcask.train.head.chunked._SLICE", 50)
     by_processor = []
     for widened in (False, True):
-        monkeypatch.setattr("train.head.chunked._multiplies_faster_in_float32", lambda device, widened=widened: widened)
+        monkeypatch.setattr(
+            "logitcask.train.head.chunked._multiplies_faster_in_float32", lambda device, widened=widened: widened
+        )
         by_processor.append(weight_sum())
     sliced, widened_first = by_processor
-    monkeypatch.setattr("train.head.chunked._adds_to_float32", lambda device, dtype: True)
+    monkeypatch.setattr("logitcask.train.head.chunked._adds_to_float32", lambda device, dtype: True)
     with AddingInFloat32() as adding:
         found = weight_sum()
     assert [product.shape for product in adding.products] == 8 * [(VOCAB, HIDDEN)]

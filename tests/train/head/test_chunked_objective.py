@@ -13,10 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Gemma2Config, GraniteConfig, LlamaConfig, PhiConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import AutoModelForCausalLM
 
-from train.config import TrainConfig
-from train.head.chunked import LogitsHead, head_losses
-from train.loop.objective import Objective
-from train.losses import SparseTeacher
+from logitcask.train.config import TrainConfig
+from logitcask.train.head.chunked import LogitsHead, head_losses
+from logitcask.train.loop.objective import Objective
+from logitcask.train.losses import SparseTeacher
 
 pytestmark = pytest.mark.random
 

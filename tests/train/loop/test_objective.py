@@ -12,11 +12,11 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from train.config import TrainConfig, WeightSchedule
-from train.evaluation.metrics import top_k_overlap
-from train.loop.objective import Objective
-from train.losses import LOSSES, SPECS, SparseTeacher
-from train.losses.adaptive import TaidState
+from logitcask.train.config import TrainConfig, WeightSchedule
+from logitcask.train.evaluation.metrics import top_k_overlap
+from logitcask.train.loop.objective import Objective
+from logitcask.train.losses import LOSSES, SPECS, SparseTeacher
+from logitcask.train.losses.adaptive import TaidState
 
 P, V, K, S = 10, 60, 12, 6
 

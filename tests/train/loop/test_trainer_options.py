@@ -11,13 +11,13 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, modeling_flash_attention_utils
 
-from cache_format import UserError
-from cache_format.errors import ConfigError
-from pipeline.builder.run import build
-from pipeline.config import BuildConfig
-from train.config import LossTerm, TrainConfig
-from train.head.chunked import LogitsHead
-from train.run import train
+from logitcask.cache_format import UserError
+from logitcask.cache_format.errors import ConfigError
+from logitcask.pipeline.builder.run import build
+from logitcask.pipeline.config import BuildConfig
+from logitcask.train.config import LossTerm, TrainConfig
+from logitcask.train.head.chunked import LogitsHead
+from logitcask.train.run import train
 
 
 @pytest.fixture(scope="session")

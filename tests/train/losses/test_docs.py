@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from train.losses import LOSSES, SPECS
-from train.losses.__main__ import _ORDER, markdown
+from logitcask.train.losses import LOSSES, SPECS
+from logitcask.train.losses.__main__ import _ORDER, markdown
 
 DOCS = Path(__file__).parents[3] / "docs" / "losses.md"
 
@@ -14,8 +14,10 @@ DOCS = Path(__file__).parents[3] / "docs" / "losses.md"
 def test_the_tables_are_in_sync() -> None:
     assert sorted(_ORDER) == sorted(LOSSES)
     text = DOCS.read_text()
-    shown = text.partition("<!-- python -m train.losses -->\n")[2].partition("<!-- end -->")[0]
-    assert shown.strip() == markdown().strip(), "run python -m train.losses and put its output into docs/losses.md"
+    shown = text.partition("<!-- python -m logitcask.train.losses -->\n")[2].partition("<!-- end -->")[0]
+    assert shown.strip() == markdown().strip(), (
+        "run python -m logitcask.train.losses and put its output into docs/losses.md"
+    )
 
 
 def test_docstrings_agree_with_the_metadata() -> None:

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from train.losses import LOSSES, SparseTeacher, Student, kernels
+from logitcask.train.losses import LOSSES, SparseTeacher, Student, kernels
 
 pytestmark = pytest.mark.random
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import kl_div
 
-from cache_format.errors import UserError
-from train.losses import LOSSES, SparseTeacher, forward_kl, ranking
-from train.losses.student_pass import _add_entries, _Pass
+from logitcask.cache_format.errors import UserError
+from logitcask.train.losses import LOSSES, SparseTeacher, forward_kl, ranking
+from logitcask.train.losses.student_pass import _add_entries, _Pass
 
 
 def normal(draw: torch.Generator, *shape: int, scale: float = 3.0, dtype: torch.dtype = torch.float64) -> Tensor:

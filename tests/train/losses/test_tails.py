@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from cache_format.errors import UserError
-from train.losses import SparseTeacher, forward_kl
-from train.losses.tails import tail_of
+from logitcask.cache_format.errors import UserError
+from logitcask.train.losses import SparseTeacher, forward_kl
+from logitcask.train.losses.tails import tail_of
 
 P, V, K, S, SETS = 12, 300, 6, 8, 2000
 

@@ -16,8 +16,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from cache_format.errors import UserError
-from train.losses import LOSSES, SPECS, SparseTeacher, Student
+from logitcask.cache_format.errors import UserError
+from logitcask.train.losses import LOSSES, SPECS, SparseTeacher, Student
 
 V = 40
 Truth = Callable[..., Tensor]

@@ -8,11 +8,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from cache_format.errors import UserError
-from train.config import StudentConfig
-from train.data.packing import check_isolation
-from train.head.chunked import LogitsHead
-from train.model.student import build_student
+from logitcask.cache_format.errors import UserError
+from logitcask.train.config import StudentConfig
+from logitcask.train.data.packing import check_isolation
+from logitcask.train.head.chunked import LogitsHead
+from logitcask.train.model.student import build_student
 
 IDS = (torch.arange(100) * 7919 % 384)[None]
 

@@ -9,11 +9,11 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-import train.model.layers
-from cache_format.errors import ConfigError, UserError
-from train.config import StudentConfig
-from train.model.layers import _place, from_layers
-from train.model.student import build_student
+import logitcask.train.model.layers
+from logitcask.cache_format.errors import ConfigError, UserError
+from logitcask.train.config import StudentConfig
+from logitcask.train.model.layers import _place, from_layers
+from logitcask.train.model.student import build_student
 
 SMALL = {
     "hidden_size": 32,
@@ -172,8 +172,8 @@ def test_other_layers_are_never_read(saved, monkeypatch, family):
             read.append(name)
             return self.file.get_slice(name)
 
-    safe_open = train.model.layers.safe_open
-    monkeypatch.setattr(train.model.layers, "safe_open", Spy)
+    safe_open = logitcask.train.model.layers.safe_open
+    monkeypatch.setattr(logitcask.train.model.layers, "safe_open", Spy)
     from_layers(folder, [1, 4], torch.float32)
     decoder = [name for name in read if "vision" not in name and ".layers." in name]
     assert {int(name.partition(".layers.")[2].partition(".")[0]) for name in decoder} == {1, 4}

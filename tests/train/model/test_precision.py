@@ -11,13 +11,13 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from cache_format.errors import ConfigError
-from train.data.selection import Place
-from train.distributed import may_go_unused
-from train.head.chunked import LogitsHead
-from train.loop.trainer import DistillationTrainer
-from train.model.precision import check_attention, computing_dtype, shard_without_casts, warn_of_lost_steps
-from train.run import train
+from logitcask.cache_format.errors import ConfigError
+from logitcask.train.data.selection import Place
+from logitcask.train.distributed import may_go_unused
+from logitcask.train.head.chunked import LogitsHead
+from logitcask.train.loop.trainer import DistillationTrainer
+from logitcask.train.model.precision import check_attention, computing_dtype, shard_without_casts, warn_of_lost_steps
+from logitcask.train.run import train
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
 SMALL |= {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 128}

@@ -13,14 +13,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, TrainingArguments
 
-import train.output.saving
-import train.run
-from cache_format.errors import ConfigError, UserError
-from train.config import AnswersConfig, StudentConfig
-from train.evaluation.answers import answers
-from train.model.student import build_student
-from train.output.run_folder import TRIAL
-from train.output.saving import (
+import logitcask.train.output.saving
+import logitcask.train.run
+from logitcask.cache_format.errors import ConfigError, UserError
+from logitcask.train.config import AnswersConfig, StudentConfig
+from logitcask.train.evaluation.answers import answers
+from logitcask.train.model.student import build_student
+from logitcask.train.output.run_folder import TRIAL
+from logitcask.train.output.saving import (
     _checkpoints,
     mend_generation_config,
     save_merged,
@@ -28,7 +28,7 @@ from train.output.saving import (
     try_saving,
     warn_of_a_small_disk,
 )
-from train.run import train as train_student
+from logitcask.train.run import train as train_student
 
 
 @pytest.fixture
@@ -136,7 +136,7 @@ def test_answers_are_greedy_whatever_the_student_prefers(tiny_llama):
 
 
 def test_weights_that_cannot_be_saved_are_found_before_the_first_step(sound_cache, scratch_config, monkeypatch):
-    built = train.run.build_student
+    built = logitcask.train.run.build_student
 
     def shared(*arguments):
         student = built(*arguments)
@@ -144,7 +144,7 @@ def test_weights_that_cannot_be_saved_are_found_before_the_first_step(sound_cach
         second.mlp.up_proj.weight = first.mlp.up_proj.weight
         return student
 
-    monkeypatch.setattr(train.run, "build_student", shared)
+    monkeypatch.setattr(logitcask.train.run, "build_student", shared)
     config = scratch_config(cache=sound_cache)
     with pytest.raises(UserError, match=r"could not be saved after training \(RuntimeError: ") as caught:
         train_student(config)
@@ -264,7 +264,7 @@ def test_adapters_that_do_not_merge_are_refused(tiny_llama):
 @pytest.mark.parametrize("peft", [None, {"r": 4, "target_modules": ["q_proj"]}], ids=["whole", "adapters"])
 def test_an_evaluation_that_fails_loses_no_weights(config, tiny_llama, monkeypatch, peft):
     """Without checkpoints, the saved student is all there is."""
-    measure, calls = train.run.evaluate, []
+    measure, calls = logitcask.train.run.evaluate, []
 
     def fail_after_training(*arguments, **options):
         calls.append(1)
@@ -272,7 +272,7 @@ def test_an_evaluation_that_fails_loses_no_weights(config, tiny_llama, monkeypat
             raise RuntimeError("out of memory")
         return measure(*arguments, **options)
 
-    monkeypatch.setattr(train.run, "evaluate", fail_after_training)
+    monkeypatch.setattr(logitcask.train.run, "evaluate", fail_after_training)
     changes = {"student": {"model": str(tiny_llama), "peft": peft}}
     with pytest.raises(RuntimeError, match="out of memory"):
         train_student(config(**changes, training={"max_steps": 1, "save_strategy": "no"}))
@@ -282,13 +282,13 @@ def test_an_evaluation_that_fails_loses_no_weights(config, tiny_llama, monkeypat
 
 
 def test_weights_that_are_no_numbers_are_not_saved(config, tiny_llama, monkeypatch):
-    run = train.run.DistillationTrainer.run
+    run = logitcask.train.run.DistillationTrainer.run
 
     def spoil(self, checkpoint):
         run(self, checkpoint)
         self.model.model.norm.weight.data[3] = float("nan")
 
-    monkeypatch.setattr(train.run.DistillationTrainer, "run", spoil)
+    monkeypatch.setattr(logitcask.train.run.DistillationTrainer, "run", spoil)
     with pytest.raises(UserError, match=r"diverged: model\.norm\.weight is nan after training"):
         train_student(config(training={"max_steps": 1, "save_strategy": "no"}))
     assert not (config().output_dir / "model.safetensors").exists()
@@ -320,6 +320,8 @@ def test_a_disk_that_is_too_small_is_said(tiny_llama, tmp_path, monkeypatch, cap
     size = sum(parameter.nbytes for parameter in student.parameters())
     arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, save_steps=10, save_total_limit=2)
     for free, said in ((4 * size, False), (4 * size - 1, True)):
-        monkeypatch.setattr(train.output.saving.shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
+        monkeypatch.setattr(
+            logitcask.train.output.saving.shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free)
+        )
         warn_of_a_small_disk(student, arguments, 40, tmp_path)
         assert ("weights of 3 checkpoint(s)" in caplog.text) == said

