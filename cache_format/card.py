@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from logitcask.cache_format.describe import describe_head, describe_tail
+
 if TYPE_CHECKING:
     from logitcask.cache_format.manifest import Manifest
 
@@ -60,28 +62,3 @@ def is_card(file: Path) -> bool:
             return b"\n- logitcask\n" in handle.read(_TOP_BYTES)
     except OSError:
         return False
-
-
-def describe_head(manifest: Manifest) -> str:
-    """One line: how large heads are, and what they hold."""
-    store, totals = manifest.store, manifest.statistics
-    if store.top_k == 0:
-        return "none"
-    rules = [f"entries above {store.min_probability:g}"] if store.min_probability else []
-    rules += [f"until {store.top_p:g} of the mass"] if store.top_p else []
-    size = f"top {store.top_k} of {store.vocab_size:,} ids"
-    if rules:
-        mean = totals.mean_head_size or 0.0
-        size = (
-            f"{mean:.1f} of {store.vocab_size:,} ids on average ({' and '.join(rules)}, {store.min_k} to {store.top_k})"
-        )
-    return size if totals.head_mass is None else f"{size}, holding {totals.head_mass:.1%} of the mass on average"
-
-
-def describe_tail(manifest: Manifest) -> str:
-    """One line: what is known of everything outside the head."""
-    store, mean = manifest.store, manifest.statistics.mean_draws or 0.0
-    if not store.tail_samples:
-        return "its mass; no samples"
-    sets = "" if store.sample_sets == 1 else f" in {store.sample_sets} sets"
-    return f"its mass, and {mean:.1f} {store.draws} draws on average{sets}, so that KL losses are unbiased"

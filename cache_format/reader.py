@@ -19,7 +19,6 @@ from logitcask.cache_format.shards.bounded_file import BoundedFile
 from logitcask.cache_format.shards.codec import Codec, PackedBatch
 from logitcask.cache_format.shards.prior import TailPrior
 from logitcask.cache_format.storage.files import (
-    ShardCache,
     is_local,
     map_file,
     open_filesystem,
@@ -28,6 +27,7 @@ from logitcask.cache_format.storage.files import (
     retrying,
     verified_chunks,
 )
+from logitcask.cache_format.storage.shard_cache import ShardCache
 
 OPEN_SHARDS = 64
 """Shards kept open: far below any limit on open files."""
@@ -43,7 +43,7 @@ class CacheReader:
     """The sequences of a finished cache, by index.
 
     ``path`` is a folder or any fsspec URL; shards of a remote cache are fetched when they are first touched and kept in a
-    bounded local cache (``logitcask.cache_format.storage.files.ShardCache``). Raises CacheNotFoundError, IncompleteCacheError,
+    bounded local cache (``logitcask.cache_format.storage.shard_cache.ShardCache``). Raises CacheNotFoundError, IncompleteCacheError,
     UnsupportedCacheError, or DamagedCacheError. With ``check`` (the default) the manifest has to agree with its own totals
     and hashes, and a local shard's sha256 with the manifest when it is first touched; switch it off only after ``verify``.
     Remote shards are always checked. ``manifest``: that of a build whose shards are all there and which is not finished yet.

@@ -13,6 +13,7 @@ from logitcask.cache_format.cli import cache_commands
 from logitcask.cache_format.cli import share_commands as share_cli
 from logitcask.cache_format.cli.app import new_app, run
 from logitcask.cache_format.cli.config_file import load_config
+from logitcask.cache_format.describe import describe
 from logitcask.pipeline.commands import audit as audit_cli
 from logitcask.pipeline.commands import estimate as estimate_cli
 from logitcask.pipeline.memory import use_huge_pages
@@ -47,7 +48,7 @@ def build(
         totals = result.manifest.statistics
         print(f"{settings.output} is there already: reusing it ({totals.tokens:,} tokens, {totals.bytes:,} bytes)")
         return
-    print(cache_commands.describe(result.manifest, settings.output))
+    print(describe(result.manifest, settings.output))
     if result.tokens_scored:
         print(f"{'scored':15} {result.tokens_scored:,} tokens at {result.tokens_scored / result.seconds:,.0f} tokens/s")
 

@@ -12,17 +12,15 @@ import typer
 from pydantic import BaseModel
 from tqdm import tqdm
 
-from logitcask.cache_format.card import describe_head, describe_tail
 from logitcask.cache_format.cli.config_file import parse_options
-from logitcask.cache_format.derive.derive import SHARD_TOKENS, DeriveOptions
+from logitcask.cache_format.derive.derive import DeriveOptions
 from logitcask.cache_format.derive.derive import derive as derive_cache
-from logitcask.cache_format.derive.derive import merge as merge_caches
+from logitcask.cache_format.derive.merge import merge as merge_caches
+from logitcask.cache_format.derive.write import SHARD_TOKENS
+from logitcask.cache_format.describe import describe
 from logitcask.cache_format.errors import ConfigError, DamagedCacheError
-from logitcask.cache_format.manifest import AuditSummary, Manifest
 from logitcask.cache_format.reader import CacheReader
 from logitcask.cache_format.verify import verify as verify_cache
-
-_SHOWN_ELSEWHERE = ("sequences", "tokens", "kept_positions")
 
 Output = Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the new cache.")]
 ShardTokens = Annotated[int, typer.Option("--shard-tokens", min=1, help="Tokens per shard.")]
@@ -103,53 +101,3 @@ def merge(
 def _bar(name: str, tokens: int) -> Iterator[tqdm]:
     with tqdm(total=tokens, unit="tok", unit_scale=True, desc=name, leave=False, dynamic_ncols=True) as bar:
         yield bar
-
-
-def describe(manifest: Manifest, path: str | Path) -> str:
-    """A page for a person: what the cache at ``path`` is and how large."""
-    teacher, data, store, totals = manifest.teacher, manifest.data, manifest.store, manifest.statistics
-    loss = "none: no position is kept" if totals.teacher_ce is None else f"{totals.teacher_ce:.4f} nats per token"
-    shape = f"{totals.tokens:,} in {totals.sequences:,} sequences, {totals.positions:,} kept positions"
-    counters = ", ".join(
-        f"{name.replace('_', ' ')} {count:,}"
-        for name, count in data.counters.items()
-        if count and name not in _SHOWN_ELSEWHERE
-    )
-    rows = {
-        "cache": str(path),
-        "teacher": f"{teacher.model} ({teacher.engine}, {teacher.dtype}, route {teacher.route})",
-        "data": f"{data.source}, split {data.split}, {data.kind}, loss mask: {data.mask_policy}",
-        "read": counters,
-        "tokens": shape,
-        "head": describe_head(manifest),
-        "tail": describe_tail(manifest),
-        "teacher's loss": loss,
-        "audit": "" if manifest.derived_from else describe_audit(manifest.audit),
-        "size": f"{totals.bytes:,} bytes in {len(manifest.shards)} shards, {totals.bytes_per_token:.1f} bytes per token",
-        "made of": _origin(manifest),
-        "format": f"version {manifest.format_version}, logprobs within {store.rounding:g} nats",
-        "fingerprint": manifest.fingerprint,
-    }
-    return "\n".join(f"{name:15} {value}" for name, value in rows.items() if value)
-
-
-def describe_audit(audit: AuditSummary | None) -> str:
-    """What the audit at the end of the build found, in one line."""
-    if audit is None:
-        return "not audited: none was asked for"
-    if audit.skipped is not None:
-        return f"not audited: {audit.skipped}"
-    engine = max(audit.engine_target or 0.0, audit.engine_head or 0.0)
-    truncation = audit.truncation_kl_even if audit.truncation_kl_prior is None else audit.truncation_kl_prior
-    return (
-        f"{audit.sequences} sequences against {audit.reference}: engine {engine:.2g} nats off on average (limit "
-        f"{audit.engine_limit or 0:g}), KL {audit.codec_kl or 0:.2g} by rounding, {truncation or 0:.2g} by truncation"
-    )
-
-
-def _origin(manifest: Manifest) -> str:
-    if manifest.derived_from is None:
-        return ""
-    options = ", ".join(f"{name}={value}" for name, value in manifest.derived_from.options.items())
-    names = ", ".join(each[:12] for each in manifest.derived_from.fingerprints)
-    return " ".join(filter(None, (manifest.derived_from.command, names, options)))

@@ -1,55 +1,36 @@
-"""New caches out of finished ones, without the teacher: ``derive`` keeps less of one, ``merge`` puts several together."""
+"""``derive``: a smaller cache from a finished one, without the teacher."""
 
 from __future__ import annotations
 
 import logging
 import math
 import operator
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from fnmatch import fnmatchcase
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from logitcask.cache_format.derive.fidelity import reconstruction_kl
 from logitcask.cache_format.derive.narrow import head_sizes, narrow
-from logitcask.cache_format.differences import describe_difference
+from logitcask.cache_format.derive.write import PUSH_IT, SHARD_TOKENS, OnTokens, Part, spread, write
 from logitcask.cache_format.errors import UserError
-from logitcask.cache_format.manifest import (
-    DataHash,
-    DataIdentity,
-    DerivedFrom,
-    Header,
-    Manifest,
-    StoreSettings,
-    check_step,
-)
+from logitcask.cache_format.manifest import DerivedFrom, Manifest, StoreSettings, check_step
 from logitcask.cache_format.reader import CacheReader
-from logitcask.cache_format.schema import MAX_DRAWS, MAX_SHARDS
+from logitcask.cache_format.schema import MAX_DRAWS
 from logitcask.cache_format.sequence import CachedSequence
 from logitcask.cache_format.shards.codec import Codec
 from logitcask.cache_format.shards.prior import TailPrior
 from logitcask.cache_format.storage.files import local_folder
-from logitcask.cache_format.writer import CacheWriter
 
 log = logging.getLogger(__name__)
 
-SHARD_TOKENS = 1_000_000
-_SAMPLE_POSITIONS = 32_768
-"""Positions from which a prior is estimated and a budget is met."""
 _SMALL_FILES = 5_000
 """About what manifest and card take, bytes."""
-
-_PUSH_IT = "write to a folder, then copy that with `teacher-cache push`"
-
-OnTokens = Callable[[int], object]
-"""Called with the tokens of every sequence that is done."""
 
 
 class DeriveOptions(BaseModel):
@@ -93,31 +74,6 @@ class DeriveOptions(BaseModel):
         return self
 
 
-@dataclass(frozen=True)
-class _Part:
-    """One source of a new cache: which of its sequences are kept, under what id, and what becomes of each."""
-
-    cache: CacheReader
-    keeps: Callable[[int, str], bool] = lambda index, sequence_id: True
-    rename: Callable[[str], str] = lambda sequence_id: sequence_id
-    change: Callable[[CachedSequence], CachedSequence] = lambda sequence: sequence
-
-    def chosen(self) -> Iterator[tuple[int, str, NDArray[np.int32], NDArray[np.bool_]]]:
-        """(index, new id, input ids, loss mask) of every sequence that is kept; heads are not decompressed."""
-        index = 0
-        columns = (self.cache.iter_column(name) for name in ("sequence_id", "input_ids", "loss_mask"))
-        for names, ids, masks in zip(*columns, strict=True):
-            for name, row_ids, row_mask in zip(names.to_pylist(), ids, masks, strict=True):
-                if self.keeps(index, name):
-                    mask = row_mask.values.to_numpy(zero_copy_only=False)
-                    yield index, self.rename(name), row_ids.values.to_numpy(), mask
-                index += 1
-
-    def sequence(self, index: int) -> CachedSequence:
-        sequence = self.cache[index]
-        return replace(self.change(sequence), sequence_id=self.rename(sequence.sequence_id))
-
-
 def derive(
     source: str,
     output: Path,
@@ -131,61 +87,16 @@ def derive(
     Raises UserError where the source does not hold what is asked for or nothing of it would be left, for a URL as output,
     and what opening and writing caches raise.
     """
-    output = local_folder(output, _PUSH_IT)
+    output = local_folder(output, PUSH_IT)
     cache = CacheReader(source)
     store = _derived_settings(cache.manifest.store, options, source)
-    part = _Part(cache, keeps=_selection(options, len(cache)))
+    part = Part(cache, keeps=_selection(options, len(cache)))
     if options.max_bytes_per_token is not None or options.max_kl is not None:
         store = _within_budget(part, store, options)
     part = replace(part, change=lambda sequence: narrow(sequence, store, cache.manifest.fingerprint))
     asked = options.model_dump(mode="json", exclude_none=True)
     made_of = DerivedFrom(command="derive", fingerprints=(cache.manifest.fingerprint,), options=asked)
-    return _write(output, [part], store, cache.manifest.data, made_of, shard_tokens, on_tokens)
-
-
-def merge(
-    sources: list[str],
-    output: Path,
-    *,
-    number_ids: bool = False,
-    shard_tokens: int = SHARD_TOKENS,
-    on_tokens: OnTokens = lambda _: None,
-) -> Manifest:
-    """Writes one cache with the sequences of several, in order, or goes on with it where it was interrupted.
-
-    ``number_ids`` puts "0/" before the sequence ids of the first cache, "1/" before those of the second, and so on. Raises
-    UserError where teacher, tokenizer or store settings differ, naming what does, where only some hold what the teacher
-    wrote, for an id that occurs twice, and for a URL as output.
-    """
-    output = local_folder(output, _PUSH_IT)
-    if len(sources) < 2:
-        raise UserError(f"merge makes one cache of two or more; {len(sources)} given")
-    caches = [CacheReader(source) for source in sources]
-    for source, cache in zip(sources[1:], caches[1:], strict=True):
-        ours, theirs = _common_ground(caches[0].manifest), _common_ground(cache.manifest)
-        if ours != theirs:
-            raise UserError(
-                f"{sources[0]} and {source} do not belong together: {describe_difference(ours, theirs)}; merge caches of one "
-                "teacher and tokenizer, and bring different store settings together with `teacher-cache derive` first"
-            )
-        policies = [each.manifest.data.mask_policy for each in (caches[0], cache)]
-        if policies[0] != policies[1] and "generated" in policies:
-            # Which sequences are held out together depends on it.
-            raise UserError(
-                f"{sources[0]} and {source} do not belong together: data.mask_policy: {' -> '.join(policies)}; do not merge "
-                "what the teacher wrote with other text, but list both caches where you train"
-            )
-    parts = [
-        _Part(cache, rename=(lambda name, n=n: f"{n}/{name}") if number_ids else lambda name: name)  # type: ignore[misc]
-        for n, cache in enumerate(caches)
-    ]
-    made_of = DerivedFrom(
-        command="merge",
-        fingerprints=tuple(cache.manifest.fingerprint for cache in caches),
-        options={"number_ids": True} if number_ids else {},
-    )
-    data = _merged_data([cache.manifest.data for cache in caches])
-    return _write(output, parts, caches[0].manifest.store, data, made_of, shard_tokens, on_tokens)
+    return write(output, [part], store, cache.manifest.data, made_of, shard_tokens, on_tokens)
 
 
 def _selection(options: DeriveOptions, total: int) -> Callable[[int, str], bool]:
@@ -250,9 +161,9 @@ def _derived_settings(had: StoreSettings, options: DeriveOptions, source: str) -
         ) from None
 
 
-def _within_budget(part: _Part, store: StoreSettings, options: DeriveOptions) -> StoreSettings:
+def _within_budget(part: Part, store: StoreSettings, options: DeriveOptions) -> StoreSettings:
     """``store`` with the largest heads that meet the budget on some of the sequences: its ``min_probability`` is chosen."""
-    sample = _spread([part])
+    sample = spread([part])
     if not any(len(sequence.positions) for sequence in sample):
         raise UserError("no kept position is left to meet the budget with; choose more sequences")
     prior = TailPrior.estimate(sample, store.vocab_size)
@@ -317,118 +228,3 @@ def _mean_kl(sample: list[CachedSequence], store: StoreSettings, prior: TailPrio
         for sequence in sample
     ]
     return float(np.concatenate(per_position).mean())
-
-
-def _common_ground(manifest: Manifest) -> dict[str, Any]:
-    """What caches must share to be merged."""
-    identity = manifest.content_identity()
-    return {"teacher": identity["teacher"], "tokenizer": manifest.tokenizer.sha256, "store": identity["store"]}
-
-
-def _merged_data(parts: list[DataIdentity]) -> DataIdentity:
-    def common(values: Iterable[str]) -> str:
-        distinct = list(dict.fromkeys(values))
-        return distinct[0] if len(distinct) == 1 else "mixed"
-
-    counters: dict[str, int] = {}
-    generation = parts[0].generation
-    for part in parts:
-        for name, count in part.counters.items():
-            counters[name] = counters.get(name, 0) + count
-    return DataIdentity(
-        source=" + ".join(dict.fromkeys(part.source for part in parts)),
-        split=common(part.split for part in parts),
-        kind=common(part.kind for part in parts),
-        mask_policy=common(part.mask_policy for part in parts),
-        max_length=max(part.max_length for part in parts),
-        overlong=common(part.overlong for part in parts),
-        sha256="",
-        generation=generation if all(part.generation == generation for part in parts) else None,
-        counters=counters,
-    )
-
-
-def _spread(parts: list[_Part]) -> list[CachedSequence]:
-    """Sequences of the sources, unchanged, evenly spread, with about _SAMPLE_POSITIONS positions together."""
-    kept = sum(1 for part in parts for _ in part.chosen())
-    positions = sum(part.cache.manifest.statistics.positions for part in parts)
-    sequences = sum(len(part.cache) for part in parts)
-    count = min(kept, max(1, _SAMPLE_POSITIONS * sequences // max(1, positions)))
-    wanted = set(np.linspace(0, kept - 1, count).astype(int).tolist())
-    every = ((part, index) for part in parts for index, *_ in part.chosen())
-    return [part.cache[index] for at, (part, index) in enumerate(every) if at in wanted]
-
-
-def _data_sha256(parts: list[_Part], shard_tokens: int) -> str:
-    """Of the new cache's sequences.
-
-    Raises UserError for an id that occurs twice, where there are no sequences, and for more shards than a manifest can list.
-    """
-    digest, seen = DataHash(), set[str]()
-    shards = tokens = 0
-    for part in parts:
-        for _, name, ids, mask in part.chosen():
-            if name in seen:
-                raise UserError(
-                    f"sequence id {name!r} occurs twice, the second time in {part.cache.path}; ids are unique in a cache: "
-                    "number them (`merge --number-ids`)"
-                )
-            seen.add(name)
-            digest.update(name, ids, mask)
-            if tokens and tokens + len(ids) <= shard_tokens:
-                tokens += len(ids)
-            else:
-                shards, tokens = shards + 1, len(ids)
-    if not seen:
-        raise UserError("no sequence is left; choose others")
-    if shards > MAX_SHARDS:
-        raise UserError(
-            f"shards of {shard_tokens:,} tokens would be {shards:,}, of which a manifest can list {MAX_SHARDS:,}; set a larger "
-            "--shard-tokens"
-        )
-    return digest.hexdigest()
-
-
-def _write(
-    output: Path,
-    parts: list[_Part],
-    store: StoreSettings,
-    data: DataIdentity,
-    made_of: DerivedFrom,
-    shard_tokens: int,
-    on_tokens: OnTokens,
-) -> Manifest:
-    """The sequences of all parts as one cache at ``output``."""
-    first = parts[0].cache.manifest
-    header = Header(
-        created_by=f"logitcask {version('logitcask')}",
-        teacher=first.teacher,
-        tokenizer=first.tokenizer,
-        data=data.model_copy(update={"sha256": _data_sha256(parts, shard_tokens), "stamp": None}),
-        store=store,
-        config=first.config,
-        derived_from=made_of,
-    )
-    with CacheWriter(output, afresh=f"remove {output} to start afresh") as writer:
-        header = writer.begin(header, None if writer.begun else TailPrior.estimate(_spread(parts), store.vocab_size))
-        # Shards are filled in order, so what is committed is the beginning.
-        sequences = _sequences(parts, skip=sum(entry.sequences for entry in writer.entries()))
-        shards = len(writer.committed)
-        sequence = next(sequences, None)
-        while sequence is not None:
-            with writer.shard(shards) as shard:
-                while sequence is not None and (shard.tokens == 0 or shard.tokens + len(sequence) <= shard_tokens):
-                    shard.append(sequence)
-                    on_tokens(len(sequence))
-                    sequence = next(sequences, None)
-            shards += 1
-        return writer.finish(header, shards)
-
-
-def _sequences(parts: list[_Part], skip: int) -> Iterator[CachedSequence]:
-    for part in parts:
-        for index, *_ in part.chosen():
-            if skip:
-                skip -= 1
-            else:
-                yield part.sequence(index)

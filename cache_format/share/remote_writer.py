@@ -23,8 +23,9 @@ from logitcask.cache_format.errors import CacheError, CacheInUseError, DamagedCa
 from logitcask.cache_format.layout import BUILD_DIR, CARD, MANIFEST, OWNER, PRIOR, PUSH_MARK
 from logitcask.cache_format.manifest import MAX_MANIFEST_BYTES, AuditSummary, CacheFile, Header, Manifest, ShardEntry
 from logitcask.cache_format.shards.prior import TailPrior
-from logitcask.cache_format.share.copy import MAX_MARK_BYTES, Store, place_at
-from logitcask.cache_format.storage.files import open_filesystem, reaching, shard_cache_folder
+from logitcask.cache_format.share.destinations import MAX_MARK_BYTES, Store, place_at
+from logitcask.cache_format.storage.files import open_filesystem, reaching
+from logitcask.cache_format.storage.shard_cache import shard_cache_folder
 from logitcask.cache_format.writer import CacheWriter, remove_cache
 
 _CLAIM = "claim.json"

@@ -7,7 +7,6 @@ import mmap
 import os
 import random
 import re
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -35,8 +34,6 @@ ATTEMPTS = 4
 
 FIRST_DELAY = 0.5
 """Seconds before the second attempt; doubled from one to the next."""
-
-DEFAULT_CACHE_BYTES = 32 << 30
 
 
 _CHUNK = 1 << 20
@@ -245,11 +242,11 @@ def download(
 
     def attempt() -> None:
         done = 0
-        with _room_for(target):
+        with room_for(target):
             handle.seek(0)
         try:
             for chunk in verified_chunks(filesystem, path, file):
-                with _room_for(target):
+                with room_for(target):
                     handle.write(chunk)
                 done += len(chunk)
                 on_bytes(len(chunk))
@@ -257,7 +254,7 @@ def download(
             on_bytes(-done)
             raise
 
-    with _room_for(target):
+    with room_for(target):
         target.touch()
         # Closing writes what is left in the buffer, and fails as writing does.
         with open(target, "r+b") as handle:
@@ -268,7 +265,7 @@ def download(
 
 
 @contextmanager
-def _room_for(target: Path) -> Iterator[None]:
+def room_for(target: Path) -> Iterator[None]:
     try:
         yield
     except filelock.Timeout:  # an OSError, but somebody else's lock is no lack of room
@@ -294,150 +291,3 @@ def has_content(path: Path, file: CacheFile) -> bool:
             return hashlib.file_digest(handle, "sha256").hexdigest() == file.sha256
     except OSError:
         return False
-
-
-class ShardCache:
-    """Shards of remote caches on the local disk, each under its sha256, at most ``max_bytes`` of them.
-
-    ``folder``: by default ``$LOGITCASK_CACHE``, or ``logitcask`` in the user's cache folder. ``max_bytes``: by default
-    ``$LOGITCASK_CACHE_BYTES``, or 32 GiB. Any number of processes may share a folder: a shard that several want is
-    fetched once, and the bound holds for all of them together, with what is still being fetched. The least recently
-    used shard goes first; on POSIX a process that has it mapped keeps it. Files that are neither shards nor half of one do
-    not count. Pickles and forks. Raises UserError for a folder that cannot be written.
-    """
-
-    def __init__(self, folder: str | Path | None = None, max_bytes: int | None = None) -> None:
-        self.folder = shard_cache_folder() if folder is None else Path(folder)
-        self.max_bytes = _bytes_from_environment() if max_bytes is None else max_bytes
-        self._verified: set[str] = set()
-        self._shards, self._locks = self.folder / "shards", self.folder / "locks"
-        with _room_for(self._shards):
-            self._shards.mkdir(parents=True, exist_ok=True)
-            self._locks.mkdir(exist_ok=True)
-            with self._lock("room"):
-                self._remove_leftovers()
-
-    def get(self, filesystem: fsspec.AbstractFileSystem, path: str, size: int, sha256: str) -> Path:
-        """The local copy of the remote shard at ``path``, fetched if it is not there.
-
-        Its sha256 was checked on the way, or, when an earlier process had fetched it, at this object's first call. Another
-        process may remove the copy at any time; ``memory_map`` cannot miss it. Raises what ``download`` raises, and
-        UserError for a shard that is larger than the bound, or where no room for it can be made.
-        """
-        file, target = CacheFile(path, size, sha256), self._shards / f"{sha256}.arrow"
-        if not self._is_here(file, target):
-            with self._lock(sha256[:2]):
-                if not self._is_here(file, target):  # another process may have fetched it since
-                    self._fetch(filesystem, file, target)
-                    self._verified.add(sha256)
-        return target
-
-    def memory_map(self, filesystem: fsspec.AbstractFileSystem, path: str, size: int, sha256: str) -> mmap.mmap:
-        """The shard, mapped; it stays readable when its file is removed. Raises what ``get`` raises."""
-        while True:
-            with suppress(FileNotFoundError):  # removed by another process since ``get`` returned
-                return map_file(self.get(filesystem, path, size, sha256))
-
-    def _is_here(self, file: CacheFile, target: Path) -> bool:
-        if file.sha256 not in self._verified and not has_content(target, file):
-            return False
-        try:
-            with suppress(PermissionError):  # a folder that somebody else fills
-                os.utime(target)
-        except FileNotFoundError:
-            return False
-        self._verified.add(file.sha256)
-        return True
-
-    def _fetch(self, filesystem: fsspec.AbstractFileSystem, file: CacheFile, target: Path) -> None:
-        if file.bytes > self.max_bytes:
-            raise UserError(
-                f"{filesystem.unstrip_protocol(file.path)} has {file.bytes:,} bytes, the local cache of shards may have "
-                f"{self.max_bytes:,}; set LOGITCASK_CACHE_BYTES to more, or use `teacher-cache pull`"
-            )
-        part = target.with_suffix(".part")
-        try:
-            with _room_for(part):
-                while not self._reserve(part, file.bytes):
-                    time.sleep(0.1)  # for what other processes are fetching just now
-            download(filesystem, file.path, file, part)
-            with _room_for(part), self._lock("room"):
-                os.replace(part, target)
-        except BaseException:
-            with self._lock("room"):
-                part.unlink(missing_ok=True)
-            raise
-
-    def _reserve(self, part: Path, size: int) -> bool:
-        """Removes old shards until ``size`` bytes are free, and takes them by giving ``part`` that size.
-
-        False where that has to wait for what others are fetching. The caller holds the shard's lock.
-        """
-        with self._lock("room"):
-            self._remove_leftovers(ours=part.name[:2])
-            found = [(each.stat(), each) for each in self._shards.iterdir() if each.suffix in (".arrow", ".part")]
-            total = sum(status.st_size for status, _ in found) + size
-            for status, each in sorted(found, key=lambda pair: pair[0].st_mtime_ns):
-                if total > self.max_bytes and each.suffix == ".arrow":
-                    with suppress(PermissionError):  # Windows keeps a file that is mapped
-                        each.unlink()
-                        total -= status.st_size
-            if total > self.max_bytes:
-                if any(each.suffix == ".part" for _, each in found):
-                    return False
-                raise UserError(
-                    f"{self.folder} has no room for {size:,} bytes: of the {self.max_bytes:,} it may have, "
-                    f"{total - size:,} are taken by shards that cannot be removed; permit it, end what reads them, or set "
-                    "LOGITCASK_CACHE_BYTES to more"
-                )
-            with open(part, "wb") as handle:
-                handle.truncate(size)
-        return True
-
-    def _remove_leftovers(self, ours: str | None = None) -> None:
-        """Removes what processes that were killed had begun to fetch: parts on which nobody holds the lock.
-
-        ``ours``: the lock that the caller holds. Locks do not let their own process in a second time.
-        """
-        for part in self._shards.glob("*.part"):
-            if part.name[:2] == ours:
-                part.unlink(missing_ok=True)
-                continue
-            with suppress(filelock.Timeout), self._lock(part.name[:2], timeout=0):
-                part.unlink(missing_ok=True)
-
-    @contextmanager
-    def _lock(self, name: str, timeout: float = -1) -> Iterator[None]:
-        # Shards share 256 locks by the start of their hash, since the files of locks stay.
-        lock = filelock.FileLock(self._locks / f"{name}.lock")
-        with _room_for(self._locks / name):
-            lock.acquire(timeout=timeout)
-        try:
-            yield
-        finally:
-            lock.release()
-
-
-def shard_cache_folder() -> Path:
-    """``$LOGITCASK_CACHE``, or ``logitcask`` in the user's cache folder."""
-    return Path(os.environ.get("LOGITCASK_CACHE") or _user_cache_folder())
-
-
-def _user_cache_folder() -> Path:
-    if sys.platform == "win32":
-        base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    else:
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "logitcask"
-
-
-def _bytes_from_environment() -> int:
-    value = os.environ.get("LOGITCASK_CACHE_BYTES")
-    if not value:
-        return DEFAULT_CACHE_BYTES
-    try:
-        return int(value)
-    except ValueError:
-        raise UserError(f"LOGITCASK_CACHE_BYTES is {value!r}; it has to be a number of bytes") from None

@@ -21,7 +21,7 @@ from filelock import FileLock
 
 from logitcask.cache_format.durable import write_durably
 from logitcask.cache_format.errors import UserError
-from logitcask.cache_format.storage.files import shard_cache_folder
+from logitcask.cache_format.storage.shard_cache import shard_cache_folder
 
 # A file that was changed less than this before it was read may change again without new times, on a coarse clock; in ns.
 _SETTLED = 2_000_000_000

@@ -21,7 +21,8 @@ from torch.utils.data import Dataset
 
 from logitcask.cache_format import CachedSequence, CacheReader
 from logitcask.cache_format.errors import ConfigError, UserError
-from logitcask.cache_format.storage.files import ShardCache, is_local, open_filesystem
+from logitcask.cache_format.storage.files import is_local, open_filesystem
+from logitcask.cache_format.storage.shard_cache import ShardCache
 from logitcask.train.config import DataConfig, SelectPositions, TrainConfig
 from logitcask.train.data.dataset import CachedDataset, CacheIndex, HeldOut, check_shards, collate, read_index
 from logitcask.train.data.order import Plan, Units, single_units

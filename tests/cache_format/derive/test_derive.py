@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from logitcask.cache_format import CacheReader, CacheWriter, TailSamples, UserError, verify
-from logitcask.cache_format.derive.derive import DeriveOptions, derive, merge
+from logitcask.cache_format.derive.derive import DeriveOptions, derive
 from logitcask.cache_format.derive.fidelity import reconstruction_kl
+from logitcask.cache_format.derive.merge import merge
 from logitcask.cache_format.derive.narrow import head_sizes, narrow
 from logitcask.cache_format.manifest import GenerationIdentity, StoreSettings
 from logitcask.cache_format.shards.prior import TailPrior

@@ -35,7 +35,8 @@ from logitcask.cache_format import (
     verify,
 )
 from logitcask.cache_format.cli import share_commands as share_cli
-from logitcask.cache_format.derive.derive import DeriveOptions, derive, merge
+from logitcask.cache_format.derive.derive import DeriveOptions, derive
+from logitcask.cache_format.derive.merge import merge
 from logitcask.cache_format.layout import BUILD_DIR, PULL_DIR
 from logitcask.cache_format.manifest import cache_files
 from logitcask.cache_format.shards.prior import TailPrior

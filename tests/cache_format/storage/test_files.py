@@ -19,7 +19,8 @@ from fsspec.implementations.local import LocalFileSystem
 
 from logitcask.cache_format import CacheError, DamagedCacheError, UserError
 from logitcask.cache_format.manifest import CacheFile
-from logitcask.cache_format.storage.files import DEFAULT_CACHE_BYTES, ShardCache, download, open_filesystem, read_small
+from logitcask.cache_format.storage.files import download, open_filesystem, read_small
+from logitcask.cache_format.storage.shard_cache import DEFAULT_CACHE_BYTES, ShardCache
 
 FORK = multiprocessing.get_context("fork")
 

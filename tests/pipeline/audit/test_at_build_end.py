@@ -13,7 +13,7 @@ import pytest
 
 import logitcask.pipeline.builder.run
 from logitcask.cache_format import CacheReader, DamagedCacheError
-from logitcask.cache_format.cli.cache_commands import describe
+from logitcask.cache_format.describe import describe
 from logitcask.cache_format.errors import CacheError
 from logitcask.pipeline.audit import at_build_end as build_audit
 from logitcask.pipeline.audit import reference as audit_reference

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from logitcask.cache_format import CacheReader, UserError
-from logitcask.cache_format.cli.cache_commands import describe
+from logitcask.cache_format.describe import describe
 from logitcask.pipeline.audit.run import audit
 from logitcask.pipeline.builder.run import build
 from logitcask.pipeline.config import BuildConfig, TeacherConfig

@@ -14,7 +14,7 @@ import logitcask.cache_format.reader
 import logitcask.cache_format.storage.files
 from logitcask.cache_format import CacheReader, UserError
 from logitcask.cache_format.share.copy import push
-from logitcask.cache_format.storage.files import ShardCache
+from logitcask.cache_format.storage.shard_cache import ShardCache
 from logitcask.train.config import DataConfig
 from logitcask.train.data.dataset import CachedDataset
 from logitcask.train.data.mixture import Collator, Mixture, open_data

@@ -1,0 +1,85 @@
+"""Descriptions of a cache for a person: its head, its tail, its audit, the page that ``teacher-cache info`` prints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from logitcask.cache_format.manifest import AuditSummary, Manifest
+
+
+def describe_head(manifest: Manifest) -> str:
+    """One line: how large heads are, and what they hold."""
+    store, totals = manifest.store, manifest.statistics
+    if store.top_k == 0:
+        return "none"
+    rules = [f"entries above {store.min_probability:g}"] if store.min_probability else []
+    rules += [f"until {store.top_p:g} of the mass"] if store.top_p else []
+    size = f"top {store.top_k} of {store.vocab_size:,} ids"
+    if rules:
+        mean = totals.mean_head_size or 0.0
+        size = (
+            f"{mean:.1f} of {store.vocab_size:,} ids on average ({' and '.join(rules)}, {store.min_k} to {store.top_k})"
+        )
+    return size if totals.head_mass is None else f"{size}, holding {totals.head_mass:.1%} of the mass on average"
+
+
+def describe_tail(manifest: Manifest) -> str:
+    """One line: what is known of everything outside the head."""
+    store, mean = manifest.store, manifest.statistics.mean_draws or 0.0
+    if not store.tail_samples:
+        return "its mass; no samples"
+    sets = "" if store.sample_sets == 1 else f" in {store.sample_sets} sets"
+    return f"its mass, and {mean:.1f} {store.draws} draws on average{sets}, so that KL losses are unbiased"
+
+
+_SHOWN_ELSEWHERE = ("sequences", "tokens", "kept_positions")
+
+
+def describe(manifest: Manifest, path: str | Path) -> str:
+    """A page for a person: what the cache at ``path`` is and how large."""
+    teacher, data, store, totals = manifest.teacher, manifest.data, manifest.store, manifest.statistics
+    loss = "none: no position is kept" if totals.teacher_ce is None else f"{totals.teacher_ce:.4f} nats per token"
+    shape = f"{totals.tokens:,} in {totals.sequences:,} sequences, {totals.positions:,} kept positions"
+    counters = ", ".join(
+        f"{name.replace('_', ' ')} {count:,}"
+        for name, count in data.counters.items()
+        if count and name not in _SHOWN_ELSEWHERE
+    )
+    rows = {
+        "cache": str(path),
+        "teacher": f"{teacher.model} ({teacher.engine}, {teacher.dtype}, route {teacher.route})",
+        "data": f"{data.source}, split {data.split}, {data.kind}, loss mask: {data.mask_policy}",
+        "read": counters,
+        "tokens": shape,
+        "head": describe_head(manifest),
+        "tail": describe_tail(manifest),
+        "teacher's loss": loss,
+        "audit": "" if manifest.derived_from else describe_audit(manifest.audit),
+        "size": f"{totals.bytes:,} bytes in {len(manifest.shards)} shards, {totals.bytes_per_token:.1f} bytes per token",
+        "made of": _origin(manifest),
+        "format": f"version {manifest.format_version}, logprobs within {store.rounding:g} nats",
+        "fingerprint": manifest.fingerprint,
+    }
+    return "\n".join(f"{name:15} {value}" for name, value in rows.items() if value)
+
+
+def describe_audit(audit: AuditSummary | None) -> str:
+    """What the audit at the end of the build found, in one line."""
+    if audit is None:
+        return "not audited: none was asked for"
+    if audit.skipped is not None:
+        return f"not audited: {audit.skipped}"
+    engine = max(audit.engine_target or 0.0, audit.engine_head or 0.0)
+    truncation = audit.truncation_kl_even if audit.truncation_kl_prior is None else audit.truncation_kl_prior
+    return (
+        f"{audit.sequences} sequences against {audit.reference}: engine {engine:.2g} nats off on average (limit "
+        f"{audit.engine_limit or 0:g}), KL {audit.codec_kl or 0:.2g} by rounding, {truncation or 0:.2g} by truncation"
+    )
+
+
+def _origin(manifest: Manifest) -> str:
+    if manifest.derived_from is None:
+        return ""
+    options = ", ".join(f"{name}={value}" for name, value in manifest.derived_from.options.items())
+    names = ", ".join(each[:12] for each in manifest.derived_from.fingerprints)
+    return " ".join(filter(None, (manifest.derived_from.command, names, options)))

@@ -1,0 +1,330 @@
+"""Destinations of a copy: a folder, a store that takes files, a data set on the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from fnmatch import fnmatch
+from functools import partial
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import filelock
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from logitcask.cache_format.durable import sync, write_durably, writing_to
+from logitcask.cache_format.errors import CacheError, CacheInUseError, DamagedCacheError, UserError
+from logitcask.cache_format.layout import BUILD_DIR, CARD, MANIFEST, PRIOR, PULL_DIR, PUSH_MARK
+from logitcask.cache_format.manifest import CacheFile
+from logitcask.cache_format.storage.files import (
+    download,
+    has_content,
+    is_local,
+    open_filesystem,
+    protocol_of,
+    read_small,
+    retrying,
+    verified_chunks,
+)
+from logitcask.cache_format.storage.shard_cache import ShardCache
+from logitcask.cache_format.writer import may_be_cache, refuse_other_files
+
+MAX_CARD_BYTES = 16 << 20
+MAX_MARK_BYTES = 1 << 16
+HUB_COMMIT_FILES = 100
+"""Shards per commit on the hub, which advises against many small commits and against huge ones."""
+
+_SHARDS = "shard-*.arrow"
+_FOLDERS = {"sftp", "ssh", "ftp", "smb", "hdfs", "webhdfs", "webdav"}  # a file needs its folder first
+_RENAMES = {"sftp", "ssh"}  # a rename replaces a file in one step
+_CHEAP_TO_HASH = {"memory", "hf"}  # the hub keeps the sha256 of large files
+OnBytes = Callable[[int], object]
+
+
+def ignore(count: int) -> None:
+    """What is called where the caller wants to hear nothing."""
+
+
+def place_at(url: str) -> Folder | Store:
+    """What copies to ``url``. Raises CacheError as ``storage.open_filesystem``, UserError for a place that takes no files."""
+    filesystem, root = open_filesystem(url)
+    protocol = protocol_of(filesystem)
+    if is_local(filesystem):
+        return Folder(Path(root or "/"))
+    if protocol == "hf":
+        return _Hub(filesystem, root, url)
+    if protocol in ("http", "https"):
+        raise UserError(f"{url} cannot be written to: a web server hands out files and takes none; push to a store")
+    return Store(filesystem, root, url)
+
+
+class Folder:
+    """A local folder to copy to, written as the writer does: lock, temporary file, fsync, rename, fsync of the folder.
+
+    Names are relative to the cache, here and in the other kinds of places.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.where = str(folder)
+        self._folder, self._scratch = folder, folder / PULL_DIR
+
+    @contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Keeps other copies and builds out, and makes the folder ready to be written to."""
+        if (self._folder / BUILD_DIR).exists():
+            raise UserError(f"{self._folder} holds an unfinished build; finish it, or choose another folder")
+        if not self._scratch.exists() and not may_be_cache(self._folder):
+            refuse_other_files(self._folder)
+        with writing_to(self._folder):
+            self._scratch.mkdir(parents=True, exist_ok=True)
+            lock = filelock.FileLock(self._scratch / "lock")
+            try:
+                lock.acquire(timeout=0)
+            except filelock.Timeout:
+                raise CacheInUseError(
+                    f"another process is copying a cache to {self._folder}; wait for it, or choose another folder"
+                ) from None
+            try:
+                (self._folder / "data").mkdir(exist_ok=True)
+                for leftover in self._scratch.glob("*.tmp"):
+                    leftover.unlink()
+                yield
+            finally:
+                if (self._folder / MANIFEST).exists():
+                    shutil.rmtree(self._scratch, ignore_errors=True)
+                lock.release()
+
+    def read(self, name: str, limit: int) -> bytes | None:
+        """A small file, or None."""
+        try:
+            return read_small(LocalFileSystem(), str(self._folder / name), limit)
+        except FileNotFoundError:
+            return None
+
+    def shards(self) -> list[str]:
+        """The shards that lie there, of whatever cache."""
+        return [f"data/{file.name}" for file in (self._folder / "data").glob(_SHARDS)]
+
+    def holds(self, file: CacheFile, *, deep: bool) -> bool:
+        """Is the file there, by its size and its sha256? (A local disk need not be spared the latter.)"""
+        return has_content(self._folder / file.path, file)
+
+    def refuse_strangers(self, names: list[str], readme: bytes) -> None:
+        """Nothing: a folder without a manifest was refused when it was claimed, or an earlier copy has left its mark."""
+
+    def mark(self, text: bytes) -> bool:
+        """Notes what is being copied here, if this kind of place needs that; returns whether it does."""
+        return False  # the scratch folder says enough
+
+    def remove(self, names: list[str]) -> None:
+        """Removes what is there of these, in this order."""
+        for name in names:
+            (self._folder / name).unlink(missing_ok=True)
+            sync((self._folder / name).parent)
+
+    def send(self, source: fsspec.AbstractFileSystem, root: str, files: list[CacheFile], on_bytes: OnBytes) -> None:
+        """Copies files of the cache in ``root``, each verified."""
+        for file in files:
+            final = self._folder / file.path
+            temporary = self._scratch / f"{final.name}.tmp"
+            download(source, f"{root}/{file.path}", file, temporary, on_bytes)
+            os.replace(temporary, final)
+            sync(final.parent)
+
+    def finish(self, texts: dict[str, bytes]) -> None:
+        """Writes small files in this order, the last of which makes the cache complete."""
+        for name, text in texts.items():
+            write_durably(self._folder / name, text, scratch=self._scratch)
+
+
+class Store:
+    """A place that fsspec writes to file by file. An object store shows a file only when all of it is there."""
+
+    def __init__(self, filesystem: fsspec.AbstractFileSystem, root: str, where: str) -> None:
+        self.where = where
+        self._filesystem, self._root = filesystem, root
+        self._protocol = protocol_of(filesystem)
+
+    def claimed(self) -> AbstractContextManager[None]:
+        self._filesystem.invalidate_cache()
+        self._make("data")
+        return nullcontext()
+
+    def prepare(self, folder: str) -> None:
+        """Makes what has to be there before ``folder`` can take files."""
+        self._make(folder)
+
+    def _make(self, folder: str) -> None:
+        if self._protocol in _FOLDERS:
+            self._filesystem.makedirs(f"{self._root}/{folder}", exist_ok=True)
+
+    def read(self, name: str, limit: int) -> bytes | None:
+        try:
+            return read_small(self._filesystem, f"{self._root}/{name}", limit)
+        except FileNotFoundError:
+            return None
+
+    def shards(self) -> list[str]:
+        try:
+            listed = self._filesystem.ls(f"{self._root}/data", detail=False)
+        except FileNotFoundError:
+            return []
+        names = [path.rsplit("/", 1)[-1] for path in listed]
+        return [f"data/{name}" for name in names if fnmatch(name, _SHARDS)]
+
+    def holds(self, file: CacheFile, *, deep: bool) -> bool:
+        """Is the file there, by its size, or with ``deep`` by its sha256?"""
+        path = f"{self._root}/{file.path}"
+        try:
+            info = self._filesystem.info(path)
+        except FileNotFoundError:
+            return False
+        if not deep or info["size"] != file.bytes:
+            return bool(info["size"] == file.bytes)
+        if info.get("lfs"):
+            return bool(info["lfs"]["sha256"] == file.sha256)
+        try:
+            retrying(lambda: all(verified_chunks(self._filesystem, path, file)))
+        except DamagedCacheError:
+            return False
+        return True
+
+    def refuse_strangers(self, names: list[str], readme: bytes) -> None:
+        """Raises UserError where files of these names, or a card other than ``readme``, are there."""
+        shards = set(self.shards())
+        taken = [name for name in names if name in shards or (name == PRIOR and self._exists(name))][:1]
+        if self.read(CARD, MAX_CARD_BYTES) not in (None, readme):
+            taken.append(CARD)
+        if taken:
+            raise UserError(
+                f"{self.where} is no cache, but has {' and '.join(taken)} of its own, where a cache puts its files; "
+                "choose another place, or replace them with --force"
+            )
+
+    def mark(self, text: bytes) -> bool:
+        self._write(PUSH_MARK, partial(iter, [text]), ignore)
+        self._filesystem.invalidate_cache()
+        return True
+
+    def _exists(self, name: str) -> bool:
+        return bool(self._filesystem.exists(f"{self._root}/{name}"))
+
+    def remove(self, names: list[str]) -> None:
+        for name in names:
+            with suppress(FileNotFoundError):
+                self._filesystem.rm_file(f"{self._root}/{name}")
+        self._filesystem.invalidate_cache()
+
+    def send(self, source: fsspec.AbstractFileSystem, root: str, files: list[CacheFile], on_bytes: OnBytes) -> None:
+        for file in files:
+            chunks = partial(verified_chunks, source, f"{root}/{file.path}", file)
+            self._write(file.path, chunks, on_bytes)
+            self._filesystem.invalidate_cache()
+            self._require(file)
+
+    def _require(self, file: CacheFile) -> None:
+        if not self.holds(file, deep=self._protocol in _CHEAP_TO_HASH):
+            raise CacheError(f"{self.where}/{file.path} is not what was sent; run the same again")
+
+    def _write(self, name: str, chunks: Callable[[], Iterator[bytes]], on_bytes: OnBytes) -> None:
+        final = f"{self._root}/{name}"
+        path = f"{final}.tmp" if self._protocol in _RENAMES else final
+
+        def attempt() -> None:
+            done = 0
+            try:
+                with self._filesystem.open(path, "wb") as handle:
+                    for chunk in chunks():
+                        handle.write(chunk)
+                        done += len(chunk)
+                        on_bytes(len(chunk))
+            except BaseException:
+                on_bytes(-done)
+                with suppress(Exception):
+                    self._filesystem.rm_file(path)  # closing has made a file of what was sent until then
+                raise
+
+        retrying(attempt)
+        if path != final:
+            self._filesystem.mv(path, final)
+
+    def finish(self, texts: dict[str, bytes]) -> None:
+        for name, text in texts.items():
+            self._write(name, partial(iter, [text]), ignore)
+        self._filesystem.invalidate_cache()
+
+
+class _Hub(Store):
+    """A data set on the Hugging Face Hub: read through fsspec, written in commits, which the hub shows whole or not at all."""
+
+    def __init__(self, filesystem: fsspec.AbstractFileSystem, root: str, where: str) -> None:
+        from huggingface_hub import HfApi
+
+        super().__init__(filesystem, root, where)
+        parts = re.fullmatch(r"datasets/([^/@]+/[^/@]+)(?:@([^/]+))?(?:/(.+))?", root)
+        if parts is None:
+            raise UserError(f"{where} names no data set of the hub; push to hf://datasets/ORG/NAME or .../NAME@BRANCH")
+        self._api = HfApi(endpoint=filesystem.endpoint, token=filesystem.token)
+        self._folder = f"{parts[3]}/" if parts[3] else ""
+        branch = unquote(parts[2]) if parts[2] else None
+        self._repo: dict[str, Any] = {"repo_id": parts[1], "repo_type": "dataset", "revision": branch}
+
+    def _create(self) -> None:
+        repo = {"repo_id": self._repo["repo_id"], "repo_type": "dataset", "exist_ok": True}
+        self._api.create_repo(**repo, private=True)
+        if self._repo["revision"]:
+            self._api.create_branch(**repo, branch=self._repo["revision"])
+
+    def prepare(self, folder: str) -> None:
+        self._create()
+
+    def mark(self, text: bytes) -> bool:
+        return False  # commits are whole: what an earlier push has left is known by its hash
+
+    def _commit(self, operations: list[Any], message: str) -> None:
+        self._api.create_commit(**self._repo, operations=operations, commit_message=message)
+        self._filesystem.invalidate_cache()
+
+    def remove(self, names: list[str]) -> None:
+        from huggingface_hub import CommitOperationDelete
+
+        there = [name for name in names if self._exists(name)]
+        if there:
+            self._commit([CommitOperationDelete(self._folder + name) for name in there], "Remove what is replaced")
+
+    def send(self, source: fsspec.AbstractFileSystem, root: str, files: list[CacheFile], on_bytes: OnBytes) -> None:
+        from huggingface_hub import CommitOperationAdd
+
+        self._create()
+        for start in range(0, len(files), HUB_COMMIT_FILES):
+            group, additions = files[start : start + HUB_COMMIT_FILES], []
+            for file in group:
+                addition = CommitOperationAdd(self._folder + file.path, str(_local_copy(source, root, file)))
+                self._api.preupload_lfs_files(**self._repo, additions=[addition])
+                additions.append(addition)
+                on_bytes(file.bytes)
+            self._commit(additions, f"Shards {start + 1} to {start + len(group)} of {len(files)}")
+            for file in group:
+                self._require(file)
+
+    def finish(self, texts: dict[str, bytes]) -> None:
+        from huggingface_hub import CommitOperationAdd
+
+        self._commit(
+            [CommitOperationAdd(self._folder + name, text) for name, text in texts.items()], "Complete the cache"
+        )
+
+
+def _local_copy(source: fsspec.AbstractFileSystem, root: str, file: CacheFile) -> Path:
+    """A verified local file, which is what the hub's client uploads."""
+    path = f"{root}/{file.path}"
+    if not is_local(source):
+        return ShardCache().get(source, path, file.bytes, file.sha256)
+    if not has_content(Path(path), file):
+        raise DamagedCacheError(f"{path} is damaged or missing; fetch or build the cache again")
+    return Path(path)
