@@ -362,7 +362,7 @@ def test_a_url_as_output_is_refused(tmp_path, write, output, monkeypatch):
 
 
 def test_more_shards_than_a_manifest_lists(tmp_path, write, monkeypatch):
-    monkeypatch.setattr("logitcask.cache_format.derive.derive.MAX_SHARDS", 1)
+    monkeypatch.setattr("logitcask.cache_format.derive.write.MAX_SHARDS", 1)
     one, two = write("one", count=2), write("two", start=50, count=2)
     for make in (
         lambda: derive(one, tmp_path / "out", DeriveOptions(top_k=3), shard_tokens=1),
@@ -371,7 +371,7 @@ def test_more_shards_than_a_manifest_lists(tmp_path, write, monkeypatch):
         with pytest.raises(UserError, match=r"can list 1; set a larger --shard-tokens"):
             make()
         assert not (tmp_path / "out").exists()
-    monkeypatch.setattr("logitcask.cache_format.derive.derive.MAX_SHARDS", 4)
+    monkeypatch.setattr("logitcask.cache_format.derive.write.MAX_SHARDS", 4)
     assert len(merge([one, two], tmp_path / "out", shard_tokens=60).shards) == 4
 
 

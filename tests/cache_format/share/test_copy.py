@@ -40,7 +40,7 @@ from logitcask.cache_format.derive.merge import merge
 from logitcask.cache_format.layout import BUILD_DIR, PULL_DIR
 from logitcask.cache_format.manifest import cache_files
 from logitcask.cache_format.shards.prior import TailPrior
-from logitcask.cache_format.share import copy as share
+from logitcask.cache_format.share import destinations
 from logitcask.cache_format.share.copy import pull, push
 from logitcask.cache_format.share.remote_writer import RemoteCacheWriter
 from logitcask.cache_format.storage.files import open_filesystem, read_manifest
@@ -414,7 +414,7 @@ def test_half_of_another_push(tmp_path, cache, write_cache, monkeypatch, files_a
         raise Interrupted
 
     with monkeypatch.context() as patch:
-        patch.setattr(share.Store, "send", send)
+        patch.setattr(destinations.Store, "send", send)
         with pytest.raises(Interrupted):
             push(cache, url)
     assert files_at(url).keys() == {".push", "data/shard-00000.arrow"}
@@ -426,7 +426,7 @@ def test_half_of_another_push(tmp_path, cache, write_cache, monkeypatch, files_a
     assert files_at(url) == files_at(cache)
 
     with monkeypatch.context() as patch:
-        patch.setattr(share.Store, "send", send)
+        patch.setattr(destinations.Store, "send", send)
         with pytest.raises(Interrupted):
             push(other, url, force=True)
     with pytest.raises(UserError, match=r"has data/shard-0000\d\.arrow of its own"):
@@ -436,7 +436,7 @@ def test_half_of_another_push(tmp_path, cache, write_cache, monkeypatch, files_a
 
 
 def test_a_mark_that_was_left_behind_goes(tmp_path, cache, monkeypatch, files_at):
-    url, remove = f"memory://{tmp_path}", share.Store.remove
+    url, remove = f"memory://{tmp_path}", destinations.Store.remove
 
     def killed(self, names):
         if names == [".push"]:
@@ -444,7 +444,7 @@ def test_a_mark_that_was_left_behind_goes(tmp_path, cache, monkeypatch, files_at
         remove(self, names)
 
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        patch.setattr(share.Store, "remove", killed)
+        patch.setattr(destinations.Store, "remove", killed)
         push(cache, url)
     assert verify(url) == []
     assert push(cache, url).unchanged
@@ -498,7 +498,7 @@ def test_a_remote_build_keeps_off_half_a_push(cache, monkeypatch, files_at):
         raise Interrupted
 
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        patch.setattr(share.Store, "send", stop)
+        patch.setattr(destinations.Store, "send", stop)
         push(cache, url)
     with pytest.raises(UserError, match=r"half a copy of a cache; push that again .*--restart"):
         RemoteCacheWriter(url).__enter__()
@@ -666,7 +666,7 @@ class Sftp(LocalFileSystem):
 
 
 def test_servers_with_folders_get_temporary_files_and_renames(tmp_path, cache, monkeypatch, files_at):
-    monkeypatch.setattr(share, "is_local", lambda filesystem: type(filesystem) is LocalFileSystem)
+    monkeypatch.setattr(destinations, "is_local", lambda filesystem: type(filesystem) is LocalFileSystem)
     monkeypatch.setitem(sys.modules["fsspec.registry"]._registry, "sftp", Sftp)
     place = tmp_path / "new" / "place"
     push(cache, f"sftp://{place}")
@@ -677,7 +677,7 @@ def test_servers_with_folders_get_temporary_files_and_renames(tmp_path, cache, m
 @pytest.mark.parametrize("copy", [push, pull])
 def test_a_broken_line_is_tried_again_and_counted_once(tmp_path, cache, copy, monkeypatch, files_at):
     monkeypatch.setattr(logitcask.cache_format.storage.files, "_CHUNK", 1000)
-    for module in (share, logitcask.cache_format.storage.files):
+    for module in (destinations, logitcask.cache_format.storage.files):
         monkeypatch.setattr(module, "verified_chunks", breaking_once(module.verified_chunks))
     place = f"memory://{tmp_path}" if copy is push else tmp_path / "copy"
     done = []
@@ -701,14 +701,14 @@ def breaking_once(chunks):
 
 
 def test_a_place_that_loses_bytes_is_noticed(tmp_path, cache, monkeypatch, files_at):
-    write = share.Store._write
+    write = destinations.Store._write
 
     def lossy(self, name, *rest):
         write(self, name, *rest)
         path = f"{self._root}/{name}"
         self._filesystem.pipe_file(path, self._filesystem.cat_file(path)[:-1])
 
-    monkeypatch.setattr(share.Store, "_write", lossy)
+    monkeypatch.setattr(destinations.Store, "_write", lossy)
     with pytest.raises(CacheError, match=r"data/shard-00000\.arrow is not what was sent"):
         push(cache, f"memory://{tmp_path}")
     assert "manifest.json" not in files_at(f"memory://{tmp_path}")

@@ -10,7 +10,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from logitcask.cache_format import CacheError, UserError
-from logitcask.cache_format.share import copy as share
+from logitcask.cache_format.share import destinations
 from logitcask.cache_format.share.copy import pull, push
 
 SHARDS = 3
@@ -72,7 +72,7 @@ def hub(monkeypatch):
         assert inspect.signature(getattr(HubApi, name)).parameters.keys() <= known
     monkeypatch.setattr("huggingface_hub.HfApi", HubApi)
     monkeypatch.setitem(sys.modules["fsspec.registry"]._registry, "hf", Hub)
-    monkeypatch.setattr(share, "HUB_COMMIT_FILES", 2)
+    monkeypatch.setattr(destinations, "HUB_COMMIT_FILES", 2)
     CALLS.clear()
     Hub.store.clear()
     return CALLS
