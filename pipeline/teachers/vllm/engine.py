@@ -63,7 +63,7 @@ from logitcask.pipeline.teachers.vllm.routes import (
     scored_rows,
 )
 from logitcask.pipeline.teachers.vllm.writing import engine_arguments, write
-from logitcask.pipeline.types import Answer, Scored, Sequence
+from logitcask.pipeline.types import PendingScores, Scored, Sequence
 
 logger = logging.getLogger(__name__)
 
@@ -172,7 +172,7 @@ class VllmTeacher:
     def score(self, sequences: Iterable[Sequence]) -> Iterator[Scored]:
         return (answer.scored() for answer in self._answers(sequences, self.route, all_rows=True))
 
-    def answers(self, sequences: Iterable[Sequence]) -> Iterator[Answer]:
+    def answers(self, sequences: Iterable[Sequence]) -> Iterator[PendingScores]:
         return self._answers(sequences, self.route, all_rows=False)
 
     def generate(self, prompts: Iterable[Prompt]) -> Iterator[NDArray[np.int32]]:
@@ -411,7 +411,7 @@ class VllmTeacher:
         )
         return memory_utilization(card, needed, usual)
 
-    def _answers(self, sequences: Iterable[Sequence], route: Route, *, all_rows: bool) -> Iterator[Answer]:
+    def _answers(self, sequences: Iterable[Sequence], route: Route, *, all_rows: bool) -> Iterator[PendingScores]:
         columns, request = self._request.columns, self._request
         # Of a sequence in the engine, the kept positions are all that is needed once its answer comes.
         kept: deque[NDArray[np.int32] | None] = deque()
@@ -424,7 +424,7 @@ class VllmTeacher:
         for n, output in self._stream(prompts(), columns, route):
             positions = kept.popleft()
             nbytes = n * (columns + 1) * ENTRY_BYTES[route]
-            yield Answer(
+            yield PendingScores(
                 nbytes,
                 lambda output=output, positions=positions: scored_rows(  # type: ignore[misc]
                     convert(route, output, columns), request, positions
