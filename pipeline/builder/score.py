@@ -21,8 +21,7 @@ from logitcask.pipeline.builder.progress import Progress
 from logitcask.pipeline.builder.writer_thread import Pair, WriterThread, kept
 from logitcask.pipeline.interruption import checkpoint
 from logitcask.pipeline.memory import give_back
-from logitcask.pipeline.teachers.base import Teacher, answers
-from logitcask.pipeline.teachers.open import bounded_groups
+from logitcask.pipeline.teachers.base import Teacher, answers, bounded_groups
 from logitcask.pipeline.types import PendingScores, Sequence
 
 # The prior settles within some ten thousand positions; they are held in memory until it is known.

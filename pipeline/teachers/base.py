@@ -93,3 +93,17 @@ class Generator(Protocol):
     """
 
     def generate(self, prompts: Iterable[Prompt]) -> Iterator[NDArray[np.int32]]: ...
+
+
+def bounded_groups(sequences: Iterable[Sequence], tokens: int) -> Iterator[list[Sequence]]:
+    """Consecutive groups of at most ``tokens`` tokens, or of one sequence that is longer than that."""
+    group: list[Sequence] = []
+    held = 0
+    for sequence in sequences:
+        if group and held + len(sequence.input_ids) > tokens:
+            yield group
+            group, held = [], 0
+        group.append(sequence)
+        held += len(sequence.input_ids)
+    if group:
+        yield group

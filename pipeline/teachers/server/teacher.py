@@ -38,6 +38,7 @@ from logitcask.pipeline.teachers.model import (
     local_weights,
     vocab_size,
 )
+from logitcask.pipeline.teachers.rows import ColumnRequest, Rows, scored_rows
 from logitcask.pipeline.teachers.server.checks import (
     Probe,
     check_against_dense,
@@ -49,8 +50,6 @@ from logitcask.pipeline.teachers.server.checks import (
     start_command,
 )
 from logitcask.pipeline.teachers.server.rows import parse_rows
-from logitcask.pipeline.teachers.vllm.plugin import Request
-from logitcask.pipeline.teachers.vllm.routes import Rows, scored_rows
 from logitcask.pipeline.types import Scored, Sequence
 
 logger = logging.getLogger(__name__)
@@ -85,7 +84,7 @@ class ServerTeacher:
         self._config, self._settings, self._model, self._capture = config, config.server, model, capture
         self._max_length = max(2, max_length)
         self.vocab_size: int = vocab_size(model)
-        self._request = Request.of(capture, self.vocab_size)
+        self._request = ColumnRequest.of(capture, self.vocab_size)
         self._command = start_command(config, model, self._max_length, capture, self.vocab_size)
         self._http = _Http(self._settings)
         try:

@@ -50,18 +50,10 @@ from logitcask.pipeline.teachers.model import (
     read_weights,
     vocab_size,
 )
+from logitcask.pipeline.teachers.rows import ColumnRequest, Rows, drawn, scored_rows
 from logitcask.pipeline.teachers.vllm.arguments import CHUNK_ROWS, check_engine_args, logits_bytes, memory_utilization
-from logitcask.pipeline.teachers.vllm.plugin import Request, drawing
-from logitcask.pipeline.teachers.vllm.routes import (
-    ENTRY_BYTES,
-    Route,
-    Rows,
-    capturing,
-    convert,
-    drawn,
-    sampling,
-    scored_rows,
-)
+from logitcask.pipeline.teachers.vllm.plugin import drawing
+from logitcask.pipeline.teachers.vllm.routes import ENTRY_BYTES, Route, capturing, convert, sampling
 from logitcask.pipeline.teachers.vllm.writing import engine_arguments, write
 from logitcask.pipeline.types import PendingScores, Scored, Sequence
 
@@ -111,7 +103,7 @@ class VllmTeacher:
         self._config = config
         self._model = model
         self._sampling = sampling
-        self._request = Request.of(capture, vocab_size(model))
+        self._request = ColumnRequest.of(capture, vocab_size(model))
         self._requests = itertools.count()
         self._starting = True
         # Prompt logprobs that have come, by request, until the stream that asked for them takes them.
@@ -603,7 +595,7 @@ def _spread(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
         return float(np.nanmax(np.abs(a - b), initial=0))
 
 
-def _wrong_draws(rows: Rows, dense: NDArray[np.float32], request: Request, tolerance: float) -> str | None:
+def _wrong_draws(rows: Rows, dense: NDArray[np.float32], request: ColumnRequest, tolerance: float) -> str | None:
     """What is wrong with the draws in ``rows``, given the whole distributions (float32[n-1, V]) as another run said them.
 
     tolerance: nats by which two runs may differ.

@@ -24,12 +24,12 @@ from logitcask.pipeline.distribution.capture import Capture
 from logitcask.pipeline.distribution.draws import Draws, first_difference
 from logitcask.pipeline.teachers.model import load_tokenizer
 from logitcask.pipeline.teachers.open import open_teacher
+from logitcask.pipeline.teachers.rows import ColumnRequest, scored_rows
 from logitcask.pipeline.teachers.vllm import engine as vllm
 from logitcask.pipeline.teachers.vllm import plugin as vllm_plugin
 from logitcask.pipeline.teachers.vllm import routes as vllm_routes
 from logitcask.pipeline.teachers.vllm.engine import _explain
-from logitcask.pipeline.teachers.vllm.plugin import Request, drawing
-from logitcask.pipeline.teachers.vllm.routes import scored_rows
+from logitcask.pipeline.teachers.vllm.plugin import drawing
 from logitcask.pipeline.types import Scored, Sequence
 
 MAX_LENGTH = 96
@@ -135,7 +135,7 @@ def texts(folder: Path, rng: np.random.Generator, make: Make, max_length: int) -
 
 def asking(teacher: Any, capture: Capture, patch: pytest.MonkeyPatch) -> Any:
     """``teacher``, as if it had been opened for ``capture``; opened for draws, its engine can answer any."""
-    patch.setattr(teacher, "_request", Request.of(capture, teacher.vocab_size))
+    patch.setattr(teacher, "_request", ColumnRequest.of(capture, teacher.vocab_size))
     return teacher
 
 
@@ -561,7 +561,7 @@ def test_engines_side_by_side_answer_their_own_captures(
         assert (a.ids.shape, a.samples.shape) == ((39, 16), (39, 2, 16))
         assert (b.ids.shape, b.samples.shape) == ((39, 2), (39, 1, 3))
         assert (b.samples >= 0).all()
-    asking(vllm_tiny, Capture(Request.of(few, 384).columns), monkeypatch)
+    asking(vllm_tiny, Capture(ColumnRequest.of(few, 384).columns), monkeypatch)
     (plain,) = vllm_tiny.score(sequences[:1])
     assert (np.diff(plain.logprobs, axis=1) <= 0).all()
     assert plain.samples.size == 0
@@ -738,11 +738,11 @@ def test_workers_on_other_nodes_are_told_of_the_draws(monkeypatch: pytest.Monkey
         monkeypatch.setenv(name, users)
     before = get_env_vars_to_copy()
     assert vllm_plugin.ENVIRONMENT not in before
-    with drawing(Request.of(Capture(4, samples=4), 384)):
+    with drawing(ColumnRequest.of(Capture(4, samples=4), 384)):
         assert get_env_vars_to_copy() >= before | {vllm_plugin.ENVIRONMENT}
     assert get_env_vars_to_copy() == before
     assert os.environ.get(name) == users
-    with drawing(Request.of(Capture(4), 384)):
+    with drawing(ColumnRequest.of(Capture(4), 384)):
         assert os.environ.get(name) == users
 
 
@@ -769,7 +769,7 @@ def test_the_second_model_runner_would_draw_too(
     logits = torch.from_numpy(rng.normal(size=(1500, 700)) * 3).to(torch.float32)
     targets = torch.from_numpy(rng.integers(0, 700, 1500))
     capture = Capture(top_k, samples=8, sets=2)
-    request = Request.of(capture, 700)
+    request = ColumnRequest.of(capture, 700)
     dense = logits.log_softmax(1).numpy()
 
     def ask(columns: int) -> tuple[Any, Any, Any]:
@@ -790,7 +790,7 @@ def test_the_second_model_runner_would_draw_too(
 def test_a_request_for_draws_never_looks_like_one_for_the_whole_vocabulary() -> None:
     for vocab_size in range(260, 300):
         for capture in (Capture(16, samples=250), Capture(2, samples=255), Capture(vocab_size, samples=1)):
-            request = Request.of(capture, vocab_size)
+            request = ColumnRequest.of(capture, vocab_size)
             assert request.columns != vocab_size
             assert max(4, capture.top_k) <= request.top <= vocab_size
 
@@ -805,7 +805,7 @@ def test_ranks_of_tied_ids_are_counted_from_the_ids_above_them() -> None:
     ]
     ids, logprobs, ranks, expected = (list(column) for column in zip(*rows, strict=True))
     arrays = np.array(ids, np.int32), np.array(logprobs, np.float32), np.array(ranks)
-    scored = scored_rows(arrays, Request.of(Capture(3), 10))
+    scored = scored_rows(arrays, ColumnRequest.of(Capture(3), 10))
     assert scored.target_rank.tolist() == expected
     assert scored.target_ids.tolist() == [7, 3, 5, 5]
     assert scored.ids.tolist() == [[3, 7, 9]] * 4
