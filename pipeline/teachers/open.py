@@ -73,7 +73,7 @@ def open_tokenizer(config: TeacherConfig) -> Any:
     Raises UserError where the model does not exist or has no tokenizer.
     """
     if config.is_synthetic:
-        from logitcask.pipeline.teachers.synthetic import SyntheticTokenizer
+        from logitcask.pipeline.teachers.synthetic_tokenizer import SyntheticTokenizer
 
         return SyntheticTokenizer()
     return load_tokenizer(config.model, config.revision, trust_remote_code=config.trust_remote_code)
