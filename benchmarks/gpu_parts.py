@@ -29,7 +29,7 @@ from torch.nn.functional import cross_entropy, linear
 from logitcask.cache_format import CacheReader, UserError
 from logitcask.pipeline.config import BuildConfig, StoreConfig, TeacherConfig
 from logitcask.pipeline.teachers.model import resolve_model
-from logitcask.pipeline.text.sources import BUILT_IN
+from logitcask.pipeline.text.python_docs import BUILT_IN
 
 DEVICE = losses.DEVICE
 NO_CUDA = "no CUDA here"
