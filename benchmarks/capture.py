@@ -48,7 +48,7 @@ from logitcask.pipeline.teachers.model import resolve_model
 from logitcask.pipeline.teachers.vllm.engine import VllmTeacher
 from logitcask.pipeline.teachers.vllm.plugin import drawing
 from logitcask.pipeline.teachers.vllm.routes import capturing, sampling
-from logitcask.pipeline.text.sources import BUILT_IN
+from logitcask.pipeline.text.python_docs import BUILT_IN
 from logitcask.pipeline.types import Sequence
 
 RESULTS = Path(__file__).parent / "results" / "capture.json"

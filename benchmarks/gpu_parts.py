@@ -29,7 +29,7 @@ from torch.nn.functional import cross_entropy, linear
 from logitcask.cache_format import CacheReader, UserError
 from logitcask.pipeline.config import BuildConfig, StoreConfig, TeacherConfig
 from logitcask.pipeline.teachers.model import resolve_model
-from logitcask.pipeline.text.sources import BUILT_IN
+from logitcask.pipeline.text.python_docs import BUILT_IN
 
 DEVICE = losses.DEVICE
 NO_CUDA = "no CUDA here"
@@ -153,7 +153,7 @@ def capture(sizes: Sizes, work: Path) -> Found:
     """One engine, both widths of its answers: with draws, and (a width that the plugin leaves alone) without."""
     from capture import Bench, ratios
 
-    from logitcask.pipeline.teachers.vllm.plugin import Request
+    from logitcask.pipeline.teachers.rows import ColumnRequest
 
     folder, store = model_folder(sizes, work), StoreConfig(shard_tokens=10**9)
     config = BuildConfig(
@@ -187,7 +187,7 @@ def capture(sizes: Sizes, work: Path) -> Found:
                 plain = store.model_copy(update={"tail_samples": 0, "mass_per_sample": None})
                 config = config.model_copy(update={"store": plain, "output": work / "plain"})
                 one = copy.copy(teacher)
-                one._request = Request.of(plain.capture(), teacher.vocab_size)
+                one._request = ColumnRequest.of(plain.capture(), teacher.vocab_size)
             ways = ["flat", "raw", "pipeline", "bare"] if draws else ["undecoded", "flat", "raw", "pipeline", "bare"]
             (work / label).mkdir(exist_ok=True)
             # The cache with draws is the one that later parts read.

@@ -62,7 +62,7 @@ class Scored:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Answer:
+class PendingScores:
     """What an engine said of one sequence, in the engine's own form, so that others may do the work of reading it.
 
     nbytes: about what it takes in memory as it is.

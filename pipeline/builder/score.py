@@ -21,9 +21,8 @@ from logitcask.pipeline.builder.progress import Progress
 from logitcask.pipeline.builder.writer_thread import Pair, WriterThread, kept
 from logitcask.pipeline.interruption import checkpoint
 from logitcask.pipeline.memory import give_back
-from logitcask.pipeline.teachers.base import Teacher, answers
-from logitcask.pipeline.teachers.open import bounded_groups
-from logitcask.pipeline.types import Answer, Sequence
+from logitcask.pipeline.teachers.base import Teacher, answers, bounded_groups
+from logitcask.pipeline.types import PendingScores, Sequence
 
 # The prior settles within some ten thousand positions; they are held in memory until it is known.
 _PRIOR_POSITIONS = 16_384
@@ -50,7 +49,7 @@ def score_shard(
     answered = answers(teacher, given)
     for window in _windows(build_dir, shard):
         order = iter(_by_length(window))
-        early: dict[int, Answer] = {}
+        early: dict[int, PendingScores] = {}
         for place, sequence in enumerate(window):
             if not sequence.loss_mask.any():
                 progress.answered(len(sequence.input_ids), scored=False, engine_seconds=0.0)
@@ -128,4 +127,4 @@ def _read(pair: Pair) -> Pair:
     if answer is None:
         return pair
     scored = answer.scored()
-    return sequence, Answer(answer.nbytes, lambda: scored)
+    return sequence, PendingScores(answer.nbytes, lambda: scored)

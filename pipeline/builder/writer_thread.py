@@ -18,10 +18,10 @@ from logitcask.pipeline.builder.plan import Plan
 from logitcask.pipeline.builder.progress import Progress
 from logitcask.pipeline.distribution.keep import keep, keep_nothing
 from logitcask.pipeline.interruption import checkpoint
-from logitcask.pipeline.types import Answer, Sequence
+from logitcask.pipeline.types import PendingScores, Sequence
 
 # A sequence with what the teacher says of it; None where nothing of it is kept, so that it was not scored.
-Pair = tuple[Sequence, Answer | None]
+Pair = tuple[Sequence, PendingScores | None]
 
 QUEUE_BYTES = 32 << 20
 """Answers that may wait: sixty thousand positions of 64 entries."""

@@ -7,14 +7,10 @@ probe is asked for. What every number rests on is part of the answer.
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field
 
 from logitcask.cache_format import UserError
@@ -22,20 +18,17 @@ from logitcask.pipeline.config import BuildConfig, DataConfig
 from logitcask.pipeline.estimate.size import Range, Size, size_from_probe, size_from_reference
 from logitcask.pipeline.estimate.speed import Speed, given_speed, probe, speed_from_hardware
 from logitcask.pipeline.teachers.open import open_tokenizer, vocab_size_of
-from logitcask.pipeline.text.file_formats import locate, open_data, suffix_of
-from logitcask.pipeline.text.sources import BUILT_IN, Row, Source, find_files, open_source
+from logitcask.pipeline.text.row_count import count_rows
+from logitcask.pipeline.text.sources import Row, Source, open_source
 from logitcask.pipeline.text.tokenize import Tokenization
 from logitcask.pipeline.types import Sequence
 
 # The head of the data that is tokenised: the first of these that is reached. English has some 4 characters to a token.
 _ROWS = 2_000
 _CHARACTERS = 1_000_000
-_HEAD_BYTES = 1 << 22
 # An int32 id, a bit of the mask and the name: the plan of a build, which lies beside the cache until it is finished.
 _PLAN_BYTES_PER_TOKEN = 4.2
 _TABLE = tuple(10**power for power in range(6, 13))
-_LINES = (".jsonl", ".ndjson", ".json", ".txt")
-_TABLES = (".csv", ".tsv")
 
 
 class _Model(BaseModel):
@@ -196,7 +189,7 @@ def _head(source: Source) -> tuple[list[Row], int, bool]:
     stream = iter(source)
     for row in stream:
         rows.append(row)
-        characters += len(row.text or "") + sum(len(str(message.get("content"))) for message in row.messages or [])
+        characters += row.characters
         if len(rows) == _ROWS or characters >= _CHARACTERS:
             break
     read = source.counters["rows_read"]
@@ -210,48 +203,8 @@ def _total_text_tokens(config: DataConfig, sample: Sample) -> int | None:
     """Tokens of the whole data set: the rows there are, told from sizes, times the tokens per row of the head."""
     if sample.whole:
         return sample.text_tokens
-    rows = _rows(config)
+    rows = count_rows(config)
     return None if rows is None else round(max(rows, sample.rows) * sample.text_tokens / sample.rows)
-
-
-def _rows(config: DataConfig) -> float | None:
-    """About how many rows there are; None where sizes do not say. Of files only the first is opened."""
-    if config.path in BUILT_IN:
-        return len(BUILT_IN[config.path]())
-    local = Path(config.path).expanduser()
-    if (local / "state.json").is_file() or (local / "dataset_dict.json").is_file():
-        from datasets import DatasetDict, load_from_disk
-
-        saved = load_from_disk(str(local))
-        return len(saved[config.split] if isinstance(saved, DatasetDict) else saved)
-    files = find_files(config)
-    try:
-        sizes = [filesystem.size(path) for filesystem, path in map(locate, files)]
-        density = _rows_per_byte(files[0], sizes[0]) if all(sizes) else None
-    except OSError:  # a server that has been asked enough; the answer does without
-        return None
-    return None if density is None else density * sum(sizes)
-
-
-def _rows_per_byte(file: str, size: int) -> float | None:
-    """Rows per byte on disk: Parquet says it; of text the first megabytes are counted."""
-    suffix = suffix_of(file)
-    with open_data(file) as (stream, packed):
-        if suffix == ".parquet":
-            return pq.ParquetFile(stream).metadata.num_rows / size
-        if suffix not in (*_LINES, *_TABLES):
-            return None
-        head = stream.read(_HEAD_BYTES)
-        # Below a decompressor lies the file itself, which knows how far it has been read.
-        consumed = size if len(head) < _HEAD_BYTES else packed.tell()
-    if suffix in _TABLES:
-        records = csv.reader(
-            io.StringIO(head.decode("utf-8", "replace"), newline=""), delimiter="\t" if suffix == ".tsv" else ","
-        )
-        return max(1, sum(1 for _ in records) - 1) / consumed
-    if suffix != ".txt" and head.lstrip().startswith(b"["):
-        return None  # one array, whose elements may take any number of lines
-    return (head.count(b"\n") + (not head.endswith(b"\n"))) / consumed
 
 
 # --- what it comes to ---------------------------------------------------------------------------------------------

@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 
 from logitcask.cache_format.errors import UserError
 from logitcask.pipeline.config import DataConfig
+from logitcask.pipeline.text.chat_rows import SYSTEM_ROLES
 from logitcask.pipeline.text.chat_template import ChatTemplate, Refused
 from logitcask.pipeline.text.long_texts import LONG, LongTexts, pieces
-from logitcask.pipeline.text.sources import SYSTEM_ROLES, Row
+from logitcask.pipeline.text.sources import Row
 from logitcask.pipeline.text.tokenize import AddedTokens, batches, check_ids
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from logitcask.cache_format.manifest import TeacherIdentity
-from logitcask.pipeline.types import Answer, Scored, Sequence
+from logitcask.pipeline.types import PendingScores, Scored, Sequence
 
 
 class Teacher(Protocol):
@@ -37,21 +37,21 @@ class Teacher(Protocol):
 class AnsweringTeacher(Teacher, Protocol):
     """A teacher whose answers take work to read, which can be done while its engine goes on."""
 
-    def answers(self, sequences: Iterable[Sequence]) -> Iterator[Answer]:
+    def answers(self, sequences: Iterable[Sequence]) -> Iterator[PendingScores]:
         """As ``score``, each sequence's answer still to be read, at its kept positions."""
         ...
 
 
-def answers(teacher: Teacher, sequences: Iterable[Sequence]) -> Iterator[Answer]:
+def answers(teacher: Teacher, sequences: Iterable[Sequence]) -> Iterator[PendingScores]:
     """What ``teacher`` says of ``sequences``, in their order, read or still to be read."""
     if isinstance(teacher, AnsweringTeacher):
         return teacher.answers(sequences)
     return (_read(scored) for scored in teacher.score(sequences))
 
 
-def _read(scored: Scored) -> Answer:
+def _read(scored: Scored) -> PendingScores:
     held = (scored.ids, scored.logprobs, scored.samples, scored.sample_logprobs)
-    return Answer(sum(each.nbytes for each in held), lambda: scored)
+    return PendingScores(sum(each.nbytes for each in held), lambda: scored)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,3 +93,17 @@ class Generator(Protocol):
     """
 
     def generate(self, prompts: Iterable[Prompt]) -> Iterator[NDArray[np.int32]]: ...
+
+
+def bounded_groups(sequences: Iterable[Sequence], tokens: int) -> Iterator[list[Sequence]]:
+    """Consecutive groups of at most ``tokens`` tokens, or of one sequence that is longer than that."""
+    group: list[Sequence] = []
+    held = 0
+    for sequence in sequences:
+        if group and held + len(sequence.input_ids) > tokens:
+            yield group
+            group, held = [], 0
+        group.append(sequence)
+        held += len(sequence.input_ids)
+    if group:
+        yield group

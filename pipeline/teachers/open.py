@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from logitcask.pipeline.config import GenerateConfig, TeacherConfig
 from logitcask.pipeline.distribution.capture import Capture
-from logitcask.pipeline.teachers.base import Generator, Prompt, Sampling, Teacher, answers
+from logitcask.pipeline.teachers.base import Sampling
 from logitcask.pipeline.teachers.model import (
     ResolvedModel,
     check_weights,
@@ -23,20 +22,6 @@ from logitcask.pipeline.teachers.model import (
     vocab_size,
 )
 from logitcask.pipeline.text.chat_template import ChatTemplate
-from logitcask.pipeline.types import Sequence
-
-__all__ = [
-    "Generator",
-    "Prompt",
-    "Sampling",
-    "Teacher",
-    "answers",
-    "bounded_groups",
-    "open_teacher",
-    "open_tokenizer",
-    "sampling_of",
-    "vocab_size_of",
-]
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +73,7 @@ def open_tokenizer(config: TeacherConfig) -> Any:
     Raises UserError where the model does not exist or has no tokenizer.
     """
     if config.is_synthetic:
-        from logitcask.pipeline.teachers.synthetic import SyntheticTokenizer
+        from logitcask.pipeline.teachers.synthetic_tokenizer import SyntheticTokenizer
 
         return SyntheticTokenizer()
     return load_tokenizer(config.model, config.revision, trust_remote_code=config.trust_remote_code)
@@ -133,20 +118,6 @@ def vocab_size_of(config: TeacherConfig) -> int:
     if config.is_synthetic:
         return config.vocab_size
     return vocab_size(_resolve(config))
-
-
-def bounded_groups(sequences: Iterable[Sequence], tokens: int) -> Iterator[list[Sequence]]:
-    """Consecutive groups of at most ``tokens`` tokens, or of one sequence that is longer than that."""
-    group: list[Sequence] = []
-    held = 0
-    for sequence in sequences:
-        if group and held + len(sequence.input_ids) > tokens:
-            yield group
-            group, held = [], 0
-        group.append(sequence)
-        held += len(sequence.input_ids)
-    if group:
-        yield group
 
 
 def _resolve(config: TeacherConfig) -> ResolvedModel:

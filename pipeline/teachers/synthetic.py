@@ -1,4 +1,4 @@
-"""A teacher without a model: known, seeded distributions in closed form, and a byte tokenizer to go with it.
+"""A teacher without a model: known, seeded distributions in closed form.
 
 With it the whole pipeline can be tried, tested and timed in seconds, and every number in a cache can be checked against
 the truth. It needs numpy alone, and scores more than a million tokens a second.
@@ -13,10 +13,7 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
 from collections.abc import Iterable, Iterator
-from collections.abc import Sequence as Seq
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,13 +31,6 @@ VERSION = 1
 _ANSWERS_AT_ONCE = 256
 _LAWS = 16
 _MULTIPLIERS = 64
-_BOS, _EOS = 256, 257
-_SPECIALS = {"<|im_start|>": _BOS, "<|im_end|>": _EOS}
-_SPLIT_SPECIALS = re.compile("|".join(f"({re.escape(token)})" for token in _SPECIALS))
-_CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 
 
 class SyntheticTeacher:
@@ -208,98 +198,3 @@ def _sampling_cdf(laws: NDArray[np.float64], sampling: Sampling) -> NDArray[np.f
     probabilities = np.where(before < sampling.top_p, probabilities, 0)
     cdf = np.cumsum(probabilities, axis=1)
     return np.where(cdf >= cdf[:, -1:], 2.0, cdf / cdf[:, -1:])
-
-
-class SyntheticTokenizer:
-    """One token per UTF-8 byte, and two special tokens: the part of a transformers tokenizer that the pipeline uses.
-
-    Ids 0 to 255 are the bytes, 256 is ``<|im_start|>`` (also BOS), 257 is ``<|im_end|>`` (also EOS).
-    """
-
-    name_or_path = "synthetic"
-    is_fast = True
-    chat_template = _CHATML
-    bos_token, bos_token_id = "<|im_start|>", _BOS
-    eos_token, eos_token_id = "<|im_end|>", _EOS
-    all_special_ids = (_BOS, _EOS)
-    special_tokens_map = {"bos_token": bos_token, "eos_token": eos_token}  # noqa: RUF012
-
-    def __len__(self) -> int:
-        return 256 + len(_SPECIALS)
-
-    @property
-    def vocab_size(self) -> int:
-        """Ids without the special ones."""
-        return 256
-
-    def get_vocab(self) -> dict[str, int]:
-        """Token to id; bytes are written like ``<0x41>``."""
-        return {token: index for index, token in enumerate(self.convert_ids_to_tokens(range(len(self))))}
-
-    def convert_ids_to_tokens(self, ids: Seq[int]) -> list[str]:
-        """Names of tokens; ids that the tokenizer lacks, which the teacher can still predict, are written like ``<300>``."""
-        specials = {index: token for token, index in _SPECIALS.items()}
-        return [f"<0x{index:02X}>" if index < 256 else specials.get(index, f"<{index}>") for index in map(int, ids)]
-
-    def __call__(
-        self, text: str | list[str], *, add_special_tokens: bool = True, return_offsets_mapping: bool = False, **_: Any
-    ) -> dict[str, Any]:
-        """Ids, and the characters [start, end) that each token came from; BOS in front where special tokens are added.
-
-        Lists of lists for a list of texts, plain lists for one text, as in transformers.
-        """
-        single = isinstance(text, str)
-        encoded = [_encode(each, add_special_tokens) for each in ([text] if isinstance(text, str) else text)]
-        result: dict[str, Any] = {"input_ids": [ids for ids, _ in encoded]}
-        if return_offsets_mapping:
-            result["offset_mapping"] = [offsets for _, offsets in encoded]
-        return {key: value[0] for key, value in result.items()} if single else result
-
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        return _encode(text, add_special_tokens)[0]
-
-    def decode(self, token_ids: int | Seq[int], *, skip_special_tokens: bool = False, **_: Any) -> str:
-        """Text of ids; invalid UTF-8 becomes U+FFFD, ids that the tokenizer lacks are written like ``<300>``."""
-        ids = np.atleast_1d(np.asarray(token_ids, dtype=np.int64)).tolist()
-        if skip_special_tokens:
-            ids = [index for index in ids if index not in self.all_special_ids]
-        names = self.convert_ids_to_tokens(ids)
-        pieces = [bytes([index]) if index < 256 else name.encode() for index, name in zip(ids, names, strict=True)]
-        return b"".join(pieces).decode("utf-8", errors="replace")
-
-    def apply_chat_template(
-        self,
-        conversation: list[dict[str, Any]],
-        *,
-        chat_template: str | None = None,
-        add_generation_prompt: bool = False,
-        tokenize: bool = True,
-        **variables: Any,
-    ) -> Any:
-        """A chat, a list of {role, content}, as text (``tokenize=False``) or as ids; ChatML unless a template is given."""
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-        template = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(
-            chat_template or self.chat_template
-        )
-        variables = self.special_tokens_map | variables
-        text = template.render(messages=conversation, add_generation_prompt=add_generation_prompt, **variables)
-        return self.encode(text, add_special_tokens=False) if tokenize else text
-
-
-def _encode(text: str, add_special_tokens: bool) -> tuple[list[int], list[tuple[int, int]]]:
-    ids: list[int] = [_BOS] if add_special_tokens else []
-    offsets: list[tuple[int, int]] = [(0, 0)] if add_special_tokens else []
-    at = 0
-    for piece in filter(None, _SPLIT_SPECIALS.split(text)):
-        if piece in _SPECIALS:
-            ids.append(_SPECIALS[piece])
-            offsets.append((at, at + len(piece)))
-        else:
-            data = np.frombuffer(piece.encode(), dtype=np.uint8)
-            # Every byte that does not continue a character begins one.
-            starts = at - 1 + np.cumsum((data & 0xC0) != 0x80)
-            ids.extend(data.tolist())
-            offsets.extend(zip(starts.tolist(), (starts + 1).tolist(), strict=True))
-        at += len(piece)
-    return ids, offsets

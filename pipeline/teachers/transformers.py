@@ -22,7 +22,7 @@ from logitcask.pipeline.distribution.capture import Capture
 from logitcask.pipeline.distribution.draws import KEY_IDS, no_draws
 from logitcask.pipeline.distribution.draws_torch import draw, to_numpy
 from logitcask.pipeline.distribution.keep import not_a_number
-from logitcask.pipeline.teachers.base import Prompt, Sampling
+from logitcask.pipeline.teachers.base import Prompt, Sampling, bounded_groups
 from logitcask.pipeline.teachers.model import (
     ResolvedModel,
     attention,
@@ -32,7 +32,6 @@ from logitcask.pipeline.teachers.model import (
     longest_with_short_rope,
     read_weights,
 )
-from logitcask.pipeline.teachers.open import bounded_groups
 from logitcask.pipeline.types import Scored, Sequence
 
 # Sequences are batched with others of like length out of this many batches' worth, which keeps padding small.

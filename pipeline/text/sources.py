@@ -1,6 +1,6 @@
 """From ``data.path`` to rows: where the text comes from, read as a stream.
 
-A name in ``BUILT_IN`` needs no file. Everything else is named as for ``datasets.load_dataset``: a file, a folder, a hub
+A built-in name (``python_docs``) needs no file. Everything else is named as for ``datasets.load_dataset``: a file, a folder, a hub
 name. ``datasets`` finds the files of a split; ``logitcask.pipeline.text.file_formats`` reads them, for three reasons:
 
 * its streaming Parquet reader may abort the process at exit when reading stops early, as it does at ``max_tokens``
@@ -23,27 +23,23 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from logitcask.cache_format.cli.models_folder import cannot_write
 from logitcask.cache_format.errors import LogitcaskError, UserError, one_line_and_kind
 from logitcask.pipeline.config import DataConfig
+from logitcask.pipeline.text.chat_rows import ROLES, Skipped, check_unicode, marked_messages, tool_definitions
 from logitcask.pipeline.text.file_formats import JSON_SUFFIXES, SUFFIXES, read_columns, read_rows, suffix_of
+from logitcask.pipeline.text.python_docs import BUILT_IN
 
 log = logging.getLogger(__name__)
 
 ALL = "all"
 """The split of a folder that holds every data file below it, whatever its name; a split of that name goes first."""
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
-SYSTEM_ROLES = ("system", "developer")
 _TOOLS = "tools"  # the column read beside chats unasked
 _CHAT_COLUMNS = ("messages", "conversations", "conversation", "chat")
-_MIN_DOCUMENT = 256  # characters; shorter sections are little more than their heading
-_HEADING = re.compile(r"^\S.*\n([*=\-~^\"'#+])\1{2,} *$", re.MULTILINE)
 _COMMIT = re.compile(r"@([0-9a-f]{40})/")
 _SHOWN = 5  # names in a message
 _PATTERN = re.compile(r"[\[\]?*]|::")  # what `datasets` and fsspec do not take literally in a path
@@ -65,9 +61,10 @@ class Row:
     tools: list[dict[str, Any]] | None = None
     unlearnt: frozenset[int] = frozenset()
 
-
-class _Skipped(Exception):
-    """Why a row cannot be used; a key of ``Source.counters``."""
+    @property
+    def characters(self) -> int:
+        """About how long it is, tools and calls aside."""
+        return len(self.text or "") + sum(len(str(message.get("content"))) for message in self.messages or [])
 
 
 class Source:
@@ -132,7 +129,7 @@ class Source:
                 row_id = self._unique_id(record[self._id_field], row_id, seen)
             try:
                 row = self._row(row_id, record)
-            except _Skipped as reason:
+            except Skipped as reason:
                 self._counters[f"rows_skipped_{reason}"] += 1
                 continue
             used += 1
@@ -172,17 +169,17 @@ class Source:
     def _row(self, row_id: str, record: Mapping[str, Any]) -> Row:
         value = record[self._field]
         if value is None:
-            raise _Skipped("null")
-        tools = None if self._tools_field is None else _tools(record.get(self._tools_field))
+            raise Skipped("null")
+        tools = None if self._tools_field is None else tool_definitions(record.get(self._tools_field))
         if self._chats:
-            marked = _messages(value)
+            marked = marked_messages(value)
             unlearnt = frozenset(index for index, (_, learnt) in enumerate(marked) if not learnt)
             return Row(row_id, None, [message for message, _ in marked], tools, unlearnt)
         if not isinstance(value, str):
-            raise _Skipped("not_a_string")
+            raise Skipped("not_a_string")
         if not value.strip():
-            raise _Skipped("empty")
-        _check_unicode(value)
+            raise Skipped("empty")
+        check_unicode(value)
         return Row(row_id, value, None, tools)
 
     def _nothing_found(self) -> str:
@@ -219,7 +216,7 @@ def open_source(config: DataConfig) -> Source:
     if local.is_file():
         _check_split(config, ["train"])
         return _open_files(config, [str(local)], local.parent)
-    if (local / "state.json").is_file() or (local / "dataset_dict.json").is_file():
+    if is_saved(local):
         return _open_saved(config, local)
     if local.is_dir():
         found = _find_in_folder(config, local)
@@ -232,39 +229,6 @@ def open_source(config: DataConfig) -> Source:
 
 
 # --- built-in -----------------------------------------------------------------------------------------------------
-
-
-@cache
-def _python_docs() -> tuple[tuple[str, str], ...]:
-    """(id, text): the language reference that ships with Python (PSF licence, about 465 kB), one document per section.
-
-    In the order of sha256(id), so that any prefix is a fair sample. The text belongs to the Python version; the stamp
-    tells versions apart.
-    """
-    from pydoc_data.topics import topics
-
-    documents = [
-        (f"topics/{topic}#{number}", text)
-        for topic, page in topics.items()
-        for number, text in enumerate(_sections(page))
-    ]
-    return tuple(sorted(documents, key=lambda document: hashlib.sha256(document[0].encode()).digest()))
-
-
-def _sections(page: str) -> list[str]:
-    """Cuts a page before each underlined heading; what is below ``_MIN_DOCUMENT`` joins the next, or the last one."""
-    cuts = [0, *(m.start() for m in _HEADING.finditer(page) if m.start() > 0), len(page)]
-    sections = [""]
-    for start, end in pairwise(cuts):
-        if len(sections[-1]) >= _MIN_DOCUMENT:
-            sections.append("")
-        sections[-1] += page[start:end]
-    if len(sections) > 1 and len(sections[-1]) < _MIN_DOCUMENT:
-        sections[-2:] = [sections[-2] + sections[-1]]
-    return [section.strip() + "\n" for section in sections]
-
-
-BUILT_IN: dict[str, Callable[[], tuple[tuple[str, str], ...]]] = {"python-docs": _python_docs}
 
 
 def _open_built_in(config: DataConfig) -> Source:
@@ -449,6 +413,11 @@ def _ask_datasets(config: DataConfig, where: str, cache: str | None) -> dict[str
     }
 
 
+def is_saved(folder: Path) -> bool:
+    """Whether ``save_to_disk`` of ``datasets`` has written it."""
+    return (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
+
+
 def _open_saved(config: DataConfig, folder: Path) -> Source:
     """A folder written by ``save_to_disk``: already Arrow, so it is memory-mapped."""
     if "::" in str(folder.resolve()):
@@ -504,138 +473,6 @@ def _quiet_datasets() -> Iterator[None]:
 
 
 # --- checks -------------------------------------------------------------------------------------------------------
-
-
-def _messages(value: object) -> list[tuple[dict[str, Any], bool]]:
-    """A chat as a template takes it, and whether each message may be learnt: ``content`` is one string, or None beside
-    tool calls, whose arguments are objects.
-
-    Arrow fills keys that other messages, calls or parts have with None; those are taken out again at every depth, in all
-    formats, so that a chat is the same whichever file it was in.
-
-    A string is read as JSON: that is how a chat fits into a CSV column, and how ``datasets`` stores uneven structures.
-    """
-    try:
-        if isinstance(value, str):
-            value = json.loads(value)
-        if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
-            raise _Skipped("not_a_chat")
-        if not value:
-            raise _Skipped("empty")
-        return [_message(message) for message in value]
-    except (ValueError, RecursionError):  # no JSON, or nested too deeply
-        raise _Skipped("not_a_chat") from None
-
-
-def _message(filled: dict[str, Any]) -> tuple[dict[str, Any], bool]:
-    message = {_unfilled(key): _unfilled(item) for key, item in filled.items() if item is not None or key == "content"}
-    learnt = [_is_learnt(mark, message.pop(mark)) for mark in _MARKS if mark in message]
-    content = message.get("content")
-    calls = bool(message.get("tool_calls"))
-    if "role" not in message and {"from", "value"} <= message.keys():
-        raise _Skipped("sharegpt")
-    if "function_call" in message:  # what OpenAI had before tool_calls; no template renders it
-        raise _Skipped("function_call")
-    if "role" not in message or not ("content" in message or calls):
-        raise _Skipped("not_a_chat")
-    if message["role"] not in ROLES:
-        raise _Skipped("unknown_role")
-    if isinstance(content, list) and all(_is_text(part) for part in content):
-        content = "".join(part["text"] for part in content)
-    if content is None and not calls:
-        raise _Skipped("null_content")
-    if content is not None and not isinstance(content, str):
-        raise _Skipped("content_not_text")
-    if calls:
-        message["tool_calls"] = _calls(message["tool_calls"])
-    else:  # some templates ask only whether the key is there
-        message.pop("tool_calls", None)
-    return {**message, "content": content}, all(learnt)
-
-
-_MARKS = {"weight": False, "train": False, "training": False, "mask": True, "masked": True}
-"""Keys of a message that say whether it is learnt, and the value that says it is not: those of OpenAI and axolotl."""
-
-
-def _is_learnt(mark: str, value: object) -> bool:
-    """Raises _Skipped for a value that is neither yes nor no: half a weight has no meaning here."""
-    if value not in (0, 1):
-        raise _Skipped(f"{mark}_not_0_or_1")
-    return bool(value) is not _MARKS[mark]
-
-
-def _calls(calls: object) -> list[Any]:
-    """Calls with their arguments as objects, which OpenAI's API has as JSON text. Empty text: no arguments.
-
-    Raises _Skipped for text that is not a JSON object: templates would quote it once more.
-    """
-    if not isinstance(calls, list):
-        raise _Skipped("not_a_chat")
-    parsed = []
-    for call in calls:
-        function = call.get("function", call) if isinstance(call, dict) else None
-        if isinstance(function, dict) and isinstance(function.get("arguments"), str):
-            function = {**function, "arguments": _arguments(function["arguments"])}
-            call = {**call, "function": function} if "function" in call else function
-        parsed.append(call)
-    return parsed
-
-
-def _arguments(text: str) -> dict[str, Any]:
-    try:
-        arguments = json.loads(text, parse_constant=_no_constant) if text.strip() else {}
-    except (ValueError, RecursionError):
-        arguments = None
-    if not isinstance(arguments, dict):
-        raise _Skipped("arguments_not_json")
-    unfilled: dict[str, Any] = _unfilled(arguments)
-    return unfilled
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON")
-
-
-def _tools(value: object) -> list[dict[str, Any]] | None:
-    """Tool definitions as a template takes them; None for none. The list, or each of its elements, may be JSON text.
-
-    Without keys that hold None, as in messages: Arrow gives each tool the parameters of all.
-    """
-    try:
-        tools = json.loads(value.strip() or "null") if isinstance(value, str) else value
-        if tools is None or tools == []:
-            return None
-        if isinstance(tools, list):
-            tools = [_unfilled(json.loads(tool) if isinstance(tool, str) else tool) for tool in tools]
-    except (ValueError, RecursionError):
-        raise _Skipped("not_tools") from None
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) and tool for tool in tools):
-        raise _Skipped("not_tools")
-    return tools
-
-
-def _is_text(part: object) -> bool:
-    """Whether it is a text part of a content list, as OpenAI's API has them."""
-    return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
-
-
-def _unfilled(value: Any) -> Any:
-    """Without the keys that hold None. Raises _Skipped where a string of it is no Unicode text: any may be rendered."""
-    if isinstance(value, dict):
-        return {_unfilled(key): _unfilled(item) for key, item in value.items() if item is not None}
-    if isinstance(value, list):
-        return [_unfilled(item) for item in value]
-    if isinstance(value, str):
-        _check_unicode(value)
-    return value
-
-
-def _check_unicode(text: str) -> None:
-    """Half an emoji (``"\\ud83d"`` in JSON) is a Python string, but no Unicode text; tokenizers refuse it."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise _Skipped("broken_unicode") from None
 
 
 def _check_split(config: DataConfig, splits: list[str]) -> None:

@@ -31,9 +31,10 @@ from numpy.typing import NDArray
 
 from logitcask.cache_format.errors import UserError
 from logitcask.pipeline.config import DataConfig
+from logitcask.pipeline.text.chat_rows import SYSTEM_ROLES
 from logitcask.pipeline.text.chat_template import ChatTemplate, Messages, Refused, Span
 from logitcask.pipeline.text.long_texts import LONG, LongTexts, Tokens, head, pieces, special_tokens, with_whole_offsets
-from logitcask.pipeline.text.sources import SYSTEM_ROLES, Row
+from logitcask.pipeline.text.sources import Row
 from logitcask.pipeline.types import Sequence
 
 log = logging.getLogger(__name__)
@@ -490,7 +491,7 @@ def batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
     characters = 0
     for row in rows:
         batch.append(row)
-        characters += len(row.text or "") + sum(len(str(message.get("content"))) for message in row.messages or [])
+        characters += row.characters
         if len(batch) == _BATCH_ROWS or characters >= _BATCH_CHARACTERS:
             yield batch
             batch, characters = [], 0

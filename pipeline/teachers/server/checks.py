@@ -22,7 +22,7 @@ from logitcask.cache_format.errors import UserError
 from logitcask.pipeline.config import ServerConfig, TeacherConfig
 from logitcask.pipeline.distribution.capture import Capture
 from logitcask.pipeline.teachers.model import ResolvedModel, context_limit, is_quantised, local_weights
-from logitcask.pipeline.teachers.vllm.routes import Rows
+from logitcask.pipeline.teachers.rows import Rows
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from logitcask.pipeline.distribution.keep import MisalignedScoresError, not_a_number
-from logitcask.pipeline.teachers.vllm.routes import Rows
+from logitcask.pipeline.teachers.rows import Rows
 
 # What vLLM writes in place of -inf, which JSON does not have.
 _MINUS_INFINITY = -9999.0

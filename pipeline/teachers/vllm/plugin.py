@@ -22,45 +22,19 @@ import functools
 import json
 import os
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from logitcask.pipeline.distribution.capture import Capture
+if TYPE_CHECKING:  # loaded in every process of vLLM, so whatever takes time to import waits until draws are asked for
+    from logitcask.pipeline.distribution.capture import Capture
+    from logitcask.pipeline.teachers.rows import ColumnRequest
 
 ENVIRONMENT = "LOGITCASK_DRAWS"
 # Of vLLM: names of more variables that its Ray executor copies to workers, with commas between them.
 _RAY_COPIES = "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Request:
-    """What the teacher asks vLLM for.
-
-    capture: what it wants.
-    top:     columns of most probable ids. The draws are keyed by a few of them, even where ``top_k`` is less.
-    columns: prompt logprobs to ask for: ``top``, then the draws of each set, then the statistics (id: head size, logprob:
-             entropy).
-    """
-
-    capture: Capture
-    top: int
-
-    @classmethod
-    def of(cls, capture: Capture, vocab_size: int) -> Request:
-        from logitcask.pipeline.distribution.draws import KEY_IDS
-
-        if not capture.samples:
-            return cls(capture, capture.top_k)
-        request = cls(capture, max(capture.top_k, KEY_IDS))
-        # A request for the whole vocabulary must never look like one for draws.
-        return dataclasses.replace(request, top=request.top + (request.columns == vocab_size))
-
-    @property
-    def columns(self) -> int:
-        return self.top + self.capture.draws + 1 if self.capture.samples else self.top
-
-
 @contextlib.contextmanager
-def drawing(request: Request) -> Iterator[None]:
+def drawing(request: ColumnRequest) -> Iterator[None]:
     """While this is entered, engines in this process, and those started meanwhile, answer ``request``."""
     if not request.capture.samples:
         yield
@@ -86,11 +60,14 @@ def _set(name: str, value: str, undo: contextlib.ExitStack) -> None:
 def register() -> None:
     """vLLM calls this once in every process of every engine (entry point group ``vllm.general_plugins``)."""
     if ENVIRONMENT in os.environ:
+        from logitcask.pipeline.distribution.capture import Capture
+        from logitcask.pipeline.teachers.rows import ColumnRequest
+
         asked = json.loads(os.environ[ENVIRONMENT])
-        _install(Request(Capture(**asked["capture"]), asked["top"]), contextlib.ExitStack())
+        _install(ColumnRequest(Capture(**asked["capture"]), asked["top"]), contextlib.ExitStack())
 
 
-def _install(request: Request, undo: contextlib.ExitStack) -> None:
+def _install(request: ColumnRequest, undo: contextlib.ExitStack) -> None:
     """Replaces the functions, unless they have been replaced already; closing ``undo`` puts back what was there.
 
     Other versions of vLLM may lack one of the two or both. Whether the draws come is for the teacher to see.
@@ -105,7 +82,7 @@ def _install(request: Request, undo: contextlib.ExitStack) -> None:
         _replace(prompt_logprob, "compute_topk_scores", request, undo, logits=True)
 
 
-def _replace(owner: Any, name: str, request: Request, undo: contextlib.ExitStack, *, logits: bool) -> None:
+def _replace(owner: Any, name: str, request: ColumnRequest, undo: contextlib.ExitStack, *, logits: bool) -> None:
     original: Callable[..., Any] = getattr(owner, name)
     if hasattr(original, "answers"):
         return

@@ -20,14 +20,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from logitcask.pipeline.distribution.draws import Draws, no_draws
-from logitcask.pipeline.teachers.vllm.plugin import Request
-from logitcask.pipeline.types import Scored
+from logitcask.pipeline.teachers.rows import Rows
 
 Route = Literal["raw", "flat", "stock"]
-
-# A request's arrays as they come out of vLLM: ids and logprobs [n-1, 1 + columns], ranks [n-1].
-Rows = tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.int64]]
 
 RAW = "logitcask_raw"
 BESIDE = "logitcask_beside"
@@ -168,45 +163,3 @@ def _checked(ids: NDArray[np.int32], logprobs: NDArray[np.float32], ranks: NDArr
             f"vLLM returned ids {ids.shape}, logprobs {logprobs.shape}, ranks {ranks.shape} for {columns} columns"
         )
     return ids, logprobs, ranks
-
-
-def scored_rows(rows: Rows, request: Request, positions: NDArray[np.int32] | None = None) -> Scored:
-    """Column 0 is the token that really follows, the next ones are the most probable ids, by falling logprob.
-
-    positions: what to convert; all rows where it is None.
-
-    vLLM's rank counts the ids whose logprob is at least the target's, itself included, so ids tied with the target push
-    it down. Inside the head the right rank is counted here; below the head it is vLLM's, less one, which still counts
-    tied ids as higher. In float32 ties are rare; a 16-bit head has many.
-    """
-    capture, (ids, logprobs, ranks) = request.capture, rows
-    target_ids = ids[:, 0].copy()
-    if positions is not None:
-        ids, logprobs, ranks = ids[positions], logprobs[positions], ranks[positions]
-    target, head = logprobs[:, 0], np.ascontiguousarray(logprobs[:, 1 : 1 + capture.top_k])
-    rank_in_head = (head > target[:, None]).sum(axis=1)
-    in_head = (target[:, None] >= head[:, -1:]).any(axis=1)
-    draws = drawn(ids, logprobs, request) if capture.samples else no_draws(head, capture)
-    return Scored(
-        ids=np.ascontiguousarray(ids[:, 1 : 1 + capture.top_k]),
-        logprobs=head,
-        head_size=draws.head_size,
-        target_ids=target_ids,
-        target_logprob=target.copy(),
-        target_rank=np.where(in_head, rank_in_head, ranks - 1).astype(np.int32),
-        samples=draws.samples,
-        sample_logprobs=draws.sample_logprobs,
-        entropy=draws.entropy,
-        positions=positions,
-    )
-
-
-def drawn(ids: NDArray[np.int32], logprobs: NDArray[np.float32], request: Request) -> Draws:
-    """The columns that ``logitcask.pipeline.teachers.vllm.plugin`` fills: the draws of each set, and the statistics in the last."""
-    shape = (len(ids), request.capture.sets, request.capture.samples)
-    return Draws(
-        head_size=ids[:, -1].copy(),
-        samples=ids[:, 1 + request.top : -1].reshape(shape),
-        sample_logprobs=logprobs[:, 1 + request.top : -1].reshape(shape),
-        entropy=logprobs[:, -1].copy(),
-    )

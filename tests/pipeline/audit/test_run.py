@@ -471,7 +471,7 @@ def test_experts_and_eight_bits_are_read_off_the_model(tiny_llama, tmp_path, mon
     ],
 )
 def test_memory_is_looked_at_before_anything_is_loaded(make, llama, monkeypatch, host, device, words):
-    from logitcask.pipeline.teachers.open import transformers as teachers
+    from logitcask.pipeline.teachers import transformers as teachers
 
     cache = make(llama, sequences=1)
     monkeypatch.setattr(audit_reference, "free_memory", lambda: (host, device))

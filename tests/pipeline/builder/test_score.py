@@ -27,7 +27,7 @@ from logitcask.pipeline.builder.run import build
 from logitcask.pipeline.config import BuildConfig, StoreConfig, TeacherConfig
 from logitcask.pipeline.teachers.base import answers
 from logitcask.pipeline.teachers.synthetic import SyntheticTeacher
-from logitcask.pipeline.types import Answer, Sequence
+from logitcask.pipeline.types import PendingScores, Sequence
 
 
 def config_for(tmp_path, **changes):
@@ -153,7 +153,7 @@ def test_nothing_is_held_for_longer_than_it_waits(tmp_path, monkeypatch):
             alive[:] = [each for each in alive if each[0]() is not None]
             held.append(sum(nbytes for _, nbytes in alive))
             bytes_per_token = answer.nbytes / len(scored.ids)
-            yield Answer(answer.nbytes, lambda scored=scored: scored)
+            yield PendingScores(answer.nbytes, lambda scored=scored: scored)
             bound.append(queue + 2 * window * bytes_per_token + 2 * largest)
 
     bound: list[float] = []

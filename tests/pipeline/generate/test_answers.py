@@ -31,7 +31,8 @@ from logitcask.pipeline.generate.prompts import Prompts
 from logitcask.pipeline.teachers.base import Prompt, Sampling
 from logitcask.pipeline.teachers.model import load_tokenizer
 from logitcask.pipeline.teachers.open import open_teacher, open_tokenizer, sampling_of
-from logitcask.pipeline.teachers.synthetic import SyntheticTeacher, SyntheticTokenizer
+from logitcask.pipeline.teachers.synthetic import SyntheticTeacher
+from logitcask.pipeline.teachers.synthetic_tokenizer import SyntheticTokenizer
 from logitcask.pipeline.text.sources import Row
 
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")

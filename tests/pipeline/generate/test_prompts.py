@@ -6,7 +6,7 @@ import pytest
 
 from logitcask.pipeline.config import DataConfig, GenerateConfig
 from logitcask.pipeline.generate.prompts import Prompts
-from logitcask.pipeline.teachers.synthetic import SyntheticTokenizer
+from logitcask.pipeline.teachers.synthetic_tokenizer import SyntheticTokenizer
 from logitcask.pipeline.text.sources import Row
 
 CALLS = "{% for c in m.tool_calls or [] %}{{ c.function.name }}{% endfor %}"

@@ -17,10 +17,11 @@ import torch
 from logitcask.cache_format.errors import UserError
 from logitcask.pipeline.config import TeacherConfig
 from logitcask.pipeline.distribution.capture import Capture, head_sizes
-from logitcask.pipeline.teachers.base import Prompt, Sampling
+from logitcask.pipeline.teachers.base import Prompt, Sampling, bounded_groups
 from logitcask.pipeline.teachers.model import check_rope_in_vllm, load_tokenizer, resolve_model
-from logitcask.pipeline.teachers.open import bounded_groups, open_teacher, open_tokenizer, vocab_size_of
-from logitcask.pipeline.teachers.synthetic import SyntheticTeacher, SyntheticTokenizer
+from logitcask.pipeline.teachers.open import open_teacher, open_tokenizer, vocab_size_of
+from logitcask.pipeline.teachers.synthetic import SyntheticTeacher
+from logitcask.pipeline.teachers.synthetic_tokenizer import SyntheticTokenizer
 from logitcask.pipeline.teachers.transformers import TransformersTeacher
 from logitcask.pipeline.types import Sequence
 

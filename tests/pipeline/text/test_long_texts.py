@@ -15,9 +15,10 @@ from logitcask.cache_format.errors import UserError
 from logitcask.pipeline.config import DataConfig
 from logitcask.pipeline.generate import prompts
 from logitcask.pipeline.generate.prompts import Prompts
-from logitcask.pipeline.teachers.synthetic import SyntheticTokenizer
+from logitcask.pipeline.teachers.synthetic_tokenizer import SyntheticTokenizer
 from logitcask.pipeline.text import long_texts, tokenize
-from logitcask.pipeline.text.sources import BUILT_IN, Row
+from logitcask.pipeline.text.python_docs import BUILT_IN
+from logitcask.pipeline.text.sources import Row
 from logitcask.pipeline.text.tokenize import Tokenization
 
 PAGES = [text for _, text in BUILT_IN["python-docs"]()]

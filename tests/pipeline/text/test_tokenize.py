@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from logitcask.cache_format.errors import UserError
 from logitcask.pipeline.config import DataConfig
 from logitcask.pipeline.generate.prompts import Prompts
-from logitcask.pipeline.teachers.synthetic import SyntheticTokenizer
+from logitcask.pipeline.teachers.synthetic_tokenizer import SyntheticTokenizer
 from logitcask.pipeline.text import tokenize as tokenize_module
 from logitcask.pipeline.text.sources import Row, open_source
 from logitcask.pipeline.text.tokenize import Tokenization

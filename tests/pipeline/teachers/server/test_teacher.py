@@ -24,7 +24,7 @@ from logitcask.pipeline.config import BuildConfig, TeacherConfig
 from logitcask.pipeline.distribution.capture import Capture
 from logitcask.pipeline.distribution.keep import MisalignedScoresError
 from logitcask.pipeline.teachers.open import open_teacher
-from logitcask.pipeline.teachers.server import teacher as server
+from logitcask.pipeline.teachers.server import http
 from logitcask.pipeline.teachers.server.rows import parse_rows
 from logitcask.pipeline.types import Sequence
 
@@ -121,8 +121,8 @@ def fake(rng: np.random.Generator) -> Iterator[FakeServer]:
 
 @pytest.fixture(autouse=True)
 def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "_FIRST_DELAY", 0.02)
-    monkeypatch.setattr(server, "_LONGEST_DELAY", 0.1)
+    monkeypatch.setattr(http, "_FIRST_DELAY", 0.02)
+    monkeypatch.setattr(http, "_LONGEST_DELAY", 0.1)
 
 
 @pytest.fixture

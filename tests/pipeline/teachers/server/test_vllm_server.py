@@ -27,7 +27,7 @@ from logitcask.pipeline.builder.run import build
 from logitcask.pipeline.config import BuildConfig, TeacherConfig
 from logitcask.pipeline.distribution.capture import Capture
 from logitcask.pipeline.teachers.open import open_teacher
-from logitcask.pipeline.teachers.server import teacher as server
+from logitcask.pipeline.teachers.server import http
 from logitcask.pipeline.types import Sequence
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
@@ -139,7 +139,7 @@ def servers(both_servers: tuple[VllmServer, VllmServer]) -> tuple[VllmServer, Vl
 
 @pytest.fixture(autouse=True)
 def _short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "_LONGEST_DELAY", 1.0)
+    monkeypatch.setattr(http, "_LONGEST_DELAY", 1.0)
 
 
 def teacher_fields(model: Path, url: str, **settings: Any) -> dict[str, Any]:

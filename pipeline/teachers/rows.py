@@ -1,0 +1,87 @@
+"""vLLM's answer in columns: what a teacher asks for, and its way from there to ``Scored``.
+
+Shared by the engine in this process and the server behind HTTP, which answer in the same columns: the token that really
+follows, the most probable ids by falling logprob, and, where draws are asked for, the draws and one column of statistics.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+from numpy.typing import NDArray
+
+from logitcask.pipeline.distribution.capture import Capture
+from logitcask.pipeline.distribution.draws import KEY_IDS, Draws, no_draws
+from logitcask.pipeline.types import Scored
+
+# The arrays of one sequence: ids and logprobs [n-1, 1 + columns], ranks [n-1].
+Rows = tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.int64]]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ColumnRequest:
+    """What the teacher asks vLLM for.
+
+    capture: what it wants.
+    top:     columns of most probable ids. The draws are keyed by a few of them, even where ``top_k`` is less.
+    columns: prompt logprobs to ask for: ``top``, then the draws of each set, then the statistics (id: head size, logprob:
+             entropy).
+    """
+
+    capture: Capture
+    top: int
+
+    @classmethod
+    def of(cls, capture: Capture, vocab_size: int) -> ColumnRequest:
+        if not capture.samples:
+            return cls(capture, capture.top_k)
+        request = cls(capture, max(capture.top_k, KEY_IDS))
+        # A request for the whole vocabulary must never look like one for draws.
+        return dataclasses.replace(request, top=request.top + (request.columns == vocab_size))
+
+    @property
+    def columns(self) -> int:
+        return self.top + self.capture.draws + 1 if self.capture.samples else self.top
+
+
+def scored_rows(rows: Rows, request: ColumnRequest, positions: NDArray[np.int32] | None = None) -> Scored:
+    """Column 0 is the token that really follows, the next ones are the most probable ids, by falling logprob.
+
+    positions: what to convert; all rows where it is None.
+
+    vLLM's rank counts the ids whose logprob is at least the target's, itself included, so ids tied with the target push
+    it down. Inside the head the right rank is counted here; below the head it is vLLM's, less one, which still counts
+    tied ids as higher. In float32 ties are rare; a 16-bit head has many.
+    """
+    capture, (ids, logprobs, ranks) = request.capture, rows
+    target_ids = ids[:, 0].copy()
+    if positions is not None:
+        ids, logprobs, ranks = ids[positions], logprobs[positions], ranks[positions]
+    target, head = logprobs[:, 0], np.ascontiguousarray(logprobs[:, 1 : 1 + capture.top_k])
+    rank_in_head = (head > target[:, None]).sum(axis=1)
+    in_head = (target[:, None] >= head[:, -1:]).any(axis=1)
+    draws = drawn(ids, logprobs, request) if capture.samples else no_draws(head, capture)
+    return Scored(
+        ids=np.ascontiguousarray(ids[:, 1 : 1 + capture.top_k]),
+        logprobs=head,
+        head_size=draws.head_size,
+        target_ids=target_ids,
+        target_logprob=target.copy(),
+        target_rank=np.where(in_head, rank_in_head, ranks - 1).astype(np.int32),
+        samples=draws.samples,
+        sample_logprobs=draws.sample_logprobs,
+        entropy=draws.entropy,
+        positions=positions,
+    )
+
+
+def drawn(ids: NDArray[np.int32], logprobs: NDArray[np.float32], request: ColumnRequest) -> Draws:
+    """The columns that the engine's plugin fills: the draws of each set, and the statistics in the last."""
+    shape = (len(ids), request.capture.sets, request.capture.samples)
+    return Draws(
+        head_size=ids[:, -1].copy(),
+        samples=ids[:, 1 + request.top : -1].reshape(shape),
+        sample_logprobs=logprobs[:, 1 + request.top : -1].reshape(shape),
+        entropy=logprobs[:, -1].copy(),
+    )

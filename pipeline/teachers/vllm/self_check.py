@@ -1,0 +1,175 @@
+"""The checks of a vLLM engine that has started: whether its draws are right, and by which route its numbers come.
+
+Draws are compared with whole distributions, the private route with a public one, on short prompts at every start: a
+version of vLLM that has changed what either relies on is found before anything is stored.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from logitcask.cache_format.errors import UserError, one_line
+from logitcask.pipeline.distribution.draws import first_difference
+from logitcask.pipeline.distribution.keep import check_numbers, not_a_number
+from logitcask.pipeline.teachers.rows import ColumnRequest, Rows, drawn, scored_rows
+from logitcask.pipeline.teachers.vllm.routes import Route, convert
+from logitcask.pipeline.types import Scored
+
+logger = logging.getLogger(__name__)
+
+_AT_START = "for a first prompt"
+# Nats by which two runs of an engine may differ, whatever they do; and how often draws are asked for that seem wrong.
+_TOLERANCE = 1e-3
+_ATTEMPTS = 3
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SelfCheck:
+    """The checks of one engine, for texts of up to ``max_length`` tokens.
+
+    stream:  scores prompts: (prompts, columns, route, beside) to the length and the prompt logprobs of each.
+    request: what the teacher asks of every position.
+    version: vLLM's.
+    """
+
+    stream: Callable[..., Iterator[tuple[int, Any]]]
+    request: ColumnRequest
+    vocab_size: int
+    max_length: int
+    version: str
+
+    def check_draws(self) -> None:
+        """Compares the draws of a short prompt with the whole distributions, where draws are asked for.
+
+        Engines differ from run to run, some by much more than rounding (mixtures of experts, weights of 4 bits). So whole
+        distributions are asked for twice, and twice what they differ by is no fault of the draws. A fault of them is found
+        every time; where there seems to be one, all is asked for again.
+
+        Raises UserError where they are not what ``logitcask.pipeline.distribution.draws`` gives.
+        """
+        if not self.request.capture.samples:
+            return
+        prompt = prompt_of(min(9, max(2, self.max_length)), self.vocab_size)
+        reason: str | None = None
+        try:
+            dense, spread = self.dense(prompt), 0.0
+            for _ in range(_ATTEMPTS):
+                spread = max(spread, _spread(self.dense(prompt), dense))
+                (rows,) = self._rows([prompt], self.request.columns, "flat")
+                reason = _wrong_draws(rows, dense, self.request, max(_TOLERANCE, 2 * spread))
+                if reason is None:
+                    return
+        except UserError:
+            raise
+        except Exception as error:
+            reason = one_line(error)
+        raise UserError(
+            f"draws from the tail do not work with vLLM {self.version}: {reason}; "
+            "set store.tail_samples=0 or teacher.backend=transformers"
+        )
+
+    def dense(self, prompt: list[int]) -> NDArray[np.float32]:
+        """float32[n-1, V]: the whole distributions of a prompt. Raises UserError where they are NaN."""
+        ((ids, logprobs, _),) = self._rows([prompt], self.vocab_size, "flat")
+        dense = np.empty((len(ids), self.vocab_size), np.float32)
+        np.put_along_axis(dense, ids[:, 1:].astype(np.int64), logprobs[:, 1:], axis=1)
+        if np.isnan(dense).any():
+            raise not_a_number(_AT_START)
+        return dense
+
+    def choose_route(self, asked: Literal["auto"] | Route) -> Route:
+        """The route ``asked`` for, checked: scores two short prompts, and compares every entry of what ``raw`` and a public
+        route make of the same answer.
+
+        Raises UserError where the route that is asked for does not work.
+        """
+        public: Route = "stock" if asked == "stock" else "flat"
+        reason = self._fails(public)
+        if reason is not None and asked == "auto" and not self.request.capture.samples:
+            logger.warning("%s; using the stock route in its place", self._does_not_work(public, reason))
+            public = "stock"
+            reason = self._fails(public)
+        if reason is not None:
+            raise UserError(f"{self._does_not_work(public, reason)}; set teacher.backend=transformers")
+        if asked in ("flat", "stock"):
+            return public
+        reason = self._fails("raw", beside=public)
+        if reason is None:
+            return "raw"
+        if asked == "raw":
+            raise UserError(f"{self._does_not_work('raw', reason)}; set teacher.route=auto, flat or stock")
+        logger.warning(
+            "%s; using the %s route, which gives the same numbers more slowly",
+            self._does_not_work("raw", reason),
+            public,
+        )
+        return public
+
+    def _fails(self, route: Route, beside: Route | None = None) -> str | None:
+        """Why ``route`` does not work; None where it does.
+
+        beside: another route, which is to make the same of each answer.
+        """
+        columns, request = self.request.columns, self.request
+        prompts = [prompt_of(length, self.vocab_size) for length in sorted({2, min(16, max(2, self.max_length))})]
+        try:
+            for _, answer in self.stream(prompts, columns, route, beside):
+                scored = scored_rows(convert(route, answer, columns), request)
+                check_numbers(scored, _AT_START)
+                if beside is None:
+                    continue
+                differs = _difference(scored, scored_rows(convert(beside, answer.public, columns), request))
+                if differs is not None:
+                    return f"{differs} differ from the {beside} route's"
+        except (ImportError, AttributeError, TypeError, ValueError) as error:
+            return one_line(error)
+        return None
+
+    def _rows(self, prompts: list[list[int]], columns: int, route: Route) -> list[Rows]:
+        """What vLLM says of each prompt, asked for so many prompt logprobs."""
+        return [convert(route, output, columns) for _, output in self.stream(prompts, columns, route)]
+
+    def _does_not_work(self, route: Route, reason: str) -> str:
+        return f"the {route} route does not work with vLLM {self.version}: {reason}"
+
+
+def prompt_of(length: int, vocab_size: int) -> list[int]:
+    """Ids from all over the vocabulary, for checks."""
+    ids: list[int] = (np.arange(length) * 7919 % vocab_size).tolist()
+    return ids
+
+
+def _spread(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
+    """Largest difference of two logprobs, nats; both may be -inf."""
+    with np.errstate(invalid="ignore"):
+        return float(np.nanmax(np.abs(a - b), initial=0))
+
+
+def _wrong_draws(rows: Rows, dense: NDArray[np.float32], request: ColumnRequest, tolerance: float) -> str | None:
+    """What is wrong with the draws in ``rows``, given the whole distributions (float32[n-1, V]) as another run said them.
+
+    tolerance: nats by which two runs may differ.
+    """
+    ids, logprobs, _ = rows
+    top_ids, target_ids = ids[:, 1 : 1 + request.top], ids[:, 0]
+    draws = drawn(ids, logprobs, request)
+    if (draws.head_size > request.capture.top_k).all():
+        return "the engine answers without draws (it loads them as a plugin; is VLLM_PLUGINS set?)"
+    # Sizes and keys follow from what this run said to the last bit, which a second run need not repeat.
+    exact = dense.copy()
+    np.put_along_axis(exact, ids[:, : 1 + request.top].astype(np.int64), logprobs[:, : 1 + request.top], axis=1)
+    if not np.allclose(exact, dense, atol=tolerance, rtol=0):
+        return "the logprobs of the most probable ids change with what is asked for"
+    return first_difference(draws, exact, top_ids, target_ids, request.capture, tolerance)
+
+
+def _difference(a: Scored, b: Scored) -> str | None:
+    """Name of the first field that is not the same in both."""
+    names = [field.name for field in dataclasses.fields(Scored)]
+    return next((name for name in names if not np.array_equal(getattr(a, name), getattr(b, name))), None)

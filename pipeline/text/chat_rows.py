@@ -1,0 +1,149 @@
+"""Chats and tool definitions as a row holds them, turned into the one form that templates are given.
+
+Many tools have written such rows: content in parts or beside calls, arguments as text, marks for turns that are not
+learnt, keys that Arrow has filled with None. A row that cannot be used raises ``Skipped`` with the reason.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+SYSTEM_ROLES = ("system", "developer")
+
+
+class Skipped(Exception):
+    """Why a row cannot be used; the end of a key of ``Source.counters``."""
+
+
+def marked_messages(value: object) -> list[tuple[dict[str, Any], bool]]:
+    """A chat as a template takes it, and whether each message may be learnt: ``content`` is one string, or None beside
+    tool calls, whose arguments are objects.
+
+    Arrow fills keys that other messages, calls or parts have with None; those are taken out again at every depth, in all
+    formats, so that a chat is the same whichever file it was in.
+
+    A string is read as JSON: that is how a chat fits into a CSV column, and how ``datasets`` stores uneven structures.
+    """
+    try:
+        if isinstance(value, str):
+            value = json.loads(value)
+        if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
+            raise Skipped("not_a_chat")
+        if not value:
+            raise Skipped("empty")
+        return [_message(message) for message in value]
+    except (ValueError, RecursionError):  # no JSON, or nested too deeply
+        raise Skipped("not_a_chat") from None
+
+
+def _message(filled: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+    message = {_unfilled(key): _unfilled(item) for key, item in filled.items() if item is not None or key == "content"}
+    learnt = [_is_learnt(mark, message.pop(mark)) for mark in _MARKS if mark in message]
+    content = message.get("content")
+    calls = bool(message.get("tool_calls"))
+    if "role" not in message and {"from", "value"} <= message.keys():
+        raise Skipped("sharegpt")
+    if "function_call" in message:  # what OpenAI had before tool_calls; no template renders it
+        raise Skipped("function_call")
+    if "role" not in message or not ("content" in message or calls):
+        raise Skipped("not_a_chat")
+    if message["role"] not in ROLES:
+        raise Skipped("unknown_role")
+    if isinstance(content, list) and all(_is_text(part) for part in content):
+        content = "".join(part["text"] for part in content)
+    if content is None and not calls:
+        raise Skipped("null_content")
+    if content is not None and not isinstance(content, str):
+        raise Skipped("content_not_text")
+    if calls:
+        message["tool_calls"] = _calls(message["tool_calls"])
+    else:  # some templates ask only whether the key is there
+        message.pop("tool_calls", None)
+    return {**message, "content": content}, all(learnt)
+
+
+_MARKS = {"weight": False, "train": False, "training": False, "mask": True, "masked": True}
+"""Keys of a message that say whether it is learnt, and the value that says it is not: those of OpenAI and axolotl."""
+
+
+def _is_learnt(mark: str, value: object) -> bool:
+    """Raises Skipped for a value that is neither yes nor no: half a weight has no meaning here."""
+    if value not in (0, 1):
+        raise Skipped(f"{mark}_not_0_or_1")
+    return bool(value) is not _MARKS[mark]
+
+
+def _calls(calls: object) -> list[Any]:
+    """Calls with their arguments as objects, which OpenAI's API has as JSON text. Empty text: no arguments.
+
+    Raises Skipped for text that is not a JSON object: templates would quote it once more.
+    """
+    if not isinstance(calls, list):
+        raise Skipped("not_a_chat")
+    parsed = []
+    for call in calls:
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if isinstance(function, dict) and isinstance(function.get("arguments"), str):
+            function = {**function, "arguments": _arguments(function["arguments"])}
+            call = {**call, "function": function} if "function" in call else function
+        parsed.append(call)
+    return parsed
+
+
+def _arguments(text: str) -> dict[str, Any]:
+    try:
+        arguments = json.loads(text, parse_constant=_no_constant) if text.strip() else {}
+    except (ValueError, RecursionError):
+        arguments = None
+    if not isinstance(arguments, dict):
+        raise Skipped("arguments_not_json")
+    unfilled: dict[str, Any] = _unfilled(arguments)
+    return unfilled
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
+
+
+def tool_definitions(value: object) -> list[dict[str, Any]] | None:
+    """Tool definitions as a template takes them; None for none. The list, or each of its elements, may be JSON text.
+
+    Without keys that hold None, as in messages: Arrow gives each tool the parameters of all.
+    """
+    try:
+        tools = json.loads(value.strip() or "null") if isinstance(value, str) else value
+        if tools is None or tools == []:
+            return None
+        if isinstance(tools, list):
+            tools = [_unfilled(json.loads(tool) if isinstance(tool, str) else tool) for tool in tools]
+    except (ValueError, RecursionError):
+        raise Skipped("not_tools") from None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) and tool for tool in tools):
+        raise Skipped("not_tools")
+    return tools
+
+
+def _is_text(part: object) -> bool:
+    """Whether it is a text part of a content list, as OpenAI's API has them."""
+    return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+
+
+def _unfilled(value: Any) -> Any:
+    """Without the keys that hold None. Raises Skipped where a string of it is no Unicode text: any may be rendered."""
+    if isinstance(value, dict):
+        return {_unfilled(key): _unfilled(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [_unfilled(item) for item in value]
+    if isinstance(value, str):
+        check_unicode(value)
+    return value
+
+
+def check_unicode(text: str) -> None:
+    """Half an emoji (``"\\ud83d"`` in JSON) is a Python string, but no Unicode text; tokenizers refuse it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise Skipped("broken_unicode") from None
