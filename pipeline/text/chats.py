@@ -1,7 +1,7 @@
 """Rendered chats, and the characters in them that the assistant wrote.
 
-A template that marks answers (``{% generation %}``) says itself what is the assistant's. Of every other one it is told by
-rendering the chat up to each turn: the turn is what the chat has more than the prompt that asks for it.
+A template may mark answers itself (``{% generation %}``). With any other, the chat is rendered up
+to each turn: the turn is what the chat has more than the prompt that asks for it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def render(template: ChatTemplate, messages: Messages, row: Row, learnt: list[in
 
     messages: those of ``row`` as ``template`` has prepared them.
 
-    Raises Refused where the template does, and UserError where the turns cannot be found in the text.
+    Raises Refused if the template does, and UserError if the turns cannot be found in the text.
     """
     if template.marks_answers:
         return _by_marks(template, messages, row, learnt)
@@ -32,7 +32,10 @@ def render(template: ChatTemplate, messages: Messages, row: Row, learnt: list[in
 
 
 def tokens_in(spans: list[Span], offsets: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """bool[n]: tokens that hold a character of a span. ``offsets``: int64[n, 2], characters, end exclusive."""
+    """bool[n]: tokens that hold a character of a span.
+
+    offsets: int64[n, 2], the characters of each token, end exclusive.
+    """
     mask = np.zeros(len(offsets), np.bool_)
     for start, end in spans:
         mask |= (offsets[:, 0] < end) & (offsets[:, 1] > start)
@@ -40,10 +43,11 @@ def tokens_in(spans: list[Span], offsets: NDArray[np.int64]) -> NDArray[np.bool_
 
 
 def _by_marks(template: ChatTemplate, messages: Messages, row: Row, learnt: list[int]) -> tuple[str, list[Span]]:
-    """A template with ``{% generation %}`` blocks says itself what the assistant wrote; its author's word counts.
+    """By the template's own ``{% generation %}`` blocks: its author's word counts.
 
-    A block is a turn's if it is in the chat up to that turn, at the same place, and not in the chat before. A template
-    that looks ahead has no such places; there the order tells, if there is one block for each turn.
+    A block is a turn's if it is in the chat up to that turn, at the same place, and not in the chat
+    before. A template that looks ahead has no such places; there the order tells, if there is one
+    block for each turn.
     """
     text, spans = template.render_marked(messages, row.tools)
     turns = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
@@ -66,8 +70,8 @@ def _by_marks(template: ChatTemplate, messages: Messages, row: Row, learnt: list
 def _by_prefixes(template: ChatTemplate, messages: Messages, row: Row, learnt: list[int]) -> tuple[str, list[Span]]:
     """The assistant's turn ``i`` is what the chat up to it has more than the prompt that asks for it.
 
-    White space after the end-of-turn token separates turns and is nobody's. A chat that opens with the assistant
-    has no prompt for that turn: it is context.
+    White space after the end-of-turn token separates turns and is nobody's. A chat that opens with
+    the assistant has no prompt for that turn: it is context.
     """
     text = template.render(messages, row.tools)
     if len(learnt) >= _MANY_TURNS:
@@ -91,8 +95,9 @@ def _by_windows(
 ) -> list[Span] | None:
     """The spans of ``_by_prefixes`` at a cost linear in turns; None where it cannot be told so.
 
-    A chat is a row of rounds, each rendered behind the system prompt and the round before it instead of behind the
-    whole chat. It counts only if all that the rounds add makes up ``text``, to the character.
+    A chat is a row of rounds, each rendered behind the system prompt and the round before it
+    instead of behind the whole chat. It counts only if all that the rounds add makes up ``text``,
+    to the character.
     """
     lead = next((i for i, message in enumerate(messages) if message["role"] not in SYSTEM_ROLES), len(messages))
     starts, spans, at = _rounds(messages, lead), list[Span](), 0
@@ -123,7 +128,7 @@ def _by_windows(
 
 
 def _rounds(messages: Messages, lead: int) -> list[int]:
-    """Where rounds begin behind the system prompt: at a question, and where the assistant goes on after a tool."""
+    """Starts of rounds behind the system prompt: questions, and the assistant after a tool."""
     starts = [lead]
     for index in range(lead + 1, len(messages)):
         before, role = messages[index - 1]["role"], messages[index]["role"]

@@ -35,7 +35,10 @@ Refused = Callable[[int, str], UserError]
 
 
 class PatientClient:
-    """Requests that outlast a server's absence. They run in an event loop of their own, in a thread beside the caller's."""
+    """Requests that outlast a server's absence.
+
+    They run in an event loop of their own, in a thread beside the caller's.
+    """
 
     def __init__(self, settings: ServerConfig) -> None:
         self._settings = settings
@@ -105,8 +108,8 @@ class PatientClient:
     ) -> tuple[bytes, bool]:
         """The body of the answer, and whether it came over a new connection or after a failure.
 
-        No connection, a broken one, no answer in time, 5xx, 408 and 429 are waited out. Any other status is final:
-        ``refused(status, message)`` makes the error. Raises UserError.
+        No connection, a broken one, no answer in time, 5xx, 408 and 429 are waited out. Any other
+        status is final: ``refused(status, message)`` makes the error. Raises UserError.
         """
         fresh = first_failure is not None
 
@@ -143,7 +146,7 @@ class PatientClient:
             attempt += 1
 
     async def wait(self, reason: str, first_failure: float, attempt: int) -> None:
-        """Sleeps before the next attempt. Raises UserError where the server has been away for too long."""
+        """Sleeps before the next attempt. Raises UserError if the server has been away too long."""
         url, patience = self._settings.url, self._settings.patience
         if time.monotonic() - first_failure > patience:
             raise UserError(
@@ -179,7 +182,7 @@ class PatientClient:
 
 
 def patiently(future: Future[_Result]) -> _Result:
-    """The result, whenever it comes, unless a signal asks for the end first (``logitcask.pipeline.interruption``)."""
+    """The result, whenever it comes, unless a signal asks for the end first (``interruption``)."""
     while not future.done():
         wait([future], timeout=_SIGNALS_SECONDS)
         checkpoint()
