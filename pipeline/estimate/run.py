@@ -96,7 +96,7 @@ def estimate(
                        say how many there are, powers of ten from 10^6 to 10^12.
     price:             of a GPU for an hour, in any currency.
     gpus:              at work together; None: those of one engine.
-    gpu:               whose peak figures count (a key of ``estimate_speed.GPUS``).
+    gpu:               whose peak figures count (a key of ``speed.GPUS``).
     tokens_per_second: of one engine, where it is known; replaces the figures of ``gpu``.
     measure:           start the engine and measure speed and bytes on the head of the data; a given speed still counts.
 

@@ -91,7 +91,7 @@ class Speed(BaseModel):
 
 
 def given_speed(config: BuildConfig, tokens_per_second: float) -> Speed:
-    """Somebody knows."""
+    """The speed the user gave."""
     return Speed(
         source="given",
         tokens_per_second=_exactly(tokens_per_second),

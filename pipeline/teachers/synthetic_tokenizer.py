@@ -1,4 +1,4 @@
-"""A byte tokenizer for the synthetic teacher: one token per byte of UTF-8, and two special tokens."""
+"""The synthetic teacher's tokenizer: one token per byte of UTF-8, and two special tokens."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _CHATML = (
 
 
 class SyntheticTokenizer:
-    """One token per UTF-8 byte, and two special tokens: the part of a transformers tokenizer that the pipeline uses.
+    """The part of a transformers tokenizer that the pipeline uses, for bytes.
 
-    Ids 0 to 255 are the bytes, 256 is ``<|im_start|>`` (also BOS), 257 is ``<|im_end|>`` (also EOS).
+    Ids 0 to 255 are the bytes, 256 is ``<|im_start|>`` (BOS too), 257 is ``<|im_end|>`` (EOS too).
     """
 
     name_or_path = "synthetic"
@@ -45,14 +45,14 @@ class SyntheticTokenizer:
         return {token: index for index, token in enumerate(self.convert_ids_to_tokens(range(len(self))))}
 
     def convert_ids_to_tokens(self, ids: Seq[int]) -> list[str]:
-        """Names of tokens; ids that the tokenizer lacks, which the teacher can still predict, are written like ``<300>``."""
+        """Names of tokens; ids that only the teacher has are written like ``<300>``."""
         specials = {index: token for token, index in _SPECIALS.items()}
         return [f"<0x{index:02X}>" if index < 256 else specials.get(index, f"<{index}>") for index in map(int, ids)]
 
     def __call__(
         self, text: str | list[str], *, add_special_tokens: bool = True, return_offsets_mapping: bool = False, **_: Any
     ) -> dict[str, Any]:
-        """Ids, and the characters [start, end) that each token came from; BOS in front where special tokens are added.
+        """Ids, and the characters [start, end) of each token; BOS in front if special tokens are added.
 
         Lists of lists for a list of texts, plain lists for one text, as in transformers.
         """
@@ -67,7 +67,7 @@ class SyntheticTokenizer:
         return _encode(text, add_special_tokens)[0]
 
     def decode(self, token_ids: int | Seq[int], *, skip_special_tokens: bool = False, **_: Any) -> str:
-        """Text of ids; invalid UTF-8 becomes U+FFFD, ids that the tokenizer lacks are written like ``<300>``."""
+        """Text of ids; invalid UTF-8 becomes U+FFFD, unknown ids are written like ``<300>``."""
         ids = np.atleast_1d(np.asarray(token_ids, dtype=np.int64)).tolist()
         if skip_special_tokens:
             ids = [index for index in ids if index not in self.all_special_ids]
@@ -84,7 +84,7 @@ class SyntheticTokenizer:
         tokenize: bool = True,
         **variables: Any,
     ) -> Any:
-        """A chat, a list of {role, content}, as text (``tokenize=False``) or as ids; ChatML unless a template is given."""
+        """A chat of {role, content} as text (``tokenize=False``) or ids; ChatML without a template."""
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
         template = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(

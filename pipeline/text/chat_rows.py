@@ -1,7 +1,8 @@
 """Chats and tool definitions as a row holds them, turned into the one form that templates are given.
 
-Many tools have written such rows: content in parts or beside calls, arguments as text, marks for turns that are not
-learnt, keys that Arrow has filled with None. A row that cannot be used raises ``Skipped`` with the reason.
+Many tools have written such rows: content in parts or beside calls, arguments as text, marks for
+turns that are not learnt, keys that Arrow has filled with None. A row that cannot be used raises
+``Skipped`` with the reason.
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ class Skipped(Exception):
 
 
 def marked_messages(value: object) -> list[tuple[dict[str, Any], bool]]:
-    """A chat as a template takes it, and whether each message may be learnt: ``content`` is one string, or None beside
-    tool calls, whose arguments are objects.
+    """A chat as a template takes it, and whether each message may be learnt: ``content`` is one
+    string, or None beside tool calls, whose arguments are objects.
 
-    Arrow fills keys that other messages, calls or parts have with None; those are taken out again at every depth, in all
-    formats, so that a chat is the same whichever file it was in.
+    Arrow fills keys that other messages, calls or parts have with None; those are taken out again
+    at every depth, in all formats, so that a chat is the same whichever file it was in.
 
-    A string is read as JSON: that is how a chat fits into a CSV column, and how ``datasets`` stores uneven structures.
+    A string is read as JSON: that is how a chat fits into a CSV column, and how ``datasets`` stores
+    uneven structures.
     """
     try:
         if isinstance(value, str):
@@ -65,7 +67,9 @@ def _message(filled: dict[str, Any]) -> tuple[dict[str, Any], bool]:
 
 
 _MARKS = {"weight": False, "train": False, "training": False, "mask": True, "masked": True}
-"""Keys of a message that say whether it is learnt, and the value that says it is not: those of OpenAI and axolotl."""
+"""Keys of a message that say whether it is learnt, and the value that says it is not: those of
+OpenAI and axolotl.
+"""
 
 
 def _is_learnt(mark: str, value: object) -> bool:
@@ -76,7 +80,8 @@ def _is_learnt(mark: str, value: object) -> bool:
 
 
 def _calls(calls: object) -> list[Any]:
-    """Calls with their arguments as objects, which OpenAI's API has as JSON text. Empty text: no arguments.
+    """Calls with their arguments as objects, which OpenAI's API has as JSON text. Empty text: no
+    arguments.
 
     Raises Skipped for text that is not a JSON object: templates would quote it once more.
     """
@@ -108,7 +113,9 @@ def _no_constant(name: str) -> None:
 
 
 def tool_definitions(value: object) -> list[dict[str, Any]] | None:
-    """Tool definitions as a template takes them; None for none. The list, or each of its elements, may be JSON text.
+    """Tool definitions as a template takes them; None for none.
+
+    The list, or each of its elements, may be JSON text.
 
     Without keys that hold None, as in messages: Arrow gives each tool the parameters of all.
     """
@@ -131,7 +138,10 @@ def _is_text(part: object) -> bool:
 
 
 def _unfilled(value: Any) -> Any:
-    """Without the keys that hold None. Raises Skipped where a string of it is no Unicode text: any may be rendered."""
+    """Without the keys that hold None. Raises Skipped if a string of it is no Unicode text.
+
+    Any of them may be rendered.
+    """
     if isinstance(value, dict):
         return {_unfilled(key): _unfilled(item) for key, item in value.items() if item is not None}
     if isinstance(value, list):
@@ -142,7 +152,7 @@ def _unfilled(value: Any) -> Any:
 
 
 def check_unicode(text: str) -> None:
-    """Half an emoji (``"\\ud83d"`` in JSON) is a Python string, but no Unicode text; tokenizers refuse it."""
+    """Raises Skipped for half an emoji (``"\\ud83d"`` in JSON), which tokenizers refuse."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -63,6 +63,7 @@ class ChatTemplate:
     """The template in force, with the arguments and the date that the config gives it.
 
     text: as the tokenizer or ``data.chat_template`` has it.
+    name: how messages call it.
     date: what it writes for today, ``data.template_date`` or the day of this object's making; None for a template without
           a clock.
 
@@ -72,6 +73,7 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: Any, config: DataConfig) -> None:
         self.text = _template_of(tokenizer, config)
+        self.name = str(config.chat_template) if config.chat_template else "the tokenizer's chat template"
         self.date = (config.template_date or today()) if _CLOCK.search(self.text) else None
         self._tokenizer = tokenizer
         self._source, self._variables = self.text, dict(config.template_arguments)

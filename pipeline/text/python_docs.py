@@ -1,4 +1,4 @@
-"""The built-in documents: the language reference that ships with Python, so that a first cache needs no data."""
+"""The built-in documents: the language reference of Python, so that a first cache needs no data."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _HEADING = re.compile(r"^\S.*\n([*=\-~^\"'#+])\1{2,} *$", re.MULTILINE)
 
 @cache
 def _python_docs() -> tuple[tuple[str, str], ...]:
-    """(id, text): the language reference that ships with Python (PSF licence, about 465 kB), one document per section.
+    """(id, text) of the language reference that ships with Python, one document per section.
 
-    In the order of sha256(id), so that any prefix is a fair sample. The text belongs to the Python version; the stamp
-    tells versions apart.
+    PSF licence, about 465 kB. In the order of sha256(id), so that any prefix is a fair sample. The text belongs to the Python
+    version; the stamp tells versions apart.
     """
     from pydoc_data.topics import topics
 
@@ -30,7 +30,7 @@ def _python_docs() -> tuple[tuple[str, str], ...]:
 
 
 def _sections(page: str) -> list[str]:
-    """Cuts a page before each underlined heading; what is below ``_MIN_DOCUMENT`` joins the next, or the last one."""
+    """A page, cut before each underlined heading; short sections join the next, or the last."""
     cuts = [0, *(m.start() for m in _HEADING.finditer(page) if m.start() > 0), len(page)]
     sections = [""]
     for start, end in pairwise(cuts):

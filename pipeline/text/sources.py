@@ -1,7 +1,7 @@
 """From ``data.path`` to rows: where the text comes from, read as a stream.
 
-A built-in name (``python_docs``) needs no file. Everything else is named as for ``datasets.load_dataset``: a file, a folder, a hub
-name. ``datasets`` finds the files of a split; ``logitcask.pipeline.text.file_formats`` reads them, for three reasons:
+A built-in name (``python_docs``) needs no file. Everything else is named as for ``datasets.load_dataset``: a file, a
+folder, a hub name. ``datasets`` finds the files of a split; ``file_formats`` reads them, for three reasons:
 
 * its streaming Parquet reader may abort the process at exit when reading stops early, as it does at ``max_tokens``
   (https://github.com/huggingface/datasets/issues/7566);

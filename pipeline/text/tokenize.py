@@ -7,11 +7,11 @@ by nobody. Where there is no such token, a piece's first token of text is learnt
 tokens already, as one that another tool has rendered does, gets no second ones.
 
 Chats: rendered once as a whole with the chat template and tokenised once. What the assistant wrote is learnt, its
-end-of-turn token included: its characters are found in the rendered text, and a token is the assistant's if it holds at
-least one of them.
+end-of-turn token included: its characters are found in the rendered text (``chats``), and a token is the assistant's if
+it holds at least one of them.
 
-A text above a million characters is tokenised in parts (``logitcask.pipeline.text.long_texts``), and no further than ``max_length`` asks
-for where the rest is cut off or the text left out.
+A text above a million characters is tokenised in parts (``long_texts``), and no further than ``max_length`` asks for where
+the rest is cut off or the text left out.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain, pairwise
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -31,8 +31,8 @@ from numpy.typing import NDArray
 
 from logitcask.cache_format.errors import UserError
 from logitcask.pipeline.config import DataConfig
-from logitcask.pipeline.text.chat_rows import SYSTEM_ROLES
-from logitcask.pipeline.text.chat_template import ChatTemplate, Messages, Refused, Span
+from logitcask.pipeline.text.chat_template import ChatTemplate, Refused, Span
+from logitcask.pipeline.text.chats import render, tokens_in
 from logitcask.pipeline.text.long_texts import LONG, LongTexts, Tokens, head, pieces, special_tokens, with_whole_offsets
 from logitcask.pipeline.text.sources import Row
 from logitcask.pipeline.types import Sequence
@@ -41,7 +41,6 @@ log = logging.getLogger(__name__)
 
 _BATCH_ROWS = 256
 _BATCH_CHARACTERS = 1 << 20
-_MANY_TURNS = 8  # from which on a chat is rendered in windows
 _PIECE_LIKE = re.compile(r"/\d+$")
 # BOS of widely used tokenizers. Text that begins with another tokenizer's was rendered for that one.
 _KNOWN_BOS = (
@@ -204,7 +203,7 @@ class Tokenization:
         if not rendered:
             return
         for chat, (ids, offsets) in zip(rendered, self._tokens([chat.text for chat in rendered]), strict=True):
-            mask = _tokens_in(chat.spans, offsets)
+            mask = tokens_in(chat.spans, offsets)
             mask[:1] = False
             limit = self._config.max_length
             if len(ids) > limit and self._config.overlong == "drop":
@@ -244,7 +243,6 @@ class Tokenization:
             template.check_tools(row.row_id, messages, row.tools)
             if template.special_token_in(row.row_id, messages, row.tools):
                 self._counters["special_tokens_in_content"] += 1
-            render = self._render_marked if template.marks_answers else self._render_by_prefixes
             try:
                 text, spans = render(template, messages, row, learnt)
             except Refused as refusal:
@@ -252,88 +250,6 @@ class Tokenization:
                 self._refusal = self._refusal or f"{row.row_id}: {refusal}"
                 continue
             yield _Rendered(row.row_id, text, spans, len(turns) - len(learnt))
-
-    def _render_marked(
-        self, template: ChatTemplate, messages: Messages, row: Row, learnt: list[int]
-    ) -> tuple[str, list[Span]]:
-        """A template with ``{% generation %}`` blocks says itself what the assistant wrote; its author's word counts.
-
-        A block is a turn's if it is in the chat up to that turn, at the same place, and not in the chat before. A template
-        that looks ahead has no such places; there the order tells, if there is one block for each turn.
-        """
-        text, spans = template.render_marked(messages, row.tools)
-        turns = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
-        if len(learnt) == len(turns):
-            return text, spans
-        ends = []
-        for turn in turns[:-1]:
-            start, blocks = template.render_marked(messages[: turn + 1], row.tools)
-            shared = [block for block in blocks if block in spans and text[slice(*block)] == start[slice(*block)]]
-            ends.append(len(shared) if shared == spans[: len(shared)] else -1)
-        ends = [0, *ends, len(spans)]
-        if any(end <= before for before, end in pairwise(ends)):
-            if len(spans) != len(turns):
-                raise UserError(self._unattributed(row.row_id))
-            ends = list(range(len(turns) + 1))
-        of_turn = {turn: spans[before:end] for turn, (before, end) in zip(turns, pairwise(ends), strict=True)}
-        return text, [span for turn in learnt for span in of_turn[turn]]
-
-    def _render_by_prefixes(
-        self, template: ChatTemplate, messages: Messages, row: Row, learnt: list[int]
-    ) -> tuple[str, list[Span]]:
-        """The assistant's turn ``i`` is what the chat up to it has more than the prompt that asks for it.
-
-        White space after the end-of-turn token separates turns and is nobody's. A chat that opens with the assistant
-        has no prompt for that turn: it is context.
-        """
-        text = template.render(messages, row.tools)
-        if len(learnt) >= _MANY_TURNS:
-            found = self._render_by_windows(template, text, messages, row, learnt)
-            if found is not None:
-                return text, found
-        spans = []
-        for turn in learnt:
-            if turn == 0:
-                continue
-            prompt = template.render(messages[:turn], row.tools, add_generation_prompt=True)
-            through = text if turn + 1 == len(messages) else template.render(messages[: turn + 1], row.tools)
-            if not (text.startswith(through) and through.startswith(prompt)):
-                raise UserError(self._unstable(row.row_id, turn))
-            spans.append((len(prompt), max(len(prompt), len(through.rstrip()))))
-        return text, spans
-
-    def _render_by_windows(
-        self, template: ChatTemplate, text: str, messages: Messages, row: Row, learnt: list[int]
-    ) -> list[Span] | None:
-        """The spans of ``_render_by_prefixes`` at a cost linear in turns; None where it cannot be told so.
-
-        A chat is a row of rounds, each rendered behind the system prompt and the round before it instead of behind the
-        whole chat. It counts only if all that the rounds add makes up ``text``, to the character.
-        """
-        lead = next((i for i, message in enumerate(messages) if message["role"] not in SYSTEM_ROLES), len(messages))
-        starts, spans, at = _rounds(messages, lead), list[Span](), 0
-        for number, (start, end) in enumerate(pairwise([*starts, len(messages)])):
-            before = messages[:lead]
-            if number:
-                before = [*before, *_question(messages, starts[number - 1]), *messages[starts[number - 1] : start]]
-            window = [*before, *messages[start:end]]
-            try:
-                begun = template.render(before, row.tools) if number else ""
-                whole = template.render(window, row.tools)
-                if not (whole.startswith(begun) and text.startswith(whole[len(begun) :], at)):
-                    return None
-                for turn in (turn for turn in learnt if start <= turn < end and turn):
-                    length = len(before) + turn - start
-                    prompt = template.render(window[:length], row.tools, add_generation_prompt=True)
-                    through = whole if turn + 1 == end else template.render(window[: length + 1], row.tools)
-                    if not (whole.startswith(through) and through.startswith(prompt)):
-                        return None
-                    shift = at - len(begun)
-                    spans.append((shift + len(prompt), shift + max(len(prompt), len(through.rstrip()))))
-            except Refused:
-                return None
-            at += len(whole) - len(begun)
-        return spans if at == len(text) else None
 
     # --- checks ---
 
@@ -360,21 +276,6 @@ class Tokenization:
                     "choose another data.id_field, or none to use row numbers"
                 )
             used.add(digest)
-
-    def _unstable(self, row_id: str, turn: int) -> str:
-        name = str(self._config.chat_template) if self._config.chat_template else "the tokenizer's chat template"
-        return (
-            f"{name} renders the start of chat {row_id} otherwise than the whole (message {turn}), so the assistant's "
-            "tokens cannot be found; put {% generation %}...{% endgeneration %} around them in the template, "
-            "or set data.chat_template to one that does not look ahead"
-        )
-
-    def _unattributed(self, row_id: str) -> str:
-        return (
-            f"chat {row_id} has turns that are not to be learnt, but the template's {{% generation %}} blocks are more or "
-            "fewer than its turns, so which block is whose cannot be told; set data.chat_template to one with a block for "
-            "each turn of the assistant"
-        )
 
     def _no_room(self) -> str:
         return (
@@ -457,32 +358,6 @@ def _learnt(sequence_id: str, ids: NDArray[np.int32], given: int = 1) -> Sequenc
     mask = np.ones(len(ids), np.bool_)
     mask[:given] = False
     return Sequence(sequence_id, ids, mask)
-
-
-def _rounds(messages: Messages, lead: int) -> list[int]:
-    """Where rounds begin behind the system prompt: at a question, and where the assistant goes on after a tool."""
-    starts = [lead]
-    for index in range(lead + 1, len(messages)):
-        before, role = messages[index - 1]["role"], messages[index]["role"]
-        if role == "user" != before or (role == "assistant" and before == "tool"):
-            starts.append(index)
-    return starts
-
-
-def _question(messages: Messages, start: int) -> Messages:
-    """The question that a round is about, for one that begins with the assistant."""
-    if messages[start]["role"] == "user":
-        return []
-    asked = next((index for index in range(start - 1, -1, -1) if messages[index]["role"] == "user"), None)
-    return [] if asked is None else [messages[asked]]
-
-
-def _tokens_in(spans: list[Span], offsets: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """bool[n]: tokens that hold a character of a span. ``offsets``: int64[n, 2], characters, end exclusive."""
-    mask = np.zeros(len(offsets), np.bool_)
-    for start, end in spans:
-        mask |= (offsets[:, 0] < end) & (offsets[:, 1] > start)
-    return mask
 
 
 def batches(rows: Iterable[Row]) -> Iterator[list[Row]]:

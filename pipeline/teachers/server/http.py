@@ -1,4 +1,7 @@
-"""HTTP to a server that may go away and come back: requests are sent again until it answers, up to a limit of patience."""
+"""HTTP to a server that may go away and come back: requests are sent again until it answers.
+
+Patience has a limit, ``teacher.server.patience``. Errors say which server it is and what to change.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import os
 import random
 import threading
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from concurrent.futures import Future, wait
 from typing import Any, TypeVar
 
@@ -27,10 +30,15 @@ _LONGEST_DELAY = 20.0
 _CONNECT_SECONDS = 10.0
 _SIGNALS_SECONDS = 0.25
 _Result = TypeVar("_Result")
+Refused = Callable[[int, str], UserError]
+"""From the status and the message of an answer that is final to the error that it means."""
 
 
 class PatientClient:
-    """Requests that outlast a server's absence. They run in an event loop of their own, in a thread beside the caller's."""
+    """Requests that outlast a server's absence.
+
+    They run in an event loop of their own, in a thread beside the caller's.
+    """
 
     def __init__(self, settings: ServerConfig) -> None:
         self._settings = settings
@@ -96,12 +104,12 @@ class PatientClient:
         content: object = None,
         *,
         first_failure: float | None = None,
-        refused: Any = None,
+        refused: Refused | None = None,
     ) -> tuple[bytes, bool]:
         """The body of the answer, and whether it came over a new connection or after a failure.
 
-        No connection, a broken one, no answer in time, 5xx, 408 and 429 are waited out. Any other status is final:
-        ``refused(status, message)`` makes the error. Raises UserError.
+        No connection, a broken one, no answer in time, 5xx, 408 and 429 are waited out. Any other
+        status is final: ``refused(status, message)`` makes the error. Raises UserError.
         """
         fresh = first_failure is not None
 
@@ -138,7 +146,7 @@ class PatientClient:
             attempt += 1
 
     async def wait(self, reason: str, first_failure: float, attempt: int) -> None:
-        """Sleeps before the next attempt. Raises UserError where the server has been away for too long."""
+        """Sleeps before the next attempt. Raises UserError if the server has been away too long."""
         url, patience = self._settings.url, self._settings.patience
         if time.monotonic() - first_failure > patience:
             raise UserError(
@@ -156,7 +164,7 @@ class PatientClient:
             logger.info("the server answers again, after %.0f s", time.monotonic() - self._away_since)
             self._away_since = None
 
-    def _final(self, path: str, status: int, message: str, refused: Any) -> UserError:
+    def _final(self, path: str, status: int, message: str, refused: Refused | None) -> UserError:
         url = self._settings.url
         if status in (401, 403):
             has = self._settings.api_key_env
@@ -167,15 +175,14 @@ class PatientClient:
             )
             return UserError(f"the server at {url} wants another API key ({status}); {what}")
         if refused is not None:
-            error: UserError = refused(status, message)
-            return error
+            return refused(status, message)
         return UserError(
             f"{url}{path} answers {status}: {message}; expected a vLLM server with the OpenAI API, teacher.server.url without /v1"
         )
 
 
 def patiently(future: Future[_Result]) -> _Result:
-    """The result, whenever it comes, unless a signal asks for the end first (``logitcask.pipeline.interruption``)."""
+    """The result, whenever it comes, unless a signal asks for the end first (``interruption``)."""
     while not future.done():
         wait([future], timeout=_SIGNALS_SECONDS)
         checkpoint()

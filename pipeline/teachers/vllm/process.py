@@ -1,4 +1,4 @@
-"""The process around a vLLM engine: how vLLM is imported, what it prints, and the cause of a failure."""
+"""The process around a vLLM engine: how vLLM is imported, what it prints, why it failed."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ logger = logging.getLogger(__name__)
 
 
 class EngineLog:
-    """The file that an engine prints to for as long as it lives; read only to find the cause of a failure.
+    """The file that an engine prints to while it lives; read only to find the cause of a failure.
 
-    harmless: bytes of it that were printed before a request that has been answered since: no cause of a failure is among
-              them.
+    harmless: bytes of it that were printed before a request that has been answered since; no cause
+              of a failure is among them.
     """
 
     def __init__(self) -> None:
@@ -43,7 +43,8 @@ class EngineLog:
     def quiet(self) -> Iterator[None]:
         """Sends what the engine prints here, unless debugging.
 
-        By file descriptor: native code and the engine's child processes print past ``sys.stdout`` and ``logging``.
+        By file descriptor: native code and the engine's child processes print past ``sys.stdout``
+        and ``logging``.
         """
         if _debugging():
             yield
@@ -69,7 +70,7 @@ class EngineLog:
 
 
 def import_vllm() -> Any:
-    """Imports vLLM with the environment that it reads while it is imported. What the user has set stays as it is.
+    """Imports vLLM with the environment that it reads meanwhile. What the user has set stays.
 
     Raises UserError where this build of vLLM has no device to run on.
     """
@@ -108,7 +109,10 @@ def torch_threads_kept() -> Iterator[None]:
 
 
 def eager(*, on_cpu: bool) -> contextlib.AbstractContextManager[Any]:
-    """Without a C++ compiler, vLLM's CPU build runs what it would compile (it counts ranks) as it is, 9 % slower."""
+    """Without a C++ compiler, what vLLM's CPU build would compile runs as it is, 9 % slower.
+
+    It counts ranks.
+    """
     if not on_cpu or shutil.which(os.environ.get("CXX", "g++")):
         return contextlib.nullcontext()
     import torch
@@ -117,7 +121,10 @@ def eager(*, on_cpu: bool) -> contextlib.AbstractContextManager[Any]:
 
 
 def is_engine_failure(error: Exception) -> bool:
-    """Whether the engine has failed at its work. A call that a version does not know (a TypeError, say) is another matter."""
+    """Whether the engine has failed at its work.
+
+    A call that a version does not know (a TypeError, say) is another matter.
+    """
     return type(error).__name__ == "EngineDeadError" or isinstance(
         error, RuntimeError | OSError | MemoryError | AssertionError
     )
@@ -126,8 +133,8 @@ def is_engine_failure(error: Exception) -> bool:
 def explain(error: Exception, engine_log: IO[bytes], harmless: int = 0) -> str:
     """The innermost message of an engine's failure, in one line.
 
-    In-process engines raise the cause itself. Engines in other processes leave it in what they printed, behind the first
-    ``harmless`` bytes.
+    In-process engines raise the cause itself. Engines in other processes leave it in what they
+    printed, behind the first ``harmless`` bytes.
     """
     message = str(error)
     if isinstance(error, ValidationError):

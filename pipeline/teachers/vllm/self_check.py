@@ -1,7 +1,8 @@
-"""The checks of a vLLM engine that has started: whether its draws are right, and by which route its numbers come.
+"""The checks of a vLLM engine that has started: are its draws right, which route works?
 
-Draws are compared with whole distributions, the private route with a public one, on short prompts at every start: a
-version of vLLM that has changed what either relies on is found before anything is stored.
+Draws are compared with whole distributions, the private route with a public one, on short prompts
+at every start: a version of vLLM that has changed what either relies on is found before anything is
+stored.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ _ATTEMPTS = 3
 class SelfCheck:
     """The checks of one engine, for texts of up to ``max_length`` tokens.
 
-    stream:  scores prompts: (prompts, columns, route, beside) to the length and the prompt logprobs of each.
+    stream:  scores prompts: (prompts, columns, route, beside) to each one's length and logprobs.
     request: what the teacher asks of every position.
     version: vLLM's.
     """
@@ -45,11 +46,12 @@ class SelfCheck:
     version: str
 
     def check_draws(self) -> None:
-        """Compares the draws of a short prompt with the whole distributions, where draws are asked for.
+        """Compares the draws of a short prompt, if any are asked for, with whole distributions.
 
-        Engines differ from run to run, some by much more than rounding (mixtures of experts, weights of 4 bits). So whole
-        distributions are asked for twice, and twice what they differ by is no fault of the draws. A fault of them is found
-        every time; where there seems to be one, all is asked for again.
+        Engines differ from run to run, some by much more than rounding (mixtures of experts,
+        weights of 4 bits). So whole distributions are asked for twice, and twice what they differ
+        by is no fault of the draws. A fault of them is found every time; where there seems to be
+        one, all is asked for again.
 
         Raises UserError where they are not what ``logitcask.pipeline.distribution.draws`` gives.
         """
@@ -84,8 +86,9 @@ class SelfCheck:
         return dense
 
     def choose_route(self, asked: Literal["auto"] | Route) -> Route:
-        """The route ``asked`` for, checked: scores two short prompts, and compares every entry of what ``raw`` and a public
-        route make of the same answer.
+        """The route ``asked`` for, checked on two short prompts.
+
+        Every entry of what ``raw`` and a public route make of the same answer is compared.
 
         Raises UserError where the route that is asked for does not work.
         """
@@ -152,8 +155,9 @@ def _spread(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
 
 
 def _wrong_draws(rows: Rows, dense: NDArray[np.float32], request: ColumnRequest, tolerance: float) -> str | None:
-    """What is wrong with the draws in ``rows``, given the whole distributions (float32[n-1, V]) as another run said them.
+    """What is wrong with the draws in ``rows``; None for nothing.
 
+    dense:     float32[n-1, V], the whole distributions as another run gave them.
     tolerance: nats by which two runs may differ.
     """
     ids, logprobs, _ = rows

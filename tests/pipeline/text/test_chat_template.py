@@ -486,9 +486,9 @@ LONG = {
 def test_windows_find_what_prefixes_find(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for messages in LONG.values():
         given = [Row("a", None, messages(3), [TOOL])]
-        monkeypatch.setattr("logitcask.pipeline.text.tokenize._MANY_TURNS", 1)
+        monkeypatch.setattr("logitcask.pipeline.text.chats._MANY_TURNS", 1)
         by_windows = outcome(TEMPLATES[name], given)
-        monkeypatch.setattr("logitcask.pipeline.text.tokenize._MANY_TURNS", 1000)
+        monkeypatch.setattr("logitcask.pipeline.text.chats._MANY_TURNS", 1000)
         assert by_windows == outcome(TEMPLATES[name], given)
 
 
