@@ -34,7 +34,7 @@ from logitcask.cache_format.manifest import DataHash, GenerationIdentity, Teache
 from logitcask.cache_format.tokenizer_identity import tokenizer_identity
 from logitcask.pipeline.config import BuildConfig
 from logitcask.pipeline.generate.prompts import PromptRow, Prompts
-from logitcask.pipeline.interruption import at_safe_points, checkpoint
+from logitcask.pipeline.interruption import at_safe_points, safe_point
 from logitcask.pipeline.teachers.base import Generator, Prompt, Sampling
 from logitcask.pipeline.text.sources import Source
 from logitcask.pipeline.text.tokenize import Tokenization
@@ -244,7 +244,7 @@ class Generations:
                 for unit in missing:
                     unit_answers: list[Written] = []
                     for _ in self._asked(unit):
-                        checkpoint()
+                        safe_point()
                         ids = next(answers)
                         sampled += len(ids)
                         bar.set_postfix_str(f"{sampled / (time.monotonic() - started):,.0f} tok/s", refresh=False)

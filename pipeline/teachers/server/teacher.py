@@ -30,7 +30,7 @@ from logitcask.cache_format.manifest import TeacherIdentity
 from logitcask.pipeline.config import ServerConfig, TeacherConfig
 from logitcask.pipeline.distribution.capture import Capture
 from logitcask.pipeline.distribution.keep import not_a_number
-from logitcask.pipeline.interruption import checkpoint
+from logitcask.pipeline.interruption import safe_point
 from logitcask.pipeline.teachers.model import (
     ResolvedModel,
     check_context,
@@ -387,7 +387,7 @@ def _patiently(future: Future[_Result]) -> _Result:
     """The result, whenever it comes, unless a signal asks for the end first (``logitcask.pipeline.interruption``)."""
     while not future.done():
         wait([future], timeout=_SIGNALS_SECONDS)
-        checkpoint()
+        safe_point()
     return future.result()
 
 

@@ -35,7 +35,7 @@ from logitcask.pipeline.config import TeacherConfig
 from logitcask.pipeline.distribution.capture import Capture
 from logitcask.pipeline.distribution.draws import first_difference
 from logitcask.pipeline.distribution.keep import check_numbers, not_a_number
-from logitcask.pipeline.interruption import checkpoint
+from logitcask.pipeline.interruption import safe_point
 from logitcask.pipeline.memory import map_large_blocks
 from logitcask.pipeline.teachers.base import Prompt, Sampling
 from logitcask.pipeline.teachers.model import (
@@ -181,7 +181,7 @@ class VllmTeacher:
         self._harmless = self._printed()
 
         def step() -> Iterable[Any]:
-            checkpoint()
+            safe_point()
             with self._eager(), self._explained("writing"):
                 return [output for output in engine.step() if output.finished]
 
@@ -478,7 +478,7 @@ class VllmTeacher:
                         waiting.append((name, len(prompt), self._printed()))
                         engine.add_request(name, self._vllm.inputs.tokens_input(prompt), params)
                     if waiting and waiting[0][0] not in self._finished:
-                        checkpoint()
+                        safe_point()
                         for output in engine.step():
                             self._finished[output.request_id] = output.prompt_logprobs
                 while waiting and waiting[0][0] in self._finished:
