@@ -29,7 +29,7 @@ from logitcask.pipeline.builder.plan import Plan
 from logitcask.pipeline.builder.progress import Progress
 from logitcask.pipeline.builder.ray_worker import Coordinator, Done, ShardWorker, Situation, Task
 from logitcask.pipeline.config import BuildConfig, ScaleConfig
-from logitcask.pipeline.generate.answers import check_teacher
+from logitcask.pipeline.identity import check_teacher
 from logitcask.pipeline.interruption import at_safe_points, safe_point
 
 log = logging.getLogger(__name__)
