@@ -1,6 +1,6 @@
 """Ctrl-C and SIGTERM while a teacher scores: they take effect at the next safe point, not in the middle of an engine's step.
 
-Whoever works in steps calls ``checkpoint`` between them. A second signal does not wait.
+Whoever works in steps calls ``safe_point`` between them. A second signal does not wait.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _asked = threading.Event()
 
 @contextlib.contextmanager
 def at_safe_points() -> Iterator[None]:
-    """While this is entered, in the main thread, the first signal only makes ``checkpoint`` raise KeyboardInterrupt."""
+    """While this is entered, in the main thread, the first signal only makes ``safe_point`` raise KeyboardInterrupt."""
     if threading.current_thread() is not threading.main_thread():  # the only one that may set handlers
         yield
         return
@@ -36,7 +36,7 @@ def at_safe_points() -> Iterator[None]:
         _asked.clear()
 
 
-def checkpoint() -> None:
+def safe_point() -> None:
     """A safe point: raises KeyboardInterrupt if a signal has asked for it."""
     if _asked.is_set():
         raise KeyboardInterrupt

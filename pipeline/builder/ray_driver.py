@@ -29,8 +29,8 @@ from logitcask.pipeline.builder.plan import Plan
 from logitcask.pipeline.builder.progress import Progress
 from logitcask.pipeline.builder.ray_worker import Coordinator, Done, ShardWorker, Situation, Task
 from logitcask.pipeline.config import BuildConfig, ScaleConfig
-from logitcask.pipeline.generate.answers import check_teacher
-from logitcask.pipeline.interruption import at_safe_points, checkpoint
+from logitcask.pipeline.identity import check_teacher
+from logitcask.pipeline.interruption import at_safe_points, safe_point
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ def score_shards_on_ray(
                         _take_up(writer, shard, progress)
                 if row is not None and row["error"]:
                     raise _error(row["error"], row["message"])
-                checkpoint()
+                safe_point()
         return writer.header(), progress.seconds, progress.counts.scored_tokens
 
 

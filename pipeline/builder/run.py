@@ -35,15 +35,9 @@ from logitcask.pipeline.builder.progress import Progress
 from logitcask.pipeline.builder.score import estimate_prior, score_shard, score_shards
 from logitcask.pipeline.builder.writer_thread import Pair
 from logitcask.pipeline.config import BuildConfig
-from logitcask.pipeline.generate.answers import (
-    Generations,
-    check_teacher,
-    check_unchanged,
-    prompts_sha256,
-    tokenizer_changes,
-    tokenizer_of,
-)
+from logitcask.pipeline.generate.answers import Generations, prompts_sha256
 from logitcask.pipeline.generate.prompts import Prompts
+from logitcask.pipeline.identity import check_teacher, check_unchanged, tokenizer_changes, tokenizer_of
 from logitcask.pipeline.interruption import at_safe_points
 from logitcask.pipeline.teachers.base import Sampling, Teacher
 from logitcask.pipeline.teachers.model import attention, check_context, resolve_model

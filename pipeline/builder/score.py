@@ -19,7 +19,7 @@ from logitcask.cache_format.writer import CacheWorker
 from logitcask.pipeline.builder.plan import Plan, read_sequences
 from logitcask.pipeline.builder.progress import Progress
 from logitcask.pipeline.builder.writer_thread import Pair, WriterThread, kept
-from logitcask.pipeline.interruption import checkpoint
+from logitcask.pipeline.interruption import safe_point
 from logitcask.pipeline.memory import give_back
 from logitcask.pipeline.teachers.base import Teacher, answers, bounded_groups
 from logitcask.pipeline.types import PendingScores, Sequence
@@ -36,7 +36,7 @@ def score_shard(
     build_dir: Path,
     shard: int,
     progress: Progress | None = None,
-    check: Callable[[], None] = checkpoint,
+    check: Callable[[], None] = safe_point,
 ) -> Iterator[Pair]:
     """Each sequence of a shard with what the teacher says of it, in order. What has nothing to learn is never scored.
 
@@ -102,7 +102,7 @@ def score_shards(
                     behind.append(pair)
         except Exception:
             # Engines in processes of their own die of the same Ctrl-C.
-            checkpoint()
+            safe_point()
             raise
 
 

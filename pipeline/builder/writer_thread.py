@@ -17,7 +17,7 @@ from logitcask.cache_format.writer import CacheWorker
 from logitcask.pipeline.builder.plan import Plan
 from logitcask.pipeline.builder.progress import Progress
 from logitcask.pipeline.distribution.keep import keep, keep_nothing
-from logitcask.pipeline.interruption import checkpoint
+from logitcask.pipeline.interruption import safe_point
 from logitcask.pipeline.types import PendingScores, Sequence
 
 # A sequence with what the teacher says of it; None where nothing of it is kept, so that it was not scored.
@@ -81,7 +81,7 @@ class WriterThread:
 
     def check(self) -> None:
         """A safe point; also raises what has failed in the thread, if something has."""
-        checkpoint()
+        safe_point()
         if self._error is not None:
             raise self._error
 
@@ -91,7 +91,7 @@ class WriterThread:
             # One answer larger than the whole queue must pass too.
             while self._held and self._held + size > QUEUE_BYTES and self._error is None:
                 self._changed.wait(_POLL_SECONDS)
-                checkpoint()
+                safe_point()
             self.check()
             self._queue.append(item)
             self._held += size

@@ -30,14 +30,13 @@ from tqdm import tqdm
 from logitcask.cache_format.differences import describe_difference
 from logitcask.cache_format.durable import load_state, sync, write_durably, writing_to
 from logitcask.cache_format.errors import UserError
-from logitcask.cache_format.manifest import DataHash, GenerationIdentity, TeacherIdentity, TokenizerIdentity
-from logitcask.cache_format.tokenizer_identity import tokenizer_identity
+from logitcask.cache_format.manifest import DataHash, GenerationIdentity, TokenizerIdentity
 from logitcask.pipeline.config import BuildConfig
 from logitcask.pipeline.generate.prompts import PromptRow, Prompts
-from logitcask.pipeline.interruption import at_safe_points, checkpoint
+from logitcask.pipeline.identity import check_teacher, check_unchanged, tokenizer_changes, tokenizer_of
+from logitcask.pipeline.interruption import at_safe_points, safe_point
 from logitcask.pipeline.teachers.base import Generator, Prompt, Sampling
 from logitcask.pipeline.text.sources import Source
-from logitcask.pipeline.text.tokenize import Tokenization
 from logitcask.pipeline.types import Sequence
 
 _PROMPTS = pa.schema([("row_id", pa.string()), ("input_ids", pa.list_(pa.int32()))])
@@ -244,7 +243,7 @@ class Generations:
                 for unit in missing:
                     unit_answers: list[Written] = []
                     for _ in self._asked(unit):
-                        checkpoint()
+                        safe_point()
                         ids = next(answers)
                         sampled += len(ids)
                         bar.set_postfix_str(f"{sampled / (time.monotonic() - started):,.0f} tok/s", refresh=False)
@@ -339,46 +338,3 @@ def prompts_sha256(prompts: Iterable[PromptRow]) -> str:
     for row in prompts:
         digest.update(row.row_id, row.input_ids, np.zeros(0, np.bool_))
     return digest.hexdigest()
-
-
-def check_unchanged(source: Source, stamp: str, config: BuildConfig) -> None:
-    """Raises UserError where the data is no longer what ``stamp`` said before its first row was read."""
-    try:
-        now = source.stamp()
-    except OSError:  # a file is gone
-        now = ""
-    if now != stamp:
-        raise UserError(
-            f"{config.data.path} has changed while it was read; run the same command again once nothing writes to it"
-        )
-
-
-def tokenizer_of(text: Prompts | Tokenization | Generations, config: BuildConfig) -> TokenizerIdentity:
-    """The tokenizer and the chat template in force, as a manifest names them."""
-    template = text.template.text if text.template else None
-    return TokenizerIdentity(name=config.teacher.model, **tokenizer_identity(text.tokenizer, template))
-
-
-def tokenizer_changes(before: TokenizerIdentity, now: TokenizerIdentity) -> str:
-    """What of a tokenizer differs, for people; empty where nothing does."""
-    parts = {
-        "vocab_sha256": "its vocabulary",
-        "sha256": "how it turns text into ids",
-        "chat_template_sha256": "its chat template",
-    }
-    return ", ".join(part for field, part in parts.items() if getattr(before, field) != getattr(now, field))
-
-
-def check_teacher(build_dir: Path, teacher: TeacherIdentity) -> None:
-    """The teacher that scores answers is the one that wrote them: the first one is written down, others are refused."""
-    file = build_dir / "generations" / "teacher.json"
-    if not file.exists():
-        write_durably(file, teacher.model_dump_json(indent=2))
-        return
-    first = load_state(TeacherIdentity, file)
-    before, now = (each.model_dump(mode="json", exclude={"route"}) for each in (first, teacher))
-    if before != now:
-        raise UserError(
-            f"{build_dir.parent} holds answers of another teacher: {describe_difference(before, now)}; "
-            "go on with that one, start afresh with --restart, or choose another output"
-        )

@@ -79,7 +79,7 @@ class Objective:
         ]
 
     def exactness(self, teacher: SparseTeacher, shortest_head: int) -> dict[str, str]:
-        """What each loss is with a cache like ``teacher``: exact, unbiased, lower or biased (``logitcask.train.losses.Exactness``).
+        """What each loss is with a cache like ``teacher``: exact, unbiased, lower or biased (``logitcask.train.losses.base.Exactness``).
 
         ``shortest_head``: how many entries the cache's heads have at least.
         """

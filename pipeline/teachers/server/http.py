@@ -21,7 +21,7 @@ import msgspec
 
 from logitcask.cache_format.errors import UserError, one_line
 from logitcask.pipeline.config import ServerConfig
-from logitcask.pipeline.interruption import checkpoint
+from logitcask.pipeline.interruption import safe_point
 
 logger = logging.getLogger(__name__)
 
@@ -185,7 +185,7 @@ def patiently(future: Future[_Result]) -> _Result:
     """The result, whenever it comes, unless a signal asks for the end first (``interruption``)."""
     while not future.done():
         wait([future], timeout=_SIGNALS_SECONDS)
-        checkpoint()
+        safe_point()
     return future.result()
 
 

@@ -26,7 +26,7 @@ from logitcask.cache_format.errors import UserError
 from logitcask.cache_format.manifest import TeacherIdentity
 from logitcask.pipeline.config import TeacherConfig
 from logitcask.pipeline.distribution.capture import Capture
-from logitcask.pipeline.interruption import checkpoint
+from logitcask.pipeline.interruption import safe_point
 from logitcask.pipeline.memory import map_large_blocks
 from logitcask.pipeline.teachers.base import Prompt, Sampling
 from logitcask.pipeline.teachers.model import (
@@ -165,7 +165,7 @@ class VllmTeacher:
         self._engine_log.harmless = self._engine_log.printed()
 
         def step() -> Iterable[Any]:
-            checkpoint()
+            safe_point()
             with eager(on_cpu=self._on_cpu), self._explained("writing"):
                 return [output for output in engine.step() if output.finished]
 
@@ -377,7 +377,7 @@ class VllmTeacher:
                         waiting.append((name, len(prompt), self._engine_log.printed()))
                         engine.add_request(name, self._vllm.inputs.tokens_input(prompt), params)
                     if waiting and waiting[0][0] not in self._finished:
-                        checkpoint()
+                        safe_point()
                         for output in engine.step():
                             self._finished[output.request_id] = output.prompt_logprobs
                 while waiting and waiting[0][0] in self._finished:

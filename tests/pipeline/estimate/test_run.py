@@ -24,6 +24,7 @@ from logitcask.pipeline.estimate import speed as estimate_speed
 from logitcask.pipeline.estimate.run import Estimate, estimate
 from logitcask.pipeline.estimate.size import size_from_reference
 from logitcask.pipeline.teachers.model import ResolvedModel, activation_bits
+from logitcask.pipeline.text import row_count
 
 
 def config_of(tmp_path, data=None, **parts):
@@ -119,7 +120,7 @@ def test_all_of_the_data_is_told_from_sizes(tmp_path, rng, monkeypatch, write):
     exact = estimate(config)
     assert exact.sample.whole
     monkeypatch.setattr(estimates, "_ROWS", 50)
-    monkeypatch.setattr(estimates, "_HEAD_BYTES", 400_000)
+    monkeypatch.setattr(row_count, "_HEAD_BYTES", 400_000)
     told = estimate(config)
     assert (told.sample.whole, told.sample.rows) == (False, 50)
     assert told.total_text_tokens == pytest.approx(exact.sample.text_tokens, rel=0.1)

@@ -1,0 +1,55 @@
+"""``teacher-cache inspect`` and ``generations``: a cache as text for people."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def inspect(
+    cache: Annotated[str, typer.Argument(metavar="CACHE", help="A cache folder or fsspec URL.")],
+    sequence: Annotated[
+        int, typer.Option("--sequence", "-s", help="Which sequence, by its index; -1 is the last.")
+    ] = 0,
+    top: Annotated[int, typer.Option("--top", min=1, help="How many entries of each head to show.")] = 5,
+    tokenizer: Annotated[
+        str | None, typer.Option("--tokenizer", help="Folder or hub name, where the manifest's is not to be had.")
+    ] = None,
+) -> None:
+    """Shows one sequence token by token, with what the teacher expected at each."""
+    from rich.console import Console
+
+    from logitcask.cache_format import CacheReader, UserError
+    from logitcask.pipeline.commands.sequence_table import table, token_text
+
+    reader = CacheReader(cache)
+    if not -len(reader) <= sequence < len(reader):
+        raise UserError(f"{cache} has sequences 0 to {len(reader) - 1}; there is no {sequence}")
+    Console().print(table(reader[sequence], token_text(reader, tokenizer), top))
+
+
+def generations(
+    cache: Annotated[str, typer.Argument(metavar="CACHE", help="A cache folder or fsspec URL.")],
+    out: Annotated[Path | None, typer.Option("--out", help="File to write; standard output otherwise.")] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option("--tokenizer", help="Folder or hub name, where the manifest's is not to be had.")
+    ] = None,
+) -> None:
+    """Exports what the teacher wrote (data.generate) as JSON lines: id, prompt, answer, tokens, finish."""
+    import json
+    import sys
+
+    from logitcask.cache_format import CacheReader
+    from logitcask.cache_format.durable import writing_to
+    from logitcask.pipeline.commands.sequence_table import generations as answers
+
+    rows = answers(CacheReader(cache), tokenizer)
+    with (
+        writing_to(out or Path("standard output")),
+        out.open("w", encoding="utf-8") if out else nullcontext(sys.stdout) as file,
+    ):
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
