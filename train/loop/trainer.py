@@ -16,39 +16,40 @@ from accelerate.utils import DynamoBackend, TorchDynamoPlugin
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 from transformers import (
     PreTrainedModel,
     ProgressCallback,
     Trainer,
-    TrainerCallback,
     TrainerControl,
     TrainerState,
     TrainingArguments,
 )
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
-from transformers.trainer_utils import SaveStrategy
 
 from logitcask.cache_format.errors import UserError
 from logitcask.train.config import DataConfig, SelectionConfig
+from logitcask.train.data.batch import Place
 from logitcask.train.data.dataset import HeldOut
 from logitcask.train.data.mixture import Collator, Mixture, by_source
 from logitcask.train.data.order import Batches
-from logitcask.train.data.packing import check_isolation, wants_flat
-from logitcask.train.data.selection import (
-    Place,
-    largest_gaps,
-    learnability,
-    most_learnable,
-    only_positions,
-    only_sequences,
-)
-from logitcask.train.distributed import gathered, may_go_unused
+from logitcask.train.data.selection import largest_gaps, learnability, most_learnable, only_positions, only_sequences
+from logitcask.train.distributed import gathered
 from logitcask.train.evaluation.evaluate import evaluate
-from logitcask.train.head.chunked import LogitsHead, PerChunk, chosen_head_losses, head_losses
+from logitcask.train.head.chunked import PerChunk, chosen_head_losses, head_losses
+from logitcask.train.head.lm_head import LogitsHead
+from logitcask.train.loop.callbacks import (
+    FindBest,
+    LogWhenSaving,
+    Progress,
+    StopAfterSaving,
+    TellEpoch,
+    TellObjective,
+)
 from logitcask.train.loop.checkpoints import best_checkpoint
 from logitcask.train.loop.objective import Objective
+from logitcask.train.model.divergence import check_finite
+from logitcask.train.model.isolation import check_isolation, wants_flat
 from logitcask.train.model.precision import (
     as_exact_as_it_can,
     computing_dtype,
@@ -57,6 +58,7 @@ from logitcask.train.model.precision import (
     summed,
     warn_of_lost_steps,
 )
+from logitcask.train.model.unused import may_go_unused
 
 MODEL_INPUTS = (
     *("input_ids", "attention_mask", "position_ids"),
@@ -105,7 +107,7 @@ class DistillationTrainer(Trainer):
         self._sums: dict[str, Tensor] = {}
         self._positions = 0
         self._step_sums: Tensor | None = None
-        self._progress = _Progress()
+        self._progress = Progress()
         _route_forward(student, self._distil, self._gaps)
         super().__init__(
             model=student,
@@ -116,12 +118,17 @@ class DistillationTrainer(Trainer):
                 packed=data.packing, flat=data.packing and wants_flat(self.head), positions=selection.positions
             ),
             processing_class=tokenizer,
-            callbacks=[_LogWhenSaving(), self._progress, _TellEpoch(self), _TellObjective(self)],
+            callbacks=[
+                LogWhenSaving(),
+                self._progress,
+                TellEpoch(self.tell_epoch),
+                TellObjective(objective, self.end_step),
+            ],
         )
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
         if args.enable_jit_checkpoint:
-            self.add_callback(_StopAfterSaving(self.pop_callback(JITCheckpointCallback)))
+            self.add_callback(StopAfterSaving(self.pop_callback(JITCheckpointCallback)))
         if self.is_fsdp_enabled:
             shard_without_casts(self.accelerator.state.fsdp_plugin)
         warn_of_lost_steps(student, widened=self.is_fsdp_enabled and computing_dtype(args) is not None)
@@ -282,7 +289,7 @@ class DistillationTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds, to training records, the mean of each loss since the last one, and totals over all resumed runs.
 
-        Raises UserError where a mean is not finite, before such weights become a checkpoint (see ``_LogWhenSaving``).
+        Raises UserError where a mean is not finite, before such weights become a checkpoint (see ``LogWhenSaving``).
         ``Trainer`` shows the last finite loss in its place and goes on.
         """
         if "loss" in logs and self._sums:
@@ -355,23 +362,13 @@ class DistillationTrainer(Trainer):
         best: str | None = None
         if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
             best = str(best_checkpoint(state.best_model_checkpoint, Path(self.args.output_dir)))
-            self.add_callback(_FindBest(best))
+            self.add_callback(FindBest(best))
         if state.global_step >= self.total_steps():
             # Killed after the last step. Trainer itself would take one step more.
             self._load_from_checkpoint(best or checkpoint)
             self.state = state
             return
         self.train(resume_from_checkpoint=checkpoint)
-
-
-def check_finite(values: dict[str, float], when: str) -> None:
-    """Raises UserError where one of ``values`` is nan or infinite: the student has diverged."""
-    for name, value in values.items():
-        if not math.isfinite(value):
-            raise UserError(
-                f"the student has diverged: {name} is {value} {when}; lower training.learning_rate or set "
-                "training.max_grad_norm, and begin afresh with --restart"
-            )
 
 
 def _next_token_loss(batch: dict[str, Any]) -> PerChunk:
@@ -407,136 +404,3 @@ def _route_forward(student: PreTrainedModel, distil: Any, gaps: Any) -> None:
         return distil(inputs) if "kept" in inputs else plain(*args, **inputs)
 
     student.forward = forward  # type: ignore[method-assign]
-
-
-class _LogWhenSaving(TrainerCallback):
-    """Closes the window of averaged losses at every checkpoint and at the end, so that a resumed log is the same log."""
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if _may_save(args, control) or state.global_step >= state.max_steps:
-            control.should_log = True
-
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if _may_save(args, control):
-            control.should_log = True
-
-
-def _may_save(args: TrainingArguments, control: TrainerControl) -> bool:
-    # Whether a student is the best so far is known only once it is evaluated, which comes after logging.
-    return control.should_save or (args.save_strategy == SaveStrategy.BEST and control.should_evaluate)
-
-
-class _StopAfterSaving(TrainerCallback):
-    """After SIGTERM (``training.enable_jit_checkpoint``), saves at the end of a step and raises KeyboardInterrupt.
-
-    The signal is caught by transformers' own callback, which would save inside a step, drop the losses since the last
-    record, and let a training that has stopped pass for one that has finished.
-    """
-
-    def __init__(self, catching: JITCheckpointCallback) -> None:
-        self._catching = catching
-        self._asked = False
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        # Every process gets the signal, but not at the same step.
-        self._asked = self._asked or any(gathered(bool(self._catching.jit_manager.is_checkpoint_requested)))
-        if self._asked:
-            control.should_log = control.should_save = True
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self._asked:
-            self._catching.on_train_end(args, state, control)  # which gives the signal back
-            raise KeyboardInterrupt
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._catching.on_train_end(args, state, control)
-
-
-class _TellEpoch(TrainerCallback):
-    """Tells the order of the data which epoch begins, in the middle of it or not."""
-
-    def __init__(self, trainer: DistillationTrainer) -> None:
-        self._trainer = trainer
-
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._trainer.tell_epoch(kwargs["train_dataloader"])
-
-
-class _FindBest(TrainerCallback):
-    """Tells where the best student so far lies. Trainer forgets it where the path of the checkpoint's time leads nowhere."""
-
-    def __init__(self, folder: str) -> None:
-        self._folder = folder
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        state.best_model_checkpoint = self._folder
-
-
-class _TellObjective(TrainerCallback):
-    """Tells the objective where the training is. What it remembers is part of the checkpoints' trainer_state.json."""
-
-    def __init__(self, trainer: DistillationTrainer) -> None:
-        self._trainer = trainer
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if "objective" in state.stateful_callbacks:
-            self._trainer.objective.load_state_dict(state.stateful_callbacks["objective"])
-
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._trainer.objective.begin(state.global_step, state.max_steps)
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._trainer.end_step()
-
-
-class _Progress(TrainerCallback):
-    """One bar for the whole training, with the newest losses beside it."""
-
-    def __init__(self) -> None:
-        self._bar: tqdm | None = None
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if state.is_world_process_zero and not args.disable_tqdm:
-            self._bar = tqdm(
-                total=state.max_steps, initial=state.global_step, desc="train", unit="step", dynamic_ncols=True
-            )
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self._bar is not None:
-            self._bar.update(state.global_step - self._bar.n)
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if self._bar is not None and logs and "loss" in logs:
-            parts = {name.removeprefix("loss_"): value for name, value in logs.items() if name.startswith("loss_")}
-            self._bar.set_postfix_str(", ".join(f"{name} {value:.3f}" for name, value in parts.items()))
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None

@@ -12,11 +12,11 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from logitcask.cache_format.errors import ConfigError
-from logitcask.train.data.selection import Place
-from logitcask.train.distributed import may_go_unused
-from logitcask.train.head.chunked import LogitsHead
+from logitcask.train.data.batch import Place
+from logitcask.train.head.lm_head import LogitsHead
 from logitcask.train.loop.trainer import DistillationTrainer
 from logitcask.train.model.precision import check_attention, computing_dtype, shard_without_casts, warn_of_lost_steps
+from logitcask.train.model.unused import may_go_unused
 from logitcask.train.run import train
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
