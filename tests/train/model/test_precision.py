@@ -54,7 +54,7 @@ def test_ten_thousand_micro_batches_are_logged_right(trainer):
     batch = {"layout": (Place(0, 40, 17, 17), Place(1, 40, 20, 20))}
     for _ in range(10_000):
         trainer.compute_loss(lambda **_: (torch.tensor(61.6), dict(values)), batch, num_items_in_batch=37)
-    means = (trainer._step_sums[:-1] / trainer._step_sums[-1]).tolist()
+    means = (trainer._step_totals.sums[:-1] / trainer._step_totals.sums[-1]).tolist()
     assert means == pytest.approx([expected["taid"]], rel=1e-9)
     logs = {"loss": 1.0}
     trainer.log(logs)
