@@ -34,7 +34,8 @@ from torch.nn.functional import cross_entropy, linear
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from logitcask.train.config import TrainConfig
-from logitcask.train.head.chunked import LogitsHead, head_losses
+from logitcask.train.head.chunked import head_losses
+from logitcask.train.head.lm_head import LogitsHead
 from logitcask.train.loop.objective import Objective
 from logitcask.train.losses import SparseTeacher
 

@@ -32,7 +32,8 @@ if TYPE_CHECKING:
         UserError,
         verify,
     )
-    from logitcask.train.data.dataset import CachedDataset, collate
+    from logitcask.train.data.batch import collate
+    from logitcask.train.data.dataset import CachedDataset
     from logitcask.train.losses import LOSSES, SparseTeacher
 
 _FORMAT = "logitcask.cache_format"
@@ -55,7 +56,7 @@ _HOMES = {
     "TailSamples": _FORMAT,
     "UnsupportedCacheError": _FORMAT,
     "UserError": _FORMAT,
-    "collate": "logitcask.train.data.dataset",
+    "collate": "logitcask.train.data.batch",
     "verify": _FORMAT,
 }
 """The module that each public name is loaded from."""

@@ -13,13 +13,9 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
-import torch
 import torch.distributed as dist
-
-if TYPE_CHECKING:
-    from logitcask.train.head.chunked import LogitsHead
 
 T = TypeVar("T")
 
@@ -67,30 +63,6 @@ def machine() -> tuple[str, str]:
         return socket.gethostname(), Path("/proc/sys/kernel/random/boot_id").read_text()
     except OSError:
         return socket.gethostname(), ""
-
-
-def may_go_unused(head: LogitsHead) -> bool:
-    """Whether a backward pass may leave a trainable parameter without gradient, for which DDP has to look every time.
-
-    True if the graph of one token, run once, lacks one (an expert that is not chosen, a layer that text does not reach), or
-    if the student's config has layers left out at random.
-    """
-    student: Any = head.student
-    config = student.config.get_text_config(decoder=True).to_dict()
-    if any(value for name, value in config.items() if "layerdrop" in name):
-        return True
-    device = next(head.backbone.parameters()).device
-    with head.evaluated(), torch.enable_grad():
-        hidden = head.hidden(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=device))
-    reached = {id(weight) for weight in head.parameters()}
-    nodes, seen = [hidden.grad_fn], set()
-    while nodes:
-        node = nodes.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            nodes += [parent for parent, _ in node.next_functions]
-            reached.add(id(getattr(node, "variable", None)))  # a leaf's
-    return any(weight.requires_grad and id(weight) not in reached for weight in student.parameters())
 
 
 def leave(code: int = 0) -> None:

@@ -14,15 +14,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import TrainingArguments, set_seed
 from transformers.utils import logging as transformers_logging
 
 from logitcask.cache_format import CacheReader, Manifest, UserError
 from logitcask.cache_format.durable import write_durably
-from logitcask.cache_format.errors import ConfigError, first_line
 from logitcask.train.config import TrainConfig
-from logitcask.train.data.dataset import CachedDataset, HeldOut, collate
 from logitcask.train.data.mixture import open_data
 from logitcask.train.data.vocabulary import rows_of
 from logitcask.train.distributed import is_main, on_main
@@ -30,10 +27,10 @@ from logitcask.train.evaluation.answers import Answer, answers, mean_rouge_l
 from logitcask.train.evaluation.evaluate import KL_KIND, evaluate, examples, teacher_reference
 from logitcask.train.loop.arguments import check_best, check_optimizer, check_schedule, training_arguments
 from logitcask.train.loop.checkpoints import CacheStamp, last_checkpoint, named_checkpoint, warn_of_other_batches
-from logitcask.train.loop.objective import Objective
-from logitcask.train.loop.trainer import DistillationTrainer, check_finite
-from logitcask.train.losses.tails import Tail, tail_of
+from logitcask.train.loop.trainer import DistillationTrainer
+from logitcask.train.loop.try_objective import try_objective
 from logitcask.train.model import compat
+from logitcask.train.model.divergence import check_finite
 from logitcask.train.model.precision import check_attention
 from logitcask.train.model.student import build_student, load_student_tokenizer
 from logitcask.train.output.model_card import model_card
@@ -48,17 +45,6 @@ from logitcask.train.output.saving import (
 )
 
 log = logging.getLogger(__name__)
-
-_TAILS: dict[Tail, str] = {
-    "samples": "tail samples (unbiased)",
-    "ghost": "one cell of known mass (a lower bound; caches with tail samples are unbiased)",
-}
-_KINDS = {
-    "exact": "exact",
-    "unbiased": "unbiased over the draws",
-    "lower": "a lower bound",
-    "biased": "an approximation (docs/losses.md says of what kind)",
-}
 
 
 def train(config: TrainConfig, *, restart: bool = False) -> tuple[dict[str, Any], bool]:
@@ -124,7 +110,7 @@ def _train(
     data, held_out = open_data(config, caches, data_seed, rows_of(student))
     for source in data.sources:
         compat.check_vocabulary(source)
-    objective, tail, exactness = _try_objective(config, held_out)
+    objective, tail, exactness = try_objective(config, held_out)
     optimizer = check_optimizer(arguments, student)
     student.to(arguments.device)  # before the trainer tries the student: flash attention needs its GPU for that
     trainer = DistillationTrainer(
@@ -277,34 +263,3 @@ def _caches_described(config: TrainConfig, manifests: list[Manifest]) -> dict[st
         "tokens": tokens,
         "bytes_per_token": size / tokens,
     }
-
-
-def _try_objective(config: TrainConfig, data: HeldOut) -> tuple[Objective, Tail, dict[str, str]]:
-    """Makes the objective and tries it on a few positions of every cache.
-
-    Returns it, how much of the teacher's tail there is for them, and what each loss is with it (exact, unbiased, ...): the
-    least that any of the caches allows. Raises UserError or ConfigError for loss options that a cache cannot serve, before
-    anything is written.
-    """
-    try:
-        objective = Objective(config)
-        tails, kinds = zip(*(_try_on(objective, part) for part in data.parts), strict=True)
-    except (TypeError, ValueError, RuntimeError, IndexError) as error:
-        raise ConfigError(f"losses: {first_line(error)}; see the options in docs/losses.md") from error
-    exactness = {name: max((found[name] for found in kinds), key=list(_KINDS).index) for name in kinds[0]}
-    tail = min(tails, key=list(reversed(_TAILS)).index)
-    return objective, tail, {name: _KINDS[kind] for name, kind in exactness.items()}
-
-
-def _try_on(objective: Objective, data: CachedDataset) -> tuple[Tail, dict[str, str]]:
-    teacher = data.teacher(collate([data[0]]))
-    rows = slice(0, min(4, len(teacher)))
-    objective.per_chunk(teacher)(torch.zeros(rows.stop, teacher.vocab_size), rows)
-    tail = tail_of(teacher)
-    log.info("beyond the heads stored in %s, KL uses %s", data.cache.path, _TAILS[tail])
-    store = data.cache.manifest.store
-    ragged = store.min_probability is not None or store.top_p is not None
-    exactness = objective.exactness(teacher, store.min_k if ragged else store.top_k)
-    for name, kind in exactness.items():
-        log.info("with this cache, %s is %s", name, _KINDS[kind])
-    return tail, exactness

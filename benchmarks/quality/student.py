@@ -25,9 +25,10 @@ from transformers import PreTrainedModel
 
 from logitcask.cache_format import CachedSequence
 from logitcask.train.config import TrainConfig
-from logitcask.train.data.dataset import collate, teacher_of
+from logitcask.train.data.batch import collate, teacher_of
 from logitcask.train.evaluation.metrics import Calibration, rank_agreement, top_k_overlap
-from logitcask.train.head.chunked import LogitsHead, PerChunk, head_losses
+from logitcask.train.head.chunked import PerChunk, head_losses
+from logitcask.train.head.lm_head import LogitsHead
 from logitcask.train.loop.objective import Objective
 from logitcask.train.losses import LOSSES, SparseTeacher
 

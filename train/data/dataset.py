@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-import re
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from logitcask.cache_format import CachedSequence, CacheReader
-from logitcask.cache_format.manifest import DataIdentity
 from logitcask.cache_format.storage.files import is_local, open_filesystem
+from logitcask.train.data.batch import teacher_of
 from logitcask.train.data.vocabulary import left_out, restricted
 from logitcask.train.distributed import gathered, machine, processes
 from logitcask.train.losses import SparseTeacher
@@ -96,39 +91,6 @@ class HeldOut(Dataset[CachedSequence]):
         raise IndexError("past the last held-out sequence")
 
 
-def is_held_out(sequence_id: str, data: DataIdentity, share: float) -> bool:
-    """Whether a sequence is held out: by what ``row_of`` says, so that it is in every run, order and subset of the data."""
-    # Salted, since data may well lie in the order of some hash of its ids.
-    digest = hashlib.sha256(f"held out\0{row_of(sequence_id, data)}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") < share * 2**64
-
-
-def row_of(sequence_id: str, data: DataIdentity) -> str:
-    """The row of the data that a sequence was made of: pieces of one document and answers to one prompt have the same.
-
-    Such sequences are called ``row/number``. Answers are known to be; pieces are told by their rows, which are called
-    ``split/number``, or end in ``#number``, unless the data has ids of its own: then each piece counts as a row.
-    """
-    if data.mask_policy == "generated":
-        return sequence_id.rpartition("/")[0]
-    split = "[^/]+" if data.split == "mixed" else re.escape(data.split)
-    piece = re.fullmatch(rf"((?:\d+/)*{split}/\d+|.*#\d+)/\d+", sequence_id, re.DOTALL)
-    return piece[1] if piece else sequence_id
-
-
-@dataclass(frozen=True, eq=False)
-class CacheIndex:
-    """What is known of a cache's N sequences before any is decoded.
-
-    held_out: bool[N]. tokens: int32[N]. kept: int32[N], kept positions. largest: int32[N], the largest id of its tokens.
-    """
-
-    held_out: NDArray[np.bool_]
-    tokens: NDArray[np.int32]
-    kept: NDArray[np.int32]
-    largest: NDArray[np.int32]
-
-
 def check_shards(caches: list[CacheReader]) -> None:
     """Checks the sha256 of local shards once a machine, where several processes train together.
 
@@ -163,104 +125,3 @@ def _folder(cache: CacheReader) -> tuple[int, int] | None:
         return None
     status = os.stat(root)
     return status.st_dev, status.st_ino
-
-
-def read_index(cache: CacheReader, share: float) -> CacheIndex:
-    """Reads three columns of the whole cache, once, shard after shard; ``share`` of the data's rows are held out."""
-    data = cache.manifest.data
-    held_out: list[bool] = []
-    tokens, kept, largest = ([np.zeros(0, np.int32)] for _ in range(3))
-    columns = (cache.iter_column(name) for name in ("sequence_id", "input_ids", "positions"))
-    for ids, inputs, positions in zip(*columns, strict=True):
-        held_out += [is_held_out(sequence_id, data, share) for sequence_id in ids.to_pylist()]
-        tokens.append(inputs.value_lengths().to_numpy())
-        kept.append(positions.value_lengths().to_numpy())
-        # One 0 more, so that every start is the index of something.
-        ids, starts = np.append(inputs.flatten().to_numpy(), np.int32(0)), np.cumsum(tokens[-1]) - tokens[-1]
-        largest.append(np.maximum.reduceat(ids, starts))
-    return CacheIndex(np.array(held_out, np.bool_), *map(np.concatenate, (tokens, kept, largest)))
-
-
-def collate(sequences: list[CachedSequence]) -> dict[str, Tensor]:
-    """Pads B sequences to the longest, T tokens; P is the number of kept positions of all of them together.
-
-    input_ids, attention_mask: int64[B, T].
-    kept:                      int64[P], indices into the flattened [B * T] positions.
-    labels, teacher_*:         see ``at_positions``.
-    """
-    input_ids = pad_sequence([torch.from_numpy(s.input_ids).long() for s in sequences], batch_first=True)
-    lengths = torch.tensor([len(s) for s in sequences])
-    longest = input_ids.shape[1]
-    kept = [torch.from_numpy(s.positions).long() + row * longest for row, s in enumerate(sequences)]
-    return {
-        "input_ids": input_ids,
-        "attention_mask": (torch.arange(longest) < lengths[:, None]).long(),
-        "kept": torch.cat(kept),
-        **at_positions(sequences),
-    }
-
-
-def at_positions(sequences: list[CachedSequence]) -> dict[str, Tensor]:
-    """What a batch holds of each of its P kept positions, sequence after sequence.
-
-    labels:    int64[P], the token that follows each kept position: the hard labels. Nothing shifts after this.
-    teacher_*: the fields of SparseTeacher, [P, ...]; all sets of tail samples pooled. A field that only some sequences have
-               (they are of different caches) is padded for the others, an entropy with NaN: see ``Mixture.teachers``.
-    """
-    batch = {
-        "labels": torch.cat([torch.from_numpy(s.target_ids).long() for s in sequences]),
-        "teacher_ids": _stacked([s.ids for s in sequences], -1).long(),
-        "teacher_logprobs": _stacked([s.logprobs for s in sequences], -torch.inf),
-        "teacher_tail_logprob": torch.cat([torch.from_numpy(s.tail_logprob) for s in sequences]),
-        "teacher_target_logprob": torch.cat([torch.from_numpy(s.target_logprob) for s in sequences]),
-    }
-    if any(s.entropy is not None for s in sequences):
-        unknown = [np.full(len(s.positions), np.nan, np.float32) if s.entropy is None else s.entropy for s in sequences]
-        batch["teacher_entropy"] = torch.cat([torch.from_numpy(values) for values in unknown])
-    samples = [s.samples for s in sequences]
-    if any(s is not None for s in samples):
-        ids = [
-            np.zeros((len(each.positions), 0), np.int32) if s is None else _pooled(s.ids)
-            for s, each in zip(samples, sequences, strict=True)
-        ]
-        batch["teacher_samples"] = _stacked(ids, -1).long()
-        if any(s is not None and s.logprobs is not None for s in samples):
-            logprobs = [
-                np.full(drawn.shape, -np.inf, np.float32) if s is None or s.logprobs is None else _pooled(s.logprobs)
-                for s, drawn in zip(samples, ids, strict=True)
-            ]
-            batch["teacher_sample_logprobs"] = _stacked(logprobs, -torch.inf)
-    return batch
-
-
-def _pooled(sets: NDArray[Any]) -> NDArray[Any]:
-    """[P, T, S] -> [P, T * S]: all sets as one. Every set of a position has as many draws, so their mean is the pool's."""
-    positions, count, draws = sets.shape  # any of them may be 0
-    return sets.reshape(positions, count * draws)
-
-
-def _stacked(parts: list[NDArray[Any]], filler: float) -> Tensor:
-    """Parts [P_i, width_i] as one [sum of P_i, widest]."""
-    width = max(part.shape[1] for part in parts)
-    whole = np.full((sum(len(part) for part in parts), width), filler, parts[0].dtype)
-    at = 0
-    for part in parts:
-        whole[at : at + len(part), : part.shape[1]] = part
-        at += len(part)
-    return torch.from_numpy(whole)
-
-
-def teacher_of(batch: dict[str, Tensor], vocab_size: int, prior: Tensor | None = None) -> SparseTeacher:
-    """The SparseTeacher of a collated batch; ``prior`` is the cache's, float32[vocab_size], where it has one."""
-    return SparseTeacher(
-        ids=batch["teacher_ids"],
-        logprobs=batch["teacher_logprobs"],
-        tail_logprob=batch["teacher_tail_logprob"],
-        target_ids=batch["labels"],
-        target_logprob=batch["teacher_target_logprob"],
-        vocab_size=vocab_size,
-        samples=batch.get("teacher_samples"),
-        sample_logprobs=batch.get("teacher_sample_logprobs"),
-        entropy=batch.get("teacher_entropy"),
-        prior=prior,
-    )

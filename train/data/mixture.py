@@ -24,10 +24,12 @@ from logitcask.cache_format.errors import ConfigError, UserError
 from logitcask.cache_format.storage.files import is_local, open_filesystem
 from logitcask.cache_format.storage.shard_cache import ShardCache
 from logitcask.train.config import DataConfig, SelectPositions, TrainConfig
-from logitcask.train.data.dataset import CachedDataset, CacheIndex, HeldOut, check_shards, collate, read_index
+from logitcask.train.data.batch import Place, collate
+from logitcask.train.data.dataset import CachedDataset, HeldOut, check_shards
+from logitcask.train.data.held_out import CacheIndex, read_index
 from logitcask.train.data.order import Plan, Units, single_units
 from logitcask.train.data.packing import collate_packed, packed_units
-from logitcask.train.data.selection import Place, highest_entropy, share_of
+from logitcask.train.data.selection import highest_entropy, share_of
 from logitcask.train.losses import SparseTeacher
 
 if TYPE_CHECKING:

@@ -11,27 +11,17 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from logitcask.cache_format import CachedSequence
-from logitcask.cache_format.errors import UserError
-from logitcask.train.data.dataset import at_positions
+from logitcask.train.data.batch import at_positions
 from logitcask.train.data.order import Ints, Shuffle, Units
-
-if TYPE_CHECKING:
-    from logitcask.train.head.chunked import (
-        LogitsHead,  # imports transformers, which the workers of a loader do without
-    )
 
 PACKED_TOGETHER = 4096
 """Sequences among which companions for a row are looked for: enough to fill rows, few enough to keep neighbours near."""
-
-_MODEL_TOLERANCE = 2e-5
-"""Of hidden states in float32, packed against apart, as a share of the largest; they differ in the order of sums."""
 
 
 def fill_rows(tokens: Ints, capacity: int) -> list[list[int]]:
@@ -79,7 +69,7 @@ def packed_units(single: Units, capacity: int, *, seed: tuple[int, ...], shuffle
 
 
 def collate_packed(rows: list[list[CachedSequence]], *, flat: bool = False) -> dict[str, Any]:
-    """R rows of sequences as one batch; what belongs to kept positions is as in ``logitcask.train.data.dataset.collate``.
+    """R rows of sequences as one batch; what belongs to kept positions is as in ``logitcask.train.data.batch.collate``.
 
     input_ids, position_ids: int64[R, T]; position ids start at 0 with every sequence, and are 0 in the padding.
     flat: one row [1, all tokens] without any padding instead, for flash attention, with the borders of sequences in
@@ -106,60 +96,13 @@ def collate_packed(rows: list[list[CachedSequence]], *, flat: bool = False) -> d
         "kept": torch.from_numpy(np.concatenate(kept)),
         **at_positions(sequences),
     }
-    return {**batch, **_borders([len(s) for s in sequences])} if flat else batch
+    return {**batch, **borders([len(s) for s in sequences])} if flat else batch
 
 
-def _borders(lengths: list[int]) -> dict[str, Any]:
+def borders(lengths: list[int]) -> dict[str, Any]:
     """What transformers passes on to flash attention's varlen kernels; without it every layer would work it out."""
     borders = torch.tensor([0, *lengths]).cumsum(0).int()
     return {
         **dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), borders),
         **dict.fromkeys(("max_length_q", "max_length_k"), max(lengths)),
     }
-
-
-def wants_flat(head: LogitsHead) -> bool:
-    """Whether the student's attention tells sequences apart in one single row only: that is flash attention's way."""
-    return "flash" in (getattr(head.backbone.config, "_attn_implementation", None) or "")
-
-
-@torch.no_grad()
-def check_isolation(head: LogitsHead) -> None:
-    """Raises UserError unless the student reads packed sequences as it reads them apart, on a few random tokens.
-
-    Compared are hidden states, and what changes in them when the other sequences of the row change: nothing may.
-    """
-    device = next(head.backbone.parameters()).device
-    generator = torch.Generator().manual_seed(0)
-    apart = [torch.randint(head.vocab_size, (n,), generator=generator) for n in (11, 7, 5)]
-    other = [*(torch.randint(head.vocab_size, (n,), generator=generator) for n in (11, 7)), apart[2]]
-    training = head.backbone.training
-    head.backbone.eval()
-    try:
-        expected = torch.cat([head.hidden(input_ids=ids[None].to(device))[0] for ids in apart])
-        found = _hidden_packed(head, apart, device)
-        leak = (_hidden_packed(head, other, device) - found)[-len(apart[2]) :].abs().max().item()
-    finally:
-        head.backbone.train(training)
-    size, error = expected.abs().max().item(), (found - expected).abs().max().item()
-    rounding = torch.finfo(expected.dtype).eps
-    if torch.is_autocast_enabled(device.type):  # the last norm may widen what half precision has rounded
-        rounding = max(rounding, torch.finfo(torch.get_autocast_dtype(device.type)).eps)
-    if not (leak <= rounding * size and error <= max(_MODEL_TOLERANCE, 8 * rounding) * size):
-        raise UserError(
-            f"{head.architecture} does not keep packed sequences apart: hidden states of up to {size:.3g} differ by "
-            f"{error:.3g} from those of the sequences alone; set data.packing to false (data.group_by_length also saves "
-            "padding), or use another student"
-        )
-
-
-def _hidden_packed(head: LogitsHead, documents: list[Tensor], device: torch.device) -> Tensor:
-    """Hidden states [all tokens, H] of documents read in one row."""
-    lengths = [len(ids) for ids in documents]
-    inputs: dict[str, Any] = {
-        "input_ids": torch.cat(documents)[None],
-        "position_ids": torch.cat([torch.arange(n) for n in lengths])[None],
-        **(_borders(lengths) if wants_flat(head) else {}),
-    }
-    inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
-    return head.hidden(**inputs)[0]

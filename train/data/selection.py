@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,21 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from logitcask.cache_format import CachedSequence
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """One sequence of a batch, as known without asking the device that the batch lies on.
-
-    No tuple: what moves batches to devices and through wrappers takes tuples apart, and leaves this alone.
-
-    source: number of its cache. tokens, kept: its tokens and kept positions. chosen: how many of the latter are in the loss.
-    """
-
-    source: int
-    tokens: int
-    kept: int
-    chosen: int
+from logitcask.train.data.batch import Place
 
 
 def share_of(positions: int, share: float) -> int:

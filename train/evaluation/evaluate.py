@@ -11,9 +11,11 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from logitcask.train import distributed
-from logitcask.train.data.dataset import CachedDataset, HeldOut, collate
+from logitcask.train.data.batch import collate
+from logitcask.train.data.dataset import CachedDataset, HeldOut
 from logitcask.train.evaluation.metrics import Calibration, perplexity, rank_agreement, rank_correlation
-from logitcask.train.head.chunked import LogitsHead, head_losses
+from logitcask.train.head.chunked import head_losses
+from logitcask.train.head.lm_head import LogitsHead
 from logitcask.train.losses import SparseTeacher, forward_kl, reverse_kl
 from logitcask.train.losses.tails import Tail
 

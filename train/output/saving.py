@@ -20,7 +20,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.trainer_utils import SaveStrategy
 
 from logitcask.cache_format.errors import UserError, first_line
-from logitcask.train.loop.trainer import check_finite
+from logitcask.train.model.divergence import check_finite
 from logitcask.train.model.student import say_untied
 from logitcask.train.output.run_folder import ADAPTER, TRIAL
 

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from logitcask.train.data.dataset import CachedDataset, HeldOut, collate
+from logitcask.train.data.batch import collate
+from logitcask.train.data.dataset import CachedDataset, HeldOut
 from logitcask.train.data.packing import collate_packed
 from logitcask.train.evaluation.evaluate import evaluate, teacher_reference
-from logitcask.train.head.chunked import LogitsHead, head_losses
+from logitcask.train.head.chunked import head_losses
+from logitcask.train.head.lm_head import LogitsHead
 from logitcask.train.loop.objective import Objective
 from logitcask.train.losses import LOSSES
 from logitcask.train.model.student import build_student

@@ -10,10 +10,13 @@ import torch
 
 from logitcask.cache_format import CacheReader, UserError
 from logitcask.train.config import TrainConfig
-from logitcask.train.data.dataset import CachedDataset, collate, read_index, teacher_of
+from logitcask.train.data.batch import collate, teacher_of
+from logitcask.train.data.dataset import CachedDataset
+from logitcask.train.data.held_out import read_index
 from logitcask.train.data.mixture import Collator, Drawn, Mixture, by_source, open_data
 from logitcask.train.data.order import Plan, single_units
-from logitcask.train.head.chunked import LogitsHead, head_losses
+from logitcask.train.head.chunked import head_losses
+from logitcask.train.head.lm_head import LogitsHead
 from logitcask.train.loop.objective import Objective
 from logitcask.train.model.student import build_student
 from logitcask.train.run import train

@@ -10,11 +10,13 @@ import torch
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
 from logitcask.cache_format import UserError
-from logitcask.train.data.dataset import collate, teacher_of
+from logitcask.train.data.batch import collate, teacher_of
 from logitcask.train.data.order import single_units
-from logitcask.train.data.packing import check_isolation, collate_packed, fill_rows, packed_units, wants_flat
-from logitcask.train.head.chunked import LogitsHead, head_losses
+from logitcask.train.data.packing import collate_packed, fill_rows, packed_units
+from logitcask.train.head.chunked import head_losses
+from logitcask.train.head.lm_head import LogitsHead
 from logitcask.train.losses import LOSSES
+from logitcask.train.model.isolation import check_isolation, wants_flat
 from logitcask.train.run import train
 
 pytestmark = pytest.mark.random

@@ -12,11 +12,10 @@ from torch.nn.functional import cross_entropy
 
 from logitcask.cache_format import UserError
 from logitcask.train.config import SelectPositions
-from logitcask.train.data.dataset import collate, teacher_of
+from logitcask.train.data.batch import Place, collate, teacher_of
 from logitcask.train.data.mixture import Collator, Drawn, open_data
 from logitcask.train.data.order import Batches
 from logitcask.train.data.selection import (
-    Place,
     highest_entropy,
     largest_gaps,
     learnability,

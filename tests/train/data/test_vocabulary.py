@@ -14,7 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from logitcask.cache_format import CachedSequence, CacheReader, TailSamples, UserError
 from logitcask.pipeline.builder.run import build
 from logitcask.pipeline.config import BuildConfig
-from logitcask.train.data.dataset import CachedDataset, collate, teacher_of
+from logitcask.train.data.batch import collate, teacher_of
+from logitcask.train.data.dataset import CachedDataset
 from logitcask.train.data.mixture import open_data
 from logitcask.train.data.vocabulary import left_out, restricted
 from logitcask.train.evaluation.metrics import rank_agreement, rank_correlation

@@ -23,7 +23,7 @@ from logitcask.pipeline.builder.run import build
 from logitcask.pipeline.config import BuildConfig
 from logitcask.train.cli import main
 from logitcask.train.config import TrainConfig
-from logitcask.train.data.dataset import read_index, row_of
+from logitcask.train.data.held_out import read_index, row_of
 from logitcask.train.run import rewrite_report, train
 
 STEPS = 12  # what the fixture `config` trains for

@@ -25,7 +25,6 @@ from transformers.models.auto import AutoModel, AutoModelForCausalLM
 from logitcask.cache_format.errors import UserError
 from logitcask.train.evaluation.metrics import rank_agreement, top_k_overlap
 from logitcask.train.head.chunked import (
-    LogitsHead,
     PerChunk,
     _adds_rightly,
     _adds_to_float32,
@@ -33,6 +32,7 @@ from logitcask.train.head.chunked import (
     _LinearProjection,
     head_losses,
 )
+from logitcask.train.head.lm_head import LogitsHead
 from logitcask.train.losses import LOSSES, SparseTeacher
 
 pytestmark = pytest.mark.random

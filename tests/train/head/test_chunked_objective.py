@@ -14,7 +14,8 @@ from transformers import Gemma2Config, GraniteConfig, LlamaConfig, PhiConfig, Pr
 from transformers.models.auto import AutoModelForCausalLM
 
 from logitcask.train.config import TrainConfig
-from logitcask.train.head.chunked import LogitsHead, head_losses
+from logitcask.train.head.chunked import head_losses
+from logitcask.train.head.lm_head import LogitsHead
 from logitcask.train.loop.objective import Objective
 from logitcask.train.losses import SparseTeacher
 

@@ -16,7 +16,7 @@ from logitcask.cache_format.errors import ConfigError
 from logitcask.pipeline.builder.run import build
 from logitcask.pipeline.config import BuildConfig
 from logitcask.train.config import LossTerm, TrainConfig
-from logitcask.train.head.chunked import LogitsHead
+from logitcask.train.head.lm_head import LogitsHead
 from logitcask.train.run import train
 
 

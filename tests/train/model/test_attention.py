@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from logitcask.cache_format.errors import UserError
 from logitcask.train.config import StudentConfig
-from logitcask.train.data.packing import check_isolation
-from logitcask.train.head.chunked import LogitsHead
+from logitcask.train.head.lm_head import LogitsHead
+from logitcask.train.model.isolation import check_isolation
 from logitcask.train.model.student import build_student
 
 IDS = (torch.arange(100) * 7919 % 384)[None]

@@ -12,11 +12,11 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from logitcask.cache_format.errors import ConfigError
-from logitcask.train.data.selection import Place
-from logitcask.train.distributed import may_go_unused
-from logitcask.train.head.chunked import LogitsHead
+from logitcask.train.data.batch import Place
+from logitcask.train.head.lm_head import LogitsHead
 from logitcask.train.loop.trainer import DistillationTrainer
 from logitcask.train.model.precision import check_attention, computing_dtype, shard_without_casts, warn_of_lost_steps
+from logitcask.train.model.unused import may_go_unused
 from logitcask.train.run import train
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
@@ -54,7 +54,7 @@ def test_ten_thousand_micro_batches_are_logged_right(trainer):
     batch = {"layout": (Place(0, 40, 17, 17), Place(1, 40, 20, 20))}
     for _ in range(10_000):
         trainer.compute_loss(lambda **_: (torch.tensor(61.6), dict(values)), batch, num_items_in_batch=37)
-    means = (trainer._step_sums[:-1] / trainer._step_sums[-1]).tolist()
+    means = (trainer._step_totals.sums[:-1] / trainer._step_totals.sums[-1]).tolist()
     assert means == pytest.approx([expected["taid"]], rel=1e-9)
     logs = {"loss": 1.0}
     trainer.log(logs)

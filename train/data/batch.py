@@ -1,0 +1,115 @@
+"""Cached sequences as tensors: the padded batch, and the teacher of its positions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from logitcask.cache_format import CachedSequence
+from logitcask.train.losses import SparseTeacher
+
+
+def collate(sequences: list[CachedSequence]) -> dict[str, Tensor]:
+    """Pads B sequences to the longest, T tokens; P is the number of kept positions of all of them together.
+
+    input_ids, attention_mask: int64[B, T].
+    kept:                      int64[P], indices into the flattened [B * T] positions.
+    labels, teacher_*:         see ``at_positions``.
+    """
+    input_ids = pad_sequence([torch.from_numpy(s.input_ids).long() for s in sequences], batch_first=True)
+    lengths = torch.tensor([len(s) for s in sequences])
+    longest = input_ids.shape[1]
+    kept = [torch.from_numpy(s.positions).long() + row * longest for row, s in enumerate(sequences)]
+    return {
+        "input_ids": input_ids,
+        "attention_mask": (torch.arange(longest) < lengths[:, None]).long(),
+        "kept": torch.cat(kept),
+        **at_positions(sequences),
+    }
+
+
+def at_positions(sequences: list[CachedSequence]) -> dict[str, Tensor]:
+    """What a batch holds of each of its P kept positions, sequence after sequence.
+
+    labels:    int64[P], the token that follows each kept position: the hard labels. Nothing shifts after this.
+    teacher_*: the fields of SparseTeacher, [P, ...]; all sets of tail samples pooled. A field that only some sequences have
+               (they are of different caches) is padded for the others, an entropy with NaN: see ``Mixture.teachers``.
+    """
+    batch = {
+        "labels": torch.cat([torch.from_numpy(s.target_ids).long() for s in sequences]),
+        "teacher_ids": _stacked([s.ids for s in sequences], -1).long(),
+        "teacher_logprobs": _stacked([s.logprobs for s in sequences], -torch.inf),
+        "teacher_tail_logprob": torch.cat([torch.from_numpy(s.tail_logprob) for s in sequences]),
+        "teacher_target_logprob": torch.cat([torch.from_numpy(s.target_logprob) for s in sequences]),
+    }
+    if any(s.entropy is not None for s in sequences):
+        unknown = [np.full(len(s.positions), np.nan, np.float32) if s.entropy is None else s.entropy for s in sequences]
+        batch["teacher_entropy"] = torch.cat([torch.from_numpy(values) for values in unknown])
+    samples = [s.samples for s in sequences]
+    if any(s is not None for s in samples):
+        ids = [
+            np.zeros((len(each.positions), 0), np.int32) if s is None else _pooled(s.ids)
+            for s, each in zip(samples, sequences, strict=True)
+        ]
+        batch["teacher_samples"] = _stacked(ids, -1).long()
+        if any(s is not None and s.logprobs is not None for s in samples):
+            logprobs = [
+                np.full(drawn.shape, -np.inf, np.float32) if s is None or s.logprobs is None else _pooled(s.logprobs)
+                for s, drawn in zip(samples, ids, strict=True)
+            ]
+            batch["teacher_sample_logprobs"] = _stacked(logprobs, -torch.inf)
+    return batch
+
+
+def _pooled(sets: NDArray[Any]) -> NDArray[Any]:
+    """[P, T, S] -> [P, T * S]: all sets as one. Every set of a position has as many draws, so their mean is the pool's."""
+    positions, count, draws = sets.shape  # any of them may be 0
+    return sets.reshape(positions, count * draws)
+
+
+def _stacked(parts: list[NDArray[Any]], filler: float) -> Tensor:
+    """Parts [P_i, width_i] as one [sum of P_i, widest]."""
+    width = max(part.shape[1] for part in parts)
+    whole = np.full((sum(len(part) for part in parts), width), filler, parts[0].dtype)
+    at = 0
+    for part in parts:
+        whole[at : at + len(part), : part.shape[1]] = part
+        at += len(part)
+    return torch.from_numpy(whole)
+
+
+def teacher_of(batch: dict[str, Tensor], vocab_size: int, prior: Tensor | None = None) -> SparseTeacher:
+    """The SparseTeacher of a collated batch; ``prior`` is the cache's, float32[vocab_size], where it has one."""
+    return SparseTeacher(
+        ids=batch["teacher_ids"],
+        logprobs=batch["teacher_logprobs"],
+        tail_logprob=batch["teacher_tail_logprob"],
+        target_ids=batch["labels"],
+        target_logprob=batch["teacher_target_logprob"],
+        vocab_size=vocab_size,
+        samples=batch.get("teacher_samples"),
+        sample_logprobs=batch.get("teacher_sample_logprobs"),
+        entropy=batch.get("teacher_entropy"),
+        prior=prior,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """One sequence of a batch, as known without asking the device that the batch lies on.
+
+    No tuple: what moves batches to devices and through wrappers takes tuples apart, and leaves this alone.
+
+    source: number of its cache. tokens, kept: its tokens and kept positions. chosen: how many of the latter are in the loss.
+    """
+
+    source: int
+    tokens: int
+    kept: int
+    chosen: int

@@ -1,0 +1,60 @@
+"""The trial of the objective on a few positions of every cache, before a run writes anything."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from logitcask.cache_format.errors import ConfigError, first_line
+from logitcask.train.config import TrainConfig
+from logitcask.train.data.batch import collate
+from logitcask.train.data.dataset import CachedDataset, HeldOut
+from logitcask.train.loop.objective import Objective
+from logitcask.train.losses.tails import Tail, tail_of
+
+log = logging.getLogger(__name__)
+
+_TAILS: dict[Tail, str] = {
+    "samples": "tail samples (unbiased)",
+    "ghost": "one cell of known mass (a lower bound; caches with tail samples are unbiased)",
+}
+
+
+_KINDS = {
+    "exact": "exact",
+    "unbiased": "unbiased over the draws",
+    "lower": "a lower bound",
+    "biased": "an approximation (docs/losses.md says of what kind)",
+}
+
+
+def try_objective(config: TrainConfig, data: HeldOut) -> tuple[Objective, Tail, dict[str, str]]:
+    """Makes the objective and tries it on a few positions of every cache.
+
+    Returns it, how much of the teacher's tail there is for them, and what each loss is with it (exact, unbiased, ...): the
+    least that any of the caches allows. Raises UserError or ConfigError for loss options that a cache cannot serve, before
+    anything is written.
+    """
+    try:
+        objective = Objective(config)
+        tails, kinds = zip(*(_try_on(objective, part) for part in data.parts), strict=True)
+    except (TypeError, ValueError, RuntimeError, IndexError) as error:
+        raise ConfigError(f"losses: {first_line(error)}; see the options in docs/losses.md") from error
+    exactness = {name: max((found[name] for found in kinds), key=list(_KINDS).index) for name in kinds[0]}
+    tail = min(tails, key=list(reversed(_TAILS)).index)
+    return objective, tail, {name: _KINDS[kind] for name, kind in exactness.items()}
+
+
+def _try_on(objective: Objective, data: CachedDataset) -> tuple[Tail, dict[str, str]]:
+    teacher = data.teacher(collate([data[0]]))
+    rows = slice(0, min(4, len(teacher)))
+    objective.per_chunk(teacher)(torch.zeros(rows.stop, teacher.vocab_size), rows)
+    tail = tail_of(teacher)
+    log.info("beyond the heads stored in %s, KL uses %s", data.cache.path, _TAILS[tail])
+    store = data.cache.manifest.store
+    ragged = store.min_probability is not None or store.top_p is not None
+    exactness = objective.exactness(teacher, store.min_k if ragged else store.top_k)
+    for name, kind in exactness.items():
+        log.info("with this cache, %s is %s", name, _KINDS[kind])
+    return tail, exactness
