@@ -13,7 +13,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 from transformers.utils import logging as transformers_logging
@@ -37,6 +37,7 @@ from logitcask.train.model import compat
 from logitcask.train.model.divergence import check_finite
 from logitcask.train.model.precision import check_attention
 from logitcask.train.model.student import build_student, load_student_tokenizer
+from logitcask.train.output.metrics_file import CacheFacts, RunMetrics, TeacherMetrics
 from logitcask.train.output.model_card import model_card
 from logitcask.train.output.report import write_report
 from logitcask.train.output.run_folder import begun, exclusive, refuse_other_files, remove_run
@@ -51,7 +52,7 @@ from logitcask.train.output.saving import (
 log = logging.getLogger(__name__)
 
 
-def train(config: TrainConfig, *, restart: bool = False) -> tuple[dict[str, Any], bool]:
+def train(config: TrainConfig, *, restart: bool = False) -> tuple[RunMetrics, bool]:
     """Trains the student that ``config`` describes, or goes on with it, or finds it trained.
 
     Returns the content of metrics.json and whether it was there already. Raises UserError and its kinds.
@@ -67,7 +68,7 @@ def train(config: TrainConfig, *, restart: bool = False) -> tuple[dict[str, Any]
         return _train(config, arguments, caches, run, before, restart=restart), False
 
 
-def _found(output: Path, run: dict[str, Any], *, restart: bool) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+def _found(output: Path, run: dict[str, Any], *, restart: bool) -> tuple[dict[str, Any] | None, RunMetrics | None]:
     """(what was measured before the first step, what metrics.json says) of this very run; None for what there is not."""
     refuse_other_files(output)
     before = None if restart else begun(output, run)
@@ -97,7 +98,7 @@ def _train(
     before: dict[str, Any] | None,
     *,
     restart: bool,
-) -> dict[str, Any]:
+) -> RunMetrics:
     output = config.output_dir
     parts = _prepare(config, arguments, caches)
     if restart:  # only now that nothing stands against a new run
@@ -263,18 +264,19 @@ def _metrics(
     before: dict[str, Any],
     after: dict[str, float],
     answered: list[Answer],
-) -> dict[str, Any]:
+) -> RunMetrics:
     """The content of metrics.json."""
     manifests, state = [cache.manifest for cache in caches], parts.trainer.state
     history, reference = state.log_history, teacher_reference(parts.held_out)
+    teacher = {
+        "model": _joined(manifest.teacher.model for manifest in manifests),
+        "engine": _joined(manifest.teacher.engine for manifest in manifests),
+        **reference,
+    }
     return {
         "before": before["metrics"],
         "after": after,
-        "teacher": {
-            "model": _joined(manifest.teacher.model for manifest in manifests),
-            "engine": _joined(manifest.teacher.engine for manifest in manifests),
-            **reference,
-        },
+        "teacher": cast(TeacherMetrics, teacher),
         "rouge_l": {"before": before["rouge_l"], "after": mean_rouge_l(answered), "answers": len(answered)},
         "k": config.evaluation.k,
         "kl_tail": parts.kl_tail,
@@ -285,7 +287,7 @@ def _metrics(
         "positions_trained": int(max((record.get("positions", 0) for record in history), default=0)),
         "train_sequences": sum(len(source) for source in parts.data.sources),
         "held_out_sequences": len(parts.held_out),
-        "held_out_positions": reference["positions"],
+        "held_out_positions": int(reference["positions"]),
         "losses": [list(term) for term in parts.objective.weights()],
         "exactness": parts.exactness,
         "student": {
@@ -303,7 +305,7 @@ def _metrics(
 
 def _write(
     output: Path,
-    metrics: dict[str, Any],
+    metrics: RunMetrics,
     history: list[dict[str, float]],
     shown: list[dict[str, Any]],
     answered: list[Answer],
@@ -344,7 +346,7 @@ def _joined(names: Iterable[str]) -> str:
     return ", ".join(dict.fromkeys(names))
 
 
-def _caches_described(config: TrainConfig, manifests: list[Manifest]) -> dict[str, Any]:
+def _caches_described(config: TrainConfig, manifests: list[Manifest]) -> CacheFacts:
     """What reports say of the cache, or of all caches together."""
     tokens = sum(manifest.statistics.tokens for manifest in manifests)
     size = sum(manifest.statistics.tokens * manifest.statistics.bytes_per_token for manifest in manifests)
