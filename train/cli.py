@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from logitcask.cache_format.cli.app import new_app, run
 from logitcask.cache_format.cli.config_file import load_config
+from logitcask.train.output.metrics_file import RunMetrics, of_teacher
 
 app = new_app("Trains a student from a cache of teacher distributions, without the teacher.")
 
@@ -49,12 +50,12 @@ def train_student(
     print(f"student: {settings.output_dir}\nreport:  {settings.output_dir / 'report.html'}")
 
 
-def summary(metrics: dict[str, Any]) -> str:
+def summary(metrics: RunMetrics) -> str:
     """The table that the command ends with: held-out metrics before and after."""
     after = metrics["after"]
     lines = [f"{'held out':16} {'before':>12} {'after':>12} {'teacher':>12}"]
     for name, before in metrics["before"].items():
-        teacher = metrics["teacher"].get(name)
+        teacher = of_teacher(metrics, name)
         last = "" if teacher is None else f"{teacher:12,.4f}"
         lines.append(f"{name:16} {before:12,.4f} {after[name]:12,.4f} {last}".rstrip())
     rouge = metrics["rouge_l"]

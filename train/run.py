@@ -10,29 +10,34 @@ import json
 import logging
 from collections.abc import Iterable
 from contextlib import nullcontext
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from transformers import TrainingArguments, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 from transformers.utils import logging as transformers_logging
 
 from logitcask.cache_format import CacheReader, Manifest, UserError
 from logitcask.cache_format.durable import write_durably
 from logitcask.train.config import TrainConfig
-from logitcask.train.data.mixture import open_data
+from logitcask.train.data.dataset import HeldOut
+from logitcask.train.data.mixture import Mixture, open_data
 from logitcask.train.data.vocabulary import rows_of
 from logitcask.train.distributed import is_main, on_main
 from logitcask.train.evaluation.answers import Answer, answers, mean_rouge_l
 from logitcask.train.evaluation.evaluate import KL_KIND, evaluate, examples, teacher_reference
 from logitcask.train.loop.arguments import check_best, check_optimizer, check_schedule, training_arguments
 from logitcask.train.loop.checkpoints import CacheStamp, last_checkpoint, named_checkpoint, warn_of_other_batches
+from logitcask.train.loop.objective import Objective
 from logitcask.train.loop.trainer import DistillationTrainer
 from logitcask.train.loop.try_objective import try_objective
+from logitcask.train.losses.tails import Tail
 from logitcask.train.model import compat
 from logitcask.train.model.divergence import check_finite
 from logitcask.train.model.precision import check_attention
 from logitcask.train.model.student import build_student, load_student_tokenizer
+from logitcask.train.output.metrics_file import CacheFacts, RunMetrics, TeacherMetrics
 from logitcask.train.output.model_card import model_card
 from logitcask.train.output.report import write_report
 from logitcask.train.output.run_folder import begun, exclusive, refuse_other_files, remove_run
@@ -47,7 +52,7 @@ from logitcask.train.output.saving import (
 log = logging.getLogger(__name__)
 
 
-def train(config: TrainConfig, *, restart: bool = False) -> tuple[dict[str, Any], bool]:
+def train(config: TrainConfig, *, restart: bool = False) -> tuple[RunMetrics, bool]:
     """Trains the student that ``config`` describes, or goes on with it, or finds it trained.
 
     Returns the content of metrics.json and whether it was there already. Raises UserError and its kinds.
@@ -63,7 +68,7 @@ def train(config: TrainConfig, *, restart: bool = False) -> tuple[dict[str, Any]
         return _train(config, arguments, caches, run, before, restart=restart), False
 
 
-def _found(output: Path, run: dict[str, Any], *, restart: bool) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+def _found(output: Path, run: dict[str, Any], *, restart: bool) -> tuple[dict[str, Any] | None, RunMetrics | None]:
     """(what was measured before the first step, what metrics.json says) of this very run; None for what there is not."""
     refuse_other_files(output)
     before = None if restart else begun(output, run)
@@ -93,8 +98,60 @@ def _train(
     before: dict[str, Any] | None,
     *,
     restart: bool,
-) -> dict[str, Any]:
-    manifests, output = [cache.manifest for cache in caches], config.output_dir
+) -> RunMetrics:
+    output = config.output_dir
+    parts = _prepare(config, arguments, caches)
+    if restart:  # only now that nothing stands against a new run
+        on_main(lambda: remove_run(output))
+    trainer, examination = parts.trainer, _Examination(config, arguments, parts)
+    fingerprints = tuple(cache.manifest.fingerprint for cache in caches)
+    trainer.add_callback(CacheStamp(fingerprints))
+    if before is None:
+        before = _measure_before(arguments, examination, run, output)
+    checkpoint = _start_of(arguments, fingerprints, parts, output)
+    # Again: whether the evaluation above ran now or in an earlier start must not show in the training.
+    set_seed(arguments.seed)
+    trainer.run(None if checkpoint is None else str(checkpoint))
+
+    # Before anything else that can fail. Metrics are those of the student before its adapters are merged.
+    save_student(trainer, output)
+    after = examination.measure()
+    check_finite(after, "on held-out text after training")
+    shown = [
+        {**then, "before": then["student"], "after": now["student"]}
+        for then, now in zip(before["examples"], examination.show(), strict=True)
+    ]
+    answered = examination.answer()
+    save_merged(trainer, output)
+    metrics = _metrics(config, caches, parts, run, before, after, answered)
+    on_main(lambda: _write(output, metrics, trainer.state.log_history, shown, answered))
+    return metrics
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """The parts of a run that its first step needs, all checked.
+
+    kl_tail: how much of the teacher's tail KL is computed with. exactness: of each loss. steps: of the whole training.
+    parameters, trained: counts of the student's, before its adapters are merged.
+    """
+
+    student: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    data: Mixture
+    held_out: HeldOut
+    objective: Objective
+    kl_tail: Tail
+    exactness: dict[str, str]
+    trainer: DistillationTrainer
+    steps: int
+    parameters: int
+    trained: int
+
+
+def _prepare(config: TrainConfig, arguments: TrainingArguments, caches: list[CacheReader]) -> _Parts:
+    """Makes and checks the parts of a run. Raises UserError and its kinds, before anything lasting is written."""
+    manifests = [cache.manifest for cache in caches]
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     set_seed(arguments.seed)
@@ -127,103 +184,140 @@ def _train(
     )
     steps = trainer.total_steps()
     check_schedule(arguments, optimizer, steps)
-    on_main(lambda: try_saving(student, tokenizer, output))
-    if restart:  # only now that nothing stands against a new run
-        on_main(lambda: remove_run(output))
-    parameters, trained = student.num_parameters(), student.num_parameters(only_trainable=True)
-    fingerprints = tuple(manifest.fingerprint for manifest in manifests)
-    trainer.add_callback(CacheStamp(fingerprints))
+    on_main(lambda: try_saving(student, tokenizer, config.output_dir))
+    return _Parts(
+        student,
+        tokenizer,
+        data,
+        held_out,
+        objective,
+        tail,
+        exactness,
+        trainer,
+        steps,
+        parameters=student.num_parameters(),
+        trained=student.num_parameters(only_trainable=True),
+    )
 
-    def measure() -> dict[str, float]:
-        with trainer.precision():
+
+class _Examination:
+    """The student on held-out text, as it is when asked: its metrics, some positions, its answers."""
+
+    def __init__(self, config: TrainConfig, arguments: TrainingArguments, parts: _Parts) -> None:
+        self._config, self._arguments, self._parts = config, arguments, parts
+
+    def measure(self) -> dict[str, float]:
+        with self._parts.trainer.precision():
             return evaluate(
-                trainer.head,
-                held_out,
-                k=config.evaluation.k,
-                batch_size=arguments.per_device_eval_batch_size,
-                logits_chunk=config.logits_chunk,
+                self._parts.trainer.head,
+                self._parts.held_out,
+                k=self._config.evaluation.k,
+                batch_size=self._arguments.per_device_eval_batch_size,
+                logits_chunk=self._config.logits_chunk,
             )
 
-    def show() -> list[dict[str, Any]]:
+    def show(self) -> list[dict[str, Any]]:
+        tokenizer, trainer = self._parts.tokenizer, self._parts.trainer
         with trainer.precision():
-            return examples(trainer.head, held_out, tokenizer) if tokenizer is not None else []
+            return examples(trainer.head, self._parts.held_out, tokenizer) if tokenizer is not None else []
 
-    def answer() -> list[Answer]:
-        wanted = config.evaluation.answers
+    def answer(self) -> list[Answer]:
+        wanted, tokenizer = self._config.evaluation.answers, self._parts.tokenizer
         if wanted is None or tokenizer is None:
             return []
-        with trainer.precision():
-            return answers(student, tokenizer, held_out, wanted)
+        with self._parts.trainer.precision():
+            return answers(self._parts.student, tokenizer, self._parts.held_out, wanted)
 
-    if before is None:
-        measured: dict[str, Any] = {"metrics": measure(), "examples": show(), "rouge_l": mean_rouge_l(answer())}
-        before = measured
-        check_best(arguments, measured["metrics"])
-        on_main(lambda: write_durably(output / "run.json", json.dumps({**run, "before": measured}, indent=2)))
+
+def _measure_before(
+    arguments: TrainingArguments, examination: _Examination, run: dict[str, Any], output: Path
+) -> dict[str, Any]:
+    """Measures the untrained student; ``run.json``, which is written then, says that the run has begun."""
+    measured: dict[str, Any] = {
+        "metrics": examination.measure(),
+        "examples": examination.show(),
+        "rouge_l": mean_rouge_l(examination.answer()),
+    }
+    check_best(arguments, measured["metrics"])
+    on_main(lambda: write_durably(output / "run.json", json.dumps({**run, "before": measured}, indent=2)))
+    return measured
+
+
+def _start_of(arguments: TrainingArguments, fingerprints: tuple[str, ...], parts: _Parts, output: Path) -> Path | None:
+    """The checkpoint that the training goes on from: the run's last one, or else the one that is named."""
     checkpoint = on_main(lambda: last_checkpoint(output))
     if checkpoint is None and isinstance(arguments.resume_from_checkpoint, str):
-        checkpoint = named_checkpoint(arguments.resume_from_checkpoint, fingerprints, steps)
+        checkpoint = named_checkpoint(arguments.resume_from_checkpoint, fingerprints, parts.steps)
     if checkpoint is None and is_main():
-        warn_of_a_small_disk(student, arguments, steps, output)
+        warn_of_a_small_disk(parts.student, arguments, parts.steps, output)
     if checkpoint is not None:
         log.info("going on from %s", checkpoint)
         warn_of_other_batches(checkpoint)
-    # Again: whether the evaluation above ran now or in an earlier start must not show in the training.
-    set_seed(arguments.seed)
-    trainer.run(None if checkpoint is None else str(checkpoint))
+    return checkpoint
 
-    # Before anything else that can fail. Metrics are those of the student before its adapters are merged.
-    save_student(trainer, output)
-    after = measure()
-    check_finite(after, "on held-out text after training")
-    shown = [
-        {**then, "before": then["student"], "after": now["student"]}
-        for then, now in zip(before["examples"], show(), strict=True)
-    ]
-    answered = answer()
-    save_merged(trainer, output)
-    history = trainer.state.log_history
-    metrics = {
+
+def _metrics(
+    config: TrainConfig,
+    caches: list[CacheReader],
+    parts: _Parts,
+    run: dict[str, Any],
+    before: dict[str, Any],
+    after: dict[str, float],
+    answered: list[Answer],
+) -> RunMetrics:
+    """The content of metrics.json."""
+    manifests, state = [cache.manifest for cache in caches], parts.trainer.state
+    history, reference = state.log_history, teacher_reference(parts.held_out)
+    teacher = {
+        "model": _joined(manifest.teacher.model for manifest in manifests),
+        "engine": _joined(manifest.teacher.engine for manifest in manifests),
+        **reference,
+    }
+    return {
         "before": before["metrics"],
         "after": after,
-        "teacher": {
-            "model": _joined(manifest.teacher.model for manifest in manifests),
-            "engine": _joined(manifest.teacher.engine for manifest in manifests),
-            **(reference := teacher_reference(held_out)),
-        },
+        "teacher": cast(TeacherMetrics, teacher),
         "rouge_l": {"before": before["rouge_l"], "after": mean_rouge_l(answered), "answers": len(answered)},
         "k": config.evaluation.k,
-        "kl_tail": tail,
-        "kl_kind": KL_KIND[tail],
-        "steps": trainer.state.global_step,
+        "kl_tail": parts.kl_tail,
+        "kl_kind": KL_KIND[parts.kl_tail],
+        "steps": state.global_step,
         "final_loss": next((record["loss"] for record in reversed(history) if "loss" in record), None),
         "seconds": max((record.get("seconds", 0.0) for record in history), default=0.0),
         "positions_trained": int(max((record.get("positions", 0) for record in history), default=0)),
-        "train_sequences": sum(len(source) for source in data.sources),
-        "held_out_sequences": len(held_out),
-        "held_out_positions": reference["positions"],
-        "losses": [list(term) for term in objective.weights()],
-        "exactness": exactness,
-        "student": {"parameters": parameters, "trained": trained, "architecture": trainer.head.architecture},
+        "train_sequences": sum(len(source) for source in parts.data.sources),
+        "held_out_sequences": len(parts.held_out),
+        "held_out_positions": int(reference["positions"]),
+        "losses": [list(term) for term in parts.objective.weights()],
+        "exactness": parts.exactness,
+        "student": {
+            "parameters": parts.parameters,
+            "trained": parts.trained,
+            "architecture": parts.trainer.head.architecture,
+        },
         "cache": _caches_described(config, manifests),
-        "run": output.name,
-        "seed": arguments.seed,
+        "run": config.output_dir.name,
+        "seed": parts.trainer.args.seed,
         "created_by": f"logitcask {version('logitcask')}",
         "config": run["config"],
     }
 
-    def write() -> None:
-        write_durably(output / "log.json", json.dumps(history, indent=1))
-        write_durably(output / "examples.json", json.dumps(shown, indent=1, ensure_ascii=False))
-        write_durably(
-            output / "answers.json", json.dumps([a._asdict() for a in answered], indent=1, ensure_ascii=False)
-        )
-        write_durably(output / "README.md", model_card(metrics, output))
-        write_report(output / "report.html", metrics, history, shown, [each._asdict() for each in answered])
-        write_durably(output / "metrics.json", json.dumps(metrics, indent=2))
 
-    on_main(write)
-    return metrics
+def _write(
+    output: Path,
+    metrics: RunMetrics,
+    history: list[dict[str, float]],
+    shown: list[dict[str, Any]],
+    answered: list[Answer],
+) -> None:
+    """Writes what a finished run leaves beside its student; ``metrics.json``, which says that it is finished, last."""
+    told = [each._asdict() for each in answered]
+    write_durably(output / "log.json", json.dumps(history, indent=1))
+    write_durably(output / "examples.json", json.dumps(shown, indent=1, ensure_ascii=False))
+    write_durably(output / "answers.json", json.dumps(told, indent=1, ensure_ascii=False))
+    write_durably(output / "README.md", model_card(metrics, output))
+    write_report(output / "report.html", metrics, history, shown, told)
+    write_durably(output / "metrics.json", json.dumps(metrics, indent=2))
 
 
 def _identity(config: TrainConfig) -> dict[str, Any]:
@@ -252,7 +346,7 @@ def _joined(names: Iterable[str]) -> str:
     return ", ".join(dict.fromkeys(names))
 
 
-def _caches_described(config: TrainConfig, manifests: list[Manifest]) -> dict[str, Any]:
+def _caches_described(config: TrainConfig, manifests: list[Manifest]) -> CacheFacts:
     """What reports say of the cache, or of all caches together."""
     tokens = sum(manifest.statistics.tokens for manifest in manifests)
     size = sum(manifest.statistics.tokens * manifest.statistics.bytes_per_token for manifest in manifests)

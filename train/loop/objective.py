@@ -87,9 +87,7 @@ class Objective:
             return dict.fromkeys(self._weights, "exact")
         found: dict[str, str] = {}
         for name, options in self._options.items():
-            # At its ends, JSD is another loss.
-            ends = {0: "forward_kl", 1: "reverse_kl"} if name == "jsd" else {}
-            spec = SPECS[ends.get(options.get("beta", 0.5), name)]
+            spec = SPECS[SPECS[name].same_as(options) or name]
             samples = teacher.samples is not None and spec.from_samples is not None
             if spec.tails:
                 tail = choose_tail(
@@ -116,8 +114,7 @@ class Objective:
                 options[name] = {**own, **prepare(teacher, own)}
             if state is not None:
                 options[name] = {**own, **state.options()}
-        # Only these two get by on the logits' product with the prior; the others take the logits whole.
-        asked = any(options[name].get("tail") == "prior" for name in options.keys() & {"forward_kl", "tail_aware"})
+        asked = any(SPECS[name].prior_product and own.get("tail") == "prior" for name, own in options.items())
         prior = asked and teacher.prior is not None
 
         def losses(logits_CV: Tensor, rows: slice) -> tuple[Tensor, dict[str, Tensor]]:
@@ -129,7 +126,7 @@ class Objective:
             for name, weight in self._now.items():
                 values[name] = LOSSES[name](student, part, **options[name])
                 weighted = values[name] * weight
-                total = total + (weighted if overlap is None or name in ("ranking", "ce") else weighted * overlap)
+                total = total + (weighted if overlap is None or not SPECS[name].by_overlap else weighted * overlap)
             return total, values
 
         return losses

@@ -19,8 +19,6 @@ _TAILS: dict[Tail, str] = {
     "samples": "tail samples (unbiased)",
     "ghost": "one cell of known mass (a lower bound; caches with tail samples are unbiased)",
 }
-
-
 _KINDS = {
     "exact": "exact",
     "unbiased": "unbiased over the draws",

@@ -110,6 +110,7 @@ def _mean_tail_mass(teacher: SparseTeacher, options: dict[str, Any]) -> dict[str
     use="gives the teacher's less likely tokens more weight than forward KL",
     tails=("samples", "ghost", "prior"),
     prepare=_mean_tail_mass,
+    prior_product=True,
     head_k=lambda options: options.get("k", 10),
 )
 def tail_aware(

@@ -139,6 +139,9 @@ class LossSpec:
     masses:       whether it needs the student's masses, or the logits of some ids alone.
     state:        makes its state of the config's options, for a loss that has one.
     prepare:      options that follow from the whole batch's teacher, for a loss that is not one of positions alone.
+    same_as:      the name of the loss that it is with some of its options; None with all others.
+    prior_product: with ``tail: prior`` the logits' product with the prior is enough; other losses take the logits whole.
+    by_overlap:   whether a dynamic ranking term scales it with the overlap of both top k.
     """
 
     name: str
@@ -155,6 +158,9 @@ class LossSpec:
     masses: bool = True
     state: Callable[..., LossState] | None = None
     prepare: Callable[[SparseTeacher, dict[str, Any]], dict[str, Any]] | None = None
+    same_as: Callable[[dict[str, Any]], str | None] = lambda options: None
+    prior_product: bool = False
+    by_overlap: bool = True
 
     @property
     def state_options(self) -> dict[str, Any]:

@@ -111,6 +111,7 @@ def reverse_kl(
     use="between forward (beta = 0) and reverse KL (beta = 1), which its ends are by definition; bounded",
     tails=_TAILS,
     needs_sample_logprobs=True,
+    same_as=lambda options: {0: "forward_kl", 1: "reverse_kl"}.get(options.get("beta", 0.5)),
 )
 def jsd(
     student_logits: Tensor | Student,

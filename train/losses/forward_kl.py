@@ -27,6 +27,7 @@ _TAILS = ("samples", "ghost", "prior", "renormalised")
     from_samples="unbiased",
     use="the default: covers all that the teacher finds possible",
     tails=_TAILS,
+    prior_product=True,
 )
 def forward_kl(
     student_logits: Tensor | Student,
@@ -163,6 +164,7 @@ def random_sampling(student_logits: Tensor | Student, teacher: SparseTeacher) ->
     from_head="exact",
     from_samples=None,
     use="beside a teacher loss (ce_weight is the same), or alone, as the baseline",
+    by_overlap=False,
 )
 def ce(student_logits: Tensor | Student, teacher: SparseTeacher) -> Tensor:
     """-log q of the target: cross-entropy with hard labels, in nats per position. **Exact**; nothing of the teacher is used.

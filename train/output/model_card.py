@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+
+from logitcask.train.output.metrics_file import RunMetrics
 
 
-def model_card(metrics: dict[str, Any], output: Path) -> str:
+def model_card(metrics: RunMetrics, output: Path) -> str:
     """``README.md`` of the student in ``output``, from the content of metrics.json."""
     before, after = metrics["before"], metrics["after"]
     losses = " + ".join(f"{weight} x {name}" for name, weight in metrics["losses"])

@@ -11,6 +11,8 @@ from jinja2 import Environment, FileSystemLoader, select_autoescape
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from logitcask.train.output.metrics_file import RunMetrics, of_teacher
+
 METRICS = {
     "kl": ("KL to the teacher", "nats", "less is better"),
     "reverse_kl": ("Reverse KL, a lower bound", "nats", "less is better"),
@@ -29,7 +31,7 @@ _INK, _ACCENT, _SECOND, _THIRD, _QUIET = "#1f2933", "#0b6e99", "#c2571a", "#5b7f
 
 def write_report(
     path: Path,
-    metrics: dict[str, Any],
+    metrics: RunMetrics,
     log: list[dict[str, float]],
     examples: list[dict[str, Any]],
     answers: list[dict[str, Any]],
@@ -57,10 +59,10 @@ def write_report(
     path.write_text(page, encoding="utf-8")
 
 
-def _row(name: str, k: int, metrics: dict[str, Any]) -> dict[str, str]:
+def _row(name: str, k: int, metrics: RunMetrics) -> dict[str, str]:
     title, unit, better = METRICS[name.partition("@")[0]]
     before, after = metrics["before"][name], metrics["after"][name]
-    teacher = metrics["teacher"].get(name)
+    teacher = of_teacher(metrics, name)
     return {
         "title": title.format(k=k),
         "before": _number(before, unit),
@@ -91,7 +93,7 @@ def _loss_chart(log: list[dict[str, float]]) -> str:
     return _svg(figure)
 
 
-def _held_out_chart(metrics: dict[str, Any], log: list[dict[str, float]]) -> str:
+def _held_out_chart(metrics: RunMetrics, log: list[dict[str, float]]) -> str:
     figure, axes = _canvas("held-out text", "step", "nats per position")
     for key, colour, label in (("kl", _ACCENT, "KL to the teacher"), ("ce", _SECOND, "cross-entropy on the text")):
         steps, values = _curve(key, metrics, log)
@@ -104,7 +106,7 @@ def _held_out_chart(metrics: dict[str, Any], log: list[dict[str, float]]) -> str
     return _svg(figure)
 
 
-def _agreement_chart(metrics: dict[str, Any], log: list[dict[str, float]]) -> str:
+def _agreement_chart(metrics: RunMetrics, log: list[dict[str, float]]) -> str:
     k = metrics["k"]
     figure, axes = _canvas("agreement with the teacher, held-out text", "step", "% of positions")
     for key, colour, label in (
@@ -119,7 +121,7 @@ def _agreement_chart(metrics: dict[str, Any], log: list[dict[str, float]]) -> st
     return _svg(figure)
 
 
-def _curve(key: str, metrics: dict[str, Any], log: list[dict[str, float]]) -> tuple[list[float], list[float]]:
+def _curve(key: str, metrics: RunMetrics, log: list[dict[str, float]]) -> tuple[list[float], list[float]]:
     """The values of a held-out metric from before the first step to after the last."""
     points = {0.0: metrics["before"][key]}
     points |= {record["step"]: record[f"eval_{key}"] for record in log if f"eval_{key}" in record}

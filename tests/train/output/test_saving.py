@@ -122,7 +122,7 @@ def test_a_student_with_sampling_fields_is_trained_and_saved(config, student_fol
 
 def test_answers_are_greedy_whatever_the_student_prefers(tiny_llama):
     student, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_llama), AutoTokenizer.from_pretrained(tiny_llama)
-    from tests.train.test_generation import sequence
+    from tests.train.evaluation.test_answers import sequence
 
     data = [sequence(list(range(3, 30)), [False] * 9 + [True] * 18)]
     (plain,) = answers(student, tokenizer, data, AnswersConfig(max_new_tokens=8))

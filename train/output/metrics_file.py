@@ -1,0 +1,86 @@
+"""The content of ``metrics.json``: what a finished run says of itself, by name.
+
+Held-out metrics are dicts, since a cache decides which of them there are (``logitcask.train.evaluation.evaluate``).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NotRequired, TypedDict, cast
+
+
+class TeacherMetrics(TypedDict):
+    """The teacher: names of it and its engine, and the same held-out metrics of it as far as the cache has them.
+
+    left_out: the share of its mass that is on ids that the student lacks.
+    """
+
+    model: str
+    engine: str
+    ce: float
+    perplexity: float
+    positions: int
+    left_out: NotRequired[float]
+    ece: NotRequired[float]
+
+
+class RougeL(TypedDict):
+    """Mean Rouge-L of the student's answers with the cached ones; None without answers that have words."""
+
+    before: float | None
+    after: float | None
+    answers: int
+
+
+class StudentFacts(TypedDict):
+    """Parameters, how many of them were trained, and the name of the model's class."""
+
+    parameters: int
+    trained: int
+    architecture: str
+
+
+class CacheFacts(TypedDict):
+    """The cache, or all caches of a mixture together, whose names are joined by commas."""
+
+    path: str
+    fingerprint: str
+    source: str
+    tokens: int
+    bytes_per_token: float
+
+
+class RunMetrics(TypedDict):
+    """All of ``metrics.json``.
+
+    losses:    (name, weight as text) of every term.
+    exactness: of each loss with this cache, in words.
+    seconds, positions_trained: over all starts of the run.
+    """
+
+    before: dict[str, float]
+    after: dict[str, float]
+    teacher: TeacherMetrics
+    rouge_l: RougeL
+    k: int
+    kl_tail: str
+    kl_kind: str
+    steps: int
+    final_loss: float | None
+    seconds: float
+    positions_trained: int
+    train_sequences: int
+    held_out_sequences: int
+    held_out_positions: int
+    losses: list[list[str]]
+    exactness: dict[str, str]
+    student: StudentFacts
+    cache: CacheFacts
+    run: str
+    seed: int
+    created_by: str
+    config: dict[str, Any]
+
+
+def of_teacher(metrics: RunMetrics, name: str) -> float | None:
+    """The teacher's value of a held-out metric; None if there is none."""
+    return cast("dict[str, float]", metrics["teacher"]).get(name)
