@@ -1,7 +1,7 @@
 """The types that travel through the teacher stage, and nothing else.
 
-``Sequence`` comes out of tokenisation, ``Scored`` out of an engine, and the estimator (``logitcask.pipeline.distribution.keep``) turns a
-pair of them into what the cache stores.
+``Sequence`` comes out of tokenisation, ``Scored`` out of an engine (as ``PendingScores``, until it is
+read), and ``logitcask.pipeline.distribution.keep`` turns a pair of them into what the cache stores.
 """
 
 from __future__ import annotations
@@ -63,10 +63,10 @@ class Scored:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PendingScores:
-    """What an engine said of one sequence, in the engine's own form, so that others may do the work of reading it.
+    """An engine's scores of one sequence, in the engine's own form: others may do the work of reading them.
 
-    nbytes: about what it takes in memory as it is.
-    scored: reads it, once; at the kept positions alone where the engine can tell them apart.
+    nbytes: about what they take in memory as they are.
+    scored: reads them, once; at the kept positions alone where the engine can tell them apart.
     """
 
     nbytes: int

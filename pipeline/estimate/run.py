@@ -1,8 +1,8 @@
 """``teacher-cache estimate``: what a build will take, before anything runs: tokens, bytes, engine hours, money.
 
-The head of the data is tokenised as a build does it, and the rest is taken to be like it. Bytes come from
-``logitcask.pipeline.estimate.size``, speed from ``logitcask.pipeline.estimate.speed``. No engine is started and no weights are read unless a
-probe is asked for. What every number rests on is part of the answer.
+The head of the data is tokenised as a build does it, and the rest is taken to be like it. Bytes come
+from ``size``, speed from ``speed``. No engine is started and no weights are read unless a probe is
+asked for. The answer includes the assumptions behind every number.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""What the pipeline asks of a teacher. One file per engine implements it, and only that file imports the engine."""
+"""The teacher that the pipeline asks for. Each engine implements it, in a module or folder that alone
+imports the engine.
+"""
 
 from __future__ import annotations
 

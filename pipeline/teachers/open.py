@@ -1,6 +1,7 @@
 """Teachers: models that score given text. ``open_teacher`` picks the engine that a config names.
 
-An engine is heavy to import, so each lives in a file of its own that is loaded here only when asked for.
+An engine is heavy to import, so each lives in a module or folder of its own that is loaded here only
+when it is asked for.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A chat template, and chats in the form it takes.
 
-Rows hold chats in one form (``logitcask.pipeline.text.sources``): arguments of calls as objects, content None beside calls, the role
+Rows hold chats in one form (``chat_rows``): arguments of calls as objects, content None beside calls, the role
 ``developer`` as it was found. Templates differ in what they take of it, so each is asked once, with small chats of our
 own. The date of a template that writes one is given to it, so that all of a build, on whichever day, has the same.
 """

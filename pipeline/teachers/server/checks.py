@@ -1,7 +1,8 @@
-"""Is this the server that the config means? What it is asked before it is trusted, and how it should have been started.
+"""The checks of a server before it is trusted, and the command that would have started the right one.
 
-Names prove little: a server can call any model anything. So what it *says* of a probe is compared: at the first start
-with transformers' forward pass, where the weights are on this machine, and ever after with what it said then.
+Names prove little: a server can call any model anything. So its scores of a probe are compared: at
+the first start with transformers' forward pass, if the weights are on this machine, and ever after
+with its scores at that start.
 """
 
 from __future__ import annotations

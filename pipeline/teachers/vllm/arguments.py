@@ -1,8 +1,9 @@
-"""What a vLLM engine is started with: arguments that users may not set, and the memory that vLLM does not count.
+"""The arguments of a vLLM engine: those that users may not set, and room for what vLLM does not count.
 
-A prompt's logits are float32[rows, vocabulary]. Model runner V2 makes them for 1,024 rows at a time, whatever the size of
-a step; V1 for all rows of a request that are in the step. vLLM's profiler sees neither, and gives the key-value cache all that is left
-of ``gpu_memory_utilization``; the logits live in what is left of the card.
+A prompt's logits are float32[rows, vocabulary]. Model runner V2 makes them for 1,024 rows at a time,
+whatever the size of a step; V1 for all rows of a request that are in the step. vLLM's profiler sees
+neither, and gives the key-value cache all that is left of ``gpu_memory_utilization``; the logits live
+in what is left of the card.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
 """The vLLM teacher (vLLM 0.30 - 0.33): text goes in as a prompt, and its prompt logprobs come out as arrays.
 
-How they come out, and how fast, is a matter of routes: see ``logitcask.pipeline.teachers.vllm.routes``. The fastest stands on a
-private method, so it is compared with a public one every time an engine starts, and not used where they differ.
+How they come out, and how fast, is a matter of ``routes``. The fastest relies on a private method, so
+it is compared with a public one every time an engine starts, and not used if they differ
+(``self_check``).
 
-Draws from the tail are made in the engine by ``logitcask.pipeline.teachers.vllm.plugin``, and come in columns beside the most probable ids.
-They too are checked at every start, against whole distributions, which vLLM gives of its own; there is no other way to
-get them, so where the check fails the teacher does not start.
+Draws from the tail are made in the engine by ``plugin``, and come in columns beside the most probable
+ids. They too are checked at every start, against whole distributions, which vLLM gives of its own.
+There is no other way to get them: if the check fails, the teacher does not start.
 """
 
 from __future__ import annotations

@@ -8,14 +8,12 @@ import importlib.util
 import logging
 import multiprocessing
 import os
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from pydantic import ValidationError, create_model, model_validator
 
 from logitcask.cache_format.errors import UserError
 from logitcask.pipeline.audit.run import audit
@@ -29,7 +27,6 @@ from logitcask.pipeline.teachers.vllm import plugin as vllm_plugin
 from logitcask.pipeline.teachers.vllm import routes as vllm_routes
 from logitcask.pipeline.teachers.vllm import self_check
 from logitcask.pipeline.teachers.vllm.plugin import drawing
-from logitcask.pipeline.teachers.vllm.process import explain
 from logitcask.pipeline.types import Scored, Sequence
 
 MAX_LENGTH = 96
@@ -789,55 +786,6 @@ def test_the_second_model_runner_would_draw_too(
     assert not hasattr(prompt_logprob.compute_topk_scores, "answers")
 
 
-def test_a_request_for_draws_never_looks_like_one_for_the_whole_vocabulary() -> None:
-    for vocab_size in range(260, 300):
-        for capture in (Capture(16, samples=250), Capture(2, samples=255), Capture(vocab_size, samples=1)):
-            request = ColumnRequest.of(capture, vocab_size)
-            assert request.columns != vocab_size
-            assert max(4, capture.top_k) <= request.top <= vocab_size
-
-
-def test_ranks_of_tied_ids_are_counted_from_the_ids_above_them() -> None:
-    """vLLM's own rank, the last column here, counts every id at or above the target, from 1."""
-    rows = [
-        ([7, 3, 7, 9], [-1.5, -1.0, -1.5, -1.5], 4, 1),  # tied with two others in the head
-        ([3, 3, 7, 9], [-1.0, -1.0, -1.5, -2.0], 1, 0),
-        ([5, 3, 7, 9], [-2.0, -1.0, -1.5, -2.0], 5, 2),  # tied with the last of the head, not in it
-        ([5, 3, 7, 9], [-6.0, -1.0, -1.5, -2.0], 41, 40),  # below the head
-    ]
-    ids, logprobs, ranks, expected = (list(column) for column in zip(*rows, strict=True))
-    arrays = np.array(ids, np.int32), np.array(logprobs, np.float32), np.array(ranks)
-    scored = scored_rows(arrays, ColumnRequest.of(Capture(3), 10))
-    assert scored.target_rank.tolist() == expected
-    assert scored.target_ids.tolist() == [7, 3, 5, 5]
-    assert scored.ids.tolist() == [[3, 7, 9]] * 4
-
-
-def test_causes_are_found_in_what_other_processes_printed() -> None:
-    dead = RuntimeError(
-        "Engine core initialization failed. See root cause above. Failed core proc(s): {'EngineCore': 1}"
-    )
-    with tempfile.TemporaryFile() as log:
-        log.write(
-            b"(EngineCore pid=7) ERROR 01-01 [core.py:9] Traceback (most recent call last):\n"
-            b"(EngineCore pid=7) ERROR 01-01 [core.py:9] torch.OutOfMemoryError: CUDA out of memory. Tried 2 GiB\n"
-            b"RuntimeError: Engine core initialization failed\n"
-        )
-        assert explain(dead, log) == "torch.OutOfMemoryError: CUDA out of memory. Tried 2 GiB"
-        assert explain(MemoryError(), log) == "MemoryError"
-        assert explain(ValueError("first\nsecond"), log) == "first"
-
-
-def test_an_old_error_that_did_no_harm_is_no_cause() -> None:
-    dead = RuntimeError("EngineCore encountered an issue. See stack trace (above) for the root cause.")
-    with tempfile.TemporaryFile("a+b") as log:
-        log.write(b"ERROR 01-01 [cuda.py:9] ImportError: no module named 'deep_gemm'\n")
-        harmless = log.tell()
-        log.write(b"ERROR 01-01 [core.py:9] torch.OutOfMemoryError: CUDA out of memory. Tried 2 GiB\n")
-        assert explain(dead, log, harmless) == "torch.OutOfMemoryError: CUDA out of memory. Tried 2 GiB"
-        assert explain(dead, log, log.tell()) == str(dead)
-
-
 @needs_vllm
 def test_what_was_printed_before_an_answered_request_did_no_harm(
     tiny_llama: Path, vllm_tiny: Any, rng: np.random.Generator, as_sequence: Make, monkeypatch: pytest.MonkeyPatch
@@ -867,30 +815,6 @@ def test_what_was_printed_before_an_answered_request_did_no_harm(
         list(answers)
     monkeypatch.setattr(engine, "step", original)
     assert len(list(vllm_tiny.score(sequences[:1]))) == 1
-
-
-def test_a_package_that_a_model_needs_is_named() -> None:
-    """vLLM looks at a model's class in a process of its own, and logs what that process printed."""
-    message = "Model architectures ['X'] failed to be inspected. Please check the logs for more details."
-
-    def fail(self: Any) -> Any:
-        raise ValueError(message)
-
-    # While it validates its config: then pydantic has wrapped the error.
-    config = create_model("ModelConfig", __validators__={"fail": model_validator(mode="after")(fail)})
-    with pytest.raises(ValidationError) as caught:
-        config()
-    with tempfile.TemporaryFile() as log:
-        for failed in (ValueError(message), caught.value):
-            assert explain(failed, log) == message
-        log.write(
-            b"ERROR 01-01 [registry.py:9] Error in inspecting model architecture 'X'\n"
-            b"ERROR 01-01 [registry.py:9] RuntimeError: Error raised in subprocess:\n"
-            b"ERROR 01-01 [registry.py:9] Traceback (most recent call last):\n"
-            b"ERROR 01-01 [registry.py:9] ModuleNotFoundError: No module named 'mamba_ssm'\n"
-        )
-        for failed in (ValueError(message), caught.value):
-            assert explain(failed, log) == "ModuleNotFoundError: No module named 'mamba_ssm'"
 
 
 @needs_vllm
