@@ -37,6 +37,7 @@ from typing import Any
 from machine import machine
 
 from logitcask.cache_format import CacheWriter
+from logitcask.pipeline.builder.inputs import Inputs
 from logitcask.pipeline.builder.lazy_teacher import LazyTeacher
 from logitcask.pipeline.builder.plan import Plan, read_sequences, write_sequences
 from logitcask.pipeline.builder.planner import make_plan
@@ -146,7 +147,9 @@ class Bench:
     def of(cls, teacher: VllmTeacher, config: BuildConfig, work: Path) -> Bench:
         """With the data of ``config``."""
         with CacheWriter(config.output) as writer:
-            plan = make_plan(writer.build_dir, config, request_of(config), LazyTeacher(config, writer.build_dir))
+            plan = make_plan(
+                writer.build_dir, config, request_of(config), Inputs(config), LazyTeacher(config, writer.build_dir)
+            )
             return cls(teacher, config, plan, list(read_sequences(writer.build_dir, 0)), work)
 
     def rounds(self, ways: list[str], count: int, label: str) -> dict[str, list[float]]:

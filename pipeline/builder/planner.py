@@ -2,46 +2,90 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from tqdm import tqdm
 
 from logitcask.cache_format import UserError
 from logitcask.cache_format.durable import writing_to
-from logitcask.cache_format.manifest import DataIdentity
-from logitcask.pipeline.builder.inputs import check_top_k, prompts_from, tokenization
+from logitcask.cache_format.manifest import DataIdentity, GenerationIdentity
+from logitcask.pipeline.builder.inputs import Inputs, check_top_k
 from logitcask.pipeline.builder.lazy_teacher import LazyTeacher
 from logitcask.pipeline.builder.plan import Plan, write_sequences
 from logitcask.pipeline.builder.request import with_date
 from logitcask.pipeline.config import BuildConfig
 from logitcask.pipeline.generate.answers import Generations
-from logitcask.pipeline.identity import check_unchanged, tokenizer_of
+from logitcask.pipeline.identity import TextReader, check_unchanged, tokenizer_of
 from logitcask.pipeline.teachers.open import sampling_of
-from logitcask.pipeline.text.sources import Source, open_source
+from logitcask.pipeline.text.sources import Row, Source
 from logitcask.pipeline.text.tokenize import Tokenization
 from logitcask.pipeline.types import Sequence
 
 
-def make_plan(build_dir: Path, config: BuildConfig, request: dict[str, Any], engine: LazyTeacher) -> Plan:
+class PlannedText(TextReader, Protocol):
+    """The sequences of a plan: text as the data has it, or answers that the teacher has written.
+
+    ``counters`` describes the latest ``sequences()``; ``stamp`` is that of the source before its first row was read.
+    """
+
+    @property
+    def counters(self) -> dict[str, int]: ...
+    @property
+    def stamp(self) -> str: ...
+
+    def sequences(self, rows: Iterable[Row]) -> Iterator[Sequence]: ...
+
+    def check_source(self) -> None:
+        """Raises UserError where the data changed while ``sequences`` read it."""
+
+    def identity(self) -> GenerationIdentity | None:
+        """What a manifest says of the answers; None for text as the data has it."""
+
+
+class _GivenText:
+    """Text as the data has it, as a ``PlannedText``."""
+
+    def __init__(self, text: Tokenization, source: Source, stamp: str, config: BuildConfig) -> None:
+        self.tokenizer = text.tokenizer
+        self.template = text.template
+        self.stamp = stamp
+        self.sequences = text.sequences
+        self._text, self._source, self._config = text, source, config
+
+    @property
+    def counters(self) -> dict[str, int]:
+        return self._text.counters
+
+    def check_source(self) -> None:
+        check_unchanged(self._source, self.stamp, self._config)
+
+    def identity(self) -> None:
+        return None
+
+
+def make_plan(
+    build_dir: Path, config: BuildConfig, request: dict[str, Any], inputs: Inputs, engine: LazyTeacher
+) -> Plan:
     """Writes the plan of a new build, which ``request`` describes; ``engine`` writes answers first, if any are asked for.
 
     Raises UserError for data, a tokenizer or a model that gives no plan, and where the data changes while it is read.
     """
-    check_top_k(config)
-    source: Source = open_source(config.data)
+    check_top_k(config, inputs)
+    source = inputs.source
     stamp = source.stamp()
-    text: Tokenization | Generations
+    text: PlannedText
     if config.data.generate is None:
-        text = tokenization(config)
+        text = _GivenText(inputs.tokenization(config.data), source, stamp, config)
         request = with_date(request, text)
     else:
-        prompts = prompts_from(config)
+        prompts = inputs.prompts(config.data)
         request = with_date(request, prompts)
         sampling = sampling_of(config.teacher, config.data.generate, prompts.tokenizer, prompts.template)
-        text = Generations(prompts, config, sampling, build_dir, request)
-        text.complete(source, engine.start)
+        answers = Generations(prompts, config, sampling, build_dir, request)
+        answers.complete(source, engine.start)
+        text = answers
     with tqdm(unit="tok", unit_scale=True, desc="tokenise", leave=False, total=config.data.max_tokens) as bar:
 
         def counted() -> Iterator[Sequence]:
@@ -51,8 +95,7 @@ def make_plan(build_dir: Path, config: BuildConfig, request: dict[str, Any], eng
 
         with writing_to(config.folder):
             shards, digest = write_sequences(build_dir, counted(), config.store.shard_tokens)
-    if not isinstance(text, Generations):  # those have read it before, perhaps days ago
-        check_unchanged(source, stamp, config)
+    text.check_source()
     if not shards:
         raise UserError(f"{config.data.path} gives no sequence to score; check its fields and max_tokens")
     if not any(shard.positions for shard in shards):
@@ -73,8 +116,8 @@ def make_plan(build_dir: Path, config: BuildConfig, request: dict[str, Any], eng
                 "overlong": config.data.overlong,
                 "sha256": digest,
                 "counters": {**source.counters, **text.counters},
-                "stamp": text.stamp if isinstance(text, Generations) else stamp,
-                "generation": text.identity() if isinstance(text, Generations) else None,
+                "stamp": text.stamp,
+                "generation": text.identity(),
             }
         ),
         shards=shards,

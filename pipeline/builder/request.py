@@ -11,8 +11,7 @@ from datetime import date
 from typing import Any
 
 from logitcask.pipeline.config import BuildConfig
-from logitcask.pipeline.generate.prompts import Prompts
-from logitcask.pipeline.text.tokenize import Tokenization
+from logitcask.pipeline.identity import TextReader
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +53,7 @@ def as_of_today(request: dict[str, Any], config: BuildConfig) -> dict[str, Any]:
         return request
 
 
-def with_date(request: dict[str, Any], text: Tokenization | Prompts) -> dict[str, Any]:
+def with_date(request: dict[str, Any], text: TextReader) -> dict[str, Any]:
     """The request with the day that the chat template writes, if it writes one: what is resumed or compared later has it."""
     if text.template is None or text.template.date is None:
         if request["data"].get("template_date") is not None:

@@ -14,13 +14,12 @@ from logitcask.cache_format.share.remote_writer import (
     holds_cache,
     remove_traces,
 )
-from logitcask.pipeline.builder.inputs import prompts_from, tokenization
+from logitcask.pipeline.builder.inputs import Inputs
 from logitcask.pipeline.builder.request import as_of_today, dated, request_of
 from logitcask.pipeline.config import BuildConfig
 from logitcask.pipeline.generate.answers import prompts_sha256
-from logitcask.pipeline.identity import tokenizer_changes, tokenizer_of
+from logitcask.pipeline.identity import TextReader, tokenizer_changes, tokenizer_of
 from logitcask.pipeline.teachers.weights import weights_sha256
-from logitcask.pipeline.text.sources import Source, open_source
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +28,7 @@ def is_finished(output: Path | str) -> bool:
     return (output / MANIFEST).exists() if isinstance(output, Path) else holds_cache(output)
 
 
-def reuse(config: BuildConfig) -> Manifest:
+def reuse(config: BuildConfig, inputs: Inputs) -> Manifest:
     """The finished cache in the way, if it is the one asked for; UserError naming what differs if it is not."""
     manifest = CacheReader(config.output).manifest
     ways_out = "choose another output, or replace the cache with --restart"
@@ -50,27 +49,28 @@ def reuse(config: BuildConfig) -> Manifest:
         shutil.rmtree(config.output / BUILD_DIR, ignore_errors=True)
     else:
         remove_traces(config.output)
-    _check_tokenizer(manifest, config, ways_out)
+    _check_tokenizer(manifest, config, inputs, ways_out)
     _check_weights(manifest, config, ways_out)
     try:
-        source = open_source(config.data)
+        source = inputs.source
     except UserError as error:
         # A cache outlives its source: it may have come from elsewhere, or its data may be out of reach for now.
         log.warning("whether the data has changed since cannot be checked: %s", error)
         return manifest
     if source.stamp() != manifest.data.stamp:
         log.info("%s may have changed since the cache was built; comparing", config.data.path)
-        if _changed(manifest, config, source):
+        if _changed(manifest, config, inputs):
             raise UserError(f"{config.data.path} has changed since {config.output} was built; {ways_out}")
     return manifest
 
 
-def _changed(manifest: Manifest, config: BuildConfig, source: Source) -> bool:
+def _changed(manifest: Manifest, config: BuildConfig, inputs: Inputs) -> bool:
     """Whether the source now gives other sequences; other prompts, where the teacher wrote what came of them."""
     if manifest.data.generation is not None:
-        return prompts_sha256(prompts_from(config).prompts(source)) != manifest.data.generation.prompts_sha256
+        prompts = inputs.prompts(config.data).prompts(inputs.source)
+        return prompts_sha256(prompts) != manifest.data.generation.prompts_sha256
     digest = DataHash()
-    for sequence in tokenization(config).sequences(source):
+    for sequence in inputs.tokenization(config.data).sequences(inputs.source):
         digest.update(sequence.sequence_id, sequence.input_ids, sequence.loss_mask)
     return digest.hexdigest() != manifest.data.sha256
 
@@ -86,12 +86,13 @@ def _check_weights(manifest: Manifest, config: BuildConfig, ways_out: str) -> No
         raise UserError(f"the model in {folder} has changed since {config.output} was built; {ways_out}")
 
 
-def _check_tokenizer(manifest: Manifest, config: BuildConfig, ways_out: str) -> None:
+def _check_tokenizer(manifest: Manifest, config: BuildConfig, inputs: Inputs, ways_out: str) -> None:
     """Raises UserError where the teacher's folder now holds another tokenizer or chat template, as ``_check_weights``."""
     folder = Path(config.teacher.model).expanduser()
     if config.teacher.is_synthetic or not folder.is_dir():
         return
-    text = tokenization(config) if config.data.generate is None else prompts_from(config)
+    text: TextReader
+    text = inputs.tokenization(config.data) if config.data.generate is None else inputs.prompts(config.data)
     if changes := tokenizer_changes(manifest.tokenizer, tokenizer_of(text, config)):
         raise UserError(
             f"the tokenizer in {folder} has changed since {config.output} was built ({changes}); {ways_out}"

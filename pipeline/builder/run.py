@@ -20,7 +20,7 @@ from logitcask.cache_format.share.remote_writer import (
 )
 from logitcask.cache_format.writer import remove_cache
 from logitcask.pipeline.audit.at_build_end import audit_build
-from logitcask.pipeline.builder.inputs import check_before_removing
+from logitcask.pipeline.builder.inputs import Inputs, check_before_removing
 from logitcask.pipeline.builder.lazy_teacher import LazyTeacher
 from logitcask.pipeline.builder.plan import Plan
 from logitcask.pipeline.builder.planner import make_plan
@@ -52,11 +52,13 @@ def build(config: BuildConfig, *, restart: bool = False) -> BuildResult:
 
     Raises UserError (and its kinds) for anything the user can mend: see each stop.
     """
+    inputs = Inputs(config)
     if restart:
-        check_before_removing(config)
+        check_before_removing(config, inputs)
         _remove(config.output)
+        inputs.reopen_source()
     if is_finished(config.output):
-        manifest = reuse(config)
+        manifest = reuse(config, inputs)
         return BuildResult(manifest, reused=True, seconds=0.0, tokens_scored=0)
 
     with (
@@ -70,7 +72,7 @@ def build(config: BuildConfig, *, restart: bool = False) -> BuildResult:
             request = request_of(config)
             # Prompts of a version that knew fewer fields are compared as they were written.
             same = bool(written) and as_of_today(written, config) == request
-            plan = make_plan(writer.build_dir, config, written if same else request, engine)
+            plan = make_plan(writer.build_dir, config, written if same else request, inputs, engine)
         else:
             config = dated(config, plan.request)
             before, now = as_of_today(plan.request, config), request_of(config)
@@ -80,6 +82,7 @@ def build(config: BuildConfig, *, restart: bool = False) -> BuildResult:
                     f"{describe_difference(before, now)}; go back to them, start afresh with --restart, "
                     "or choose another output"
                 )
+        del inputs  # all that follows is in the plan; a tokenizer is large
         header, seconds, scored = _write_shards(writer, plan, config, engine)
         found = audit_build(config.output, header, writer.entries(), config.audit, config.teacher)
         manifest = writer.finish(header, len(plan.shards), audit=found)

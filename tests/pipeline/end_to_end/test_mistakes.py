@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
+import logitcask.pipeline.builder.inputs
 import logitcask.pipeline.builder.lazy_teacher
 import logitcask.pipeline.builder.planner
 import logitcask.pipeline.generate.answers
@@ -280,12 +281,12 @@ def test_what_the_system_refuses_is_one_line(tmp_path, monkeypatch, capsys, comm
     fields = fields_of(tmp_path)
     says = "/secret/tokens.json: Permission denied"
     if cause == "permission":
-        monkeypatch.setattr(logitcask.pipeline.builder.planner, "open_source", refuse)
+        monkeypatch.setattr(logitcask.pipeline.builder.inputs, "open_source", refuse)
     elif cause == "name":
         fields["output"], says = str(tmp_path / ("x" * 300)), "File name too long"
     else:
         monkeypatch.setattr(
-            logitcask.pipeline.builder.planner, "open_source", lambda *_: (_ for _ in ()).throw(OSError())
+            logitcask.pipeline.builder.inputs, "open_source", lambda *_: (_ for _ in ()).throw(OSError())
         )
         says = "error: OSError; "
     with pytest.raises(SystemExit) as stop:
@@ -299,6 +300,6 @@ def test_what_the_system_refuses_is_one_line(tmp_path, monkeypatch, capsys, comm
 
 
 def test_debugging_shows_where(tmp_path, monkeypatch, command) -> None:
-    monkeypatch.setattr(logitcask.pipeline.builder.planner, "open_source", refuse)
+    monkeypatch.setattr(logitcask.pipeline.builder.inputs, "open_source", refuse)
     with pytest.raises(PermissionError):
         command(fields_of(tmp_path), "--debug")
