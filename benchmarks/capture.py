@@ -37,9 +37,12 @@ from typing import Any
 from machine import machine
 
 from logitcask.cache_format import CacheWriter
+from logitcask.pipeline.builder.inputs import Inputs
+from logitcask.pipeline.builder.lazy_teacher import LazyTeacher
 from logitcask.pipeline.builder.plan import Plan, read_sequences, write_sequences
+from logitcask.pipeline.builder.planner import make_plan
 from logitcask.pipeline.builder.progress import Progress
-from logitcask.pipeline.builder.run import _Engine, _make_plan, _request
+from logitcask.pipeline.builder.request import request_of
 from logitcask.pipeline.builder.score import estimate_prior, score_shard, score_shards
 from logitcask.pipeline.builder.writer_thread import Pair
 from logitcask.pipeline.config import BuildConfig, StoreConfig, TeacherConfig
@@ -144,7 +147,9 @@ class Bench:
     def of(cls, teacher: VllmTeacher, config: BuildConfig, work: Path) -> Bench:
         """With the data of ``config``."""
         with CacheWriter(config.output) as writer:
-            plan = _make_plan(writer.build_dir, config, _request(config), _Engine(config, writer.build_dir))
+            plan = make_plan(
+                writer.build_dir, config, request_of(config), Inputs(config), LazyTeacher(config, writer.build_dir)
+            )
             return cls(teacher, config, plan, list(read_sequences(writer.build_dir, 0)), work)
 
     def rounds(self, ways: list[str], count: int, label: str) -> dict[str, list[float]]:

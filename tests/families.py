@@ -162,9 +162,11 @@ def compare(family: str, parent: Path) -> dict[str, str]:
     except Exception as error:
         return answer | {"vllm": f"skipped: {cell(error)}"}
     differences = [largest(found, each) for found, each in zip(teacher.score(texts), dense, strict=True)]
-    import logitcask.pipeline.builder.run
+    import logitcask.pipeline.builder.lazy_teacher
 
-    logitcask.pipeline.builder.run.open_teacher = lambda *args, **kwargs: teacher  # the engine that runs already
+    logitcask.pipeline.builder.lazy_teacher.open_teacher = lambda *args, **kwargs: (
+        teacher
+    )  # the engine that runs already
     return answer | {"largest": f"{max(differences):.1e}", "vllm": outcome("vllm")}
 
 

@@ -110,6 +110,9 @@ class Generations:
         file = build_dir / "generations" / "prompts.json"
         return load_state(GenerationState, file).request if file.exists() else {}
 
+    def check_source(self) -> None:
+        """Nothing is read here: it was checked when the prompts were read, perhaps days ago."""
+
     def identity(self) -> GenerationIdentity:
         return GenerationIdentity(
             prompts_sha256=self._state().prompts_sha256,

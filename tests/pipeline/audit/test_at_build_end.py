@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import logitcask.pipeline.builder.lazy_teacher
 import logitcask.pipeline.builder.run
 from logitcask.cache_format import CacheReader, DamagedCacheError
 from logitcask.cache_format.describe import describe
@@ -142,7 +143,7 @@ def test_a_wrong_temperature_is_named(config, tiny_llama, monkeypatch) -> None:
         teacher._lm.lm_head.register_forward_hook(lambda module, inputs, logits: logits / 1.5)
         return teacher
 
-    monkeypatch.setattr(logitcask.pipeline.builder.run, "open_teacher", warm)
+    monkeypatch.setattr(logitcask.pipeline.builder.lazy_teacher, "open_teacher", warm)
     with pytest.raises(DamagedCacheError, match=r"another temperature: its rows fit 1\.5 "):
         build(config({"model": str(tiny_llama), "backend": "transformers"}))
 

@@ -308,10 +308,11 @@ def test_an_unfinished_build_keeps_its_settings(tmp_path):
 
 _UNFINISHED = """
 import os, sys
-import logitcask.pipeline.builder.run
+import logitcask.pipeline.builder.lazy_teacher
+from logitcask.pipeline.builder.run import build
 from logitcask.pipeline.config import BuildConfig
-logitcask.pipeline.builder.run.open_teacher = lambda *a, **k: os._exit(9)
-logitcask.pipeline.builder.run.build(BuildConfig.model_validate_json(sys.argv[1]))
+logitcask.pipeline.builder.lazy_teacher.open_teacher = lambda *a, **k: os._exit(9)
+build(BuildConfig.model_validate_json(sys.argv[1]))
 """
 
 

@@ -21,8 +21,12 @@ from logitcask.cache_format.shards.shard_writer import ShardWriter
 from logitcask.pipeline.builder import run
 from logitcask.pipeline.builder import score as scoring
 from logitcask.pipeline.builder import writer_thread as behind
+from logitcask.pipeline.builder.inputs import Inputs
+from logitcask.pipeline.builder.lazy_teacher import LazyTeacher
 from logitcask.pipeline.builder.plan import write_sequences
+from logitcask.pipeline.builder.planner import make_plan
 from logitcask.pipeline.builder.progress import Progress
+from logitcask.pipeline.builder.request import request_of
 from logitcask.pipeline.builder.run import build
 from logitcask.pipeline.config import BuildConfig, StoreConfig, TeacherConfig
 from logitcask.pipeline.teachers.base import answers
@@ -236,7 +240,9 @@ def test_a_subset_of_shards_is_the_same_in_another_process_or_order(tmp_path):
     whole = build(config_for(tmp_path)).manifest
     config = config_for(tmp_path, output=str(tmp_path / "parts"))
     with CacheWriter(config.output) as writer:
-        plan = run._make_plan(writer.build_dir, config, run._request(config), run._Engine(config, writer.build_dir))
+        plan = make_plan(
+            writer.build_dir, config, request_of(config), Inputs(config), LazyTeacher(config, writer.build_dir)
+        )
         teacher = SyntheticTeacher(config.teacher, config.store.capture())
         header = plan.header(teacher.identity(), config.store.settings(teacher.vocab_size))
         prior, _ = scoring.estimate_prior(scoring.score_shard(teacher, writer.build_dir, 0), header.store)

@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 import yaml
 
-import logitcask.pipeline.builder.run
+import logitcask.pipeline.builder.inputs
+import logitcask.pipeline.builder.lazy_teacher
+import logitcask.pipeline.builder.planner
 import logitcask.pipeline.generate.answers
 from logitcask.cache_format import CacheReader
 from logitcask.cache_format.cli.config_file import load_config
@@ -186,7 +188,9 @@ def test_data_that_changes_while_it_is_read(tmp_path, monkeypatch, data, gone) -
     config = config_of(tmp_path, **data)
     file = Path(config.data.path)
     module, name = (
-        (logitcask.pipeline.generate.answers, "sync") if data else (logitcask.pipeline.builder.run, "write_sequences")
+        (logitcask.pipeline.generate.answers, "sync")
+        if data
+        else (logitcask.pipeline.builder.planner, "write_sequences")
     )
     original = getattr(module, name)
 
@@ -229,7 +233,7 @@ def test_another_tokenizer_in_the_same_folder_is_noticed(tmp_path, model, monkey
     config = config_of(tmp_path, {"model": str(model), "backend": "transformers"}, **data)
     build(config)
     monkeypatch.setattr(
-        logitcask.pipeline.builder.run, "open_teacher", lambda *_, **__: pytest.fail("the engine was started")
+        logitcask.pipeline.builder.lazy_teacher, "open_teacher", lambda *_, **__: pytest.fail("the engine was started")
     )
     assert build(config).reused
     EDITS[changes](model)
@@ -277,11 +281,13 @@ def test_what_the_system_refuses_is_one_line(tmp_path, monkeypatch, capsys, comm
     fields = fields_of(tmp_path)
     says = "/secret/tokens.json: Permission denied"
     if cause == "permission":
-        monkeypatch.setattr(logitcask.pipeline.builder.run, "open_source", refuse)
+        monkeypatch.setattr(logitcask.pipeline.builder.inputs, "open_source", refuse)
     elif cause == "name":
         fields["output"], says = str(tmp_path / ("x" * 300)), "File name too long"
     else:
-        monkeypatch.setattr(logitcask.pipeline.builder.run, "open_source", lambda *_: (_ for _ in ()).throw(OSError()))
+        monkeypatch.setattr(
+            logitcask.pipeline.builder.inputs, "open_source", lambda *_: (_ for _ in ()).throw(OSError())
+        )
         says = "error: OSError; "
     with pytest.raises(SystemExit) as stop:
         command(fields)
@@ -294,6 +300,6 @@ def test_what_the_system_refuses_is_one_line(tmp_path, monkeypatch, capsys, comm
 
 
 def test_debugging_shows_where(tmp_path, monkeypatch, command) -> None:
-    monkeypatch.setattr(logitcask.pipeline.builder.run, "open_source", refuse)
+    monkeypatch.setattr(logitcask.pipeline.builder.inputs, "open_source", refuse)
     with pytest.raises(PermissionError):
         command(fields_of(tmp_path), "--debug")

@@ -21,7 +21,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import logitcask.pipeline.builder.run
+import logitcask.pipeline.builder.lazy_teacher
 from logitcask.cache_format import CacheReader, UserError, verify
 from logitcask.pipeline.builder.run import build
 from logitcask.pipeline.config import BuildConfig, DataConfig, TeacherConfig
@@ -429,7 +429,7 @@ def test_a_finished_cache_needs_no_engine(tmp_path, monkeypatch) -> None:
     config = config_of(tmp_path)
     build(config)
     monkeypatch.setattr(
-        logitcask.pipeline.builder.run, "open_teacher", lambda *_, **__: pytest.fail("the engine was started")
+        logitcask.pipeline.builder.lazy_teacher, "open_teacher", lambda *_, **__: pytest.fail("the engine was started")
     )
     assert build(config).reused
     os.utime(config.data.path, (1, 1))
@@ -448,7 +448,7 @@ def test_the_engine_is_started_once(tmp_path, monkeypatch) -> None:
         starts["teacher"] += 1
         return open_teacher(*arguments, **options)
 
-    monkeypatch.setattr(logitcask.pipeline.builder.run, "open_teacher", counted)
+    monkeypatch.setattr(logitcask.pipeline.builder.lazy_teacher, "open_teacher", counted)
     build(config_of(tmp_path))
     assert starts["teacher"] == 1
 
@@ -507,7 +507,7 @@ def interrupted(tmp_path, tiny_llama, monkeypatch):
     def begin(*steps: str) -> tuple[BuildConfig, Path]:
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             for step in steps:
-                patch.setattr(logitcask.pipeline.builder.run, step, stop)
+                patch.setattr(f"logitcask.pipeline.builder.{step}", stop)
             build(config)
         return config, model
 
@@ -516,7 +516,7 @@ def interrupted(tmp_path, tiny_llama, monkeypatch):
 
 def test_answers_of_another_model_are_refused(interrupted) -> None:
     """The weights in the folder change while a build is interrupted, after the last answer."""
-    config, model = interrupted("score_shards", "estimate_prior")
+    config, model = interrupted("run.score_shards", "run.estimate_prior")
     fields = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**fields, "rms_norm_eps": 0.5}))
     with pytest.raises(UserError, match="answers of another teacher: weights_sha256"):
@@ -526,7 +526,7 @@ def test_answers_of_another_model_are_refused(interrupted) -> None:
 @pytest.mark.parametrize("what", ["its chat template", "how it turns text into ids"])
 def test_prompts_of_another_tokenizer_are_refused(interrupted, what) -> None:
     """The manifest would name a tokenizer and a template that did not make the prompts."""
-    config, model = interrupted("write_sequences")
+    config, model = interrupted("planner.write_sequences")
     if what == "its chat template":
         file = model / "chat_template.jinja"
         edited = file.read_text().replace("<|im_start|>", "<|im_start|>the ")

@@ -17,7 +17,6 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-import logitcask.pipeline.builder.run
 from logitcask.cache_format import CacheReader
 from logitcask.cache_format.errors import UserError
 from logitcask.pipeline.builder.run import build
@@ -614,7 +613,7 @@ def test_a_cache_is_compared_with_the_rendering_of_its_day(
     assert again.fingerprint != first.fingerprint
 
 
-@pytest.mark.parametrize("step", ["score_shards", "write_sequences"])
+@pytest.mark.parametrize("step", ["run.score_shards", "planner.write_sequences"])
 def test_a_build_goes_on_the_next_day_with_the_date_it_began_with(
     step: str, tmp_path: Path, on: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -623,7 +622,7 @@ def test_a_build_goes_on_the_next_day_with_the_date_it_began_with(
 
     on(2026, 1, 31)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(logitcask.pipeline.builder.run, step, stop)
+        patch.setattr(f"logitcask.pipeline.builder.{step}", stop)
         build(clock_build(tmp_path, **GENERATE))
     on(2026, 2, 1)
     with pytest.raises(

@@ -671,6 +671,7 @@ def test_an_engine_that_never_says_the_same_twice_starts(
 def test_what_a_noisy_engine_says_passes_the_audit(
     tiny_llama: Path, vllm_tiny: Any, rng: np.random.Generator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    import logitcask.pipeline.builder.lazy_teacher
     import logitcask.pipeline.builder.run
 
     config = BuildConfig.model_validate(
@@ -684,7 +685,7 @@ def test_what_a_noisy_engine_says_passes_the_audit(
     )
     asking(vllm_tiny, config.store.capture(), monkeypatch)
     monkeypatch.setattr(vllm_tiny, "close", lambda: None)
-    monkeypatch.setattr(logitcask.pipeline.builder.run, "open_teacher", lambda *args, **kind: vllm_tiny)
+    monkeypatch.setattr(logitcask.pipeline.builder.lazy_teacher, "open_teacher", lambda *args, **kind: vllm_tiny)
 
     def audited(nats: float) -> Any:
         with monkeypatch.context() as patch:

@@ -1,0 +1,99 @@
+"""The inputs of a build: source, tokenizer, vocabulary and resolved model.
+
+Each is opened when it is first needed, so that the first thing to be wrong is the first to be named, and once.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+from logitcask.cache_format import UserError
+from logitcask.pipeline.config import BuildConfig, DataConfig, TeacherConfig
+from logitcask.pipeline.generate.prompts import Prompts
+from logitcask.pipeline.teachers.model import ResolvedModel, attention, check_context, resolve_model
+from logitcask.pipeline.teachers.open import open_tokenizer, vocab_size_of
+from logitcask.pipeline.text.sources import Source, open_source
+from logitcask.pipeline.text.tokenize import Tokenization
+
+
+class Inputs:
+    """What the teacher and the data of a config give. ``teacher`` and ``data`` are those of the config.
+
+    Raises UserError, where something is first asked for, if it does not exist or cannot be read.
+    """
+
+    def __init__(self, config: BuildConfig) -> None:
+        self.teacher: TeacherConfig = config.teacher
+        self.data: DataConfig = config.data
+
+    @cached_property
+    def source(self) -> Source:
+        return open_source(self.data)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return open_tokenizer(self.teacher)
+
+    @cached_property
+    def vocab_size(self) -> int:
+        return vocab_size_of(self.teacher)
+
+    @cached_property
+    def model(self) -> ResolvedModel | None:
+        """None for the synthetic teacher."""
+        teacher = self.teacher
+        if teacher.is_synthetic:
+            return None
+        return resolve_model(teacher.model, teacher.revision, trust_remote_code=teacher.trust_remote_code)
+
+    def reopen_source(self) -> None:
+        """Has the data looked up again: some of its files may be gone."""
+        self.__dict__.pop("source", None)
+
+    def tokenization(self, data: DataConfig) -> Tokenization:
+        """A fresh one. ``data`` is that of this object, perhaps with the date of an earlier start."""
+        return Tokenization(self.tokenizer, data, self.vocab_size)
+
+    def prompts(self, data: DataConfig) -> Prompts:
+        """As ``tokenization``."""
+        return Prompts(self.tokenizer, data, self.vocab_size)
+
+
+def check_top_k(config: BuildConfig, inputs: Inputs) -> None:
+    if config.store.top_k > inputs.vocab_size:
+        raise UserError(
+            f"store.top_k is {config.store.top_k}, but {config.teacher.model} can predict {inputs.vocab_size} ids; "
+            "choose a smaller top_k"
+        )
+
+
+def check_before_removing(config: BuildConfig, inputs: Inputs) -> None:
+    """Finds the mistakes that would make a restart fail at once: a cache is worth more than a mistyped name.
+
+    Raises UserError, as what comes after the removal would: of the model, its tokenizer, the template and the data, up to
+    the first sequence or prompt that comes of it.
+    """
+    check_top_k(config, inputs)
+    _check_engine(config, inputs.model)
+    source = inputs.source
+    if config.data.generate is None:
+        next(inputs.tokenization(config.data).sequences(source), None)
+    else:
+        next(inputs.prompts(config.data).prompts(source), None)
+
+
+def _check_engine(config: BuildConfig, model: ResolvedModel | None) -> None:
+    """What an engine refuses before it reads the weights."""
+    teacher = config.teacher
+    if model is None:
+        return
+    check_context(model, config.data.max_length)
+    if teacher.backend == "transformers":
+        attention(model, teacher.engine_args.get("attn_implementation"))
+    if teacher.backend == "vllm":
+        from logitcask.pipeline.teachers.vllm.arguments import check_engine_args
+        from logitcask.pipeline.teachers.vllm.engine import check_location
+
+        check_engine_args(teacher)
+        check_location(model)

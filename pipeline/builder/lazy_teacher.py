@@ -1,0 +1,47 @@
+"""The teacher of a build, started when something first needs it."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Self
+
+from logitcask.pipeline.config import BuildConfig
+from logitcask.pipeline.teachers.base import Sampling, Teacher
+from logitcask.pipeline.teachers.open import open_teacher
+
+log = logging.getLogger(__name__)
+
+
+class LazyTeacher:
+    """The teacher, started when something first needs it, and once: what it wrote it also scores."""
+
+    def __init__(self, config: BuildConfig, build_dir: Path) -> None:
+        self._config, self._build_dir = config, build_dir
+        self._teacher: Teacher | None = None
+
+    def start(self, sampling: Sampling | None = None) -> Teacher:
+        """The teacher, able to write by ``sampling`` if it is started here with one."""
+        if self._teacher is None:
+            config = self._config
+            log.info("starting the teacher: %s with %s", config.teacher.model, config.teacher.backend)
+            self._teacher = open_teacher(
+                config.teacher,
+                max_length=config.data.max_length,
+                capture=config.store.capture(),
+                sampling=sampling,
+                state=self._build_dir,
+            )
+        return self._teacher
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Frees the teacher, for those that come after it."""
+        if self._teacher is not None:
+            self._teacher.close()
+            self._teacher = None

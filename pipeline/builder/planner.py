@@ -1,0 +1,127 @@
+"""The planner: rows become sequences, sequences become the shards of a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+from tqdm import tqdm
+
+from logitcask.cache_format import UserError
+from logitcask.cache_format.durable import writing_to
+from logitcask.cache_format.manifest import DataIdentity, GenerationIdentity
+from logitcask.pipeline.builder.inputs import Inputs, check_top_k
+from logitcask.pipeline.builder.lazy_teacher import LazyTeacher
+from logitcask.pipeline.builder.plan import Plan, write_sequences
+from logitcask.pipeline.builder.request import with_date
+from logitcask.pipeline.config import BuildConfig
+from logitcask.pipeline.generate.answers import Generations
+from logitcask.pipeline.identity import TextReader, check_unchanged, tokenizer_of
+from logitcask.pipeline.teachers.open import sampling_of
+from logitcask.pipeline.text.sources import Row, Source
+from logitcask.pipeline.text.tokenize import Tokenization
+from logitcask.pipeline.types import Sequence
+
+
+class PlannedText(TextReader, Protocol):
+    """The sequences of a plan: text as the data has it, or answers that the teacher has written.
+
+    ``counters`` describes the latest ``sequences()``; ``stamp`` is that of the source before its first row was read.
+    """
+
+    @property
+    def counters(self) -> dict[str, int]: ...
+    @property
+    def stamp(self) -> str: ...
+
+    def sequences(self, rows: Iterable[Row]) -> Iterator[Sequence]: ...
+
+    def check_source(self) -> None:
+        """Raises UserError where the data changed while ``sequences`` read it."""
+
+    def identity(self) -> GenerationIdentity | None:
+        """What a manifest says of the answers; None for text as the data has it."""
+
+
+class _GivenText:
+    """Text as the data has it, as a ``PlannedText``."""
+
+    def __init__(self, text: Tokenization, source: Source, stamp: str, config: BuildConfig) -> None:
+        self.tokenizer = text.tokenizer
+        self.template = text.template
+        self.stamp = stamp
+        self.sequences = text.sequences
+        self._text, self._source, self._config = text, source, config
+
+    @property
+    def counters(self) -> dict[str, int]:
+        return self._text.counters
+
+    def check_source(self) -> None:
+        check_unchanged(self._source, self.stamp, self._config)
+
+    def identity(self) -> None:
+        return None
+
+
+def make_plan(
+    build_dir: Path, config: BuildConfig, request: dict[str, Any], inputs: Inputs, engine: LazyTeacher
+) -> Plan:
+    """Writes the plan of a new build, which ``request`` describes; ``engine`` writes answers first, if any are asked for.
+
+    Raises UserError for data, a tokenizer or a model that gives no plan, and where the data changes while it is read.
+    """
+    check_top_k(config, inputs)
+    source = inputs.source
+    stamp = source.stamp()
+    text: PlannedText
+    if config.data.generate is None:
+        text = _GivenText(inputs.tokenization(config.data), source, stamp, config)
+        request = with_date(request, text)
+    else:
+        prompts = inputs.prompts(config.data)
+        request = with_date(request, prompts)
+        sampling = sampling_of(config.teacher, config.data.generate, prompts.tokenizer, prompts.template)
+        answers = Generations(prompts, config, sampling, build_dir, request)
+        answers.complete(source, engine.start)
+        text = answers
+    with tqdm(unit="tok", unit_scale=True, desc="tokenise", leave=False, total=config.data.max_tokens) as bar:
+
+        def counted() -> Iterator[Sequence]:
+            for sequence in text.sequences(source):
+                bar.update(len(sequence.input_ids))
+                yield sequence
+
+        with writing_to(config.folder):
+            shards, digest = write_sequences(build_dir, counted(), config.store.shard_tokens)
+    text.check_source()
+    if not shards:
+        raise UserError(f"{config.data.path} gives no sequence to score; check its fields and max_tokens")
+    if not any(shard.positions for shard in shards):
+        raise UserError(
+            f"{config.data.path} gives no token to learn: every sequence is of one token, which nothing predicts; "
+            f"raise data.max_length ({config.data.max_length})"
+        )
+    plan = Plan(
+        request=request,
+        tokenizer=tokenizer_of(text, config),
+        data=DataIdentity.model_validate(
+            {
+                "source": config.data.path,
+                "split": config.data.split,
+                "kind": config.data.kind,
+                "mask_policy": config.data.mask_policy,
+                "max_length": config.data.max_length,
+                "overlong": config.data.overlong,
+                "sha256": digest,
+                "counters": {**source.counters, **text.counters},
+                "stamp": text.stamp,
+                "generation": text.identity(),
+            }
+        ),
+        shards=shards,
+    )
+    with writing_to(config.folder):
+        plan.save(build_dir)
+    return plan

@@ -1,0 +1,64 @@
+"""The request of a build: the part of its config that decides what the cache holds.
+
+It is written down with the cache, and compared where a build is resumed or a cache reused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from datetime import date
+from typing import Any
+
+from logitcask.pipeline.config import BuildConfig
+from logitcask.pipeline.identity import TextReader
+
+log = logging.getLogger(__name__)
+
+_NOT_CONTENT: dict[str, Any] = {
+    "output": True,
+    "log": True,
+    "audit": True,
+    "scale": True,
+    "teacher": {"route", "batch_tokens", "tensor_parallel_size", "server"},
+    "store": {"shard_tokens", "compression_level"},
+}
+
+
+def request_of(config: BuildConfig) -> dict[str, Any]:
+    """Everything in a config that decides what the cache holds, a template file by its content."""
+    request = config.model_dump(mode="json", exclude=_NOT_CONTENT)
+    template = config.data.chat_template
+    if template is not None and template.is_file():
+        request["data"]["chat_template"] = hashlib.sha256(template.read_bytes()).hexdigest()
+    return request
+
+
+def dated(config: BuildConfig, written: dict[str, Any]) -> BuildConfig:
+    """With the date for the chat template that is written down in an earlier request, unless the config has its own."""
+    day = written.get("data", {}).get("template_date")
+    if day is None or config.data.template_date is not None:
+        return config
+    data = config.data.model_copy(update={"template_date": date.fromisoformat(day)})
+    return config.model_copy(update={"data": data})
+
+
+def as_of_today(request: dict[str, Any], config: BuildConfig) -> dict[str, Any]:
+    """An earlier request with the defaults of fields that this version has added, or as it is if it no longer parses."""
+    try:
+        # Which server scored is not part of a request.
+        teacher = {**request["teacher"], "server": config.teacher.server}
+        return request_of(BuildConfig.model_validate({**request, "teacher": teacher, "output": config.output}))
+    except ValueError:
+        return request
+
+
+def with_date(request: dict[str, Any], text: TextReader) -> dict[str, Any]:
+    """The request with the day that the chat template writes, if it writes one: what is resumed or compared later has it."""
+    if text.template is None or text.template.date is None:
+        if request["data"].get("template_date") is not None:
+            log.warning("data.template_date changes nothing: the chat template writes no date of today")
+        return request
+    day = text.template.date.isoformat()
+    log.info("the chat template writes today's date: it is %s for all of this cache (data.template_date)", day)
+    return {**request, "data": {**request["data"], "template_date": day}}

@@ -1,0 +1,99 @@
+"""A finished cache in the output's place, reused if it is the one that the config asks for."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+
+from logitcask.cache_format import CacheReader, Manifest, UserError
+from logitcask.cache_format.differences import describe_difference
+from logitcask.cache_format.layout import BUILD_DIR, MANIFEST
+from logitcask.cache_format.manifest import DataHash
+from logitcask.cache_format.share.remote_writer import (
+    holds_cache,
+    remove_traces,
+)
+from logitcask.pipeline.builder.inputs import Inputs
+from logitcask.pipeline.builder.request import as_of_today, dated, request_of
+from logitcask.pipeline.config import BuildConfig
+from logitcask.pipeline.generate.answers import prompts_sha256
+from logitcask.pipeline.identity import TextReader, tokenizer_changes, tokenizer_of
+from logitcask.pipeline.teachers.weights import weights_sha256
+
+log = logging.getLogger(__name__)
+
+
+def is_finished(output: Path | str) -> bool:
+    return (output / MANIFEST).exists() if isinstance(output, Path) else holds_cache(output)
+
+
+def reuse(config: BuildConfig, inputs: Inputs) -> Manifest:
+    """The finished cache in the way, if it is the one asked for; UserError naming what differs if it is not."""
+    manifest = CacheReader(config.output).manifest
+    ways_out = "choose another output, or replace the cache with --restart"
+    if manifest.derived_from is not None:
+        raise UserError(
+            f"{config.output} holds a cache that `teacher-cache {manifest.derived_from.command}` made; {ways_out}"
+        )
+    config = dated(config, manifest.config)
+    before, now = as_of_today(manifest.config, config), request_of(config)
+    if before != now:
+        raise UserError(
+            f"{config.output} holds a finished cache with other settings: {describe_difference(before, now)}; {ways_out}"
+        )
+    if "template_date" not in manifest.config.get("data", {}):  # of a version that did not write it down
+        config = dated(config, {"data": {"template_date": manifest.created_at[:10]}})
+    # A crash between manifest and clean-up leaves the build's state.
+    if isinstance(config.output, Path):
+        shutil.rmtree(config.output / BUILD_DIR, ignore_errors=True)
+    else:
+        remove_traces(config.output)
+    _check_tokenizer(manifest, config, inputs, ways_out)
+    _check_weights(manifest, config, ways_out)
+    try:
+        source = inputs.source
+    except UserError as error:
+        # A cache outlives its source: it may have come from elsewhere, or its data may be out of reach for now.
+        log.warning("whether the data has changed since cannot be checked: %s", error)
+        return manifest
+    if source.stamp() != manifest.data.stamp:
+        log.info("%s may have changed since the cache was built; comparing", config.data.path)
+        if _changed(manifest, config, inputs):
+            raise UserError(f"{config.data.path} has changed since {config.output} was built; {ways_out}")
+    return manifest
+
+
+def _changed(manifest: Manifest, config: BuildConfig, inputs: Inputs) -> bool:
+    """Whether the source now gives other sequences; other prompts, where the teacher wrote what came of them."""
+    if manifest.data.generation is not None:
+        prompts = inputs.prompts(config.data).prompts(inputs.source)
+        return prompts_sha256(prompts) != manifest.data.generation.prompts_sha256
+    digest = DataHash()
+    for sequence in inputs.tokenization(config.data).sequences(inputs.source):
+        digest.update(sequence.sequence_id, sequence.input_ids, sequence.loss_mask)
+    return digest.hexdigest() != manifest.data.sha256
+
+
+def _check_weights(manifest: Manifest, config: BuildConfig, ways_out: str) -> None:
+    """Raises UserError where the teacher's folder now holds another model. Built-in and hub models are pinned anyway."""
+    folder = Path(config.teacher.model).expanduser()
+    if (
+        manifest.teacher.weights_sha256
+        and folder.is_dir()
+        and weights_sha256(folder) != manifest.teacher.weights_sha256
+    ):
+        raise UserError(f"the model in {folder} has changed since {config.output} was built; {ways_out}")
+
+
+def _check_tokenizer(manifest: Manifest, config: BuildConfig, inputs: Inputs, ways_out: str) -> None:
+    """Raises UserError where the teacher's folder now holds another tokenizer or chat template, as ``_check_weights``."""
+    folder = Path(config.teacher.model).expanduser()
+    if config.teacher.is_synthetic or not folder.is_dir():
+        return
+    text: TextReader
+    text = inputs.tokenization(config.data) if config.data.generate is None else inputs.prompts(config.data)
+    if changes := tokenizer_changes(manifest.tokenizer, tokenizer_of(text, config)):
+        raise UserError(
+            f"the tokenizer in {folder} has changed since {config.output} was built ({changes}); {ways_out}"
+        )

@@ -1,0 +1,52 @@
+"""The inputs of a build: how often each is opened."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from logitcask.pipeline.builder import inputs
+from logitcask.pipeline.builder.run import build
+from logitcask.pipeline.config import BuildConfig
+
+OPENERS = ("open_source", "open_tokenizer", "vocab_size_of")
+
+
+def test_a_build_opens_its_inputs_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({"text": f"text {index}"}) + "\n" for index in range(20)))
+    config = BuildConfig.model_validate(
+        {
+            "teacher": {"model": "synthetic", "vocab_size": 3000},
+            "data": {"path": str(data), "max_length": 32},
+            "store": {"top_k": 8},
+            "output": str(tmp_path / "cache"),
+        }
+    )
+    opened = Counter[str]()
+
+    def counted(name: str) -> Any:
+        original = getattr(inputs, name)
+
+        def opener(*arguments: Any) -> Any:
+            opened[name] += 1
+            return original(*arguments)
+
+        return opener
+
+    for name in OPENERS:
+        monkeypatch.setattr(inputs, name, counted(name))
+    build(config)
+    assert opened == dict.fromkeys(OPENERS, 1)
+    opened.clear()
+    data.touch()  # so that a reuse compares the text
+    assert build(config).reused
+    assert opened == dict.fromkeys(OPENERS, 1)
+    opened.clear()
+    build(config, restart=True)
+    # What was removed may have been among the files of the source.
+    assert opened == {"open_source": 2, "open_tokenizer": 1, "vocab_size_of": 1}
