@@ -1,7 +1,7 @@
-"""``teacher-cache build``: source -> plan -> teacher -> shards -> manifest.
+"""The stops of a build, in order: source -> plan -> teacher -> shards -> manifest.
 
-Every stop on the way is written down before the next one starts, so the command can be killed anywhere and run again: a
-finished cache is reused, an unfinished one goes on at the first shard without a commit record.
+Each stop is written down before the next one starts, so a build can be killed anywhere and run again. A finished cache
+is reused; an unfinished one goes on at the first shard without a commit record.
 """
 
 from __future__ import annotations
