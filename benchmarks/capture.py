@@ -1,8 +1,9 @@
-"""How fast logprobs come out of vLLM by each way, and into a cache, beside the engine's bare scoring.
+"""How fast logprobs come out of vLLM by each way, and into a cache, beside the engine's bare
+scoring.
 
-    python benchmarks/capture.py speed  [--model toy|smollm2-135m|MODEL] [--k 1 16 64 256] [--draws N] [--tokens N] [--rounds N]
-    python benchmarks/capture.py memory [--tokens 20000 200000]
-    python benchmarks/capture.py table
+    python benchmarks/capture.py speed [--model toy|smollm2-135m|MODEL] [--k 1 16 64 256] [--draws
+    N] [--tokens N] [--rounds N] python benchmarks/capture.py memory [--tokens 20000 200000] python
+    benchmarks/capture.py table
 
 speed   tokens per second of one engine, all ways in turn in every round:
           stock       ``LLM.generate`` with prompt_logprobs=k: a dict of decoded tokens per token
@@ -11,12 +12,12 @@ speed   tokens per second of one engine, all ways in turn in every round:
           raw         the arrays themselves
           pipeline    a cache on disk: raw, converted, encoded, committed
           bare        the same request, its results dropped as they leave the engine
-memory  peak resident memory of builds of different sizes, a process each, with the toy model; and within the largest one
-table   the results as Markdown, for docs/capture.md
+memory peak resident memory of builds of different sizes, a process each, with the toy model; and
+within the largest one table the results as Markdown, for docs/capture.md
 
-The toy model has one layer and SmolLM2's vocabulary of 49,152, so that what Python does weighs most. Text is `python-docs`.
-Starting the engine, tokenising and planning are in no figure. Results are added to benchmarks/results/capture.json, a run
-per model, k and draws.
+The toy model has one layer and SmolLM2's vocabulary of 49,152, so that what Python does weighs
+most. Text is `python-docs`. Starting the engine, tokenising and planning are in no figure. Results
+are added to benchmarks/results/capture.json, a run per model, k and draws.
 """
 
 from __future__ import annotations
@@ -59,24 +60,39 @@ TOKENIZER = "smollm2-135m"
 MAX_LENGTH = 512
 WAYS = ("stock", "undecoded", "flat", "raw", "pipeline", "bare")
 # Enough for a few seconds a way on two cores.
-TOKENS = {"toy": {1: 8000, 16: 8000, 64: 8000, 256: 4000}, TOKENIZER: {1: 3000, 16: 3000, 64: 5000, 256: 3000}}
+TOKENS = {
+    "toy": {1: 8000, 16: 8000, 64: 8000, 256: 4000},
+    TOKENIZER: {1: 3000, 16: 3000, 64: 5000, 256: 3000},
+}
 
 
 def main() -> None:
     """Runs the part that is asked for."""
     use_huge_pages()  # as the command does
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parts = parser.add_subparsers(dest="part", required=True)
     speed = parts.add_parser("speed")
-    speed.add_argument("--model", default="toy", help="toy, smollm2-135m, or any model vLLM can run")
+    speed.add_argument(
+        "--model", default="toy", help="toy, smollm2-135m, or any model vLLM can run"
+    )
     speed.add_argument("--k", type=int, nargs="+", default=[1, 16, 64, 256])
     speed.add_argument(
-        "--draws", type=int, default=0, help="draws from the tail beside the k, which stock cannot carry"
+        "--draws",
+        type=int,
+        default=0,
+        help="draws from the tail beside the k, which stock cannot carry",
     )
-    speed.add_argument("--tokens", type=int, help="of python-docs; default: some thousands, fewer for large k")
+    speed.add_argument(
+        "--tokens", type=int, help="of python-docs; default: some thousands, fewer for large k"
+    )
     speed.add_argument("--rounds", type=int, default=3)
     speed.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
-    speed.add_argument("--label", help="added to the name under which the run is kept, beside others of the same sizes")
+    speed.add_argument(
+        "--label",
+        help="added to the name under which the run is kept, beside others of the same sizes",
+    )
     memory = parts.add_parser("memory")
     memory.add_argument("--tokens", type=int, nargs="+", default=[20_000, 200_000])
     memory.add_argument("--k", type=int, default=64)
@@ -95,34 +111,54 @@ def main() -> None:
             print(table(json.loads(RESULTS.read_text())))
 
 
-# --- speed --------------------------------------------------------------------------------------------------------
+# --- speed ----------------------------------------------------------------------------------------
 
 
 def measure_speed(arguments: argparse.Namespace, k: int, work: Path) -> dict[str, Any]:
     """Tokens per second of each way in each round, on one engine."""
     store = StoreConfig(
-        top_k=k, min_k=k, min_probability=None, tail_samples=arguments.draws, mass_per_sample=None, shard_tokens=10**9
+        top_k=k,
+        min_k=k,
+        min_probability=None,
+        tail_samples=arguments.draws,
+        mass_per_sample=None,
+        shard_tokens=10**9,
     )
     config = BuildConfig(
         # The baseline decodes every token, so the engine has a tokenizer here.
-        teacher=TeacherConfig(model=model_of(arguments.model, work), engine_args={"skip_tokenizer_init": False}),
-        data={"path": "python-docs", "max_length": MAX_LENGTH, "max_tokens": tokens_of(arguments, k)},
+        teacher=TeacherConfig(
+            model=model_of(arguments.model, work), engine_args={"skip_tokenizer_init": False}
+        ),
+        data={
+            "path": "python-docs",
+            "max_length": MAX_LENGTH,
+            "max_tokens": tokens_of(arguments, k),
+        },
         store=store,
         output=work / "cache",
     )
     teacher = VllmTeacher(
-        config.teacher, resolve_model(config.teacher.model, None), max_length=MAX_LENGTH, capture=store.capture()
+        config.teacher,
+        resolve_model(config.teacher.model, None),
+        max_length=MAX_LENGTH,
+        capture=store.capture(),
     )
     try:
         bench = Bench.of(teacher, config, work)
-        ways = [way for way in arguments.ways if not (arguments.draws and way in ("stock", "undecoded"))]
+        ways = [
+            way for way in arguments.ways if not (arguments.draws and way in ("stock", "undecoded"))
+        ]
         rounds = bench.rounds(ways, arguments.rounds, f"k={k}")
         return {
             "tokens": bench.tokens,
             "sequences": len(bench.sequences),
             "route": teacher.route,
-            "teacher": teacher.identity().model_dump(mode="json", exclude={"model", "weights_sha256"}),
-            "tokens_per_second": {way: [round(each, 1) for each in found] for way, found in rounds.items()},
+            "teacher": teacher.identity().model_dump(
+                mode="json", exclude={"model", "weights_sha256"}
+            ),
+            "tokens_per_second": {
+                way: [round(each, 1) for each in found] for way, found in rounds.items()
+            },
             "ratio_to_bare": ratios(rounds, "bare"),
             "ratio_to_stock": ratios(rounds, "stock"),
             "cache_bytes_per_token": bench.bytes_per_token,
@@ -136,7 +172,12 @@ class Bench:
     """One engine, and each way of having it score the same sequences."""
 
     def __init__(
-        self, teacher: VllmTeacher, config: BuildConfig, plan: Plan, sequences: list[Sequence], work: Path
+        self,
+        teacher: VllmTeacher,
+        config: BuildConfig,
+        plan: Plan,
+        sequences: list[Sequence],
+        work: Path,
     ) -> None:
         self.teacher, self.config, self.plan, self.work = teacher, config, plan, work
         self.sequences = sequences
@@ -148,7 +189,11 @@ class Bench:
         """With the data of ``config``."""
         with CacheWriter(config.output) as writer:
             plan = make_plan(
-                writer.build_dir, config, request_of(config), Inputs(config), LazyTeacher(config, writer.build_dir)
+                writer.build_dir,
+                config,
+                request_of(config),
+                Inputs(config),
+                LazyTeacher(config, writer.build_dir),
             )
             return cls(teacher, config, plan, list(read_sequences(writer.build_dir, 0)), work)
 
@@ -160,7 +205,10 @@ class Bench:
         for turn in range(count):
             for way in ways[turn % len(ways) :] + ways[: turn % len(ways)]:
                 found[way].append(self.tokens / self.once(way, self.sequences))
-                print(f"{label} round {turn + 1} {way:10} {found[way][-1]:10,.0f} tokens/s", flush=True)
+                print(
+                    f"{label} round {turn + 1} {way:10} {found[way][-1]:10,.0f} tokens/s",
+                    flush=True,
+                )
         return found
 
     def once(self, way: str, sequences: list[Sequence]) -> float:
@@ -168,7 +216,9 @@ class Bench:
         if way == "pipeline":
             return self._pipeline(sequences)
         prompts = [{"prompt_token_ids": sequence.input_ids.tolist()} for sequence in sequences]
-        route = {"stock": "stock", "undecoded": "stock"}.get(way, "flat" if way == "flat" else "raw")
+        route = {"stock": "stock", "undecoded": "stock"}.get(
+            way, "flat" if way == "flat" else "raw"
+        )
         params = self.teacher._vllm.SamplingParams(
             prompt_logprobs=self.teacher._request.columns,
             max_tokens=1,
@@ -190,7 +240,9 @@ class Bench:
         with CacheWriter(output) as writer:
             shards, _ = write_sequences(writer.build_dir, sequences, 10**9)
             plan = self.plan.model_copy(update={"shards": shards})
-            header = plan.header(self.teacher.identity(), self.config.store.settings(self.teacher.vocab_size))
+            header = plan.header(
+                self.teacher.identity(), self.config.store.settings(self.teacher.vocab_size)
+            )
             started = time.perf_counter()
             with Progress(shards[0].tokens, 1, bar=True, file=self.work / "log.jsonl") as progress:
                 pairs: Iterator[Pair] = score_shard(self.teacher, writer.build_dir, 0, progress)
@@ -205,7 +257,9 @@ class Bench:
 
 @contextmanager
 def dropping() -> Iterator[None]:
-    """While this is entered, prompt logprobs are dropped where the engine hands them to its front end."""
+    """While this is entered, prompt logprobs are dropped where the engine hands them to its
+    front end.
+    """
     from vllm.v1.engine.logprobs import LogprobsProcessor
 
     original = LogprobsProcessor._update_prompt_logprobs
@@ -220,9 +274,16 @@ def ratios(rounds: dict[str, list[float]], base: str) -> dict[str, dict[str, flo
     """Of every way to ``base``, round by round: median, least and most."""
     if base not in rounds:
         return {}
-    found = {way: [a / b for a, b in zip(speeds, rounds[base], strict=True)] for way, speeds in rounds.items()}
+    found = {
+        way: [a / b for a, b in zip(speeds, rounds[base], strict=True)]
+        for way, speeds in rounds.items()
+    }
     return {
-        way: {"median": round(statistics.median(each), 3), "min": round(min(each), 3), "max": round(max(each), 3)}
+        way: {
+            "median": round(statistics.median(each), 3),
+            "min": round(min(each), 3),
+            "max": round(max(each), 3),
+        }
         for way, each in found.items()
     }
 
@@ -234,7 +295,7 @@ def tokens_of(arguments: argparse.Namespace, k: int) -> int:
     return known.get(k, 8000 if known else 200_000)
 
 
-# --- memory -------------------------------------------------------------------------------------------------------
+# --- memory ---------------------------------------------------------------------------------------
 
 
 def measure_memory(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
@@ -249,20 +310,41 @@ def measure_memory(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
         config = {
             "teacher": {"model": model},
             "data": {"path": str(text), "max_length": MAX_LENGTH, "max_tokens": tokens},
-            "store": {"top_k": arguments.k, "min_probability": None, "tail_samples": 0, "mass_per_sample": None},
+            "store": {
+                "top_k": arguments.k,
+                "min_probability": None,
+                "tail_samples": 0,
+                "mass_per_sample": None,
+            },
             "audit": {"sequences": 0},
             "output": str(work / f"cache-{tokens}"),
         }
         file = work / "config.yaml"
         file.write_text(json.dumps(config))  # JSON is YAML
         subprocess.run(
-            [sys.executable, "-c", "from logitcask.pipeline.cli import main; main()", "build", str(file)], check=True
+            [
+                sys.executable,
+                "-c",
+                "from logitcask.pipeline.cli import main; main()",
+                "build",
+                str(file),
+            ],
+            check=True,
         )
-        records = [json.loads(line) for line in Path(f"{config['output']}.log.jsonl").read_text().splitlines()]
+        records = [
+            json.loads(line)
+            for line in Path(f"{config['output']}.log.jsonl").read_text().splitlines()
+        ]
         last = records[-1]
-        course = {str(each["tokens"]): each["peak_rss_bytes"] for each in records if "peak_rss_bytes" in each}
+        course = {
+            str(each["tokens"]): each["peak_rss_bytes"]
+            for each in records
+            if "peak_rss_bytes" in each
+        }
         peaks[str(last["tokens"])] = last["peak_rss_bytes"]
-        print(f"{last['tokens']:,} tokens: peak {last['peak_rss_bytes'] / 2**20:,.0f} MiB", flush=True)
+        print(
+            f"{last['tokens']:,} tokens: peak {last['peak_rss_bytes'] / 2**20:,.0f} MiB", flush=True
+        )
     growth = list(peaks.values())[-1] / next(iter(peaks.values())) - 1
     return {
         "peak_rss_bytes": peaks,
@@ -272,7 +354,7 @@ def measure_memory(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
     }
 
 
-# --- models -------------------------------------------------------------------------------------------
+# --- models ---------------------------------------------------------------------------------------
 
 
 def model_of(name: str, work: Path) -> str:
@@ -323,7 +405,9 @@ def table(results: dict[str, Any]) -> str:
     for name, run in results["speed"].items():
         ratio, speeds = run["ratio_to_bare"], run["tokens_per_second"]
         cells = [
-            f"{ratio[way]['median']:.2f} ({ratio[way]['min']:.2f}-{ratio[way]['max']:.2f})" if way in ratio else ""
+            f"{ratio[way]['median']:.2f} ({ratio[way]['min']:.2f}-{ratio[way]['max']:.2f})"
+            if way in ratio
+            else ""
             for way in WAYS[:-1]
         ]
         stock = run["ratio_to_stock"].get("pipeline")
@@ -332,7 +416,10 @@ def table(results: dict[str, Any]) -> str:
             f"| {name} | {run['tokens']:,} | {' | '.join(cells)} | {bare:,.0f} | {'' if stock is None else stock['median']} |"
         )
     for name, run in results.get("memory", {}).items():
-        peaks = ", ".join(f"{int(n):,} tokens {size / 2**20:,.0f} MiB" for n, size in run["peak_rss_bytes"].items())
+        peaks = ", ".join(
+            f"{int(n):,} tokens {size / 2**20:,.0f} MiB"
+            for n, size in run["peak_rss_bytes"].items()
+        )
         lines.append(f"\n{name}: {peaks}, growth {run['growth']:.1%}")
     return "\n".join(lines)
 

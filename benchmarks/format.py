@@ -1,15 +1,16 @@
-"""What the cache format costs and how near to the teacher it stays, beside other layouts of the same distributions.
+"""What the cache format costs and how near to the teacher it stays, beside other layouts of the
+same distributions.
 
     python benchmarks/format.py [PART ...]
 
-fidelity  bytes per token against KL and total variation to SmolLM2-135M's whole distributions over `python-docs`
-choices   the codec's decisions and their alternatives, one at a time
-speed     tokens per second and core, encoding and decoding; random access
-memory    resident memory while writing and reading 1 and 10 million tokens
-curves    docs/format-size.svg and docs/format-speed.svg, from the results
+fidelity bytes per token against KL and total variation to SmolLM2-135M's whole distributions over
+`python-docs` choices the codec's decisions and their alternatives, one at a time speed tokens per
+second and core, encoding and decoding; random access memory resident memory while writing and
+reading 1 and 10 million tokens curves docs/format-size.svg and docs/format-speed.svg, from the
+results
 
-All parts by default. Results go to benchmarks/results/format.json, a part at a time. The teacher is run once and what it
-said is kept in --work (1 GB).
+All parts by default. Results go to benchmarks/results/format.json, a part at a time. The teacher is
+run once and what it said is kept in --work (1 GB).
 """
 
 from __future__ import annotations
@@ -45,7 +46,9 @@ FIXED_K = (4, 8, 16, 32, 64, 128)
 MIN_PROBABILITIES = (0.05, 0.02, 0.01, 0.005, 0.002, 0.001, 0.0005)
 
 
-def head_only(*, top_k: int = 256, min_probability: float | None = None, step: float = 1 / 16) -> StoreConfig:
+def head_only(
+    *, top_k: int = 256, min_probability: float | None = None, step: float = 1 / 16
+) -> StoreConfig:
     """Heads and no draws."""
     return StoreConfig(
         top_k=top_k,
@@ -59,12 +62,20 @@ def head_only(*, top_k: int = 256, min_probability: float | None = None, step: f
 
 def fixed(head: int, draws: int) -> StoreConfig:
     """As many of each everywhere."""
-    return StoreConfig(top_k=head, min_k=head, min_probability=None, tail_samples=draws, mass_per_sample=None)
+    return StoreConfig(
+        top_k=head, min_k=head, min_probability=None, tail_samples=draws, mass_per_sample=None
+    )
 
 
 def adaptive(bound: float, min_k: int, at_most: int) -> StoreConfig:
     """Entries of at least this probability, and a draw for as much of the tail."""
-    return StoreConfig(top_k=at_most, min_k=min_k, min_probability=bound, tail_samples=at_most, mass_per_sample=bound)
+    return StoreConfig(
+        top_k=at_most,
+        min_k=min_k,
+        min_probability=bound,
+        tail_samples=at_most,
+        mass_per_sample=bound,
+    )
 
 
 SAMPLED = {
@@ -86,11 +97,16 @@ RANDOM_SAMPLING = "0 + 50 draws, independent"
 
 def main() -> None:
     """Runs the parts that are asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--tokens", type=int, default=30_000, help="of python-docs")
     parser.add_argument(
-        "--work", type=Path, default=Path("caches/benchmark-format"), help="what may be kept or removed"
+        "--work",
+        type=Path,
+        default=Path("caches/benchmark-format"),
+        help="what may be kept or removed",
     )
     arguments = parser.parse_args()
     if unknown := set(arguments.parts) - set(PARTS):
@@ -126,11 +142,19 @@ def measure_speed(work: Path, tokens: int) -> dict[str, Any]:
     stores = {f"Logitcask, k = {k}": (head_only(top_k=k), None) for k in (16, 32, 64)}
     kept = {
         name: (store, truth.kept(store.settings(truth.vocab_size), store.capture(), draws))
-        for name, (store, draws) in {**stores, "Logitcask, default": (StoreConfig(), "default")}.items()
+        for name, (store, draws) in {
+            **stores,
+            "Logitcask, default": (StoreConfig(), "default"),
+        }.items()
     }
-    given = [(peer, given_to(truth, peer)) for peer in peers(64, kept_per_batch(truth, 64), truth.vocab_size)]
+    given = [
+        (peer, given_to(truth, peer))
+        for peer in peers(64, kept_per_batch(truth, 64), truth.vocab_size)
+    ]
     return {
-        "speed": speed(kept, [pair for pair in given if pair[0].name != "NeMo-Aligner"], truth, work),
+        "speed": speed(
+            kept, [pair for pair in given if pair[0].name != "NeMo-Aligner"], truth, work
+        ),
         "random_access": random_access(*kept["Logitcask, k = 64"], truth, work),
     }
 
@@ -163,7 +187,9 @@ def describe_data(truth: Truth) -> dict[str, Any]:
 
 
 def fidelity(truth: Truth, work: Path) -> dict[str, Any]:
-    """Every point of the curves: real caches on disk, read back by the reader; and the other layouts."""
+    """Every point of the curves: real caches on disk, read back by the reader; and the other
+    layouts.
+    """
     rows: dict[str, list[dict[str, Any]]] = {"ours": [], "sampled": [], "peers": []}
     found: dict[str, Reconstruction] = {}
     targets: list[tuple[dict[str, Any], str, str]] = []
@@ -184,7 +210,10 @@ def fidelity(truth: Truth, work: Path) -> dict[str, Any]:
     for step in STEPS:
         for heads, stores in (
             ("fixed", {k: head_only(top_k=k, step=step) for k in FIXED_K}),
-            ("min_probability", {p: head_only(min_probability=p, step=step) for p in MIN_PROBABILITIES}),
+            (
+                "min_probability",
+                {p: head_only(min_probability=p, step=step) for p in MIN_PROBABILITIES},
+            ),
         ):
             for bound, store in stores.items():
                 row, sequences, prior = _written(truth, store, None, work)
@@ -192,16 +221,18 @@ def fidelity(truth: Truth, work: Path) -> dict[str, Any]:
                 measure(row, "prior_", of_cache(sequences, prior))
                 measure(row, "even_", of_cache(sequences, None))
                 if step == 1 / 16:
-                    row["sampled_prior_bytes_per_token"] = _written(truth, store, None, work, calibrated)[0][
-                        "bytes_per_token"
-                    ]
+                    row["sampled_prior_bytes_per_token"] = _written(
+                        truth, store, None, work, calibrated
+                    )[0]["bytes_per_token"]
                     measure(row, "sampled_prior_", of_cache(sequences, calibrated))
                 rows["ours"].append(row)
     for name, store in SAMPLED.items():
         row, sequences, prior = _written(truth, store, name, work)
         row = {"name": name} | row
         with_logprobs = store.model_copy(update={"sample_logprobs": True})
-        row["with_sample_logprobs"] = _written(truth, with_logprobs, name, work)[0]["bytes_per_token"]
+        row["with_sample_logprobs"] = _written(truth, with_logprobs, name, work)[0][
+            "bytes_per_token"
+        ]
         row["noise"] = sampling_noise(
             truth, truth.kept(with_logprobs.settings(truth.vocab_size), store.capture(), name)
         )
@@ -231,7 +262,9 @@ def fidelity(truth: Truth, work: Path) -> dict[str, Any]:
 def _derived(
     truth: Truth, work: Path, measure: Callable[[dict[str, Any], str, Reconstruction], None]
 ) -> list[dict[str, Any]]:
-    """Heads alone, cut to a budget by `teacher-cache derive` from a cache that also has draws, which make a better prior."""
+    """Heads alone, cut to a budget by `teacher-cache derive` from a cache that also has draws,
+    which make a better prior.
+    """
     _written(truth, WIDE, "wide", work)
     source = (work / "cache").rename(work / "wide")
     rows = []
@@ -239,7 +272,9 @@ def _derived(
         for budget in BUDGETS:
             path = work / "derived"
             shutil.rmtree(path, ignore_errors=True)
-            options = DeriveOptions(min_k=1, tail_samples=0, max_bytes_per_token=budget, logprob_step=step)
+            options = DeriveOptions(
+                min_k=1, tail_samples=0, max_bytes_per_token=budget, logprob_step=step
+            )
             derive(str(source), path, options)
             reader = CacheReader(path)
             store, statistics = reader.manifest.store, reader.manifest.statistics
@@ -262,7 +297,9 @@ def _derived(
 def _all_peers(truth: Truth) -> list[Peer]:
     """At k = 64; the plain layouts at other k as well."""
     rest = peers(64, 8, truth.vocab_size)[2:]
-    return [peer for k in (4, 8, 16, 32, 64, 128) for peer in peers(k, 8, truth.vocab_size)[:2]] + rest
+    return [
+        peer for k in (4, 8, 16, 32, 64, 128) for peer in peers(k, 8, truth.vocab_size)[:2]
+    ] + rest
 
 
 def given_to(truth: Truth, peer: Peer) -> list[CachedSequence]:
@@ -279,7 +316,10 @@ def _of_peer(peer: Peer, heads: Any) -> Reconstruction:
 
     def padded(part: int, filler: float) -> Any:
         return np.concatenate(
-            [np.pad(h[part], ((0, 0), (0, width - h[part].shape[1])), constant_values=filler) for h in heads]
+            [
+                np.pad(h[part], ((0, 0), (0, width - h[part].shape[1])), constant_values=filler)
+                for h in heads
+            ]
         )
 
     logprobs = padded(1, -np.inf)

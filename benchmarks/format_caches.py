@@ -8,7 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from logitcask.cache_format import CachedSequence, CacheWriter
-from logitcask.cache_format.manifest import DataHash, DataIdentity, Header, TeacherIdentity, TokenizerIdentity
+from logitcask.cache_format.manifest import (
+    DataHash,
+    DataIdentity,
+    Header,
+    TeacherIdentity,
+    TokenizerIdentity,
+)
 from logitcask.cache_format.shards.prior import TailPrior
 from logitcask.pipeline.builder.plan import PlannedShard
 from logitcask.pipeline.config import StoreConfig
@@ -26,7 +32,9 @@ def write_cache(
     prior: TailPrior | None = None,
     per_batch: Callable[[float], int] | None = None,
 ) -> None:
-    """One shard, its record batches as large as a build makes them; the prior is that of the sequences by default."""
+    """One shard, its record batches as large as a build makes them; the prior is that of the
+    sequences by default.
+    """
     planned = PlannedShard(
         sequences=len(sequences),
         tokens=sum(map(len, sequences)),
@@ -61,7 +69,9 @@ def write_shards(
         writer.finish(header, count)
 
 
-def header_of(store: StoreConfig, teacher: TeacherIdentity, tokenizer: TokenizerIdentity, data_sha256: str) -> Header:
+def header_of(
+    store: StoreConfig, teacher: TeacherIdentity, tokenizer: TokenizerIdentity, data_sha256: str
+) -> Header:
     """What a build would write, its config included."""
     return Header(
         created_by=f"logitcask {version('logitcask')}",

@@ -1,6 +1,8 @@
-"""The codec's decisions, one at a time: what each column takes in bytes per position, stored as it is and otherwise.
+"""The codec's decisions, one at a time: what each column takes in bytes per position, stored as it
+is and otherwise.
 
-Columns are compressed as a shard compresses them: a buffer per record batch, zstd level 1, unless the level is what is varied.
+Columns are compressed as a shard compresses them: a buffer per record batch, zstd level 1, unless
+the level is what is varied.
 """
 
 from __future__ import annotations
@@ -54,7 +56,9 @@ def compressed(columns: list[_Array], rows: int, level: int = 1) -> float:
     total = 0
     for column in columns:
         for at in range(0, len(column), rows):
-            total += len(codec.compress(np.ascontiguousarray(column[at : at + rows]).tobytes(), asbytes=True))
+            total += len(
+                codec.compress(np.ascontiguousarray(column[at : at + rows]).tobytes(), asbytes=True)
+            )
     return total / len(columns[0])
 
 
@@ -101,7 +105,9 @@ def _head_logprobs(logprobs: _Array, batch: int) -> dict[str, float]:
         if step == 16:
             by_entry = [np.ascontiguousarray(steps[:, j]) for j in range(K)]
             result["differences, step 1/16, head entry by head entry"] = compressed(by_entry, batch)
-            result["differences, step 1/16, entropy"] = sum(_entropy(steps[:, j : j + 1]) for j in range(K))
+            result["differences, step 1/16, entropy"] = sum(
+                _entropy(steps[:, j : j + 1]) for j in range(K)
+            )
     return result
 
 
@@ -120,7 +126,9 @@ def _scalars(truth: Truth, logprobs: _Array, batch: int) -> dict[str, dict[str, 
             "float32, multiples of 1/256": compressed([(steps / 256).astype(np.float32)], batch),
             "uint16, multiples of 1/256": compressed([steps], batch),
             "byte planes, multiples of 1/256": compressed(_planes(steps), batch),
-            "uint16, multiples of 1/64": compressed([np.rint(np.maximum(values, 0) * 64).astype(np.uint16)], batch),
+            "uint16, multiples of 1/64": compressed(
+                [np.rint(np.maximum(values, 0) * 64).astype(np.uint16)], batch
+            ),
         }
     return result
 
@@ -152,9 +160,12 @@ def _priors(truth: Truth, prior: TailPrior) -> dict[str, dict[str, float | None]
     for factor in (1, 2, 4, 8):
         coarse = np.minimum(np.rint(prior.steps / factor) * factor, 255).astype(np.uint8)
         spread[f"step {factor * PRIOR_STEP:g}"] = TailPrior(coarse)
-    found = distances(truth, {name: Reconstruction(ids, logprobs, tail, one) for name, one in spread.items()})
+    found = distances(
+        truth, {name: Reconstruction(ids, logprobs, tail, one) for name, one in spread.items()}
+    )
     return {
-        name: {"file_bytes": 0 if one is None else len(one.to_bytes()), **found[name]} for name, one in spread.items()
+        name: {"file_bytes": 0 if one is None else len(one.to_bytes()), **found[name]}
+        for name, one in spread.items()
     }
 
 
@@ -175,9 +186,13 @@ def _levels(truth: Truth, work: Path) -> dict[str, dict[str, float]]:
 
 def _batches(truth: Truth, work: Path) -> dict[str, dict[str, float]]:
     """Whole caches at k = 64, where a record batch holds the fewest sequences."""
-    store = StoreConfig(top_k=64, min_k=64, min_probability=None, tail_samples=0, mass_per_sample=None)
+    store = StoreConfig(
+        top_k=64, min_k=64, min_probability=None, tail_samples=0, mass_per_sample=None
+    )
     sequences = _kept(truth, store)
-    size = uncompressed_bytes(truth.tokens, len(truth.squares), 64 * len(truth.squares)) / len(sequences)
+    size = uncompressed_bytes(truth.tokens, len(truth.squares), 64 * len(truth.squares)) / len(
+        sequences
+    )
 
     def written(kib: int) -> Callable[[Path], None]:
         rows = max(1, round(kib * 1024 / size))
@@ -188,7 +203,9 @@ def _batches(truth: Truth, work: Path) -> dict[str, dict[str, float]]:
     return _compared(truth, work, {f"{kib} KiB": written(kib) for kib in (64, 256, 1024, 4096)})
 
 
-def _compared(truth: Truth, work: Path, writers: dict[str, Callable[[Path], None]]) -> dict[str, dict[str, float]]:
+def _compared(
+    truth: Truth, work: Path, writers: dict[str, Callable[[Path], None]]
+) -> dict[str, dict[str, float]]:
     """Bytes per token, and the fastest of some rounds that all take turns in."""
     result: dict[str, dict[str, float]] = {name: {} for name in writers}
     best = {name: {"write": np.inf, "read": np.inf, "batch": np.inf} for name in writers}

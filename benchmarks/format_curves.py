@@ -11,7 +11,14 @@ from matplotlib.axes import Axes
 
 matplotlib.use("Agg")
 
-OURS, OURS_TOP, PEER, PLAIN, INK, GRID = "#0b6e6e", "#58a4a4", "#c2571a", "#6b6b6b", "#222222", "#e6e6e6"
+OURS, OURS_TOP, PEER, PLAIN, INK, GRID = (
+    "#0b6e6e",
+    "#58a4a4",
+    "#c2571a",
+    "#6b6b6b",
+    "#222222",
+    "#e6e6e6",
+)
 STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "logitcask",
@@ -55,7 +62,9 @@ def draw_size(results: dict[str, Any], file: Path) -> None:
         axes[0].set_title("KL to the teacher's whole distribution, nats", fontsize=10.5, loc="left")
         axes[1].set_title("Total variation from it", fontsize=10.5, loc="left")
         for bytes_per_token, kl in GOALS:
-            axes[0].plot(bytes_per_token, kl, marker="+", color=INK, markersize=9, markeredgewidth=1.4)
+            axes[0].plot(
+                bytes_per_token, kl, marker="+", color=INK, markersize=9, markeredgewidth=1.4
+            )
         axes[0].annotate("+ goals", GOALS[0], (9, 4), textcoords="offset points", fontsize=9)
         _save(figure, file)
 
@@ -64,16 +73,43 @@ def _size_panel(axis: Axes, fidelity: dict[str, Any], measure: str) -> None:
     derived = [row for row in fidelity["derived"] if row["step"] == STEP]
     top_k = [row for row in fidelity["ours"] if row["step"] == STEP and row["heads"] == "fixed"]
     plain = [row for row in fidelity["peers"] if row["name"].startswith("Arrow")]
-    _line(axis, derived, f"prior_{measure}", OURS, "o", "Logitcask,\nheads cut\nto a budget", (-9, -30), "right", 2)
+    _line(
+        axis,
+        derived,
+        f"prior_{measure}",
+        OURS,
+        "o",
+        "Logitcask,\nheads cut\nto a budget",
+        (-9, -30),
+        "right",
+        2,
+    )
     _line(axis, top_k, f"prior_{measure}", OURS_TOP, "o", "Logitcask, top k", (-2, -16), "right", 5)
-    _line(axis, plain, f"even_{measure}", PLAIN, "s", "Arrow int32 + fp16,\ntop k, zstd", (10, 2), "left", 1)
+    _line(
+        axis,
+        plain,
+        f"even_{measure}",
+        PLAIN,
+        "s",
+        "Arrow int32 + fp16,\ntop k, zstd",
+        (10, 2),
+        "left",
+        1,
+    )
     for row in fidelity["peers"]:
         if not row["whole"] and row[f"even_{measure}"] is not None:
             where = (row["bytes_per_token"], row[f"even_{measure}"])
             axis.plot(*where, color=PEER, marker="D", markersize=5)
             text, offset, side = _PEER_LABELS[row["name"]]
             axis.annotate(
-                text, where, offset, textcoords="offset points", color=PEER, fontsize=8.5, ha=side, linespacing=1
+                text,
+                where,
+                offset,
+                textcoords="offset points",
+                color=PEER,
+                fontsize=8.5,
+                ha=side,
+                linespacing=1,
             )
     axis.set_xscale("log")
     axis.set_yscale("log")
@@ -118,13 +154,28 @@ def draw_speed(results: dict[str, Any], file: Path) -> None:
     formats = results["speed"]["formats"]
     names = sorted(formats, key=lambda name: formats[name]["decode_tokens_per_second"])
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(1, 2, figsize=(10.5, 0.29 * len(names) + 0.9), sharey=True, layout="constrained")
-        for axis, kind, title in zip(axes, ("decode", "encode"), ("Decoding", "Encoding"), strict=True):
+        figure, axes = plt.subplots(
+            1, 2, figsize=(10.5, 0.29 * len(names) + 0.9), sharey=True, layout="constrained"
+        )
+        for axis, kind, title in zip(
+            axes, ("decode", "encode"), ("Decoding", "Encoding"), strict=True
+        ):
             values = [formats[name][f"{kind}_tokens_per_second"] / 1e6 for name in names]
-            axis.barh(range(len(names)), values, color=[_colour(name) for name in names], height=0.68)
+            axis.barh(
+                range(len(names)), values, color=[_colour(name) for name in names], height=0.68
+            )
             for row, value in enumerate(values):
-                axis.annotate(f"{value:.2f}", (value, row), (4, 0), textcoords="offset points", va="center", fontsize=9)
-            axis.set_title(f"{title}, million tokens per second and core", fontsize=10.5, loc="left")
+                axis.annotate(
+                    f"{value:.2f}",
+                    (value, row),
+                    (4, 0),
+                    textcoords="offset points",
+                    va="center",
+                    fontsize=9,
+                )
+            axis.set_title(
+                f"{title}, million tokens per second and core", fontsize=10.5, loc="left"
+            )
             axis.set_xlim(0, 1.14 * max(values))
             axis.set_ylim(-0.6, len(names) - 0.4)
             axis.grid(axis="y", visible=False)
@@ -140,7 +191,9 @@ def _colour(name: str) -> str:
 
 
 def _bar_name(name: str) -> str:
-    return name.replace(", on disk with hashes", ", disk + hashes") + (" *" if _colour(name) == PEER else "")
+    return name.replace(", on disk with hashes", ", disk + hashes") + (
+        " *" if _colour(name) == PEER else ""
+    )
 
 
 def _save(figure: Any, file: Path) -> None:

@@ -1,8 +1,9 @@
 """Times and memory of the format benchmark.
 
-Speeds are by the CPU time of one process, all its threads together, pinned to one core: the wall clock of an idle machine,
-also on a shared one. Each is the best of several rounds in which all formats take turns; ratios hold within one run. Waits
-for the disk are not in them; data is in the page cache. Random access is by the wall clock.
+Speeds are by the CPU time of one process, all its threads together, pinned to one core: the wall
+clock of an idle machine, also on a shared one. Each is the best of several rounds in which all
+formats take turns; ratios hold within one run. Waits for the disk are not in them; data is in the
+page cache. Random access is by the wall clock.
 """
 
 from __future__ import annotations
@@ -86,7 +87,9 @@ def _copies(sequences: list[CachedSequence], count: int = COPIES) -> list[Cached
 def _own_tasks(
     name: str, path: Path, sequences: list[CachedSequence], store: StoreConfig, truth: Truth
 ) -> dict[str, tuple[Callable[[], Any], Callable[[], Any], int]]:
-    """To memory and from the page cache, as the other formats; and all of it, opening, hashes and files included."""
+    """To memory and from the page cache, as the other formats; and all of it, opening, hashes
+    and files included.
+    """
     reader = CacheReader(path, check=False)
     manifest, prior = reader.manifest, reader.prior
     assert prior is not None
@@ -98,7 +101,8 @@ def _own_tasks(
     def encode() -> bytes:
         sink = pa.BufferOutputStream()
         options = pa.ipc.IpcWriteOptions(
-            compression=pa.Codec("zstd", compression_level=store.compression_level), use_threads=False
+            compression=pa.Codec("zstd", compression_level=store.compression_level),
+            use_threads=False,
         )
         with pa.ipc.new_file(sink, codec.schema, options=options) as file:
             for at in range(0, len(sequences), rows):
@@ -133,13 +137,18 @@ def consume(decoded: Iterable[Any]) -> None:
     deque(decoded, maxlen=0)
 
 
-def _best_of(tasks: dict[str, tuple[Callable[[], Any], Callable[[], Any], int]]) -> dict[str, tuple[float, float]]:
+def _best_of(
+    tasks: dict[str, tuple[Callable[[], Any], Callable[[], Any], int]],
+) -> dict[str, tuple[float, float]]:
     """Seconds of the fastest encode and decode of each."""
     best = dict.fromkeys(tasks, (np.inf, np.inf))
     for number in range(ROUNDS):
         for name, (encode, decode, rounds) in tasks.items():
             if number < rounds:
-                best[name] = (min(best[name][0], seconds(encode)), min(best[name][1], seconds(decode)))
+                best[name] = (
+                    min(best[name][0], seconds(encode)),
+                    min(best[name][1], seconds(decode)),
+                )
     return best
 
 
@@ -151,7 +160,9 @@ def seconds(action: Callable[[], Any], clock: Callable[[], float] = time.process
 
 
 def on_one_core(task: Callable[..., Any], *arguments: Any) -> Any:
-    """What ``task`` returns in a process of its own that has one core and one thread of everything."""
+    """What ``task`` returns in a process of its own that has one core and one thread of
+    everything.
+    """
     for library in ("OMP", "OPENBLAS", "MKL"):
         os.environ[f"{library}_NUM_THREADS"] = "1"
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=_settle) as pool:
@@ -166,12 +177,18 @@ def _settle() -> None:
 
 
 def kept_per_batch(truth: Truth, entries: float) -> int:
-    planned = PlannedShard(sequences=len(truth.sequences), tokens=truth.tokens, positions=len(truth.squares))
+    planned = PlannedShard(
+        sequences=len(truth.sequences), tokens=truth.tokens, positions=len(truth.squares)
+    )
     return planned.sequences_per_batch(entries)
 
 
-def random_access(store: StoreConfig, sequences: list[CachedSequence], truth: Truth, work: Path) -> dict[str, Any]:
-    """One sequence of 512 tokens at k = 64 out of a cache of some 300,000 tokens, page cache warm, never the same batch twice running."""
+def random_access(
+    store: StoreConfig, sequences: list[CachedSequence], truth: Truth, work: Path
+) -> dict[str, Any]:
+    """One sequence of 512 tokens at k = 64 out of a cache of some 300,000 tokens, page cache
+    warm, never the same batch twice running.
+    """
     whole = [s for s in sequences if len(s) == 512]
     sequences = _copies(whole, -(-600 // len(whole)))
     path = work / "speed" / "access"
@@ -179,11 +196,14 @@ def random_access(store: StoreConfig, sequences: list[CachedSequence], truth: Tr
     write_cache(path, sequences, store, truth.teacher, truth.tokenizer)
     reader = CacheReader(path)
     rows = reader.manifest.shards[0].sequences_per_batch
-    # Round by round over all record batches, one row of each: far more batches than the reader keeps.
+    # Round by round over all record batches, one row of each: far more batches than the reader
+    # keeps.
     order = [index for first in range(rows) for index in range(first, len(reader), rows)]
     for index in order:
         reader[index]
-    rounds = [[seconds(lambda i=index: reader[i], time.perf_counter) for index in order] for _ in range(5)]
+    rounds = [
+        [seconds(lambda i=index: reader[i], time.perf_counter) for index in order] for _ in range(5)
+    ]
     taken = sorted(map(min, zip(*rounds, strict=True)))
     return {
         "tokens_per_sequence": 512,
@@ -196,7 +216,9 @@ def random_access(store: StoreConfig, sequences: list[CachedSequence], truth: Tr
 
 
 def memory(work: Path) -> dict[str, Any]:
-    """Peak resident memory of processes that write and read caches of 1 and 10 million tokens with default settings."""
+    """Peak resident memory of processes that write and read caches of 1 and 10 million tokens
+    with default settings.
+    """
     path = work / "memory"
     result: dict[str, Any] = {}
     for tokens in (1_000_000, 10_000_000):
@@ -218,9 +240,16 @@ def _write_synthetic(path: Path, tokens: int) -> dict[str, float]:
     vocab_size, length = 49_152, 512
     pool = [_synthetic(random, vocab_size, length) for _ in range(64)]
     teacher = TeacherIdentity(
-        model="synthetic", backend="synthetic", engine="none", dtype="float32", route="dense", vocab_size=vocab_size
+        model="synthetic",
+        backend="synthetic",
+        engine="none",
+        dtype="float32",
+        route="dense",
+        vocab_size=vocab_size,
     )
-    tokenizer = TokenizerIdentity(name="synthetic", sha256="", vocab_sha256="", vocab_size=vocab_size)
+    tokenizer = TokenizerIdentity(
+        name="synthetic", sha256="", vocab_sha256="", vocab_size=vocab_size
+    )
     total, per_shard = tokens // length, store.shard_tokens // length
 
     def shard(first: int) -> Iterator[CachedSequence]:
@@ -231,21 +260,31 @@ def _write_synthetic(path: Path, tokens: int) -> dict[str, float]:
     header = header_of(store, teacher, tokenizer, "0" * 64)
     prior = TailPrior.estimate(pool, vocab_size)
     write_shards(path, header, prior, (shard(first) for first in range(0, total, per_shard)), store)
-    return _resident() | {"seconds": time.perf_counter() - started, "file_mib": cache_bytes(path) / 2**20}
+    return _resident() | {
+        "seconds": time.perf_counter() - started,
+        "file_mib": cache_bytes(path) / 2**20,
+    }
 
 
 def _synthetic(random: np.random.Generator, vocab_size: int, length: int) -> CachedSequence:
-    """Heads of 8 to 32 falling probabilities and 1 to 32 draws: the shapes of the default settings, no teacher."""
+    """Heads of 8 to 32 falling probabilities and 1 to 32 draws: the shapes of the default
+    settings, no teacher.
+    """
     positions, width = length - 1, 32
     size = random.integers(8, width + 1, positions)
     inside = np.arange(width) < size[:, None]
     weights = 1 / np.arange(1, width + 1) ** random.uniform(1, 2, (positions, 1))
     mass = random.uniform(0.5, 0.95, (positions, 1))
     logprobs = np.log(weights / (weights * inside).sum(axis=1, keepdims=True) * mass)
-    # Distinct ids in a row: a start, and a stride that has no factor in common with the vocabulary's 3 * 2^14.
+    # Distinct ids in a row: a start, and a stride that has no factor in common with the
+    # vocabulary's 3 * 2^14.
     start, stride = random.integers(0, vocab_size, (2, positions, 1))
     ids = (start + (6 * stride + 1) * np.arange(2 * width)) % vocab_size
-    draws = np.where(np.arange(width) < random.integers(1, width + 1, (positions, 1)), ids[:, width : 2 * width], -1)
+    draws = np.where(
+        np.arange(width) < random.integers(1, width + 1, (positions, 1)),
+        ids[:, width : 2 * width],
+        -1,
+    )
     return CachedSequence(
         sequence_id="",
         input_ids=random.integers(0, vocab_size, length).astype(np.int32),
@@ -269,9 +308,11 @@ def _read_all(path: Path, tokens: int) -> dict[str, float]:
 
 
 def _resident() -> dict[str, float]:
-    """MiB: the peak of this process's own pages and of mapped files together, and what of it are files now.
+    """MiB: the peak of this process's own pages and of mapped files together, and what of it are
+    files now.
 
-    From the kernel's account of this address space; getrusage's peak would be that of the parent before exec.
+    From the kernel's account of this address space; getrusage's peak would be that of the parent
+    before exec.
     """
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     mib = {name: int(lines[name].split()[0]) / 1024 for name in ("VmHWM", "RssFile", "RssAnon")}

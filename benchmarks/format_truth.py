@@ -1,6 +1,8 @@
-"""What the format benchmark compares with: a teacher's whole distributions over some text, and distances from them.
+"""What the format benchmark compares with: a teacher's whole distributions over some text, and
+distances from them.
 
-The teacher runs once in transformers; what is measured of it lies in a work folder, so that a second run starts at once.
+The teacher runs once in transformers; what is measured of it lies in a work folder, so that a
+second run starts at once.
 
 Shapes: P positions, R of them with whole rows, V vocabulary, K head entries.
 """
@@ -36,7 +38,9 @@ _ROWS_AT_ONCE = 64
 
 @dataclass(frozen=True)
 class Truth:
-    """What was captured. ``scored`` has heads of WIDTH entries and no draws; ``draws`` are by the name of their settings."""
+    """What was captured. ``scored`` has heads of WIDTH entries and no draws; ``draws`` are by
+    the name of their settings.
+    """
 
     sequences: list[Sequence]
     scored: list[Scored]
@@ -58,8 +62,12 @@ class Truth:
     def tokens(self) -> int:
         return sum(len(sequence.input_ids) for sequence in self.sequences)
 
-    def kept(self, store: StoreSettings, capture: Capture, draws: str | None = None) -> list[CachedSequence]:
-        """What a build with these settings would put into its cache, by the pipeline's own hands."""
+    def kept(
+        self, store: StoreSettings, capture: Capture, draws: str | None = None
+    ) -> list[CachedSequence]:
+        """What a build with these settings would put into its cache, by the pipeline's own
+        hands.
+        """
         result = []
         for index, (sequence, full) in enumerate(zip(self.sequences, self.scored, strict=True)):
             head = full.logprobs[:, : capture.top_k]
@@ -80,7 +88,9 @@ class Truth:
 
 
 def load(folder: Path, max_tokens: int, draws: dict[str, StoreConfig]) -> Truth:
-    """The capture in ``folder``; it is made there first where it is missing or was made with other settings."""
+    """The capture in ``folder``; it is made there first where it is missing or was made with
+    other settings.
+    """
     wanted = {
         "teacher": TEACHER.model_dump(mode="json"),
         "max_tokens": max_tokens,
@@ -108,7 +118,9 @@ def _capture(folder: Path, max_tokens: int, draws: dict[str, StoreConfig]) -> di
 
     data = DataConfig(path="python-docs", max_length=MAX_LENGTH, max_tokens=max_tokens)
     tokenizer = open_tokenizer(TEACHER)
-    sequences = list(Tokenization(tokenizer, data, vocab_size_of(TEACHER)).sequences(open_source(data)))
+    sequences = list(
+        Tokenization(tokenizer, data, vocab_size_of(TEACHER)).sequences(open_source(data))
+    )
     teacher = open_teacher(TEACHER, max_length=MAX_LENGTH, capture=Capture(top_k=WIDTH))
     assert isinstance(teacher, TransformersTeacher)
     rows = sum(len(s.input_ids) - 1 for s in sequences[::DENSE_EVERY])
@@ -171,9 +183,18 @@ def _read(folder: Path, draws: list[str]) -> Truth:
     for index, input_ids in enumerate(np.split(archive["input_ids"], of_tokens)):
         mask = np.arange(len(input_ids)) > 0
         sequences.append(Sequence(str(archive["names"][index]), input_ids, mask))
-        own = {name: per_row[name][index] for name in ("ids", "logprobs", "target_logprob", "target_rank", "entropy")}
+        own = {
+            name: per_row[name][index]
+            for name in ("ids", "logprobs", "target_logprob", "target_rank", "entropy")
+        }
         scored.append(
-            Scored(head_size=nothing, target_ids=input_ids[1:], samples=nothing, sample_logprobs=nothing, **own)
+            Scored(
+                head_size=nothing,
+                target_ids=input_ids[1:],
+                samples=nothing,
+                sample_logprobs=nothing,
+                **own,
+            )
         )
     starts = np.concatenate([[0], np.cumsum(lengths - 1)])
     identities = json.loads((folder / "capture.json").read_text())
@@ -184,12 +205,18 @@ def _read(folder: Path, draws: list[str]) -> Truth:
             name: [
                 Draws(head_size=size, samples=ids, sample_logprobs=logprobs, entropy=None)
                 for size, ids, logprobs in zip(
-                    *(per_row[f"{name}|{part}"] for part in ("head_size", "samples", "sample_logprobs")), strict=True
+                    *(
+                        per_row[f"{name}|{part}"]
+                        for part in ("head_size", "samples", "sample_logprobs")
+                    ),
+                    strict=True,
                 )
             ]
             for name in draws
         },
-        rows=np.concatenate([np.arange(starts[i], starts[i + 1]) for i in range(0, len(lengths), DENSE_EVERY)]),
+        rows=np.concatenate(
+            [np.arange(starts[i], starts[i + 1]) for i in range(0, len(lengths), DENSE_EVERY)]
+        ),
         dense=np.load(folder / "dense.npy", mmap_mode="r"),
         squares=archive["squares"],
         teacher=TeacherIdentity.model_validate(identities["teacher"]),
@@ -199,7 +226,8 @@ def _read(folder: Path, draws: list[str]) -> Truth:
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """A whole distribution at each of P positions, as a format tells it: a head, and the rest spread over all other ids.
+    """A whole distribution at each of P positions, as a format tells it: a head, and the rest
+    spread over all other ids.
 
     ids:       int[P, K], padded with -1.
     logprobs:  float[P, K], nats.
@@ -218,7 +246,9 @@ def of_cache(sequences: list[CachedSequence], prior: TailPrior | None) -> Recons
     width = max(s.ids.shape[1] for s in sequences)
 
     def padded(arrays: list[NDArray[Any]], filler: float) -> NDArray[Any]:
-        return np.concatenate([np.pad(a, ((0, 0), (0, width - a.shape[1])), constant_values=filler) for a in arrays])
+        return np.concatenate(
+            [np.pad(a, ((0, 0), (0, width - a.shape[1])), constant_values=filler) for a in arrays]
+        )
 
     return Reconstruction(
         ids=padded([s.ids for s in sequences], -1),
@@ -229,13 +259,16 @@ def of_cache(sequences: list[CachedSequence], prior: TailPrior | None) -> Recons
 
 
 def distances(truth: Truth, of: dict[str, Reconstruction]) -> dict[str, dict[str, float | None]]:
-    """Mean over the R dense positions of KL(teacher || reconstruction), nats, and of the total variation, over all V ids.
+    """Mean over the R dense positions of KL(teacher || reconstruction), nats, and of the total
+    variation, over all V ids.
 
     KL is None where a reconstruction gives 0 to what the teacher does not.
     """
     flat = np.full(truth.vocab_size, 1 / truth.vocab_size)
     # Many reconstructions share a prior: the cross term with each is one product for all of them.
-    spreads = {id(r.prior): flat if r.prior is None else r.prior.probabilities() for r in of.values()}
+    spreads = {
+        id(r.prior): flat if r.prior is None else r.prior.probabilities() for r in of.values()
+    }
     logs = {key: np.log(b).astype(np.float32) for key, b in spreads.items()}
     totals = {name: np.zeros(2) for name in of}
     for start in tqdm(range(0, len(truth.rows), _ROWS_AT_ONCE), desc="distances", unit="chunk"):
@@ -246,10 +279,19 @@ def distances(truth: Truth, of: dict[str, Reconstruction]) -> dict[str, dict[str
         cross = {key: (p @ log_b).astype(np.float64) for key, log_b in logs.items()}
         for name, r in of.items():
             totals[name] += _summed(
-                p, negative_entropy, cross[id(r.prior)], r, rows, spreads[id(r.prior)], logs[id(r.prior)]
+                p,
+                negative_entropy,
+                cross[id(r.prior)],
+                r,
+                rows,
+                spreads[id(r.prior)],
+                logs[id(r.prior)],
             )
     means = {name: total / len(truth.rows) for name, total in totals.items()}
-    return {name: {"kl": float(kl) if np.isfinite(kl) else None, "tv": float(tv)} for name, (kl, tv) in means.items()}
+    return {
+        name: {"kl": float(kl) if np.isfinite(kl) else None, "tv": float(tv)}
+        for name, (kl, tv) in means.items()
+    }
 
 
 def _summed(
@@ -272,18 +314,26 @@ def _summed(
     scale = tail / np.maximum(1 - b_head.sum(axis=1), 1e-300)
     p_tail = np.maximum(1 - p_head.sum(axis=1), 0)
     with np.errstate(divide="ignore"):
-        of_tail = p_tail * np.log(scale) + cross - np.where(stored, p_head * log_b[at], 0).sum(axis=1)
+        of_tail = (
+            p_tail * np.log(scale) + cross - np.where(stored, p_head * log_b[at], 0).sum(axis=1)
+        )
     kl = negative_entropy - (p_head * logprobs).sum(axis=1) - of_tail
-    spread = np.abs(p - scale[:, None].astype(np.float32) * b.astype(np.float32)).sum(axis=1, dtype=np.float64)
-    in_head = np.where(stored, np.abs(p_head - q) - np.abs(p_head - scale[:, None] * b_head), 0).sum(axis=1)
+    spread = np.abs(p - scale[:, None].astype(np.float32) * b.astype(np.float32)).sum(
+        axis=1, dtype=np.float64
+    )
+    in_head = np.where(
+        stored, np.abs(p_head - q) - np.abs(p_head - scale[:, None] * b_head), 0
+    ).sum(axis=1)
     return np.array([kl.sum(), (spread + in_head).sum() / 2])
 
 
 def sampling_noise(truth: Truth, sequences: list[CachedSequence]) -> float:
-    """Mean over all positions of ``|p_hat - p|^2``, p_hat being the head and the draws with their weights.
+    """Mean over all positions of ``|p_hat - p|^2``, p_hat being the head and the draws with their
+    weights.
 
-    With w = tail mass / draws: ``w^2 sum n^2 - 2 w sum over draws of p + sum over the tail of p^2``, n being how often an
-    id was drawn. The noise of the estimated gradient in the logits is this and nothing else. Needs the draws' logprobs.
+    With w = tail mass / draws: ``w^2 sum n^2 - 2 w sum over draws of p + sum over the tail of
+    p^2``, n being how often an id was drawn. The noise of the estimated gradient in the logits is
+    this and nothing else. Needs the draws' logprobs.
     """
     total, begin = 0.0, 0
     for s in sequences:
@@ -291,12 +341,16 @@ def sampling_noise(truth: Truth, sequences: list[CachedSequence]) -> float:
         assert s.samples.logprobs is not None
         end = begin + len(s.positions)
         ids, stored = s.samples.ids[:, 0], s.ids >= 0
-        tail = truth.squares[begin:end] - np.where(stored, np.exp(2 * s.logprobs.astype(np.float64)), 0).sum(axis=1)
+        tail = truth.squares[begin:end] - np.where(
+            stored, np.exp(2 * s.logprobs.astype(np.float64)), 0
+        ).sum(axis=1)
         drawn = ids >= 0
         weight = np.exp(s.tail_logprob.astype(np.float64)) / np.maximum(drawn.sum(axis=1), 1)
         # The sum of n squared over ids is the number of ordered pairs of draws that agree.
         pairs = ((ids[:, :, None] == ids[:, None, :]) & drawn[:, :, None]).sum(axis=(1, 2))
-        of_draws = np.where(drawn, np.exp(s.samples.logprobs[:, 0].astype(np.float64)), 0).sum(axis=1)
+        of_draws = np.where(drawn, np.exp(s.samples.logprobs[:, 0].astype(np.float64)), 0).sum(
+            axis=1
+        )
         total += float((weight**2 * pairs - 2 * weight * of_draws + tail).sum())
         begin = end
     return total / begin

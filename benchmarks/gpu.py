@@ -6,18 +6,21 @@
 Parts, in this order, a process each:
 
 capture      the routes raw, flat and stock, with and without draws from the tail, beside the engine's bare scoring; the memory
-             that the first full step takes; the draws against the engine's own whole distributions. Writes a cache.
+             that the first full step takes; the draws against the engine's own whole distributions.
+             Writes a cache.
 audit        that cache against the model in float32, loaded onto the device: differences, memory of host and device
 kernels      the losses through the lm_head (Triton kernels on CUDA) against plain cross-entropy, a naive sparse KL, and
-             Liger's where it is installed, at 49k and 152k ids: forward, forward and backward, memory
+             Liger's where it is installed, at 49k and 152k ids: forward, forward and backward,
+             memory
 training     a training step from the cache against fine-tuning in bfloat16, and with the teacher beside it; with flash
              attention too, where it is installed
 distributed  FSDP2 over NCCL on all GPUs there are (gloo on a CPU) against one process
 
-The model is random, of 0.75 billion weights and 151,936 ids; nothing is fetched. Some 24 GB of GPU memory are needed. Each part
-leaves its figures in the work folder, and a run that was stopped goes on with the next one. At the end all of them, ratios to a
-baseline of the same run, go to one file with the machine they were taken on, and the last line says what passed. Exit code 1
-if anything did not.
+The model is random, of 0.75 billion weights and 151,936 ids; nothing is fetched. Some 24 GB of GPU
+memory are needed. Each part leaves its figures in the work folder, and a run that was stopped goes
+on with the next one. At the end all of them, ratios to a baseline of the same run, go to one file
+with the machine they were taken on, and the last line says what passed. Exit code 1 if anything did
+not.
 """
 
 from __future__ import annotations
@@ -41,10 +44,17 @@ ALWAYS_APART = ("kernels",)
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs what is missing and puts everything together; the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--tiny", action="store_true", help="the smallest sizes, on a CPU")
-    parser.add_argument("--work", type=Path, default=Path("caches/bench-gpu"), help="model, cache and finished parts")
+    parser.add_argument(
+        "--work",
+        type=Path,
+        default=Path("caches/bench-gpu"),
+        help="model, cache and finished parts",
+    )
     parser.add_argument("--out", type=Path, default=HERE / "results" / "gpu.json")
     parser.add_argument("--again", action="store_true", help="also what is done already")
     parser.add_argument("--one", choices=PARTS, help=argparse.SUPPRESS)
@@ -72,12 +82,17 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def apart(part: str, options: argparse.Namespace) -> str | None:
-    """Measures ``part`` in a process of its own, which leaves the GPU as it was; why that did not work, if it did not."""
+    """Measures ``part`` in a process of its own, which leaves the GPU as it was; why that did
+    not work, if it did not.
+    """
     command = [sys.executable, str(HERE / "gpu.py"), "--one", part, "--work", str(options.work)]
-    # Asking whether there is a GPU starts its driver, unless asked so; and an engine cannot be forked from where it runs.
+    # Asking whether there is a GPU starts its driver, unless asked so; and an engine cannot be
+    # forked from where it runs.
     environment = {**os.environ, "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
     if part != "distributed":  # Trainer would take all GPUs that it sees
-        environment["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+        environment["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(
+            ","
+        )[0]
     if options.tiny:
         command.append("--tiny")
         environment |= {"TRITON_INTERPRET": "1", "MALLOC_MMAP_THRESHOLD_": str(2**17)}
@@ -95,7 +110,9 @@ def measure(part: str, options: argparse.Namespace) -> None:
 
     sizes = gpu_parts.TINY if options.tiny else gpu_parts.FULL
     if not options.tiny and gpu_parts.DEVICE != "cuda":
-        sys.exit("error: there is no NVIDIA GPU here that torch can use; --tiny tries everything out on a CPU")
+        sys.exit(
+            "error: there is no NVIDIA GPU here that torch can use; --tiny tries everything out on a CPU"
+        )
     started = time.perf_counter()
     found = getattr(gpu_parts, part)(sizes, options.work)
     found |= {"seconds": round(time.perf_counter() - started, 1), "machine": machine()}
@@ -112,10 +129,16 @@ def result_file(options: argparse.Namespace, part: str) -> Path:
 def report(options: argparse.Namespace) -> int:
     """Puts the parts together, prints their checks, and last how many of them passed."""
     files = {part: result_file(options, part) for part in PARTS}
-    found: dict[str, Any] = {part: json.loads(file.read_text()) for part, file in files.items() if file.exists()}
+    found: dict[str, Any] = {
+        part: json.loads(file.read_text()) for part, file in files.items() if file.exists()
+    }
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(found, indent=1) + "\n")
-    passed, failed, skipped = [], [f"{part} (not measured)" for part in options.parts if part not in found], []
+    passed, failed, skipped = (
+        [],
+        [f"{part} (not measured)" for part in options.parts if part not in found],
+        [],
+    )
     for part, one in found.items():
         for name, outcome in one["checks"].items():
             held = outcome is True

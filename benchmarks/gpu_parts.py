@@ -1,6 +1,8 @@
-"""The parts of ``benchmarks/gpu.py``. Each takes sizes and the work folder, and returns figures and ``checks``.
+"""The parts of ``benchmarks/gpu.py``. Each takes sizes and the work folder, and returns figures and
+``checks``.
 
-A check is True, False, or a word why it was not made. Speeds are checked on CUDA alone, at sizes that mean something.
+A check is True, False, or a word why it was not made. Speeds are checked on CUDA alone, at sizes
+that mean something.
 """
 
 from __future__ import annotations
@@ -40,7 +42,9 @@ Found = dict[str, Any]
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is measured: the model, its text, how often, and the losses' sizes (names of ``loss.SIZES``)."""
+    """What is measured: the model, its text, how often, and the losses' sizes (names of
+    ``loss.SIZES``).
+    """
 
     model: dict[str, int]
     student_layers: int
@@ -91,14 +95,15 @@ TINY = Sizes(
 losses.SIZES["tiny"] = (2, 200, 16)
 
 
-# --- the model ----------------------------------------------------------------------------------------------------
+# --- the model ------------------------------------------------------------------------------------
 
 
 def model_folder(sizes: Sizes, work: Path) -> Path:
     """A random Llama with a tokenizer of bytes, made once.
 
-    Weights are small enough that bfloat16 keeps its limit through all layers. An output head of its own gives logits a
-    spread of two nats: flat beside a trained model's, so that every position has the most draws a store asks for.
+    Weights are small enough that bfloat16 keeps its limit through all layers. An output head of its
+    own gives logits a spread of two nats: flat beside a trained model's, so that every position has
+    the most draws a store asks for.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -107,12 +112,14 @@ def model_folder(sizes: Sizes, work: Path) -> Path:
     if (folder / "model.safetensors").exists():
         return folder
     alphabet = ["<|end|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    tokenizer = Tokenizer(models.BPE(vocab={piece: at for at, piece in enumerate(alphabet)}, merges=[]))
+    tokenizer = Tokenizer(
+        models.BPE(vocab={piece: at for at, piece in enumerate(alphabet)}, merges=[])
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>").save_pretrained(
-        folder
-    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>"
+    ).save_pretrained(folder)
     per_width = sizes.model["hidden_size"] ** -0.5
     config = LlamaConfig(
         **sizes.model,
@@ -134,7 +141,9 @@ def text_file(sizes: Sizes, work: Path) -> Path:
     text = "".join(text for _, text in BUILT_IN["python-docs"]()).encode("ascii", "ignore").decode()
     starts = range(0, sizes.documents * sizes.max_length, sizes.max_length)
     file = work / f"text-{sizes.documents}.jsonl"
-    file.write_text("".join(json.dumps({"text": text[at : at + sizes.max_length]}) + "\n" for at in starts))
+    file.write_text(
+        "".join(json.dumps({"text": text[at : at + sizes.max_length]}) + "\n" for at in starts)
+    )
     return file
 
 
@@ -146,11 +155,13 @@ def cache_folder(work: Path) -> Path:
     return folder
 
 
-# --- capture ------------------------------------------------------------------------------------------------------
+# --- capture --------------------------------------------------------------------------------------
 
 
 def capture(sizes: Sizes, work: Path) -> Found:
-    """One engine, both widths of its answers: with draws, and (a width that the plugin leaves alone) without."""
+    """One engine, both widths of its answers: with draws, and (a width that the plugin leaves
+    alone) without.
+    """
     from capture import Bench, ratios
 
     from logitcask.pipeline.teachers.rows import ColumnRequest
@@ -158,7 +169,11 @@ def capture(sizes: Sizes, work: Path) -> Found:
     folder, store = model_folder(sizes, work), StoreConfig(shard_tokens=10**9)
     config = BuildConfig(
         teacher=TeacherConfig(model=str(folder)),
-        data={"path": str(text_file(sizes, work)), "text_field": "text", "max_length": sizes.max_length},
+        data={
+            "path": str(text_file(sizes, work)),
+            "text_field": "text",
+            "max_length": sizes.max_length,
+        },
         store=store,
         output=work / "cache",
     )
@@ -167,7 +182,10 @@ def capture(sizes: Sizes, work: Path) -> Found:
     started = time.perf_counter()
     memory: list[Found] = []
     teacher = watched(sizes, memory)(
-        config.teacher, resolve_model(str(folder), None), max_length=sizes.max_length, capture=store.capture()
+        config.teacher,
+        resolve_model(str(folder), None),
+        max_length=sizes.max_length,
+        capture=store.capture(),
     )
     start_seconds = time.perf_counter() - started
     try:
@@ -188,7 +206,11 @@ def capture(sizes: Sizes, work: Path) -> Found:
                 config = config.model_copy(update={"store": plain, "output": work / "plain"})
                 one = copy.copy(teacher)
                 one._request = ColumnRequest.of(plain.capture(), teacher.vocab_size)
-            ways = ["flat", "raw", "pipeline", "bare"] if draws else ["undecoded", "flat", "raw", "pipeline", "bare"]
+            ways = (
+                ["flat", "raw", "pipeline", "bare"]
+                if draws
+                else ["undecoded", "flat", "raw", "pipeline", "bare"]
+            )
             (work / label).mkdir(exist_ok=True)
             # The cache with draws is the one that later parts read.
             bench = Bench.of(one, config, work if draws else work / label)
@@ -197,13 +219,17 @@ def capture(sizes: Sizes, work: Path) -> Found:
                 "tokens": bench.tokens,
                 "bare_tokens_per_second": round(statistics.median(rounds["bare"])),
                 "ratio_to_bare": {
-                    ("stock" if way == "undecoded" else way): r for way, r in ratios(rounds, "bare").items()
+                    ("stock" if way == "undecoded" else way): r
+                    for way, r in ratios(rounds, "bare").items()
                 },
             }
         runner = getattr(teacher._llm.llm_engine.vllm_config, "use_v2_model_runner", False)
         second = DEVICE == "cuda" and bool(runner)
         speeds = {
-            f"a cache is written at 0.9 of bare scoring, {label}": one["ratio_to_bare"]["pipeline"]["median"] >= 0.9
+            f"a cache is written at 0.9 of bare scoring, {label}": one["ratio_to_bare"]["pipeline"][
+                "median"
+            ]
+            >= 0.9
             if DEVICE == "cuda"
             else NO_CUDA
             for label, one in found.items()
@@ -212,12 +238,15 @@ def capture(sizes: Sizes, work: Path) -> Found:
             **found,
             "start_seconds": round(start_seconds, 1),
             "first_step": step,
-            "teacher": teacher.identity().model_dump(mode="json", exclude={"model", "weights_sha256"}),
+            "teacher": teacher.identity().model_dump(
+                mode="json", exclude={"model", "weights_sha256"}
+            ),
             "model_runner": 2 if second else 1,
             "checks": {
                 "the raw route works": teacher.route == "raw",
                 "draws are those of the engine's whole distributions": draws_agree,
-                "draws come from model runner V2": second or (NO_CUDA if DEVICE != "cuda" else False),
+                "draws come from model runner V2": second
+                or (NO_CUDA if DEVICE != "cuda" else False),
                 # 1,024 rows of float32 logits, and what is made of them, several times over.
                 "the first full step takes at most six times its logits": (step["ratio"] <= 6)
                 if DEVICE == "cuda"
@@ -230,7 +259,9 @@ def capture(sizes: Sizes, work: Path) -> Found:
 
 
 def watched(sizes: Sizes, memory: list[Found]) -> type:
-    """The teacher's class, whose first full steps, at its start on a GPU, leave in ``memory`` the bytes they took."""
+    """The teacher's class, whose first full steps, at its start on a GPU, leave in ``memory``
+    the bytes they took.
+    """
     from logitcask.pipeline.teachers.vllm.engine import VllmTeacher
 
     class Watched(VllmTeacher):
@@ -245,7 +276,9 @@ def watched(sizes: Sizes, memory: list[Found]) -> type:
 
 @contextmanager
 def peak_memory() -> Iterator[list[int]]:
-    """Of the whole device (an engine has a process of its own, whose allocator keeps what it has taken), else of this process."""
+    """Of the whole device (an engine has a process of its own, whose allocator keeps what it has
+    taken), else of this process.
+    """
     found: list[int] = []
     if DEVICE == "cuda":
         before = torch.cuda.mem_get_info()[0]
@@ -259,7 +292,9 @@ def peak_memory() -> Iterator[list[int]]:
 
 @contextmanager
 def host_memory() -> Iterator[list[int]]:
-    """Bytes at the peak of this process, beyond what it held before; files that are mapped do not count."""
+    """Bytes at the peak of this process, beyond what it held before; files that are mapped do
+    not count.
+    """
     found: list[int] = []
     before, done = losses.status("RssAnon"), threading.Event()
     peak = [before]
@@ -278,7 +313,7 @@ def host_memory() -> Iterator[list[int]]:
     found.append(max(peak[0], losses.status("RssAnon")) - before)
 
 
-# --- audit --------------------------------------------------------------------------------------------------------
+# --- audit ----------------------------------------------------------------------------------------
 
 
 def audit(sizes: Sizes, work: Path) -> Found:
@@ -300,7 +335,9 @@ def audit(sizes: Sizes, work: Path) -> Found:
         "limit": found.limit,
         "engine_head": found.head.engine,
         "engine_target": found.target.engine,
-        "draws": None if found.draws is None else {"p": found.draws.p_value, "z": found.draws.z_logprob},
+        "draws": None
+        if found.draws is None
+        else {"p": found.draws.p_value, "z": found.draws.z_logprob},
         "float32_weights_bytes": weights,
         "host_bytes": host[0],
         "device_bytes": device,
@@ -308,12 +345,14 @@ def audit(sizes: Sizes, work: Path) -> Found:
         "checks": {
             "cache and reference agree": not found.problems,
             "the reference is on the device": device >= weights if DEVICE == "cuda" else NO_CUDA,
-            "host memory holds less than half of its weights": host[0] < weights / 2 if DEVICE == "cuda" else NO_CUDA,
+            "host memory holds less than half of its weights": host[0] < weights / 2
+            if DEVICE == "cuda"
+            else NO_CUDA,
         },
     }
 
 
-# --- kernels ------------------------------------------------------------------------------------------------------
+# --- kernels --------------------------------------------------------------------------------------
 
 OURS, NAIVE = "forward KL (ghost, K = 64) + ranking + CE", "naive sparse KL (K = 64) + CE"
 METHODS = (
@@ -327,7 +366,9 @@ LIGER = ("Liger fused linear JSD, teacher's head beside", "Liger fused linear CE
 
 
 def kernels(sizes: Sizes, work: Path) -> Found:
-    """Losses through the lm_head; times and memory as ratios to plain cross-entropy over whole logits."""
+    """Losses through the lm_head; times and memory as ratios to plain cross-entropy over whole
+    logits.
+    """
     from logitcask.train.losses import kernels as triton_kernels
 
     with_liger = find_spec("liger_kernel") is not None
@@ -338,14 +379,18 @@ def kernels(sizes: Sizes, work: Path) -> Found:
         inputs = losses.Inputs(size)
         used.append(triton_kernels.usable(inputs.hidden @ inputs.weight.detach().t()))
         agree.append(disagreement(inputs))
-        both = losses.taking_turns(inputs, {name: losses.METHODS[name](inputs) for name in names}, sizes.rounds)
+        both = losses.taking_turns(
+            inputs, {name: losses.METHODS[name](inputs) for name in names}, sizes.rounds
+        )
         forward = losses.taking_turns(inputs, forward_steps(inputs), sizes.rounds)
         del inputs
         memory = {name: losses.peak_memory(size, name) for name in names}
         found[size] = {
             "forward_and_backward": over(both, losses.BASELINE),
             "forward": over(forward, losses.BASELINE),
-            "memory": {name: taken / max(1, memory[losses.BASELINE]) for name, taken in memory.items()},
+            "memory": {
+                name: taken / max(1, memory[losses.BASELINE]) for name, taken in memory.items()
+            },
             "gradient_off_by": agree[-1],
         }
         quick.append(found[size]["forward_and_backward"][OURS] <= 1.1)
@@ -369,7 +414,9 @@ def forward_steps(inputs: losses.Inputs) -> dict[str, losses.Step]:
     """The same without gradients."""
     teacher = inputs.teacher("head")
     terms = losses.Objective(
-        losses.TrainConfig.model_validate({**LOSS_FIELDS, "losses": losses.RECIPE, "ce_weight": 0.5})
+        losses.TrainConfig.model_validate(
+            {**LOSS_FIELDS, "losses": losses.RECIPE, "ce_weight": 0.5}
+        )
     )
 
     def plain() -> None:
@@ -382,14 +429,19 @@ def forward_steps(inputs: losses.Inputs) -> dict[str, losses.Step]:
         log_q = linear(inputs.hidden, inputs.weight).float().log_softmax(1)
         log_q.gather(1, teacher.ids).exp().sum(1).neg().log1p()
 
-    return {name: torch.no_grad()(step) for name, step in ((losses.BASELINE, plain), (OURS, ours), (NAIVE, naive))}
+    return {
+        name: torch.no_grad()(step)
+        for name, step in ((losses.BASELINE, plain), (OURS, ours), (NAIVE, naive))
+    }
 
 
 LOSS_FIELDS = {"cache": "-", "student": {"init_from": "-"}, "training": {"output_dir": "-"}}
 
 
 def disagreement(inputs: losses.Inputs) -> float:
-    """Relative difference of the head's gradient between our KL + CE and the same written down naively."""
+    """Relative difference of the head's gradient between our KL + CE and the same written down
+    naively.
+    """
     gradients: list[Tensor] = []
     makers: tuple[Callable[[], losses.Step], ...] = (
         lambda: losses.ours(inputs, "head", losses.RECIPE[:1], 0.5),
@@ -406,14 +458,19 @@ def disagreement(inputs: losses.Inputs) -> float:
 
 def over(seconds: dict[str, list[float]], base: str) -> dict[str, float]:
     """Ratios of medians."""
-    return {name: statistics.median(one) / statistics.median(seconds[base]) for name, one in seconds.items()}
+    return {
+        name: statistics.median(one) / statistics.median(seconds[base])
+        for name, one in seconds.items()
+    }
 
 
-# --- training -----------------------------------------------------------------------------------------------------
+# --- training -------------------------------------------------------------------------------------
 
 
 def training(sizes: Sizes, work: Path) -> Found:
-    """A step from the cache, beside fine-tuning and beside a teacher that is loaded, with each kind of attention."""
+    """A step from the cache, beside fine-tuning and beside a teacher that is loaded, with each
+    kind of attention.
+    """
     from training import measure_arms
     from transformers import AutoModelForCausalLM
 
@@ -422,13 +479,17 @@ def training(sizes: Sizes, work: Path) -> Found:
 
     folder, cache = model_folder(sizes, work), CacheReader(str(cache_folder(work)))
     flash = DEVICE == "cuda" and find_spec("flash_attn") is not None
-    options = argparse.Namespace(rounds=sizes.rounds, steps=sizes.steps, batch=sizes.batch, length=sizes.max_length)
+    options = argparse.Namespace(
+        rounds=sizes.rounds, steps=sizes.steps, batch=sizes.batch, length=sizes.max_length
+    )
     found, quick = {}, {}
     for attention in ["sdpa", *(["flash_attention_2"] if flash else [])]:
-        # Weights of float32, bfloat16 where autocast has it: how fine-tuning in bfloat16 is done. Four students are in memory
-        # at once, so the optimizer keeps nothing of them.
+        # Weights of float32, bfloat16 where autocast has it: how fine-tuning in bfloat16 is done.
+        # Four students are in memory at once, so the optimizer keeps nothing of them.
         layers = list(range(sizes.student_layers))
-        student = build_student(StudentConfig(init_from=str(folder), keep_layers=layers, attention=attention), seed=0)
+        student = build_student(
+            StudentConfig(init_from=str(folder), keep_layers=layers, attention=attention), seed=0
+        )
         student.to(DEVICE)  # the trainer tries it, and flash attention works on a GPU alone
         teacher = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.bfloat16, attn_implementation=attention
@@ -442,23 +503,28 @@ def training(sizes: Sizes, work: Path) -> Found:
         found[attention] = {
             "step_over_sft": step,
             "data_wait": {name: max(shares, default=None) for name, shares in waits.items()},
-            "teacher_share_of_live": statistics.median(teacher_seconds) / statistics.median(times["live"]),
+            "teacher_share_of_live": statistics.median(teacher_seconds)
+            / statistics.median(times["live"]),
         }
     return {
         **found,
         "checks": {
-            "a step from the cache takes at most 1.1 of fine-tuning's": quick["sdpa"] if DEVICE == "cuda" else NO_CUDA,
-            "the same with flash attention": quick.get("flash_attention_2", "flash_attn is not installed"),
+            "a step from the cache takes at most 1.1 of fine-tuning's": quick["sdpa"]
+            if DEVICE == "cuda"
+            else NO_CUDA,
+            "the same with flash attention": quick.get(
+                "flash_attention_2", "flash_attn is not installed"
+            ),
         },
     }
 
 
-# --- distributed --------------------------------------------------------------------------------------------------
+# --- distributed ----------------------------------------------------------------------------------
 
 
 def distributed(sizes: Sizes, work: Path) -> Found:
-    """The same training by one process, and by one for every GPU with its weights sharded; on a CPU two processes would
-    share what there is, so there is one, over gloo and unsharded."""
+    """The same training by one process, and by one for every GPU with its weights sharded; on a CPU
+    two processes would share what there is, so there is one, over gloo and unsharded."""
     from logitcask.train.config import TrainConfig
     from logitcask.train.run import train
 
@@ -479,37 +545,57 @@ def distributed(sizes: Sizes, work: Path) -> Found:
     config: Found = {
         "cache": str(cache_folder(work)),
         # Of fewer layers: the model itself would have nothing to learn.
-        "student": {"init_from": str(model_folder(sizes, work)), "keep_layers": list(range(sizes.student_layers))},
+        "student": {
+            "init_from": str(model_folder(sizes, work)),
+            "keep_layers": list(range(sizes.student_layers)),
+        },
         "losses": losses.RECIPE,
     }
 
     def fields(name: str, count: int) -> Found:
-        return training | {"output_dir": str(work / name), "per_device_train_batch_size": batch // count}
+        return training | {
+            "output_dir": str(work / name),
+            "per_device_train_batch_size": batch // count,
+        }
 
     sharded = {"fsdp": True, "fsdp_config": sharding} if DEVICE == "cuda" else {}
     file = work / "together.json"  # JSON is YAML
     file.write_text(json.dumps(config | {"training": fields("together", processes) | sharded}))
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m", "logitcask.train"]
+    launch = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={processes}",
+        "-m",
+        "logitcask.train",
+    ]
     # Both at once: nothing is timed here.
     with subprocess.Popen([sys.executable, *launch, str(file), "--restart"]) as together:
         try:
-            train(TrainConfig.model_validate(config | {"training": fields("alone", 1)}), restart=True)
+            train(
+                TrainConfig.model_validate(config | {"training": fields("alone", 1)}), restart=True
+            )
             if together.wait(timeout=300):
-                raise SystemExit(f"error: the sharded training failed with exit code {together.returncode}, see above")
+                raise SystemExit(
+                    f"error: the sharded training failed with exit code {together.returncode}, see above"
+                )
         finally:
             together.kill()
     histories = {}
     for name in ("alone", "together"):
         log = json.loads((work / name / "log.json").read_text())
         histories[name] = [record["loss"] for record in log if "loss" in record]
-    apart = max(abs(a - b) / abs(a) for a, b in zip(histories["alone"], histories["together"], strict=True))
+    apart = max(
+        abs(a - b) / abs(a) for a, b in zip(histories["alone"], histories["together"], strict=True)
+    )
     return {
         "processes": processes,
         "backend": "nccl" if DEVICE == "cuda" else "gloo",
         "losses": histories,
         "largest_relative_difference": apart,
         "checks": {
-            "the losses of every step are those of one process": apart < (2e-2 if DEVICE == "cuda" else 1e-4),
+            "the losses of every step are those of one process": apart
+            < (2e-2 if DEVICE == "cuda" else 1e-4),
             "more than one GPU": processes > 1 or "there is one" if DEVICE == "cuda" else NO_CUDA,
         },
     }

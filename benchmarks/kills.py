@@ -1,20 +1,24 @@
-"""``kill -9`` at random moments of builds, by the hundred: every build, resumed, must give the cache of an undisturbed one.
+"""``kill -9`` at random moments of builds, by the hundred: every build, resumed, must give the
+cache of an undisturbed one.
 
-    python benchmarks/kills.py [--process 45] [--vllm 15] [--ray-worker 20] [--ray-driver 15] [--ray-vllm 5]
+    python benchmarks/kills.py [--process 45] [--vllm 15] [--ray-worker 20] [--ray-driver 15]
+    [--ray-vllm 5]
                                [--seed N] [--out FILE.json]
 
-Every build is killed a few times and started again by the same command, until a last run gets through. Most kills come at
-a uniformly random moment; some wait for the short phases, a commit and the end. Kinds:
+Every build is killed a few times and started again by the same command, until a last run gets
+through. Most kills come at a uniformly random moment; some wait for the short phases, a commit and
+the end. Kinds:
 
 process     one process, synthetic teacher
 vllm        one process, vLLM with a tiny Llama
-ray-worker  two workers on a local Ray cluster, synthetic teacher; a random worker is killed, and Ray has to replace it
-ray-driver  the same; the driver is killed and its workers are left alone, while the next driver starts
-ray-vllm    two workers with vLLM; now a worker, now the driver
+ray-worker two workers on a local Ray cluster, synthetic teacher; a random worker is killed, and Ray
+has to replace it ray-driver the same; the driver is killed and its workers are left alone, while
+the next driver starts ray-vllm two workers with vLLM; now a worker, now the driver
 
-After every kill each committed shard must have its sha256. After every build: the logical hash of the whole and of each
-shard is that of the undisturbed build, the sequences are the same in the same order, ``verify --deep`` finds nothing, and
-nothing but the cache is left in its folder. The phase of a kill is read off the files that it leaves.
+After every kill each committed shard must have its sha256. After every build: the logical hash of
+the whole and of each shard is that of the undisturbed build, the sequences are the same in the same
+order, ``verify --deep`` finds nothing, and nothing but the cache is left in its folder. The phase
+of a kill is read off the files that it leaves.
 """
 
 from __future__ import annotations
@@ -72,9 +76,17 @@ class Build:
         self.stderr = folder / "stderr"
 
     def start(self) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-c", "from logitcask.pipeline.cli import main; main()", "build", str(self.config)]
+        command = [
+            sys.executable,
+            "-c",
+            "from logitcask.pipeline.cli import main; main()",
+            "build",
+            str(self.config),
+        ]
         with open(self.stderr, "ab") as stderr:
-            return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=stderr, env=environment())
+            return subprocess.Popen(
+                command, stdout=subprocess.DEVNULL, stderr=stderr, env=environment()
+            )
 
     @property
     def build_dir(self) -> Path:
@@ -107,7 +119,10 @@ class Build:
         found = []
         for record in self.records():
             entry = json.loads(record.read_text())
-            if hashlib.sha256((self.output / entry["path"]).read_bytes()).hexdigest() != entry["sha256"]:
+            if (
+                hashlib.sha256((self.output / entry["path"]).read_bytes()).hexdigest()
+                != entry["sha256"]
+            ):
                 found.append(f"{entry['path']} is not what its commit record says")
         return found
 
@@ -133,10 +148,14 @@ def settings(kind: str, model: Path | None) -> dict[str, Any]:
     return fields
 
 
-def run_kind(kind: str, kills: int, rng: np.random.Generator, folder: Path, model: Path | None) -> Tally:
+def run_kind(
+    kind: str, kills: int, rng: np.random.Generator, folder: Path, model: Path | None
+) -> Tally:
     tally = Tally(kind)
     fields = settings(kind, model)
-    alone = Build(folder / f"{kind}-alone", {name: value for name, value in fields.items() if name != "scale"})
+    alone = Build(
+        folder / f"{kind}-alone", {name: value for name, value in fields.items() if name != "scale"}
+    )
     seconds = finish(alone)
     if "scale" in fields:
         seconds = finish(Build(folder / f"{kind}-undisturbed", fields))
@@ -160,7 +179,13 @@ def run_kind(kind: str, kills: int, rng: np.random.Generator, folder: Path, mode
 
 
 def disturb(
-    build: Build, kind: str, kills: int, seconds: float, shards: int, rng: np.random.Generator, tally: Tally
+    build: Build,
+    kind: str,
+    kills: int,
+    seconds: float,
+    shards: int,
+    rng: np.random.Generator,
+    tally: Tally,
 ) -> None:
     """Kills runs of ``build`` ``kills`` times, or less often if one gets through before."""
     process = build.start()
@@ -188,7 +213,9 @@ def disturb(
             process.kill()
 
 
-def wait_for(aim: str, build: Build, process: subprocess.Popen[bytes], seconds: float, shards: int) -> bool:
+def wait_for(
+    aim: str, build: Build, process: subprocess.Popen[bytes], seconds: float, shards: int
+) -> bool:
     """Waits for the moment to kill; False if the run ends before."""
     until = time.monotonic() + seconds
     arrived: Callable[[], bool] = {
@@ -236,7 +263,9 @@ def problems(build: Build, expected: Manifest, names: list[str]) -> list[str]:
     found = [f"verify: {problem}" for problem in verify(str(build.output), deep=True)]
     if cache.manifest.content_sha256 != expected.content_sha256:
         found.append("another logical hash")
-    if [s.content_sha256 for s in cache.manifest.shards] != [s.content_sha256 for s in expected.shards]:
+    if [s.content_sha256 for s in cache.manifest.shards] != [
+        s.content_sha256 for s in expected.shards
+    ]:
         found.append("other shards")
     read = [sequence.sequence_id for sequence in cache]
     if len(set(read)) < len(read):
@@ -258,7 +287,9 @@ def tiny_llama(folder: Path) -> Path:
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE(vocab={byte: index for index, byte in enumerate(alphabet)}, merges=[]))
+    backend = Tokenizer(
+        models.BPE(vocab={byte: index for index, byte in enumerate(alphabet)}, merges=[])
+    )
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=alphabet[0]).save_pretrained(folder)
@@ -283,9 +314,15 @@ def main() -> int:
     for kind, count in KINDS.items():
         parser.add_argument(f"--{kind}", type=int, default=count, help=f"kills; {count} by default")
     parser.add_argument("--seed", type=int, default=None)
-    parser.add_argument("--out", type=Path, help="JSON; kinds that are not run keep what stands there")
+    parser.add_argument(
+        "--out", type=Path, help="JSON; kinds that are not run keep what stands there"
+    )
     arguments = parser.parse_args()
-    seed = arguments.seed if arguments.seed is not None else int(np.random.SeedSequence().entropy) % 2**32
+    seed = (
+        arguments.seed
+        if arguments.seed is not None
+        else int(np.random.SeedSequence().entropy) % 2**32
+    )
     print(f"seed {seed}")
     failed = False
     with tempfile.TemporaryDirectory() as temporary:

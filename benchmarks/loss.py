@@ -1,13 +1,15 @@
-"""Time and peak memory of losses through the lm_head: hidden states in, gradients of hidden states and head out.
+"""Time and peak memory of losses through the lm_head: hidden states in, gradients of hidden states
+and head out.
 
-The yardstick is plain torch cross-entropy over whole logits, which is what fine-tuning costs. All methods take turns, in
-rounds; what is reported are medians and their ratios within the run. Peak memory is taken in a process of its own per
-method, beyond what was there before (weights, inputs, a dense teacher's logits) and beyond the gradients that it leaves.
+The yardstick is plain torch cross-entropy over whole logits, which is what fine-tuning costs. All
+methods take turns, in rounds; what is reported are medians and their ratios within the run. Peak
+memory is taken in a process of its own per method, beyond what was there before (weights, inputs, a
+dense teacher's logits) and beyond the gradients that it leaves.
 
     python benchmarks/loss.py [--sizes 49k-1024 152k-2048] [--rounds 5]
 
-Sizes are run and stored one by one in benchmarks/results/loss.json; docs/speed.md has the table. What needs CUDA is left
-out without it.
+Sizes are run and stored one by one in benchmarks/results/loss.json; docs/speed.md has the table.
+What needs CUDA is left out without it.
 
 Shapes: T positions, V vocabulary, H hidden size, K head entries, S draws.
 """
@@ -60,7 +62,11 @@ class Inputs:
         torch.manual_seed(0)
         self.T, self.V, self.H = SIZES[size]
         config = LlamaConfig(
-            vocab_size=self.V, hidden_size=self.H, intermediate_size=64, num_hidden_layers=1, num_attention_heads=1
+            vocab_size=self.V,
+            hidden_size=self.H,
+            intermediate_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=1,
         )
         self.head = LogitsHead(LlamaForCausalLM(config).to(DEVICE, DTYPE))
         assert isinstance(self.head.lm_head, nn.Linear)
@@ -69,14 +75,26 @@ class Inputs:
         self.target = torch.randint(self.V, (self.T,), device=DEVICE)
 
     def teacher(self, kind: str) -> SparseTeacher:
-        """``head``: K entries everywhere. ``ragged``: 1 to K of them, and draws from the tail. ``prior``: and a prior."""
-        ids = torch.stack([torch.randperm(self.V, device=DEVICE)[: K + DRAWS] for _ in range(self.T)])
-        logprobs = (2 * torch.randn(self.T, K, device=DEVICE)).log_softmax(1).sort(1, descending=True).values - 0.1
+        """``head``: K entries everywhere. ``ragged``: 1 to K of them, and draws from the tail.
+        ``prior``: and a prior.
+        """
+        ids = torch.stack(
+            [torch.randperm(self.V, device=DEVICE)[: K + DRAWS] for _ in range(self.T)]
+        )
+        logprobs = (2 * torch.randn(self.T, K, device=DEVICE)).log_softmax(1).sort(
+            1, descending=True
+        ).values - 0.1
         head = ids[:, :K].clone()
         samples = None
         if kind == "ragged":
-            out = torch.arange(K, device=DEVICE) >= torch.randint(1, K + 1, (self.T, 1), device=DEVICE)
-            head, logprobs, samples = head.masked_fill(out, -1), logprobs.masked_fill(out, -torch.inf), ids[:, K:]
+            out = torch.arange(K, device=DEVICE) >= torch.randint(
+                1, K + 1, (self.T, 1), device=DEVICE
+            )
+            head, logprobs, samples = (
+                head.masked_fill(out, -1),
+                logprobs.masked_fill(out, -torch.inf),
+                ids[:, K:],
+            )
         tail = torch.log1p(-logprobs.exp().sum(1).clamp_max(1 - 1e-6))
         return SparseTeacher(
             ids=head,
@@ -86,7 +104,9 @@ class Inputs:
             target_logprob=logprobs[:, 0],
             vocab_size=self.V,
             samples=samples,
-            sample_logprobs=None if samples is None else (tail - 6).unsqueeze(1).expand(samples.shape).contiguous(),
+            sample_logprobs=None
+            if samples is None
+            else (tail - 6).unsqueeze(1).expand(samples.shape).contiguous(),
             prior=torch.rand(self.V, device=DEVICE).softmax(0) if kind == "prior" else None,
         )
 
@@ -96,7 +116,9 @@ Step = Callable[[], Any]
 
 def ours(inputs: Inputs, kind: str, losses: list[dict[str, Any]], ce_weight: float) -> Step:
     fields = {"cache": "-", "student": {"init_from": "-"}, "training": {"output_dir": "-"}}
-    objective = Objective(TrainConfig.model_validate({**fields, "losses": losses, "ce_weight": ce_weight}))
+    objective = Objective(
+        TrainConfig.model_validate({**fields, "losses": losses, "ce_weight": ce_weight})
+    )
     teacher = inputs.teacher(kind)
 
     def step() -> None:
@@ -136,7 +158,12 @@ def trl_jsd(inputs: Inputs) -> Step:
     from trl.experimental.gkd.gkd_trainer import GKDTrainer
 
     teacher = 2 * torch.randn(1, inputs.T, inputs.V, device=DEVICE, dtype=DTYPE)
-    return dense(inputs, lambda logits: GKDTrainer.generalized_jsd_loss(logits.unsqueeze(0), teacher, reduction="sum"))
+    return dense(
+        inputs,
+        lambda logits: GKDTrainer.generalized_jsd_loss(
+            logits.unsqueeze(0), teacher, reduction="sum"
+        ),
+    )
 
 
 def liger_jsd(inputs: Inputs) -> Step:
@@ -165,7 +192,9 @@ def liger_ce(inputs: Inputs) -> Step:
 
 
 METHODS: dict[str, Callable[[Inputs], Step]] = {
-    BASELINE: lambda i: dense(i, lambda logits: cross_entropy(logits.float(), i.target, reduction="sum")),
+    BASELINE: lambda i: dense(
+        i, lambda logits: cross_entropy(logits.float(), i.target, reduction="sum")
+    ),
     "forward KL (ragged head + draws) + CE": lambda i: ours(i, "ragged", RECIPE[:1], 0.5),
     "forward KL (ragged head + draws) + ranking + CE": lambda i: ours(i, "ragged", RECIPE, 0.5),
     "forward KL (ghost, K = 64) + ranking + CE": lambda i: ours(i, "head", RECIPE, 0.5),
@@ -179,7 +208,9 @@ if DEVICE == "cuda":
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--memory-of", nargs=2, metavar=("SIZE", "METHOD"), help=argparse.SUPPRESS)
@@ -187,7 +218,8 @@ def main() -> None:
     missing = [package for package in ("trl", "liger_kernel") if find_spec(package) is None]
     if missing:
         parser.exit(
-            2, f"error: {', '.join(missing)}, to compare with, is not installed; pip install -e '.[bench,dev]'\n"
+            2,
+            f"error: {', '.join(missing)}, to compare with, is not installed; pip install -e '.[bench,dev]'\n",
         )
     if options.memory_of:
         print(peak_memory(*options.memory_of))
@@ -226,7 +258,9 @@ def memory_in_a_process(size: str, method: str) -> int:
 
 
 def peak_memory(size: str, method: str) -> int:
-    """Bytes at the peak of one step, beyond what was there before and the gradients of weight and hidden states."""
+    """Bytes at the peak of one step, beyond what was there before and the gradients of weight
+    and hidden states.
+    """
     inputs = Inputs(size)
     step = METHODS[method](inputs)
     # Threads, libraries and their workspaces come with the first product of this kind, and stay.
@@ -237,7 +271,8 @@ def peak_memory(size: str, method: str) -> int:
         before = torch.cuda.memory_allocated()
         step()
         return torch.cuda.max_memory_allocated() - before - gradients
-    # What was freed before would otherwise be used again unseen: with MALLOC_MMAP_THRESHOLD_, freed is given back.
+    # What was freed before would otherwise be used again unseen: with MALLOC_MMAP_THRESHOLD_, freed
+    # is given back.
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     before = status("VmRSS")
@@ -255,8 +290,19 @@ def store(size: str, rounds: int, seconds: dict[str, list[float]], memory: dict[
     T, V, H = SIZES[size]
     base, base_memory = statistics.median(seconds[BASELINE]), memory[BASELINE]
     entry = {
-        "machine": {**machine(), "threads": torch.get_num_threads(), "dtype": str(DTYPE).removeprefix("torch.")},
-        "sizes": {"positions": T, "vocabulary": V, "hidden": H, "head": K, "draws": DRAWS, "rounds": rounds},
+        "machine": {
+            **machine(),
+            "threads": torch.get_num_threads(),
+            "dtype": str(DTYPE).removeprefix("torch."),
+        },
+        "sizes": {
+            "positions": T,
+            "vocabulary": V,
+            "hidden": H,
+            "head": K,
+            "draws": DRAWS,
+            "rounds": rounds,
+        },
         "baseline": {"name": BASELINE, "seconds": base, "mib": base_memory / 2**20},
         "methods": {
             name: {

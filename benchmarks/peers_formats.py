@@ -1,8 +1,9 @@
 """Other layouts for the same distributions, re-created from what is published about them.
 
-``Arrow`` and ``Parquet`` hold what a Logitcask cache holds, as a user would write it by hand. The others hold what their
-owners store of a distribution and nothing more (no ids of the text, no mask, no target), which favours them. The layouts
-are what the owners' documents say; the code is ours, in numpy over whole arrays, and faster than some of the originals.
+``Arrow`` and ``Parquet`` hold what a Logitcask cache holds, as a user would write it by hand. The
+others hold what their owners store of a distribution and nothing more (no ids of the text, no mask,
+no target), which favours them. The layouts are what the owners' documents say; the code is ours, in
+numpy over whole arrays, and faster than some of the originals.
 
 Shapes: P positions, K head entries, V vocabulary.
 """
@@ -84,8 +85,13 @@ def plain_arrow(k: int, rows_per_batch: int) -> Peer:
 
     def encode(sequences: list[CachedSequence]) -> bytes:
         sink = io.BytesIO()
-        options = pa.ipc.IpcWriteOptions(compression=pa.Codec("zstd", compression_level=ZSTD_LEVEL), use_threads=False)
-        batches = [_table(sequences[at : at + rows_per_batch]) for at in range(0, len(sequences), rows_per_batch)]
+        options = pa.ipc.IpcWriteOptions(
+            compression=pa.Codec("zstd", compression_level=ZSTD_LEVEL), use_threads=False
+        )
+        batches = [
+            _table(sequences[at : at + rows_per_batch])
+            for at in range(0, len(sequences), rows_per_batch)
+        ]
         with pa.ipc.new_file(sink, batches[0].schema, options=options) as file:
             for batch in batches:
                 file.write_batch(batch)
@@ -97,7 +103,9 @@ def plain_arrow(k: int, rows_per_batch: int) -> Peer:
             for at in range(file.num_record_batches):
                 yield from _rows(file.get_batch(at))
 
-    return Peer("Arrow int32 + fp16", "record batches of flat lists, zstd", k, encode, decode, whole=True)
+    return Peer(
+        "Arrow int32 + fp16", "record batches of flat lists, zstd", k, encode, decode, whole=True
+    )
 
 
 def plain_parquet(k: int) -> Peer:
@@ -106,7 +114,10 @@ def plain_parquet(k: int) -> Peer:
     def encode(sequences: list[CachedSequence]) -> bytes:
         sink = io.BytesIO()
         pq.write_table(
-            pa.Table.from_batches([_table(sequences)]), sink, compression="zstd", compression_level=ZSTD_LEVEL
+            pa.Table.from_batches([_table(sequences)]),
+            sink,
+            compression="zstd",
+            compression_level=ZSTD_LEVEL,
         )
         return sink.getvalue()
 
@@ -115,7 +126,9 @@ def plain_parquet(k: int) -> Peer:
         for batch in table.to_batches():
             yield from _rows(batch)
 
-    return Peer("Parquet int32 + fp16", "one table of flat lists, zstd", k, encode, decode, whole=True)
+    return Peer(
+        "Parquet int32 + fp16", "one table of flat lists, zstd", k, encode, decode, whole=True
+    )
 
 
 def _table(sequences: list[CachedSequence]) -> pa.RecordBatch:
@@ -142,15 +155,23 @@ def _rows(batch: pa.RecordBatch) -> Heads:
         column = batch.column(name)
         values = column.values.to_numpy(zero_copy_only=False)
         flat[name] = (column.offsets.to_numpy(), values)
-    # All columns are turned into arrays that a batch is made of, as our reader does; the heads are what is handed on.
+    # All columns are turned into arrays that a batch is made of, as our reader does; the heads are
+    # what is handed on.
     for row in range(batch.num_rows):
-        own = {name: values[ends[row] : ends[row + 1]].copy() for name, (ends, values) in flat.items()}
+        own = {
+            name: values[ends[row] : ends[row + 1]].copy() for name, (ends, values) in flat.items()
+        }
         positions = len(own["target_rank"])
-        yield own["ids"].reshape(positions, -1), own["logprobs"].reshape(positions, -1).astype(np.float32)
+        yield (
+            own["ids"].reshape(positions, -1),
+            own["logprobs"].reshape(positions, -1).astype(np.float32),
+        )
 
 
 def _megatron(k: int, rows_per_payload: int) -> Peer:
-    """Per training step: 16-bit logprobs, the low 16 bits of the ids, their 17th bits as bools; zstd over all of it."""
+    """Per training step: 16-bit logprobs, the low 16 bits of the ids, their 17th bits as bools;
+    zstd over all of it.
+    """
     codec = pa.Codec("zstd", compression_level=3)
 
     def encode(sequences: list[CachedSequence]) -> bytes:
@@ -165,7 +186,13 @@ def _megatron(k: int, rows_per_payload: int) -> Peer:
                     (ids >> 16).astype(np.bool_).tobytes(),
                 )
             )
-            parts.append((np.array([len(s.ids) for s in group]), len(payload), codec.compress(payload, asbytes=True)))
+            parts.append(
+                (
+                    np.array([len(s.ids) for s in group]),
+                    len(payload),
+                    codec.compress(payload, asbytes=True),
+                )
+            )
         return _framed(parts)
 
     def decode(data: bytes) -> Heads:
@@ -176,13 +203,19 @@ def _megatron(k: int, rows_per_payload: int) -> Peer:
             ids = raw[2 * entries : 4 * entries].view(np.uint16).astype(np.int32)
             ids |= raw[4 * entries :].astype(np.int32) << 16
             ends = np.cumsum(lengths)[:-1]
-            yield from zip(np.split(ids.reshape(-1, k), ends), np.split(logprobs, ends), strict=True)
+            yield from zip(
+                np.split(ids.reshape(-1, k), ends), np.split(logprobs, ends), strict=True
+            )
 
-    return Peer("Megatron-LM", "16-bit logprobs, 16 + 1 bits of ids, zstd per step", k, encode, decode)
+    return Peer(
+        "Megatron-LM", "16-bit logprobs, 16 + 1 bits of ids, zstd per step", k, encode, decode
+    )
 
 
 def _framed(parts: list[tuple[NDArray[np.int64], int, bytes]]) -> bytes:
-    """Lengths of sequences, size before compression, payload: what a tar file's headers would say."""
+    """Lengths of sequences, size before compression, payload: what a tar file's headers would
+    say.
+    """
     return b"".join(
         np.array([len(lengths), *lengths, size, len(packed)], np.int32).tobytes() + packed
         for lengths, size, packed in parts
@@ -201,8 +234,11 @@ def _unframed(data: bytes) -> list[tuple[NDArray[np.int32], int, bytes]]:
     return parts
 
 
-def _distillkit(name: str, k: int, exact: int, terms: tuple[int | str, ...], vocab_size: int) -> Peer:
-    """Ids at the vocabulary's bits, the first logprobs in bfloat16, a polynomial in the rank for the others; uncompressed.
+def _distillkit(
+    name: str, k: int, exact: int, terms: tuple[int | str, ...], vocab_size: int
+) -> Peer:
+    """Ids at the vocabulary's bits, the first logprobs in bfloat16, a polynomial in the rank for
+    the others; uncompressed.
 
     The fit here is over ranks scaled to [0, 1], its better variant (``normalize_t``).
     """
@@ -229,15 +265,24 @@ def _distillkit(name: str, k: int, exact: int, terms: tuple[int | str, ...], voc
         for (positions,), _, raw in _unframed(data):
             packed = np.frombuffer(raw, np.uint8).reshape(positions, width)
             ids = np.ascontiguousarray(packed[:, : 2 * k]).view(np.uint16).astype(np.int32)
-            first = np.ascontiguousarray(packed[:, 2 * k : 2 * k + 2 * exact]).view(np.uint16).astype(np.uint32) << 16
+            first = (
+                np.ascontiguousarray(packed[:, 2 * k : 2 * k + 2 * exact])
+                .view(np.uint16)
+                .astype(np.uint32)
+                << 16
+            )
             fitted = np.ascontiguousarray(packed[:, 2 * k + 2 * exact :]).view(np.float32) @ curve
             yield ids, np.concatenate([first.view(np.float32), fitted], axis=1)
 
-    return Peer(name, f"16-bit ids, {exact} bfloat16, {len(terms)} fp32 coefficients", k, encode, decode)
+    return Peer(
+        name, f"16-bit ids, {exact} bfloat16, {len(terms)} fp32 coefficients", k, encode, decode
+    )
 
 
 def _random_sampling(draws: int) -> Peer:
-    """RS-KD: 3 bytes per distinct draw, 17 bits of id and 7 of count; a byte per position says how many. Uncompressed."""
+    """RS-KD: 3 bytes per distinct draw, 17 bits of id and 7 of count; a byte per position says
+    how many. Uncompressed.
+    """
 
     def encode(sequences: list[CachedSequence]) -> bytes:
         parts = []
@@ -247,7 +292,11 @@ def _random_sampling(draws: int) -> Peer:
             first = np.ones(ids.shape, bool)
             first[:, 1:] = ids[:, 1:] != ids[:, :-1]
             counts = np.diff(np.flatnonzero(first), append=ids.size)
-            words = (ids[first].astype(np.uint32) << 7 | counts.astype(np.uint32)).view(np.uint8).reshape(-1, 4)
+            words = (
+                (ids[first].astype(np.uint32) << 7 | counts.astype(np.uint32))
+                .view(np.uint8)
+                .reshape(-1, 4)
+            )
             data = first.sum(axis=1).astype(np.uint8).tobytes() + words[:, :3].tobytes()
             parts.append((np.array([len(ids)]), len(data), data))
         return _framed(parts)
@@ -266,10 +315,14 @@ def _random_sampling(draws: int) -> Peer:
             logprobs[inside] = np.log((words & 127).astype(np.float32) / np.float32(draws))
             yield ids, logprobs
 
-    return Peer(f"RS-KD, {draws} draws", "17-bit id + 7-bit count per distinct draw", 0, encode, decode)
+    return Peer(
+        f"RS-KD, {draws} draws", "17-bit id + 7-bit count per distinct draw", 0, encode, decode
+    )
 
 
-def _json_lines(name: str, k: int, pack: Callable[[CachedSequence], Any], unpack: Callable[[Any, int], Any]) -> Peer:
+def _json_lines(
+    name: str, k: int, pack: Callable[[CachedSequence], Any], unpack: Callable[[Any, int], Any]
+) -> Peer:
     """A JSON document per sequence and line, every number in decimal."""
 
     def encode(sequences: list[CachedSequence]) -> bytes:

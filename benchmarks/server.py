@@ -1,8 +1,10 @@
-"""A vLLM server over HTTP against vLLM in this process: the same text, one toy model, interleaved rounds.
+"""A vLLM server over HTTP against vLLM in this process: the same text, one toy model, interleaved
+rounds.
 
     python benchmarks/server.py --rounds 3 --out benchmarks/results/server.json
 
-The toy model (one layer, 32,000 ids) is where the cost of HTTP and JSON is largest: a real one hides it behind its own.
+The toy model (one layer, 32,000 ids) is where the cost of HTTP and JSON is largest: a real one
+hides it behind its own.
 """
 
 from __future__ import annotations
@@ -54,8 +56,19 @@ def start_server(model: Path, top_k: int, log: Any) -> tuple[subprocess.Popen[by
     with socket.socket() as any_port:
         any_port.bind(("127.0.0.1", 0))
         port = any_port.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", f"--model={model}", "--host=127.0.0.1"]
-    command += [f"--port={port}", "--dtype=float32", f"--max-model-len={MAX_LENGTH + 1}", f"--max-logprobs={top_k}"]
+    command = [
+        sys.executable,
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        f"--model={model}",
+        "--host=127.0.0.1",
+    ]
+    command += [
+        f"--port={port}",
+        "--dtype=float32",
+        f"--max-model-len={MAX_LENGTH + 1}",
+        f"--max-logprobs={top_k}",
+    ]
     command += [
         "--enforce-eager",
         "--skip-tokenizer-init",
@@ -63,8 +76,14 @@ def start_server(model: Path, top_k: int, log: Any) -> tuple[subprocess.Popen[by
         "--disable-uvicorn-access-log",
     ]
     command += ["--max-num-batched-tokens=1024"]
-    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-    process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+    environment = {
+        **os.environ,
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    }
+    process = subprocess.Popen(
+        command, stdout=log, stderr=log, env=environment, start_new_session=True
+    )
     url = f"http://127.0.0.1:{port}"
     for _ in range(600):
         if process.poll() is not None:
@@ -109,11 +128,16 @@ def main() -> None:
             configs = {
                 "in this process": {"backend": "vllm"},
                 "server, 32 requests at a time": {"backend": "server", "server": {"url": url}},
-                "server, 1 request at a time": {"backend": "server", "server": {"url": url, "concurrency": 1}},
+                "server, 1 request at a time": {
+                    "backend": "server",
+                    "server": {"url": url, "concurrency": 1},
+                },
             }
             teachers = {
                 name: open_teacher(
-                    TeacherConfig.model_validate({"model": str(model), "dtype": "float32", **fields}),
+                    TeacherConfig.model_validate(
+                        {"model": str(model), "dtype": "float32", **fields}
+                    ),
                     max_length=MAX_LENGTH,
                     capture=capture,
                 )
@@ -136,8 +160,12 @@ def main() -> None:
         "top_k": options.top_k,
         "tokens": options.tokens,
         "rounds": options.rounds,
-        "tokens_per_second": {name: round(float(np.median(values)), 1) for name, values in speeds.items()},
-        "relative": {name: round(float(np.median(values)) / base, 3) for name, values in speeds.items()},
+        "tokens_per_second": {
+            name: round(float(np.median(values)), 1) for name, values in speeds.items()
+        },
+        "relative": {
+            name: round(float(np.median(values)) / base, 3) for name, values in speeds.items()
+        },
     }
     print(json.dumps(result, indent=2))
     if options.out:

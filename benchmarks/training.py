@@ -1,17 +1,19 @@
-"""What a training step from a cache costs, beside fine-tuning without a teacher and beside a teacher that is loaded live.
+"""What a training step from a cache costs, beside fine-tuning without a teacher and beside a
+teacher that is loaded live.
 
     python benchmarks/training.py [--rounds N] [--steps N] [--batch N] [--length N]
 
-All arms train the same student (some layers of SmolLM2-135M) on the same sequences with ``transformers.Trainer``'s loop:
+All arms train the same student (some layers of SmolLM2-135M) on the same sequences with
+``transformers.Trainer``'s loop:
 
 sft       plain Trainer with labels: next-token cross-entropy over whole logits
 kd        from a cache: forward KL from head and draws
 kd+rank   from a cache: forward KL + 2 x ranking + 0.5 x cross-entropy, the quick start's losses
 live      Trainer with the teacher beside the student: forward KL over whole logits
 
-Rounds are interleaved: each arm takes ``--steps`` steps and a first one that does not count, then the next arm. What is
-printed are ratios of medians. ``live`` should take longer than ``kd`` by the teacher's forward pass, which is timed inside
-it. Results go to benchmarks/results/training.json.
+Rounds are interleaved: each arm takes ``--steps`` steps and a first one that does not count, then
+the next arm. What is printed are ratios of medians. ``live`` should take longer than ``kd`` by the
+teacher's forward pass, which is timed inside it. Results go to benchmarks/results/training.json.
 """
 
 from __future__ import annotations
@@ -45,7 +47,10 @@ RESULTS = Path(__file__).parent / "results" / "training.json"
 LAYERS = [0, 1, 2, 10, 20, 27, 28, 29]
 TERMS = {
     "kd": {"losses": [{"name": "forward_kl"}]},
-    "kd+rank": {"losses": [{"name": "forward_kl"}, {"name": "ranking", "weight": 2.0, "k": 5}], "ce_weight": 0.5},
+    "kd+rank": {
+        "losses": [{"name": "forward_kl"}, {"name": "ranking", "weight": 2.0, "k": 5}],
+        "ce_weight": 0.5,
+    },
 }
 
 
@@ -57,7 +62,9 @@ def _now() -> float:
 
 
 class StepTimes(TrainerCallback):
-    """Seconds from the end of each step to the end of the next, loading of data included; the first step is left out."""
+    """Seconds from the end of each step to the end of the next, loading of data included; the
+    first step is left out.
+    """
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -74,14 +81,18 @@ class StepTimes(TrainerCallback):
 
 
 class LiveTeacher(Trainer):
-    """What distillation costs with the teacher in memory: its forward pass, and whole logits of both."""
+    """What distillation costs with the teacher in memory: its forward pass, and whole logits of
+    both.
+    """
 
     def __init__(self, *, teacher: torch.nn.Module, **arguments: Any) -> None:
         super().__init__(**arguments)
         self.teacher = teacher.to(self.args.device)
         self.teacher_seconds: list[float] = []
 
-    def compute_loss(self, model: torch.nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+    def compute_loss(
+        self, model: torch.nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any
+    ) -> Any:
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         began = _now()
         with torch.no_grad():
@@ -112,12 +123,16 @@ def as_labels(sequences: list[CachedSequence]) -> dict[str, Tensor]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--cache", default="caches/benchmark-train", help="Made where it is missing.")
+    parser.add_argument(
+        "--cache", default="caches/benchmark-train", help="Made where it is missing."
+    )
     options = parser.parse_args()
     cache = make_cache(options)
     times, waits, teacher_seconds = measure(options, cache)
@@ -139,23 +154,33 @@ def make_cache(options: argparse.Namespace) -> CacheReader:
 
 
 Measured = tuple[dict[str, list[float]], dict[str, list[float]], list[float]]
-"""Seconds of each step by arm, shares of the time in which cached arms waited for data, and the live teacher's seconds."""
+"""Seconds of each step by arm, shares of the time in which cached arms waited for data, and the
+live teacher's seconds.
+"""
 
 
 def measure(options: argparse.Namespace, cache: CacheReader) -> Measured:
     student = build_student(StudentConfig(init_from="smollm2-135m", keep_layers=LAYERS), seed=0)
-    teacher = AutoModelForCausalLM.from_pretrained(find_model("smollm2-135m", None), dtype=torch.float32).eval()
+    teacher = AutoModelForCausalLM.from_pretrained(
+        find_model("smollm2-135m", None), dtype=torch.float32
+    ).eval()
     return measure_arms(options, cache, student, teacher)
 
 
 def measure_arms(
-    options: argparse.Namespace, cache: CacheReader, student: torch.nn.Module, teacher: torch.nn.Module, **more: Any
+    options: argparse.Namespace,
+    cache: CacheReader,
+    student: torch.nn.Module,
+    teacher: torch.nn.Module,
+    **more: Any,
 ) -> Measured:
     """``more``: fields of transformers.TrainingArguments."""
     whole = [sequence for sequence in cache if len(sequence) == options.length]
     needed = options.batch * (options.steps + 1)
     if len(whole) < needed:
-        raise SystemExit(f"the cache has {len(whole)} sequences of {options.length} tokens; {needed} are needed")
+        raise SystemExit(
+            f"the cache has {len(whole)} sequences of {options.length} tokens; {needed} are needed"
+        )
     with tempfile.TemporaryDirectory() as scratch:
         arguments = {
             "output_dir": scratch,
@@ -184,7 +209,11 @@ def measure_arms(
                 print(f"round {number + 1}: {name}", flush=True)
     times = {name: timer.seconds for name, (_, timer) in arms.items()}
     waits = {
-        name: [record["data_wait"] for record in arms[name][0].state.log_history if "data_wait" in record]
+        name: [
+            record["data_wait"]
+            for record in arms[name][0].state.log_history
+            if "data_wait" in record
+        ]
         for name in TERMS
     }
     live = arms["live"][0]
@@ -192,9 +221,16 @@ def measure_arms(
     return times, waits, live.teacher_seconds
 
 
-def _from_cache(cache: CacheReader, student: Any, arguments: dict[str, Any], terms: dict[str, Any]) -> Trainer:
+def _from_cache(
+    cache: CacheReader, student: Any, arguments: dict[str, Any], terms: dict[str, Any]
+) -> Trainer:
     config = TrainConfig.model_validate(
-        {"cache": cache.path, "student": {"init_from": "smollm2-135m"}, **terms, "training": arguments}
+        {
+            "cache": cache.path,
+            "student": {"init_from": "smollm2-135m"},
+            **terms,
+            "training": arguments,
+        }
     )
     data, held_out = open_data(config, [cache], seed=0)
     return DistillationTrainer(
@@ -236,7 +272,10 @@ def report(
             "steps": options.steps,
         },
         "step_over_sft": {name: seconds / median["sft"] for name, seconds in median.items()},
-        "spread": {name: [min(seconds) / median[name], max(seconds) / median[name]] for name, seconds in times.items()},
+        "spread": {
+            name: [min(seconds) / median[name], max(seconds) / median[name]]
+            for name, seconds in times.items()
+        },
         "data_wait": {name: max(shares, default=None) for name, shares in waits.items()},
         "live_over_kd": median["live"] / median["kd"],
         "predicted_live_over_kd": (median["kd"] + teacher) / median["kd"],

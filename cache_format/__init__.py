@@ -1,4 +1,5 @@
-"""The Logitcask cache format: what is on disk, with no torch, no vLLM and no transformers. See SPEC.md.
+"""The Logitcask cache format: what is on disk, with no torch, no vLLM and no transformers. See
+SPEC.md.
 
 from logitcask.cache_format import CacheReader
 cache = CacheReader("caches/quickstart")

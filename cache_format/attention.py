@@ -29,7 +29,9 @@ def attention_implementation(config: Any, asked: Any, option: str) -> Any:
         return asked
     if asked is None:
         return "eager"
-    if any("sdpa" in str(each) for each in (asked.values() if isinstance(asked, dict) else [asked])):
+    if any(
+        "sdpa" in str(each) for each in (asked.values() if isinstance(asked, dict) else [asked])
+    ):
         raise UserError(
             f"{option} is {asked!r}, which leaves out the soft cap of the attention scores that the model's config asks for "
             f"({_SOFT_CAP} {cap:g}); use eager, flex_attention or flash_attention_2, or leave it unset"

@@ -1,4 +1,6 @@
-"""Descriptions of a cache for a person: its head, its tail, its audit, the page that ``teacher-cache info`` prints."""
+"""Descriptions of a cache for a person: its head, its tail, its audit, the page that
+``teacher-cache info`` prints.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +19,12 @@ def describe_head(manifest: Manifest) -> str:
     size = f"top {store.top_k} of {store.vocab_size:,} ids"
     if rules:
         mean = totals.mean_head_size or 0.0
-        size = (
-            f"{mean:.1f} of {store.vocab_size:,} ids on average ({' and '.join(rules)}, {store.min_k} to {store.top_k})"
-        )
-    return size if totals.head_mass is None else f"{size}, holding {totals.head_mass:.1%} of the mass on average"
+        size = f"{mean:.1f} of {store.vocab_size:,} ids on average ({' and '.join(rules)}, {store.min_k} to {store.top_k})"
+    return (
+        size
+        if totals.head_mass is None
+        else f"{size}, holding {totals.head_mass:.1%} of the mass on average"
+    )
 
 
 def describe_tail(manifest: Manifest) -> str:
@@ -37,9 +41,20 @@ _SHOWN_ELSEWHERE = ("sequences", "tokens", "kept_positions")
 
 def describe(manifest: Manifest, path: str | Path) -> str:
     """A page for a person: what the cache at ``path`` is and how large."""
-    teacher, data, store, totals = manifest.teacher, manifest.data, manifest.store, manifest.statistics
-    loss = "none: no position is kept" if totals.teacher_ce is None else f"{totals.teacher_ce:.4f} nats per token"
-    shape = f"{totals.tokens:,} in {totals.sequences:,} sequences, {totals.positions:,} kept positions"
+    teacher, data, store, totals = (
+        manifest.teacher,
+        manifest.data,
+        manifest.store,
+        manifest.statistics,
+    )
+    loss = (
+        "none: no position is kept"
+        if totals.teacher_ce is None
+        else f"{totals.teacher_ce:.4f} nats per token"
+    )
+    shape = (
+        f"{totals.tokens:,} in {totals.sequences:,} sequences, {totals.positions:,} kept positions"
+    )
     counters = ", ".join(
         f"{name.replace('_', ' ')} {count:,}"
         for name, count in data.counters.items()
@@ -70,7 +85,9 @@ def describe_audit(audit: AuditSummary | None) -> str:
     if audit.skipped is not None:
         return f"not audited: {audit.skipped}"
     engine = max(audit.engine_target or 0.0, audit.engine_head or 0.0)
-    truncation = audit.truncation_kl_even if audit.truncation_kl_prior is None else audit.truncation_kl_prior
+    truncation = (
+        audit.truncation_kl_even if audit.truncation_kl_prior is None else audit.truncation_kl_prior
+    )
     return (
         f"{audit.sequences} sequences against {audit.reference}: engine {engine:.2g} nats off on average (limit "
         f"{audit.engine_limit or 0:g}), KL {audit.codec_kl or 0:.2g} by rounding, {truncation or 0:.2g} by truncation"

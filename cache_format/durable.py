@@ -1,4 +1,6 @@
-"""Files that survive a crash: written beside, flushed, renamed; and state files that may be damaged."""
+"""Files that survive a crash: written beside, flushed, renamed; and state files that may be
+damaged.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +15,18 @@ from pydantic import BaseModel
 from logitcask.cache_format.errors import UserError
 
 RESTART = "start afresh with --restart"
-"""What a message advises where the state of a build is of no use: the option of ``teacher-cache build``."""
+"""What a message advises where the state of a build is of no use: the option of ``teacher-cache
+build``.
+"""
 
 
 State = TypeVar("State", bound=BaseModel)
 
 
 def load_state(model: type[State], file: Path, afresh: str = RESTART) -> State:
-    """Reads a file of ``.build``. Raises UserError, advising ``afresh``, where it is not what this version writes."""
+    """Reads a file of ``.build``. Raises UserError, advising ``afresh``, where it is not what
+    this version writes.
+    """
     try:
         return model.model_validate_json(file.read_bytes())
     except ValueError as error:
@@ -28,7 +34,9 @@ def load_state(model: type[State], file: Path, afresh: str = RESTART) -> State:
 
 
 def write_durably(file: Path, content: str | bytes, *, scratch: Path | None = None) -> None:
-    """Temporary file, fsync, rename, fsync of the folder: afterwards ``file`` is there whole, or as it was before."""
+    """Temporary file, fsync, rename, fsync of the folder: afterwards ``file`` is there whole, or
+    as it was before.
+    """
     temporary = (scratch or file.parent) / f"{file.name}.tmp"
     with open(temporary, "wb") as handle:
         handle.write(content.encode() if isinstance(content, str) else content)
@@ -39,7 +47,9 @@ def write_durably(file: Path, content: str | bytes, *, scratch: Path | None = No
 
 
 def sync(path: Path) -> None:
-    """Makes a file's content, or the names in a folder, survive a power cut (Windows cannot open folders: no-op there)."""
+    """Makes a file's content, or the names in a folder, survive a power cut (Windows cannot open
+    folders: no-op there).
+    """
     if os.name == "nt":
         return
     descriptor = os.open(path, os.O_RDONLY)
@@ -51,7 +61,9 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def writing_to(path: Path) -> Iterator[None]:
-    """Turns the operating system's refusal to write into one line that says where and what to do."""
+    """Turns the operating system's refusal to write into one line that says where and what to
+    do.
+    """
     try:
         yield
     except OSError as error:

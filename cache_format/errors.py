@@ -57,7 +57,9 @@ class DamagedCacheError(CacheError):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what ``error`` says, at most 200 characters; its kind where it says nothing."""
+    """The first line of what ``error`` says, at most 200 characters; its kind where it says
+    nothing.
+    """
     text = str(error).strip()
     return text.splitlines()[0][:200] if text else type(error).__name__
 
@@ -68,6 +70,8 @@ def one_line(error: BaseException) -> str:
 
 
 def one_line_and_kind(error: BaseException) -> str:
-    """The same with its kind behind it: for errors of libraries, whose words alone may say little."""
+    """The same with its kind behind it: for errors of libraries, whose words alone may say
+    little.
+    """
     said = " ".join(str(error).split())
     return f"{said} ({type(error).__name__})" if said else type(error).__name__

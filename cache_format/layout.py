@@ -1,4 +1,6 @@
-"""Names of files and folders in a cache, and of what lies beside them until it is finished (SPEC.md sections 2 and 7)."""
+"""Names of files and folders in a cache, and of what lies beside them until it is finished
+(SPEC.md sections 2 and 7).
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ OWNER = f"{BUILD_DIR}/owner.json"
 """In a store, while a cache is built there: who builds it."""
 
 PULL_DIR = ".pull"
-"""In a local folder, while a copy into it is unfinished: the lock and temporary files. Never a build's ``.build``."""
+"""In a local folder, while a copy into it is unfinished: the lock and temporary files. Never a
+build's ``.build``.
+"""
 
 PUSH_MARK = ".push"
 """In a store, while a push to it is unfinished: what is pushed, so that the same push can go on."""

@@ -1,4 +1,6 @@
-"""``manifest.json``: the one document that makes shards a cache, and the identity under which the cache is known."""
+"""``manifest.json``: the one document that makes shards a cache, and the identity under which
+the cache is known.
+"""
 
 from __future__ import annotations
 
@@ -12,27 +14,42 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from logitcask.cache_format.errors import CacheError, DamagedCacheError, UnsupportedCacheError
-from logitcask.cache_format.schema import FORMAT, FORMAT_VERSION, KNOWN_FEATURES, MAX_DRAWS, MAX_VOCAB_SIZE, SCALAR_STEP
+from logitcask.cache_format.schema import (
+    FORMAT,
+    FORMAT_VERSION,
+    KNOWN_FEATURES,
+    MAX_DRAWS,
+    MAX_VOCAB_SIZE,
+    SCALAR_STEP,
+)
 
 MAX_MANIFEST_BYTES = 64 << 20
 MAX_MANIFEST_VALUES = 1 << 22
-"""Lists, objects and what stands between commas: more than any shards of that many bytes take, and soon out of memory."""
+"""Lists, objects and what stands between commas: more than any shards of that many bytes take,
+and soon out of memory.
+"""
 
 _MAX_COUNT = 1 << 40
 """Of anything in one shard, so that no sum over shards leaves 64 bits."""
 
 
 def check_step(step: float, name: str = "logprob_step") -> float:
-    """``step`` (nats). Raises ValueError unless it is a power of two in [2^-16, 1]: then grid points are exact in fp32."""
+    """``step`` (nats). Raises ValueError unless it is a power of two in [2^-16, 1]: then grid
+    points are exact in fp32.
+    """
     if not (2.0**-16 <= step <= 1 and math.frexp(step)[0] == 0.5):
-        raise ValueError(f"{name} is {step}; expected a power of two from 2^-16 to 1, such as 0.0625 (1/16)")
+        raise ValueError(
+            f"{name} is {step}; expected a power of two from 2^-16 to 1, such as 0.0625 (1/16)"
+        )
     return step
 
 
 class _Part(BaseModel):
     """Unknown keys are kept, so that a newer writer's extras survive an older tool."""
 
-    model_config = ConfigDict(extra="allow", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="allow", frozen=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
 
 class TeacherIdentity(_Part):
@@ -61,11 +78,15 @@ class TokenizerIdentity(_Part):
 
 
 class GenerationIdentity(_Part):
-    """How the teacher came to write the text; ``config`` has the settings, ``sha256`` covers the text itself."""
+    """How the teacher came to write the text; ``config`` has the settings, ``sha256`` covers the
+    text itself.
+    """
 
     prompts_sha256: str = Field(description="Over ids and tokens of all prompts.")
     end_tokens: tuple[int, ...] = Field(description="Ids that end an answer, and belong to it.")
-    max_new_tokens: int | None = Field(None, description="Longest answer; null: as long as max_length allows.")
+    max_new_tokens: int | None = Field(
+        None, description="Longest answer; null: as long as max_length allows."
+    )
 
 
 class DataIdentity(_Part):
@@ -81,28 +102,42 @@ class DataIdentity(_Part):
     max_length: int
     overlong: str
     sha256: str = Field(description="Over ids, tokens and masks of all sequences in order.")
-    generation: GenerationIdentity | None = Field(None, description="Where the teacher wrote the text itself.")
-    stamp: str | None = Field(
-        None, description="Cheap identity of the source (sizes, times), to see at once if it changed."
+    generation: GenerationIdentity | None = Field(
+        None, description="Where the teacher wrote the text itself."
     )
-    counters: dict[str, int] = Field(default_factory=dict, description="Rows read, skipped, split, truncated.")
+    stamp: str | None = Field(
+        None,
+        description="Cheap identity of the source (sizes, times), to see at once if it changed.",
+    )
+    counters: dict[str, int] = Field(
+        default_factory=dict, description="Rows read, skipped, split, truncated."
+    )
 
 
 class StoreSettings(_Part):
-    """What was kept of each distribution: a head, the mass of the tail, perhaps draws from the tail."""
+    """What was kept of each distribution: a head, the mass of the tail, perhaps draws from the
+    tail.
+    """
 
     vocab_size: int = Field(ge=2, le=MAX_VOCAB_SIZE)
     top_k: int = Field(ge=0, description="Head entries at most; 0: draws alone.")
     capture_k: int = Field(ge=0, description="Head entries the engine was asked for.")
     min_k: int = Field(1, ge=0, description="Head entries at least, whatever the next two say.")
-    top_p: float | None = Field(None, gt=0, le=1, description="A head ends once it holds this mass.")
+    top_p: float | None = Field(
+        None, gt=0, le=1, description="A head ends once it holds this mass."
+    )
     min_probability: float | None = Field(
         None, gt=0, lt=1, description="A head ends before the first entry less probable than this."
     )
-    tail_samples: int = Field(0, ge=0, le=MAX_DRAWS, description="Draws from the tail in each set, at most.")
+    tail_samples: int = Field(
+        0, ge=0, le=MAX_DRAWS, description="Draws from the tail in each set, at most."
+    )
     sample_sets: int = Field(1, ge=1, le=255, description="Independent sets of draws.")
     mass_per_sample: float | None = Field(
-        None, gt=0, lt=1, description="Tail mass that one draw stands for; null: tail_samples draws everywhere."
+        None,
+        gt=0,
+        lt=1,
+        description="Tail mass that one draw stands for; null: tail_samples draws everywhere.",
     )
     draws: Literal["systematic", "independent"] = "systematic"
     seed: int = Field(0, description="Of the draws.")
@@ -110,7 +145,9 @@ class StoreSettings(_Part):
     entropy: bool = Field(False, description="Whether the entropy of each distribution is stored.")
     logprob_step: float = Field(gt=0, le=1, description="Grid of head and sample logprobs, nats.")
     logprob_error: float | None = Field(
-        None, gt=0, description="Largest rounding error of a stored logprob, nats; null: half of logprob_step."
+        None,
+        gt=0,
+        description="Largest rounding error of a stored logprob, nats; null: half of logprob_step.",
     )
     scalar_step: float = Field(SCALAR_STEP, gt=0, le=1, description="Grid of the scalars, nats.")
 
@@ -154,26 +191,42 @@ class DerivedFrom(_Part):
 
 
 class AuditSummary(_Part):
-    """What comparing a sample of the cache with a dense reference found when it was built; means over positions, nats."""
+    """What comparing a sample of the cache with a dense reference found when it was built; means
+    over positions, nats.
+    """
 
-    skipped: str | None = Field(None, description="Why there was no audit; everything else is null then.")
-    reference: str | None = Field(None, description="Model and arithmetic that the sample was compared with.")
+    skipped: str | None = Field(
+        None, description="Why there was no audit; everything else is null then."
+    )
+    reference: str | None = Field(
+        None, description="Model and arithmetic that the sample was compared with."
+    )
     sequences: int | None = None
     positions: int | None = None
     engine_limit: float | None = Field(None, description="What the next two may be at most.")
-    engine_target: float | None = Field(None, description="|engine - reference| of the targets' logprobs.")
+    engine_target: float | None = Field(
+        None, description="|engine - reference| of the targets' logprobs."
+    )
     engine_head: float | None = Field(None, description="The same of the heads' entries.")
     ids_outside: float | None = Field(
         None, description="Share of head ids that are not the reference's, near ties aside."
     )
     codec_kl: float | None = Field(None, description="KL by rounding.")
     codec_tv: float | None = Field(None, description="Total variation by rounding.")
-    truncation_kl_even: float | None = Field(None, description="KL by truncation, the tail spread evenly.")
+    truncation_kl_even: float | None = Field(
+        None, description="KL by truncation, the tail spread evenly."
+    )
     truncation_tv_even: float | None = None
-    truncation_kl_prior: float | None = Field(None, description="KL by truncation, the tail spread by the prior.")
+    truncation_kl_prior: float | None = Field(
+        None, description="KL by truncation, the tail spread by the prior."
+    )
     truncation_tv_prior: float | None = None
-    draws_p_value: float | None = Field(None, description="Chi-square, of the draws against the reference's tails.")
-    draws_z_logprob: float | None = Field(None, description="Bias of what draws estimate, in standard errors.")
+    draws_p_value: float | None = Field(
+        None, description="Chi-square, of the draws against the reference's tails."
+    )
+    draws_z_logprob: float | None = Field(
+        None, description="Bias of what draws estimate, in standard errors."
+    )
     draws_z_id: float | None = None
 
 
@@ -202,7 +255,9 @@ class Statistics(_Part):
     positions: int
     bytes: int = Field(description="Of the shards and the prior.")
     bytes_per_token: float
-    mean_head_size: float | None = Field(description="Entries per position; None without positions.")
+    mean_head_size: float | None = Field(
+        description="Entries per position; None without positions."
+    )
     mean_draws: float | None = Field(description="Tail samples per position.")
     head_mass: float | None = Field(description="Mean over positions; None without positions.")
     teacher_ce: float | None = Field(description="Mean -target_logprob over positions, nats.")
@@ -220,25 +275,34 @@ class Header(_Part):
     tokenizer: TokenizerIdentity
     data: DataIdentity
     store: StoreSettings
-    tail_prior: TailPriorEntry | None = Field(None, description="Without one, ids are stored by their number.")
+    tail_prior: TailPriorEntry | None = Field(
+        None, description="Without one, ids are stored by their number."
+    )
     config: dict[str, Any] = Field(default_factory=dict, description="The build config as given.")
     derived_from: DerivedFrom | None = Field(None, description="Where it was made of other caches.")
 
     def content_identity(self, *, as_written: bool = False) -> dict[str, Any]:
         """Everything that decides the content; what ``fingerprint`` hashes.
 
-        ``as_written``: without fields that the document this came from does not have, such as those of a later version.
+        ``as_written``: without fields that the document this came from does not have, such as those
+        of a later version.
         """
         # The same weights are the same teacher wherever they lie; the route changes no number.
         unnamed = {"route"} if self.teacher.weights_sha256 is None else {"route", "model"}
         identity = {
-            "teacher": self.teacher.model_dump(mode="json", exclude=unnamed, exclude_unset=as_written),
-            "tokenizer": self.tokenizer.model_dump(mode="json", exclude={"name"}, exclude_unset=as_written),
+            "teacher": self.teacher.model_dump(
+                mode="json", exclude=unnamed, exclude_unset=as_written
+            ),
+            "tokenizer": self.tokenizer.model_dump(
+                mode="json", exclude={"name"}, exclude_unset=as_written
+            ),
             "data": {"sha256": self.data.sha256, "mask_policy": self.data.mask_policy},
             "store": self.store.model_dump(mode="json", exclude_unset=as_written),
         }
         if self.derived_from is not None:
-            identity["derived_from"] = self.derived_from.model_dump(mode="json", exclude_unset=as_written)
+            identity["derived_from"] = self.derived_from.model_dump(
+                mode="json", exclude_unset=as_written
+            )
         return identity
 
     def with_fingerprint(self) -> Header:
@@ -253,7 +317,9 @@ class Manifest(Header):
     statistics: Statistics
     shards: tuple[ShardEntry, ...]
     content_sha256: str
-    audit: AuditSummary | None = Field(None, description="Of the build; no part of the fingerprint.")
+    audit: AuditSummary | None = Field(
+        None, description="Of the build; no part of the fingerprint."
+    )
 
     @model_validator(mode="after")
     def _each_shard_once(self) -> Self:
@@ -287,13 +353,18 @@ class Manifest(Header):
         )
 
     def contradictions(self) -> list[str]:
-        """Which of ``statistics``, ``content_sha256`` and ``fingerprint`` are not what the rest of the manifest gives."""
+        """Which of ``statistics``, ``content_sha256`` and ``fingerprint`` are not what the rest
+        of the manifest gives.
+        """
         expected = summarise(self.shards, self.tail_prior).model_dump()
         statistics = self.statistics.model_dump(exclude_unset=True)
         holds = {
-            "statistics": all(_same_number(value, expected.get(key, value)) for key, value in statistics.items()),
+            "statistics": all(
+                _same_number(value, expected.get(key, value)) for key, value in statistics.items()
+            ),
             "content_sha256": self.content_sha256 == content_sha256(self.shards),
-            "fingerprint": self.fingerprint == sha256_of_json(self.content_identity(as_written=True)),
+            "fingerprint": self.fingerprint
+            == sha256_of_json(self.content_identity(as_written=True)),
         }
         return [name for name, right in holds.items() if not right]
 
@@ -304,27 +375,38 @@ class Manifest(Header):
     def from_json(cls, text: bytes, where: str) -> Manifest:
         """Parses and checks a manifest; ``where`` names it in messages.
 
-        Raises UnsupportedCacheError for a newer version or unknown features, DamagedCacheError for anything invalid.
+        Raises UnsupportedCacheError for a newer version or unknown features, DamagedCacheError for
+        anything invalid.
         """
         if len(text) > MAX_MANIFEST_BYTES:
-            raise DamagedCacheError(f"{where} has {len(text)} bytes; a manifest has at most {MAX_MANIFEST_BYTES}")
+            raise DamagedCacheError(
+                f"{where} has {len(text)} bytes; a manifest has at most {MAX_MANIFEST_BYTES}"
+            )
         if text.count(b",") + text.count(b"[") + text.count(b"{") > MAX_MANIFEST_VALUES:
-            raise DamagedCacheError(f"{where} has more than {MAX_MANIFEST_VALUES} values; that is not a manifest")
+            raise DamagedCacheError(
+                f"{where} has more than {MAX_MANIFEST_VALUES} values; that is not a manifest"
+            )
         try:
             raw = json.loads(text, object_pairs_hook=_each_key_once)
         except (ValueError, RecursionError) as error:
-            raise DamagedCacheError(f"{where} is not JSON ({error}); fetch or build the cache again") from error
+            raise DamagedCacheError(
+                f"{where} is not JSON ({error}); fetch or build the cache again"
+            ) from error
         if not isinstance(raw, dict) or raw.get("format") != FORMAT:
             raise CacheError(f"{where} is not the manifest of a Logitcask cache")
         version = raw.get("format_version")
         if not isinstance(version, int) or version < 1:
-            raise DamagedCacheError(f"{where} has format_version {version!r:.40}; expected a positive integer")
+            raise DamagedCacheError(
+                f"{where} has format_version {version!r:.40}; expected a positive integer"
+            )
         if version > FORMAT_VERSION:
             raise UnsupportedCacheError(
                 f"{where} has format version {version}; this logitcask reads up to {FORMAT_VERSION}: upgrade logitcask"
             )
         features = raw.get("required_features", [])
-        unknown = sorted(set(map(str, features)) - KNOWN_FEATURES) if isinstance(features, list) else []
+        unknown = (
+            sorted(set(map(str, features)) - KNOWN_FEATURES) if isinstance(features, list) else []
+        )
         if unknown:
             raise UnsupportedCacheError(
                 f"{where} needs features {unknown}, unknown to this logitcask: upgrade logitcask"
@@ -347,7 +429,9 @@ def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _same_number(one: Any, other: Any) -> bool:
     """Equal, or floats that differ by how a sum was rounded."""
-    return one == other or (isinstance(one, float) and isinstance(other, float) and math.isclose(one, other))
+    return one == other or (
+        isinstance(one, float) and isinstance(other, float) and math.isclose(one, other)
+    )
 
 
 def summarise(shards: tuple[ShardEntry, ...], prior: TailPriorEntry | None = None) -> Statistics:
@@ -373,17 +457,27 @@ def summarise(shards: tuple[ShardEntry, ...], prior: TailPriorEntry | None = Non
 
 def content_sha256(shards: tuple[ShardEntry, ...]) -> str:
     """sha256 of the shards' digests in order (SPEC.md section 3)."""
-    return hashlib.sha256(b"".join(bytes.fromhex(shard.content_sha256) for shard in shards)).hexdigest()
+    return hashlib.sha256(
+        b"".join(bytes.fromhex(shard.content_sha256) for shard in shards)
+    ).hexdigest()
 
 
 class DataHash:
-    """sha256 over (id, tokens, mask) of sequences in order: the identity of the data a teacher was shown."""
+    """sha256 over (id, tokens, mask) of sequences in order: the identity of the data a teacher
+    was shown.
+    """
 
     def __init__(self) -> None:
         self._sha = hashlib.sha256()
 
-    def update(self, sequence_id: str, input_ids: NDArray[np.int32], loss_mask: NDArray[np.bool_]) -> None:
-        for part in (sequence_id.encode(), input_ids.astype("<i4").tobytes(), loss_mask.astype(np.uint8).tobytes()):
+    def update(
+        self, sequence_id: str, input_ids: NDArray[np.int32], loss_mask: NDArray[np.bool_]
+    ) -> None:
+        for part in (
+            sequence_id.encode(),
+            input_ids.astype("<i4").tobytes(),
+            loss_mask.astype(np.uint8).tobytes(),
+        ):
             self._sha.update(len(part).to_bytes(8, "little"))
             self._sha.update(part)
 
@@ -409,7 +503,12 @@ class CacheFile(NamedTuple):
 
 
 def cache_files(manifest: Manifest) -> list[CacheFile]:
-    """Every file that ``manifest`` vouches for: the shards in order, then the tail prior where there is one."""
+    """Every file that ``manifest`` vouches for: the shards in order, then the tail prior where
+    there is one.
+    """
     prior = manifest.tail_prior
-    parts: list[ShardEntry | TailPriorEntry] = [*manifest.shards, *([] if prior is None else [prior])]
+    parts: list[ShardEntry | TailPriorEntry] = [
+        *manifest.shards,
+        *([] if prior is None else [prior]),
+    ]
     return [CacheFile(part.path, part.bytes, part.sha256) for part in parts]

@@ -1,4 +1,6 @@
-"""Reading a cache: random access by sequence, one record batch at a time, each shard's hash checked before its first use."""
+"""Reading a cache: random access by sequence, one record batch at a time, each shard's hash
+checked before its first use.
+"""
 
 from __future__ import annotations
 
@@ -42,14 +44,16 @@ OPEN_BYTES = 256 << 20
 class CacheReader:
     """The sequences of a finished cache, by index.
 
-    ``path`` is a folder or any fsspec URL; shards of a remote cache are fetched when they are first touched and kept in a
-    bounded local cache (``logitcask.cache_format.storage.shard_cache.ShardCache``). Raises CacheNotFoundError, IncompleteCacheError,
-    UnsupportedCacheError, or DamagedCacheError. With ``check`` (the default) the manifest has to agree with its own totals
-    and hashes, and a local shard's sha256 with the manifest when it is first touched; switch it off only after ``verify``.
-    Remote shards are always checked. ``manifest``: that of a build whose shards are all there and which is not finished yet.
+    ``path`` is a folder or any fsspec URL; shards of a remote cache are fetched when they are first
+    touched and kept in a bounded local cache
+    (``logitcask.cache_format.storage.shard_cache.ShardCache``). Raises CacheNotFoundError,
+    IncompleteCacheError, UnsupportedCacheError, or DamagedCacheError. With ``check`` (the default)
+    the manifest has to agree with its own totals and hashes, and a local shard's sha256 with the
+    manifest when it is first touched; switch it off only after ``verify``. Remote shards are always
+    checked. ``manifest``: that of a build whose shards are all there and which is not finished yet.
 
-    ``checked``: the local shards whose sha256 is known to be the manifest's, and is not looked at again; whoever checks them
-    for several readers of the same files may add to it.
+    ``checked``: the local shards whose sha256 is known to be the manifest's, and is not looked at
+    again; whoever checks them for several readers of the same files may add to it.
 
     A reader may be pickled or forked: the copy in another process opens its own files.
     """
@@ -89,7 +93,9 @@ class CacheReader:
             raise IndexError(f"sequence {index} of a cache with {len(self)}")
         index %= len(self)
         shard = int(np.searchsorted(self._first, index, side="right")) - 1
-        batch, row = divmod(index - int(self._first[shard]), self.manifest.shards[shard].sequences_per_batch)
+        batch, row = divmod(
+            index - int(self._first[shard]), self.manifest.shards[shard].sequences_per_batch
+        )
         return self._batch(shard, batch).decode(row)
 
     def __iter__(self) -> Iterator[CachedSequence]:
@@ -100,7 +106,9 @@ class CacheReader:
                     yield batch.decode(row)
 
     def iter_column(self, name: str) -> Iterator[pa.Array]:
-        """One Arrow array of a column per record batch, in order; no other column is decompressed."""
+        """One Arrow array of a column per record batch, in order; no other column is
+        decompressed.
+        """
         index = self.codec.schema.get_field_index(name)
         for shard in range(len(self.manifest.shards)):
             self.check_once(shard)
@@ -109,20 +117,25 @@ class CacheReader:
                 yield self._get_batch(file, shard, batch).column(0)
 
     def iter_batches(self, shard: int) -> Iterator[PackedBatch]:
-        """The record batches of one shard, in order, opened for decoding; a local shard's hash is not checked."""
+        """The record batches of one shard, in order, opened for decoding; a local shard's hash
+        is not checked.
+        """
         file = self._open(shard)
         for batch in range(len(file)):
             yield self._pack(file, shard, batch)
 
     def check_shard(self, shard: int) -> None:
-        """Raises DamagedCacheError, naming the shard, unless its size and sha256 are those of the manifest.
+        """Raises DamagedCacheError, naming the shard, unless its size and sha256 are those of the
+        manifest.
 
         Raises CacheError where it cannot be reached or read.
         """
         self._check_file(self.manifest.shards[shard])
 
     def check_once(self, shard: int) -> None:
-        """``check_shard``, before a shard is first read; nothing for shards that are remote or ``checked``."""
+        """``check_shard``, before a shard is first read; nothing for shards that are remote or
+        ``checked``.
+        """
         # The local cache of remote shards checks on the way in.
         if self.check and self._copies is None and shard not in self.checked:
             self.check_shard(shard)
@@ -133,7 +146,9 @@ class CacheReader:
         return {**self.__dict__, "_shards": OrderedDict(), "_batches": OrderedDict()}
 
     def _in_this_process(self) -> None:
-        """After a fork, lets go of what belongs to the parent: open files, and connections that do not survive a fork."""
+        """After a fork, lets go of what belongs to the parent: open files, and connections that
+        do not survive a fork.
+        """
         if os.getpid() == self._process:
             return
         self._process = os.getpid()
@@ -161,10 +176,14 @@ class CacheReader:
             raise CacheError(f"{where} cannot be read: {error}") from error
 
     def _require_file(self, entry: ShardEntry | TailPriorEntry) -> None:
-        """Raises DamagedCacheError for a pipe, a device or a folder: reading one could wait for ever."""
+        """Raises DamagedCacheError for a pipe, a device or a folder: reading one could wait for
+        ever.
+        """
         path = f"{self._root}/{entry.path}"
         if self._copies is None and os.path.exists(path) and not os.path.isfile(path):
-            raise DamagedCacheError(f"{self.path}/{entry.path} is no file; fetch or build the cache again")
+            raise DamagedCacheError(
+                f"{self.path}/{entry.path} is no file; fetch or build the cache again"
+            )
 
     def _read_prior(self, entry: TailPriorEntry | None) -> TailPrior | None:
         if entry is None:
@@ -200,7 +219,8 @@ class CacheReader:
         packed = self._pack(self._shards[shard], shard, batch)
         self._batches[key] = packed
         while len(self._batches) > 1 and (
-            len(self._batches) > OPEN_BATCHES or sum(each.batch.nbytes for each in self._batches.values()) > OPEN_BYTES
+            len(self._batches) > OPEN_BATCHES
+            or sum(each.batch.nbytes for each in self._batches.values()) > OPEN_BYTES
         ):
             self._batches.popitem(last=False)
         return packed
@@ -215,13 +235,19 @@ class CacheReader:
         file = BoundedFile(self._map(entry), entry.path, self.codec.schema, columns)
         expected = -(-entry.sequences // entry.sequences_per_batch)
         if len(file) != expected:
-            raise DamagedCacheError(f"{entry.path} has {len(file)} record batches; the manifest asks for {expected}")
+            raise DamagedCacheError(
+                f"{entry.path} has {len(file)} record batches; the manifest asks for {expected}"
+            )
         return file
 
     def _get_batch(self, file: BoundedFile, shard: int, batch: int) -> pa.RecordBatch:
         entry = self.manifest.shards[shard]
-        expected = min(entry.sequences_per_batch, entry.sequences - batch * entry.sequences_per_batch)
+        expected = min(
+            entry.sequences_per_batch, entry.sequences - batch * entry.sequences_per_batch
+        )
         found = file.batch(batch)
         if found.num_rows != expected:
-            raise DamagedCacheError(f"{entry.path}, batch {batch}, has {found.num_rows} rows; expected {expected}")
+            raise DamagedCacheError(
+                f"{entry.path}, batch {batch}, has {found.num_rows} rows; expected {expected}"
+            )
         return found

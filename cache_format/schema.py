@@ -1,4 +1,6 @@
-"""The Arrow schema of a shard and the constants of format version 1: the one home of both (see SPEC.md)."""
+"""The Arrow schema of a shard and the constants of format version 1: the one home of both (see
+SPEC.md).
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ MAX_SHARDS = 100_000
 """What a manifest of 64 MiB has room for."""
 
 BATCH_BYTES = 1 << 20
-"""Uncompressed size a record batch aims at, the unit of random access: smaller ones decode more slowly (docs/format.md)."""
+"""Uncompressed size a record batch aims at, the unit of random access: smaller ones decode more
+slowly (docs/format.md).
+"""
 
 MAX_BATCH_BYTES = 256 << 20
 """Uncompressed size of a record batch at most: readers refuse more before they allocate it."""
@@ -38,7 +42,9 @@ MAX_DECODED_BYTES = 256 << 20
 """Size of one sequence's padded head or samples in memory at most, ids and logprobs together."""
 
 POSITION_COLUMNS = ("positions", "target_logprob", "target_rank", "tail_step", "head_size")
-"""List columns with one value per kept position (``entropy_step`` is another, where there is one)."""
+"""List columns with one value per kept position (``entropy_step`` is another, where there is
+one).
+"""
 
 
 def id_bytes(vocab_size: int) -> int:
@@ -78,7 +84,11 @@ def shard_schema(
     if entropy:
         fields.append(lists("entropy_step", pa.uint16()))
     if samples:
-        fields += [lists("sample_size", pa.int32()), *id_planes("sample_gap"), plane("sample_count_plane")]
+        fields += [
+            lists("sample_size", pa.int32()),
+            *id_planes("sample_gap"),
+            plane("sample_count_plane"),
+        ]
     if sample_logprobs:
         fields += steps("sample_step")
     return pa.schema(fields)

@@ -10,12 +10,14 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TailSamples:
-    """Ids drawn from the tail of each of P positions, in proportion to their probability: T independent sets.
+    """Ids drawn from the tail of each of P positions, in proportion to their probability: T
+    independent sets.
 
-    In a set with S draws each stands for 1/S of the tail mass, so that ``tail mass / S * sum over draws of f(id)`` is an
-    unbiased estimate of the sum over the tail of ``p(id) f(id)``.
+    In a set with S draws each stands for 1/S of the tail mass, so that ``tail mass / S * sum over
+    draws of f(id)`` is an unbiased estimate of the sum over the tail of ``p(id) f(id)``.
 
-    ids:      int32[P, T, S], padded at the end with -1; an id drawn more than once stands there as often.
+    ids:      int32[P, T, S], padded at the end with -1; an id drawn more than once stands there as
+              often.
     logprobs: float32[P, T, S], nats, padded with -inf; None where the cache does not store them.
     """
 
@@ -35,12 +37,14 @@ class CachedSequence:
     input_ids:      int32[n].
     loss_mask:      bool[n], by token.
     positions:      int32[P], the kept positions, rising; position i predicts token i + 1.
-    ids:            int32[P, K], head ids by falling logprob, padded with -1; K is the largest k here.
+    ids:            int32[P, K], head ids by falling logprob, padded with -1; K is the largest k
+                    here.
     logprobs:       float32[P, K], nats, padded with -inf.
     tail_logprob:   float32[P], log of the mass outside the head; -inf where the head is everything.
     target_logprob: float32[P], the teacher's logprob of token i + 1.
     target_rank:    int32[P], 0 = the teacher's argmax.
-    entropy:        float32[P], nats, of the whole distribution; None where the cache does not store it.
+    entropy:        float32[P], nats, of the whole distribution; None where the cache does not store
+                    it.
     samples:        None, or draws from the tail.
     """
 
@@ -66,7 +70,9 @@ class CachedSequence:
         return self.input_ids[self.positions + 1]
 
     def at(self, rows: slice | NDArray[np.integer]) -> CachedSequence:
-        """The sequence at some of its P positions, by their number among them. Tokens and loss mask stay those of all."""
+        """The sequence at some of its P positions, by their number among them. Tokens and loss
+        mask stay those of all.
+        """
         return replace(
             self,
             positions=self.positions[rows],

@@ -1,9 +1,10 @@
-"""Which tokenizer made the ids: hashes that both stages compute the same way, from a tokenizer object alone.
+"""Which tokenizer made the ids: hashes that both stages compute the same way, from a tokenizer
+object alone.
 
-A teacher's distribution is over ids, so a student fits a cache where its ids mean the same tokens: ``vocab_sha256``.
-``sha256`` says more: the same text becomes the same ids. It is taken over what the tokenizer does, not over files, so
-that a model folder and a hub copy of one tokenizer agree. No import of transformers: whatever has the surface of its
-tokenizers will do.
+A teacher's distribution is over ids, so a student fits a cache where its ids mean the same tokens:
+``vocab_sha256``. ``sha256`` says more: the same text becomes the same ids. It is taken over what
+the tokenizer does, not over files, so that a model folder and a hub copy of one tokenizer agree. No
+import of transformers: whatever has the surface of its tokenizers will do.
 """
 
 from __future__ import annotations
@@ -21,45 +22,58 @@ _PROBE = "a"
 def tokenizer_identity(tokenizer: Any, chat_template: str | None) -> dict[str, Any]:
     """The identity of a tokenizer, as the manifest keeps it.
 
-    sha256:               of everything that maps text to ids: vocabulary, model (merges, scores, flags), normaliser,
-                          pre-tokenizer, added tokens, and the special ids put around a text. State that is set per call
-                          (truncation, padding) and decoding do not count. Equal hashes mean equal ids; tokenizers that
-                          reach the same ids by different rules differ.
+    sha256:               of everything that maps text to ids: vocabulary, model (merges, scores,
+                          flags), normaliser, pre-tokenizer, added tokens, and the special ids put
+                          around a text. State that is set per call (truncation, padding) and
+                          decoding do not count. Equal hashes mean equal ids; tokenizers that reach
+                          the same ids by different rules differ.
     vocab_sha256:         of the token -> id map alone, added tokens included.
     vocab_size:           ``len(tokenizer)``.
     chat_template_sha256: of ``chat_template``, the template in force; None for None.
 
-    ``tokenizer`` needs ``get_vocab()``, ``len()`` and a call on a list of texts that gives ``input_ids``. Without a
-    ``backend_tokenizer`` (one that is not "fast"), the name of its class stands for its rules.
+    ``tokenizer`` needs ``get_vocab()``, ``len()`` and a call on a list of texts that gives
+    ``input_ids``. Without a ``backend_tokenizer`` (one that is not "fast"), the name of its class
+    stands for its rules.
     """
     vocab = tokenizer.get_vocab()
     backend = getattr(tokenizer, "backend_tokenizer", None)
     content = {
         "vocab": vocab,
-        "rules": {"class": type(tokenizer).__name__} if backend is None else _rules(json.loads(backend.to_str())),
+        "rules": {"class": type(tokenizer).__name__}
+        if backend is None
+        else _rules(json.loads(backend.to_str())),
         # Seen from outside, because a template, a flag or a subclass may be what adds BOS or EOS.
-        "specials": [tokenizer([_PROBE], add_special_tokens=add)["input_ids"][0] for add in (False, True)],
+        "specials": [
+            tokenizer([_PROBE], add_special_tokens=add)["input_ids"][0] for add in (False, True)
+        ],
     }
     return {
         "sha256": _sha256(content),
         "vocab_sha256": _sha256(vocab),
         "vocab_size": len(tokenizer),
-        "chat_template_sha256": None if chat_template is None else hashlib.sha256(chat_template.encode()).hexdigest(),
+        "chat_template_sha256": None
+        if chat_template is None
+        else hashlib.sha256(chat_template.encode()).hexdigest(),
     }
 
 
 def usable_tokenizer(name: str, tokenizer: Any, reload: Callable[[], Any]) -> Any:
-    """``tokenizer``, which transformers chose for the model called ``name``, or what ``reload`` gives in place of Mistral's.
+    """``tokenizer``, which transformers chose for the model called ``name``, or what ``reload``
+    gives in place of Mistral's.
 
-    Where the package mistral-common is installed, transformers lets it read a model's tekken.json, even beside a
-    tokenizer.json. Its tokenizer gives no offsets, and what the ids are would depend on what is installed. ``reload`` is to
-    read the tokenizer.json.
+    Where the package mistral-common is installed, transformers lets it read a model's tekken.json,
+    even beside a tokenizer.json. Its tokenizer gives no offsets, and what the ids are would depend
+    on what is installed. ``reload`` is to read the tokenizer.json.
 
-    Raises UserError for a tekken.json alone: read without mistral-common it has no special tokens and no chat template.
+    Raises UserError for a tekken.json alone: read without mistral-common it has no special tokens
+    and no chat template.
     """
     if type(tokenizer).__name__ == "MistralCommonBackend":
         tokenizer = reload()
-    read = [str(getattr(tokenizer, "init_kwargs", {}).get(key) or "") for key in ("tokenizer_file", "vocab_file")]
+    read = [
+        str(getattr(tokenizer, "init_kwargs", {}).get(key) or "")
+        for key in ("tokenizer_file", "vocab_file")
+    ]
     if not read[0] and read[1].endswith("tekken.json"):
         raise UserError(
             f'{name} has a tekken.json and no tokenizer.json; in a local copy of the model run python -c "from '
@@ -70,9 +84,13 @@ def usable_tokenizer(name: str, tokenizer: Any, reload: Callable[[], Any]) -> An
 
 
 def _rules(state: dict[str, Any]) -> dict[str, Any]:
-    """What of a serialised backend (the content of ``tokenizer.json``) decides ids, besides the vocabulary."""
+    """What of a serialised backend (the content of ``tokenizer.json``) decides ids, besides the
+    vocabulary.
+    """
     model = state["model"]
-    if isinstance(model.get("vocab"), dict):  # a Unigram model keeps a list there, of tokens with their scores
+    if isinstance(
+        model.get("vocab"), dict
+    ):  # a Unigram model keeps a list there, of tokens with their scores
         model = {key: value for key, value in model.items() if key != "vocab"}
     ignored = {"special"} if state["normalizer"] else {"special", "normalized"}
     return {
@@ -87,7 +105,9 @@ def _rules(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def _plain(step: dict[str, Any] | None) -> Any:
-    """A normaliser or pre-tokenizer: nested sequences flattened, settings that only move offsets left out."""
+    """A normaliser or pre-tokenizer: nested sequences flattened, settings that only move offsets
+    left out.
+    """
     steps = _flatten(step)
     return [{key: value for key, value in one.items() if key != "trim_offsets"} for one in steps]
 
@@ -103,7 +123,11 @@ def _flatten(step: dict[str, Any] | None) -> list[dict[str, Any]]:
 
 def _without_defaults(settings: dict[str, Any]) -> dict[str, Any]:
     """Converters write "no such setting" as null, as "" or as false."""
-    return {key: value for key, value in settings.items() if value is not None and value is not False and value != ""}
+    return {
+        key: value
+        for key, value in settings.items()
+        if value is not None and value is not False and value != ""
+    }
 
 
 def _sha256(value: Any) -> str:

@@ -1,4 +1,6 @@
-"""``verify``: is this cache what its manifest and SPEC.md say? Quick: sizes and hashes. Deep: every number in it."""
+"""``verify``: is this cache what its manifest and SPEC.md say? Quick: sizes and hashes. Deep:
+every number in it.
+"""
 
 from __future__ import annotations
 
@@ -25,12 +27,16 @@ _PART_ENTRIES = 1 << 22
 """Head entries checked at a time: bounds the memory that the checks take."""
 
 
-def verify(path: str, *, deep: bool = False, on_shard: Callable[[str], None] = lambda _: None) -> list[str]:
-    """One line per damaged or missing shard of the cache at ``path``; an empty list means that all is well.
+def verify(
+    path: str, *, deep: bool = False, on_shard: Callable[[str], None] = lambda _: None
+) -> list[str]:
+    """One line per damaged or missing shard of the cache at ``path``; an empty list means that all
+    is well.
 
-    ``deep`` also decodes every sequence and checks it against SPEC.md: lengths, ids in the vocabulary, falling logprobs,
-    masses that add up to 1, target and head in agreement, unique sequence ids, and the manifest's totals.
-    ``on_shard`` is called with each shard's path after it was checked. Raises what opening the cache raises.
+    ``deep`` also decodes every sequence and checks it against SPEC.md: lengths, ids in the
+    vocabulary, falling logprobs, masses that add up to 1, target and head in agreement, unique
+    sequence ids, and the manifest's totals. ``on_shard`` is called with each shard's path after it
+    was checked. Raises what opening the cache raises.
     """
     cache = CacheReader(path, check=False)  # here what is wrong is listed, not raised
     seen: set[bytes] = set()
@@ -44,7 +50,10 @@ def verify(path: str, *, deep: bool = False, on_shard: Callable[[str], None] = l
             problems.append(str(error))
         on_shard(entry.path)
     if deep:
-        problems += [f"{MANIFEST}: {name} is not what the rest of it gives" for name in cache.manifest.contradictions()]
+        problems += [
+            f"{MANIFEST}: {name} is not what the rest of it gives"
+            for name in cache.manifest.contradictions()
+        ]
     return problems
 
 
@@ -89,11 +98,15 @@ def _check_content(cache: CacheReader, index: int, entry: ShardEntry, seen: set[
         math.isclose(head_mass, entry.head_mass_sum, abs_tol=room)
         and math.isclose(nll, entry.target_nll_sum, abs_tol=room)
     ):
-        raise DamagedCacheError(f"{entry.path}: its sums of head mass or target logprobs are not the manifest's")
+        raise DamagedCacheError(
+            f"{entry.path}: its sums of head mass or target logprobs are not the manifest's"
+        )
 
 
 def _parts(sequence: CachedSequence) -> Iterator[CachedSequence]:
-    """The sequence itself, or where its head is large the same with some of its positions at a time."""
+    """The sequence itself, or where its head is large the same with some of its positions at a
+    time.
+    """
     p, step = len(sequence.positions), max(1, _PART_ENTRIES // max(1, sequence.ids.shape[1]))
     if p <= step:
         yield sequence
@@ -126,30 +139,49 @@ def _check_sequence(sequence: CachedSequence, store: StoreSettings, where: str) 
     require(bool((np.abs(mass - 1) <= room).all()), "head and tail mass do not add up to 1")
     is_target = ids == sequence.target_ids[:, None]
     inside = is_target.any(axis=1)
-    require(bool((sequence.target_rank[inside] < size[inside]).all()), "a target in the head has a rank beyond it")
+    require(
+        bool((sequence.target_rank[inside] < size[inside]).all()),
+        "a target in the head has a rank beyond it",
+    )
     # A target that ranks inside the head but is not in it can only be tied with its last entry.
     matters = inside | (sequence.target_rank < size)
     at = np.where(inside, is_target.argmax(axis=1) if ids.shape[1] else 0, size - 1)[matters]
     apart = np.abs(sequence.target_logprob[matters] - logprobs[np.flatnonzero(matters), at])
-    require(bool((apart <= store.rounding + store.scalar_step / 2 + _FP32_SLACK).all()), "target and head disagree")
+    require(
+        bool((apart <= store.rounding + store.scalar_step / 2 + _FP32_SLACK).all()),
+        "target and head disagree",
+    )
     if sequence.entropy is not None:
-        require(_entropy_is_possible(sequence, size, store), "its entropy contradicts the head and the tail's mass")
+        require(
+            _entropy_is_possible(sequence, size, store),
+            "its entropy contradicts the head and the tail's mass",
+        )
     if sequence.samples is not None:
         _check_samples(sequence, store, require)
 
 
-def _entropy_is_possible(sequence: CachedSequence, size: NDArray[np.int64], store: StoreSettings) -> bool:
-    """With head and tail mass given, it lies between that of a tail in one id and that of an even tail."""
+def _entropy_is_possible(
+    sequence: CachedSequence, size: NDArray[np.int64], store: StoreSettings
+) -> bool:
+    """With head and tail mass given, it lies between that of a tail in one id and that of an
+    even tail.
+    """
     assert sequence.entropy is not None
-    cells = np.concatenate([sequence.logprobs, sequence.tail_logprob[:, None]], axis=1).astype(np.float64)
+    cells = np.concatenate([sequence.logprobs, sequence.tail_logprob[:, None]], axis=1).astype(
+        np.float64
+    )
     known = -(np.exp(cells) * np.where(np.isneginf(cells), 0, cells)).sum(axis=1)
     spread = np.exp(cells[:, -1]) * np.log(np.maximum(store.vocab_size - size, 1))
     # d(p log p) = (1 + log p) p dlog p, summed over the cells.
     room = (store.rounding + store.scalar_step) * (2 + known + spread) + store.scalar_step + 1e-3
-    return bool(((sequence.entropy >= known - room) & (sequence.entropy <= known + spread + room)).all())
+    return bool(
+        ((sequence.entropy >= known - room) & (sequence.entropy <= known + spread + room)).all()
+    )
 
 
-def _check_samples(sequence: CachedSequence, store: StoreSettings, require: Callable[[bool, str], None]) -> None:
+def _check_samples(
+    sequence: CachedSequence, store: StoreSettings, require: Callable[[bool, str], None]
+) -> None:
     assert sequence.samples is not None
     ids = sequence.samples.ids.reshape(len(sequence.positions), -1)
     distinct = np.where(ids[:, 1:] == ids[:, :-1], -1, ids[:, 1:])
@@ -161,7 +193,10 @@ def _check_samples(sequence: CachedSequence, store: StoreSettings, require: Call
     if most is not None and most.size and sequence.logprobs.shape[1]:
         last = np.where(sequence.ids >= 0, sequence.logprobs, 0).min(axis=1)
         above = most.max(axis=(1, 2)) - last
-        require(bool((above <= 2 * store.rounding).all()), "a sample is more probable than the head's last entry")
+        require(
+            bool((above <= 2 * store.rounding).all()),
+            "a sample is more probable than the head's last entry",
+        )
 
 
 def _distinct(ids: NDArray[np.int32]) -> bool:

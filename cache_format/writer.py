@@ -1,12 +1,15 @@
-"""Writing a cache so that a crash at any moment leaves it either incomplete or right (SPEC.md section 7).
+"""Writing a cache so that a crash at any moment leaves it either incomplete or right (SPEC.md
+section 7).
 
-``CacheWriter`` owns the folder, the lock and the manifest; ``CacheWorker`` writes and commits shards, in the same process
-or in others. Neither knows a teacher.
+``CacheWriter`` owns the folder, the lock and the manifest; ``CacheWorker`` writes and commits
+shards, in the same process or in others. Neither knows a teacher.
 
-What is unfinished lies in a folder of the run that writes it, ``.build/runs/<run>/<shard>.<attempt>/``, and leaves it by
-renames alone. Whoever removes such a folder has stopped its writer for good, wherever that runs and whenever it wakes up:
-it finds nothing left to rename and nowhere to put more. So a new run first removes the folders of all earlier runs, a new
-attempt at a shard those of all earlier attempts, and only then do they look at what has been committed.
+What is unfinished lies in a folder of the run that writes it,
+``.build/runs/<run>/<shard>.<attempt>/``, and leaves it by renames alone. Whoever removes such a
+folder has stopped its writer for good, wherever that runs and whenever it wakes up: it finds
+nothing left to rename and nowhere to put more. So a new run first removes the folders of all
+earlier runs, a new attempt at a shard those of all earlier attempts, and only then do they look at
+what has been committed.
 """
 
 from __future__ import annotations
@@ -32,7 +35,13 @@ from logitcask.cache_format.differences import describe_difference
 from logitcask.cache_format.durable import RESTART, load_state, sync, write_durably, writing_to
 from logitcask.cache_format.errors import CacheInUseError, DamagedCacheError, UserError
 from logitcask.cache_format.layout import BUILD_DIR, MANIFEST, PRIOR
-from logitcask.cache_format.manifest import AuditSummary, Header, Manifest, ShardEntry, TailPriorEntry
+from logitcask.cache_format.manifest import (
+    AuditSummary,
+    Header,
+    Manifest,
+    ShardEntry,
+    TailPriorEntry,
+)
 from logitcask.cache_format.schema import FORMAT
 from logitcask.cache_format.shards.codec import Codec
 from logitcask.cache_format.shards.prior import TailPrior
@@ -44,17 +53,21 @@ _REVOKE_TIMEOUT = 60.0
 
 
 class CacheWorker:
-    """Writes shards of a build that has begun, beside other workers; a ``CacheWriter``, here or elsewhere, holds its lock.
+    """Writes shards of a build that has begun, beside other workers; a ``CacheWriter``, here or
+    elsewhere, holds its lock.
 
     path: the cache, on a file system that all workers share.
     run:  what ``CacheWriter.run`` is there.
     afresh: what messages advise where the build cannot go on.
 
-    ``join`` comes first, then ``shard`` for every shard that this worker is given. Its methods raise CacheInUseError once
-    its run is over, or once the shard it writes has been given to another worker.
+    ``join`` comes first, then ``shard`` for every shard that this worker is given. Its methods
+    raise CacheInUseError once its run is over, or once the shard it writes has been given to
+    another worker.
     """
 
-    def __init__(self, path: str | Path, run: str, *, compression_level: int = 1, afresh: str = RESTART) -> None:
+    def __init__(
+        self, path: str | Path, run: str, *, compression_level: int = 1, afresh: str = RESTART
+    ) -> None:
         self.path = Path(path)
         self.build_dir = self.path / BUILD_DIR
         self.run = run
@@ -83,7 +96,8 @@ class CacheWorker:
         return load_state(Header, self._header_file, self.afresh)
 
     def join(self, header: Header) -> Header:
-        """Takes up a build that has begun, if ``header`` describes the same content; returns its own header.
+        """Takes up a build that has begun, if ``header`` describes the same content; returns its
+        own header.
 
         Raises UserError naming the fields that differ.
         """
@@ -107,16 +121,23 @@ class CacheWorker:
             return None
         data = (self.path / PRIOR).read_bytes() if (self.path / PRIOR).exists() else b""
         if hashlib.sha256(data).hexdigest() != header.tail_prior.sha256:
-            raise DamagedCacheError(f"{self.path / PRIOR} is not the file the build wrote; {self.afresh}")
+            raise DamagedCacheError(
+                f"{self.path / PRIOR} is not the file the build wrote; {self.afresh}"
+            )
         return TailPrior.from_bytes(data, header.store.vocab_size, str(self.path / PRIOR))
 
     def check(self) -> None:
-        """Raises CacheInUseError if what is being written can no longer be committed, so that work on it is in vain."""
+        """Raises CacheInUseError if what is being written can no longer be committed, so that
+        work on it is in vain.
+        """
         if not (self._scratch or self._run_dir).is_dir():
-            raise CacheInUseError(f"{self.path} is being written by another process now; this one stops")
+            raise CacheInUseError(
+                f"{self.path} is being written by another process now; this one stops"
+            )
 
     def adopt(self, index: int) -> bool:
-        """Takes shard ``index`` up into ``committed`` if a worker has committed it; returns whether one has.
+        """Takes shard ``index`` up into ``committed`` if a worker has committed it; returns whether
+        one has.
 
         Raises DamagedCacheError where the shard is not what its commit record says.
         """
@@ -126,7 +147,9 @@ class CacheWorker:
         entry = load_state(ShardEntry, record, self.afresh)
         shard = self.path / entry.path
         if not shard.exists() or shard.stat().st_size != entry.bytes:
-            raise DamagedCacheError(f"{shard} is not the file its commit record describes; remove {self.path}")
+            raise DamagedCacheError(
+                f"{shard} is not the file its commit record describes; remove {self.path}"
+            )
         self.committed[index] = entry
         return True
 
@@ -134,11 +157,15 @@ class CacheWorker:
         return self.build_dir / "commits" / f"{_name(index)}.json"
 
     @contextmanager
-    def shard(self, index: int, *, sequences_per_batch: Callable[[float], int] | None = None) -> Iterator[ShardWriter]:
-        """Writes shard ``index`` of a cache that has begun: committed when the block ends, gone if it raises.
+    def shard(
+        self, index: int, *, sequences_per_batch: Callable[[float], int] | None = None
+    ) -> Iterator[ShardWriter]:
+        """Writes shard ``index`` of a cache that has begun: committed when the block ends, gone if
+        it raises.
 
-        ``sequences_per_batch``: from entries (of heads and draws) per position to rows of each record batch, for a caller
-        who knows how long sequences will be; by default as many as the first BATCH_BYTES hold.
+        ``sequences_per_batch``: from entries (of heads and draws) per position to rows of each
+        record batch, for a caller who knows how long sequences will be; by default as many as the
+        first BATCH_BYTES hold.
         """
         if self._codec is None:
             raise ValueError("begin or join comes before the first shard")
@@ -147,7 +174,11 @@ class CacheWorker:
         with writing_to(self.path), self._attempt(index) as scratch:
             temporary = scratch / f"{_name(index)}.arrow.tmp"
             writer = ShardWriter(
-                temporary, self._codec, self.compression_level, sequences_per_batch, mass_slack=self._mass_slack
+                temporary,
+                self._codec,
+                self.compression_level,
+                sequences_per_batch,
+                mass_slack=self._mass_slack,
             )
             try:
                 yield writer
@@ -155,7 +186,8 @@ class CacheWorker:
             except BaseException:
                 writer.abort()
                 raise
-            # An earlier attempt may have got through just before it was stopped. What is committed stays.
+            # An earlier attempt may have got through just before it was stopped. What is committed
+            # stays.
             if not self.adopt(index):
                 final = self.path / "data" / f"{_name(index)}.arrow"
                 os.replace(temporary, final)
@@ -170,10 +202,13 @@ class CacheWorker:
 
     @contextmanager
     def _attempt(self, index: int) -> Iterator[Path]:
-        """A folder of this attempt at a shard, which ends all earlier ones, and is gone afterwards."""
+        """A folder of this attempt at a shard, which ends all earlier ones, and is gone
+        afterwards.
+        """
         scratch = self._run_dir / f"{_name(index)}.{uuid.uuid4().hex}"
         try:
-            # Of two attempts at once, the one that makes its folder later is certain to see the other's.
+            # Of two attempts at once, the one that makes its folder later is certain to see the
+            # other's.
             scratch.mkdir()
             self._scratch = scratch
             for other in self._run_dir.glob(f"{_name(index)}.*"):
@@ -191,13 +226,15 @@ class CacheWorker:
 class CacheWriter(CacheWorker):
     """The exclusive writer of the cache in ``path``; use it as a context manager.
 
-    Opening takes the lock (CacheInUseError if another process holds it), stops the workers of earlier runs, removes what a
-    crash left behind, and finds the shards that are committed already. ``begin`` states what the cache is, ``shard``
-    writes one shard, ``finish`` makes the cache complete. Raises UserError for a folder that cannot be written, and for a
-    finished cache.
+    Opening takes the lock (CacheInUseError if another process holds it), stops the workers of
+    earlier runs, removes what a crash left behind, and finds the shards that are committed already.
+    ``begin`` states what the cache is, ``shard`` writes one shard, ``finish`` makes the cache
+    complete. Raises UserError for a folder that cannot be written, and for a finished cache.
     """
 
-    def __init__(self, path: str | Path, *, compression_level: int = 1, afresh: str = RESTART) -> None:
+    def __init__(
+        self, path: str | Path, *, compression_level: int = 1, afresh: str = RESTART
+    ) -> None:
         super().__init__(path, uuid.uuid4().hex, compression_level=compression_level, afresh=afresh)
         self._exit = ExitStack()
 
@@ -218,13 +255,18 @@ class CacheWriter(CacheWorker):
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self._exit.close()
 
     def _refuse_finished(self) -> None:
         if (self.path / MANIFEST).exists():
-            raise UserError(f"{self.path} already holds a finished cache; remove it or choose another output")
+            raise UserError(
+                f"{self.path} already holds a finished cache; remove it or choose another output"
+            )
 
     def _recover(self) -> None:
         """Reads the commit records and removes every file that none of them vouches for."""
@@ -238,10 +280,12 @@ class CacheWriter(CacheWorker):
             file.unlink()
 
     def begin(self, header: Header, prior: TailPrior | None = None) -> Header:
-        """Fixes what this cache is, and the prior by which its ids are ranked. Comes before the first shard.
+        """Fixes what this cache is, and the prior by which its ids are ranked. Comes before the
+        first shard.
 
-        On a resumed build ``header`` must describe the same content as the first time, and the first prior stays.
-        Returns the header with its fingerprint. Raises UserError naming the fields that differ.
+        On a resumed build ``header`` must describe the same content as the first time, and the
+        first prior stays. Returns the header with its fingerprint. Raises UserError naming the
+        fields that differ.
         """
         if self.begun:
             return self.join(header)
@@ -250,7 +294,11 @@ class CacheWriter(CacheWorker):
             if prior is not None:
                 data = prior.to_bytes()
                 header = header.model_copy(
-                    update={"tail_prior": TailPriorEntry(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())}
+                    update={
+                        "tail_prior": TailPriorEntry(
+                            bytes=len(data), sha256=hashlib.sha256(data).hexdigest()
+                        )
+                    }
                 )
                 write_durably(self.path / PRIOR, data, scratch=self.build_dir)
             write_durably(self._header_file, header.model_dump_json(indent=2))
@@ -262,11 +310,15 @@ class CacheWriter(CacheWorker):
         return tuple(self.committed[index] for index in sorted(self.committed))
 
     def finish(self, header: Header, shards: int, *, audit: AuditSummary | None = None) -> Manifest:
-        """Writes the manifest of a build of ``shards`` shards, which makes the cache complete, and cleans up."""
+        """Writes the manifest of a build of ``shards`` shards, which makes the cache complete,
+        and cleans up.
+        """
         manifest = self._complete(header, shards, audit)
         with writing_to(self.path):
             _revoke(self.build_dir / "runs")
-            write_durably(self.path / "README.md", card.dataset_card(manifest), scratch=self.build_dir)
+            write_durably(
+                self.path / "README.md", card.dataset_card(manifest), scratch=self.build_dir
+            )
             write_durably(self.path / MANIFEST, manifest.to_json(), scratch=self.build_dir)
             shutil.rmtree(self.build_dir, ignore_errors=True)
         return manifest
@@ -274,7 +326,9 @@ class CacheWriter(CacheWorker):
     def _complete(self, header: Header, shards: int, audit: AuditSummary | None) -> Manifest:
         if sorted(self.committed) != list(range(shards)):
             raise ValueError(f"{len(self.committed)} of {shards} shards are committed")
-        return Manifest.complete(header, self.entries(), datetime.now(UTC).isoformat(timespec="seconds"), audit)
+        return Manifest.complete(
+            header, self.entries(), datetime.now(UTC).isoformat(timespec="seconds"), audit
+        )
 
 
 def remove_cache(path: Path) -> None:
@@ -299,7 +353,9 @@ def remove_cache(path: Path) -> None:
 
 
 def refuse_other_files(path: Path) -> None:
-    """Raises UserError where something that is not a cache has files of a cache's names, which a build would replace."""
+    """Raises UserError where something that is not a cache has files of a cache's names, which a
+    build would replace.
+    """
     taken = [name for name in ("data", "README.md", PRIOR, MANIFEST) if (path / name).exists()]
     if taken:
         raise UserError(
@@ -309,7 +365,9 @@ def refuse_other_files(path: Path) -> None:
 
 
 def may_be_cache(path: Path) -> bool:
-    """Whether a manifest there is that of a cache, or what damage has made of one: then there is still the cache's card."""
+    """Whether a manifest there is that of a cache, or what damage has made of one: then there is
+    still the cache's card.
+    """
     return _is_cache(path) or ((path / MANIFEST).exists() and card.is_card(path / "README.md"))
 
 
@@ -327,8 +385,8 @@ def _name(index: int) -> str:
 def _revoke(folder: Path) -> None:
     """Removes a folder, so that nothing that is written there can be committed any more.
 
-    Raises CacheInUseError where it cannot be removed, since somebody keeps files in it open (which matters on network file
-    systems and on Windows).
+    Raises CacheInUseError where it cannot be removed, since somebody keeps files in it open (which
+    matters on network file systems and on Windows).
     """
     give_up = time.monotonic() + _REVOKE_TIMEOUT
     while True:
@@ -350,7 +408,9 @@ def _shard_files(path: Path) -> list[Path]:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Holds the writer's lock on the cache at ``path``. Raises CacheInUseError at once if another process has it."""
+    """Holds the writer's lock on the cache at ``path``. Raises CacheInUseError at once if
+    another process has it.
+    """
     (path / BUILD_DIR).mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(path / BUILD_DIR / "lock")
     try:

@@ -1,8 +1,10 @@
-"""Logitcask: a teacher's next-token distributions, computed once, stored sparsely, learnt from without the teacher.
+"""Logitcask: a teacher's next-token distributions, computed once, stored sparsely, learnt from
+without the teacher.
 
     from logitcask import CacheReader, CachedDataset, LOSSES, SparseTeacher, collate
 
-Everything here is loaded when it is first asked for: a reader of caches loads no torch. The packages:
+Everything here is loaded when it is first asked for: a reader of caches loads no torch. The
+packages:
 
     logitcask.cache_format   what is on disk: reading, writing, verifying, deriving, sharing caches
     logitcask.pipeline       teacher to cache: ``teacher-cache``

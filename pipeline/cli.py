@@ -13,7 +13,9 @@ from logitcask.pipeline.commands.inspect import generations, inspect
 from logitcask.pipeline.commands.model import model
 from logitcask.pipeline.memory import use_huge_pages
 
-app = new_app("Runs a teacher LLM once over a data set and keeps its next-token distributions in a cache.")
+app = new_app(
+    "Runs a teacher LLM once over a data set and keeps its next-token distributions in a cache."
+)
 for command in (
     cache_commands.info,
     cache_commands.verify,

@@ -1,4 +1,6 @@
-"""The build config: one YAML file describes a cache. Every field has its reason here; unknown keys are errors."""
+"""The build config: one YAML file describes a cache. Every field has its reason here; unknown
+keys are errors.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,14 @@ from logitcask.pipeline.distribution.capture import Capture
 
 # Names that transformers gives a meaning of its own when it renders a chat.
 _NOT_ARGUMENTS = {
-    *("conversation", "messages", "tools", "chat_template", "add_generation_prompt", "continue_final_message"),
+    *(
+        "conversation",
+        "messages",
+        "tools",
+        "chat_template",
+        "add_generation_prompt",
+        "continue_final_message",
+    ),
     *(
         "tokenize",
         "padding",
@@ -45,12 +54,21 @@ class ServerConfig(_Config):
 
     url: str = Field(description="Where it listens: `http://HOST:PORT`.")
     model: str | None = Field(
-        None, description="Its name of teacher.model (`--served-model-name`). Default: the one that is called the same."
+        None,
+        description="Its name of teacher.model (`--served-model-name`). Default: the one that is called the same.",
     )
-    concurrency: int = Field(32, ge=1, le=1024, description="Requests with the server at a time, one sequence each.")
-    timeout: float = Field(300, gt=0, description="Seconds for one answer, its time in the server's queue included.")
-    patience: float = Field(900, ge=0, description="Seconds without an answer, or with errors only, until giving up.")
-    api_key_env: str | None = Field(None, description="Environment variable with the server's API key.")
+    concurrency: int = Field(
+        32, ge=1, le=1024, description="Requests with the server at a time, one sequence each."
+    )
+    timeout: float = Field(
+        300, gt=0, description="Seconds for one answer, its time in the server's queue included."
+    )
+    patience: float = Field(
+        900, ge=0, description="Seconds without an answer, or with errors only, until giving up."
+    )
+    api_key_env: str | None = Field(
+        None, description="Environment variable with the server's API key."
+    )
     compare: Literal["auto", "always", "never"] = Field(
         "auto",
         description="Compare what it says of a probe with the weights of teacher.model, by transformers on this "
@@ -92,14 +110,17 @@ class TeacherConfig(_Config):
     """Which model scores the text, and with what engine."""
 
     model: str = Field(
-        min_length=1, description="A built-in name (`smollm2-135m`, `synthetic`), a model folder, or a hub name."
+        min_length=1,
+        description="A built-in name (`smollm2-135m`, `synthetic`), a model folder, or a hub name.",
     )
     backend: Literal["vllm", "transformers", "synthetic", "server"] = Field(
         "vllm",
         description="The engine; `server`: a vLLM server over HTTP. Where vLLM is not installed, `vllm` falls back to "
         "`transformers` and says so.",
     )
-    server: ServerConfig | None = Field(None, description="With `backend: server`: where it is, and how it is asked.")
+    server: ServerConfig | None = Field(
+        None, description="With `backend: server`: where it is, and how it is asked."
+    )
     revision: str | None = Field(None, description="Branch, tag or commit of a hub model.")
     dtype: str = Field(
         "auto",
@@ -128,7 +149,9 @@ class TeacherConfig(_Config):
         description="Passed to `vllm.LLM(...)` (or `from_pretrained(...)`) as they are. `trust_remote_code: true` also lets "
         "the code of the model's config and tokenizer run, and is the only one that a server's teacher takes.",
     )
-    vocab_size: int = Field(49_152, ge=258, description="Synthetic teacher only: ids it can predict.")
+    vocab_size: int = Field(
+        49_152, ge=258, description="Synthetic teacher only: ids it can predict."
+    )
     seed: int = Field(0, ge=0, description="Synthetic teacher only: which distribution.")
 
     @field_validator("model")
@@ -143,19 +166,25 @@ class TeacherConfig(_Config):
 
     @property
     def pipeline_stages(self) -> int:
-        """Parts in which the layers are shared out among GPUs: ``engine_args.pipeline_parallel_size``."""
+        """Parts in which the layers are shared out among GPUs:
+        ``engine_args.pipeline_parallel_size``.
+        """
         stages = self.engine_args.get("pipeline_parallel_size", 1)
         assert isinstance(stages, int)
         return stages
 
     @property
     def is_synthetic(self) -> bool:
-        """Whether the teacher is the synthetic one, which takes no model and no GPU. Named as backend or as model."""
+        """Whether the teacher is the synthetic one, which takes no model and no GPU. Named as
+        backend or as model.
+        """
         return "synthetic" in (self.backend, self.model)
 
     @property
     def gpus_per_engine(self) -> int:
-        """GPUs that one engine takes, where there are any; 0 for the synthetic teacher, which has no use for them."""
+        """GPUs that one engine takes, where there are any; 0 for the synthetic teacher, which
+        has no use for them.
+        """
         if self.is_synthetic:
             return 0
         return self.tensor_parallel_size * self.pipeline_stages
@@ -182,7 +211,9 @@ class TeacherConfig(_Config):
     def _stages_are_a_number(cls, engine_args: dict[str, object]) -> dict[str, object]:
         stages = engine_args.get("pipeline_parallel_size", 1)
         if not isinstance(stages, int) or isinstance(stages, bool) or stages < 1:
-            raise ValueError(f"pipeline_parallel_size is {stages!r}; expected a whole number of 1 or more")
+            raise ValueError(
+                f"pipeline_parallel_size is {stages!r}; expected a whole number of 1 or more"
+            )
         return engine_args
 
     @model_validator(mode="after")
@@ -190,36 +221,57 @@ class TeacherConfig(_Config):
         if self.backend != "server":
             return self
         if self.server is None:
-            raise ValueError("backend is server, but not which: set teacher.server.url=http://HOST:PORT")
+            raise ValueError(
+                "backend is server, but not which: set teacher.server.url=http://HOST:PORT"
+            )
         if self.engine_args.keys() - {"trust_remote_code"}:
-            raise ValueError("engine_args are for engines started here; give the server its options when starting it")
+            raise ValueError(
+                "engine_args are for engines started here; give the server its options when starting it"
+            )
         return self
 
 
 class GenerateConfig(_Config):
-    """How the teacher answers the prompts of a data set, before what it wrote is scored like any other text."""
+    """How the teacher answers the prompts of a data set, before what it wrote is scored like any
+    other text.
+    """
 
-    samples: int = Field(1, ge=1, description="Answers to each prompt; sequences are called `row/sample`.")
-    temperature: float = Field(1.0, ge=0, description="Of sampling; 0: the most probable token, always.")
-    top_p: float = Field(1.0, gt=0, le=1, description="Sample among the most probable tokens that hold this mass.")
+    samples: int = Field(
+        1, ge=1, description="Answers to each prompt; sequences are called `row/sample`."
+    )
+    temperature: float = Field(
+        1.0, ge=0, description="Of sampling; 0: the most probable token, always."
+    )
+    top_p: float = Field(
+        1.0, gt=0, le=1, description="Sample among the most probable tokens that hold this mass."
+    )
     max_new_tokens: int | None = Field(
-        None, ge=1, description="Longest answer, in tokens. Prompt and answer together never exceed data.max_length."
+        None,
+        ge=1,
+        description="Longest answer, in tokens. Prompt and answer together never exceed data.max_length.",
     )
     stop: tuple[str, ...] = Field(
         (), description="Strings that end an answer, beside the teacher's own end-of-turn tokens."
     )
     include_stop: bool = Field(
-        False, description="Whether the stop string belongs to the answer; else it is cut off, in whole tokens."
+        False,
+        description="Whether the stop string belongs to the answer; else it is cut off, in whole tokens.",
     )
-    seed: int = Field(0, description="Of sampling; each answer draws from (seed, row, sample), whatever the batch.")
+    seed: int = Field(
+        0,
+        description="Of sampling; each answer draws from (seed, row, sample), whatever the batch.",
+    )
     system_prompt: str | None = Field(
-        None, description="System message put before every prompt that has none; chats and prompt_field only."
+        None,
+        description="System message put before every prompt that has none; chats and prompt_field only.",
     )
 
     @model_validator(mode="after")
     def _stops_are_strings(self) -> Self:
         if not all(self.stop):
-            raise ValueError("stop holds an empty string, which would end every answer before it begins; remove it")
+            raise ValueError(
+                "stop holds an empty string, which would end every answer before it begins; remove it"
+            )
         return self
 
 
@@ -238,7 +290,9 @@ class DataConfig(_Config):
     )
     revision: str | None = Field(None, description="Branch, tag or commit of a hub data set.")
     text_field: str | None = Field(
-        None, min_length=1, description="Column with documents. Default: `text`, unless another field is set."
+        None,
+        min_length=1,
+        description="Column with documents. Default: `text`, unless another field is set.",
     )
     messages_field: str | None = Field(
         None,
@@ -246,7 +300,9 @@ class DataConfig(_Config):
         description="Column with chats, lists of {role, content}; the loss mask covers assistant tokens only.",
     )
     prompt_field: str | None = Field(
-        None, min_length=1, description="With generate: column with prompts, each the one user message of a chat."
+        None,
+        min_length=1,
+        description="With generate: column with prompts, each the one user message of a chat.",
     )
     generate: GenerateConfig | None = Field(
         None,
@@ -271,7 +327,9 @@ class DataConfig(_Config):
         "one, which is counted.",
     )
     append_eos: bool = Field(False, description="Documents: end each with the tokenizer's EOS.")
-    chat_template: Path | None = Field(None, description="A Jinja file used instead of the tokenizer's own template.")
+    chat_template: Path | None = Field(
+        None, description="A Jinja file used instead of the tokenizer's own template."
+    )
     tools_field: Annotated[str, Field(min_length=1)] | Literal[False] | None = Field(
         None,
         description="Chats and prompts: column with the tool definitions that the template is given, lists or JSON text of "
@@ -310,17 +368,25 @@ class DataConfig(_Config):
         if self.kind == "documents":
             for name in ("tools_field", "template_arguments", "template_date"):
                 if getattr(self, name):
-                    raise ValueError(f"{name} is set, but documents are not rendered by a template; remove it")
+                    raise ValueError(
+                        f"{name} is set, but documents are not rendered by a template; remove it"
+                    )
         return self
 
     @model_validator(mode="after")
     def _one_kind_of_text(self) -> Self:
-        fields = [name for name in ("text_field", "messages_field", "prompt_field") if getattr(self, name)]
+        fields = [
+            name for name in ("text_field", "messages_field", "prompt_field") if getattr(self, name)
+        ]
         if len(fields) > 1:
-            raise ValueError(f"{' and '.join(fields)} are both set; a data set is documents, chats or prompts: set one")
+            raise ValueError(
+                f"{' and '.join(fields)} are both set; a data set is documents, chats or prompts: set one"
+            )
         if self.generate is None:
             if self.prompt_field:
-                raise ValueError("prompt_field is set, but not generate; prompts are for the teacher to answer: set it")
+                raise ValueError(
+                    "prompt_field is set, but not generate; prompts are for the teacher to answer: set it"
+                )
             return self
         if not fields:
             raise ValueError(
@@ -328,7 +394,9 @@ class DataConfig(_Config):
                 "or text_field (texts to continue)"
             )
         if self.text_field and self.generate.system_prompt is not None:
-            raise ValueError("system_prompt is set, but text_field is continued as it stands; use prompt_field")
+            raise ValueError(
+                "system_prompt is set, but text_field is continued as it stands; use prompt_field"
+            )
         if (self.generate.max_new_tokens or 1) >= self.max_length:
             raise ValueError(
                 f"max_new_tokens is {self.generate.max_new_tokens}, which leaves no room for a prompt in max_length "
@@ -358,15 +426,23 @@ class DataConfig(_Config):
 class StoreConfig(_Config):
     """What is kept of each distribution, and in how large pieces.
 
-    By default a head of the entries above 2 %, at least 8 of them, and draws from the tail, one for each 2 % of its mass:
-    at equal bytes these teach with less noise than a fixed number of each (docs/format.md).
+    By default a head of the entries above 2 %, at least 8 of them, and draws from the tail, one for
+    each 2 % of its mass: at equal bytes these teach with less noise than a fixed number of each
+    (docs/format.md).
     """
 
     top_k: int = Field(32, ge=0, description="Head entries per position, at most; 0: draws alone.")
-    min_k: int = Field(8, ge=0, description="Head entries per position at least, whatever the next two say.")
-    top_p: float | None = Field(None, gt=0, le=1, description="A head ends once it holds this mass.")
+    min_k: int = Field(
+        8, ge=0, description="Head entries per position at least, whatever the next two say."
+    )
+    top_p: float | None = Field(
+        None, gt=0, le=1, description="A head ends once it holds this mass."
+    )
     min_probability: float | None = Field(
-        0.02, gt=0, lt=1, description="A head ends before the first entry less probable than this; null: top_k entries."
+        0.02,
+        gt=0,
+        lt=1,
+        description="A head ends before the first entry less probable than this; null: top_k entries.",
     )
     tail_samples: int = Field(
         32,
@@ -374,17 +450,25 @@ class StoreConfig(_Config):
         le=MAX_DRAWS,
         description="Draws from the tail per position and set, at most: they make KL losses unbiased. 0: none.",
     )
-    sample_sets: int = Field(1, ge=1, le=255, description="Independent sets of draws; training pools them.")
+    sample_sets: int = Field(
+        1, ge=1, le=255, description="Independent sets of draws; training pools them."
+    )
     mass_per_sample: float | None = Field(
-        0.02, gt=0, lt=1, description="Tail mass that one draw stands for; null: tail_samples draws everywhere."
+        0.02,
+        gt=0,
+        lt=1,
+        description="Tail mass that one draw stands for; null: tail_samples draws everywhere.",
     )
     draws: Literal["systematic", "independent"] = Field(
         "systematic", description="Evenly spaced points of the tail's CDF, or independent draws."
     )
     seed: int = Field(0, description="Of the draws.")
-    sample_logprobs: bool = Field(False, description="Store the draws' logprobs, which some losses need; 0.8 B a draw.")
+    sample_logprobs: bool = Field(
+        False, description="Store the draws' logprobs, which some losses need; 0.8 B a draw."
+    )
     logprob_step: float = Field(
-        1 / 16, description="Grid of stored logprobs, nats; the error is at most half of it. A power of two."
+        1 / 16,
+        description="Grid of stored logprobs, nats; the error is at most half of it. A power of two.",
     )
     shard_tokens: int = Field(
         1_000_000, ge=1, description="Tokens per shard: the unit of work, of commit and of retry."
@@ -421,14 +505,20 @@ class StoreConfig(_Config):
     def settings(self, vocab_size: int) -> StoreSettings:
         """The same as the manifest states it."""
         shared = self.model_dump(exclude={"shard_tokens", "compression_level"})
-        return StoreSettings(**shared, vocab_size=vocab_size, capture_k=self.top_k, entropy=self.tail_samples > 0)
+        return StoreSettings(
+            **shared, vocab_size=vocab_size, capture_k=self.top_k, entropy=self.tail_samples > 0
+        )
 
 
 class AuditConfig(_Config):
-    """The check that ends a build: a few of its sequences, scored again by transformers in float32."""
+    """The check that ends a build: a few of its sequences, scored again by transformers in
+    float32.
+    """
 
     sequences: int = Field(
-        4, ge=0, description="How many sequences are compared before the cache is complete; 0: none."
+        4,
+        ge=0,
+        description="How many sequences are compared before the cache is complete; 0: none.",
     )
     max_engine_difference: float | None = Field(
         None,
@@ -451,10 +541,13 @@ class ScaleConfig(_Config):
         "engine_args.pipeline_parallel_size; else 0.",
     )
     cpus_per_worker: int | None = Field(
-        None, ge=1, description="Default: 1 beside GPUs, else the cores there are, divided by the workers."
+        None,
+        ge=1,
+        description="Default: 1 beside GPUs, else the cores there are, divided by the workers.",
     )
     address: str | None = Field(
-        None, description="A Ray cluster. Default: $RAY_ADDRESS, or else one on this machine, for this build."
+        None,
+        description="A Ray cluster. Default: $RAY_ADDRESS, or else one on this machine, for this build.",
     )
 
 
@@ -527,7 +620,9 @@ class BuildConfig(_Config):
     @model_validator(mode="after")
     def _a_server_can_do_it(self) -> Self:
         if self.teacher.backend == "server" and self.scale is not None:
-            raise ValueError("scale starts engines of its own; a server is kept busy by teacher.server.concurrency")
+            raise ValueError(
+                "scale starts engines of its own; a server is kept busy by teacher.server.concurrency"
+            )
         if self.teacher.backend == "server" and self.data.generate is not None:
             raise ValueError("a server only scores; for data.generate use another teacher.backend")
         if self.teacher.backend == "server" and self.store.tail_samples:

@@ -25,7 +25,9 @@ class TextReader(Protocol):
 
 
 def check_unchanged(source: Source, stamp: str, config: BuildConfig) -> None:
-    """Raises UserError where the data is no longer what ``stamp`` said before its first row was read."""
+    """Raises UserError where the data is no longer what ``stamp`` said before its first row was
+    read.
+    """
     try:
         now = source.stamp()
     except OSError:  # a file is gone
@@ -39,7 +41,9 @@ def check_unchanged(source: Source, stamp: str, config: BuildConfig) -> None:
 def tokenizer_of(text: TextReader, config: BuildConfig) -> TokenizerIdentity:
     """The tokenizer and the chat template in force, as a manifest names them."""
     template = text.template.text if text.template else None
-    return TokenizerIdentity(name=config.teacher.model, **tokenizer_identity(text.tokenizer, template))
+    return TokenizerIdentity(
+        name=config.teacher.model, **tokenizer_identity(text.tokenizer, template)
+    )
 
 
 def tokenizer_changes(before: TokenizerIdentity, now: TokenizerIdentity) -> str:
@@ -49,11 +53,15 @@ def tokenizer_changes(before: TokenizerIdentity, now: TokenizerIdentity) -> str:
         "sha256": "how it turns text into ids",
         "chat_template_sha256": "its chat template",
     }
-    return ", ".join(part for field, part in parts.items() if getattr(before, field) != getattr(now, field))
+    return ", ".join(
+        part for field, part in parts.items() if getattr(before, field) != getattr(now, field)
+    )
 
 
 def check_teacher(build_dir: Path, teacher: TeacherIdentity) -> None:
-    """The teacher that scores answers is the one that wrote them: the first one is written down, others are refused."""
+    """The teacher that scores answers is the one that wrote them: the first one is written down,
+    others are refused.
+    """
     file = build_dir / "generations" / "teacher.json"
     if not file.exists():
         write_durably(file, teacher.model_dump_json(indent=2))

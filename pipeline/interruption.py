@@ -1,4 +1,5 @@
-"""Ctrl-C and SIGTERM while a teacher scores: they take effect at the next safe point, not in the middle of an engine's step.
+"""Ctrl-C and SIGTERM while a teacher scores: they take effect at the next safe point, not in the
+middle of an engine's step.
 
 Whoever works in steps calls ``safe_point`` between them. A second signal does not wait.
 """
@@ -17,8 +18,12 @@ _asked = threading.Event()
 
 @contextlib.contextmanager
 def at_safe_points() -> Iterator[None]:
-    """While this is entered, in the main thread, the first signal only makes ``safe_point`` raise KeyboardInterrupt."""
-    if threading.current_thread() is not threading.main_thread():  # the only one that may set handlers
+    """While this is entered, in the main thread, the first signal only makes ``safe_point``
+    raise KeyboardInterrupt.
+    """
+    if (
+        threading.current_thread() is not threading.main_thread()
+    ):  # the only one that may set handlers
         yield
         return
 

@@ -1,8 +1,9 @@
-"""Real models for every folder of tests, and the one way to compare what two engines say about the same text.
+"""Real models for every folder of tests, and the one way to compare what two engines say about the
+same text.
 
-Random numbers: every test and every fixture draws from a seed made of its own name and of ``LOGITCASK_TEST_SEED``, 0 if it
-is not set. A test therefore sees the same numbers in every run, alone, in any order and on any worker. ``make fuzz`` sets
-fresh seeds (tests/fuzz.py).
+Random numbers: every test and every fixture draws from a seed made of its own name and of
+``LOGITCASK_TEST_SEED``, 0 if it is not set. A test therefore sees the same numbers in every run,
+alone, in any order and on any worker. ``make fuzz`` sets fresh seeds (tests/fuzz.py).
 """
 
 from __future__ import annotations
@@ -67,12 +68,16 @@ hypothesis.settings.load_profile("fuzz" if SEED else "fixed")
 
 
 def pytest_configure() -> None:
-    """One thread in every process: how sums are rounded does not depend on how many cores there are."""
+    """One thread in every process: how sums are rounded does not depend on how many cores there
+    are.
+    """
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
-    # rouge_score imports absl, whose handler closes the stream it found when vLLM sets up logging: this suite's own.
+    # rouge_score imports absl, whose handler closes the stream it found when vLLM sets up logging:
+    # this suite's own.
     absl.logging.get_absl_handler().python_handler.stream = sys.__stderr__
-    # Ray gives its workers the lowest priority; beside another module's tests they would hardly run.
+    # Ray gives its workers the lowest priority; beside another module's tests they would hardly
+    # run.
     os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  its name
 
 
@@ -81,7 +86,9 @@ def pytest_report_header() -> str:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--only-random", action="store_true", help="only tests that draw random numbers (make fuzz)")
+    parser.addoption(
+        "--only-random", action="store_true", help="only tests that draw random numbers (make fuzz)"
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -89,7 +96,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         chosen = [item for item in items if _is_random(item)]
         config.hook.pytest_deselected(items=[item for item in items if item not in set(chosen)])
         items[:] = chosen
-    place = {item: _LONG.index(name) if (name := _module(item)) in _LONG else len(_LONG) for item in items}
+    place = {
+        item: _LONG.index(name) if (name := _module(item)) in _LONG else len(_LONG)
+        for item in items
+    }
     for item in items:
         if place[item] < len(_LONG):
             item.add_marker("long")
@@ -154,7 +164,9 @@ def _no_shards_in_the_home_folder(tmp_path_factory: pytest.TempPathFactory) -> I
 
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a random two-layer Llama with 384 ids, 256 positions and its own byte-level BPE tokenizer."""
+    """Folder of a random two-layer Llama with 384 ids, 256 positions and its own byte-level BPE
+    tokenizer.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -169,10 +181,18 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
         show_progress=False,
     )
     backend.train_from_iterator(
-        [time.__doc__ or "", os.__doc__ or "", "the teacher reads what the student will read " * 20], trainer
+        [
+            time.__doc__ or "",
+            os.__doc__ or "",
+            "the teacher reads what the student will read " * 20,
+        ],
+        trainer,
     )
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<|endoftext|>", eos_token="<|im_end|>", pad_token="<|endoftext|>"
+        tokenizer_object=backend,
+        bos_token="<|endoftext|>",
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
     )
     tokenizer.chat_template = CHATML
     tokenizer.save_pretrained(folder)
@@ -196,7 +216,9 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_gemma3(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a random Gemma 3 that also reads images, as its larger checkpoints do, with the tokenizer of ``tiny_llama``."""
+    """Folder of a random Gemma 3 that also reads images, as its larger checkpoints do, with the
+    tokenizer of ``tiny_llama``.
+    """
     from transformers import AutoTokenizer, Gemma3Config, Gemma3ForConditionalGeneration
 
     folder = tmp_path_factory.mktemp("tiny-gemma3")
@@ -238,15 +260,16 @@ def tiny_gemma3(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 @pytest.fixture(scope="session")
 def write_tekken() -> Callable[[Path], None]:
-    """``write_tekken(folder)``: a tekken.json there, as Mistral's models have, of 20 special tokens and 268 others."""
+    """``write_tekken(folder)``: a tekken.json there, as Mistral's models have, of 20 special
+    tokens and 268 others.
+    """
     merged = ["th", "he", "in", " t", " the", "er", "an", " a", "on", "re", " th", "ing"]
-    named = (
-        "<unk> <s> </s> [INST] [/INST] [AVAILABLE_TOOLS] [/AVAILABLE_TOOLS] [TOOL_RESULTS] [/TOOL_RESULTS] [TOOL_CALLS]"
+    named = "<unk> <s> </s> [INST] [/INST] [AVAILABLE_TOOLS] [/AVAILABLE_TOOLS] [TOOL_RESULTS] [/TOOL_RESULTS] [TOOL_CALLS]"
+    named += " [IMG] <pad> [IMG_BREAK] [IMG_END] [PREFIX] [MIDDLE] [SUFFIX] [SYSTEM_PROMPT] [/SYSTEM_PROMPT] [TOOL_CONTENT]"
+    words, special = (
+        [*(bytes([i]) for i in range(256)), *(each.encode() for each in merged)],
+        named.split(),
     )
-    named += (
-        " [IMG] <pad> [IMG_BREAK] [IMG_END] [PREFIX] [MIDDLE] [SUFFIX] [SYSTEM_PROMPT] [/SYSTEM_PROMPT] [TOOL_CONTENT]"
-    )
-    words, special = [*(bytes([i]) for i in range(256)), *(each.encode() for each in merged)], named.split()
     content = {
         "config": {
             "pattern": r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+",
@@ -256,10 +279,17 @@ def write_tekken() -> Callable[[Path], None]:
             "version": "v7",
         },
         "vocab": [
-            {"rank": rank, "token_bytes": base64.b64encode(word).decode(), "token_str": word.decode(errors="replace")}
+            {
+                "rank": rank,
+                "token_bytes": base64.b64encode(word).decode(),
+                "token_str": word.decode(errors="replace"),
+            }
             for rank, word in enumerate(words)
         ],
-        "special_tokens": [{"rank": rank, "token_str": each, "is_control": True} for rank, each in enumerate(special)],
+        "special_tokens": [
+            {"rank": rank, "token_str": each, "is_control": True}
+            for rank, each in enumerate(special)
+        ],
         "type": "Tekken",
     }
 
@@ -271,7 +301,9 @@ def write_tekken() -> Callable[[Path], None]:
 
 @pytest.fixture(scope="session")
 def tiny_gemma2(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a random two-layer Gemma 2, a soft cap far below its attention scores, with the tokenizer of ``tiny_llama``."""
+    """Folder of a random two-layer Gemma 2, a soft cap far below its attention scores, with the
+    tokenizer of ``tiny_llama``.
+    """
     from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
 
     folder = tmp_path_factory.mktemp("tiny-gemma2")
@@ -300,12 +332,15 @@ def tiny_gemma2(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 @pytest.fixture(scope="session")
 def smollm2() -> Iterator[Path]:
-    """Folder of the built-in model, prepared once into the repository's models folder (or $LOGITCASK_MODELS)."""
+    """Folder of the built-in model, prepared once into the repository's models folder (or
+    $LOGITCASK_MODELS).
+    """
     from logitcask.pipeline.teachers.model import prepare_model
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(
-            "LOGITCASK_MODELS", os.environ.get("LOGITCASK_MODELS") or str(Path(__file__).parents[1] / "models")
+            "LOGITCASK_MODELS",
+            os.environ.get("LOGITCASK_MODELS") or str(Path(__file__).parents[1] / "models"),
         )
         yield Path(prepare_model("smollm2-135m"))
 
@@ -324,11 +359,13 @@ def as_sequence() -> Callable[[str, list[int]], Sequence]:
 
 @pytest.fixture(scope="session")
 def assert_same_scores() -> Callable[..., None]:
-    """``assert_same_scores(found, dense, input_ids, tolerance=4e-3)``: is ``found`` what ``dense`` says of this text?
+    """``assert_same_scores(found, dense, input_ids, tolerance=4e-3)``: is ``found`` what ``dense``
+    says of this text?
 
-    dense: float[n-1, V], another engine's whole distribution. Engines round differently, so logprobs agree within
-    ``tolerance`` nats, and ids closer to each other than that may come in any order and fall on either side of the cut.
-    capture: where it is given, head sizes and draws must be those that ``logitcask.pipeline.distribution.draws`` gives for it.
+    dense: float[n-1, V], another engine's whole distribution. Engines round differently, so
+    logprobs agree within ``tolerance`` nats, and ids closer to each other than that may come in any
+    order and fall on either side of the cut. capture: where it is given, head sizes and draws must
+    be those that ``logitcask.pipeline.distribution.draws`` gives for it.
     """
 
     def check(
@@ -348,22 +385,32 @@ def assert_same_scores() -> Callable[..., None]:
             found.target_ids, input_ids[1:], err_msg="target_ids are not the text, shifted by one"
         )
         target = np.take_along_axis(dense, found.target_ids[:, None].astype(np.int64), axis=1)
-        np.testing.assert_allclose(found.target_logprob, target[:, 0], atol=tolerance, rtol=0, err_msg="target_logprob")
+        np.testing.assert_allclose(
+            found.target_logprob, target[:, 0], atol=tolerance, rtol=0, err_msg="target_logprob"
+        )
         surely_higher = (dense > target + 2 * tolerance).sum(axis=1)
         perhaps_higher = (dense > target - 2 * tolerance).sum(axis=1) - 1
         assert (surely_higher <= found.target_rank).all(), "target_rank is too low"
         assert (found.target_rank <= perhaps_higher).all(), "target_rank is too high"
 
         assert (np.diff(found.logprobs, axis=1) <= 0).all(), "logprobs do not fall"
-        assert all(len(set(row)) == top_k for row in found.ids.tolist()), "an id occurs twice in a head"
+        assert all(len(set(row)) == top_k for row in found.ids.tolist()), (
+            "an id occurs twice in a head"
+        )
         named = np.take_along_axis(dense, found.ids.astype(np.int64), axis=1)
-        np.testing.assert_allclose(found.logprobs, named, atol=tolerance, rtol=0, err_msg="logprobs of the named ids")
+        np.testing.assert_allclose(
+            found.logprobs, named, atol=tolerance, rtol=0, err_msg="logprobs of the named ids"
+        )
         if top_k:
             cut = np.partition(dense, -top_k, axis=1)[:, -top_k, None]
-            assert (named >= cut - 2 * tolerance).all(), "an id is in the head that does not belong there"
+            assert (named >= cut - 2 * tolerance).all(), (
+                "an id is in the head that does not belong there"
+            )
             belongs = (dense > cut + 2 * tolerance).sum(axis=1)
             present = (named > cut + 2 * tolerance).sum(axis=1)
-            np.testing.assert_array_equal(present, belongs, err_msg="an id that belongs in the head is missing")
+            np.testing.assert_array_equal(
+                present, belongs, err_msg="an id that belongs in the head is missing"
+            )
         check_draws(found, dense, tolerance)
         if capture is not None:
             check_against_reference(found, dense, tolerance, capture)
@@ -378,24 +425,34 @@ def assert_same_scores() -> Callable[..., None]:
         if not found.samples.size:
             assert found.entropy is None
             return
-        flat, logprobs = (each.reshape(len(dense), -1) for each in (found.samples, found.sample_logprobs))
+        flat, logprobs = (
+            each.reshape(len(dense), -1) for each in (found.samples, found.sample_logprobs)
+        )
         real = flat >= 0
         named = np.take_along_axis(dense, flat.clip(0).astype(np.int64), axis=1)
-        np.testing.assert_allclose(logprobs[real], named[real], atol=tolerance, rtol=0, err_msg="sample_logprobs")
+        np.testing.assert_allclose(
+            logprobs[real], named[real], atol=tolerance, rtol=0, err_msg="sample_logprobs"
+        )
         assert np.isneginf(logprobs[~real]).all()
         heads = np.where(np.arange(found.ids.shape[1]) < found.head_size[:, None], found.ids, -2)
         assert not (flat[:, :, None] == heads[:, None]).any(), "a draw lies in the head"
         assert found.entropy is not None
         assert found.entropy.dtype == np.float32
-        np.testing.assert_allclose(found.entropy, entropy(dense), atol=tolerance, rtol=0, err_msg="entropy")
+        np.testing.assert_allclose(
+            found.entropy, entropy(dense), atol=tolerance, rtol=0, err_msg="entropy"
+        )
 
-    def check_against_reference(found: Scored, dense: NDArray[np.floating], tolerance: float, capture: Capture) -> None:
+    def check_against_reference(
+        found: Scored, dense: NDArray[np.floating], tolerance: float, capture: Capture
+    ) -> None:
         np.testing.assert_array_equal(found.head_size, head_sizes(found.logprobs, capture))
         if not capture.samples:
             return
         # Head sizes and keys follow from what this engine said to the last bit.
         exact = dense.astype(np.float32)
-        np.put_along_axis(exact, found.target_ids[:, None].astype(np.int64), found.target_logprob[:, None], axis=1)
+        np.put_along_axis(
+            exact, found.target_ids[:, None].astype(np.int64), found.target_logprob[:, None], axis=1
+        )
         np.put_along_axis(exact, found.ids.astype(np.int64), found.logprobs, axis=1)
         order = np.argsort(-exact, axis=1, kind="stable")[:, : KEY_IDS + 1].astype(np.int32)
         top_ids = found.ids
@@ -407,7 +464,9 @@ def assert_same_scores() -> Callable[..., None]:
             sure = (np.diff(highest, axis=1) < -2 * tolerance).all(axis=1)
             sure &= np.abs(highest[:, 0] * 8 % 1 - 0.5) > 16 * tolerance
         draws = Draws(*(getattr(found, field.name)[sure] for field in dataclasses.fields(Draws)))
-        wrong = first_difference(draws, exact[sure], top_ids[sure], found.target_ids[sure], capture, tolerance)
+        wrong = first_difference(
+            draws, exact[sure], top_ids[sure], found.target_ids[sure], capture, tolerance
+        )
         assert wrong is None, wrong
 
     return check
@@ -415,7 +474,9 @@ def assert_same_scores() -> Callable[..., None]:
 
 @pytest.fixture(scope="module")
 def s3() -> Iterator[str]:
-    """A bucket on a real S3 server on the loopback, in a process of its own: vLLM cannot start in one that holds flask."""
+    """A bucket on a real S3 server on the loopback, in a process of its own: vLLM cannot start
+    in one that holds flask.
+    """
     import fsspec
     import s3fs
 

@@ -1,9 +1,11 @@
-"""Every extra installed alone, from a wheel, in an environment of its own, and a small job run that it promises.
+"""Every extra installed alone, from a wheel, in an environment of its own, and a small job run that
+it promises.
 
     python tests/extras.py [--extras base text ...] [--folder FOLDER]
 
-Environments share pip's cache and are removed as soon as they were tried, unless FOLDER keeps them. Torch goes first where
-it is needed, so that its CPU build wins where the machine offers one. The exit code is 1 where a job fails.
+Environments share pip's cache and are removed as soon as they were tried, unless FOLDER keeps them.
+Torch goes first where it is needed, so that its CPU build wins where the machine offers one. The
+exit code is 1 where a job fails.
 """
 
 from __future__ import annotations
@@ -36,7 +38,9 @@ UNWANTED = ("torchvision", "torchaudio", "torchcodec")
 
 
 class Job(NamedTuple):
-    """What an extra promises: ``code`` runs in an empty folder, after ``LIBRARY``; ``torch`` says whether it needs that."""
+    """What an extra promises: ``code`` runs in an empty folder, after ``LIBRARY``; ``torch``
+    says whether it needs that.
+    """
 
     code: str
     torch: bool = False
@@ -222,9 +226,20 @@ JOBS = {
 
 def main() -> None:
     """Prints a line for each extra; see above."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--extras", nargs="+", choices=[*JOBS], default=[*JOBS], metavar="EXTRA", help="default: all")
-    parser.add_argument("--folder", type=Path, help="keep the environments here; default: none is kept")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--extras",
+        nargs="+",
+        choices=[*JOBS],
+        default=[*JOBS],
+        metavar="EXTRA",
+        help="default: all",
+    )
+    parser.add_argument(
+        "--folder", type=Path, help="keep the environments here; default: none is kept"
+    )
     arguments = parser.parse_args()
     untold = EXTRAS.keys() - JOBS.keys() - NOT_HERE.keys()
     assert not untold, f"no job for {', '.join(sorted(untold))}"
@@ -245,13 +260,28 @@ def main() -> None:
 
 
 def built_wheel(folder: Path) -> Path:
-    """The distribution as users get it. Built of a copy: setuptools takes what an earlier build has left."""
+    """The distribution as users get it. Built of a copy: setuptools takes what an earlier build
+    has left.
+    """
     source = folder / "source"
     shutil.copytree(
-        ROOT, source, ignore=lambda where, names: [n for n in names if Path(where) == ROOT and n not in PARTS]
+        ROOT,
+        source,
+        ignore=lambda where, names: [n for n in names if Path(where) == ROOT and n not in PARTS],
     )
     subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", str(folder), str(source)], check=True
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "wheel",
+            "--quiet",
+            "--no-deps",
+            "-w",
+            str(folder),
+            str(source),
+        ],
+        check=True,
     )
     (wheel,) = folder.glob("*.whl")
     return wheel
@@ -302,7 +332,9 @@ def no_server() -> Iterator[dict[str, str]]:
 
 @contextmanager
 def s3_server() -> Iterator[dict[str, str]]:
-    """A bucket on a real S3 server on the loopback, run by this interpreter; the variables that lead to it."""
+    """A bucket on a real S3 server on the loopback, run by this interpreter; the variables that
+    lead to it.
+    """
     import boto3
     from moto.server import ThreadedMotoServer
 
@@ -311,7 +343,11 @@ def s3_server() -> Iterator[dict[str, str]]:
     server.start()
     try:
         host, port = server.get_host_and_port()
-        keys = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
+        keys = {
+            "AWS_ACCESS_KEY_ID": "test",
+            "AWS_SECRET_ACCESS_KEY": "test",
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }
         os.environ |= keys
         boto3.client("s3", endpoint_url=f"http://{host}:{port}").create_bucket(Bucket="bucket")
         yield {**keys, "AWS_ENDPOINT_URL": f"http://{host}:{port}"}

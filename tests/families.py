@@ -2,12 +2,13 @@
 
     python tests/families.py [--families llama gemma2 ...] [--folder FOLDER]
 
-Prints a Markdown table. ``vLLM - transformers`` is the largest difference of any logprob in the heads and of the targets, in
-nats, both engines in float32. ``agrees``: the audit passes; ``refused``: it does not complete the cache; ``skipped``:
-this vLLM does not run the model here. The exit code is 1 where that is not as ``FAMILIES`` has it.
+Prints a Markdown table. ``vLLM - transformers`` is the largest difference of any logprob in the
+heads and of the targets, in nats, both engines in float32. ``agrees``: the audit passes;
+``refused``: it does not complete the cache; ``skipped``: this vLLM does not run the model here. The
+exit code is 1 where that is not as ``FAMILIES`` has it.
 
-Scores are as sharp as those of trained models, windows are shorter than the text, and caps are below the scores, so that a part that an
-engine leaves out shows.
+Scores are as sharp as those of trained models, windows are shorter than the text, and caps are
+below the scores, so that a part that an engine leaves out shows.
 """
 
 from __future__ import annotations
@@ -42,7 +43,13 @@ SIZES = {
 }
 _OWN_HEAD_SIZE: dict[str, Any] = {"head_dim": None}
 _EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
-_LATENT = {"q_lora_rank": 32, "kv_lora_rank": 16, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 32}
+_LATENT = {
+    "q_lora_rank": 32,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 32,
+}
 # model_type, what its config has beyond SIZES (None: not that field), and what comes of it.
 FAMILIES: dict[str, tuple[str, dict[str, Any], str]] = {
     "llama": ("llama", {}, "agrees"),
@@ -78,28 +85,42 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], str]] = {
         },
         "agrees",
     ),
-    "gpt-oss": ("gpt_oss", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 32}, "agrees"),
+    "gpt-oss": (
+        "gpt_oss",
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 32},
+        "agrees",
+    ),
 }
 
 
 def main() -> None:
     """Prints the table; see above."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES), metavar="FAMILY")
-    parser.add_argument("--folder", type=Path, help="keep models and caches here; default: none is kept")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--families", nargs="+", choices=FAMILIES, default=list(FAMILIES), metavar="FAMILY"
+    )
+    parser.add_argument(
+        "--folder", type=Path, help="keep models and caches here; default: none is kept"
+    )
     parser.add_argument("--one", choices=FAMILIES, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
         print(json.dumps(compare(arguments.one, arguments.folder)))
         return
     print(
-        "| family | vLLM - transformers | vLLM's cache | transformers' cache |\n| --- | --- | --- | --- |", flush=True
+        "| family | vLLM - transformers | vLLM's cache | transformers' cache |\n| --- | --- | --- | --- |",
+        flush=True,
     )
     unexpected = []
     with tempfile.TemporaryDirectory() as temporary:
         for family in arguments.families:
             found = in_a_process(family, arguments.folder or Path(temporary))
-            print(f"| {family} | {found['largest']} | {found['vllm']} | {found['transformers']} |", flush=True)
+            print(
+                f"| {family} | {found['largest']} | {found['vllm']} | {found['transformers']} |",
+                flush=True,
+            )
             outcomes = found["vllm"].partition(":")[0], found["transformers"].partition(":")[0]
             if outcomes != (FAMILIES[family][2], "agrees"):
                 unexpected.append(family)
@@ -111,7 +132,9 @@ def main() -> None:
 def in_a_process(family: str, folder: Path) -> dict[str, str]:
     """What ``compare`` says in a fresh process: an engine changes the one that it runs in."""
     command = [sys.executable, __file__, "--one", family, "--folder", str(folder)]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    }
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     lines = done.stdout.strip().splitlines()
     if done.returncode == 0 and lines:
@@ -153,7 +176,9 @@ def compare(family: str, parent: Path) -> dict[str, str]:
     # transformers first, while nothing has changed it.
     answer = {"largest": "", "vllm": "", "transformers": outcome("transformers")}
     asked = config("vllm")
-    reference = open_teacher(config("transformers").teacher, max_length=MAX_LENGTH, capture=asked.store.capture())
+    reference = open_teacher(
+        config("transformers").teacher, max_length=MAX_LENGTH, capture=asked.store.capture()
+    )
     assert isinstance(reference, TransformersTeacher)
     texts = [sequence(n) for n in (2, 31, 33, 120, MAX_LENGTH)]
     dense = [reference.dense_logprobs(text.input_ids) for text in texts]
@@ -161,7 +186,9 @@ def compare(family: str, parent: Path) -> dict[str, str]:
         teacher = open_teacher(asked.teacher, max_length=MAX_LENGTH, capture=asked.store.capture())
     except Exception as error:
         return answer | {"vllm": f"skipped: {cell(error)}"}
-    differences = [largest(found, each) for found, each in zip(teacher.score(texts), dense, strict=True)]
+    differences = [
+        largest(found, each) for found, each in zip(teacher.score(texts), dense, strict=True)
+    ]
     import logitcask.pipeline.builder.lazy_teacher
 
     logitcask.pipeline.builder.lazy_teacher.open_teacher = lambda *args, **kwargs: (
@@ -182,10 +209,14 @@ def make(family: str, folder: Path) -> None:
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
     letters = ["<|bos|>", "<|eos|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
-    backend = Tokenizer(models.BPE(vocab={letter: index for index, letter in enumerate(letters)}, merges=[]))
+    backend = Tokenizer(
+        models.BPE(vocab={letter: index for index, letter in enumerate(letters)}, merges=[])
+    )
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<|bos|>", eos_token="<|eos|>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<|bos|>", eos_token="<|eos|>"
+    )
     tokenizer.save_pretrained(folder)
 
 
@@ -201,7 +232,9 @@ def largest(found: Any, dense: Any) -> float:
     """Largest difference of a logprob in ``found`` from the same in ``dense`` (float32[n-1, V])."""
     heads = np.take_along_axis(dense, found.ids.astype(np.int64), axis=1)
     targets = np.take_along_axis(dense, found.target_ids[:, None].astype(np.int64), axis=1)[:, 0]
-    return float(max(np.abs(found.logprobs - heads).max(), np.abs(found.target_logprob - targets).max()))
+    return float(
+        max(np.abs(found.logprobs - heads).max(), np.abs(found.target_logprob - targets).max())
+    )
 
 
 def cell(message: object) -> str:

@@ -1,4 +1,6 @@
-"""The documents name files, tests and ``logitcask.*`` names that exist, and link to what is there."""
+"""The documents name files, tests and ``logitcask.*`` names that exist, and link to what is
+there.
+"""
 
 from __future__ import annotations
 
@@ -26,18 +28,28 @@ def document(request) -> Path:
 
 
 def test_links_lead_to_files(document):
-    targets = [target.partition("#")[0] for target in LINK.findall(document.read_text()) if "://" not in target]
-    assert [target for target in targets if target and not (document.parent / target).exists()] == []
+    targets = [
+        target.partition("#")[0]
+        for target in LINK.findall(document.read_text())
+        if "://" not in target
+    ]
+    assert [
+        target for target in targets if target and not (document.parent / target).exists()
+    ] == []
 
 
 def test_paths_exist(document):
     named = {path.rstrip(".") for path in PATH.findall(document.read_text())}
-    files = {path for path in named if Path(path).suffix in SUFFIXES and "results/gpu.json" not in path}  # a GPU's own
+    files = {
+        path for path in named if Path(path).suffix in SUFFIXES and "results/gpu.json" not in path
+    }  # a GPU's own
     assert sorted(path for path in files if not (ROOT / path).exists()) == []
 
 
 def test_tests_exist(document):
-    """Files of tests by their bare names, test functions, and beginnings of these followed by a star."""
+    """Files of tests by their bare names, test functions, and beginnings of these followed by a
+    star.
+    """
     paths = list((ROOT / "tests").rglob("*.py"))
     files, source = {path.name for path in paths}, "\n".join(path.read_text() for path in paths)
     missing = [
@@ -49,22 +61,30 @@ def test_tests_exist(document):
 
 
 def test_python_names_exist(document):
-    assert sorted(name for name in set(NAME.findall(document.read_text())) if not _exists(name)) == []
+    assert (
+        sorted(name for name in set(NAME.findall(document.read_text())) if not _exists(name)) == []
+    )
 
 
 def _exists(name: str) -> bool:
-    """Whether ``name`` is a module, or its last part a word of the module before it. Nothing is imported."""
+    """Whether ``name`` is a module, or its last part a word of the module before it. Nothing is
+    imported.
+    """
     *parents, last = name.split(".")
     module = ROOT.joinpath(*parents)
     if (module / last).is_dir() or (module / f"{last}.py").exists():
         return True
-    sources = [path for path in (module.with_suffix(".py"), module / "__init__.py") if path.exists()]
+    sources = [
+        path for path in (module.with_suffix(".py"), module / "__init__.py") if path.exists()
+    ]
     return any(re.search(rf"\b{last}\b", path.read_text()) for path in sources)
 
 
 def test_the_map_names_every_module():
     """CONTRIBUTING.md's tree: a line for every folder, and under it one for every file."""
-    tree = re.search(r"```\n(cache_format/.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)[1]
+    tree = re.search(
+        r"```\n(cache_format/.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL
+    )[1]
     named, folder = set(), ""  # a file of a package is two columns in, one of a folder four
     for line in tree.splitlines():
         word = line.split()[0]

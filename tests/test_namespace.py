@@ -1,4 +1,6 @@
-"""One import name, ``logitcask``, which no folder of a user's own can shadow: installed for development and from a wheel."""
+"""One import name, ``logitcask``, which no folder of a user's own can shadow: installed for
+development and from a wheel.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,16 @@ def wheel(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
     subprocess.run(
-        [*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", folder, _copy_of_the_tree(folder)], check=True
+        [
+            *pip,
+            "wheel",
+            "--no-deps",
+            "--no-build-isolation",
+            "-w",
+            folder,
+            _copy_of_the_tree(folder),
+        ],
+        check=True,
     )
     (built,) = folder.glob("*.whl")
     subprocess.run([*pip, "install", "--no-deps", "--target", folder / "site", built], check=True)
@@ -38,12 +49,25 @@ def wheel(tmp_path_factory) -> Path:
 
 def _copy_of_the_tree(folder: Path) -> Path:
     """What git keeps of it: a build leaves files in the folder it builds."""
-    keep = ("LICENSE", "README.md", "pyproject.toml", "cache_format", "logitcask", "pipeline", "train")
+    keep = (
+        "LICENSE",
+        "README.md",
+        "pyproject.toml",
+        "cache_format",
+        "logitcask",
+        "pipeline",
+        "train",
+    )
     for name in keep:
         source, target = ROOT / name, folder / "source" / name
         target.parent.mkdir(exist_ok=True)
         if source.is_dir():
-            shutil.copytree(source, target, symlinks=True, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+            shutil.copytree(
+                source,
+                target,
+                symlinks=True,
+                ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"),
+            )
         else:
             shutil.copy(source, target)
     return folder / "source"
@@ -66,7 +90,11 @@ def run(request, somebodys_folder):
     def run(*arguments: str) -> str:
         environment = {**os.environ, "PYTHONPATH": str(place), "OMP_NUM_THREADS": "1"}
         done = subprocess.run(
-            [sys.executable, *arguments], cwd=somebodys_folder, env=environment, capture_output=True, text=True
+            [sys.executable, *arguments],
+            cwd=somebodys_folder,
+            env=environment,
+            capture_output=True,
+            text=True,
         )
         assert done.returncode == 0, done.stderr
         return done.stdout
@@ -77,14 +105,26 @@ def run(request, somebodys_folder):
 
 
 def test_the_snippet_of_the_readme(run, somebodys_folder):
-    build = ["teacher.model=synthetic", "teacher.backend=synthetic", "teacher.vocab_size=3000", "data.path=python-docs"]
-    build += ["data.max_tokens=2000", "data.max_length=128", "output=caches/quickstart", "audit.sequences=0"]
+    build = [
+        "teacher.model=synthetic",
+        "teacher.backend=synthetic",
+        "teacher.vocab_size=3000",
+        "data.path=python-docs",
+    ]
+    build += [
+        "data.max_tokens=2000",
+        "data.max_length=128",
+        "output=caches/quickstart",
+        "audit.sequences=0",
+    ]
     (somebodys_folder / "build.yaml").write_text("store: {top_k: 8}\n")
     run("-c", "from logitcask.pipeline.cli import main; main()", "build", "build.yaml", *build)
     assert run("-c", f"{MODEL}{SNIPPET}\nprint(loss.item())").strip()
 
 
-@pytest.mark.parametrize("module", ["logitcask.train", "logitcask.train.losses", "logitcask.pipeline.config"])
+@pytest.mark.parametrize(
+    "module", ["logitcask.train", "logitcask.train.losses", "logitcask.pipeline.config"]
+)
 def test_modules_that_run(run, module):
     assert run("-m", module, *(["--help"] if module == "logitcask.train" else []))
 
@@ -99,7 +139,10 @@ def test_public_names():
 
 def test_reading_loads_no_torch():
     code = "import sys; from logitcask import CacheReader; print('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
+        == "False\n"
+    )
 
 
 def test_one_name_for_every_module():

@@ -17,17 +17,29 @@ app = new_app("Trains a student from a cache of teacher distributions, without t
 
 @app.command()
 def train_student(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file, e.g. train/configs/quickstart.yaml.")],
+    config: Annotated[
+        Path,
+        typer.Argument(metavar="CONFIG", help="YAML file, e.g. train/configs/quickstart.yaml."),
+    ],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE ...]", help="Override fields, e.g. training.max_steps=100."),
+        typer.Argument(
+            metavar="[KEY=VALUE ...]", help="Override fields, e.g. training.max_steps=100."
+        ),
     ] = None,
     restart: Annotated[
-        bool, typer.Option("--restart", help="Forget the run in the output folder and begin afresh.")
+        bool,
+        typer.Option("--restart", help="Forget the run in the output folder and begin afresh."),
     ] = False,
-    report: Annotated[bool, typer.Option("--report", help="Only write the report of a finished run again.")] = False,
+    report: Annotated[
+        bool, typer.Option("--report", help="Only write the report of a finished run again.")
+    ] = False,
     print_cache_config: Annotated[
-        bool, typer.Option("--print-cache-config", help="Only print the config that builds the cache, if one is named.")
+        bool,
+        typer.Option(
+            "--print-cache-config",
+            help="Only print the config that builds the cache, if one is named.",
+        ),
     ] = False,
 ) -> None:
     """Trains the student that CONFIG describes; goes on where an interrupted run stopped."""
@@ -62,7 +74,9 @@ def summary(metrics: RunMetrics) -> str:
     if rouge["after"] is not None:
         lines.append(f"{'rouge-l':16} {rouge['before']:12,.4f} {rouge['after']:12,.4f}")
     elif rouge["answers"]:
-        lines.append(f"{'rouge-l':16} none: the cached answers have no words (no letters, no digits)")
+        lines.append(
+            f"{'rouge-l':16} none: the cached answers have no words (no letters, no digits)"
+        )
     return "\n".join(lines)
 
 

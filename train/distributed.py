@@ -1,7 +1,7 @@
 """What the processes of one training share: files are the first one's, sums are everyone's.
 
-Processes are those that ``torchrun`` or ``accelerate launch`` started; ``TrainingArguments`` makes them know each other.
-With one process all of this does nothing.
+Processes are those that ``torchrun`` or ``accelerate launch`` started; ``TrainingArguments`` makes
+them know each other. With one process all of this does nothing.
 """
 
 from __future__ import annotations
@@ -22,7 +22,11 @@ T = TypeVar("T")
 
 def processes() -> tuple[int, int]:
     """(the number of this process, from 0; how many there are)."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+    return (
+        (dist.get_rank(), dist.get_world_size())
+        if dist.is_available() and dist.is_initialized()
+        else (0, 1)
+    )
 
 
 def is_main() -> bool:
@@ -31,7 +35,9 @@ def is_main() -> bool:
 
 
 def on_main(work: Callable[[], T]) -> T:
-    """Calls ``work`` in the main process alone, and returns there and everywhere what it returned; raises what it raised."""
+    """Calls ``work`` in the main process alone, and returns there and everywhere what it
+    returned; raises what it raised.
+    """
     if processes()[1] == 1:
         return work()
     outcome: list[Any] = [None]
@@ -58,7 +64,9 @@ def gathered(mine: T) -> list[T]:
 
 
 def machine() -> tuple[str, str]:
-    """Name of this machine and of what it has run since it was started, where it says: a name may be given twice."""
+    """Name of this machine and of what it has run since it was started, where it says: a name
+    may be given twice.
+    """
     try:
         return socket.gethostname(), Path("/proc/sys/kernel/random/boot_id").read_text()
     except OSError:
@@ -66,13 +74,16 @@ def machine() -> tuple[str, str]:
 
 
 def leave(code: int = 0) -> None:
-    """Ends a process that trained together with others, with exit code ``code``; returns if it trained alone.
+    """Ends a process that trained together with others, with exit code ``code``; returns if it
+    trained alone.
 
-    Threads of torch that move tensors between processes live as long as the process: DDP keeps them even beyond
-    ``destroy_process_group``. One that drops a Python tensor while the interpreter shuts down cannot take its lock any
-    more; CPython (3.13 and older) then ends the thread inside a C++ destructor, and that aborts the process. The launcher
-    would call a finished training failed. So all that the interpreter does at its end for others is done here (threads
-    joined, exit handlers called, streams flushed), and then the process ends without a shutdown of the interpreter.
+    Threads of torch that move tensors between processes live as long as the process: DDP keeps them
+    even beyond ``destroy_process_group``. One that drops a Python tensor while the interpreter
+    shuts down cannot take its lock any more; CPython (3.13 and older) then ends the thread inside a
+    C++ destructor, and that aborts the process. The launcher would call a finished training failed.
+    So all that the interpreter does at its end for others is done here (threads joined, exit
+    handlers called, streams flushed), and then the process ends without a shutdown of the
+    interpreter.
 
     Call it last, once everything is saved. With code 0 it waits until all processes have come here.
     """

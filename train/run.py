@@ -1,7 +1,8 @@
 """``train-student``: cache -> student, from the first check to the report.
 
-What a run needs to go on after a crash stands in its output folder: ``run.json`` (which run this is, and how good the
-student was before it) and the Trainer's checkpoints. ``metrics.json`` is written last and says that it is finished.
+What a run needs to go on after a crash stands in its output folder: ``run.json`` (which run this
+is, and how good the student was before it) and the Trainer's checkpoints. ``metrics.json`` is
+written last and says that it is finished.
 """
 
 from __future__ import annotations
@@ -27,8 +28,18 @@ from logitcask.train.data.vocabulary import rows_of
 from logitcask.train.distributed import is_main, on_main
 from logitcask.train.evaluation.answers import Answer, answers, mean_rouge_l
 from logitcask.train.evaluation.evaluate import KL_KIND, evaluate, examples, teacher_reference
-from logitcask.train.loop.arguments import check_best, check_optimizer, check_schedule, training_arguments
-from logitcask.train.loop.checkpoints import CacheStamp, last_checkpoint, named_checkpoint, warn_of_other_batches
+from logitcask.train.loop.arguments import (
+    check_best,
+    check_optimizer,
+    check_schedule,
+    training_arguments,
+)
+from logitcask.train.loop.checkpoints import (
+    CacheStamp,
+    last_checkpoint,
+    named_checkpoint,
+    warn_of_other_batches,
+)
 from logitcask.train.loop.objective import Objective
 from logitcask.train.loop.trainer import DistillationTrainer
 from logitcask.train.loop.try_objective import try_objective
@@ -55,10 +66,13 @@ log = logging.getLogger(__name__)
 def train(config: TrainConfig, *, restart: bool = False) -> tuple[RunMetrics, bool]:
     """Trains the student that ``config`` describes, or goes on with it, or finds it trained.
 
-    Returns the content of metrics.json and whether it was there already. Raises UserError and its kinds.
+    Returns the content of metrics.json and whether it was there already. Raises UserError and its
+    kinds.
     """
     output = config.output_dir
-    arguments = training_arguments(config)  # from here on, processes that were started together know each other
+    arguments = training_arguments(
+        config
+    )  # from here on, processes that were started together know each other
     with exclusive(output) if is_main() else nullcontext():
         caches = [CacheReader(entry.cache) for entry in config.caches]
         run = {"config": _identity(config), "cache": _caches_identity(config, caches)}
@@ -68,8 +82,12 @@ def train(config: TrainConfig, *, restart: bool = False) -> tuple[RunMetrics, bo
         return _train(config, arguments, caches, run, before, restart=restart), False
 
 
-def _found(output: Path, run: dict[str, Any], *, restart: bool) -> tuple[dict[str, Any] | None, RunMetrics | None]:
-    """(what was measured before the first step, what metrics.json says) of this very run; None for what there is not."""
+def _found(
+    output: Path, run: dict[str, Any], *, restart: bool
+) -> tuple[dict[str, Any] | None, RunMetrics | None]:
+    """(what was measured before the first step, what metrics.json says) of this very run; None
+    for what there is not.
+    """
     refuse_other_files(output)
     before = None if restart else begun(output, run)
     if before is None or not (output / "metrics.json").exists():
@@ -85,7 +103,9 @@ def rewrite_report(output: Path) -> Path:
             for name in ("metrics.json", "log.json", "examples.json", "answers.json")
         )
     except FileNotFoundError as error:
-        raise UserError(f"{output} holds no finished run (no {Path(error.filename).name}); train it first") from None
+        raise UserError(
+            f"{output} holds no finished run (no {Path(error.filename).name}); train it first"
+        ) from None
     write_report(output / "report.html", metrics, history, shown, answered)
     return output / "report.html"
 
@@ -109,11 +129,13 @@ def _train(
     if before is None:
         before = _measure_before(arguments, examination, run, output)
     checkpoint = _start_of(arguments, fingerprints, parts, output)
-    # Again: whether the evaluation above ran now or in an earlier start must not show in the training.
+    # Again: whether the evaluation above ran now or in an earlier start must not show in the
+    # training.
     set_seed(arguments.seed)
     trainer.run(None if checkpoint is None else str(checkpoint))
 
-    # Before anything else that can fail. Metrics are those of the student before its adapters are merged.
+    # Before anything else that can fail. Metrics are those of the student before its adapters are
+    # merged.
     save_student(trainer, output)
     after = examination.measure()
     check_finite(after, "on held-out text after training")
@@ -132,8 +154,9 @@ def _train(
 class _Parts:
     """The parts of a run that its first step needs, all checked.
 
-    kl_tail: how much of the teacher's tail KL is computed with. exactness: of each loss. steps: of the whole training.
-    parameters, trained: counts of the student's, before its adapters are merged.
+    kl_tail: how much of the teacher's tail KL is computed with. exactness: of each loss. steps: of
+    the whole training. parameters, trained: counts of the student's, before its adapters are
+    merged.
     """
 
     student: PreTrainedModel
@@ -149,8 +172,12 @@ class _Parts:
     trained: int
 
 
-def _prepare(config: TrainConfig, arguments: TrainingArguments, caches: list[CacheReader]) -> _Parts:
-    """Makes and checks the parts of a run. Raises UserError and its kinds, before anything lasting is written."""
+def _prepare(
+    config: TrainConfig, arguments: TrainingArguments, caches: list[CacheReader]
+) -> _Parts:
+    """Makes and checks the parts of a run. Raises UserError and its kinds, before anything
+    lasting is written.
+    """
     manifests = [cache.manifest for cache in caches]
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
@@ -169,7 +196,9 @@ def _prepare(config: TrainConfig, arguments: TrainingArguments, caches: list[Cac
         compat.check_vocabulary(source)
     objective, tail, exactness = try_objective(config, held_out)
     optimizer = check_optimizer(arguments, student)
-    student.to(arguments.device)  # before the trainer tries the student: flash attention needs its GPU for that
+    student.to(
+        arguments.device
+    )  # before the trainer tries the student: flash attention needs its GPU for that
     trainer = DistillationTrainer(
         student,
         arguments,
@@ -201,7 +230,9 @@ def _prepare(config: TrainConfig, arguments: TrainingArguments, caches: list[Cac
 
 
 class _Examination:
-    """The student on held-out text, as it is when asked: its metrics, some positions, its answers."""
+    """The student on held-out text, as it is when asked: its metrics, some positions, its
+    answers.
+    """
 
     def __init__(self, config: TrainConfig, arguments: TrainingArguments, parts: _Parts) -> None:
         self._config, self._arguments, self._parts = config, arguments, parts
@@ -219,7 +250,11 @@ class _Examination:
     def show(self) -> list[dict[str, Any]]:
         tokenizer, trainer = self._parts.tokenizer, self._parts.trainer
         with trainer.precision():
-            return examples(trainer.head, self._parts.held_out, tokenizer) if tokenizer is not None else []
+            return (
+                examples(trainer.head, self._parts.held_out, tokenizer)
+                if tokenizer is not None
+                else []
+            )
 
     def answer(self) -> list[Answer]:
         wanted, tokenizer = self._config.evaluation.answers, self._parts.tokenizer
@@ -232,19 +267,29 @@ class _Examination:
 def _measure_before(
     arguments: TrainingArguments, examination: _Examination, run: dict[str, Any], output: Path
 ) -> dict[str, Any]:
-    """Measures the untrained student; ``run.json``, which is written then, says that the run has begun."""
+    """Measures the untrained student; ``run.json``, which is written then, says that the run has
+    begun.
+    """
     measured: dict[str, Any] = {
         "metrics": examination.measure(),
         "examples": examination.show(),
         "rouge_l": mean_rouge_l(examination.answer()),
     }
     check_best(arguments, measured["metrics"])
-    on_main(lambda: write_durably(output / "run.json", json.dumps({**run, "before": measured}, indent=2)))
+    on_main(
+        lambda: write_durably(
+            output / "run.json", json.dumps({**run, "before": measured}, indent=2)
+        )
+    )
     return measured
 
 
-def _start_of(arguments: TrainingArguments, fingerprints: tuple[str, ...], parts: _Parts, output: Path) -> Path | None:
-    """The checkpoint that the training goes on from: the run's last one, or else the one that is named."""
+def _start_of(
+    arguments: TrainingArguments, fingerprints: tuple[str, ...], parts: _Parts, output: Path
+) -> Path | None:
+    """The checkpoint that the training goes on from: the run's last one, or else the one that is
+    named.
+    """
     checkpoint = on_main(lambda: last_checkpoint(output))
     if checkpoint is None and isinstance(arguments.resume_from_checkpoint, str):
         checkpoint = named_checkpoint(arguments.resume_from_checkpoint, fingerprints, parts.steps)
@@ -277,14 +322,22 @@ def _metrics(
         "before": before["metrics"],
         "after": after,
         "teacher": cast(TeacherMetrics, teacher),
-        "rouge_l": {"before": before["rouge_l"], "after": mean_rouge_l(answered), "answers": len(answered)},
+        "rouge_l": {
+            "before": before["rouge_l"],
+            "after": mean_rouge_l(answered),
+            "answers": len(answered),
+        },
         "k": config.evaluation.k,
         "kl_tail": parts.kl_tail,
         "kl_kind": KL_KIND[parts.kl_tail],
         "steps": state.global_step,
-        "final_loss": next((record["loss"] for record in reversed(history) if "loss" in record), None),
+        "final_loss": next(
+            (record["loss"] for record in reversed(history) if "loss" in record), None
+        ),
         "seconds": max((record.get("seconds", 0.0) for record in history), default=0.0),
-        "positions_trained": int(max((record.get("positions", 0) for record in history), default=0)),
+        "positions_trained": int(
+            max((record.get("positions", 0) for record in history), default=0)
+        ),
         "train_sequences": sum(len(source) for source in parts.data.sources),
         "held_out_sequences": len(parts.held_out),
         "held_out_positions": int(reference["positions"]),
@@ -310,7 +363,9 @@ def _write(
     shown: list[dict[str, Any]],
     answered: list[Answer],
 ) -> None:
-    """Writes what a finished run leaves beside its student; ``metrics.json``, which says that it is finished, last."""
+    """Writes what a finished run leaves beside its student; ``metrics.json``, which says that it
+    is finished, last.
+    """
     told = [each._asdict() for each in answered]
     write_durably(output / "log.json", json.dumps(history, indent=1))
     write_durably(output / "examples.json", json.dumps(shown, indent=1, ensure_ascii=False))
@@ -327,13 +382,16 @@ def _identity(config: TrainConfig) -> dict[str, Any]:
     identity["training"] = {
         key: value
         for key, value in config.training.items()
-        if key != "output_dir" and (key == "dataloader_drop_last" or not key.startswith("dataloader_"))
+        if key != "output_dir"
+        and (key == "dataloader_drop_last" or not key.startswith("dataloader_"))
     }
     return identity
 
 
 def _caches_identity(config: TrainConfig, caches: list[CacheReader]) -> Any:
-    """The fingerprint of the cache; for a mixture, of each with its weight and name, which seeds and logs depend on."""
+    """The fingerprint of the cache; for a mixture, of each with its weight and name, which seeds
+    and logs depend on.
+    """
     if isinstance(config.cache, str):
         return caches[0].manifest.fingerprint
     return [
@@ -349,7 +407,9 @@ def _joined(names: Iterable[str]) -> str:
 def _caches_described(config: TrainConfig, manifests: list[Manifest]) -> CacheFacts:
     """What reports say of the cache, or of all caches together."""
     tokens = sum(manifest.statistics.tokens for manifest in manifests)
-    size = sum(manifest.statistics.tokens * manifest.statistics.bytes_per_token for manifest in manifests)
+    size = sum(
+        manifest.statistics.tokens * manifest.statistics.bytes_per_token for manifest in manifests
+    )
     return {
         "path": _joined(entry.cache for entry in config.caches),
         "fingerprint": _joined(manifest.fingerprint for manifest in manifests),

@@ -15,23 +15,43 @@ from logitcask.cache_format.schema import MAX_DECODED_BYTES
 
 def forge_bomb(case: Case) -> None:
     entry, data = case.shard()
-    case.pick([bomb_planes, bomb_padding, bomb_samples, bomb_mask, bomb_name, bomb_manifest, bomb_prefixes])(
-        case, entry, data
-    )
+    case.pick(
+        [
+            bomb_planes,
+            bomb_padding,
+            bomb_samples,
+            bomb_mask,
+            bomb_name,
+            bomb_manifest,
+            bomb_prefixes,
+        ]
+    )(case, entry, data)
 
 
 def one_row(schema: pa.Schema, tokens: int, kept: int) -> tuple[list[str], Columns]:
-    """A row of ``tokens`` tokens whose last ``kept`` are learnt; everything but the mask and the positions is 0."""
+    """A row of ``tokens`` tokens whose last ``kept`` are learnt; everything but the mask and the
+    positions is 0.
+    """
     mask = np.zeros(tokens, np.bool_)
     mask[tokens - kept :] = True
-    per_position = ("target_logprob", "target_rank", "tail_step", "head_size", "entropy_step", "sample_size")
+    per_position = (
+        "target_logprob",
+        "target_rank",
+        "tail_step",
+        "head_size",
+        "entropy_step",
+        "sample_size",
+    )
     columns: Columns = {}
     for each in [*schema][1:]:
         length = tokens if each.name == "input_ids" else kept if each.name in per_position else 0
         kind = np.uint8 if pa.types.is_binary(each.type) else each.type.value_type.to_pandas_dtype()
         columns[each.name] = np.array([length]), np.zeros(length, kind)
     columns["loss_mask"] = np.array([tokens]), mask
-    columns["positions"] = np.array([kept]), np.arange(tokens - kept - 1, tokens - 1, dtype=np.int32)
+    columns["positions"] = (
+        np.array([kept]),
+        np.arange(tokens - kept - 1, tokens - 1, dtype=np.int32),
+    )
     return ["bomb"], columns
 
 
@@ -54,7 +74,9 @@ def bomb_planes(case: Case, entry: dict[str, Any], data: bytes) -> None:
 
 
 def bomb_padding(case: Case, entry: dict[str, Any], data: bytes) -> None:
-    """One wide head among narrow ones: little on disk, up to the limit and more once it is padded."""
+    """One wide head among narrow ones: little on disk, up to the limit and more once it is
+    padded.
+    """
     schema = columns_of(data)[0]
     width = min(case.base.store.vocab_size, 65_000)
     kept = int(MAX_DECODED_BYTES * case.pick([0.2, 0.99, 1.01, 40]) / 8 / width)
@@ -108,7 +130,9 @@ def bomb_manifest(case: Case, entry: dict[str, Any], data: bytes) -> None:
     size = int(case.pick([1 << 20, 63 << 20, 65 << 20]))
     unit = case.pick([b"[],", b"{},", b"1.5,", b'"",', b"1,", b" ", b'{"a":[]},', b"[[[]]],"])
     filler = unit * (size // len(unit))
-    case.files["manifest.json"] = text.replace(b'"config": {', b'"config": {"x": [' + filler + b"1],", 1)
+    case.files["manifest.json"] = text.replace(
+        b'"config": {', b'"config": {"x": [' + filler + b"1],", 1
+    )
 
 
 def bomb_prefixes(case: Case, entry: dict[str, Any], data: bytes) -> None:
@@ -116,7 +140,11 @@ def bomb_prefixes(case: Case, entry: dict[str, Any], data: bytes) -> None:
     changed = bytearray(data)
     for at in range(metadata_of(data)[1][1], len(data) - 8, 8):
         (value,) = struct.unpack_from("<q", data, at)
-        if 0 < value < 1 << 20 and data[at + 8 : at + 12] == b"\x28\xb5\x2f\xfd":  # zstd's magic number
-            struct.pack_into("<q", changed, at, int(case.pick([1 << 20, 10 << 20, 20 << 20, 200 << 20])))
+        if (
+            0 < value < 1 << 20 and data[at + 8 : at + 12] == b"\x28\xb5\x2f\xfd"
+        ):  # zstd's magic number
+            struct.pack_into(
+                "<q", changed, at, int(case.pick([1 << 20, 10 << 20, 20 << 20, 200 << 20]))
+            )
     case.files[entry["path"]] = bytes(changed)
     case.seal()

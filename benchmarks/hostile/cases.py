@@ -24,10 +24,21 @@ from logitcask.pipeline.types import Sequence
 
 KINDS: dict[str, dict[str, Any]] = {
     "head": {"top_k": 8, "min_probability": None, "tail_samples": 0},
-    "fine head": {"top_k": 8, "min_probability": None, "tail_samples": 0, "logprob_step": 2.0**-12},  # escapes
+    "fine head": {
+        "top_k": 8,
+        "min_probability": None,
+        "tail_samples": 0,
+        "logprob_step": 2.0**-12,
+    },  # escapes
     "ragged": {"top_k": 8, "min_k": 1, "min_probability": 0.01, "tail_samples": 0},
     "samples": {"top_k": 8, "min_k": 1, "tail_samples": 6, "sample_sets": 2},
-    "sample logprobs": {"top_k": 8, "min_k": 1, "tail_samples": 6, "sample_logprobs": True, "logprob_step": 2.0**-9},
+    "sample logprobs": {
+        "top_k": 8,
+        "min_k": 1,
+        "tail_samples": 6,
+        "sample_logprobs": True,
+        "logprob_step": 2.0**-9,
+    },
     "random sampling": {"top_k": 0, "min_k": 0, "tail_samples": 40},
 }
 BASES = [
@@ -84,7 +95,9 @@ class Case:
         self.files["manifest.json"] = (json.dumps(self.manifest) if text is None else text).encode()
 
     def seal(self) -> None:
-        """Makes sizes, hashes, totals and the fingerprint of the manifest fit the files, where its types let it."""
+        """Makes sizes, hashes, totals and the fingerprint of the manifest fit the files, where
+        its types let it.
+        """
         try:
             listed = [*self.manifest["shards"], *filter(None, [self.manifest["tail_prior"]])]
             for entry in listed:
@@ -124,24 +137,38 @@ def fingerprint(manifest: dict[str, Any]) -> str:
     }
     if manifest.get("derived_from") is not None:
         identity["derived_from"] = manifest["derived_from"]
-    return hashlib.sha256(json.dumps(identity, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps(identity, sort_keys=True, separators=(",", ":")).encode()
+    ).hexdigest()
 
 
 def make_base(kind: str, vocab_size: int, with_prior: bool, folder: Path) -> Base:
-    """Three shards of three sequences by the synthetic teacher, two rows to a batch; one sequence has no kept position."""
+    """Three shards of three sequences by the synthetic teacher, two rows to a batch; one
+    sequence has no kept position.
+    """
     rng = np.random.default_rng([vocab_size, *kind.encode()])
     config = StoreConfig(**KINDS[kind])
     store = config.settings(vocab_size)
-    # Constructed unchecked: a config asks for the 258 ids of the synthetic tokenizer, which is not used here.
+    # Constructed unchecked: a config asks for the 258 ids of the synthetic tokenizer, which is not
+    # used here.
     teacher = SyntheticTeacher(
-        TeacherConfig.model_construct(model="synthetic", vocab_size=vocab_size, seed=1), config.capture()
+        TeacherConfig.model_construct(model="synthetic", vocab_size=vocab_size, seed=1),
+        config.capture(),
     )
     header = Header(
         created_by="hostile",
         teacher=teacher.identity(),
-        tokenizer=TokenizerIdentity(name="t", sha256="0" * 64, vocab_sha256="0" * 64, vocab_size=vocab_size),
+        tokenizer=TokenizerIdentity(
+            name="t", sha256="0" * 64, vocab_sha256="0" * 64, vocab_size=vocab_size
+        ),
         data=DataIdentity(
-            source="x", split="train", kind="documents", mask_policy="all", max_length=64, overlong="split", sha256="0"
+            source="x",
+            split="train",
+            kind="documents",
+            mask_policy="all",
+            max_length=64,
+            overlong="split",
+            sha256="0",
         ),
         store=store,
     )
@@ -149,18 +176,26 @@ def make_base(kind: str, vocab_size: int, with_prior: bool, folder: Path) -> Bas
     for index, tokens in enumerate((12, 1, 16, 9, 20, 7, 14, 2, 10)):
         mask = rng.random(tokens) < 0.8
         mask[0] = False
-        plain = Sequence(f"sequence {index}", rng.integers(0, vocab_size, tokens).astype(np.int32), mask)
+        plain = Sequence(
+            f"sequence {index}", rng.integers(0, vocab_size, tokens).astype(np.int32), mask
+        )
         (scored,) = teacher.score([plain])
         sequences.append(keep(plain, scored, store) if mask.any() else keep_nothing(plain, store))
     with CacheWriter(folder) as writer:
-        started = writer.begin(header, TailPrior.estimate(sequences, vocab_size) if with_prior else None)
+        started = writer.begin(
+            header, TailPrior.estimate(sequences, vocab_size) if with_prior else None
+        )
         for index in range(3):
             with writer.shard(index, sequences_per_batch=lambda _: 2) as shard:
                 for sequence in sequences[3 * index : 3 * index + 3]:
                     shard.append(sequence)
         writer.finish(started, 3)
     assert verify(str(folder), deep=True) == []
-    files = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    files = {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
     name = f"{kind}, {vocab_size} ids{', prior' if with_prior else ''}"
     return Base(name, files, store, [digest(each) for each in CacheReader(folder)])
 
@@ -175,7 +210,16 @@ def digest(sequence: CachedSequence) -> bytes:
 
 
 def arrays_of(sequence: CachedSequence) -> dict[str, NDArray[Any]]:
-    names = ("input_ids", "loss_mask", "positions", "ids", "logprobs", "tail_logprob", "target_logprob", "target_rank")
+    names = (
+        "input_ids",
+        "loss_mask",
+        "positions",
+        "ids",
+        "logprobs",
+        "tail_logprob",
+        "target_logprob",
+        "target_rank",
+    )
     found = {name: getattr(sequence, name) for name in names}
     if sequence.entropy is not None:
         found["entropy"] = sequence.entropy
@@ -188,7 +232,9 @@ def arrays_of(sequence: CachedSequence) -> dict[str, NDArray[Any]]:
 
 def lay_out(folder: Path, wanted: dict[str, Content], there: dict[str, Content]) -> None:
     """Makes ``folder``, which holds ``there``, hold ``wanted``."""
-    for path in there.keys() - wanted.keys() | {path for path in wanted if wanted[path] is not there.get(path)}:
+    for path in there.keys() - wanted.keys() | {
+        path for path in wanted if wanted[path] is not there.get(path)
+    }:
         at = folder / path
         if at.is_dir() and not at.is_symlink():
             shutil.rmtree(at)

@@ -43,7 +43,11 @@ def change_bytes(case: Case, data: bytes) -> bytes:
         "repeat": lambda: data[:stop] + data[start:],
         "truncate": lambda: data[:start],
         "few bytes lost": lambda: data[: -int(case.rng.integers(1, 17))],
-    }[case.pick(["random", "zero", "ones", "cut", "insert", "repeat", "truncate", "few bytes lost"])]()
+    }[
+        case.pick(
+            ["random", "zero", "ones", "cut", "insert", "repeat", "truncate", "few bytes lost"]
+        )
+    ]()
 
 
 def damage_places(case: Case) -> None:
@@ -62,7 +66,11 @@ def damage_places(case: Case) -> None:
         {path: lambda at: at.symlink_to("/etc/passwd")},
         {path: lambda at: at.symlink_to(at)},
         {path: lambda at: at.symlink_to("nowhere")},
-        {path: lambda at: (at.parent / "elsewhere").write_bytes(there) and at.symlink_to("elsewhere")},
+        {
+            path: lambda at: (
+                (at.parent / "elsewhere").write_bytes(there) and at.symlink_to("elsewhere")
+            )
+        },
         {"data/shard-99999.arrow": case.base.files[second]},
         {".build/header.json": b"{"},
     ]
@@ -91,7 +99,21 @@ NUMBERS: list[Any] = [
     2**63 - 1,
     2**63,
 ]
-NUMBERS += [-(2**63), 2**64, 10**30, 10**400, -(10**400), 0.0, -0.0, 0.5, 1.5, 3.0, 1e-300, 5e-324, 1e300]
+NUMBERS += [
+    -(2**63),
+    2**64,
+    10**30,
+    10**400,
+    -(10**400),
+    0.0,
+    -0.0,
+    0.5,
+    1.5,
+    3.0,
+    1e-300,
+    5e-324,
+    1e300,
+]
 NUMBERS += [2.0**-20, 2.0**-16, 2.0**-3, 0.1, float("nan"), float("inf"), float("-inf")]
 OTHERS: list[Any] = [
     None,
@@ -109,9 +131,27 @@ OTHERS: list[Any] = [
     [None],
     {"a": 1},
 ]
-PATHS = ["../shard.arrow", "data/../../x.arrow", "/etc/passwd", "data/../manifest.json", "data\\shard-00000.arrow"]
-PATHS += ["data/shard-00000.arrow\0", "data/shard-00000.arrow\n", "data/.arrow", "data//x.arrow", "data/nowhere.arrow"]
-PATHS += ["data/" + "x" * 300 + ".arrow", "data/SHARD-00000.ARROW", "file:///etc/passwd", "tail_prior.arrow", "."]
+PATHS = [
+    "../shard.arrow",
+    "data/../../x.arrow",
+    "/etc/passwd",
+    "data/../manifest.json",
+    "data\\shard-00000.arrow",
+]
+PATHS += [
+    "data/shard-00000.arrow\0",
+    "data/shard-00000.arrow\n",
+    "data/.arrow",
+    "data//x.arrow",
+    "data/nowhere.arrow",
+]
+PATHS += [
+    "data/" + "x" * 300 + ".arrow",
+    "data/SHARD-00000.ARROW",
+    "file:///etc/passwd",
+    "tail_prior.arrow",
+    ".",
+]
 
 
 def edit_manifest(case: Case) -> None:
@@ -135,9 +175,20 @@ def edit_value(case: Case) -> None:
         lambda: str(value),
     ]
     if isinstance(value, int | float):
-        changes += [lambda: value + 1, lambda: value - 1, lambda: -value, lambda: value * 2, lambda: value / 2]
+        changes += [
+            lambda: value + 1,
+            lambda: value - 1,
+            lambda: -value,
+            lambda: value * 2,
+            lambda: value / 2,
+        ]
     if isinstance(value, str) and value:
-        changes += [lambda: value[:-1], lambda: value + "0", lambda: value[::-1], lambda: value.upper()]
+        changes += [
+            lambda: value[:-1],
+            lambda: value + "0",
+            lambda: value[::-1],
+            lambda: value.upper(),
+        ]
     what = case.pick(["change", "change", "change", "delete", "rename"])
     if what == "change":
         holder[key] = case.pick(changes)()
@@ -149,14 +200,22 @@ def edit_value(case: Case) -> None:
 
 def places_in(node: Any) -> Iterator[tuple[Any, Any]]:
     """(container, key) of everything in a JSON document."""
-    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    items = (
+        node.items()
+        if isinstance(node, dict)
+        else enumerate(node)
+        if isinstance(node, list)
+        else ()
+    )
     for key, value in items:
         yield node, key
         yield from places_in(value)
 
 
 def edit_store(case: Case) -> None:
-    case.manifest["store"][case.pick(sorted(case.manifest["store"]))] = copy.deepcopy(case.pick([*NUMBERS, *OTHERS]))
+    case.manifest["store"][case.pick(sorted(case.manifest["store"]))] = copy.deepcopy(
+        case.pick([*NUMBERS, *OTHERS])
+    )
 
 
 def edit_shards(case: Case) -> None:
@@ -172,7 +231,15 @@ def edit_shards(case: Case) -> None:
     elif what == "no prior":
         case.manifest["tail_prior"] = None
     else:
-        keys = ["sequences", "sequences_per_batch", "bytes", "tokens", "positions", "entries", "draws"]
+        keys = [
+            "sequences",
+            "sequences_per_batch",
+            "bytes",
+            "tokens",
+            "positions",
+            "entries",
+            "draws",
+        ]
         shards[first][case.pick(keys)] = case.pick(NUMBERS)
 
 
@@ -184,7 +251,17 @@ def edit_path(case: Case) -> None:
 def edit_text(case: Case) -> None:
     """Documents that a JSON parser should not be shown."""
     text = case.base.files["manifest.json"]
-    key = case.pick([b"format_version", b"sequences", b"logprob_step", b"path", b"shards", b"vocab_size", b"bytes"])
+    key = case.pick(
+        [
+            b"format_version",
+            b"sequences",
+            b"logprob_step",
+            b"path",
+            b"shards",
+            b"vocab_size",
+            b"bytes",
+        ]
+    )
     at = text.index(b'"' + key + b'"')
     nested = int(case.pick([100, 300, 10_000, 200_000]))
     case.files["manifest.json"] = case.pick(
@@ -194,9 +271,17 @@ def edit_text(case: Case) -> None:
             lambda: text.replace(b"train", b"tr\xff\xfein"),
             lambda: text.replace(b"train", b"tr\\ud800in"),
             lambda: text.replace(b"train", b"tr\0in"),
-            lambda: text[:at] + b'"%s": %s, ' % (key, case.pick([b"0", b"2", b"null", b'"x"'])) + text[at:],
-            lambda: text.replace(b'"config": {', b'"config": {"x": ' + b"[" * nested + b"]" * nested, 1),
-            lambda: text.replace(b'"config": {', b'"config": {"x": ' + b'{"x":' * nested + b"1" + b"}" * nested, 1),
+            lambda: (
+                text[:at]
+                + b'"%s": %s, ' % (key, case.pick([b"0", b"2", b"null", b'"x"']))
+                + text[at:]
+            ),
+            lambda: text.replace(
+                b'"config": {', b'"config": {"x": ' + b"[" * nested + b"]" * nested, 1
+            ),
+            lambda: text.replace(
+                b'"config": {', b'"config": {"x": ' + b'{"x":' * nested + b"1" + b"}" * nested, 1
+            ),
             lambda: b"[" * nested,
             lambda: text.replace(b'"logprob_step": ', b'"logprob_step": 1e999 , "x":', 1),
             lambda: text.replace(b'"seed": ', b'"seed": 1' + b"0" * 5000 + b', "x":', 1),

@@ -12,7 +12,9 @@ def forge_columns(case: Case) -> None:
     entry, data = case.shard()
     schema, names, columns = columns_of(data)
     for _ in range(case.pick([1, 1, 1, 2, 3])):
-        edit = case.pick([edit_numbers, edit_numbers, edit_lengths, edit_bytes, edit_rows, edit_mask, edit_names])
+        edit = case.pick(
+            [edit_numbers, edit_numbers, edit_lengths, edit_bytes, edit_rows, edit_mask, edit_names]
+        )
         edit(case, names, columns)
     put_columns(case, entry, schema, names, columns, rows_per_batch=2)
     case.seal()
@@ -32,7 +34,20 @@ def edit_numbers(case: Case, names: list[str], columns: Columns) -> None:
     else:
         limits = np.iinfo(values.dtype)
         near = [int(values[at[0]]) + each for each in (-1, 1, 7)]
-        special = [0, 1, 254, 255, 256, vocab_size - 1, vocab_size, vocab_size + 1, 2**16, 2**24, 2**30, -1]
+        special = [
+            0,
+            1,
+            254,
+            255,
+            256,
+            vocab_size - 1,
+            vocab_size,
+            vocab_size + 1,
+            2**16,
+            2**24,
+            2**30,
+            -1,
+        ]
         value = case.pick([*near, *special, limits.min, limits.max, limits.max - 1])
         values[at] = np.clip(value, limits.min, limits.max)
 
@@ -66,7 +81,9 @@ def edit_lengths(case: Case, names: list[str], columns: Columns) -> None:
 def edit_rows(case: Case, names: list[str], columns: Columns) -> None:
     """Rows in another order, twice, or left out."""
     rows = len(names)
-    order = case.pick([case.rng.permutation(rows), case.rng.integers(0, max(rows, 1), rows), np.arange(rows)[1:]])
+    order = case.pick(
+        [case.rng.permutation(rows), case.rng.integers(0, max(rows, 1), rows), np.arange(rows)[1:]]
+    )
     if not len(order):
         return
     names[:] = [names[row] for row in order]
@@ -90,5 +107,14 @@ def edit_mask(case: Case, names: list[str], columns: Columns) -> None:
 
 def edit_names(case: Case, names: list[str], columns: Columns) -> None:
     if names:
-        others = ["", names[0], "sequence 0", "x" * 100_000, "\0", "\x1b[2J", "\U0001f600" * 99, "a\nb"]
+        others = [
+            "",
+            names[0],
+            "sequence 0",
+            "x" * 100_000,
+            "\0",
+            "\x1b[2J",
+            "\U0001f600" * 99,
+            "a\nb",
+        ]
         names[int(case.rng.integers(len(names)))] = case.pick(others)

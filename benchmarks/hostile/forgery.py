@@ -1,4 +1,6 @@
-"""Forged files: every hash fits, so that nothing but the decoder stands between the bytes and the user."""
+"""Forged files: every hash fits, so that nothing but the decoder stands between the bytes and
+the user.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ def forge_bytes(case: Case) -> None:
 
 
 def forge_metadata(case: Case) -> None:
-    """Words of the footer's and the messages' flatbuffers: offsets, vtables, lengths, counts, types."""
+    """Words of the footer's and the messages' flatbuffers: offsets, vtables, lengths, counts,
+    types.
+    """
     entry, data = case.shard()
     changed = bytearray(data)
     for _ in range(case.pick([1, 1, 1, 2, 4])):
@@ -43,7 +47,25 @@ def put_word(case: Case, data: bytearray, start: int, stop: int) -> None:
         return
     old = int.from_bytes(data[at : at + width], "little")
     near = old + int(case.pick([-64, -24, -16, -8, -4, -2, -1, 1, 2, 4, 8, 16, 24, 64]))
-    new = case.pick([near, near, 0, 1, -1, -2, 2**7, 2**15, 2**31 - 1, 2**31, 2**40, 2**62, 2**63 - 1, 2**63, old ^ 8])
+    new = case.pick(
+        [
+            near,
+            near,
+            0,
+            1,
+            -1,
+            -2,
+            2**7,
+            2**15,
+            2**31 - 1,
+            2**31,
+            2**40,
+            2**62,
+            2**63 - 1,
+            2**63,
+            old ^ 8,
+        ]
+    )
     data[at : at + width] = (new % 256**width).to_bytes(width, "little")
 
 
@@ -60,7 +82,23 @@ def forge_sizes(case: Case) -> None:
         at = case.pick(places)
         (old,) = struct.unpack_from("<q", data, at)
         new = case.pick(
-            [old + 1, old - 1, old * 2, 0, 1, -1, -2, -(2**63), 2**20, 2**28, 2**31, 2**34, 2**62, 2**63 - 1, 8]
+            [
+                old + 1,
+                old - 1,
+                old * 2,
+                0,
+                1,
+                -1,
+                -2,
+                -(2**63),
+                2**20,
+                2**28,
+                2**31,
+                2**34,
+                2**62,
+                2**63 - 1,
+                8,
+            ]
         )
         struct.pack_into("<q", changed, at, new)
     case.files[entry["path"]] = bytes(changed)
@@ -77,7 +115,9 @@ def forge_prior(case: Case) -> None:
         [
             lambda: sound,
             lambda: TailPrior(np.zeros(size, np.uint8)).to_bytes(),
-            lambda: TailPrior(case.pick([steps[:-1], steps[:0], np.append(steps, 1).astype(np.uint8)])).to_bytes(),
+            lambda: TailPrior(
+                case.pick([steps[:-1], steps[:0], np.append(steps, 1).astype(np.uint8)])
+            ).to_bytes(),
             lambda: flip_bits(case, sound),
             lambda: change_bytes(case, sound),
             lambda: case.shard()[1],
@@ -115,7 +155,9 @@ def forge_structure(case: Case) -> None:
     name = schema.names[at]
 
     def with_column(array: pa.Array, *, nullable: bool = False) -> bytes:
-        changed = pa.schema([*list(schema)[:at], pa.field(name, array.type, nullable), *list(schema)[at + 1 :]])
+        changed = pa.schema(
+            [*list(schema)[:at], pa.field(name, array.type, nullable), *list(schema)[at + 1 :]]
+        )
         arrays = [*table.columns[:at], pa.chunked_array([array]), *table.columns[at + 1 :]]
         return whole(pa.Table.from_arrays(arrays, schema=changed))
 
@@ -139,7 +181,9 @@ def forge_structure(case: Case) -> None:
         lambda: written_with_nulls(table, at, inner_null, compression),
         lambda: written_with_nulls(table, at, inner_null, compression),
         lambda: with_column(pa.array([[each] for each in values], pa.list_(column.type))),
-        lambda: with_column(pa.array([{"x": each} for each in values], pa.struct([("x", column.type)]))),
+        lambda: with_column(
+            pa.array([{"x": each} for each in values], pa.struct([("x", column.type)]))
+        ),
         lambda: with_column(pa.array([str(each) for each in values]).dictionary_encode()),
         lambda: with_column(pa.array(range(len(values)), pa.int64())),
         lambda: with_column(pa.nulls(len(values)), nullable=True),
@@ -147,7 +191,9 @@ def forge_structure(case: Case) -> None:
         lambda: whole(table.append_column("more", [pa.array(range(len(table)))])),
         lambda: whole(table.drop_columns([name])),
         lambda: whole(table.select(list(reversed(schema.names)))),
-        lambda: whole(table.rename_columns([each + "_" if each == name else each for each in schema.names])),
+        lambda: whole(
+            table.rename_columns([each + "_" if each == name else each for each in schema.names])
+        ),
         lambda: whole(table.replace_schema_metadata({"a": "b" * 1000})),
         lambda: written(table.to_batches(), schema, compression),
         lambda: written(table.to_batches(max_chunksize=1), schema, compression),

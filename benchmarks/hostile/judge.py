@@ -13,9 +13,19 @@ from logitcask.cache_format import CachedSequence, CacheReader, LogitcaskError, 
 from logitcask.cache_format.manifest import StoreSettings
 
 SPREAD = 2.0**-16  # what sums of fp32 probabilities may be off by
-HASH, MANIFEST, DECODER, DEEP = "refused: hash", "refused: manifest", "refused: decoder", "refused: verify --deep"
+HASH, MANIFEST, DECODER, DEEP = (
+    "refused: hash",
+    "refused: manifest",
+    "refused: decoder",
+    "refused: verify --deep",
+)
 IDENTICAL, VALID, FAILED = "identical", "accepted, valid", "FAILED"
-HASH, MANIFEST, DECODER, DEEP = "refused: hash", "refused: manifest", "refused: decoder", "refused: verify --deep"
+HASH, MANIFEST, DECODER, DEEP = (
+    "refused: hash",
+    "refused: manifest",
+    "refused: decoder",
+    "refused: verify --deep",
+)
 IDENTICAL, VALID, FAILED = "identical", "accepted, valid", "FAILED"
 IDENTICAL, VALID, FAILED = "identical", "accepted, valid", "FAILED"
 OUTCOMES = (HASH, MANIFEST, DECODER, DEEP, IDENTICAL, VALID, FAILED)
@@ -24,7 +34,9 @@ OUTCOMES = (HASH, MANIFEST, DECODER, DEEP, IDENTICAL, VALID, FAILED)
 def judge(folder: str, case: Case, forged: bool) -> tuple[str, str]:
     """(outcome, what was wrong) of reading the cache in ``folder`` in every way there is."""
     before, after = case.base.files, case.files
-    changed = {path for path in before.keys() | after.keys() if before.get(path) is not after.get(path)}
+    changed = {
+        path for path in before.keys() | after.keys() if before.get(path) is not after.get(path)
+    }
     try:
         cache = CacheReader(folder)
     except LogitcaskError as error:
@@ -79,7 +91,9 @@ def deep_problems(folder: str) -> list[str]:
 
 
 def refusal(error: LogitcaskError, changed: set[str], forged: bool) -> tuple[str, str]:
-    """The kind of refusal; a failure where damage is put down to no file, or to another than the one that has it."""
+    """The kind of refusal; a failure where damage is put down to no file, or to another than the
+    one that has it.
+    """
     message = str(error)
     if "manifest.json" in changed:
         changed = changed | {"data/", "tail_prior.arrow"}  # a number in it may contradict any file
@@ -93,20 +107,36 @@ def refusal(error: LogitcaskError, changed: set[str], forged: bool) -> tuple[str
 
 
 def broken(sequence: CachedSequence, store: StoreSettings, *, deep: bool) -> str | None:
-    """Which rule of SPEC.md a sequence breaks, if any; ``deep``: also of those that only ``verify --deep`` checks."""
+    """Which rule of SPEC.md a sequence breaks, if any; ``deep``: also of those that only
+    ``verify --deep`` checks.
+    """
     n, p, vocab_size = len(sequence.input_ids), len(sequence.positions), store.vocab_size
-    ids, logprobs, samples, entropy = sequence.ids, sequence.logprobs, sequence.samples, sequence.entropy
+    ids, logprobs, samples, entropy = (
+        sequence.ids,
+        sequence.logprobs,
+        sequence.samples,
+        sequence.entropy,
+    )
     stored = ids >= 0
     size = stored.sum(axis=1)
     target, tail, mask = sequence.target_logprob, sequence.tail_logprob, sequence.loss_mask
     rules: dict[str, Any] = {
         "no tokens": n >= 1,
         "another mask than tokens": mask.shape == (n,) and mask.dtype == np.bool_,
-        "a token outside the vocabulary": ((sequence.input_ids >= 0) & (sequence.input_ids < vocab_size)).all(),
+        "a token outside the vocabulary": (
+            (sequence.input_ids >= 0) & (sequence.input_ids < vocab_size)
+        ).all(),
         "a first token that is learnt": not mask[:1].any(),
-        "positions that are not the mask's": np.array_equal(sequence.positions, np.flatnonzero(mask[1:])),
-        "heads of another shape": ids.shape == logprobs.shape and len(ids) == p and ids.dtype == np.int32,
-        "scalars of another shape": target.shape == tail.shape == sequence.target_rank.shape == (p,),
+        "positions that are not the mask's": np.array_equal(
+            sequence.positions, np.flatnonzero(mask[1:])
+        ),
+        "heads of another shape": ids.shape == logprobs.shape
+        and len(ids) == p
+        and ids.dtype == np.int32,
+        "scalars of another shape": target.shape
+        == tail.shape
+        == sequence.target_rank.shape
+        == (p,),
         "a head id outside the vocabulary": (ids >= -1).all() and (ids < vocab_size).all(),
         "padding between entries": (stored[:, 1:] <= stored[:, :-1]).all(),
         "padding that is not -inf": np.isneginf(logprobs[~stored]).all(),
@@ -116,19 +146,26 @@ def broken(sequence: CachedSequence, store: StoreSettings, *, deep: bool) -> str
         "an empty head": store.tail_samples > 0 or (size >= 1).all(),
         "a tail that is no logprob": (tail <= 0).all(),
         "a target that is no logprob": np.isfinite(target).all() and (target <= 1e-3).all(),
-        "a rank outside the vocabulary": ((sequence.target_rank >= 0) & (sequence.target_rank < vocab_size)).all(),
+        "a rank outside the vocabulary": (
+            (sequence.target_rank >= 0) & (sequence.target_rank < vocab_size)
+        ).all(),
         "entropy where there is none": (entropy is not None) == store.entropy,
         "samples where there are none": (samples is not None) == (store.tail_samples > 0),
     }
     if entropy is not None:
-        rules["an entropy that is none"] = entropy.shape == (p,) and np.isfinite(entropy).all() and (entropy >= 0).all()
+        rules["an entropy that is none"] = (
+            entropy.shape == (p,) and np.isfinite(entropy).all() and (entropy >= 0).all()
+        )
     if samples is not None:
         drawn, of_draws = samples.ids >= 0, samples.logprobs
         rules |= {
-            "samples of another shape": drawn.shape[:2] == (p, store.sample_sets) and drawn.shape[2] <= 255,
-            "a sample outside the vocabulary": (samples.ids >= -1).all() and (samples.ids < vocab_size).all(),
+            "samples of another shape": drawn.shape[:2] == (p, store.sample_sets)
+            and drawn.shape[2] <= 255,
+            "a sample outside the vocabulary": (samples.ids >= -1).all()
+            and (samples.ids < vocab_size).all(),
             "padding between samples": (drawn[..., 1:] <= drawn[..., :-1]).all(),
-            "logprobs of samples where there are none": (of_draws is not None) == store.sample_logprobs,
+            "logprobs of samples where there are none": (of_draws is not None)
+            == store.sample_logprobs,
         }
         if of_draws is not None:
             rules["samples that are no logprobs"] = (
@@ -141,7 +178,9 @@ def broken(sequence: CachedSequence, store: StoreSettings, *, deep: bool) -> str
     return wrong or (broken_deeply(sequence, store, size) if deep else None)
 
 
-def broken_deeply(sequence: CachedSequence, store: StoreSettings, size: NDArray[np.int64]) -> str | None:
+def broken_deeply(
+    sequence: CachedSequence, store: StoreSettings, size: NDArray[np.int64]
+) -> str | None:
     with np.errstate(over="ignore"):
         mass = np.exp(sequence.logprobs.astype(np.float64)).sum(axis=1) + np.exp(
             sequence.tail_logprob.astype(np.float64)

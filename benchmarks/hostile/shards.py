@@ -43,13 +43,17 @@ def written(batches: list[pa.RecordBatch], schema: pa.Schema, compression: str |
     return result
 
 
-def written_with_nulls(table: pa.Table, at: int, values: list[Any], compression: str | None) -> bytes:
+def written_with_nulls(
+    table: pa.Table, at: int, values: list[Any], compression: str | None
+) -> bytes:
     """As the schema of a shard has it, with nulls in a column whose field allows none."""
     schema = table.schema
     arrays = [column.combine_chunks() for column in table.columns]
     arrays[at] = pa.array(values, schema.types[at])
     batch = pa.RecordBatch.from_arrays(arrays, schema=schema)
-    return written([batch.slice(start, 2) for start in range(0, len(batch), 2)], schema, compression)
+    return written(
+        [batch.slice(start, 2) for start in range(0, len(batch), 2)], schema, compression
+    )
 
 
 def stream_of(batches: list[pa.RecordBatch]) -> bytes:
@@ -78,7 +82,12 @@ def columns_of(data: bytes) -> tuple[pa.Schema, list[str], Columns]:
 
 
 def put_columns(
-    case: Case, entry: dict[str, Any], schema: pa.Schema, names: list[str], columns: Columns, rows_per_batch: int
+    case: Case,
+    entry: dict[str, Any],
+    schema: pa.Schema,
+    names: list[str],
+    columns: Columns,
+    rows_per_batch: int,
 ) -> None:
     """Writes the columns as the shard of ``entry``, and into that what they add up to."""
     arrays = [pa.array(names, pa.string())]
@@ -89,7 +98,9 @@ def put_columns(
             buffers = [None, pa.py_buffer(offsets), pa.py_buffer(np.ascontiguousarray(values))]
             arrays.append(pa.Array.from_buffers(pa.binary(), len(lengths), buffers))
         else:
-            arrays.append(pa.ListArray.from_arrays(pa.array(offsets), pa.array(values, each.type.value_type)))
+            arrays.append(
+                pa.ListArray.from_arrays(pa.array(offsets), pa.array(values, each.type.value_type))
+            )
     whole = pa.RecordBatch.from_arrays(arrays, schema=schema)
     batches = [whole.slice(start, rows_per_batch) for start in range(0, len(whole), rows_per_batch)]
     case.files[entry["path"]] = data = written(batches, schema, "zstd")

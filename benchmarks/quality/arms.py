@@ -1,4 +1,6 @@
-"""What the quality study compares: stores (what a cache keeps) and arms (what a student learns from)."""
+"""What the quality study compares: stores (what a cache keeps) and arms (what a student learns
+from).
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,13 @@ def fixed(k: int, draws: int, *, independent: bool = False) -> StoreConfig:
 
 def ragged(bound: float, min_k: int, *, at_most: int = 32) -> StoreConfig:
     """Entries of at least this probability, and a draw for as much of the tail."""
-    return StoreConfig(top_k=at_most, min_k=min_k, min_probability=bound, tail_samples=at_most, mass_per_sample=bound)
+    return StoreConfig(
+        top_k=at_most,
+        min_k=min_k,
+        min_probability=bound,
+        tail_samples=at_most,
+        mass_per_sample=bound,
+    )
 
 
 HEADS = {f"top {k}": head(k) for k in (12, 50)}
@@ -102,44 +110,68 @@ def bytes_arms() -> list[Arm]:
 
 
 def ranking_arms(start: str) -> list[Arm]:
-    """(a): RLKD on full logits, as in the paper; pre-trained students, as in the paper, also in its variants."""
+    """(a): RLKD on full logits, as in the paper; pre-trained students, as in the paper, also in
+    its variants.
+    """
     arms = []
     for label, loss in (("KL", KL), ("RKL", RKL)):
         arms.append(Arm("ranking", label, FULL, (loss,), start=start))
         arms.append(Arm("ranking", f"{label} + 2 ranking", FULL, (loss, RANKING), start=start))
         if start == PRETRAINED:
             dynamic = {**RANKING, "dynamic": True}
-            arms.append(Arm("ranking", f"{label} + 2 ranking, dynamic", FULL, (loss, dynamic), start=start))
+            arms.append(
+                Arm("ranking", f"{label} + 2 ranking, dynamic", FULL, (loss, dynamic), start=start)
+            )
     if start == PRETRAINED:
         l2 = {**RANKING, "soft_rank": "l2"}
         arms.append(Arm("ranking", "KL + 2 ranking, l2 soft ranks", FULL, (KL, l2), start=start))
-        arms.append(Arm("ranking", "ranking alone, k = 10", FULL, ({"name": "ranking", "k": 10},), start=start))
+        arms.append(
+            Arm(
+                "ranking",
+                "ranking alone, k = 10",
+                FULL,
+                ({"name": "ranking", "k": 10},),
+                start=start,
+            )
+        )
         arms.append(Arm("ranking", "KL, default cache", "default", start=start))
-        arms.append(Arm("ranking", "KL + 2 ranking, default cache", "default", (KL, RANKING), start=start))
+        arms.append(
+            Arm("ranking", "KL + 2 ranking, default cache", "default", (KL, RANKING), start=start)
+        )
     return arms
 
 
 _ORDER_ONLY = {"ranking", "listmle", "pairwise_logistic", "bild"}
-"""Losses that see differences of some logits only: alone they leave the rest of the distribution free."""
+"""Losses that see differences of some logits only: alone they leave the rest of the distribution
+free.
+"""
 _SOURCES = {"random_sampling": "50 draws, independent"}
 
 
 def losses_arms() -> list[Arm]:
-    """(c): every loss of the library on one cache, and those that only order ids with a KL beside them as well."""
+    """(c): every loss of the library on one cache, and those that only order ids with a KL
+    beside them as well.
+    """
     arms = []
     for name in sorted(LOSSES.keys() - {"ce"}):
         source = _SOURCES.get(name, FOR_LOSSES)
         arms.append(Arm("losses", name, source, ({"name": name},), start=PRETRAINED))
         if name in _ORDER_ONLY:
-            arms.append(Arm("losses", f"forward_kl + {name}", source, (KL, {"name": name}), start=PRETRAINED))
+            arms.append(
+                Arm(
+                    "losses", f"forward_kl + {name}", source, (KL, {"name": name}), start=PRETRAINED
+                )
+            )
     return arms
 
 
 def tails_arms() -> list[Arm]:
-    """What may stand for the tail where draws cannot: they have no logprobs, or there are none (then, as for ``forward_kl`` here,
-    the prior is still the one that draws made)."""
+    """What may stand for the tail where draws cannot: they have no logprobs, or there are none
+    (then, as for ``forward_kl`` here, the prior is still the one that draws made)."""
     return [
-        Arm("tails", f"{name}, {tail}", "default", ({"name": name, "tail": tail},), start=PRETRAINED)
+        Arm(
+            "tails", f"{name}, {tail}", "default", ({"name": name, "tail": tail},), start=PRETRAINED
+        )
         for name in ("forward_kl", "jsd", "skew_kl", "reverse_kl")
         for tail in ("ghost", "prior")
     ]

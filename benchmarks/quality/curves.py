@@ -1,4 +1,6 @@
-"""The quality study's plot: bytes per token against the share of full logits' gain that a store recovers."""
+"""The quality study's plot: bytes per token against the share of full logits' gain that a store
+recovers.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,14 @@ from matplotlib.axes import Axes
 
 matplotlib.use("Agg")
 
-OURS, OURS_TOP, PEER, PLAIN, INK, GRID = "#0b6e6e", "#58a4a4", "#c2571a", "#6b6b6b", "#222222", "#d9d9d9"
+OURS, OURS_TOP, PEER, PLAIN, INK, GRID = (
+    "#0b6e6e",
+    "#58a4a4",
+    "#c2571a",
+    "#6b6b6b",
+    "#222222",
+    "#d9d9d9",
+)
 STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "logitcask",
@@ -26,7 +35,10 @@ STYLE = {
     "figure.facecolor": "white",
 }
 
-_TITLES = {"strong": "Strong teacher: SmolLM2-135M", "weak": "Weak teacher: a Llama trained for minutes"}
+_TITLES = {
+    "strong": "Strong teacher: SmolLM2-135M",
+    "weak": "Weak teacher: a Llama trained for minutes",
+}
 _FLOOR = -0.6
 """What lies below is drawn at the edge, with its value."""
 
@@ -46,7 +58,10 @@ def _panel(axis: Axes, results: dict[str, Any], teacher: str) -> None:
     rows = [
         row
         for row in results["arms"]
-        if row["teacher"] == teacher and row["group"] == "bytes" and row["start"] == SCRATCH and row["recovered"]
+        if row["teacher"] == teacher
+        and row["group"] == "bytes"
+        and row["start"] == SCRATCH
+        and row["recovered"]
     ]
     axis.axhline(1, color=INK, linewidth=1)
     axis.axhline(0, color=INK, linewidth=1, linestyle=":")
@@ -75,7 +90,11 @@ def _panel(axis: Axes, results: dict[str, Any], teacher: str) -> None:
             named.add(kind)
         if y > share["mean"]:
             axis.annotate(
-                f"{share['mean']:.1f}", (row["bytes_per_token"], y), (4, 4), textcoords="offset points", fontsize=7.5
+                f"{share['mean']:.1f}",
+                (row["bytes_per_token"], y),
+                (4, 4),
+                textcoords="offset points",
+                fontsize=7.5,
             )
     axis.set_xscale("log")
     axis.minorticks_off()

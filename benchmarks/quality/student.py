@@ -1,8 +1,10 @@
-"""The quality study's students: a lean training loop on a cache or on full logits, and exact held-out metrics.
+"""The quality study's students: a lean training loop on a cache or on full logits, and exact
+held-out metrics.
 
-The loop uses the product's own reader, collator, losses and lm_head path; what it leaves out of ``train-student`` are
-checkpoints, reports and logs, because it runs some hundred times. Runs with the same seed start from the same weights
-and see the same sequences in the same order, whatever they learn from.
+The loop uses the product's own reader, collator, losses and lm_head path; what it leaves out of
+``train-student`` are checkpoints, reports and logs, because it runs some hundred times. Runs with
+the same seed start from the same weights and see the same sequences in the same order, whatever
+they learn from.
 
 Shapes: B sequences, T tokens, P = B (T - 1) positions, V vocabulary.
 """
@@ -37,7 +39,9 @@ K = 5
 _DENSE_HEAD = 64
 """Entries of full logits that a ranking loss is shown."""
 _WARM_UP, _LAST = 0.05, 0.1
-"""The learning rate rises over this share of the steps, then falls along a cosine to this share of its peak."""
+"""The learning rate rises over this share of the steps, then falls along a cosine to this share
+of its peak.
+"""
 
 Batch = tuple[Tensor, PerChunk]
 """Input ids [B, T], and the objective on the logits at its P positions."""
@@ -66,9 +70,11 @@ def train(
     order: int,
     objective: Objective | None = None,
 ) -> float:
-    """Trains ``model`` in place on ``sequences`` in a random order, epoch after epoch; returns seconds.
+    """Trains ``model`` in place on ``sequences`` in a random order, epoch after epoch; returns
+    seconds.
 
-    ``objective`` is told where the training is, for losses that remember something from step to step.
+    ``objective`` is told where the training is, for losses that remember something from step to
+    step.
     """
     model.train()
     head = LogitsHead(model)
@@ -76,7 +82,9 @@ def train(
     rest = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": 0.01}, {"params": rest, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=schedule.lr, betas=(0.9, 0.95))
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, schedule.steps))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: _rate(step, schedule.steps)
+    )
     start = time.perf_counter()
     for step, indices in enumerate(_batches(sequences, schedule, order)):
         input_ids, per_chunk = batch_of(indices)
@@ -98,7 +106,9 @@ def _rate(step: int, steps: int) -> float:
     warm_up = max(1, round(_WARM_UP * steps))
     if step < warm_up:
         return (step + 1) / warm_up
-    return _LAST + (1 - _LAST) * 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
+    return _LAST + (1 - _LAST) * 0.5 * (
+        1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up))
+    )
 
 
 def _batches(sequences: int, schedule: Schedule, order: int) -> Iterator[NDArray[np.int64]]:
@@ -127,15 +137,26 @@ def hard_labels(ids: NDArray[np.uint16], device: torch.device) -> BatchOf:
 
 
 def from_cache(
-    arm: Arm, sequences: list[CachedSequence], prior: Tensor | None, vocab_size: int, device: torch.device
+    arm: Arm,
+    sequences: list[CachedSequence],
+    prior: Tensor | None,
+    vocab_size: int,
+    device: torch.device,
 ) -> tuple[BatchOf, Objective]:
-    """Batches as training from a cache has them, and the product's own sum of losses, which is their objective."""
+    """Batches as training from a cache has them, and the product's own sum of losses, which is
+    their objective.
+    """
     objective = Objective(_config(arm))
 
     def batch_of(indices: NDArray[np.int64]) -> Batch:
-        batch = {name: value.to(device) for name, value in collate([sequences[i] for i in indices]).items()}
+        batch = {
+            name: value.to(device)
+            for name, value in collate([sequences[i] for i in indices]).items()
+        }
         teacher = teacher_of(batch, vocab_size, None if prior is None else prior.to(device))
-        return batch["input_ids"], objective.per_chunk(_renormalised(teacher) if arm.renormalise else teacher)
+        return batch["input_ids"], objective.per_chunk(
+            _renormalised(teacher) if arm.renormalise else teacher
+        )
 
     return batch_of, objective
 
@@ -155,18 +176,31 @@ def _config(arm: Arm) -> TrainConfig:
 def _renormalised(teacher: SparseTeacher) -> SparseTeacher:
     """The head scaled up to be a whole distribution, as many distillation pipelines do."""
     whole = torch.log_softmax(teacher.logprobs, 1)
-    return replace(teacher, logprobs=whole, tail_logprob=torch.full_like(teacher.tail_logprob, -torch.inf), prior=None)
+    return replace(
+        teacher,
+        logprobs=whole,
+        tail_logprob=torch.full_like(teacher.tail_logprob, -torch.inf),
+        prior=None,
+    )
 
 
-def from_full_logits(arm: Arm, teacher: Teacher, ids: NDArray[np.uint16], device: torch.device) -> BatchOf:
-    """Batches with every logit of the teacher: forward or reverse KL as they are defined, ranking on the largest ones."""
+def from_full_logits(
+    arm: Arm, teacher: Teacher, ids: NDArray[np.uint16], device: torch.device
+) -> BatchOf:
+    """Batches with every logit of the teacher: forward or reverse KL as they are defined,
+    ranking on the largest ones.
+    """
 
     def batch_of(indices: NDArray[np.int64]) -> Batch:
         input_ids = torch.from_numpy(ids[indices].astype(np.int64)).to(device)
         labels = input_ids[:, 1:].flatten()
         log_p = torch.from_numpy(np.array(teacher.train[indices])).to(device).float().flatten(0, 1)
         log_p = log_p - log_p.logsumexp(1, keepdim=True)
-        head = _largest(log_p, labels, _DENSE_HEAD) if any(t["name"] == "ranking" for t in arm.losses) else None
+        head = (
+            _largest(log_p, labels, _DENSE_HEAD)
+            if any(t["name"] == "ranking" for t in arm.losses)
+            else None
+        )
 
         def per_chunk(logits: Tensor, rows: slice) -> tuple[Tensor, dict[str, Tensor]]:
             log_q = torch.log_softmax(logits.float(), 1)
@@ -179,7 +213,11 @@ def from_full_logits(arm: Arm, teacher: Teacher, ids: NDArray[np.uint16], device
                 weight = term.get("weight", 1.0)
                 if term["name"] == "ranking":
                     assert head is not None
-                    options = {name: term[name] for name in term if name not in ("name", "weight", "dynamic")}
+                    options = {
+                        name: term[name]
+                        for name in term
+                        if name not in ("name", "weight", "dynamic")
+                    }
                     total = total + weight * LOSSES["ranking"](logits, head[rows], **options)
                 else:
                     total = total + weight * overlap * _DENSE[term["name"]](log_p[rows], log_q)
@@ -211,13 +249,19 @@ def _largest(log_p: Tensor, targets: Tensor, k: int) -> SparseTeacher:
 
 @torch.no_grad()
 def evaluate(
-    model: PreTrainedModel, teacher: Teacher, ids: NDArray[np.uint16], device: torch.device, *, batch: int = 8
+    model: PreTrainedModel,
+    teacher: Teacher,
+    ids: NDArray[np.uint16],
+    device: torch.device,
+    *,
+    batch: int = 8,
 ) -> dict[str, float]:
     """Means over every position of ``ids`` [N, T], with the teacher's whole distributions.
 
-    ce: of the text, nats. kl, reverse_kl: to and from the teacher, nats. top1, mor@5, cr@5: ``logitcask.train.evaluation.metrics``, in percent.
-    ece: ``logitcask.train.evaluation.metrics.Calibration``, in percent;
-    confidence: mean probability of that id less how often it is right, in percent (positive: over-confident).
+    ce: of the text, nats. kl, reverse_kl: to and from the teacher, nats. top1, mor@5, cr@5:
+    ``logitcask.train.evaluation.metrics``, in percent. ece:
+    ``logitcask.train.evaluation.metrics.Calibration``, in percent; confidence: mean probability of
+    that id less how often it is right, in percent (positive: over-confident).
     """
     model.eval()
     sums: dict[str, float] = {}
@@ -226,7 +270,12 @@ def evaluate(
         input_ids = torch.from_numpy(ids[start : start + batch].astype(np.int64)).to(device)
         logits = model(input_ids=input_ids, use_cache=False).logits[:, :-1].flatten(0, 1)
         labels = input_ids[:, 1:].flatten()
-        log_p = torch.from_numpy(np.array(teacher.held_out[start : start + batch])).to(device).float().flatten(0, 1)
+        log_p = (
+            torch.from_numpy(np.array(teacher.held_out[start : start + batch]))
+            .to(device)
+            .float()
+            .flatten(0, 1)
+        )
         log_p = log_p - log_p.logsumexp(1, keepdim=True)
         log_q = torch.log_softmax(logits.float(), 1)
         best = log_q.max(1)

@@ -104,7 +104,9 @@ SCALES = {
 
 @dataclass(frozen=True)
 class Job:
-    """One student. Normally init, order and draws are all the seed; the noise arms move one of them."""
+    """One student. Normally init, order and draws are all the seed; the noise arms move one of
+    them.
+    """
 
     arm: Arm
     teacher: str | None
@@ -115,7 +117,9 @@ class Job:
     @property
     def key(self) -> str:
         """What decides the result: the same in every table that shows it."""
-        arm = {name: value for name, value in asdict(self.arm).items() if name not in ("group", "name")}
+        arm = {
+            name: value for name, value in asdict(self.arm).items() if name not in ("group", "name")
+        }
         return json.dumps([arm, self.teacher, self.init, self.order, self.draws], sort_keys=True)
 
 
@@ -144,8 +148,12 @@ def with_hard_labels(teacher: str) -> list[tuple[Arm, str | None]]:
 
 
 def noise() -> Iterator[Job]:
-    """What moves a result where nothing that is studied has changed: first weights, order of the data, draws."""
-    full, draws = (replace(arm, group="noise") for arm in bytes_arms() if arm.name in (FULL, "12 draws"))
+    """What moves a result where nothing that is studied has changed: first weights, order of the
+    data, draws.
+    """
+    full, draws = (
+        replace(arm, group="noise") for arm in bytes_arms() if arm.name in (FULL, "12 draws")
+    )
     for arm, teacher in ((text_arm(SCRATCH), None), (full, "strong"), (draws, "strong")):
         for other in (1, 2):
             yield Job(arm, teacher, other, 0, 0)
@@ -166,14 +174,23 @@ class Study:
 
     def text(self) -> Text:
         with FileLock(self.folder / "text.lock"):
-            return load_text(self.folder / "text.npz", self.strong / "tokenizer.json", self.scale.text)
+            return load_text(
+                self.folder / "text.npz", self.strong / "tokenizer.json", self.scale.text
+            )
 
     def prepare(self, seeds: int) -> None:
         """Teachers' distributions and a pre-trained student per seed. Raises OutOfTime."""
         text = self.text()
         if not (self.folder / "strong-held_out.npy").exists():
             rows = torch.from_numpy(text.vocabulary).long()
-            score(self.folder, "strong", strong_model(str(self.strong), self.device), text, rows, self.deadline)
+            score(
+                self.folder,
+                "strong",
+                strong_model(str(self.strong), self.device),
+                text,
+                rows,
+                self.deadline,
+            )
         if not (self.folder / "weak-held_out.npy").exists():
             weak = self._trained("weak-model", self.scale.weak, self.scale.weak_training, text)
             score(self.folder, "weak", weak, text, None, self.deadline)
@@ -181,7 +198,9 @@ class Study:
             self._pretrained(seed, text)
 
     def _pretrained(self, seed: int, text: Text) -> PreTrainedModel:
-        return self._trained(f"student-{seed}", self.scale.student, self.scale.pretraining, text, seed)
+        return self._trained(
+            f"student-{seed}", self.scale.student, self.scale.pretraining, text, seed
+        )
 
     def _trained(
         self, name: str, size: tuple[int, int], schedule: Schedule, text: Text, seed: int = 0
@@ -193,7 +212,9 @@ class Study:
                 raise OutOfTime
             torch.manual_seed(seed)
             model = small_llama(len(text.vocabulary), *size, text.train.shape[1]).to(self.device)
-            seconds = train(model, hard_labels(text.other, self.device), len(text.other), schedule, order=seed)
+            seconds = train(
+                model, hard_labels(text.other, self.device), len(text.other), schedule, order=seed
+            )
             print(f"{name}: {seconds:.0f} s", flush=True)
             scratch = self.folder / f"{name}.tmp"
             model.save_pretrained(scratch)
@@ -233,7 +254,9 @@ class Study:
             model = self._pretrained(job.init, text)
             schedule = self.scale.fine_tuning
         else:
-            model = small_llama(len(text.vocabulary), *self.scale.student, text.train.shape[1]).to(self.device)
+            model = small_llama(len(text.vocabulary), *self.scale.student, text.train.shape[1]).to(
+                self.device
+            )
             schedule = self.scale.schedule
         if arm.source == TEXT:
             batch_of = hard_labels(text.train, self.device)
@@ -242,13 +265,29 @@ class Study:
         else:
             teacher = teachers[job.teacher or ""]
             path, size = cache_of(
-                self.folder / "caches", teacher, text, STORES[arm.source], name=arm.source, seed=job.draws
+                self.folder / "caches",
+                teacher,
+                text,
+                STORES[arm.source],
+                name=arm.source,
+                seed=job.draws,
             )
-            batch_of, objective = from_cache(arm, *read_cache(path), len(text.vocabulary), self.device)
-        seconds = train(model, batch_of, len(text.train), schedule, order=job.order, objective=objective)
+            batch_of, objective = from_cache(
+                arm, *read_cache(path), len(text.vocabulary), self.device
+            )
+        seconds = train(
+            model, batch_of, len(text.train), schedule, order=job.order, objective=objective
+        )
         judges = [job.teacher] if job.teacher else TEACHERS
-        metrics = {name: evaluate(model, teachers[name], text.held_out, self.device) for name in judges}
-        return {"key": job.key, "metrics": metrics, "bytes_per_token": size, "seconds": round(seconds, 2)}
+        metrics = {
+            name: evaluate(model, teachers[name], text.held_out, self.device) for name in judges
+        }
+        return {
+            "key": job.key,
+            "metrics": metrics,
+            "bytes_per_token": size,
+            "seconds": round(seconds, 2),
+        }
 
     def native_bytes(self) -> None:
         """Bytes per token of every store where the teacher has all of its ids."""
@@ -262,7 +301,9 @@ class Study:
         scored: dict[str, list[Any]] = {name: [] for name in STORES}
         for row in ids:
             with torch.inference_mode():
-                logits = model(input_ids=torch.from_numpy(row[None]).long().to(self.device), use_cache=False).logits
+                logits = model(
+                    input_ids=torch.from_numpy(row[None]).long().to(self.device), use_cache=False
+                ).logits
                 dense = torch.log_softmax(logits[:, :-1].float(), -1).cpu().numpy()
             for name, store in STORES.items():
                 scored[name] += scored_rows(dense, row[None], store)
@@ -278,14 +319,18 @@ class Study:
                 "head": round(float(heads), 1),
                 "draws": round(float(draws), 1),
             }
-        file.write_text(json.dumps({"tokens": int(ids.size), "vocabulary": vocab_size, "stores": sizes}))
+        file.write_text(
+            json.dumps({"tokens": int(ids.size), "vocabulary": vocab_size, "stores": sizes})
+        )
 
     def tables(self, seeds: int, *, publish: bool) -> None:
         """Results, tables and plot, from what has been run."""
         text = self.text()
         records = self.records()
         found = [(job, records[job.key]) for job in jobs(seeds) if job.key in records]
-        sharp = {name: sharpness(load_teacher(self.folder, name), text.held_out) for name in TEACHERS}
+        sharp = {
+            name: sharpness(load_teacher(self.folder, name), text.held_out) for name in TEACHERS
+        }
         native = self.folder / "native-bytes.json"
         results = {
             "machine": machine(self.device),
@@ -296,7 +341,9 @@ class Study:
             **summarise(found),
         }
         target, plot = (
-            (RESULTS, DOCS / "quality.svg") if publish else (self.folder / "quality.json", self.folder / "quality.svg")
+            (RESULTS, DOCS / "quality.svg")
+            if publish
+            else (self.folder / "quality.json", self.folder / "quality.svg")
         )
         target.write_text(json.dumps(results, indent=1) + "\n")
         draw(results, plot)

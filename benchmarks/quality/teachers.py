@@ -1,11 +1,13 @@
-"""The two teachers of the quality study: every distribution of both, dense, and caches made of them.
+"""The two teachers of the quality study: every distribution of both, dense, and caches made of
+them.
 
-strong  SmolLM2-135M-Instruct, trained on two trillion tokens, over the ids of the study's vocabulary (``quality_text``)
-weak    a Llama of a few million weights, trained here for some minutes on text that the student never sees
+strong SmolLM2-135M-Instruct, trained on two trillion tokens, over the ids of the study's vocabulary
+(``quality_text``) weak a Llama of a few million weights, trained here for some minutes on text that
+the student never sees
 
-Both have read neither ``train`` nor ``held_out`` here. Their log-softmaxes are kept as float16, so that "full logits" is
-an arm like any other and held-out KL is exact; caches are made of them by the same draws, the same estimator and the same
-writer as in a build.
+Both have read neither ``train`` nor ``held_out`` here. Their log-softmaxes are kept as float16, so
+that "full logits" is an arm like any other and held-out KL is exact; caches are made of them by the
+same draws, the same estimator and the same writer as in a build.
 
 Shapes: N sequences, T tokens each, V vocabulary.
 """
@@ -31,7 +33,13 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 
 from logitcask.cache_format import CachedSequence, CacheReader, CacheWriter
 from logitcask.cache_format.layout import MANIFEST
-from logitcask.cache_format.manifest import DataHash, DataIdentity, Header, TeacherIdentity, TokenizerIdentity
+from logitcask.cache_format.manifest import (
+    DataHash,
+    DataIdentity,
+    Header,
+    TeacherIdentity,
+    TokenizerIdentity,
+)
 from logitcask.cache_format.shards.prior import TailPrior
 from logitcask.cache_format.writer import remove_cache
 from logitcask.pipeline.config import StoreConfig
@@ -51,7 +59,9 @@ class OutOfTime(Exception):
 
 @dataclass(frozen=True)
 class Teacher:
-    """What a teacher says of both parts: float16[N, T-1, V] logprobs, nats; row ``i`` predicts token ``i + 1``."""
+    """What a teacher says of both parts: float16[N, T-1, V] logprobs, nats; row ``i`` predicts
+    token ``i + 1``.
+    """
 
     name: str
     train: Logprobs
@@ -60,13 +70,24 @@ class Teacher:
 
 def load_teacher(folder: Path, name: str) -> Teacher:
     """What ``score`` left in ``folder``."""
-    return Teacher(name, *(np.load(folder / f"{name}-{part}.npy", mmap_mode="r") for part in ("train", "held_out")))
+    return Teacher(
+        name,
+        *(np.load(folder / f"{name}-{part}.npy", mmap_mode="r") for part in ("train", "held_out")),
+    )
 
 
-def score(folder: Path, name: str, model: PreTrainedModel, text: Text, rows: Tensor | None, deadline: float) -> None:
+def score(
+    folder: Path,
+    name: str,
+    model: PreTrainedModel,
+    text: Text,
+    rows: Tensor | None,
+    deadline: float,
+) -> None:
     """Writes every distribution of ``model`` over both parts to ``folder``, or goes on with it.
 
-    rows: int64[V], the model's ids that are kept, in order; None where its vocabulary is the study's.
+    rows: int64[V], the model's ids that are kept, in order; None where its vocabulary is the
+    study's.
     """
     model.eval()
     for part in ("train", "held_out"):
@@ -81,7 +102,9 @@ def score(folder: Path, name: str, model: PreTrainedModel, text: Text, rows: Ten
         while done < len(ids):
             if time.monotonic() > deadline:
                 raise OutOfTime
-            dense[done : done + 8] = _logprobs(model, ids[done : done + 8], rows).half().cpu().numpy()
+            dense[done : done + 8] = (
+                _logprobs(model, ids[done : done + 8], rows).half().cpu().numpy()
+            )
             dense.flush()
             done = min(done + 8, len(ids))
             progress.write_text(json.dumps(done))
@@ -102,7 +125,9 @@ def _logprobs(model: PreTrainedModel, ids: NDArray[np.uint16], rows: Tensor | No
 
 def strong_model(folder: str, device: torch.device) -> PreTrainedModel:
     """SmolLM2, in float32."""
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(
+        device
+    )
     return model
 
 
@@ -126,7 +151,9 @@ def small_llama(vocab: int, width: int, layers: int, length: int) -> LlamaForCau
 def cache_of(
     folder: Path, teacher: Teacher, text: Text, store: StoreConfig, *, name: str, seed: int
 ) -> tuple[Path, float]:
-    """(path, bytes per token) of the cache of ``train`` with these settings; it is written where it does not stand yet."""
+    """(path, bytes per token) of the cache of ``train`` with these settings; it is written where
+    it does not stand yet.
+    """
     if store.tail_samples:
         store, name = store.model_copy(update={"seed": seed}), f"{name}-{seed}"
     path = folder / teacher.name / name.replace(" ", "-").replace("/", "-")
@@ -136,7 +163,9 @@ def cache_of(
             if path.exists():
                 remove_cache(path)
             scored = scored_rows(teacher.train, text.train, store)
-            write_cache(path, text.train, scored, store, vocab_size=len(text.vocabulary), model=teacher.name)
+            write_cache(
+                path, text.train, scored, store, vocab_size=len(text.vocabulary), model=teacher.name
+            )
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     return path, size / text.train.size
 
@@ -144,19 +173,27 @@ def cache_of(
 def scored_rows(
     dense: Logprobs | NDArray[np.float32], ids: NDArray[np.integer[Any]], store: StoreConfig
 ) -> Iterator[Scored]:
-    """What an engine hands over for each sequence, from its whole distributions [N, T-1, V]: as TransformersTeacher does."""
+    """What an engine hands over for each sequence, from its whole distributions [N, T-1, V]: as
+    TransformersTeacher does.
+    """
     capture = store.capture()
     positions = dense.shape[1]
     together = max(1, _ROWS * 4096 // (positions * dense.shape[2]))
     for start in range(0, len(dense), together):
-        logprobs = torch.from_numpy(np.array(dense[start : start + together], np.float32)).flatten(0, 1)
+        logprobs = torch.from_numpy(np.array(dense[start : start + together], np.float32)).flatten(
+            0, 1
+        )
         # float16 moved each sum a little off 1.
         logprobs -= logprobs.logsumexp(1, keepdim=True)
         targets = torch.from_numpy(ids[start : start + together, 1:].astype(np.int64)).flatten()
         target = logprobs.gather(1, targets[:, None])
         top = logprobs.topk(max(capture.top_k, KEY_IDS), dim=1)
         head = top.values[:, : capture.top_k].numpy()
-        drawn = to_numpy(draw(logprobs, top.indices, targets, capture)) if capture.samples else no_draws(head, capture)
+        drawn = (
+            to_numpy(draw(logprobs, top.indices, targets, capture))
+            if capture.samples
+            else no_draws(head, capture)
+        )
         rank = (logprobs > target).sum(1, dtype=torch.int32).numpy()
         head_ids = top.indices[:, : capture.top_k].int().numpy()
         for row in range(0, len(targets), positions):
@@ -233,8 +270,12 @@ def read_cache(path: Path) -> tuple[list[CachedSequence], Tensor | None]:
     return list(cache), None if prior is None else torch.from_numpy(prior.probabilities()).float()  # type: ignore[call-overload]
 
 
-def sharpness(teacher: Teacher, targets: NDArray[np.uint16], ks: tuple[int, ...] = (1, 4, 12, 64)) -> dict[str, float]:
-    """Mean entropy and cross-entropy on the held-out text (nats), and the mass of the k most probable ids."""
+def sharpness(
+    teacher: Teacher, targets: NDArray[np.uint16], ks: tuple[int, ...] = (1, 4, 12, 64)
+) -> dict[str, float]:
+    """Mean entropy and cross-entropy on the held-out text (nats), and the mass of the k most
+    probable ids.
+    """
     sums: dict[str, float] = {}
     for dense, row in zip(teacher.held_out, targets, strict=True):
         logprobs = torch.from_numpy(np.array(dense, np.float32))
@@ -242,7 +283,9 @@ def sharpness(teacher: Teacher, targets: NDArray[np.uint16], ks: tuple[int, ...]
         largest = p.topk(max(ks), 1).values.cumsum(1)
         values = {f"mass@{k}": largest[:, k - 1].mean().item() for k in ks}
         values["entropy"] = -(p * logprobs.clamp_min(-100)).sum(1).mean().item()
-        values["ce"] = -logprobs.gather(1, torch.from_numpy(row[1:, None].astype(np.int64))).mean().item()
+        values["ce"] = (
+            -logprobs.gather(1, torch.from_numpy(row[1:, None].astype(np.int64))).mean().item()
+        )
         for name, value in values.items():
             sums[name] = sums.get(name, 0.0) + value
     return {name: round(value / len(targets), 4) for name, value in sums.items()}

@@ -1,13 +1,15 @@
 """Real text for the quality study, in a small vocabulary that a large teacher still understands.
 
-A student of a million weights spends nearly all its time on the rows of its lm_head, so the study needs a vocabulary of
-thousands. Yet the strong teacher must be a real one with the 49,152 ids of its own. Both are had by keeping the ids that
-are most frequent in the text: what is not among them is spelled with the smaller tokens it was merged from, as a BPE
-tokenizer with fewer merges would. The teacher's distribution is then taken over the kept ids alone.
+A student of a million weights spends nearly all its time on the rows of its lm_head, so the study
+needs a vocabulary of thousands. Yet the strong teacher must be a real one with the 49,152 ids of
+its own. Both are had by keeping the ids that are most frequent in the text: what is not among them
+is spelled with the smaller tokens it was merged from, as a BPE tokenizer with fewer merges would.
+The teacher's distribution is then taken over the kept ids alone.
 
-Three disjoint parts, by document: ``train`` and ``held_out`` come from what ships with Python (the language reference
-and the docstrings of the standard library), in the order of sha256(id); ``other`` is what is left of it and the
-docstrings of numpy and torch, on which the weak teacher and the pre-trained student are trained.
+Three disjoint parts, by document: ``train`` and ``held_out`` come from what ships with Python (the
+language reference and the docstrings of the standard library), in the order of sha256(id);
+``other`` is what is left of it and the docstrings of numpy and torch, on which the weak teacher and
+the pre-trained student are trained.
 """
 
 from __future__ import annotations
@@ -53,8 +55,9 @@ class Text:
 class TextSize:
     """How much of it.
 
-    vocab: ids. length: tokens of a sequence. train, held_out, other: sequences of each part, at most.
-    docstrings: whether the standard library, numpy and torch are read beside the language reference (half a minute).
+    vocab: ids. length: tokens of a sequence. train, held_out, other: sequences of each part, at
+    most. docstrings: whether the standard library, numpy and torch are read beside the language
+    reference (half a minute).
     """
 
     vocab: int
@@ -70,7 +73,9 @@ def load_text(file: Path, tokenizer_json: Path, size: TextSize) -> Text:
     if not file.exists():
         text = _make(tokenizer_json, size)
         file.parent.mkdir(parents=True, exist_ok=True)
-        arrays = {name: getattr(text, name) for name in ("train", "held_out", "other", "vocabulary")}
+        arrays = {
+            name: getattr(text, name) for name in ("train", "held_out", "other", "vocabulary")
+        }
         scratch = file.with_suffix(".tmp.npz")
         np.savez_compressed(scratch, facts=np.array(json.dumps(text.facts)), **arrays)
         scratch.rename(file)
@@ -82,7 +87,9 @@ def load_text(file: Path, tokenizer_json: Path, size: TextSize) -> Text:
 def native_sequences(tokenizer_json: Path, *, length: int, count: int) -> NDArray[np.int32]:
     """int32[count, length]: the language reference in the tokenizer's own ids."""
     tokenizer = Tokenizer.from_file(str(tokenizer_json))
-    documents = (encoding.ids for encoding in tokenizer.encode_batch([text for _, text in _reference()]))
+    documents = (
+        encoding.ids for encoding in tokenizer.encode_batch([text for _, text in _reference()])
+    )
     return _pieces(documents, lambda token: [token], length, count).astype(np.int32)
 
 
@@ -104,18 +111,25 @@ def _make(tokenizer_json: Path, size: TextSize) -> Text:
     digest = hashlib.sha256(b"".join(part.tobytes() for part in parts.values())).hexdigest()
     facts = {
         "sources": "python-docs, docstrings of the standard library; other: what is left, docstrings of numpy, torch",
-        "characters": {"python": sum(len(t) for _, t in ours), "packages": sum(len(t) for _, t in theirs)},
+        "characters": {
+            "python": sum(len(t) for _, t in ours),
+            "packages": sum(len(t) for _, t in theirs),
+        },
         "tokens": {name: int(part.size) for name, part in parts.items()},
         "length": size.length,
         "vocabulary": size.vocab,
         "spelled": round(1 - sum(frequent[t] for t in spelling.kept) / sum(frequent.values()), 4),
         "sha256": digest,
     }
-    return Text(parts["train"], parts["held_out"], parts["other"], np.array(spelling.kept, np.int32), facts)
+    return Text(
+        parts["train"], parts["held_out"], parts["other"], np.array(spelling.kept, np.int32), facts
+    )
 
 
 class _Spelling:
-    """Ids of the teacher to ids of ours: the most frequent are kept, others are undone into what they were merged from."""
+    """Ids of the teacher to ids of ours: the most frequent are kept, others are undone into what
+    they were merged from.
+    """
 
     def __init__(self, tokenizer_json: Path, frequent: Counter[int], size: int) -> None:
         model = json.loads(tokenizer_json.read_text())["model"]
@@ -124,10 +138,14 @@ class _Spelling:
         for merge in model["merges"]:
             left, right = merge.split(" ") if isinstance(merge, str) else merge
             self._parts.setdefault(ids[left + right], (ids[left], ids[right]))
-        letters = [token for token in ids.values() if token not in self._parts and token in frequent]
+        letters = [
+            token for token in ids.values() if token not in self._parts and token in frequent
+        ]
         merged = [token for token, _ in frequent.most_common() if token in self._parts]
         # A spelling may need a letter that never stands alone.
-        letters += [ids[letter] for letter in ids if len(letter) == 1 and ids[letter] not in letters]
+        letters += [
+            ids[letter] for letter in ids if len(letter) == 1 and ids[letter] not in letters
+        ]
         self.kept = sorted([*letters, *merged[: size - len(letters)]])
         self._ours = {token: index for index, token in enumerate(self.kept)}
         self._memory: dict[int, list[int]] = {}
@@ -136,7 +154,9 @@ class _Spelling:
         if token not in self._memory:
             index = self._ours.get(token)
             self._memory[token] = (
-                [index] if index is not None else [piece for part in self._parts[token] for piece in self(part)]
+                [index]
+                if index is not None
+                else [piece for part in self._parts[token] for piece in self(part)]
             )
         return self._memory[token]
 

@@ -1,4 +1,6 @@
-"""How both commands begin and end: logging to stderr, one line for a user's mistake, a traceback only with ``--debug``."""
+"""How both commands begin and end: logging to stderr, one line for a user's mistake, a traceback
+only with ``--debug``.
+"""
 
 from __future__ import annotations
 
@@ -23,18 +25,20 @@ _EXTRAS = {
     "safetensors": "train",
     "peft": "peft",
 }
-"""Packages that one extra is for; of others, which several bring, the command names the one it needs. (Those of file
-systems are named where these are opened.)"""
+"""Packages that one extra is for; of others, which several bring, the command names the one it
+needs. (Those of file systems are named where these are opened.)"""
 
 
 def new_app(summary: str) -> typer.Typer:
     """A Typer app with the settings that both commands share."""
-    return typer.Typer(help=summary, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+    return typer.Typer(
+        help=summary, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False
+    )
 
 
 def run(app: typer.Typer, extra: str) -> None:
-    """Runs ``app`` on ``sys.argv``. Exit codes: 0, 2 for a user's mistake and where the operating system
-    refuses, 1 for damage, 130 after Ctrl-C.
+    """Runs ``app`` on ``sys.argv``. Exit codes: 0, 2 for a user's mistake and where the operating
+    system refuses, 1 for damage, 130 after Ctrl-C.
 
     ``extra`` is the optional part of the distribution that the command needs beyond reading caches.
     """
@@ -62,14 +66,20 @@ def run(app: typer.Typer, extra: str) -> None:
         if debug:
             raise
         # An error from a loader's worker process arrives with that process's traceback before it.
-        print(f"error: {str(error).strip().splitlines()[-1].removeprefix(_name_of(error))}", file=sys.stderr)
+        print(
+            f"error: {str(error).strip().splitlines()[-1].removeprefix(_name_of(error))}",
+            file=sys.stderr,
+        )
         sys.exit(error.exit_code)
     except ModuleNotFoundError as error:
         if debug:
             raise
         package = (error.name or "").partition(".")[0]
         extra = _EXTRAS.get(package, extra)
-        print(f"error: the package {package} is not installed; pip install 'logitcask[{extra}]'", file=sys.stderr)
+        print(
+            f"error: the package {package} is not installed; pip install 'logitcask[{extra}]'",
+            file=sys.stderr,
+        )
         sys.exit(2)
     except OSError as error:
         if debug:

@@ -1,4 +1,6 @@
-"""The commands that need nothing but a cache: ``teacher-cache info`` and ``teacher-cache verify``."""
+"""The commands that need nothing but a cache: ``teacher-cache info`` and ``teacher-cache
+verify``.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,8 @@ Cache = Annotated[str, typer.Argument(metavar="CACHE", help="A cache folder or f
 
 
 def info(
-    cache: Cache, as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False
+    cache: Cache,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
 ) -> None:
     """Says what a cache holds: teacher, data, sizes, coverage."""
     manifest = CacheReader(cache).manifest
@@ -38,10 +41,13 @@ def info(
 def verify(
     cache: Cache,
     deep: Annotated[
-        bool, typer.Option("--deep", help="Decode everything and check every number against SPEC.md.")
+        bool,
+        typer.Option("--deep", help="Decode everything and check every number against SPEC.md."),
     ] = False,
 ) -> None:
-    """Checks the size and sha256 of every shard, and with --deep all that is in them. Exit code 1 if anything is off."""
+    """Checks the size and sha256 of every shard, and with --deep all that is in them. Exit code
+    1 if anything is off.
+    """
     shards = len(CacheReader(cache).manifest.shards)
     with tqdm(total=shards, unit="shard", desc="verify", leave=False) as bar:
         problems = verify_cache(cache, deep=deep, on_shard=lambda _: bar.update())
@@ -51,9 +57,15 @@ def verify(
     print(f"{cache}: {shards} shards, {checked}")
 
 
-def derive(cache: Cache, out: Output, shard_tokens: ShardTokens = SHARD_TOKENS, **changes: Any) -> None:
-    """Makes a smaller cache of a finished one, without the teacher; goes on where an interrupted run stopped."""
-    asked = parse_options(DeriveOptions, {name: value for name, value in changes.items() if value is not None})
+def derive(
+    cache: Cache, out: Output, shard_tokens: ShardTokens = SHARD_TOKENS, **changes: Any
+) -> None:
+    """Makes a smaller cache of a finished one, without the teacher; goes on where an interrupted
+    run stopped.
+    """
+    asked = parse_options(
+        DeriveOptions, {name: value for name, value in changes.items() if value is not None}
+    )
     if not asked.model_fields_set:
         raise ConfigError("nothing is to change; see the options in `teacher-cache derive --help`")
     with _bar("derive", CacheReader(cache).manifest.statistics.tokens) as bar:
@@ -71,9 +83,14 @@ def _options_of(model: type[BaseModel]) -> dict[str, Any]:
 
 def _give_options(command: Callable[..., None], options: dict[str, Any]) -> None:
     """Replaces ``**changes`` in the signature that Typer sees by these options."""
-    own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    own = [
+        p
+        for p in inspect.signature(command, eval_str=True).parameters.values()
+        if p.kind is not p.VAR_KEYWORD
+    ]
     more = [
-        inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=a) for n, a in options.items()
+        inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=a)
+        for n, a in options.items()
     ]
     command.__signature__ = inspect.Signature([*own, *more])  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in (*own, *more)}
@@ -84,20 +101,29 @@ _give_options(derive, _options_of(DeriveOptions))
 
 def merge(
     out: Output,
-    caches: Annotated[list[str], typer.Argument(metavar="CACHE CACHE ...", help="Folders or fsspec URLs.")],
+    caches: Annotated[
+        list[str], typer.Argument(metavar="CACHE CACHE ...", help="Folders or fsspec URLs.")
+    ],
     number_ids: Annotated[
-        bool, typer.Option("--number-ids", help="Put 0/, 1/, ... before the sequence ids of each cache.")
+        bool,
+        typer.Option("--number-ids", help="Put 0/, 1/, ... before the sequence ids of each cache."),
     ] = False,
     shard_tokens: ShardTokens = SHARD_TOKENS,
 ) -> None:
-    """Puts caches of one teacher and tokenizer together; goes on where an interrupted run stopped."""
+    """Puts caches of one teacher and tokenizer together; goes on where an interrupted run
+    stopped.
+    """
     tokens = sum(CacheReader(cache).manifest.statistics.tokens for cache in caches)
     with _bar("merge", tokens) as bar:
-        manifest = merge_caches(caches, out, number_ids=number_ids, shard_tokens=shard_tokens, on_tokens=bar.update)
+        manifest = merge_caches(
+            caches, out, number_ids=number_ids, shard_tokens=shard_tokens, on_tokens=bar.update
+        )
     print(describe(manifest, out))
 
 
 @contextmanager
 def _bar(name: str, tokens: int) -> Iterator[tqdm]:
-    with tqdm(total=tokens, unit="tok", unit_scale=True, desc=name, leave=False, dynamic_ncols=True) as bar:
+    with tqdm(
+        total=tokens, unit="tok", unit_scale=True, desc=name, leave=False, dynamic_ncols=True
+    ) as bar:
         yield bar

@@ -13,7 +13,9 @@ from pydantic_core import PydanticUndefined
 
 
 def markdown(model: type[BaseModel]) -> str:
-    """A table for ``model``, and one for each model in its fields, under the first path that leads there."""
+    """A table for ``model``, and one for each model in its fields, under the first path that
+    leads there.
+    """
     parts = []
     shown: set[type[BaseModel]] = set()
     for path, each in _models(model, ""):
@@ -23,7 +25,10 @@ def markdown(model: type[BaseModel]) -> str:
         title = f"### `{path}`\n\n" if path else ""
         rows = [_row(name, field) for name, field in each.model_fields.items()]
         said = " ".join((each.__doc__ or "").split()).replace("``", "`")
-        parts.append(f"{title}{said}\n\n| field | value | default | |\n| --- | --- | --- | --- |\n" + "\n".join(rows))
+        parts.append(
+            f"{title}{said}\n\n| field | value | default | |\n| --- | --- | --- | --- |\n"
+            + "\n".join(rows)
+        )
     return "\n\n".join(parts) + "\n"
 
 
@@ -64,7 +69,9 @@ def _kind(annotation: Any) -> str:
     if origin is Annotated:
         return _kind(inner[0])
     if origin is Literal:
-        return ", ".join(f"`{json.dumps(each) if isinstance(each, bool) else each}`" for each in inner)
+        return ", ".join(
+            f"`{json.dumps(each) if isinstance(each, bool) else each}`" for each in inner
+        )
     if origin in (Union, UnionType):
         kinds = [_kind(each) for each in inner if each is not NoneType]
         return " or ".join([*dict.fromkeys(kinds), *(["null"] if NoneType in inner else [])])

@@ -1,4 +1,6 @@
-"""Config files: YAML, then KEY=VALUE overrides by dotted path, then a strict pydantic model. One behaviour for both stages."""
+"""Config files: YAML, then KEY=VALUE overrides by dotted path, then a strict pydantic model. One
+behaviour for both stages.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +20,18 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 def load_config(model: type[Model], path: Path, overrides: list[str]) -> Model:
-    """Reads ``path``, applies overrides such as ``store.top_k=8`` or ``losses[0].weight=2``, and validates.
+    """Reads ``path``, applies overrides such as ``store.top_k=8`` or ``losses[0].weight=2``, and
+    validates.
 
-    Override values are YAML (``null``, ``1e-4``, ``[1, 2]``). Raises ConfigError in one line: where, what, what was expected.
+    Override values are YAML (``null``, ``1e-4``, ``[1, 2]``). Raises ConfigError in one line:
+    where, what, what was expected.
     """
     try:
         config = OmegaConf.load(path)
     except FileNotFoundError:
-        raise ConfigError(f"there is no config file {path}; configs that come along are in */configs/") from None
+        raise ConfigError(
+            f"there is no config file {path}; configs that come along are in */configs/"
+        ) from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(f"{path} is not a YAML file: {' '.join(str(error).split())}") from error
     if not OmegaConf.is_dict(config):
@@ -33,12 +39,19 @@ def load_config(model: type[Model], path: Path, overrides: list[str]) -> Model:
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not key:
-            raise ConfigError(f"override {override!r} is not of the form KEY=VALUE, such as training.max_steps=10")
+            raise ConfigError(
+                f"override {override!r} is not of the form KEY=VALUE, such as training.max_steps=10"
+            )
         try:
-            # Parsed as OmegaConf parses files, where 1e-4 is a number (to plain YAML 1.1 it is a string).
-            OmegaConf.update(config, key, OmegaConf.create(f"value: {value}")["value"], force_add=True)
+            # Parsed as OmegaConf parses files, where 1e-4 is a number (to plain YAML 1.1 it is a
+            # string).
+            OmegaConf.update(
+                config, key, OmegaConf.create(f"value: {value}")["value"], force_add=True
+            )
         except (OmegaConfBaseException, yaml.YAMLError, AssertionError, ValueError) as error:
-            raise ConfigError(f"override {override!r} cannot be applied: {first_line(error)}") from error
+            raise ConfigError(
+                f"override {override!r} cannot be applied: {first_line(error)}"
+            ) from error
     try:
         values = OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException as error:
@@ -54,11 +67,15 @@ def parse_options(model: type[Model], options: dict[str, Any]) -> Model:
 def _validated(model: type[Model], values: Any, where: str) -> Model:
     for key, text in _texts(values):
         if "\0" in text:
-            raise ConfigError(f"{where}: {key} holds a NUL character (found {text!r}), which no name or path can have")
+            raise ConfigError(
+                f"{where}: {key} holds a NUL character (found {text!r}), which no name or path can have"
+            )
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(f"{where}: {'; '.join(_explain(model, item) for item in error.errors()[:3])}") from error
+        raise ConfigError(
+            f"{where}: {'; '.join(_explain(model, item) for item in error.errors()[:3])}"
+        ) from error
 
 
 def _texts(values: Any, key: str = "") -> Iterator[tuple[str, str]]:

@@ -19,13 +19,17 @@ def models_dir() -> Path:
 
 
 def local_model(name: str) -> Path | None:
-    """The folder of a model prepared under that name, or None. Folders appear there only when finished."""
+    """The folder of a model prepared under that name, or None. Folders appear there only when
+    finished.
+    """
     folder = models_dir() / name
     return folder if (folder / "config.json").is_file() else None
 
 
 def refuse_adapters(name: str, folder: Path) -> None:
-    """Raises UserError where ``folder``, of the model that the user calls ``name``, holds adapters."""
+    """Raises UserError where ``folder``, of the model that the user calls ``name``, holds
+    adapters.
+    """
     if not (folder / ADAPTER_CONFIG).is_file():
         return
     try:
@@ -41,6 +45,8 @@ def refuse_adapters(name: str, folder: Path) -> None:
 
 
 def cannot_write(error: BaseException) -> bool:
-    """Whether ``error`` is that of a folder that cannot be written: a full disk, a read-only file system, other people's."""
+    """Whether ``error`` is that of a folder that cannot be written: a full disk, a read-only
+    file system, other people's.
+    """
     denied = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR}
     return isinstance(error, OSError) and error.errno in denied

@@ -1,4 +1,6 @@
-"""``teacher-cache push`` and ``teacher-cache pull``: the copies of ``logitcask.cache_format.share.copy`` with a bar in bytes."""
+"""``teacher-cache push`` and ``teacher-cache pull``: the copies of
+``logitcask.cache_format.share.copy`` with a bar in bytes.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +14,21 @@ from tqdm import tqdm
 
 from logitcask.cache_format.share import copy as share
 
-Force = Annotated[bool, typer.Option("--force", help="Replace another cache that is there; check every hash again.")]
+Force = Annotated[
+    bool,
+    typer.Option("--force", help="Replace another cache that is there; check every hash again."),
+]
 
 
 def push(
-    cache: Annotated[str, typer.Argument(metavar="CACHE", help="A finished cache: a folder or fsspec URL.")],
+    cache: Annotated[
+        str, typer.Argument(metavar="CACHE", help="A finished cache: a folder or fsspec URL.")
+    ],
     url: Annotated[
-        str, typer.Argument(metavar="URL", help="Where to: s3://bucket/path, hf://datasets/ORG/NAME, a folder, ...")
+        str,
+        typer.Argument(
+            metavar="URL", help="Where to: s3://bucket/path, hf://datasets/ORG/NAME, a folder, ..."
+        ),
     ],
     force: Force = False,
 ) -> None:
@@ -29,13 +39,20 @@ def push(
 
 
 def pull(
-    url: Annotated[str, typer.Argument(metavar="URL", help="A finished cache: an fsspec URL or a folder.")],
+    url: Annotated[
+        str, typer.Argument(metavar="URL", help="A finished cache: an fsspec URL or a folder.")
+    ],
     folder: Annotated[
-        Path | None, typer.Argument(metavar="[FOLDER]", help="Where to; caches/NAME by default.", show_default=False)
+        Path | None,
+        typer.Argument(
+            metavar="[FOLDER]", help="Where to; caches/NAME by default.", show_default=False
+        ),
     ] = None,
     force: Force = False,
 ) -> None:
-    """Copies a finished cache into a local folder, every file checked; goes on where an interrupted pull stopped."""
+    """Copies a finished cache into a local folder, every file checked; goes on where an
+    interrupted pull stopped.
+    """
     folder = folder or default_folder(url)
     with _bar("pull") as bar:
         copied = share.pull(url, folder, force=force, on_total=bar.reset, on_bytes=bar.update)

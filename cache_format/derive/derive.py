@@ -38,35 +38,59 @@ class DeriveOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    top_k: int | None = Field(None, ge=0, description="Head entries at most; 0, with tail samples: random sampling.")
-    min_k: int | None = Field(None, ge=0, description="Head entries at least, whatever the next two say.")
-    top_p: float | None = Field(None, gt=0, le=1, description="A head ends once it holds this mass.")
+    top_k: int | None = Field(
+        None, ge=0, description="Head entries at most; 0, with tail samples: random sampling."
+    )
+    min_k: int | None = Field(
+        None, ge=0, description="Head entries at least, whatever the next two say."
+    )
+    top_p: float | None = Field(
+        None, gt=0, le=1, description="A head ends once it holds this mass."
+    )
     min_probability: float | None = Field(
         None, gt=0, lt=1, description="A head ends before the first entry below this."
     )
     max_bytes_per_token: float | None = Field(
-        None, gt=0, description="Choose min_probability for about this size, to some 5 %: it is tried on a sample."
+        None,
+        gt=0,
+        description="Choose min_probability for about this size, to some 5 %: it is tried on a sample.",
     )
     max_kl: float | None = Field(
-        None, gt=0, description="Choose min_probability for a reconstruction at most so far from the teacher, nats."
+        None,
+        gt=0,
+        description="Choose min_probability for a reconstruction at most so far from the teacher, nats.",
     )
-    tail_samples: int | None = Field(None, ge=0, le=MAX_DRAWS, description="Draws per set, at most; 0 drops them.")
-    mass_per_sample: float | None = Field(None, gt=0, lt=1, description="Tail mass that one draw stands for.")
+    tail_samples: int | None = Field(
+        None, ge=0, le=MAX_DRAWS, description="Draws per set, at most; 0 drops them."
+    )
+    mass_per_sample: float | None = Field(
+        None, gt=0, lt=1, description="Tail mass that one draw stands for."
+    )
     sample_sets: int | None = Field(None, ge=1, description="Sets of draws to keep.")
-    draws: Literal["systematic", "independent"] | None = Field(None, description="How new draws are taken.")
+    draws: Literal["systematic", "independent"] | None = Field(
+        None, description="How new draws are taken."
+    )
     seed: int | None = Field(None, description="Of new draws.")
     sample_logprobs: bool | None = Field(None, description="Keep the logprobs of draws.")
-    entropy: bool | None = Field(None, description="Keep entropies; by default together with draws.")
+    entropy: bool | None = Field(
+        None, description="Keep entropies; by default together with draws."
+    )
     logprob_step: float | None = Field(None, description="Grid of logprobs, a power of two.")
-    sequences: str | None = Field(None, description="Keep some: START:STOP or START:STOP:STEP, by index.")
-    match: str | None = Field(None, description="Keep those whose id matches a pattern (*, ?, [...]).")
+    sequences: str | None = Field(
+        None, description="Keep some: START:STOP or START:STOP:STEP, by index."
+    )
+    match: str | None = Field(
+        None, description="Keep those whose id matches a pattern (*, ?, [...])."
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         bounds = ("min_probability", "max_bytes_per_token", "max_kl")
         given = [name for name in bounds if getattr(self, name) is not None]
         if len(given) > 1:
-            raise ValueError(f"{' and '.join(given)} are set; each decides where heads end: set one")
+            raise ValueError(
+                f"{' and '.join(given)} are set; each decides where heads end: set one"
+            )
         if self.logprob_step is not None:
             check_step(self.logprob_step)
         if self.sequences is not None:
@@ -82,10 +106,11 @@ def derive(
     shard_tokens: int = SHARD_TOKENS,
     on_tokens: OnTokens = lambda _: None,
 ) -> Manifest:
-    """Writes a smaller cache made of the one at ``source``, or goes on with it where it was interrupted.
+    """Writes a smaller cache made of the one at ``source``, or goes on with it where it was
+    interrupted.
 
-    Raises UserError where the source does not hold what is asked for or nothing of it would be left, for a URL as output,
-    and what opening and writing caches raise.
+    Raises UserError where the source does not hold what is asked for or nothing of it would be
+    left, for a URL as output, and what opening and writing caches raise.
     """
     output = local_folder(output, PUSH_IT)
     cache = CacheReader(source)
@@ -93,9 +118,13 @@ def derive(
     part = Part(cache, keeps=_selection(options, len(cache)))
     if options.max_bytes_per_token is not None or options.max_kl is not None:
         store = _within_budget(part, store, options)
-    part = replace(part, change=lambda sequence: narrow(sequence, store, cache.manifest.fingerprint))
+    part = replace(
+        part, change=lambda sequence: narrow(sequence, store, cache.manifest.fingerprint)
+    )
     asked = options.model_dump(mode="json", exclude_none=True)
-    made_of = DerivedFrom(command="derive", fingerprints=(cache.manifest.fingerprint,), options=asked)
+    made_of = DerivedFrom(
+        command="derive", fingerprints=(cache.manifest.fingerprint,), options=asked
+    )
     return write(output, [part], store, cache.manifest.data, made_of, shard_tokens, on_tokens)
 
 
@@ -113,11 +142,15 @@ def _slice(text: str) -> slice:
             return slice(*parts)
     except ValueError:
         pass
-    raise ValueError(f"sequences is {text!r}; expected START:STOP or START:STOP:STEP, such as 0:1000 or ::10")
+    raise ValueError(
+        f"sequences is {text!r}; expected START:STOP or START:STOP:STEP, such as 0:1000 or ::10"
+    )
 
 
 def _derived_settings(had: StoreSettings, options: DeriveOptions, source: str) -> StoreSettings:
-    """The settings of the new cache. Raises UserError where they ask for more than the source holds."""
+    """The settings of the new cache. Raises UserError where they ask for more than the source
+    holds.
+    """
     changes = {
         name: value
         for name, value in options.model_dump(exclude_none=True).items()
@@ -126,15 +159,24 @@ def _derived_settings(had: StoreSettings, options: DeriveOptions, source: str) -
 
     def refuse_if(lacking: Any, what: str) -> None:
         if lacking:
-            raise UserError(f"{source} {what}; the teacher would have to be asked again: build a cache that has it")
+            raise UserError(
+                f"{source} {what}; the teacher would have to be asked again: build a cache that has it"
+            )
 
     samples = changes.get("tail_samples", had.tail_samples)
     refuse_if(
-        changes.get("top_k", 0) > had.top_k, f"holds at most {had.top_k} entries a head, not {changes.get('top_k')}"
+        changes.get("top_k", 0) > had.top_k,
+        f"holds at most {had.top_k} entries a head, not {changes.get('top_k')}",
     )
     refuse_if(samples and not had.tail_samples, "has no tail samples")
-    refuse_if(changes.get("sample_sets", 0) > had.sample_sets, f"has {had.sample_sets} sets of tail samples")
-    refuse_if(changes.get("sample_logprobs") and not had.sample_logprobs, "has no logprobs of its tail samples")
+    refuse_if(
+        changes.get("sample_sets", 0) > had.sample_sets,
+        f"has {had.sample_sets} sets of tail samples",
+    )
+    refuse_if(
+        changes.get("sample_logprobs") and not had.sample_logprobs,
+        "has no logprobs of its tail samples",
+    )
     refuse_if(options.entropy and not had.entropy, "has no entropies")
     for name, is_more in (("min_probability", operator.lt), ("top_p", operator.gt)):
         bound, wanted = getattr(had, name), changes.get(name)
@@ -144,15 +186,27 @@ def _derived_settings(had: StoreSettings, options: DeriveOptions, source: str) -
         )
     least = min(changes.get("min_k", 0), changes.get("top_k", had.top_k))
     bounded = had.min_probability is not None or had.top_p is not None
-    refuse_if(bounded and least > had.min_k, f"holds at least {had.min_k} entries a head, not {least}")
-    refuse_if(changes.get("logprob_step", 1) < had.logprob_step, f"has logprobs on a grid of {had.logprob_step:g}")
+    refuse_if(
+        bounded and least > had.min_k, f"holds at least {had.min_k} entries a head, not {least}"
+    )
+    refuse_if(
+        changes.get("logprob_step", 1) < had.logprob_step,
+        f"has logprobs on a grid of {had.logprob_step:g}",
+    )
     if not samples:
-        changes |= {"tail_samples": 0, "sample_sets": 1, "sample_logprobs": False, "mass_per_sample": None}
+        changes |= {
+            "tail_samples": 0,
+            "sample_sets": 1,
+            "sample_logprobs": False,
+            "mass_per_sample": None,
+        }
     if changes.get("logprob_step", had.logprob_step) != had.logprob_step:
         changes["logprob_error"] = had.rounding + changes["logprob_step"] / 2
     top_k = changes.get("top_k", had.top_k)
     changes["min_k"] = min(changes.get("min_k", had.min_k), top_k)
-    changes["entropy"] = had.entropy and (samples > 0 if options.entropy is None else options.entropy)
+    changes["entropy"] = had.entropy and (
+        samples > 0 if options.entropy is None else options.entropy
+    )
     try:
         return StoreSettings.model_validate(had.model_dump() | changes)
     except ValidationError as error:
@@ -162,7 +216,9 @@ def _derived_settings(had: StoreSettings, options: DeriveOptions, source: str) -
 
 
 def _within_budget(part: Part, store: StoreSettings, options: DeriveOptions) -> StoreSettings:
-    """``store`` with the largest heads that meet the budget on some of the sequences: its ``min_probability`` is chosen."""
+    """``store`` with the largest heads that meet the budget on some of the sequences: its
+    ``min_probability`` is chosen.
+    """
     sample = spread([part])
     if not any(len(sequence.positions) for sequence in sample):
         raise UserError("no kept position is left to meet the budget with; choose more sequences")
@@ -170,27 +226,41 @@ def _within_budget(part: Part, store: StoreSettings, options: DeriveOptions) -> 
     # A prior made of the very draws that it is judged by would look better than it is.
     apart = TailPrior.estimate(sample[::2], store.vocab_size)
     # What all tokens share: the prior, the manifest, the card.
-    shared = (len(prior.to_bytes()) + _SMALL_FILES) / sum(len(ids) for _, _, ids, _ in part.chosen())
+    shared = (len(prior.to_bytes()) + _SMALL_FILES) / sum(
+        len(ids) for _, _, ids, _ in part.chosen()
+    )
 
-    # The larger the bound, the smaller the heads, the fewer bytes, and the farther from the teacher.
+    # The larger the bound, the smaller the heads, the fewer bytes, and the farther from the
+    # teacher.
     floor = store.min_probability or 1e-7
     everything = math.log(floor)
     least = max(everything, math.log(0.5))
     judged = [sequence for sequence in sample[1::2] if len(sequence.positions)] or sample
 
     def at(log_bound: float) -> StoreSettings:
-        # No smaller than the source's, whatever it is rounded to: its heads do not have those entries.
-        bound = floor if log_bound == everything else max(floor, float(f"{math.exp(log_bound):.4g}"))
+        # No smaller than the source's, whatever it is rounded to: its heads do not have those
+        # entries.
+        bound = (
+            floor if log_bound == everything else max(floor, float(f"{math.exp(log_bound):.4g}"))
+        )
         return store.model_copy(update={"min_probability": bound})
 
     def size(log_bound: float) -> float:
-        return shared + _bytes_per_token(sample, Codec(at(log_bound), prior), part.cache.manifest.fingerprint)
+        return shared + _bytes_per_token(
+            sample, Codec(at(log_bound), prior), part.cache.manifest.fingerprint
+        )
 
     def distance(log_bound: float) -> float:
         return _mean_kl(judged, at(log_bound), apart)
 
     if options.max_bytes_per_token is not None:
-        budget, measure, unit, good, bad = options.max_bytes_per_token, size, "bytes per token", least, everything
+        budget, measure, unit, good, bad = (
+            options.max_bytes_per_token,
+            size,
+            "bytes per token",
+            least,
+            everything,
+        )
     else:
         assert options.max_kl is not None
         budget, measure, unit, good, bad = options.max_kl, distance, "nats", everything, least
@@ -208,7 +278,9 @@ def _within_budget(part: Part, store: StoreSettings, options: DeriveOptions) -> 
     while abs(good - bad) > 0.005:
         middle = (good + bad) / 2
         good, bad = (middle, bad) if measure(middle) <= budget else (good, middle)
-    log.info("heads end at a probability of %g: %.4g %s", at(good).min_probability, measure(good), unit)
+    log.info(
+        "heads end at a probability of %g: %.4g %s", at(good).min_probability, measure(good), unit
+    )
     return at(good)
 
 

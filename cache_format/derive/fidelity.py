@@ -1,7 +1,7 @@
 """How near to the teacher a cache's distributions are, told from the cache itself.
 
-A cache that stores entropies knows the teacher's term of the KL exactly, so what cutting heads costs can be computed without
-the teacher, for the heads that are there and for any smaller ones.
+A cache that stores entropies knows the teacher's term of the KL exactly, so what cutting heads
+costs can be computed without the teacher, for the heads that are there and for any smaller ones.
 """
 
 from __future__ import annotations
@@ -17,15 +17,19 @@ from logitcask.cache_format.shards.prior import TailPrior
 def reconstruction_kl(
     sequence: CachedSequence, size: NDArray[np.int64], vocab_size: int, prior: TailPrior | None
 ) -> NDArray[np.float64]:
-    """float64[P], nats: KL of the teacher's whole distribution to what a cache with heads of ``size`` entries says of it.
+    """float64[P], nats: KL of the teacher's whole distribution to what a cache with heads of
+    ``size`` entries says of it.
 
-    That is the head, and the mass of the rest spread as ``prior`` says, or evenly where it is None. Exact but for rounding
-    where it is even; with a prior, its value on the stored tail is estimated from the tail samples, without bias if they had
-    no part in the prior (one made of all draws of 30 thousand tokens comes out 3 % too near). Raises
-    UserError for a sequence without entropies, or with a prior and without samples.
+    That is the head, and the mass of the rest spread as ``prior`` says, or evenly where it is None.
+    Exact but for rounding where it is even; with a prior, its value on the stored tail is estimated
+    from the tail samples, without bias if they had no part in the prior (one made of all draws of
+    30 thousand tokens comes out 3 % too near). Raises UserError for a sequence without entropies,
+    or with a prior and without samples.
     """
     if sequence.entropy is None or (prior is not None and sequence.samples is None):
-        raise UserError("how near a reconstruction comes can be told only of a cache with entropies and tail samples")
+        raise UserError(
+            "how near a reconstruction comes can be told only of a cache with entropies and tail samples"
+        )
     stored = sequence.ids >= 0
     inside = (np.arange(sequence.ids.shape[1]) < size[:, None]) & stored
     p = np.where(stored, np.exp(sequence.logprobs.astype(np.float64)), 0)
@@ -33,7 +37,9 @@ def reconstruction_kl(
     old_tail = np.exp(sequence.tail_logprob.astype(np.float64))
     mass = old_tail + np.where(inside, 0, p).sum(axis=1)
     if prior is None:
-        even = np.where(mass > 0, np.log(np.maximum(mass, 1e-300) / np.maximum(vocab_size - size, 1)), 0)
+        even = np.where(
+            mass > 0, np.log(np.maximum(mass, 1e-300) / np.maximum(vocab_size - size, 1)), 0
+        )
         return np.asarray(-sequence.entropy - p_log_p - mass * even, np.float64)
     assert sequence.samples is not None
     b = prior.probabilities()

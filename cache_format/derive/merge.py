@@ -22,11 +22,13 @@ def merge(
     shard_tokens: int = SHARD_TOKENS,
     on_tokens: OnTokens = lambda _: None,
 ) -> Manifest:
-    """Writes one cache with the sequences of several, in order, or goes on with it where it was interrupted.
+    """Writes one cache with the sequences of several, in order, or goes on with it where it was
+    interrupted.
 
-    ``number_ids`` puts "0/" before the sequence ids of the first cache, "1/" before those of the second, and so on. Raises
-    UserError where teacher, tokenizer or store settings differ, naming what does, where only some hold what the teacher
-    wrote, for an id that occurs twice, and for a URL as output.
+    ``number_ids`` puts "0/" before the sequence ids of the first cache, "1/" before those of the
+    second, and so on. Raises UserError where teacher, tokenizer or store settings differ, naming
+    what does, where only some hold what the teacher wrote, for an id that occurs twice, and for a
+    URL as output.
     """
     output = local_folder(output, PUSH_IT)
     if len(sources) < 2:
@@ -62,7 +64,11 @@ def merge(
 def _common_ground(manifest: Manifest) -> dict[str, Any]:
     """What caches must share to be merged."""
     identity = manifest.content_identity()
-    return {"teacher": identity["teacher"], "tokenizer": manifest.tokenizer.sha256, "store": identity["store"]}
+    return {
+        "teacher": identity["teacher"],
+        "tokenizer": manifest.tokenizer.sha256,
+        "store": identity["store"],
+    }
 
 
 def _merged_data(parts: list[DataIdentity]) -> DataIdentity:

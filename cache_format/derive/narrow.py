@@ -1,7 +1,8 @@
 """Keeping less of a sequence: smaller heads, fewer draws. No teacher is needed for it.
 
-What leaves a head joins the tail: its mass is added there, and new draws are taken from the entries that left and from the
-old draws, each of which stands for its share of the old tail. Draws of draws are draws: estimates stay unbiased.
+What leaves a head joins the tail: its mass is added there, and new draws are taken from the entries
+that left and from the old draws, each of which stands for its share of the old tail. Draws of draws
+are draws: estimates stay unbiased.
 
 Shapes: P kept positions, K head entries, T sets of S draws, C candidates for a new draw.
 """
@@ -19,10 +20,12 @@ from logitcask.cache_format.sequence import CachedSequence, TailSamples
 
 
 def narrow(sequence: CachedSequence, store: StoreSettings, source: str) -> CachedSequence:
-    """The sequence as a cache with the settings ``store`` holds it, which must not ask for more than there is.
+    """The sequence as a cache with the settings ``store`` holds it, which must not ask for more
+    than there is.
 
-    ``source``: fingerprint of the cache that the sequence is of. New draws depend on it: were those of two derivations in a
-    row taken at the same points, the second would choose among what the first had chosen there, which is biased.
+    ``source``: fingerprint of the cache that the sequence is of. New draws depend on it: were those
+    of two derivations in a row taken at the same points, the second would choose among what the
+    first had chosen there, which is biased.
     """
     ids, logprobs = sequence.ids, sequence.logprobs
     size = head_sizes(logprobs, store)
@@ -58,9 +61,15 @@ def head_sizes(logprobs: NDArray[np.float32], store: StoreSettings) -> NDArray[n
 
 
 def _redraw(
-    sequence: CachedSequence, leaves: NDArray[np.bool_], tail: NDArray[np.float64], store: StoreSettings, source: str
+    sequence: CachedSequence,
+    leaves: NDArray[np.bool_],
+    tail: NDArray[np.float64],
+    store: StoreSettings,
+    source: str,
 ) -> TailSamples:
-    """Draws from the new tails. Where nothing left the head and as many draws are wanted as there are, the old ones."""
+    """Draws from the new tails. Where nothing left the head and as many draws are wanted as
+    there are, the old ones.
+    """
     assert sequence.samples is not None
     old = sequence.samples.ids[:, : store.sample_sets]
     draws = (old >= 0).sum(axis=2)
@@ -68,19 +77,33 @@ def _redraw(
     same = ~leaves.any(axis=1) & (draws[:, 0] == wanted)
     p, sets, _ = old.shape
 
-    def candidates(of_head: NDArray[np.generic], of_draws: NDArray[np.generic]) -> NDArray[np.generic]:
-        return np.concatenate([np.broadcast_to(of_head[:, None], (p, sets, of_head.shape[1])), of_draws], axis=2)
+    def candidates(
+        of_head: NDArray[np.generic], of_draws: NDArray[np.generic]
+    ) -> NDArray[np.generic]:
+        return np.concatenate(
+            [np.broadcast_to(of_head[:, None], (p, sets, of_head.shape[1])), of_draws], axis=2
+        )
 
-    share = np.exp(sequence.tail_logprob.astype(np.float64))[:, None, None] / np.maximum(draws, 1)[..., None]
+    share = (
+        np.exp(sequence.tail_logprob.astype(np.float64))[:, None, None]
+        / np.maximum(draws, 1)[..., None]
+    )
     weights = candidates(
-        np.where(leaves, np.exp(sequence.logprobs.astype(np.float64)), 0), np.where(old >= 0, share, 0)
+        np.where(leaves, np.exp(sequence.logprobs.astype(np.float64)), 0),
+        np.where(old >= 0, share, 0),
     ).astype(np.float64)
     key = f"{store.seed} {source} {sequence.sequence_id}"
     at = _choose(weights.reshape(p * sets, weights.shape[2]), np.repeat(wanted, sets), key, store)
     at = at.reshape(p, sets, at.shape[1])
 
-    def chosen(values: NDArray[np.generic], former: NDArray[np.generic], filler: float) -> NDArray[np.generic]:
-        new = np.take_along_axis(values, np.maximum(at, 0), axis=2) if values.shape[2] else np.zeros(at.shape)
+    def chosen(
+        values: NDArray[np.generic], former: NDArray[np.generic], filler: float
+    ) -> NDArray[np.generic]:
+        new = (
+            np.take_along_axis(values, np.maximum(at, 0), axis=2)
+            if values.shape[2]
+            else np.zeros(at.shape)
+        )
         result = np.full((p, sets, max(at.shape[2], former.shape[2])), filler, former.dtype)
         result[:, :, : at.shape[2]] = np.where(at < 0, filler, new)
         result[same] = filler
@@ -93,7 +116,9 @@ def _redraw(
     if store.sample_logprobs:
         assert sequence.samples.logprobs is not None
         former = sequence.samples.logprobs[:, : store.sample_sets]
-        logprobs = chosen(candidates(sequence.logprobs, former), former, -np.inf).astype(np.float32)[..., :used]
+        logprobs = chosen(candidates(sequence.logprobs, former), former, -np.inf).astype(
+            np.float32
+        )[..., :used]
     return TailSamples(ids[..., :used], logprobs)
 
 
@@ -101,16 +126,20 @@ def _draws_wanted(tail: NDArray[np.float64], store: StoreSettings) -> NDArray[np
     """int64[P]: draws per set of a tail with this logprob."""
     wanted = np.full(len(tail), store.tail_samples)
     if store.mass_per_sample is not None:
-        wanted = np.clip(np.ceil(np.exp(tail) / store.mass_per_sample), 1, store.tail_samples).astype(np.int64)
+        wanted = np.clip(
+            np.ceil(np.exp(tail) / store.mass_per_sample), 1, store.tail_samples
+        ).astype(np.int64)
     return np.where(np.isneginf(tail), 0, wanted)
 
 
 def _choose(
     weights: NDArray[np.float64], wanted: NDArray[np.int64], key: str, store: StoreSettings
 ) -> NDArray[np.int64]:
-    """int64[R, most]: indices into each row of ``weights`` [R, C], drawn in proportion to them; -1 where no more are wanted.
+    """int64[R, most]: indices into each row of ``weights`` [R, C], drawn in proportion to them; -1
+    where no more are wanted.
 
-    By inverse CDF. The points it is taken at depend on ``key`` alone, so that a resumed run repeats them.
+    By inverse CDF. The points it is taken at depend on ``key`` alone, so that a resumed run repeats
+    them.
     """
     rows, count = weights.shape
     cdf = np.cumsum(weights, axis=1)
@@ -127,8 +156,12 @@ def _choose(
     # One search in all rows at once: row r's CDF runs from r to r + 1.
     row = np.arange(rows)[:, None]
     flat = (cdf / np.where(total > 0, total, 1) + row).reshape(-1)
-    at = np.searchsorted(flat, (np.minimum(points, 1 - 1e-9) + row).reshape(-1), side="right").reshape(rows, most)
+    at = np.searchsorted(
+        flat, (np.minimum(points, 1 - 1e-9) + row).reshape(-1), side="right"
+    ).reshape(rows, most)
     # Rounding may put a point past the row's last candidate with weight.
-    last = count - 1 - np.argmax(weights[:, ::-1] > 0, axis=1) if count else np.zeros(rows, np.int64)
+    last = (
+        count - 1 - np.argmax(weights[:, ::-1] > 0, axis=1) if count else np.zeros(rows, np.int64)
+    )
     at = np.clip(at - row * count, 0, last[:, None])
     return np.where(number < wanted[:, None], at, -1)

@@ -1,4 +1,6 @@
-"""The common end of ``derive`` and ``merge``: sequences of one or several caches into a new one, resumable."""
+"""The common end of ``derive`` and ``merge``: sequences of one or several caches into a new one,
+resumable.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from logitcask.cache_format.errors import UserError
-from logitcask.cache_format.manifest import DataHash, DataIdentity, DerivedFrom, Header, Manifest, StoreSettings
+from logitcask.cache_format.manifest import (
+    DataHash,
+    DataIdentity,
+    DerivedFrom,
+    Header,
+    Manifest,
+    StoreSettings,
+)
 from logitcask.cache_format.reader import CacheReader
 from logitcask.cache_format.schema import MAX_SHARDS
 from logitcask.cache_format.sequence import CachedSequence
@@ -29,7 +38,9 @@ OnTokens = Callable[[int], object]
 
 @dataclass(frozen=True)
 class Part:
-    """One source of a new cache: which of its sequences are kept, under what id, and what becomes of each."""
+    """One source of a new cache: which of its sequences are kept, under what id, and what
+    becomes of each.
+    """
 
     cache: CacheReader
     keeps: Callable[[int, str], bool] = lambda index, sequence_id: True
@@ -37,9 +48,13 @@ class Part:
     change: Callable[[CachedSequence], CachedSequence] = lambda sequence: sequence
 
     def chosen(self) -> Iterator[tuple[int, str, NDArray[np.int32], NDArray[np.bool_]]]:
-        """(index, new id, input ids, loss mask) of every sequence that is kept; heads are not decompressed."""
+        """(index, new id, input ids, loss mask) of every sequence that is kept; heads are not
+        decompressed.
+        """
         index = 0
-        columns = (self.cache.iter_column(name) for name in ("sequence_id", "input_ids", "loss_mask"))
+        columns = (
+            self.cache.iter_column(name) for name in ("sequence_id", "input_ids", "loss_mask")
+        )
         for names, ids, masks in zip(*columns, strict=True):
             for name, row_ids, row_mask in zip(names.to_pylist(), ids, masks, strict=True):
                 if self.keeps(index, name):
@@ -53,7 +68,9 @@ class Part:
 
 
 def spread(parts: list[Part]) -> list[CachedSequence]:
-    """Sequences of the sources, unchanged, evenly spread, with about _SAMPLE_POSITIONS positions together."""
+    """Sequences of the sources, unchanged, evenly spread, with about _SAMPLE_POSITIONS positions
+    together.
+    """
     kept = sum(1 for part in parts for _ in part.chosen())
     positions = sum(part.cache.manifest.statistics.positions for part in parts)
     sequences = sum(len(part.cache) for part in parts)
@@ -66,7 +83,8 @@ def spread(parts: list[Part]) -> list[CachedSequence]:
 def _data_sha256(parts: list[Part], shard_tokens: int) -> str:
     """Of the new cache's sequences.
 
-    Raises UserError for an id that occurs twice, where there are no sequences, and for more shards than a manifest can list.
+    Raises UserError for an id that occurs twice, where there are no sequences, and for more shards
+    than a manifest can list.
     """
     digest, seen = DataHash(), set[str]()
     shards = tokens = 0
@@ -114,14 +132,18 @@ def write(
         derived_from=made_of,
     )
     with CacheWriter(output, afresh=f"remove {output} to start afresh") as writer:
-        header = writer.begin(header, None if writer.begun else TailPrior.estimate(spread(parts), store.vocab_size))
+        header = writer.begin(
+            header, None if writer.begun else TailPrior.estimate(spread(parts), store.vocab_size)
+        )
         # Shards are filled in order, so what is committed is the beginning.
         sequences = _sequences(parts, skip=sum(entry.sequences for entry in writer.entries()))
         shards = len(writer.committed)
         sequence = next(sequences, None)
         while sequence is not None:
             with writer.shard(shards) as shard:
-                while sequence is not None and (shard.tokens == 0 or shard.tokens + len(sequence) <= shard_tokens):
+                while sequence is not None and (
+                    shard.tokens == 0 or shard.tokens + len(sequence) <= shard_tokens
+                ):
                     shard.append(sequence)
                     on_tokens(len(sequence))
                     sequence = next(sequences, None)

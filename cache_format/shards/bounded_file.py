@@ -1,8 +1,10 @@
-"""Opening Arrow IPC files from people one does not know: nothing is allocated before it is known how much.
+"""Opening Arrow IPC files from people one does not know: nothing is allocated before it is known
+how much.
 
-Arrow allocates what the eight bytes before a compressed buffer say. Here they are read first, by way of the file's own
-flatbuffers (arrow.apache.org/docs/format/Columnar.html, Footer, Message and RecordBatch), and refused beyond a limit. Nor
-does Arrow look at what it has decompressed: here offsets, lengths and text are validated before anything follows them.
+Arrow allocates what the eight bytes before a compressed buffer say. Here they are read first, by
+way of the file's own flatbuffers (arrow.apache.org/docs/format/Columnar.html, Footer, Message and
+RecordBatch), and refused beyond a limit. Nor does Arrow look at what it has decompressed: here
+offsets, lengths and text are validated before anything follows them.
 """
 
 from __future__ import annotations
@@ -33,21 +35,28 @@ _STORED = -1
 
 
 class BoundedFile:
-    """An Arrow IPC file of one schema in memory or memory-mapped, without dictionaries, whose batches are bounded in size.
+    """An Arrow IPC file of one schema in memory or memory-mapped, without dictionaries, whose
+    batches are bounded in size.
 
-    Of a mapped file only the batch that is being read takes memory: what was read is given back to the system.
-    ``columns``: indices of those to read; by default all. Raises DamagedCacheError, naming ``where``, for a file that is
-    none or has another schema; so does every method.
+    Of a mapped file only the batch that is being read takes memory: what was read is given back to
+    the system. ``columns``: indices of those to read; by default all. Raises DamagedCacheError,
+    naming ``where``, for a file that is none or has another schema; so does every method.
     """
 
     def __init__(
-        self, data: pa.Buffer | bytes | mmap.mmap, where: str, schema: pa.Schema, columns: list[int] | None = None
+        self,
+        data: pa.Buffer | bytes | mmap.mmap,
+        where: str,
+        schema: pa.Schema,
+        columns: list[int] | None = None,
     ) -> None:
         self._data = data
         self._view = memoryview(data)
         self._where = where
         # What Arrow shows of the file is then what was asked for.
-        self._schema = schema if columns is None else pa.schema([schema.field(index) for index in columns])
+        self._schema = (
+            schema if columns is None else pa.schema([schema.field(index) for index in columns])
+        )
         options = pa.ipc.IpcReadOptions(included_fields=columns)
         with self._named(where, "cannot be opened"):
             self._blocks, self._count = self._read_footer()
@@ -66,7 +75,9 @@ class BoundedFile:
         with self._named(f"{self._where}, batch {index}", "cannot be read"):
             size = self._decompressed_bytes(index)
             if size > MAX_BATCH_BYTES:
-                raise ValueError(f"it would take {size:,} bytes; a record batch has at most {MAX_BATCH_BYTES:,}")
+                raise ValueError(
+                    f"it would take {size:,} bytes; a record batch has at most {MAX_BATCH_BYTES:,}"
+                )
             batch = self._file.get_batch(index)
             self._give_back(index)
             batch.validate(full=True)
@@ -77,22 +88,30 @@ class BoundedFile:
             return batch
 
     def _give_back(self, index: int) -> None:
-        """Drops the mapped pages of a batch. Columns that were left uncompressed are mapped again when they are touched."""
+        """Drops the mapped pages of a batch. Columns that were left uncompressed are mapped
+        again when they are touched.
+        """
         if isinstance(self._data, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
-            message, metadata, body_bytes = self._unpack("<qi4xq", self._blocks + _BLOCK_BYTES * index)
+            message, metadata, body_bytes = self._unpack(
+                "<qi4xq", self._blocks + _BLOCK_BYTES * index
+            )
             start = message // mmap.PAGESIZE * mmap.PAGESIZE
             self._data.madvise(mmap.MADV_DONTNEED, start, message + metadata + body_bytes - start)
 
     @staticmethod
     @contextmanager
     def _named(where: str, what: str) -> Iterator[None]:
-        """Turns what Arrow and this class make of bad bytes into a DamagedCacheError; a lack of memory is none."""
+        """Turns what Arrow and this class make of bad bytes into a DamagedCacheError; a lack of
+        memory is none.
+        """
         try:
             yield
         except MemoryError:
             raise
         except (OSError, ValueError, struct.error, pa.ArrowException) as error:
-            raise DamagedCacheError(f"{where}, {what}: {' '.join(str(error).split())[:500]}") from error
+            raise DamagedCacheError(
+                f"{where}, {what}: {' '.join(str(error).split())[:500]}"
+            ) from error
 
     def _read_footer(self) -> tuple[int, int]:
         """Where the list of record batches begins, and how many there are."""
@@ -102,7 +121,9 @@ class BoundedFile:
         root = self._follow(len(self._view) - 10 - size)
         self._require_v5(root, _FOOTER_VERSION)
         # Arrow would swap the bytes of every buffer before anybody has validated its offsets.
-        endianness = self._field(self._follow(self._field(root, _FOOTER_SCHEMA)), _SCHEMA_ENDIANNESS)
+        endianness = self._field(
+            self._follow(self._field(root, _FOOTER_SCHEMA)), _SCHEMA_ENDIANNESS
+        )
         if endianness and self._unpack("<h", endianness) != (0,):
             raise ValueError("it is not little-endian")
         dictionaries = self._field(root, _FOOTER_DICTIONARIES)
@@ -122,9 +143,9 @@ class BoundedFile:
             raise ValueError("it is no record batch")
         # To read some columns only, Arrow allocates the whole body first.
         stated = self._field(root, _MESSAGE_BODY_BYTES)
-        if (self._unpack("<q", stated)[0] if stated else 0) != body_bytes or not 0 <= body_bytes <= len(
-            self._view
-        ) - body:
+        if (
+            self._unpack("<q", stated)[0] if stated else 0
+        ) != body_bytes or not 0 <= body_bytes <= len(self._view) - body:
             raise ValueError("its body leaves the file")
         if body_bytes > 2 * MAX_BATCH_BYTES:
             raise ValueError(f"its body has {body_bytes:,} bytes")
@@ -150,7 +171,8 @@ class BoundedFile:
     def _require_v5(self, table: int, number: int) -> None:
         """Raises ValueError for metadata of another version than V5, which is Arrow's since 1.0.
 
-        In V4, custom metadata may say that buffers are compressed although the record batch does not.
+        In V4, custom metadata may say that buffers are compressed although the record batch does
+        not.
         """
         at = self._field(table, number)
         version = self._unpack("<h", at)[0] if at else 0

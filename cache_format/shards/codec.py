@@ -1,7 +1,8 @@
 """Sequences to Arrow record batches and back, byte for byte as SPEC.md sections 4 and 5 say.
 
-Heads are ragged and stored as byte planes in rank order, logprobs as differences on a grid; draws as gaps between sorted
-ranks; Arrow's zstd compression does the rest. All work is numpy over whole batches, no Python runs per token.
+Heads are ragged and stored as byte planes in rank order, logprobs as differences on a grid; draws
+as gaps between sorted ranks; Arrow's zstd compression does the rest. All work is numpy over whole
+batches, no Python runs per token.
 
 Shapes: P kept positions, K largest head, E = sum of head sizes, T sets of samples, S largest set.
 """
@@ -67,16 +68,21 @@ class Codec:
             ),
             "target_rank": _lists(kept, _concatenate([s.target_rank for s in sequences], np.int32)),
             "tail_step": _lists(
-                kept, self._scalar_steps(_concatenate([s.tail_logprob for s in sequences], np.float32))
+                kept,
+                self._scalar_steps(_concatenate([s.tail_logprob for s in sequences], np.float32)),
             ),
         }
         if self.store.entropy:
-            entropy = _concatenate([s.entropy for s in sequences if s.entropy is not None], np.float32)
+            entropy = _concatenate(
+                [s.entropy for s in sequences if s.entropy is not None], np.float32
+            )
             columns["entropy_step"] = _lists(kept, self._scalar_steps(-entropy))
         last_steps = self._encode_heads(sequences, kept, columns)
         if self.store.tail_samples:
             self._encode_samples(sequences, kept, last_steps, columns)
-        batch = pa.RecordBatch.from_arrays([columns[name] for name in self.schema.names], schema=self.schema)
+        batch = pa.RecordBatch.from_arrays(
+            [columns[name] for name in self.schema.names], schema=self.schema
+        )
         if batch.nbytes > MAX_BATCH_BYTES:
             raise UserError(
                 f"a record batch of {batch.nbytes:,} bytes cannot be stored; the format holds {MAX_BATCH_BYTES:,}: "
@@ -85,17 +91,26 @@ class Codec:
         return batch
 
     def open(self, batch: pa.RecordBatch, where: str) -> PackedBatch:
-        """Opens a record batch for decoding. Raises DamagedCacheError, naming ``where``, if it cannot be one of this cache."""
+        """Opens a record batch for decoding. Raises DamagedCacheError, naming ``where``, if it
+        cannot be one of this cache.
+        """
         return PackedBatch(self, batch, where)
 
-    def _encode_heads(self, sequences: Sequence[CachedSequence], kept: _Array, columns: dict[str, pa.Array]) -> _Array:
-        """Adds the head columns; returns int32[sum of P], the last grid point of every head (0 where it is empty)."""
+    def _encode_heads(
+        self, sequences: Sequence[CachedSequence], kept: _Array, columns: dict[str, pa.Array]
+    ) -> _Array:
+        """Adds the head columns; returns int32[sum of P], the last grid point of every head (0
+        where it is empty).
+        """
         sizes, ids, steps, last = [], [], [], []
         for sequence in sequences:
             stored = sequence.ids >= 0
             size = stored.sum(axis=1, dtype=np.int32)
-            # min(0): an engine's fp32 log-softmax may round a sure thing to +1e-7. A power of two as step: exact in fp32.
-            grid = np.rint(np.minimum(sequence.logprobs, 0) * np.float32(-1 / self.store.logprob_step))
+            # min(0): an engine's fp32 log-softmax may round a sure thing to +1e-7. A power of two
+            # as step: exact in fp32.
+            grid = np.rint(
+                np.minimum(sequence.logprobs, 0) * np.float32(-1 / self.store.logprob_step)
+            )
             full = bool(stored.all())
             if not full:
                 grid[~stored] = 0
@@ -113,14 +128,22 @@ class Codec:
         entries = np.array([len(row) for row in ids], np.int64)
         columns["head_size"] = _lists(kept, _concatenate(sizes, np.int32))
         ranks = _concatenate(ids, np.int32)
-        self._put_id_planes("head_id", entries, ranks if self.rank_of is None else self.rank_of.take(ranks), columns)
+        self._put_id_planes(
+            "head_id", entries, ranks if self.rank_of is None else self.rank_of.take(ranks), columns
+        )
         _put_steps("head_step", entries, _concatenate(steps, np.int32), columns)
         return _concatenate(last, np.int32)
 
     def _encode_samples(
-        self, sequences: Sequence[CachedSequence], kept: _Array, last_steps: _Array, columns: dict[str, pa.Array]
+        self,
+        sequences: Sequence[CachedSequence],
+        kept: _Array,
+        last_steps: _Array,
+        columns: dict[str, pa.Array],
     ) -> None:
-        """Adds the sample columns: per set the distinct ranks, sorted, as gaps, and how often each was drawn."""
+        """Adds the sample columns: per set the distinct ranks, sorted, as gaps, and how often
+        each was drawn.
+        """
         sizes, gaps, counts, steps, entries = [], [], [], [], []
         nothing = np.int32(1 << 30)  # above every rank, so that padding sorts to the end
         begin = 0
@@ -138,33 +161,47 @@ class Codec:
             distinct[..., 1:] &= gap[..., 1:] > 0
             sizes.append(distinct.sum(axis=2, dtype=np.int32).reshape(-1))
             gaps.append(gap[distinct])
-            # Padding is at the end of each set: between two distinct ranks lie only repeats of the first.
+            # Padding is at the end of each set: between two distinct ranks lie only repeats of the
+            # first.
             at = np.flatnonzero(distinct[ranks < nothing])
             counts.append(np.diff(at, append=drawn))
             entries.append(len(at))
             if sequence.samples.logprobs is not None:
                 logprobs = np.take_along_axis(sequence.samples.logprobs, order, axis=2)[distinct]
-                grid = np.rint(np.minimum(logprobs, 0) * np.float32(-1 / self.store.logprob_step)).astype(np.int64)
+                grid = np.rint(
+                    np.minimum(logprobs, 0) * np.float32(-1 / self.store.logprob_step)
+                ).astype(np.int64)
                 below = last_steps[begin : begin + positions]
                 steps.append(grid - np.repeat(below, distinct.sum(axis=(1, 2))))
             begin += positions
         lengths = np.array(entries, np.int64)
-        columns["sample_size"] = _lists(kept * self.store.sample_sets, _concatenate(sizes, np.int32))
+        columns["sample_size"] = _lists(
+            kept * self.store.sample_sets, _concatenate(sizes, np.int32)
+        )
         self._put_id_planes("sample_gap", lengths, _concatenate(gaps, np.int32), columns)
         columns["sample_count_plane"] = _binary(lengths, _concatenate(counts, np.uint8))
         if self.store.sample_logprobs:
-            # A draw is less probable than the head's last entry, but for ties and the order of rounding.
-            _put_steps("sample_step", lengths, np.maximum(_concatenate(steps, np.int64), 0), columns)
+            # A draw is less probable than the head's last entry, but for ties and the order of
+            # rounding.
+            _put_steps(
+                "sample_step", lengths, np.maximum(_concatenate(steps, np.int64), 0), columns
+            )
 
-    def _put_id_planes(self, prefix: str, lengths: _Array, values: _Array, columns: dict[str, pa.Array]) -> None:
+    def _put_id_planes(
+        self, prefix: str, lengths: _Array, values: _Array, columns: dict[str, pa.Array]
+    ) -> None:
         octets = np.ascontiguousarray(values, "<i4").view(np.uint8).reshape(-1, 4)
         for byte in range(id_bytes(self.store.vocab_size)):
-            columns[f"{prefix}_plane_{byte}"] = _binary(lengths, np.ascontiguousarray(octets[:, byte]))
+            columns[f"{prefix}_plane_{byte}"] = _binary(
+                lengths, np.ascontiguousarray(octets[:, byte])
+            )
 
     def _rounded(self, values: _Array) -> NDArray[np.float32]:
         """Multiples of the scalar step where fp32 can tell them apart."""
         step = np.float32(self.store.scalar_step)
-        return np.where(np.abs(values) < 2**13, np.rint(values / step) * step, values).astype(np.float32)
+        return np.where(np.abs(values) < 2**13, np.rint(values / step) * step, values).astype(
+            np.float32
+        )
 
     def _scalar_steps(self, logprobs: _Array) -> NDArray[np.uint16]:
         """-logprob on the scalar grid; NO_TAIL for -inf."""
@@ -174,7 +211,8 @@ class Codec:
 
 
 class PackedBatch:
-    """A valid record batch of the cache's schema, without nulls (``BoundedFile`` gives such), opened for decoding rows of it.
+    """A valid record batch of the cache's schema, without nulls (``BoundedFile`` gives such),
+    opened for decoding rows of it.
 
     Raises DamagedCacheError where its columns contradict each other.
     """
@@ -199,7 +237,9 @@ class PackedBatch:
         """One sequence, decoded and checked."""
         store = self.codec.store
         input_ids, loss_mask = self._row("input_ids", index), self._row("loss_mask", index)
-        positions, target_logprob, target_rank, tail_step, size = (self._row(n, index) for n in POSITION_COLUMNS)
+        positions, target_logprob, target_rank, tail_step, size = (
+            self._row(n, index) for n in POSITION_COLUMNS
+        )
         n, p = len(input_ids), len(positions)
         self._require(len(loss_mask) == n, index, "input_ids and loss_mask differ in length")
         self._require(
@@ -217,7 +257,9 @@ class PackedBatch:
         # What is above 0 was rounded (see ``validation.validate``).
         finite = bool(np.isfinite(target_logprob).all() and (target_logprob <= 1e-3).all())
         self._require(finite, index, "a target logprob is above 0 or not finite")
-        ranked = p == 0 or (int(target_rank.min()) >= 0 and int(target_rank.max()) < store.vocab_size)
+        ranked = p == 0 or (
+            int(target_rank.min()) >= 0 and int(target_rank.max()) < store.vocab_size
+        )
         self._require(ranked, index, "a target rank is outside the vocabulary")
         ids, logprobs, last = self._decode_head(index, size)
         entropy = None
@@ -242,24 +284,36 @@ class PackedBatch:
             samples=self._decode_samples(index, p, last) if store.tail_samples else None,
         )
 
-    def _decode_head(self, index: int, size: _Array) -> tuple[NDArray[np.int32], NDArray[np.float32], _Array]:
-        """int32[P, K], float32[P, K]: the padded head of one row; int64[P]: the last grid point of each head."""
+    def _decode_head(
+        self, index: int, size: _Array
+    ) -> tuple[NDArray[np.int32], NDArray[np.float32], _Array]:
+        """int32[P, K], float32[P, K]: the padded head of one row; int64[P]: the last grid point
+        of each head.
+        """
         store = self.codec.store
         p = len(size)
         width = int(size.max()) if p else 0
         entries = int(size.sum(dtype=np.int64))
         smallest = 0 if store.tail_samples else 1
         self._require(p == 0 or int(size.min()) >= smallest, index, "a head is empty")
-        self._require(width <= store.vocab_size, index, f"a head has {width} entries, more than the vocabulary")
+        self._require(
+            width <= store.vocab_size,
+            index,
+            f"a head has {width} entries, more than the vocabulary",
+        )
         self._require_room(index, "heads", 8 * p * width)
         flat_ids = self._ranks("head_id", index, entries)
         flat_ids = self._ids_of(flat_ids, index)
         steps = self._steps("head_step", index, entries)
         if entries == p * width:
             narrow = steps.dtype == np.uint8 and width < 2**22
-            grid = np.cumsum(steps.reshape(p, width), axis=1, dtype=np.int32 if narrow else np.int64)
+            grid = np.cumsum(
+                steps.reshape(p, width), axis=1, dtype=np.int32 if narrow else np.int64
+            )
             last = grid[:, -1] if width else np.zeros(p, np.int64)
-            self._require(p == 0 or int(last.max()) < 2**31, index, "a logprob is below what the format holds")
+            self._require(
+                p == 0 or int(last.max()) < 2**31, index, "a logprob is below what the format holds"
+            )
             return flat_ids.reshape(p, width), self._on_grid(grid), last
         starts = _starts(size)
         total = _sums(steps)
@@ -276,7 +330,9 @@ class PackedBatch:
         """The draws of one row, each as often as it was drawn, by rising rank."""
         store = self.codec.store
         size = self._row("sample_size", index)
-        self._require(len(size) == p * store.sample_sets, index, "its sample sizes and positions disagree")
+        self._require(
+            len(size) == p * store.sample_sets, index, "its sample sizes and positions disagree"
+        )
         self._require(len(size) == 0 or int(size.min()) >= 0, index, "a sample size is negative")
         entries = int(size.sum(dtype=np.int64))
         self._require_room(index, "samples", store.bytes_per_draw * entries)
@@ -290,7 +346,11 @@ class PackedBatch:
         self._require(most <= MAX_DRAWS, index, f"a set of samples has {most} draws")
         self._require_room(index, "samples", store.bytes_per_draw * len(draws) * most)
         ranks = _within(_sums(self._ranks("sample_gap", index, entries)), starts, size)
-        self._require(entries == 0 or int(ranks.max()) < store.vocab_size, index, "sample ids leave the vocabulary")
+        self._require(
+            entries == 0 or int(ranks.max()) < store.vocab_size,
+            index,
+            "sample ids leave the vocabulary",
+        )
         drawn_ids = self._ids_of(ranks.astype(np.int32), index)
         del ranks  # 8 bytes an entry: what a large row takes is decided here
         repeated = int(drawn_before[-1]) > entries
@@ -300,7 +360,9 @@ class PackedBatch:
         ids[place] = np.repeat(drawn_ids, counts) if repeated else drawn_ids
         logprobs = None
         if store.sample_logprobs:
-            steps = self._steps("sample_step", index, entries) + np.repeat(np.repeat(last, store.sample_sets), size)
+            steps = self._steps("sample_step", index, entries) + np.repeat(
+                np.repeat(last, store.sample_sets), size
+            )
             of_draws = self._on_grid(steps)
             padded = np.full(len(draws) * most, -np.inf, np.float32)
             padded[place] = np.repeat(of_draws, counts) if repeated else of_draws
@@ -314,9 +376,14 @@ class PackedBatch:
 
     def _ranks(self, prefix: str, index: int, entries: int) -> NDArray[np.int32]:
         """int32[entries]: what the byte planes of one row add up to."""
-        planes = [self._row(f"{prefix}_plane_{b}", index) for b in range(id_bytes(self.codec.store.vocab_size))]
+        planes = [
+            self._row(f"{prefix}_plane_{b}", index)
+            for b in range(id_bytes(self.codec.store.vocab_size))
+        ]
         self._require(
-            all(len(plane) == entries for plane in planes), index, f"its planes of {prefix} disagree with its sizes"
+            all(len(plane) == entries for plane in planes),
+            index,
+            f"its planes of {prefix} disagree with its sizes",
         )
         if len(planes) == 1:
             return planes[0].astype(np.int32)
@@ -330,12 +397,16 @@ class PackedBatch:
 
     def _ids_of(self, ranks: NDArray[np.int32], index: int) -> NDArray[np.int32]:
         self._require(
-            len(ranks) == 0 or int(ranks.max()) < self.codec.store.vocab_size, index, "its ids leave the vocabulary"
+            len(ranks) == 0 or int(ranks.max()) < self.codec.store.vocab_size,
+            index,
+            "its ids leave the vocabulary",
         )
         return ranks if self.codec.id_at is None else self.codec.id_at.take(ranks)
 
     def _steps(self, prefix: str, index: int, entries: int) -> _Array:
-        """int64[entries]: the steps of one row, escapes put back; the plane itself, uint8, where there are none."""
+        """int64[entries]: the steps of one row, escapes put back; the plane itself, uint8, where
+        there are none.
+        """
         plane = self._row(f"{prefix}_plane", index)
         escapes = self._row(f"{prefix}_escape", index)
         self._require(len(plane) == entries, index, f"its {prefix} and sizes disagree")
@@ -359,7 +430,11 @@ class PackedBatch:
 
     def _require_room(self, index: int, what: str, size: int) -> None:
         fits = size <= MAX_DECODED_BYTES
-        self._require(fits, index, f"its {what} would take {size:,} bytes; the format allows {MAX_DECODED_BYTES:,}")
+        self._require(
+            fits,
+            index,
+            f"its {what} would take {size:,} bytes; the format allows {MAX_DECODED_BYTES:,}",
+        )
 
     def _require(self, holds: bool, index: int, what: str) -> None:
         if not holds:
@@ -367,7 +442,9 @@ class PackedBatch:
 
 
 class ContentHash:
-    """sha256 over rows as SPEC.md section 8 defines it: equal for equal content, whatever the compression."""
+    """sha256 over rows as SPEC.md section 8 defines it: equal for equal content, whatever the
+    compression.
+    """
 
     def __init__(self) -> None:
         self._sha = hashlib.sha256()
@@ -399,8 +476,12 @@ def _sums(values: _Array) -> NDArray[np.int64]:
     return sums
 
 
-def _within(sums: NDArray[np.int64], starts: NDArray[np.int64], lengths: _Array) -> NDArray[np.int64]:
-    """Of the ``_sums`` of runs, those that begin anew with each run, at each of its values. Overwrites ``sums``."""
+def _within(
+    sums: NDArray[np.int64], starts: NDArray[np.int64], lengths: _Array
+) -> NDArray[np.int64]:
+    """Of the ``_sums`` of runs, those that begin anew with each run, at each of its values.
+    Overwrites ``sums``.
+    """
     before = np.repeat(sums[starts], lengths)
     within = sums[1:]
     within -= before
@@ -415,7 +496,9 @@ def _starts(lengths: _Array) -> NDArray[np.int64]:
 
 
 def _places(lengths: _Array, width: int) -> NDArray[np.int64]:
-    """Indices into a flattened [len(lengths), width] of the elements of runs of these lengths, each run in its row."""
+    """Indices into a flattened [len(lengths), width] of the elements of runs of these lengths,
+    each run in its row.
+    """
     shift = np.arange(len(lengths), dtype=np.int64) * width - _starts(lengths)
     places: NDArray[np.int64] = np.repeat(shift, lengths)
     places += np.arange(len(places))
@@ -443,17 +526,27 @@ def _binary(lengths: _Array, values: NDArray[np.uint8]) -> pa.Array:
 def _put_steps(prefix: str, lengths: _Array, steps: _Array, columns: dict[str, pa.Array]) -> None:
     """Adds a step plane and its escapes; ``lengths`` are entries per row."""
     escaped = steps >= ESCAPE
-    counts = np.add.reduceat(np.append(escaped, False).astype(np.int64), _starts(lengths)) if len(lengths) else lengths
+    counts = (
+        np.add.reduceat(np.append(escaped, False).astype(np.int64), _starts(lengths))
+        if len(lengths)
+        else lengths
+    )
     counts[lengths == 0] = 0
     columns[f"{prefix}_plane"] = _binary(lengths, np.minimum(steps, ESCAPE).astype(np.uint8))
     columns[f"{prefix}_escape"] = _lists(counts, steps[escaped].astype(np.int32))
 
 
 def _open_column(column: pa.Array) -> tuple[_Array, _Array]:
-    """Offsets int32[rows + 1] and the flat values of a list or binary column, as numpy views where Arrow allows."""
+    """Offsets int32[rows + 1] and the flat values of a list or binary column, as numpy views
+    where Arrow allows.
+    """
     if pa.types.is_binary(column.type):
         _, offsets, data = column.buffers()
-        values: _Array = np.frombuffer(data, np.uint8) if data is not None else np.empty(0, np.uint8)
+        values: _Array = (
+            np.frombuffer(data, np.uint8) if data is not None else np.empty(0, np.uint8)
+        )
         return np.frombuffer(offsets, np.int32, len(column) + 1, 4 * column.offset), values
     flat = column.values
-    return column.offsets.to_numpy(), flat.to_numpy(zero_copy_only=not pa.types.is_boolean(flat.type))
+    return column.offsets.to_numpy(), flat.to_numpy(
+        zero_copy_only=not pa.types.is_boolean(flat.type)
+    )

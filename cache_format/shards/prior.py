@@ -1,10 +1,12 @@
-"""The tail prior: one rough distribution over the vocabulary per cache, a byte an id before compression.
+"""The tail prior: one rough distribution over the vocabulary per cache, a byte an id before
+compression.
 
-It serves twice. Ids are stored by their rank in it, so that the common ones have small numbers, which compress well; and
-a tail of known mass can be spread over the ids as the prior says, for reconstruction.
+It serves twice. Ids are stored by their rank in it, so that the common ones have small numbers,
+which compress well; and a tail of known mass can be spread over the ids as the prior says, for
+reconstruction.
 
-It is the teacher's mean distribution to the power 0.75, estimated from what sequences store: the probabilities of heads,
-and ``tail mass / draws`` for every draw.
+It is the teacher's mean distribution to the power 0.75, estimated from what sequences store: the
+probabilities of heads, and ``tail mass / draws`` for every draw.
 """
 
 from __future__ import annotations
@@ -46,11 +48,15 @@ class TailPrior:
                 draws = np.maximum(drawn.sum(axis=(1, 2), keepdims=True), 1)
                 weight = np.exp(sequence.tail_logprob.astype(np.float64))[:, None, None] / draws
                 mass += np.bincount(
-                    sequence.samples.ids[drawn], np.broadcast_to(weight, drawn.shape)[drawn], vocab_size
+                    sequence.samples.ids[drawn],
+                    np.broadcast_to(weight, drawn.shape)[drawn],
+                    vocab_size,
                 )
             positions += len(sequence.positions)
         log_weight = POWER * np.log(mass / max(1, positions) + _UNSEEN)
-        return cls(np.minimum(np.rint((log_weight.max() - log_weight) / PRIOR_STEP), 255).astype(np.uint8))
+        return cls(
+            np.minimum(np.rint((log_weight.max() - log_weight) / PRIOR_STEP), 255).astype(np.uint8)
+        )
 
     @cached_property
     def id_at(self) -> NDArray[np.int32]:

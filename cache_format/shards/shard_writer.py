@@ -1,4 +1,5 @@
-"""One shard in the making: sequences go in, a complete Arrow file and what a manifest says of it come out.
+"""One shard in the making: sequences go in, a complete Arrow file and what a manifest says of it
+come out.
 
 Where the file lies, and when it counts, is the business of ``logitcask.cache_format.writer``.
 """
@@ -21,7 +22,9 @@ from logitcask.cache_format.shards.validation import validate
 
 
 class ShardWriter:
-    """One Arrow file in the making. Every record batch but the last has the same number of sequences."""
+    """One Arrow file in the making. Every record batch but the last has the same number of
+    sequences.
+    """
 
     def __init__(
         self,
@@ -37,8 +40,12 @@ class ShardWriter:
         self._file: IO[bytes] = open(path, "wb")  # noqa: SIM115 - closed by close() or abort()
         self._path = path
         self._sink = _HashingFile(self._file)
-        options = pa.ipc.IpcWriteOptions(compression=pa.Codec("zstd", compression_level=compression_level))
-        self._arrow = pa.ipc.new_file(pa.PythonFile(self._sink, mode="w"), codec.schema, options=options)
+        options = pa.ipc.IpcWriteOptions(
+            compression=pa.Codec("zstd", compression_level=compression_level)
+        )
+        self._arrow = pa.ipc.new_file(
+            pa.PythonFile(self._sink, mode="w"), codec.schema, options=options
+        )
         self._content = ContentHash()
         self._waiting: list[CachedSequence] = []
         self._choose_rows = sequences_per_batch
@@ -90,7 +97,9 @@ class ShardWriter:
         return self._sink.size
 
     def close(self) -> dict[str, object]:
-        """Completes the file on disk (fsync) and returns the fields of its ShardEntry, but for the path."""
+        """Completes the file on disk (fsync) and returns the fields of its ShardEntry, but for
+        the path.
+        """
         if self._per_batch is None:
             self._fix_rows()
         self._flush_full()
@@ -154,5 +163,7 @@ class _HashingFile:
 
 
 def uncompressed_bytes(tokens: int, positions: int, entries: int) -> int:
-    """About what sequences take in a record batch: ``tokens`` tokens, ``positions`` kept, ``entries`` of heads and draws."""
+    """About what sequences take in a record batch: ``tokens`` tokens, ``positions`` kept,
+    ``entries`` of heads and draws.
+    """
     return 5 * tokens + 20 * positions + 3 * entries

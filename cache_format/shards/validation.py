@@ -14,9 +14,11 @@ from logitcask.cache_format.sequence import CachedSequence
 
 
 def validate(sequence: CachedSequence, store: StoreSettings, *, mass_slack: float = 1e-3) -> None:
-    """Raises UserError, naming the sequence and what is wrong, unless it can be stored and read back as it is.
+    """Raises UserError, naming the sequence and what is wrong, unless it can be stored and read
+    back as it is.
 
-    ``mass_slack`` is how far above 1 the head mass may be: fp32 rounding, or the grid for logprobs that were stored.
+    ``mass_slack`` is how far above 1 the head mass may be: fp32 rounding, or the grid for logprobs
+    that were stored.
     """
 
     def require(holds: Any, what: str) -> None:
@@ -26,34 +28,48 @@ def validate(sequence: CachedSequence, store: StoreSettings, *, mass_slack: floa
     n, p, vocab_size = len(sequence.input_ids), len(sequence.positions), store.vocab_size
     ids, logprobs = sequence.ids, sequence.logprobs
     require(n >= 1, "it has no tokens")
-    require(sequence.loss_mask.shape == (n,), f"loss_mask has shape {sequence.loss_mask.shape}, expected ({n},)")
+    require(
+        sequence.loss_mask.shape == (n,),
+        f"loss_mask has shape {sequence.loss_mask.shape}, expected ({n},)",
+    )
     require(not sequence.loss_mask[0], "loss_mask[0] is set, but nothing predicts the first token")
     require(
         np.array_equal(sequence.positions, np.flatnonzero(sequence.loss_mask[1:])),
         "positions are not exactly those whose target is in the loss mask",
     )
     require(
-        ids.ndim == 2 and ids.shape == logprobs.shape and len(ids) == p, f"head has shape {ids.shape}, {p} positions"
+        ids.ndim == 2 and ids.shape == logprobs.shape and len(ids) == p,
+        f"head has shape {ids.shape}, {p} positions",
     )
     for name in ("tail_logprob", "target_logprob", "target_rank"):
         require(
-            getattr(sequence, name).shape == (p,), f"{name} has shape {getattr(sequence, name).shape}, expected ({p},)"
+            getattr(sequence, name).shape == (p,),
+            f"{name} has shape {getattr(sequence, name).shape}, expected ({p},)",
         )
     in_range = int(sequence.input_ids.min()) >= 0 and int(sequence.input_ids.max()) < vocab_size
     require(in_range, f"token ids outside the vocabulary of {vocab_size}")
     require(
-        (sequence.entropy is not None) == store.entropy, f"entropy is {'missing' if store.entropy else 'not asked for'}"
+        (sequence.entropy is not None) == store.entropy,
+        f"entropy is {'missing' if store.entropy else 'not asked for'}",
     )
     require(
-        8 * max(1, ids.shape[1]) * p <= MAX_DECODED_BYTES, f"its head of {ids.shape} is larger than the format allows"
+        8 * max(1, ids.shape[1]) * p <= MAX_DECODED_BYTES,
+        f"its head of {ids.shape} is larger than the format allows",
     )
     if p:
-        _validate_head(sequence, vocab_size, mass_slack, require, may_be_empty=store.tail_samples > 0)
+        _validate_head(
+            sequence, vocab_size, mass_slack, require, may_be_empty=store.tail_samples > 0
+        )
     _validate_samples(sequence, store, require)
 
 
 def _validate_head(
-    sequence: CachedSequence, vocab_size: int, mass_slack: float, require: Any, *, may_be_empty: bool
+    sequence: CachedSequence,
+    vocab_size: int,
+    mass_slack: float,
+    require: Any,
+    *,
+    may_be_empty: bool,
 ) -> None:
     ids, logprobs, tail = sequence.ids, sequence.logprobs, sequence.tail_logprob
     stored = ids >= 0
@@ -65,10 +81,16 @@ def _validate_head(
         require(int(ids.max()) < vocab_size, f"head ids outside the vocabulary of {vocab_size}")
         # Padding is -inf, so that a rise anywhere in a row is a rise between stored entries.
         padded = logprobs if full else np.where(stored, logprobs, -np.inf)
-        require(np.isfinite(logprobs if full else logprobs[stored]).all(), "a head logprob is not finite")
+        require(
+            np.isfinite(logprobs if full else logprobs[stored]).all(),
+            "a head logprob is not finite",
+        )
         require((padded[:, 0] <= 1e-3).all(), "a head logprob is above 0")
         require((padded[:, 1:] <= padded[:, :-1]).all(), "head logprobs do not fall")
-        require((np.exp(padded).sum(axis=1, dtype=np.float64) <= 1 + mass_slack).all(), "a head's mass is above 1")
+        require(
+            (np.exp(padded).sum(axis=1, dtype=np.float64) <= 1 + mass_slack).all(),
+            "a head's mass is above 1",
+        )
     require((tail <= 1e-3).all(), "a tail logprob is above 0 or not a number")
     require((np.isneginf(tail) == (size == vocab_size)).all(), "tail mass 0 without a full head")
     require((tail[~np.isneginf(tail)] > -255).all(), "a tail logprob is below -255 nats")
@@ -77,14 +99,22 @@ def _validate_head(
     ranks = sequence.target_rank
     require(((ranks >= 0) & (ranks < vocab_size)).all(), "a target rank is outside the vocabulary")
     if sequence.entropy is not None:
-        require(sequence.entropy.shape == ranks.shape, f"entropy has shape {sequence.entropy.shape}")
+        require(
+            sequence.entropy.shape == ranks.shape, f"entropy has shape {sequence.entropy.shape}"
+        )
         within = (sequence.entropy >= -1e-3) & (sequence.entropy <= math.log(vocab_size) + 0.1)
-        require(within.all(), "an entropy is negative, above that of the uniform distribution, or not a number")
+        require(
+            within.all(),
+            "an entropy is negative, above that of the uniform distribution, or not a number",
+        )
 
 
 def _validate_samples(sequence: CachedSequence, store: StoreSettings, require: Any) -> None:
     samples, p = sequence.samples, len(sequence.positions)
-    require((samples is not None) == (store.tail_samples > 0), "its tail samples are not what the cache is to hold")
+    require(
+        (samples is not None) == (store.tail_samples > 0),
+        "its tail samples are not what the cache is to hold",
+    )
     if samples is None:
         return
     shape = samples.ids.shape
@@ -92,7 +122,10 @@ def _validate_samples(sequence: CachedSequence, store: StoreSettings, require: A
     require(shape[2] <= MAX_DRAWS, f"{shape[2]} draws in a set; the format holds {MAX_DRAWS}")
     fits = store.bytes_per_draw * samples.ids.size <= MAX_DECODED_BYTES
     require(fits, f"its samples of {shape} are larger than the format allows")
-    require((samples.logprobs is not None) == store.sample_logprobs, "logprobs of samples are missing or not asked for")
+    require(
+        (samples.logprobs is not None) == store.sample_logprobs,
+        "logprobs of samples are missing or not asked for",
+    )
     drawn = samples.ids >= 0
     require((drawn[..., 1:] <= drawn[..., :-1]).all(), "sample padding is not at the end")
     highest = int(samples.ids.max(initial=0))
@@ -101,8 +134,17 @@ def _validate_samples(sequence: CachedSequence, store: StoreSettings, require: A
     require((draws == draws[:, :1]).all(), "sets of one position have different numbers of draws")
     empty = ~draws.all(axis=1)
     tail = sequence.tail_logprob[empty]
-    require((tail <= math.log(TAIL_MASS_FLOOR) + 2 * store.scalar_step).all(), "a tail with mass has no draw in a set")
+    require(
+        (tail <= math.log(TAIL_MASS_FLOOR) + 2 * store.scalar_step).all(),
+        "a tail with mass has no draw in a set",
+    )
     if samples.logprobs is not None:
-        require(samples.logprobs.shape == shape, f"logprobs of samples have shape {samples.logprobs.shape}")
+        require(
+            samples.logprobs.shape == shape,
+            f"logprobs of samples have shape {samples.logprobs.shape}",
+        )
         of_draws = samples.logprobs[drawn]
-        require((np.isfinite(of_draws) & (of_draws <= 1e-3)).all(), "a sample's logprob is above 0 or not finite")
+        require(
+            (np.isfinite(of_draws) & (of_draws <= 1e-3)).all(),
+            "a sample's logprob is above 0 or not finite",
+        )

@@ -1,7 +1,9 @@
-"""``push`` and ``pull``: a finished cache copied to or from any place that fsspec reaches, every file by its hash.
+"""``push`` and ``pull``: a finished cache copied to or from any place that fsspec reaches, every
+file by its hash.
 
-Both do the same: send what is missing, then the card, then the manifest, so that half a copy is never taken for a cache.
-Only the place they copy to differs: a local folder, a store that takes files, or a data set on the Hugging Face Hub.
+Both do the same: send what is missing, then the card, then the manifest, so that half a copy is
+never taken for a cache. Only the place they copy to differs: a local folder, a store that takes
+files, or a data set on the Hugging Face Hub.
 """
 
 from __future__ import annotations
@@ -12,7 +14,12 @@ from pathlib import Path
 import fsspec
 
 from logitcask.cache_format import card
-from logitcask.cache_format.errors import CacheInUseError, DamagedCacheError, UnsupportedCacheError, UserError
+from logitcask.cache_format.errors import (
+    CacheInUseError,
+    DamagedCacheError,
+    UnsupportedCacheError,
+    UserError,
+)
 from logitcask.cache_format.layout import CARD, MANIFEST, OWNER, PUSH_MARK
 from logitcask.cache_format.manifest import MAX_MANIFEST_BYTES, Manifest, cache_files
 from logitcask.cache_format.share.destinations import (
@@ -24,12 +31,20 @@ from logitcask.cache_format.share.destinations import (
     ignore,
     place_at,
 )
-from logitcask.cache_format.storage.files import local_folder, open_filesystem, reaching, read_manifest, read_small
+from logitcask.cache_format.storage.files import (
+    local_folder,
+    open_filesystem,
+    reaching,
+    read_manifest,
+    read_small,
+)
 
 
 @dataclass(frozen=True)
 class Copied:
-    """What a push or a pull did. ``unchanged``: the very same cache was there, and nothing was written."""
+    """What a push or a pull did. ``unchanged``: the very same cache was there, and nothing was
+    written.
+    """
 
     files_sent: int
     files_skipped: int
@@ -38,20 +53,28 @@ class Copied:
 
 
 def push(
-    cache: str | Path, url: str, *, force: bool = False, on_total: OnBytes = ignore, on_bytes: OnBytes = ignore
+    cache: str | Path,
+    url: str,
+    *,
+    force: bool = False,
+    on_total: OnBytes = ignore,
+    on_bytes: OnBytes = ignore,
 ) -> Copied:
-    """Copies the finished cache at ``cache`` (folder or URL) to ``url``; goes on where an earlier push stopped.
+    """Copies the finished cache at ``cache`` (folder or URL) to ``url``; goes on where an earlier
+    push stopped.
 
-    Files that are there with the right size and sha256 are not sent again; a place that holds this very cache is only
-    looked over by size. ``force`` replaces another cache, an unfinished build, whose builder then stops, and shards or a
-    card that belong to no cache. ``on_total`` gets
-    the bytes of all files, ``on_bytes`` those done since its last call, or a negative number before an attempt is repeated.
+    Files that are there with the right size and sha256 are not sent again; a place that holds this
+    very cache is only looked over by size. ``force`` replaces another cache, an unfinished build,
+    whose builder then stops, and shards or a card that belong to no cache. ``on_total`` gets the
+    bytes of all files, ``on_bytes`` those done since its last call, or a negative number before an
+    attempt is repeated.
 
-    On the hub (``hf://datasets/ORG/NAME[@BRANCH]``) a missing repository is created, private. That branch is tested
-    against a stand-in for the hub only.
+    On the hub (``hf://datasets/ORG/NAME[@BRANCH]``) a missing repository is created, private. That
+    branch is tested against a stand-in for the hub only.
 
-    Raises UserError for a place that takes no files or holds something else, DamagedCacheError naming a damaged source
-    file, CacheError where a place cannot be reached, and what ``storage.read_manifest`` raises.
+    Raises UserError for a place that takes no files or holds something else, DamagedCacheError
+    naming a damaged source file, CacheError where a place cannot be reached, and what
+    ``storage.read_manifest`` raises.
     """
     return _copy(str(cache), place_at(url), force, on_total, on_bytes)
 
@@ -64,18 +87,21 @@ def pull(
     on_total: OnBytes = ignore,
     on_bytes: OnBytes = ignore,
 ) -> Copied:
-    """Copies the finished cache at ``url`` into the local ``folder``; goes on where an earlier pull stopped.
+    """Copies the finished cache at ``url`` into the local ``folder``; goes on where an earlier pull
+    stopped.
 
-    Every file that counts was hashed here: on its way, or where it lay already; a damaged file of the same cache is thus
-    mended. ``force`` replaces another cache, but never files that are not a cache's. Raises CacheInUseError while another
-    process copies into the folder, UserError where that holds something else, is a URL or cannot be written, and what
-    ``push`` raises.
+    Every file that counts was hashed here: on its way, or where it lay already; a damaged file of
+    the same cache is thus mended. ``force`` replaces another cache, but never files that are not a
+    cache's. Raises CacheInUseError while another process copies into the folder, UserError where
+    that holds something else, is a URL or cannot be written, and what ``push`` raises.
     """
     place = Folder(local_folder(folder, "copy from one place to another with `teacher-cache push`"))
     return _copy(str(url), place, force, on_total, on_bytes)
 
 
-def _copy(cache: str, place: Folder | Store, force: bool, on_total: OnBytes, on_bytes: OnBytes) -> Copied:
+def _copy(
+    cache: str, place: Folder | Store, force: bool, on_total: OnBytes, on_bytes: OnBytes
+) -> Copied:
     source, root = open_filesystem(cache)
     if open_filesystem(place.where) == (source, root):
         raise UserError(f"{cache} is where it would be copied to; choose another place")
@@ -90,7 +116,9 @@ def _copy(cache: str, place: Folder | Store, force: bool, on_total: OnBytes, on_
         if found is not None and not force:
             _refuse_another(found, manifest, place.where)
         found_files = [] if found is None else cache_files(found)
-        stale = sorted({*place.shards(), *(file.path for file in found_files)} - {file.path for file in files})
+        stale = sorted(
+            {*place.shards(), *(file.path for file in found_files)} - {file.path for file in files}
+        )
         if place.read(OWNER, MAX_MARK_BYTES) is not None:
             if force:
                 stale.append(OWNER)  # its builder finds out before it sends anything more

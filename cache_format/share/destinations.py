@@ -1,4 +1,6 @@
-"""Destinations of a copy: a folder, a store that takes files, a data set on the Hugging Face Hub."""
+"""Destinations of a copy: a folder, a store that takes files, a data set on the Hugging Face
+Hub.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,15 @@ HUB_COMMIT_FILES = 100
 """Shards per commit on the hub, which advises against many small commits and against huge ones."""
 
 _SHARDS = "shard-*.arrow"
-_FOLDERS = {"sftp", "ssh", "ftp", "smb", "hdfs", "webhdfs", "webdav"}  # a file needs its folder first
+_FOLDERS = {
+    "sftp",
+    "ssh",
+    "ftp",
+    "smb",
+    "hdfs",
+    "webhdfs",
+    "webdav",
+}  # a file needs its folder first
 _RENAMES = {"sftp", "ssh"}  # a rename replaces a file in one step
 _CHEAP_TO_HASH = {"memory", "hf"}  # the hub keeps the sha256 of large files
 OnBytes = Callable[[int], object]
@@ -51,7 +61,9 @@ def ignore(count: int) -> None:
 
 
 def place_at(url: str) -> Folder | Store:
-    """What copies to ``url``. Raises CacheError as ``storage.open_filesystem``, UserError for a place that takes no files."""
+    """What copies to ``url``. Raises CacheError as ``storage.open_filesystem``, UserError for a
+    place that takes no files.
+    """
     filesystem, root = open_filesystem(url)
     protocol = protocol_of(filesystem)
     if is_local(filesystem):
@@ -59,12 +71,15 @@ def place_at(url: str) -> Folder | Store:
     if protocol == "hf":
         return _Hub(filesystem, root, url)
     if protocol in ("http", "https"):
-        raise UserError(f"{url} cannot be written to: a web server hands out files and takes none; push to a store")
+        raise UserError(
+            f"{url} cannot be written to: a web server hands out files and takes none; push to a store"
+        )
     return Store(filesystem, root, url)
 
 
 class Folder:
-    """A local folder to copy to, written as the writer does: lock, temporary file, fsync, rename, fsync of the folder.
+    """A local folder to copy to, written as the writer does: lock, temporary file, fsync, rename,
+    fsync of the folder.
 
     Names are relative to the cache, here and in the other kinds of places.
     """
@@ -77,7 +92,9 @@ class Folder:
     def claimed(self) -> Iterator[None]:
         """Keeps other copies and builds out, and makes the folder ready to be written to."""
         if (self._folder / BUILD_DIR).exists():
-            raise UserError(f"{self._folder} holds an unfinished build; finish it, or choose another folder")
+            raise UserError(
+                f"{self._folder} holds an unfinished build; finish it, or choose another folder"
+            )
         if not self._scratch.exists() and not may_be_cache(self._folder):
             refuse_other_files(self._folder)
         with writing_to(self._folder):
@@ -111,14 +128,20 @@ class Folder:
         return [f"data/{file.name}" for file in (self._folder / "data").glob(_SHARDS)]
 
     def holds(self, file: CacheFile, *, deep: bool) -> bool:
-        """Is the file there, by its size and its sha256? (A local disk need not be spared the latter.)"""
+        """Is the file there, by its size and its sha256? (A local disk need not be spared the
+        latter.)
+        """
         return has_content(self._folder / file.path, file)
 
     def refuse_strangers(self, names: list[str], readme: bytes) -> None:
-        """Nothing: a folder without a manifest was refused when it was claimed, or an earlier copy has left its mark."""
+        """Nothing: a folder without a manifest was refused when it was claimed, or an earlier
+        copy has left its mark.
+        """
 
     def mark(self, text: bytes) -> bool:
-        """Notes what is being copied here, if this kind of place needs that; returns whether it does."""
+        """Notes what is being copied here, if this kind of place needs that; returns whether it
+        does.
+        """
         return False  # the scratch folder says enough
 
     def remove(self, names: list[str]) -> None:
@@ -127,7 +150,13 @@ class Folder:
             (self._folder / name).unlink(missing_ok=True)
             sync((self._folder / name).parent)
 
-    def send(self, source: fsspec.AbstractFileSystem, root: str, files: list[CacheFile], on_bytes: OnBytes) -> None:
+    def send(
+        self,
+        source: fsspec.AbstractFileSystem,
+        root: str,
+        files: list[CacheFile],
+        on_bytes: OnBytes,
+    ) -> None:
         """Copies files of the cache in ``root``, each verified."""
         for file in files:
             final = self._folder / file.path
@@ -143,7 +172,9 @@ class Folder:
 
 
 class Store:
-    """A place that fsspec writes to file by file. An object store shows a file only when all of it is there."""
+    """A place that fsspec writes to file by file. An object store shows a file only when all of
+    it is there.
+    """
 
     def __init__(self, filesystem: fsspec.AbstractFileSystem, root: str, where: str) -> None:
         self.where = where
@@ -195,9 +226,13 @@ class Store:
         return True
 
     def refuse_strangers(self, names: list[str], readme: bytes) -> None:
-        """Raises UserError where files of these names, or a card other than ``readme``, are there."""
+        """Raises UserError where files of these names, or a card other than ``readme``, are
+        there.
+        """
         shards = set(self.shards())
-        taken = [name for name in names if name in shards or (name == PRIOR and self._exists(name))][:1]
+        taken = [
+            name for name in names if name in shards or (name == PRIOR and self._exists(name))
+        ][:1]
         if self.read(CARD, MAX_CARD_BYTES) not in (None, readme):
             taken.append(CARD)
         if taken:
@@ -220,7 +255,13 @@ class Store:
                 self._filesystem.rm_file(f"{self._root}/{name}")
         self._filesystem.invalidate_cache()
 
-    def send(self, source: fsspec.AbstractFileSystem, root: str, files: list[CacheFile], on_bytes: OnBytes) -> None:
+    def send(
+        self,
+        source: fsspec.AbstractFileSystem,
+        root: str,
+        files: list[CacheFile],
+        on_bytes: OnBytes,
+    ) -> None:
         for file in files:
             chunks = partial(verified_chunks, source, f"{root}/{file.path}", file)
             self._write(file.path, chunks, on_bytes)
@@ -246,7 +287,9 @@ class Store:
             except BaseException:
                 on_bytes(-done)
                 with suppress(Exception):
-                    self._filesystem.rm_file(path)  # closing has made a file of what was sent until then
+                    self._filesystem.rm_file(
+                        path
+                    )  # closing has made a file of what was sent until then
                 raise
 
         retrying(attempt)
@@ -260,7 +303,9 @@ class Store:
 
 
 class _Hub(Store):
-    """A data set on the Hugging Face Hub: read through fsspec, written in commits, which the hub shows whole or not at all."""
+    """A data set on the Hugging Face Hub: read through fsspec, written in commits, which the hub
+    shows whole or not at all.
+    """
 
     def __init__(self, filesystem: fsspec.AbstractFileSystem, root: str, where: str) -> None:
         from huggingface_hub import HfApi
@@ -268,11 +313,17 @@ class _Hub(Store):
         super().__init__(filesystem, root, where)
         parts = re.fullmatch(r"datasets/([^/@]+/[^/@]+)(?:@([^/]+))?(?:/(.+))?", root)
         if parts is None:
-            raise UserError(f"{where} names no data set of the hub; push to hf://datasets/ORG/NAME or .../NAME@BRANCH")
+            raise UserError(
+                f"{where} names no data set of the hub; push to hf://datasets/ORG/NAME or .../NAME@BRANCH"
+            )
         self._api = HfApi(endpoint=filesystem.endpoint, token=filesystem.token)
         self._folder = f"{parts[3]}/" if parts[3] else ""
         branch = unquote(parts[2]) if parts[2] else None
-        self._repo: dict[str, Any] = {"repo_id": parts[1], "repo_type": "dataset", "revision": branch}
+        self._repo: dict[str, Any] = {
+            "repo_id": parts[1],
+            "repo_type": "dataset",
+            "revision": branch,
+        }
 
     def _create(self) -> None:
         repo = {"repo_id": self._repo["repo_id"], "repo_type": "dataset", "exist_ok": True}
@@ -295,16 +346,27 @@ class _Hub(Store):
 
         there = [name for name in names if self._exists(name)]
         if there:
-            self._commit([CommitOperationDelete(self._folder + name) for name in there], "Remove what is replaced")
+            self._commit(
+                [CommitOperationDelete(self._folder + name) for name in there],
+                "Remove what is replaced",
+            )
 
-    def send(self, source: fsspec.AbstractFileSystem, root: str, files: list[CacheFile], on_bytes: OnBytes) -> None:
+    def send(
+        self,
+        source: fsspec.AbstractFileSystem,
+        root: str,
+        files: list[CacheFile],
+        on_bytes: OnBytes,
+    ) -> None:
         from huggingface_hub import CommitOperationAdd
 
         self._create()
         for start in range(0, len(files), HUB_COMMIT_FILES):
             group, additions = files[start : start + HUB_COMMIT_FILES], []
             for file in group:
-                addition = CommitOperationAdd(self._folder + file.path, str(_local_copy(source, root, file)))
+                addition = CommitOperationAdd(
+                    self._folder + file.path, str(_local_copy(source, root, file))
+                )
                 self._api.preupload_lfs_files(**self._repo, additions=[addition])
                 additions.append(addition)
                 on_bytes(file.bytes)
@@ -316,7 +378,8 @@ class _Hub(Store):
         from huggingface_hub import CommitOperationAdd
 
         self._commit(
-            [CommitOperationAdd(self._folder + name, text) for name, text in texts.items()], "Complete the cache"
+            [CommitOperationAdd(self._folder + name, text) for name, text in texts.items()],
+            "Complete the cache",
         )
 
 

@@ -1,8 +1,10 @@
-"""Building a cache in a place that is not a local folder: every shard goes there once it is committed.
+"""Building a cache in a place that is not a local folder: every shard goes there once it is
+committed.
 
-The state of the build and the shard that is being written lie in a local work folder, which is named after the place, so
-that the same command finds it again after a crash. A shard is sent, checked and then removed here; the manifest goes last.
-While a build is unfinished, a marker in the place says who builds there.
+The state of the build and the shard that is being written lie in a local work folder, which is
+named after the place, so that the same command finds it again after a crash. A shard is sent,
+checked and then removed here; the manifest goes last. While a build is unfinished, a marker in the
+place says who builds there.
 """
 
 from __future__ import annotations
@@ -21,7 +23,14 @@ from logitcask.cache_format import card
 from logitcask.cache_format.durable import load_state, write_durably, writing_to
 from logitcask.cache_format.errors import CacheError, CacheInUseError, DamagedCacheError, UserError
 from logitcask.cache_format.layout import BUILD_DIR, CARD, MANIFEST, OWNER, PRIOR, PUSH_MARK
-from logitcask.cache_format.manifest import MAX_MANIFEST_BYTES, AuditSummary, CacheFile, Header, Manifest, ShardEntry
+from logitcask.cache_format.manifest import (
+    MAX_MANIFEST_BYTES,
+    AuditSummary,
+    CacheFile,
+    Header,
+    Manifest,
+    ShardEntry,
+)
 from logitcask.cache_format.shards.prior import TailPrior
 from logitcask.cache_format.share.destinations import MAX_MARK_BYTES, Store, place_at
 from logitcask.cache_format.storage.files import open_filesystem, reaching
@@ -42,15 +51,23 @@ class _Owner(BaseModel):
 
 
 def work_folder(url: str) -> Path:
-    """Where the build of the cache at ``url`` keeps its state on this machine: ``builds/NAME-HASH`` beside cached shards."""
+    """Where the build of the cache at ``url`` keeps its state on this machine:
+    ``builds/NAME-HASH`` beside cached shards.
+    """
     filesystem, root = open_filesystem(url)
     whole = filesystem.unstrip_protocol(root)
     name = root.rsplit("/", 1)[-1] or "cache"
-    return shard_cache_folder() / "builds" / f"{name}-{hashlib.sha256(whole.encode()).hexdigest()[:12]}"
+    return (
+        shard_cache_folder()
+        / "builds"
+        / f"{name}-{hashlib.sha256(whole.encode()).hexdigest()[:12]}"
+    )
 
 
 def holds_cache(url: str) -> bool:
-    """Whether there is a finished cache at ``url``. Raises CacheError where the place cannot be reached."""
+    """Whether there is a finished cache at ``url``. Raises CacheError where the place cannot be
+    reached.
+    """
     with reaching(url):
         return _store(url).read(MANIFEST, MAX_MANIFEST_BYTES) is not None
 
@@ -66,26 +83,31 @@ def remove_traces(url: str) -> None:
 def remove_remote_cache(url: str) -> None:
     """Removes the cache at ``url``, finished or not, its work folder here, and nothing else.
 
-    Raises CacheInUseError while another process of this machine builds it, CacheError where the place cannot be reached,
-    and UserError where there are shards that no build, push or cache accounts for.
+    Raises CacheInUseError while another process of this machine builds it, CacheError where the
+    place cannot be reached, and UserError where there are shards that no build, push or cache
+    accounts for.
     """
     _remove_work_folder(url)
     store = _store(url)
     with reaching(url):
         shards = store.shards()
         manifest = store.read(MANIFEST, MAX_MANIFEST_BYTES)
-        if manifest is None and all(store.read(name, MAX_MARK_BYTES) is None for name in (OWNER, PUSH_MARK)):
+        if manifest is None and all(
+            store.read(name, MAX_MARK_BYTES) is None for name in (OWNER, PUSH_MARK)
+        ):
             store.refuse_strangers(shards, b"")
         # The manifest goes first: half a cache must never be taken for a whole one.
         store.remove([MANIFEST, *shards, PRIOR, CARD, OWNER, PUSH_MARK])
 
 
 class RemoteCacheWriter(CacheWriter):
-    """A ``CacheWriter`` of the cache at ``url``, which takes no more room here than its plan and the shard it writes.
+    """A ``CacheWriter`` of the cache at ``url``, which takes no more room here than its plan and
+    the shard it writes.
 
-    As there, opening takes a lock: on this machine that of the work folder; against others the marker in the place, which
-    two machines that start in the same instant can both miss. Raises CacheInUseError, naming the other machine; UserError
-    for a place that holds something else; CacheError where it cannot be reached, and for a shard that did not arrive.
+    As there, opening takes a lock: on this machine that of the work folder; against others the
+    marker in the place, which two machines that start in the same instant can both miss. Raises
+    CacheInUseError, naming the other machine; UserError for a place that holds something else;
+    CacheError where it cannot be reached, and for a shard that did not arrive.
     """
 
     def __init__(self, url: str, *, compression_level: int = 1) -> None:
@@ -96,7 +118,9 @@ class RemoteCacheWriter(CacheWriter):
     def __enter__(self) -> Self:
         with reaching(self.url):
             if self._store.read(MANIFEST, MAX_MANIFEST_BYTES) is not None:
-                raise UserError(f"{self.url} already holds a finished cache; remove it or choose another output")
+                raise UserError(
+                    f"{self.url} already holds a finished cache; remove it or choose another output"
+                )
         super().__enter__()
         return self
 
@@ -195,7 +219,9 @@ class RemoteCacheWriter(CacheWriter):
                     f"{self.url} holds a finished cache now, which somebody else has put there; choose another output, or "
                     "replace it with --restart"
                 )
-            self._store.finish({CARD: card.dataset_card(manifest).encode(), MANIFEST: manifest.to_json().encode()})
+            self._store.finish(
+                {CARD: card.dataset_card(manifest).encode(), MANIFEST: manifest.to_json().encode()}
+            )
             self._store.remove([OWNER])
         with writing_to(self.path):
             shutil.rmtree(self.path, ignore_errors=True)

@@ -1,4 +1,6 @@
-"""Where caches lie: any fsspec URL, read in streams of known size and hash, and a bounded local cache of remote shards."""
+"""Where caches lie: any fsspec URL, read in streams of known size and hash, and a bounded local
+cache of remote shards.
+"""
 
 from __future__ import annotations
 
@@ -41,16 +43,27 @@ _URL_AS_PATH = re.compile(r"[A-Za-z][A-Za-z0-9+.:-]+:")
 _LOCAL_URLS = ("file://", "local://")
 _STREAMING = {"http", "https", "hf"}  # with block_size=0 these send a file in one response
 _PACKAGES = {"huggingface_hub": "logitcask[hub]", "s3fs": "logitcask[s3]"}
-_PERMANENT = (UserError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, NotImplementedError)
+_PERMANENT = (
+    UserError,
+    FileNotFoundError,
+    PermissionError,
+    IsADirectoryError,
+    NotADirectoryError,
+    NotImplementedError,
+)
 _Result = TypeVar("_Result")
 
 
-def open_filesystem(url: str | Path, *, fresh: bool = False) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The file system that ``url`` (or a local path) names, and the path in it; most drivers make no request yet.
+def open_filesystem(
+    url: str | Path, *, fresh: bool = False
+) -> tuple[fsspec.AbstractFileSystem, str]:
+    """The file system that ``url`` (or a local path) names, and the path in it; most drivers make
+    no request yet.
 
-    Without ``://`` it is a local path, whatever characters it has. ``fresh``: with connections of its own, for a process
-    that was forked. Raises CacheError for a protocol that fsspec does not know, where its driver is not installed, and for
-    whatever the driver has against the address; UserError for a name with ``::`` in a store.
+    Without ``://`` it is a local path, whatever characters it has. ``fresh``: with connections of
+    its own, for a process that was forked. Raises CacheError for a protocol that fsspec does not
+    know, where its driver is not installed, and for whatever the driver has against the address;
+    UserError for a name with ``::`` in a store.
     """
     url = str(url)
     if "://" not in url or url.startswith(_LOCAL_URLS):
@@ -62,7 +75,9 @@ def open_filesystem(url: str | Path, *, fresh: bool = False) -> tuple[fsspec.Abs
             import aiohttp
 
             # aiohttp gives a whole response five minutes; a shard on a slow line takes longer.
-            options["client_kwargs"] = {"timeout": aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=60)}
+            options["client_kwargs"] = {
+                "timeout": aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=60)
+            }
         filesystem, root = fsspec.core.url_to_fs(url, **options)
     except ImportError as error:
         # fsspec raises its own ImportError from the one that names the module.
@@ -70,7 +85,9 @@ def open_filesystem(url: str | Path, *, fresh: bool = False) -> tuple[fsspec.Abs
         raise CacheError(
             f"{url} needs a package that is not installed; pip install '{_PACKAGES.get(missing, missing)}'"
         ) from error
-    except Exception as error:  # some drivers connect at once, or open an archive, and raise as they please
+    except (
+        Exception
+    ) as error:  # some drivers connect at once, or open an archive, and raise as they please
         raise CacheError(
             f"{url} cannot be opened: {one_line(error)}; check the address, the network and your access to it"
         ) from error
@@ -78,21 +95,27 @@ def open_filesystem(url: str | Path, *, fresh: bool = False) -> tuple[fsspec.Abs
 
 
 def _refuse_chain_by_accident(url: str) -> None:
-    """Raises UserError for ``s3://bucket/a::b``: fsspec takes what follows for a file system below, and drops it."""
+    """Raises UserError for ``s3://bucket/a::b``: fsspec takes what follows for a file system
+    below, and drops it.
+    """
     outer, chained, _ = url.partition("::")
     protocol = outer.partition("://")[0]
     if not chained or protocol not in fsspec.available_protocols():
         return
     with suppress(ImportError):  # said where the file system is opened
         kinds = fsspec.get_filesystem_class(protocol).__mro__[:-1]
-        if not any({"fo", "target_protocol"} & signature(kind.__init__).parameters.keys() for kind in kinds):
+        if not any(
+            {"fo", "target_protocol"} & signature(kind.__init__).parameters.keys() for kind in kinds
+        ):
             raise UserError(
                 f"{url} holds '::', which fsspec takes for a chain of file systems; choose a name without it"
             )
 
 
 def local_folder(path: str | Path, advice: str) -> Path:
-    """``path``, which has to be a local one. Raises UserError, with ``advice``, for a URL: a path ``s3:/...`` is a folder."""
+    """``path``, which has to be a local one. Raises UserError, with ``advice``, for a URL: a
+    path ``s3:/...`` is a folder.
+    """
     first = Path(path).parts[:1]
     if first and _URL_AS_PATH.fullmatch(first[0]):
         raise UserError(f"{path} is a URL, but has to be a local folder; {advice}")
@@ -110,7 +133,9 @@ def protocol_of(filesystem: fsspec.AbstractFileSystem) -> str:
 
 @contextmanager
 def reaching(where: str) -> Iterator[None]:
-    """Turns whatever a remote file system raises (no permission, no such host, ...) into a CacheError about ``where``."""
+    """Turns whatever a remote file system raises (no permission, no such host, ...) into a
+    CacheError about ``where``.
+    """
     try:
         yield
     except UserError:
@@ -122,7 +147,9 @@ def reaching(where: str) -> Iterator[None]:
 
 
 def retrying(action: Callable[[], _Result]) -> _Result:
-    """``action()``, tried ATTEMPTS times with growing pauses unless what it raises is there to stay."""
+    """``action()``, tried ATTEMPTS times with growing pauses unless what it raises is there to
+    stay.
+    """
     for attempt in range(ATTEMPTS - 1):
         try:
             return action()
@@ -134,23 +161,31 @@ def retrying(action: Callable[[], _Result]) -> _Result:
 
 
 def _is_transient(error: Exception) -> bool:
-    status = getattr(error, "status", None) or getattr(getattr(error, "response", None), "status_code", None)
+    status = getattr(error, "status", None) or getattr(
+        getattr(error, "response", None), "status_code", None
+    )
     if isinstance(status, int) and 400 <= status < 500:
         return status in (408, 429)
     return not isinstance(error, _PERMANENT)
 
 
 def open_stream(filesystem: fsspec.AbstractFileSystem, path: str) -> BinaryIO:
-    """``path`` opened for one pass from its start to its end, with a few MiB in memory at a time."""
+    """``path`` opened for one pass from its start to its end, with a few MiB in memory at a
+    time.
+    """
     protocol = protocol_of(filesystem)
-    # For HTTP a size, which this kind of file ignores, spares a HEAD whose failure would pass for a missing file.
+    # For HTTP a size, which this kind of file ignores, spares a HEAD whose failure would pass for a
+    # missing file.
     extra = {"size": 1} if protocol in ("http", "https") else {}
-    stream: BinaryIO = filesystem.open(path, "rb", block_size=0 if protocol in _STREAMING else 8 * _CHUNK, **extra)
+    stream: BinaryIO = filesystem.open(
+        path, "rb", block_size=0 if protocol in _STREAMING else 8 * _CHUNK, **extra
+    )
     return stream
 
 
 def read_small(filesystem: fsspec.AbstractFileSystem, path: str, limit: int) -> bytes:
-    """The bytes of a file of at most ``limit`` bytes; never takes more than one more than that from the network.
+    """The bytes of a file of at most ``limit`` bytes; never takes more than one more than that from
+    the network.
 
     Raises DamagedCacheError for a larger file, FileNotFoundError, and what the file system raises.
     """
@@ -170,11 +205,14 @@ def read_small(filesystem: fsspec.AbstractFileSystem, path: str, limit: int) -> 
     return data
 
 
-def read_manifest(filesystem: fsspec.AbstractFileSystem, root: str, where: str) -> tuple[bytes, Manifest]:
-    """The manifest of the cache in ``root``, as it is written there and parsed; ``where`` names the cache in messages.
+def read_manifest(
+    filesystem: fsspec.AbstractFileSystem, root: str, where: str
+) -> tuple[bytes, Manifest]:
+    """The manifest of the cache in ``root``, as it is written there and parsed; ``where`` names the
+    cache in messages.
 
-    Raises CacheNotFoundError, IncompleteCacheError for an unfinished build or copy, CacheError where the place cannot be
-    reached, and what ``Manifest.from_json`` raises.
+    Raises CacheNotFoundError, IncompleteCacheError for an unfinished build or copy, CacheError
+    where the place cannot be reached, and what ``Manifest.from_json`` raises.
     """
     manifest = f"{root}/{MANIFEST}"
     if is_local(filesystem) and os.path.exists(manifest) and not os.path.isfile(manifest):
@@ -188,7 +226,10 @@ def read_manifest(filesystem: fsspec.AbstractFileSystem, root: str, where: str) 
                 raise IncompleteCacheError(
                     f"{where} is an unfinished cache; run the same `teacher-cache build` again to complete it"
                 ) from None
-            if any(filesystem.exists(f"{root}/{name}") for name in (PULL_DIR, PUSH_MARK, "data/shard-00000.arrow")):
+            if any(
+                filesystem.exists(f"{root}/{name}")
+                for name in (PULL_DIR, PUSH_MARK, "data/shard-00000.arrow")
+            ):
                 raise IncompleteCacheError(
                     f"{where} is an unfinished copy of a cache; "
                     "run the same `teacher-cache push` or `pull` again to complete it"
@@ -201,11 +242,13 @@ def read_manifest(filesystem: fsspec.AbstractFileSystem, root: str, where: str) 
     return text, Manifest.from_json(text, f"{where}/{MANIFEST}")
 
 
-def verified_chunks(filesystem: fsspec.AbstractFileSystem, path: str, file: CacheFile) -> Iterator[bytes]:
+def verified_chunks(
+    filesystem: fsspec.AbstractFileSystem, path: str, file: CacheFile
+) -> Iterator[bytes]:
     """The bytes of ``path`` in chunks of at most 1 MiB.
 
-    Raises DamagedCacheError unless they are ``file``'s: as soon as there are more, at the end for fewer or for another
-    sha256. What was yielded until then is of no use.
+    Raises DamagedCacheError unless they are ``file``'s: as soon as there are more, at the end for
+    fewer or for another sha256. What was yielded until then is of no use.
     """
     name, again = filesystem.unstrip_protocol(path), "fetch or build the cache again"
     sha, received = hashlib.sha256(), 0
@@ -214,13 +257,17 @@ def verified_chunks(filesystem: fsspec.AbstractFileSystem, path: str, file: Cach
             while chunk := stream.read(min(_CHUNK, file.bytes - received + 1)):
                 received += len(chunk)
                 if received > file.bytes:
-                    raise DamagedCacheError(f"{name} is damaged: more than the {file.bytes} bytes expected; {again}")
+                    raise DamagedCacheError(
+                        f"{name} is damaged: more than the {file.bytes} bytes expected; {again}"
+                    )
                 sha.update(chunk)
                 yield chunk
     except FileNotFoundError:
         raise DamagedCacheError(f"{name} is missing; {again}") from None
     if received < file.bytes:
-        raise DamagedCacheError(f"{name} is damaged: {received} bytes, {file.bytes} expected; {again}")
+        raise DamagedCacheError(
+            f"{name} is damaged: {received} bytes, {file.bytes} expected; {again}"
+        )
     if sha.hexdigest() != file.sha256:
         raise DamagedCacheError(
             f"{name} is damaged: sha256 {sha.hexdigest()[:12]}..., {file.sha256[:12]}... expected; {again}"
@@ -234,10 +281,12 @@ def download(
     target: Path,
     on_bytes: Callable[[int], object] = lambda _: None,
 ) -> None:
-    """Puts ``file``, verified and flushed to disk, at ``target``, which is written in place; tries again on a bad line.
+    """Puts ``file``, verified and flushed to disk, at ``target``, which is written in place; tries
+    again on a bad line.
 
-    ``on_bytes`` is called with the length of each chunk, and with a negative number where an attempt failed. Raises
-    DamagedCacheError, CacheError where the network stays away, and UserError where ``target`` cannot be written.
+    ``on_bytes`` is called with the length of each chunk, and with a negative number where an
+    attempt failed. Raises DamagedCacheError, CacheError where the network stays away, and UserError
+    where ``target`` cannot be written.
     """
 
     def attempt() -> None:
@@ -277,7 +326,9 @@ def room_for(target: Path) -> Iterator[None]:
 
 
 def map_file(path: str | Path) -> mmap.mmap:
-    """The bytes of a local file, mapped to be read. Raises OSError, and ValueError for an empty file."""
+    """The bytes of a local file, mapped to be read. Raises OSError, and ValueError for an empty
+    file.
+    """
     with open(path, "rb") as file:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 

@@ -21,13 +21,15 @@ DEFAULT_CACHE_BYTES = 32 << 30
 
 
 class ShardCache:
-    """Shards of remote caches on the local disk, each under its sha256, at most ``max_bytes`` of them.
+    """Shards of remote caches on the local disk, each under its sha256, at most ``max_bytes`` of
+    them.
 
-    ``folder``: by default ``$LOGITCASK_CACHE``, or ``logitcask`` in the user's cache folder. ``max_bytes``: by default
-    ``$LOGITCASK_CACHE_BYTES``, or 32 GiB. Any number of processes may share a folder: a shard that several want is
-    fetched once, and the bound holds for all of them together, with what is still being fetched. The least recently
-    used shard goes first; on POSIX a process that has it mapped keeps it. Files that are neither shards nor half of one do
-    not count. Pickles and forks. Raises UserError for a folder that cannot be written.
+    ``folder``: by default ``$LOGITCASK_CACHE``, or ``logitcask`` in the user's cache folder.
+    ``max_bytes``: by default ``$LOGITCASK_CACHE_BYTES``, or 32 GiB. Any number of processes may
+    share a folder: a shard that several want is fetched once, and the bound holds for all of them
+    together, with what is still being fetched. The least recently used shard goes first; on POSIX a
+    process that has it mapped keeps it. Files that are neither shards nor half of one do not count.
+    Pickles and forks. Raises UserError for a folder that cannot be written.
     """
 
     def __init__(self, folder: str | Path | None = None, max_bytes: int | None = None) -> None:
@@ -44,9 +46,10 @@ class ShardCache:
     def get(self, filesystem: fsspec.AbstractFileSystem, path: str, size: int, sha256: str) -> Path:
         """The local copy of the remote shard at ``path``, fetched if it is not there.
 
-        Its sha256 was checked on the way, or, when an earlier process had fetched it, at this object's first call. Another
-        process may remove the copy at any time; ``memory_map`` cannot miss it. Raises what ``download`` raises, and
-        UserError for a shard that is larger than the bound, or where no room for it can be made.
+        Its sha256 was checked on the way, or, when an earlier process had fetched it, at this
+        object's first call. Another process may remove the copy at any time; ``memory_map`` cannot
+        miss it. Raises what ``download`` raises, and UserError for a shard that is larger than the
+        bound, or where no room for it can be made.
         """
         file, target = CacheFile(path, size, sha256), self._shards / f"{sha256}.arrow"
         if not self._is_here(file, target):
@@ -56,8 +59,12 @@ class ShardCache:
                     self._verified.add(sha256)
         return target
 
-    def memory_map(self, filesystem: fsspec.AbstractFileSystem, path: str, size: int, sha256: str) -> mmap.mmap:
-        """The shard, mapped; it stays readable when its file is removed. Raises what ``get`` raises."""
+    def memory_map(
+        self, filesystem: fsspec.AbstractFileSystem, path: str, size: int, sha256: str
+    ) -> mmap.mmap:
+        """The shard, mapped; it stays readable when its file is removed. Raises what ``get``
+        raises.
+        """
         while True:
             with suppress(FileNotFoundError):  # removed by another process since ``get`` returned
                 return map_file(self.get(filesystem, path, size, sha256))
@@ -93,13 +100,19 @@ class ShardCache:
             raise
 
     def _reserve(self, part: Path, size: int) -> bool:
-        """Removes old shards until ``size`` bytes are free, and takes them by giving ``part`` that size.
+        """Removes old shards until ``size`` bytes are free, and takes them by giving ``part`` that
+        size.
 
-        False where that has to wait for what others are fetching. The caller holds the shard's lock.
+        False where that has to wait for what others are fetching. The caller holds the shard's
+        lock.
         """
         with self._lock("room"):
             self._remove_leftovers(ours=part.name[:2])
-            found = [(each.stat(), each) for each in self._shards.iterdir() if each.suffix in (".arrow", ".part")]
+            found = [
+                (each.stat(), each)
+                for each in self._shards.iterdir()
+                if each.suffix in (".arrow", ".part")
+            ]
             total = sum(status.st_size for status, _ in found) + size
             for status, each in sorted(found, key=lambda pair: pair[0].st_mtime_ns):
                 if total > self.max_bytes and each.suffix == ".arrow":
@@ -119,9 +132,11 @@ class ShardCache:
         return True
 
     def _remove_leftovers(self, ours: str | None = None) -> None:
-        """Removes what processes that were killed had begun to fetch: parts on which nobody holds the lock.
+        """Removes what processes that were killed had begun to fetch: parts on which nobody holds
+        the lock.
 
-        ``ours``: the lock that the caller holds. Locks do not let their own process in a second time.
+        ``ours``: the lock that the caller holds. Locks do not let their own process in a second
+        time.
         """
         for part in self._shards.glob("*.part"):
             if part.name[:2] == ours:
@@ -164,4 +179,6 @@ def _bytes_from_environment() -> int:
     try:
         return int(value)
     except ValueError:
-        raise UserError(f"LOGITCASK_CACHE_BYTES is {value!r}; it has to be a number of bytes") from None
+        raise UserError(
+            f"LOGITCASK_CACHE_BYTES is {value!r}; it has to be a number of bytes"
+        ) from None

@@ -1,7 +1,9 @@
-"""The audit that ends a build: a few sequences compared with the dense reference before the manifest makes the cache count.
+"""The audit that ends a build: a few sequences compared with the dense reference before the
+manifest makes the cache count.
 
-A fault of an engine, of its arguments or of this program would otherwise be found by whoever trains from the cache. The
-shards are on disk by then, so a build that fails here loses nothing: it can be audited again.
+A fault of an engine, of its arguments or of this program would otherwise be found by whoever trains
+from the cache. The shards are on disk by then, so a build that fails here loses nothing: it can be
+audited again.
 """
 
 from __future__ import annotations
@@ -36,20 +38,30 @@ class BuildAudit:
 
 
 def audit_build(
-    path: Path | str, header: Header, shards: tuple[ShardEntry, ...], settings: AuditConfig, teacher: TeacherConfig
+    path: Path | str,
+    header: Header,
+    shards: tuple[ShardEntry, ...],
+    settings: AuditConfig,
+    teacher: TeacherConfig,
 ) -> AuditSummary | None:
-    """The audit of a build whose shards are all committed, for its manifest; None where none is asked for.
+    """The audit of a build whose shards are all committed, for its manifest; None where none is
+    asked for.
 
-    Where there is no reference to compare with (the model does not fit into memory, or is not to be had), it says so and
-    the summary says why it was skipped. Raises DamagedCacheError where cache and reference differ by more than they may, and
-    where a shard is damaged; CacheError where one cannot be read.
+    Where there is no reference to compare with (the model does not fit into memory, or is not to be
+    had), it says so and the summary says why it was skipped. Raises DamagedCacheError where cache
+    and reference differ by more than they may, and where a shard is damaged; CacheError where one
+    cannot be read.
     """
     if not settings.sequences or not any(shard.positions for shard in shards):
         return None
-    asked = BuildAudit(path=str(path), header=header, shards=shards, settings=settings, teacher=teacher)
+    asked = BuildAudit(
+        path=str(path), header=header, shards=shards, settings=settings, teacher=teacher
+    )
     total = min(settings.sequences, sum(shard.sequences for shard in shards))
     with tqdm(total=total, unit="seq", desc="audit", leave=False) as bar:
-        if header.teacher.backend == "vllm" and "vllm" in sys.modules:  # which may have changed transformers here
+        if (
+            header.teacher.backend == "vllm" and "vllm" in sys.modules
+        ):  # which may have changed transformers here
             from logitcask.pipeline.audit.worker import audit_apart
 
             found = audit_apart(asked, bar.update)
@@ -62,7 +74,9 @@ def audit_build(
 
 def audit_here(asked: BuildAudit, on_sequence: Callable[[], object]) -> AuditSummary:
     """As ``audit_build``, in this process."""
-    reader = CacheReader(asked.path, manifest=Manifest.complete(asked.header, asked.shards, created_at=""))
+    reader = CacheReader(
+        asked.path, manifest=Manifest.complete(asked.header, asked.shards, created_at="")
+    )
     try:
         result = audit(
             reader,

@@ -1,4 +1,6 @@
-"""Why an engine differs from the reference by more than its arithmetic explains: shift, temperature, ids or weights."""
+"""Why an engine differs from the reference by more than its arithmetic explains: shift,
+temperature, ids or weights.
+"""
 
 from __future__ import annotations
 
@@ -27,14 +29,17 @@ _Array = NDArray[Any]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Evidence:
-    """Positions of one sequence that have a neighbour on either side, and float32[R, V] around them, by offset."""
+    """Positions of one sequence that have a neighbour on either side, and float32[R, V] around
+    them, by offset.
+    """
 
     part: CachedSequence
     dense: dict[int, NDArray[np.float32]]
 
 
 class _Suspects:
-    """Explanations of a cache that is not what the reference says, each judged by the difference it leaves.
+    """Explanations of a cache that is not what the reference says, each judged by the difference it
+    leaves.
 
     By the heads where it is they that differ, else by the targets.
     """
@@ -49,13 +54,17 @@ class _Suspects:
         return self._left(lambda one: self._values(one, one.dense[by], by))
 
     def at_temperature(self, temperature: float) -> float:
-        return self._left(lambda one: self._values(one, at_temperature(one.dense[0], temperature), 0))
+        return self._left(
+            lambda one: self._values(one, at_temperature(one.dense[0], temperature), 0)
+        )
 
     def by_rank(self) -> float:
         """The head's logprobs are right, its ids are not."""
         if not self._by_heads:
             return math.inf
-        return self._left(lambda one: most_probable(one.dense[0], one.part.ids.shape[1])[one.part.ids >= 0])
+        return self._left(
+            lambda one: most_probable(one.dense[0], one.part.ids.shape[1])[one.part.ids >= 0]
+        )
 
     def best_temperature(self) -> tuple[float, float]:
         """(difference left, temperature), over a grid that narrows around its best point."""
@@ -64,7 +73,9 @@ class _Suspects:
         points = np.arange(-6, 7) * width
         for _ in range(5):
             for point in points.tolist():
-                found = min(found, (self.at_temperature(math.exp(best + point)), math.exp(best + point)))
+                found = min(
+                    found, (self.at_temperature(math.exp(best + point)), math.exp(best + point))
+                )
             best = math.log(found[1])
             width /= 4
             points = np.arange(-4, 5) * width
@@ -82,13 +93,17 @@ class _Suspects:
     def _left(self, reference: Callable[[_Evidence], _Array]) -> float:
         total, values = 0.0, 0
         for one in self._evidence:
-            stored = one.part.logprobs[one.part.ids >= 0] if self._by_heads else one.part.target_logprob
+            stored = (
+                one.part.logprobs[one.part.ids >= 0] if self._by_heads else one.part.target_logprob
+            )
             total += float(self._tally.engine(stored, reference(one)).sum(dtype=np.float64))
             values += len(stored)
         return total / values if values else math.inf
 
 
-def diagnose(reader: CacheReader, reference: Reference, result: Audit, sequences: int) -> tuple[str, str]:
+def diagnose(
+    reader: CacheReader, reference: Reference, result: Audit, sequences: int
+) -> tuple[str, str]:
     """(cause, problem) of an engine difference above the limit."""
     store = reader.manifest.store
     by_heads = result.head.engine > result.limit
@@ -119,7 +134,10 @@ def diagnose(reader: CacheReader, reference: Reference, result: Audit, sequences
         )
     left = suspects.by_rank()
     if explains(left):
-        return "ids", f"{found}; the cache has other ids: rank by rank its heads' logprobs fit ({left:.2g} nats)"
+        return (
+            "ids",
+            f"{found}; the cache has other ids: rank by rank its heads' logprobs fit ({left:.2g} nats)",
+        )
     return "weights", (
         f"{found}; neither a shift by one nor a temperature nor other ids explain it: the cache was built with other weights "
         f"or other arithmetic. Its token ids are in range; its teacher's loss on them is {result.cached_loss:.3f} nats, the "
@@ -136,7 +154,10 @@ def _gather(reader: CacheReader, reference: Reference, sequences: int) -> list[_
         at = np.flatnonzero((sequence.positions >= 1) & (sequence.positions + 1 < len(dense)))
         at = at[np.linspace(0, len(at) - 1, min(len(at), wanted)).astype(int)]
         part = sequence.at(at)
-        around = {by: np.maximum(dense[part.positions + by], LEAST_LOGPROB).astype(np.float32) for by in (-1, 0, 1)}
+        around = {
+            by: np.maximum(dense[part.positions + by], LEAST_LOGPROB).astype(np.float32)
+            for by in (-1, 0, 1)
+        }
         evidence.append(_Evidence(part, around))
         wanted -= len(at)
         if wanted <= 0:

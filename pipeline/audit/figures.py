@@ -1,9 +1,11 @@
-"""The figures of an audit, added up a few positions at a time from what is stored and what the reference says.
+"""The figures of an audit, added up a few positions at a time from what is stored and what the
+reference says.
 
-Rounding hides most of what an engine differs by, but not its mean. Let Q round to the grid, and let the reference say x
-where the engine said x + d. Q(x + d) - Q(x) has the sign of d, and its mean is d where x lies anywhere between two grid
-points alike (dithered quantisation). So the mean of |stored - Q(x)| estimates that of |d| without bias, however coarse the
-grid. A cache that was rounded more than once does not have this property: there only what is beyond the bound of its
+Rounding hides most of what an engine differs by, but not its mean. Let Q round to the grid, and let
+the reference say x where the engine said x + d. Q(x + d) - Q(x) has the sign of d, and its mean is
+d where x lies anywhere between two grid points alike (dithered quantisation). So the mean of
+|stored - Q(x)| estimates that of |d| without bias, however coarse the grid. A cache that was
+rounded more than once does not have this property: there only what is beyond the bound of its
 rounding is counted, which is a lower bound of |d|.
 
 Shapes: R positions looked at together, K head entries, V ids.
@@ -50,11 +52,15 @@ class Tally:
         rounded = _on_grid(exact, self._step)
         engine = self.engine(stored, exact)
         self._values += len(stored)
-        self._sums += np.array([apart.sum(), np.abs(rounded - exact).sum(), (stored - exact).sum(), engine.sum()])
+        self._sums += np.array(
+            [apart.sum(), np.abs(rounded - exact).sum(), (stored - exact).sum(), engine.sum()]
+        )
         self._largest = max(self._largest, float(apart.max()))
 
     def engine(self, stored: _Array, exact: _Array) -> _Array:
-        """|engine - exact|, of which single values mean nothing and only the mean counts (see the module)."""
+        """|engine - exact|, of which single values mean nothing and only the mean counts (see
+        the module).
+        """
         if self._error > self._step / 2:
             return np.maximum(np.abs(stored - exact) - self._error, 0)
         return np.abs(stored - _on_grid(exact, self._step))
@@ -67,7 +73,9 @@ class Tally:
 class Sums:
     """Adds up what ``Audit`` says, a few positions at a time."""
 
-    def __init__(self, store: StoreSettings, prior: TailPrior | None, near_tie: float, *, derived: bool) -> None:
+    def __init__(
+        self, store: StoreSettings, prior: TailPrior | None, near_tie: float, *, derived: bool
+    ) -> None:
         self._store = store
         self._near_tie = near_tie
         self._prior = None if prior is None else prior.probabilities()
@@ -82,7 +90,9 @@ class Sums:
         self._draws = _DrawSums(variance=2 if derived else 1) if store.tail_samples else None
 
     def add(self, part: CachedSequence, dense: NDArray[np.float32]) -> None:
-        """Positions of a sequence, and the reference's distributions there: [R, V] logprobs, none below LEAST_LOGPROB."""
+        """Positions of a sequence, and the reference's distributions there: [R, V] logprobs,
+        none below LEAST_LOGPROB.
+        """
         in_head = part.ids >= 0
         ids = np.where(in_head, part.ids, 0).astype(np.int64)
         exact = np.take_along_axis(dense, ids, axis=1)
@@ -106,28 +116,38 @@ class Sums:
         if self._draws is not None:
             self._draws.add(part, dense, tail, mass)
 
-    def _compare_order(self, part: CachedSequence, dense: _Array, exact: _Array, target: _Array) -> None:
+    def _compare_order(
+        self, part: CachedSequence, dense: _Array, exact: _Array, target: _Array
+    ) -> None:
         """The head's ids and the target's rank, which near ties may change."""
         size = (part.ids >= 0).sum(axis=1)
         if part.ids.shape[1]:
             lowest = most_probable(dense, part.ids.shape[1])[np.arange(len(dense)), size - 1]
-            self._ids_outside += int(((exact < lowest[:, None] - self._near_tie) & (part.ids >= 0)).sum())
+            self._ids_outside += int(
+                ((exact < lowest[:, None] - self._near_tie) & (part.ids >= 0)).sum()
+            )
         above, near = target[:, None], np.float32(self._near_tie)
         self._ranks_differ += int(((dense > above).sum(axis=1) != part.target_rank).sum())
         surely = (dense > above + near).sum(axis=1)
         perhaps = (dense > above - near).sum(axis=1) - 1
         self._ranks_wrong += int(((part.target_rank < surely) | (part.target_rank > perhaps)).sum())
 
-    def _compare_cells(self, part: CachedSequence, in_head: _Array, exact: _Array, mass: _Array) -> None:
+    def _compare_cells(
+        self, part: CachedSequence, in_head: _Array, exact: _Array, mass: _Array
+    ) -> None:
         """Heads and tail masses. With the tail spread alike in both, its shape plays no part."""
-        truth = np.concatenate([np.where(in_head, np.exp(exact, dtype=np.float64), 0), mass[:, None]], axis=1)
+        truth = np.concatenate(
+            [np.where(in_head, np.exp(exact, dtype=np.float64), 0), mass[:, None]], axis=1
+        )
         size = in_head.sum(axis=1, dtype=np.int32)
         tail = _on_grid(tail_logprob(exact, size, self._store.vocab_size), self._store.scalar_step)
         head = _on_grid(np.minimum(exact, 0), self._store.logprob_step)
         self._distances["codec"] += _cells_apart(truth, np.where(in_head, head, -np.inf), tail)
         self._distances["stored"] += _cells_apart(truth, part.logprobs, part.tail_logprob)
 
-    def _compare_tails(self, in_head: _Array, ids: _Array, dense: _Array, tail: _Array, mass: _Array) -> None:
+    def _compare_tails(
+        self, in_head: _Array, ids: _Array, dense: _Array, tail: _Array, mass: _Array
+    ) -> None:
         """The reference's tails beside the same mass spread evenly, or as the prior says."""
         log_mass = np.log(np.maximum(mass, 1e-300))
         p_log_p = np.einsum("rv,rv->r", tail, dense)
@@ -148,7 +168,9 @@ class Sums:
     def result(self, cache: str, sequences_in_cache: int, reference: str, limit: float) -> Audit:
         positions = max(1, self._positions)
         head = self._head.result()
-        distances = {name: Distance(*(sums / positions).tolist()) for name, sums in self._distances.items()}
+        distances = {
+            name: Distance(*(sums / positions).tolist()) for name, sums in self._distances.items()
+        }
         cached_loss, reference_loss = (self._loss / positions).tolist()
         return Audit(
             cache=cache,
@@ -179,8 +201,8 @@ class Sums:
 class _DrawSums:
     """Collects a ``DrawsAudit``.
 
-    ``variance``: of the draws, as a multiple of that of independent draws, at most. Draws that were drawn from draws, as in
-    a derived cache, have up to twice as much.
+    ``variance``: of the draws, as a multiple of that of independent draws, at most. Draws that were
+    drawn from draws, as in a derived cache, have up to twice as much.
     """
 
     def __init__(self, *, variance: float) -> None:
@@ -206,7 +228,9 @@ class _DrawSums:
         surprise = np.minimum(-logprobs, -LEAST_LOGPROB).clip(0).astype(np.int64)
         width = self._classes.shape[1]
         self._classes[0] += np.bincount(surprise[row, chosen], minlength=width)
-        self._classes[1] += np.bincount(surprise.reshape(-1), (weights * draws[:, None]).reshape(-1), minlength=width)
+        self._classes[1] += np.bincount(
+            surprise.reshape(-1), (weights * draws[:, None]).reshape(-1), minlength=width
+        )
 
         numbers = np.broadcast_to(np.arange(logprobs.shape[1]) / logprobs.shape[1], logprobs.shape)
         for which, f in enumerate((logprobs, numbers)):
@@ -217,7 +241,9 @@ class _DrawSums:
             self._variance[which] += (mass[at] ** 2 * np.maximum(spread, 0) / draws).sum()
 
     def _new(self, part: CachedSequence) -> NDArray[np.bool_]:
-        """bool[R]: positions unlike all before. Those that look alike share their draws (``logitcask.pipeline.distribution.draws``): they count once."""
+        """bool[R]: positions unlike all before. Those that look alike share their draws
+        (``logitcask.pipeline.distribution.draws``): they count once.
+        """
         looks = zip(
             part.target_ids.tolist(),
             part.target_logprob.tolist(),
@@ -256,7 +282,9 @@ class _DrawSums:
 
 
 def _chi_square_p(statistic: float, freedom: int) -> float:
-    """Probability of at least ``statistic`` under chi-square, by Wilson and Hilferty's cube root (PNAS 17, 1931)."""
+    """Probability of at least ``statistic`` under chi-square, by Wilson and Hilferty's cube root
+    (PNAS 17, 1931).
+    """
     spread = 2 / (9 * freedom)
     z = ((statistic / freedom) ** (1 / 3) - (1 - spread)) / math.sqrt(spread)
     return math.erfc(z / math.sqrt(2)) / 2
@@ -278,7 +306,8 @@ def most_probable(dense: _Array, count: int) -> _Array:
 
 
 def _cells_apart(truth: _Array, head: _Array, tail: _Array) -> _Array:
-    """float64[2], sums over rows of the KL and the TV from ``truth`` [R, K + 1], the tail last, to head and tail logprobs.
+    """float64[2], sums over rows of the KL and the TV from ``truth`` [R, K + 1], the tail last, to
+    head and tail logprobs.
 
     Rounded masses do not add up to 1; both sides are normalised, as a reader does.
     """

@@ -1,4 +1,6 @@
-"""What an audit compares a cache with: the teacher its manifest names, or another model, dense and in float32."""
+"""What an audit compares a cache with: the teacher its manifest names, or another model, dense
+and in float32.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,8 @@ MAX_TOKENS = 2048
 # Logprobs in memory, of one sequence.
 _SEQUENCE_VALUES = 1 << 28
 _FLOAT32_BYTES = 4
-# Of the memory at hand, what weights may take: the rest is for activations and one sequence's logprobs.
+# Of the memory at hand, what weights may take: the rest is for activations and one sequence's
+# logprobs.
 _SHARE_FOR_WEIGHTS = 0.7
 
 Dense = Callable[[NDArray[np.int32]], NDArray[np.floating]]
@@ -41,10 +44,12 @@ class Reference:
     """The dense reference of a cache, which is a teacher of its own.
 
     name:       for people.
-    dense:      int32[n] ids to [n-1, V] logprobs at the cache's temperature, nats; row ``i`` predicts token ``i + 1``.
+    dense:      int32[n] ids to [n-1, V] logprobs at the cache's temperature, nats; row ``i``
+                predicts token ``i + 1``.
     max_tokens: longest sequence it is given.
     problems:   what its identity already says against the cache, a line each.
-    bits:       to which the layers of the cache's teacher rounded what they were given; None where its dtype says all.
+    bits:       to which the layers of the cache's teacher rounded what they were given; None where
+                its dtype says all.
     experts:    whether a router of the model chooses among experts.
     """
 
@@ -62,13 +67,16 @@ def open_reference(
 ) -> Iterator[Reference]:
     """The teacher that ``manifest`` names, or the model ``name``, as a dense reference in float32.
 
-    Name, revision and eager attention, where the teacher had that, are taken from the manifest, and nothing else: engine
-    options of a stranger's cache, such as leave to run a model's own code, are never passed on. Raises UserError where the model is not to be had, predicts other ids or
-    does not fit into memory, DamagedCacheError for a temperature that no distribution has.
+    Name, revision and eager attention, where the teacher had that, are taken from the manifest, and
+    nothing else: engine options of a stranger's cache, such as leave to run a model's own code, are
+    never passed on. Raises UserError where the model is not to be had, predicts other ids or does
+    not fit into memory, DamagedCacheError for a temperature that no distribution has.
     """
     temperature = manifest.teacher.temperature
     if temperature <= 0:
-        raise DamagedCacheError(f"the manifest says teacher.temperature {temperature:g}; expected one above 0")
+        raise DamagedCacheError(
+            f"the manifest says teacher.temperature {temperature:g}; expected one above 0"
+        )
     bounded = min(MAX_TOKENS, max(2, _SEQUENCE_VALUES // manifest.store.vocab_size))
     synthetic = name is None and manifest.teacher.backend == "synthetic"
     bits, experts = None, False
@@ -88,7 +96,9 @@ def open_reference(
     identity = teacher.identity()
     shown = f"{name or manifest.teacher.model} ({identity.engine}, {identity.dtype})"
     try:
-        yield Reference(shown, dense, most, tuple(_other_identity(manifest.teacher, identity)), bits, experts)
+        yield Reference(
+            shown, dense, most, tuple(_other_identity(manifest.teacher, identity)), bits, experts
+        )
     finally:
         teacher.close()
 
@@ -99,7 +109,10 @@ def _synthetic(manifest: Manifest, bounded: int) -> tuple[Any, int]:
     seed = (manifest.teacher.revision or "").removeprefix("seed-")
     try:
         config = TeacherConfig(
-            model=manifest.teacher.model, backend="synthetic", vocab_size=manifest.store.vocab_size, seed=int(seed)
+            model=manifest.teacher.model,
+            backend="synthetic",
+            vocab_size=manifest.store.vocab_size,
+            seed=int(seed),
         )
     except ValueError as error:
         raise UserError(
@@ -133,16 +146,20 @@ def _transformers(manifest: Manifest, model: ResolvedModel, most: int) -> Any:
     from logitcask.pipeline.teachers.transformers import TransformersTeacher
 
     config = TeacherConfig(
-        model=model.name, backend="transformers", dtype="float32", engine_args=_eager_attention(manifest)
+        model=model.name,
+        backend="transformers",
+        dtype="float32",
+        engine_args=_eager_attention(manifest),
     )
     return TransformersTeacher(config, model, max_length=most, capture=Capture(1))
 
 
 def check_memory(model: ResolvedModel, tokens: int) -> None:
-    """Raises UserError where the model in float32 does not fit: into the GPU's memory, where there is one, and what passes
-    through the host's on the way, or else into the host's.
+    """Raises UserError where the model in float32 does not fit: into the GPU's memory, where there
+    is one, and what passes through the host's on the way, or else into the host's.
 
-    Weights go to a GPU one by one, so the host holds a few of the largest, and the logprobs of a sequence of ``tokens``.
+    Weights go to a GPU one by one, so the host holds a few of the largest, and the logprobs of a
+    sequence of ``tokens``.
     """
     try:
         lm = empty_model(model)
@@ -156,7 +173,12 @@ def check_memory(model: ResolvedModel, tokens: int) -> None:
     _fits(weights, device, "GB of the GPU's memory are free here", "takes")
     largest = _FLOAT32_BYTES * max(parameter.numel() for parameter in lm.parameters())
     logprobs = _FLOAT32_BYTES * tokens * vocab_size(model)
-    _fits(2 * (largest + logprobs), host, "GB are free here", "passes through the host's memory in pieces of")
+    _fits(
+        2 * (largest + logprobs),
+        host,
+        "GB are free here",
+        "passes through the host's memory in pieces of",
+    )
 
 
 def _fits(needed: int, free: int, where: str, how: str) -> None:
@@ -168,7 +190,9 @@ def _fits(needed: int, free: int, where: str, how: str) -> None:
 
 
 def free_memory() -> tuple[int, int | None]:
-    """Bytes that are free in the host's memory, and in that of the GPU that a reference would use."""
+    """Bytes that are free in the host's memory, and in that of the GPU that a reference would
+    use.
+    """
     import psutil
     import torch
 
@@ -177,12 +201,20 @@ def free_memory() -> tuple[int, int | None]:
 
 
 def _eager_attention(manifest: Manifest) -> dict[str, object]:
-    """The engine option for eager attention, where the teacher had it: it may compute what other kinds leave out."""
-    return {"attn_implementation": "eager"} if _option(manifest, "attn_implementation") == "eager" else {}
+    """The engine option for eager attention, where the teacher had it: it may compute what other
+    kinds leave out.
+    """
+    return (
+        {"attn_implementation": "eager"}
+        if _option(manifest, "attn_implementation") == "eager"
+        else {}
+    )
 
 
 def _bits(manifest: Manifest, model: ResolvedModel) -> int | None:
-    """Bits that the teacher rounded to: those of a quantised checkpoint, or of what its engine made of another one."""
+    """Bits that the teacher rounded to: those of a quantised checkpoint, or of what its engine
+    made of another one.
+    """
     asked = (_option(manifest, "quantization"), _option(manifest, "kv_cache_dtype"))
     found = [8] if any(str(one).startswith("fp8") for one in asked) else []
     found += [bits for bits in [activation_bits(model)] if bits is not None]
@@ -198,7 +230,11 @@ def _option(manifest: Manifest, name: str) -> object:
 
 def _other_identity(cache: TeacherIdentity, reference: TeacherIdentity) -> Iterator[str]:
     """How the reference is not the cache's teacher, as far as both say what they are."""
-    if cache.weights_sha256 and reference.weights_sha256 and cache.weights_sha256 != reference.weights_sha256:
+    if (
+        cache.weights_sha256
+        and reference.weights_sha256
+        and cache.weights_sha256 != reference.weights_sha256
+    ):
         yield (
             f"the cache was built with other weights: their sha256 is {cache.weights_sha256[:12]}..., "
             f"that of {reference.model} is {reference.weights_sha256[:12]}..."

@@ -1,4 +1,5 @@
-"""``teacher-cache audit``: a sample of a finished cache, scored again by the dense reference, to see what each stage cost.
+"""``teacher-cache audit``: a sample of a finished cache, scored again by the dense reference, to
+see what each stage cost.
 
 Three things stand between the teacher and what a cache says of it, and each has its own figures:
 
@@ -6,8 +7,9 @@ engine      what was captured is not bit for bit what transformers computes in f
 truncation  only a head was kept, and the mass of the rest;
 codec       both were rounded.
 
-``audit_sample`` chooses what to look at, ``audit_reference`` scores it again, ``audit_figures`` compares, and
-``audit_diagnosis`` looks for the cause of an engine difference. What all this finds is an ``audit_result.Audit``.
+``audit_sample`` chooses what to look at, ``audit_reference`` scores it again, ``audit_figures``
+compares, and ``audit_diagnosis`` looks for the cause of an engine difference. What all this finds
+is an ``audit_result.Audit``.
 """
 
 from __future__ import annotations
@@ -61,14 +63,17 @@ FOUR_BIT_LIMIT = 0.7
 """The same for 4 bits (NVFP4)."""
 
 EXPERTS_LIMIT = 0.15
-"""Beyond the limits of fewer than 32 bits, where a router chooses experts: near ties fall to another one by rounding."""
+"""Beyond the limits of fewer than 32 bits, where a router chooses experts: near ties fall to
+another one by rounding.
+"""
 
 # Logprobs in memory, of the positions measured together.
 _PART_VALUES = 1 << 22
 
 # Ids closer to each other than this many limits may come in any order.
 _NEAR_TIE = 4
-# Head ids, or target ranks, that are wrong beyond near ties: up to this share, a few large differences explain them.
+# Head ids, or target ranks, that are wrong beyond near ties: up to this share, a few large
+# differences explain them.
 _WRONG_SHARE = 0.01
 # An entropy sums over many ids, each of which differs.
 _ENTROPY_FACTOR = 10
@@ -88,13 +93,16 @@ def audit(
 ) -> Audit:
     """Scores ``sequences`` sequences of ``cache`` (a folder, a URL or a reader) again and compares.
 
-    teacher:               the model, where the one that the manifest names is not to be had under that name.
-    max_engine_difference: nats, the mean above which cache and reference disagree; by default what the teacher's dtype allows.
+    teacher:               the model, where the one that the manifest names is not to be had under
+                           that name.
+    max_engine_difference: nats, the mean above which cache and reference disagree; by default what
+    the teacher's dtype allows.
     trust_remote_code:     whether code that comes with the model may run.
     on_sequence:           called after each sequence.
 
-    The sample depends on the cache's fingerprint alone. Raises what opening the cache raises, and UserError where there is
-    nothing to compare: no such model, another vocabulary, no kept position.
+    The sample depends on the cache's fingerprint alone. Raises what opening the cache raises, and
+    UserError where there is nothing to compare: no such model, another vocabulary, no kept
+    position.
     """
     reader = cache if isinstance(cache, CacheReader) else CacheReader(cache)
     manifest = reader.manifest
@@ -102,7 +110,12 @@ def audit(
         limit = max_engine_difference
         if limit is None:
             limit = engine_limit(manifest.teacher, bits=reference.bits, experts=reference.experts)
-        sums = Sums(manifest.store, reader.prior, _NEAR_TIE * limit, derived=manifest.derived_from is not None)
+        sums = Sums(
+            manifest.store,
+            reader.prior,
+            _NEAR_TIE * limit,
+            derived=manifest.derived_from is not None,
+        )
         for sequence in sample(reader, sequences, reference.max_tokens):
             dense = reference.dense(sequence.input_ids)
             for part in parts(sequence, max(1, _PART_VALUES // manifest.store.vocab_size)):
@@ -119,13 +132,18 @@ def audit(
     return replace(result, cause=cause, problems=tuple(problems))
 
 
-def engine_limit(teacher: TeacherIdentity, *, bits: int | None = None, experts: bool = False) -> float:
-    """Nats of mean absolute difference from the reference that the teacher's arithmetic explains (docs/capture.md).
+def engine_limit(
+    teacher: TeacherIdentity, *, bits: int | None = None, experts: bool = False
+) -> float:
+    """Nats of mean absolute difference from the reference that the teacher's arithmetic explains
+    (docs/capture.md).
 
     bits:    to which its layers round what they are given, where that is fewer than its dtype has.
     experts: whether a router chooses among them.
     """
-    half = any("16" in dtype or dtype == "auto" for dtype in (teacher.dtype, teacher.head_dtype or ""))
+    half = any(
+        "16" in dtype or dtype == "auto" for dtype in (teacher.dtype, teacher.head_dtype or "")
+    )
     if bits is not None and bits < 16:
         limit = EIGHT_BIT_LIMIT if bits >= 8 else FOUR_BIT_LIMIT
     elif half:
@@ -159,7 +177,9 @@ def audit_summary(result: Audit) -> AuditSummary:
 
 
 def _other_problems(result: Audit, manifest: Manifest) -> Iterator[str]:
-    """What else is not as it should be. Where the engine differs already, only what does not follow from that."""
+    """What else is not as it should be. Where the engine differs already, only what does not
+    follow from that.
+    """
     draws = result.draws
     if draws is not None and draws.in_head:
         yield f"{draws.in_head} of {draws.draws} draws from the tail lie in the head"

@@ -1,4 +1,6 @@
-"""What of a cache an audit looks at: the beginnings of some of its sequences, a few positions at a time."""
+"""What of a cache an audit looks at: the beginnings of some of its sequences, a few positions at
+a time.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +12,17 @@ import numpy as np
 from logitcask.cache_format import CachedSequence, CacheReader, UserError
 from logitcask.pipeline.distribution.draws import mix
 
-# Sequences without a kept position among their first tokens are passed over, this many at most for each one wanted.
+# Sequences without a kept position among their first tokens are passed over, this many at most for
+# each one wanted.
 _LOOKS = 16
 
 
 def sample(reader: CacheReader, count: int, tokens: int) -> Iterator[CachedSequence]:
-    """The beginnings, of at most ``tokens`` tokens, of ``count`` sequences with a kept position there, one at a time.
+    """The beginnings, of at most ``tokens`` tokens, of ``count`` sequences with a kept position
+    there, one at a time.
 
-    In the order of a hash of the cache's fingerprint and their index. Raises UserError where there is none.
+    In the order of a hash of the cache's fingerprint and their index. Raises UserError where there
+    is none.
     """
     seed = np.array([int(reader.manifest.fingerprint[:16], 16)], np.uint64).view(np.int64)
     order = np.argsort(mix(mix(seed) + np.arange(len(reader))), kind="stable")
@@ -40,7 +45,9 @@ def sample(reader: CacheReader, count: int, tokens: int) -> Iterator[CachedSeque
 def _beginning(sequence: CachedSequence, tokens: int) -> CachedSequence:
     kept = int(np.searchsorted(sequence.positions, tokens - 1))
     beginning = sequence.at(slice(0, kept))
-    return replace(beginning, input_ids=sequence.input_ids[:tokens], loss_mask=sequence.loss_mask[:tokens])
+    return replace(
+        beginning, input_ids=sequence.input_ids[:tokens], loss_mask=sequence.loss_mask[:tokens]
+    )
 
 
 def parts(sequence: CachedSequence, positions: int) -> Iterator[CachedSequence]:

@@ -1,11 +1,13 @@
 """The audit of a build in a process of its own.
 
-An engine changes what transformers makes in its process: vLLM, once it has run a model whose layers it takes from
-transformers (OLMo 2, SmolLM3, GPT-NeoX), leaves classes behind that work inside an engine only. A reference must come
-from a clean interpreter, so this one is started without anything of the build's process but its ``sys.path``.
+An engine changes what transformers makes in its process: vLLM, once it has run a model whose layers
+it takes from transformers (OLMo 2, SmolLM3, GPT-NeoX), leaves classes behind that work inside an
+engine only. A reference must come from a clean interpreter, so this one is started without anything
+of the build's process but its ``sys.path``.
 
-The request goes to the worker's standard input; answers come back as lines of JSON, one for each sequence compared and
-one with the summary or the error. The input stays open: when it ends, so has the build, and the worker ends too.
+The request goes to the worker's standard input; answers come back as lines of JSON, one for each
+sequence compared and one with the summary or the error. The input stays open: when it ends, so has
+the build, and the worker ends too.
 """
 
 from __future__ import annotations
@@ -68,7 +70,9 @@ def audit_apart(asked: BuildAudit, on_sequence: Callable[[], object]) -> AuditSu
 def _death(code: int, printed: IO[bytes]) -> str:
     if code < 0:
         memory = ", as where memory runs out" if -code == signal.SIGKILL else ""
-        return f"the process that compares was killed by signal {signal.Signals(-code).name}{memory}"
+        return (
+            f"the process that compares was killed by signal {signal.Signals(-code).name}{memory}"
+        )
     printed.seek(0)
     lines = printed.read().decode(errors="replace").split("\n")
     last = next((line.strip() for line in reversed(lines) if line.strip()), f"exit code {code}")

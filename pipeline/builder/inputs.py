@@ -1,6 +1,7 @@
 """The inputs of a build: source, tokenizer, vocabulary and resolved model.
 
-Each is opened when it is first needed, so that the first thing to be wrong is the first to be named, and once.
+Each is opened when it is first needed, so that the first thing to be wrong is the first to be
+named, and once.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from logitcask.pipeline.text.tokenize import Tokenization
 
 
 class Inputs:
-    """What the teacher and the data of a config give. ``teacher`` and ``data`` are those of the config.
+    """What the teacher and the data of a config give. ``teacher`` and ``data`` are those of the
+    config.
 
     Raises UserError, where something is first asked for, if it does not exist or cannot be read.
     """
@@ -45,14 +47,18 @@ class Inputs:
         teacher = self.teacher
         if teacher.is_synthetic:
             return None
-        return resolve_model(teacher.model, teacher.revision, trust_remote_code=teacher.trust_remote_code)
+        return resolve_model(
+            teacher.model, teacher.revision, trust_remote_code=teacher.trust_remote_code
+        )
 
     def reopen_source(self) -> None:
         """Has the data looked up again: some of its files may be gone."""
         self.__dict__.pop("source", None)
 
     def tokenization(self, data: DataConfig) -> Tokenization:
-        """A fresh one. ``data`` is that of this object, perhaps with the date of an earlier start."""
+        """A fresh one. ``data`` is that of this object, perhaps with the date of an earlier
+        start.
+        """
         return Tokenization(self.tokenizer, data, self.vocab_size)
 
     def prompts(self, data: DataConfig) -> Prompts:
@@ -69,10 +75,11 @@ def check_top_k(config: BuildConfig, inputs: Inputs) -> None:
 
 
 def check_before_removing(config: BuildConfig, inputs: Inputs) -> None:
-    """Finds the mistakes that would make a restart fail at once: a cache is worth more than a mistyped name.
+    """Finds the mistakes that would make a restart fail at once: a cache is worth more than a
+    mistyped name.
 
-    Raises UserError, as what comes after the removal would: of the model, its tokenizer, the template and the data, up to
-    the first sequence or prompt that comes of it.
+    Raises UserError, as what comes after the removal would: of the model, its tokenizer, the
+    template and the data, up to the first sequence or prompt that comes of it.
     """
     check_top_k(config, inputs)
     _check_engine(config, inputs.model)

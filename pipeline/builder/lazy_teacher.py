@@ -14,7 +14,9 @@ log = logging.getLogger(__name__)
 
 
 class LazyTeacher:
-    """The teacher, started when something first needs it, and once: what it wrote it also scores."""
+    """The teacher, started when something first needs it, and once: what it wrote it also
+    scores.
+    """
 
     def __init__(self, config: BuildConfig, build_dir: Path) -> None:
         self._config, self._build_dir = config, build_dir
@@ -24,7 +26,9 @@ class LazyTeacher:
         """The teacher, able to write by ``sampling`` if it is started here with one."""
         if self._teacher is None:
             config = self._config
-            log.info("starting the teacher: %s with %s", config.teacher.model, config.teacher.backend)
+            log.info(
+                "starting the teacher: %s with %s", config.teacher.model, config.teacher.backend
+            )
             self._teacher = open_teacher(
                 config.teacher,
                 max_length=config.data.max_length,

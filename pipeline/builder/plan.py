@@ -1,7 +1,8 @@
 """Which sequence goes into which shard, decided and written down before the engine starts.
 
-The tokenised data set is streamed to disk once, shard by shard, so a resumed build reads the same sequences in the same
-order whatever has happened to the source since, and no stage ever holds it in memory.
+The tokenised data set is streamed to disk once, shard by shard, so a resumed build reads the same
+sequences in the same order whatever has happened to the source since, and no stage ever holds it in
+memory.
 """
 
 from __future__ import annotations
@@ -30,7 +31,11 @@ from logitcask.cache_format.shards.shard_writer import uncompressed_bytes
 from logitcask.pipeline.types import Sequence
 
 _SCHEMA = pa.schema(
-    [("sequence_id", pa.string()), ("input_ids", pa.list_(pa.int32())), ("loss_mask", pa.list_(pa.bool_()))]
+    [
+        ("sequence_id", pa.string()),
+        ("input_ids", pa.list_(pa.int32())),
+        ("loss_mask", pa.list_(pa.bool_())),
+    ]
 )
 _ROWS_PER_BATCH = 64
 
@@ -43,7 +48,9 @@ class PlannedShard(BaseModel):
     positions: int
 
     def sequences_per_batch(self, entries: float) -> int:
-        """Rows per record batch, so that one with ``entries`` head entries and draws a position takes about BATCH_BYTES."""
+        """Rows per record batch, so that one with ``entries`` head entries and draws a position
+        takes about BATCH_BYTES.
+        """
         size = uncompressed_bytes(self.tokens, self.positions, round(entries * self.positions))
         return max(1, min(self.sequences, round(BATCH_BYTES * self.sequences / size)))
 
@@ -83,9 +90,11 @@ class Plan(BaseModel):
 def write_sequences(
     build_dir: Path, sequences: Iterable[Sequence], shard_tokens: int
 ) -> tuple[tuple[PlannedShard, ...], str]:
-    """Streams sequences to ``.build/plan/``, a new shard before the sequence that would exceed ``shard_tokens``.
+    """Streams sequences to ``.build/plan/``, a new shard before the sequence that would exceed
+    ``shard_tokens``.
 
-    Returns the shards and the data's sha256. Raises UserError for more shards than a manifest can list.
+    Returns the shards and the data's sha256. Raises UserError for more shards than a manifest can
+    list.
     """
     folder = build_dir / "plan"
     shutil.rmtree(folder, ignore_errors=True)
@@ -107,7 +116,10 @@ def write_sequences(
                 [s.loss_mask for s in waiting],
             ]
             file.write_batch(
-                pa.record_batch([pa.array(c, f.type) for c, f in zip(columns, _SCHEMA, strict=True)], schema=_SCHEMA)
+                pa.record_batch(
+                    [pa.array(c, f.type) for c, f in zip(columns, _SCHEMA, strict=True)],
+                    schema=_SCHEMA,
+                )
             )
             waiting.clear()
 
@@ -142,7 +154,9 @@ def write_sequences(
 
 def read_sequences(build_dir: Path, shard: int) -> Iterator[Sequence]:
     """The planned sequences of one shard, in order."""
-    with pa.ipc.open_file(pa.memory_map(str(build_dir / "plan" / f"shard-{shard:05d}.arrow"))) as file:
+    with pa.ipc.open_file(
+        pa.memory_map(str(build_dir / "plan" / f"shard-{shard:05d}.arrow"))
+    ) as file:
         for index in range(file.num_record_batches):
             batch = file.get_batch(index)
             for sequence_id, input_ids, loss_mask in zip(*batch.columns, strict=True):

@@ -27,7 +27,8 @@ from logitcask.pipeline.types import Sequence
 class PlannedText(TextReader, Protocol):
     """The sequences of a plan: text as the data has it, or answers that the teacher has written.
 
-    ``counters`` describes the latest ``sequences()``; ``stamp`` is that of the source before its first row was read.
+    ``counters`` describes the latest ``sequences()``; ``stamp`` is that of the source before its
+    first row was read.
     """
 
     @property
@@ -66,11 +67,17 @@ class _GivenText:
 
 
 def make_plan(
-    build_dir: Path, config: BuildConfig, request: dict[str, Any], inputs: Inputs, engine: LazyTeacher
+    build_dir: Path,
+    config: BuildConfig,
+    request: dict[str, Any],
+    inputs: Inputs,
+    engine: LazyTeacher,
 ) -> Plan:
-    """Writes the plan of a new build, which ``request`` describes; ``engine`` writes answers first, if any are asked for.
+    """Writes the plan of a new build, which ``request`` describes; ``engine`` writes answers first,
+    if any are asked for.
 
-    Raises UserError for data, a tokenizer or a model that gives no plan, and where the data changes while it is read.
+    Raises UserError for data, a tokenizer or a model that gives no plan, and where the data changes
+    while it is read.
     """
     check_top_k(config, inputs)
     source = inputs.source
@@ -82,11 +89,15 @@ def make_plan(
     else:
         prompts = inputs.prompts(config.data)
         request = with_date(request, prompts)
-        sampling = sampling_of(config.teacher, config.data.generate, prompts.tokenizer, prompts.template)
+        sampling = sampling_of(
+            config.teacher, config.data.generate, prompts.tokenizer, prompts.template
+        )
         answers = Generations(prompts, config, sampling, build_dir, request)
         answers.complete(source, engine.start)
         text = answers
-    with tqdm(unit="tok", unit_scale=True, desc="tokenise", leave=False, total=config.data.max_tokens) as bar:
+    with tqdm(
+        unit="tok", unit_scale=True, desc="tokenise", leave=False, total=config.data.max_tokens
+    ) as bar:
 
         def counted() -> Iterator[Sequence]:
             for sequence in text.sequences(source):
@@ -97,7 +108,9 @@ def make_plan(
             shards, digest = write_sequences(build_dir, counted(), config.store.shard_tokens)
     text.check_source()
     if not shards:
-        raise UserError(f"{config.data.path} gives no sequence to score; check its fields and max_tokens")
+        raise UserError(
+            f"{config.data.path} gives no sequence to score; check its fields and max_tokens"
+        )
     if not any(shard.positions for shard in shards):
         raise UserError(
             f"{config.data.path} gives no token to learn: every sequence is of one token, which nothing predicts; "

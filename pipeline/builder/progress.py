@@ -1,8 +1,10 @@
-"""How far a build is and how fast it goes: a line on the terminal, and the same as JSON lines in a file.
+"""How far a build is and how fast it goes: a line on the terminal, and the same as JSON lines in a
+file.
 
-Every record of the log has ``event`` and ``time`` (ISO 8601, UTC). ``start`` says what will be done and with which engine;
-``progress`` comes every few seconds, ``shard`` with every commit; the last is ``finish``, ``interrupted`` or ``failed``. A
-build that was killed has none of these, and the next one goes on in the same file.
+Every record of the log has ``event`` and ``time`` (ISO 8601, UTC). ``start`` says what will be done
+and with which engine; ``progress`` comes every few seconds, ``shard`` with every commit; the last
+is ``finish``, ``interrupted`` or ``failed``. A build that was killed has none of these, and the
+next one goes on in the same file.
 """
 
 from __future__ import annotations
@@ -33,7 +35,9 @@ _RECENT = 12
 
 @dataclass
 class Counts:
-    """What was done since the start, in this run: written by the engine's thread (first three) and by the writer's."""
+    """What was done since the start, in this run: written by the engine's thread (first three)
+    and by the writer's.
+    """
 
     tokens: int = 0
     scored_tokens: int = 0
@@ -46,13 +50,16 @@ class Counts:
 
 
 class Progress:
-    """Of a run that scores ``tokens`` tokens in ``shards`` shards; a context manager, which ends the log as the run ends.
+    """Of a run that scores ``tokens`` tokens in ``shards`` shards; a context manager, which ends
+    the log as the run ends.
 
     bar: whether there is a line on the terminal. file: the log, appended to; None for none.
     Raises UserError, on entering, where the log cannot be opened.
     """
 
-    def __init__(self, tokens: int = 0, shards: int = 0, *, bar: bool = False, file: Path | None = None) -> None:
+    def __init__(
+        self, tokens: int = 0, shards: int = 0, *, bar: bool = False, file: Path | None = None
+    ) -> None:
         self.tokens, self.shards = tokens, shards
         self.counts = Counts()
         self._started = self._last = self._last_shard = time.monotonic()
@@ -60,7 +67,13 @@ class Progress:
         self._file: IO[str] | None = None
         self._path = file
         self._bar = tqdm(
-            total=tokens, unit="tok", unit_scale=True, desc="teacher", dynamic_ncols=True, disable=not bar, leave=True
+            total=tokens,
+            unit="tok",
+            unit_scale=True,
+            desc="teacher",
+            dynamic_ncols=True,
+            disable=not bar,
+            leave=True,
         )
 
     def __enter__(self) -> Self:
@@ -75,7 +88,10 @@ class Progress:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self._bar.close()
         if error is None:
@@ -93,7 +109,9 @@ class Progress:
         return time.monotonic() - self._started
 
     def answered(self, tokens: int, *, scored: bool, engine_seconds: float) -> None:
-        """The engine has answered a sequence of ``tokens`` tokens, waited for ``engine_seconds``; or it was not scored."""
+        """The engine has answered a sequence of ``tokens`` tokens, waited for
+        ``engine_seconds``; or it was not scored.
+        """
         counts = self.counts
         counts.tokens += tokens
         counts.scored_tokens += tokens if scored else 0
@@ -106,7 +124,9 @@ class Progress:
             self._bar.set_postfix_str(self._line(), refresh=False)
 
     def started(self, output: Path | str, header: Header, shards_done: int) -> None:
-        """It is known what the cache in ``output`` will be, of which ``shards_done`` shards were done before this run."""
+        """It is known what the cache in ``output`` will be, of which ``shards_done`` shards were
+        done before this run.
+        """
         self.record(
             "start",
             output=str(output),
@@ -134,10 +154,16 @@ class Progress:
         self._bar.set_postfix_str(self._line(), refresh=False)
 
     def record(self, event: str, **fields: Any) -> None:
-        """Appends a line to the log. A log that can no longer be written is given up, the build is not."""
+        """Appends a line to the log. A log that can no longer be written is given up, the build
+        is not.
+        """
         if self._file is None:
             return
-        line = {"event": event, "time": datetime.now(UTC).isoformat(timespec="milliseconds"), **fields}
+        line = {
+            "event": event,
+            "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
+            **fields,
+        }
         try:
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()
@@ -170,7 +196,11 @@ class Progress:
     def _line(self) -> str:
         """What the bar does not say by itself: tokens, speed and time left are its own."""
         figures = self._figures()
-        size = "" if figures["bytes_per_token"] is None else f"{figures['bytes_per_token']:.1f} B/tok, "
+        size = (
+            ""
+            if figures["bytes_per_token"] is None
+            else f"{figures['bytes_per_token']:.1f} B/tok, "
+        )
         return (
             f"{size}engine {figures['engine_share']:.0%}, {figures['queue_sequences']} queued, "
             f"shard {figures['shards']}/{figures['shards_total']}"

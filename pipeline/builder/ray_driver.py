@@ -1,11 +1,14 @@
-"""A build by many engines at once: Ray Data hands the shards of the plan to workers, which score and commit them.
+"""A build by many engines at once: Ray Data hands the shards of the plan to workers, which score
+and commit them.
 
-The process that the user has started, the driver, keeps the lock, the plan, the progress bar and the last word: it begins
-and finishes the cache. A worker is an actor of Ray's with an engine of its own (``logitcask.pipeline.builder.ray_worker``). What a shard
-holds depends on the plan alone, so it does not matter which worker writes it, nor how often it is tried.
+The process that the user has started, the driver, keeps the lock, the plan, the progress bar and
+the last word: it begins and finishes the cache. A worker is an actor of Ray's with an engine of its
+own (``logitcask.pipeline.builder.ray_worker``). What a shard holds depends on the plan alone, so it
+does not matter which worker writes it, nor how often it is tried.
 
-Failures. A worker that dies is replaced by Ray, and its shard is tried again. A driver that dies takes its workers along,
-sooner or later; they commit what they have finished until the next driver locks them out (``logitcask.cache_format.writer``).
+Failures. A worker that dies is replaced by Ray, and its shard is tried again. A driver that dies
+takes its workers along, sooner or later; they commit what they have finished until the next driver
+locks them out (``logitcask.cache_format.writer``).
 """
 
 from __future__ import annotations
@@ -42,10 +45,12 @@ _PASSED_ON = ("LOGITCASK_", "VLLM_", "OMP_NUM_THREADS")
 def score_shards_on_ray(
     writer: CacheWriter, plan: Plan, config: BuildConfig, scale: ScaleConfig, shards: list[int]
 ) -> tuple[Header, float, int]:
-    """Scores and commits ``shards`` of the plan, which ``writer`` has not committed yet, by workers in a Ray cluster.
+    """Scores and commits ``shards`` of the plan, which ``writer`` has not committed yet, by workers
+    in a Ray cluster.
 
-    Begins the cache if that has not been done. Returns its header, seconds, and the tokens of the sequences scored.
-    Raises UserError where Ray or what it needs is missing, and what a worker raises.
+    Begins the cache if that has not been done. Returns its header, seconds, and the tokens of the
+    sequences scored. Raises UserError where Ray or what it needs is missing, and what a worker
+    raises.
     """
     ray = _import_ray()
     scale = scale.model_copy(update={"workers": min(scale.workers, len(shards))})
@@ -62,20 +67,28 @@ def score_shards_on_ray(
             folder=os.getcwd(),
         )
         results = (
-            ray.data.from_items([{"shard": shard} for shard in shards], override_num_blocks=len(shards))
+            ray.data.from_items(
+                [{"shard": shard} for shard in shards], override_num_blocks=len(shards)
+            )
             .map_batches(
                 ShardWorker,
                 fn_constructor_args=(task, coordinator),
                 batch_size=1,
-                compute=ray.data.ActorPoolStrategy(size=scale.workers, max_tasks_in_flight_per_actor=1),
+                compute=ray.data.ActorPoolStrategy(
+                    size=scale.workers, max_tasks_in_flight_per_actor=1
+                ),
                 num_cpus=cpus,
                 num_gpus=gpus or None,
             )
             .iter_rows()
         )
         total = sum(plan.shards[shard].tokens for shard in shards)
-        # Ray swallows a KeyboardInterrupt now and then; a flag that is looked at between two polls is never lost.
-        with Progress(total, len(shards), bar=True, file=config.log_file()) as progress, at_safe_points():
+        # Ray swallows a KeyboardInterrupt now and then; a flag that is looked at between two polls
+        # is never lost.
+        with (
+            Progress(total, len(shards), bar=True, file=config.log_file()) as progress,
+            at_safe_points(),
+        ):
             if writer.begun:
                 progress.started(config.output, writer.header(), len(writer.committed))
             for row in _as_they_come(results):
@@ -99,7 +112,9 @@ def score_shards_on_ray(
 
 
 def _error(kind: str, message: str) -> LogitcaskError:
-    """What a worker has raised, by the name of its class; one that this process does not know is a user's mistake."""
+    """What a worker has raised, by the name of its class; one that this process does not know is
+    a user's mistake.
+    """
 
     def kinds(base: type[LogitcaskError]) -> Iterator[type[LogitcaskError]]:
         yield base
@@ -107,11 +122,15 @@ def _error(kind: str, message: str) -> LogitcaskError:
             yield from kinds(each)
 
     # All that are loaded, not those of one module: MisalignedScoresError is the estimator's.
-    return next((each for each in kinds(LogitcaskError) if each.__name__ == kind), UserError)(message)
+    return next((each for each in kinds(LogitcaskError) if each.__name__ == kind), UserError)(
+        message
+    )
 
 
 def _count(done: Done, progress: Progress, workers: int) -> None:
-    """Tells the bar and the log what engines have done. Where one has died, what it had done of its shard is taken back."""
+    """Tells the bar and the log what engines have done. Where one has died, what it had done of
+    its shard is taken back.
+    """
     counts = progress.counts
     waited = done.engine_seconds / workers - counts.engine_seconds
     progress.answered(done.scored_tokens - counts.scored_tokens, scored=True, engine_seconds=waited)
@@ -123,7 +142,9 @@ def _begin(writer: CacheWriter, text: str, prior: bytes) -> None:
     header = Header.model_validate_json(text)
     if header.data.generation is not None:
         check_teacher(writer.build_dir, header.teacher)
-    writer.begin(header, TailPrior.from_bytes(prior, header.store.vocab_size, "the prior of a worker"))
+    writer.begin(
+        header, TailPrior.from_bytes(prior, header.store.vocab_size, "the prior of a worker")
+    )
 
 
 def _take_up(writer: CacheWriter, shard: int, progress: Progress) -> None:
@@ -138,7 +159,9 @@ def _take_up(writer: CacheWriter, shard: int, progress: Progress) -> None:
 
 
 def _as_they_come(rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any] | None]:
-    """``rows`` as they arrive, and None every now and then, so that the caller can look after other things."""
+    """``rows`` as they arrive, and None every now and then, so that the caller can look after
+    other things.
+    """
     arrived: queue.SimpleQueue[dict[str, Any] | BaseException | None] = queue.SimpleQueue()
 
     def drain() -> None:
@@ -176,7 +199,9 @@ def _import_ray() -> Any:
         import ray.data
         import ray.util.scheduling_strategies
     except ModuleNotFoundError as error:
-        raise UserError("scale needs Ray, which is not installed; pip install 'logitcask[scale]'") from error
+        raise UserError(
+            "scale needs Ray, which is not installed; pip install 'logitcask[scale]'"
+        ) from error
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = context.print_on_execution_start = False
     if not _debugging():
@@ -188,9 +213,11 @@ def _import_ray() -> Any:
 
 @contextlib.contextmanager
 def _cluster(ray: Any, scale: ScaleConfig) -> Iterator[None]:
-    """Connects to the cluster that ``scale`` or RAY_ADDRESS names, or starts one on this machine for as long as this lasts.
+    """Connects to the cluster that ``scale`` or RAY_ADDRESS names, or starts one on this machine
+    for as long as this lasts.
 
-    What Ray prints of workers that have died is not what a user wants to read, nor do they belong on stdout.
+    What Ray prints of workers that have died is not what a user wants to read, nor do they belong
+    on stdout.
     """
     address = scale.address or os.environ.get("RAY_ADDRESS") or "local"
     options: dict[str, Any] = {}
@@ -201,7 +228,9 @@ def _cluster(ray: Any, scale: ScaleConfig) -> Iterator[None]:
             "num_cpus": max(os.cpu_count() or 1, scale.workers * (scale.cpus_per_worker or 1)),
         }
     else:
-        passed_on = {name: value for name, value in os.environ.items() if name.startswith(_PASSED_ON)}
+        passed_on = {
+            name: value for name, value in os.environ.items() if name.startswith(_PASSED_ON)
+        }
         options = {"runtime_env": {"env_vars": passed_on}} if passed_on else {}
     quiet = contextlib.nullcontext() if _debugging() else contextlib.redirect_stdout(_Nowhere())
     with quiet, warnings.catch_warnings():
@@ -218,7 +247,9 @@ def _cluster(ray: Any, scale: ScaleConfig) -> Iterator[None]:
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise UserError(f"there is no Ray cluster at {address}: {first_line(error)}") from error
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, on_sigterm)  # Ray would have it end the process with a code of its own
+            signal.signal(
+                signal.SIGTERM, on_sigterm
+            )  # Ray would have it end the process with a code of its own
         log.info(
             "%d workers, in a Ray cluster %s",
             scale.workers,
@@ -231,7 +262,9 @@ def _cluster(ray: Any, scale: ScaleConfig) -> Iterator[None]:
 
 
 def _resources(ray: Any, scale: ScaleConfig, config: BuildConfig) -> tuple[float, float]:
-    """Cores and GPUs of each worker. Raises UserError where this machine has fewer GPUs than are asked for."""
+    """Cores and GPUs of each worker. Raises UserError where this machine has fewer GPUs than are
+    asked for.
+    """
     there = ray.cluster_resources()
     gpus_there = there.get("GPU", 0)
     gpus = scale.gpus_per_worker
@@ -240,9 +273,13 @@ def _resources(ray: Any, scale: ScaleConfig, config: BuildConfig) -> tuple[float
     if gpus * scale.workers > gpus_there:
         found = f"scale asks for {scale.workers} workers with {gpus:g} GPUs each, and the Ray cluster has {gpus_there:g} GPUs"
         if scale.address is None and "RAY_ADDRESS" not in os.environ:
-            raise UserError(f"{found}; set fewer scale.workers, or scale.address to a larger cluster")
+            raise UserError(
+                f"{found}; set fewer scale.workers, or scale.address to a larger cluster"
+            )
         log.warning("%s: fewer work until it grows", found)
-    cpus = scale.cpus_per_worker or (1 if gpus else max(1, int(there.get("CPU", 1)) // scale.workers))
+    cpus = scale.cpus_per_worker or (
+        1 if gpus else max(1, int(there.get("CPU", 1)) // scale.workers)
+    )
     return cpus, gpus
 
 

@@ -1,7 +1,9 @@
-"""What runs in the processes of a Ray cluster: workers, each with an engine of its own, and one coordinator.
+"""What runs in the processes of a Ray cluster: workers, each with an engine of its own, and one
+coordinator.
 
-Workers and driver meet at the cache's folder, which all of them see, and at the coordinator, which only passes on what is
-said. Nothing here imports Ray: ``logitcask.pipeline.builder.ray_driver`` makes actors of these classes.
+Workers and driver meet at the cache's folder, which all of them see, and at the coordinator, which
+only passes on what is said. Nothing here imports Ray: ``logitcask.pipeline.builder.ray_driver``
+makes actors of these classes.
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ _REPORT_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class Task:
-    """What every worker is told: the config as JSON, the cache's absolute path, its run, and the driver's folder."""
+    """What every worker is told: the config as JSON, the cache's absolute path, its run, and the
+    driver's folder.
+    """
 
     config: str
     path: str
@@ -42,7 +46,9 @@ class Task:
 
 @dataclass(frozen=True)
 class Done:
-    """What engines have answered: tokens of all sequences and of those they have scored, and seconds waited for them."""
+    """What engines have answered: tokens of all sequences and of those they have scored, and
+    seconds waited for them.
+    """
 
     tokens: int = 0
     scored_tokens: int = 0
@@ -56,7 +62,9 @@ class Done:
 
 @dataclass
 class Situation:
-    """What workers have told the coordinator: ``done`` since the start, shards and messages since the driver last asked."""
+    """What workers have told the coordinator: ``done`` since the start, shards and messages
+    since the driver last asked.
+    """
 
     done: Done = Done()
     committed: list[int] = field(default_factory=list)
@@ -107,9 +115,11 @@ class Coordinator:
 
 
 class ShardWorker:
-    """Scores and commits the shards that it is given, one a call, with an engine that the first call starts.
+    """Scores and commits the shards that it is given, one a call, with an engine that the first
+    call starts.
 
-    A mistake of the user's comes back in the row instead of being raised, so that it arrives without Ray's traceback.
+    A mistake of the user's comes back in the row instead of being raised, so that it arrives
+    without Ray's traceback.
     """
 
     def __init__(self, task: Task, coordinator: Any) -> None:
@@ -117,9 +127,13 @@ class ShardWorker:
         self._config = BuildConfig.model_validate_json(task.config)
         self._coordinator = coordinator
         self._teacher: Teacher | None = None
-        self._worker = CacheWorker(task.path, task.run, compression_level=self._config.store.compression_level)
+        self._worker = CacheWorker(
+            task.path, task.run, compression_level=self._config.store.compression_level
+        )
         with contextlib.suppress(OSError):
-            os.chdir(task.folder)  # what the config names by a relative path lies there, on this node, too
+            os.chdir(
+                task.folder
+            )  # what the config names by a relative path lies there, on this node, too
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
         shard, kind, message = int(batch["shard"][0]), "", ""
@@ -160,7 +174,14 @@ class ShardWorker:
                 self._coordinator.report.remote(shard, Done.of(progress))
 
         pairs = score_shard(self._teacher, self._worker.build_dir, shard, progress, at_every_answer)
-        score_shards(self._teacher, self._worker, self._plan, [shard], progress=progress, begun={shard: pairs})
+        score_shards(
+            self._teacher,
+            self._worker,
+            self._plan,
+            [shard],
+            progress=progress,
+            begun={shard: pairs},
+        )
         self._coordinator.report.remote(shard, Done.of(progress))
 
     def _start(self) -> None:
@@ -171,10 +192,15 @@ class ShardWorker:
         plan = Plan.load(worker.build_dir)
         assert plan is not None
         self._plan = plan
-        self._teacher = open_teacher(config.teacher, max_length=config.data.max_length, capture=config.store.capture())
-        header = plan.header(self._teacher.identity(), config.store.settings(self._teacher.vocab_size))
+        self._teacher = open_teacher(
+            config.teacher, max_length=config.data.max_length, capture=config.store.capture()
+        )
+        header = plan.header(
+            self._teacher.identity(), config.store.settings(self._teacher.vocab_size)
+        )
         if not worker.begun:
-            # Every worker that comes this early would wait for the first one, so it may as well do the same.
+            # Every worker that comes this early would wait for the first one, so it may as well do
+            # the same.
             prior, _ = estimate_prior(score_shard(self._teacher, worker.build_dir, 0), header.store)
             self._coordinator.offer.remote(header.model_dump_json(), prior.to_bytes())
             while not worker.begun:

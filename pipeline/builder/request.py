@@ -35,7 +35,9 @@ def request_of(config: BuildConfig) -> dict[str, Any]:
 
 
 def dated(config: BuildConfig, written: dict[str, Any]) -> BuildConfig:
-    """With the date for the chat template that is written down in an earlier request, unless the config has its own."""
+    """With the date for the chat template that is written down in an earlier request, unless the
+    config has its own.
+    """
     day = written.get("data", {}).get("template_date")
     if day is None or config.data.template_date is not None:
         return config
@@ -44,21 +46,32 @@ def dated(config: BuildConfig, written: dict[str, Any]) -> BuildConfig:
 
 
 def as_of_today(request: dict[str, Any], config: BuildConfig) -> dict[str, Any]:
-    """An earlier request with the defaults of fields that this version has added, or as it is if it no longer parses."""
+    """An earlier request with the defaults of fields that this version has added, or as it is if
+    it no longer parses.
+    """
     try:
         # Which server scored is not part of a request.
         teacher = {**request["teacher"], "server": config.teacher.server}
-        return request_of(BuildConfig.model_validate({**request, "teacher": teacher, "output": config.output}))
+        return request_of(
+            BuildConfig.model_validate({**request, "teacher": teacher, "output": config.output})
+        )
     except ValueError:
         return request
 
 
 def with_date(request: dict[str, Any], text: TextReader) -> dict[str, Any]:
-    """The request with the day that the chat template writes, if it writes one: what is resumed or compared later has it."""
+    """The request with the day that the chat template writes, if it writes one: what is resumed
+    or compared later has it.
+    """
     if text.template is None or text.template.date is None:
         if request["data"].get("template_date") is not None:
-            log.warning("data.template_date changes nothing: the chat template writes no date of today")
+            log.warning(
+                "data.template_date changes nothing: the chat template writes no date of today"
+            )
         return request
     day = text.template.date.isoformat()
-    log.info("the chat template writes today's date: it is %s for all of this cache (data.template_date)", day)
+    log.info(
+        "the chat template writes today's date: it is %s for all of this cache (data.template_date)",
+        day,
+    )
     return {**request, "data": {**request["data"], "template_date": day}}

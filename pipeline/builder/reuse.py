@@ -29,7 +29,9 @@ def is_finished(output: Path | str) -> bool:
 
 
 def reuse(config: BuildConfig, inputs: Inputs) -> Manifest:
-    """The finished cache in the way, if it is the one asked for; UserError naming what differs if it is not."""
+    """The finished cache in the way, if it is the one asked for; UserError naming what differs
+    if it is not.
+    """
     manifest = CacheReader(config.output).manifest
     ways_out = "choose another output, or replace the cache with --restart"
     if manifest.derived_from is not None:
@@ -42,7 +44,9 @@ def reuse(config: BuildConfig, inputs: Inputs) -> Manifest:
         raise UserError(
             f"{config.output} holds a finished cache with other settings: {describe_difference(before, now)}; {ways_out}"
         )
-    if "template_date" not in manifest.config.get("data", {}):  # of a version that did not write it down
+    if "template_date" not in manifest.config.get(
+        "data", {}
+    ):  # of a version that did not write it down
         config = dated(config, {"data": {"template_date": manifest.created_at[:10]}})
     # A crash between manifest and clean-up leaves the build's state.
     if isinstance(config.output, Path):
@@ -54,18 +58,23 @@ def reuse(config: BuildConfig, inputs: Inputs) -> Manifest:
     try:
         source = inputs.source
     except UserError as error:
-        # A cache outlives its source: it may have come from elsewhere, or its data may be out of reach for now.
+        # A cache outlives its source: it may have come from elsewhere, or its data may be out of
+        # reach for now.
         log.warning("whether the data has changed since cannot be checked: %s", error)
         return manifest
     if source.stamp() != manifest.data.stamp:
         log.info("%s may have changed since the cache was built; comparing", config.data.path)
         if _changed(manifest, config, inputs):
-            raise UserError(f"{config.data.path} has changed since {config.output} was built; {ways_out}")
+            raise UserError(
+                f"{config.data.path} has changed since {config.output} was built; {ways_out}"
+            )
     return manifest
 
 
 def _changed(manifest: Manifest, config: BuildConfig, inputs: Inputs) -> bool:
-    """Whether the source now gives other sequences; other prompts, where the teacher wrote what came of them."""
+    """Whether the source now gives other sequences; other prompts, where the teacher wrote what
+    came of them.
+    """
     if manifest.data.generation is not None:
         prompts = inputs.prompts(config.data).prompts(inputs.source)
         return prompts_sha256(prompts) != manifest.data.generation.prompts_sha256
@@ -76,23 +85,35 @@ def _changed(manifest: Manifest, config: BuildConfig, inputs: Inputs) -> bool:
 
 
 def _check_weights(manifest: Manifest, config: BuildConfig, ways_out: str) -> None:
-    """Raises UserError where the teacher's folder now holds another model. Built-in and hub models are pinned anyway."""
+    """Raises UserError where the teacher's folder now holds another model. Built-in and hub
+    models are pinned anyway.
+    """
     folder = Path(config.teacher.model).expanduser()
     if (
         manifest.teacher.weights_sha256
         and folder.is_dir()
         and weights_sha256(folder) != manifest.teacher.weights_sha256
     ):
-        raise UserError(f"the model in {folder} has changed since {config.output} was built; {ways_out}")
+        raise UserError(
+            f"the model in {folder} has changed since {config.output} was built; {ways_out}"
+        )
 
 
-def _check_tokenizer(manifest: Manifest, config: BuildConfig, inputs: Inputs, ways_out: str) -> None:
-    """Raises UserError where the teacher's folder now holds another tokenizer or chat template, as ``_check_weights``."""
+def _check_tokenizer(
+    manifest: Manifest, config: BuildConfig, inputs: Inputs, ways_out: str
+) -> None:
+    """Raises UserError where the teacher's folder now holds another tokenizer or chat template,
+    as ``_check_weights``.
+    """
     folder = Path(config.teacher.model).expanduser()
     if config.teacher.is_synthetic or not folder.is_dir():
         return
     text: TextReader
-    text = inputs.tokenization(config.data) if config.data.generate is None else inputs.prompts(config.data)
+    text = (
+        inputs.tokenization(config.data)
+        if config.data.generate is None
+        else inputs.prompts(config.data)
+    )
     if changes := tokenizer_changes(manifest.tokenizer, tokenizer_of(text, config)):
         raise UserError(
             f"the tokenizer in {folder} has changed since {config.output} was built ({changes}); {ways_out}"

@@ -1,7 +1,8 @@
 """The stops of a build, in order: source -> plan -> teacher -> shards -> manifest.
 
-Each stop is written down before the next one starts, so a build can be killed anywhere and run again. A finished cache
-is reused; an unfinished one goes on at the first shard without a commit record.
+Each stop is written down before the next one starts, so a build can be killed anywhere and run
+again. A finished cache is reused; an unfinished one goes on at the first shard without a commit
+record.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class BuildResult:
-    """What ``build`` did: the manifest, whether the cache was there already, and seconds spent scoring."""
+    """What ``build`` did: the manifest, whether the cache was there already, and seconds spent
+    scoring.
+    """
 
     manifest: Manifest
     reused: bool
@@ -48,7 +51,8 @@ class BuildResult:
 
 
 def build(config: BuildConfig, *, restart: bool = False) -> BuildResult:
-    """Makes the cache that ``config`` describes, or finds it made. ``restart`` removes what is there first.
+    """Makes the cache that ``config`` describes, or finds it made. ``restart`` removes what is
+    there first.
 
     Raises UserError (and its kinds) for anything the user can mend: see each stop.
     """
@@ -111,7 +115,12 @@ def _write_shards(
     if not pending:
         return writer.header(), 0.0, 0
     if writer.committed:
-        log.info("%s: %d of %d shards are done already", config.output, len(writer.committed), len(plan.shards))
+        log.info(
+            "%s: %d of %d shards are done already",
+            config.output,
+            len(writer.committed),
+            len(plan.shards),
+        )
     try:
         if config.scale is None:
             return _score_here(writer, plan, config, pending, engine)
@@ -123,7 +132,12 @@ def _write_shards(
     except KeyboardInterrupt:
         for index in pending:
             writer.adopt(index)  # workers may have committed more than they have told
-        log.info("%s: %d of %d shards are done and kept", config.output, len(writer.committed), len(plan.shards))
+        log.info(
+            "%s: %d of %d shards are done and kept",
+            config.output,
+            len(writer.committed),
+            len(plan.shards),
+        )
         raise
 
 
@@ -137,12 +151,17 @@ def _score_here(
     tokens = sum(plan.shards[index].tokens for index in pending)
     try:
         header = plan.header(teacher.identity(), config.store.settings(teacher.vocab_size))
-        with Progress(tokens, len(pending), bar=True, file=config.log_file()) as progress, at_safe_points():
+        with (
+            Progress(tokens, len(pending), bar=True, file=config.log_file()) as progress,
+            at_safe_points(),
+        ):
             progress.started(config.output, header, len(writer.committed))
             begun: dict[int, Iterator[Pair]] = {}
             prior = None
             if not writer.begun:
-                prior, begun[0] = estimate_prior(score_shard(teacher, writer.build_dir, 0, progress), header.store)
+                prior, begun[0] = estimate_prior(
+                    score_shard(teacher, writer.build_dir, 0, progress), header.store
+                )
             header = writer.begin(header, prior)
             score_shards(teacher, writer, plan, pending, progress=progress, begun=begun)
         return header, progress.seconds, progress.counts.scored_tokens

@@ -1,8 +1,9 @@
 """Scoring planned shards: teacher -> estimator -> codec -> committed shards.
 
-Everything here works on the shards it is given, with a teacher that is open and a ``CacheWriter`` that has begun or a
-``CacheWorker`` that has joined. So one process may do all shards of a plan, or many processes some of them each: what the
-teacher is given, and in which order, is decided by the shard alone.
+Everything here works on the shards it is given, with a teacher that is open and a ``CacheWriter``
+that has begun or a ``CacheWorker`` that has joined. So one process may do all shards of a plan, or
+many processes some of them each: what the teacher is given, and in which order, is decided by the
+shard alone.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from logitcask.pipeline.types import PendingScores, Sequence
 # The prior settles within some ten thousand positions; they are held in memory until it is known.
 _PRIOR_POSITIONS = 16_384
 
-# Sequences are put in order of length within so many tokens; answers wait for those before them in the plan.
+# Sequences are put in order of length within so many tokens; answers wait for those before them in
+# the plan.
 _WINDOW_TOKENS = 16_384
 
 
@@ -38,11 +40,12 @@ def score_shard(
     progress: Progress | None = None,
     check: Callable[[], None] = safe_point,
 ) -> Iterator[Pair]:
-    """Each sequence of a shard with what the teacher says of it, in order. What has nothing to learn is never scored.
+    """Each sequence of a shard with what the teacher says of it, in order. What has nothing to
+    learn is never scored.
 
-    The teacher gets them by falling length within a window, so that what it batches is alike. The shard's plan is read
-    twice side by side, so that the engine may take as much ahead as it likes. ``check`` is called at every answer, and
-    may raise.
+    The teacher gets them by falling length within a window, so that what it batches is alike. The
+    shard's plan is read twice side by side, so that the engine may take as much ahead as it likes.
+    ``check`` is called at every answer, and may raise.
     """
     progress = progress or Progress()
     given = (window[at] for window in _windows(build_dir, shard) for at in _by_length(window))
@@ -59,14 +62,20 @@ def score_shard(
                 started = time.monotonic()
                 at = next(order)
                 early[at] = next(answered)
-                progress.answered(len(window[at].input_ids), scored=True, engine_seconds=time.monotonic() - started)
+                progress.answered(
+                    len(window[at].input_ids),
+                    scored=True,
+                    engine_seconds=time.monotonic() - started,
+                )
                 check()
             yield sequence, early.pop(place)
         give_back()
 
 
 def estimate_prior(pairs: Iterator[Pair], store: StoreSettings) -> tuple[TailPrior, Iterator[Pair]]:
-    """The prior, from the first positions of ``pairs`` (those of shard 0), and all of ``pairs`` again, still to be used."""
+    """The prior, from the first positions of ``pairs`` (those of shard 0), and all of ``pairs``
+    again, still to be used.
+    """
     first: deque[Pair] = deque()
     positions = 0
     while positions < _PRIOR_POSITIONS and (pair := next(pairs, None)) is not None:
@@ -85,10 +94,13 @@ def score_shards(
     progress: Progress | None = None,
     begun: Mapping[int, Iterator[Pair]] | None = None,
 ) -> None:
-    """Scores and commits ``shards`` of the plan, which ``writer`` has not committed yet, one after the other.
+    """Scores and commits ``shards`` of the plan, which ``writer`` has not committed yet, one after
+    the other.
 
-    progress: hears of everything done here; of what ``score_shard`` does for ``begun``, if it was given the same.
-    begun:    pairs of shards of which some have been scored already, as ``estimate_prior`` returns them.
+    progress: hears of everything done here; of what ``score_shard`` does for ``begun``, if it was
+    given the same.
+    begun:    pairs of shards of which some have been scored already, as ``estimate_prior`` returns
+              them.
 
     Raises whatever the teacher or the writer does, as soon as it does, and KeyboardInterrupt as
     ``logitcask.pipeline.interruption`` says.
@@ -98,7 +110,9 @@ def score_shards(
         try:
             for index in shards:
                 behind.begin_shard(index)
-                for pair in begun.get(index) or score_shard(teacher, writer.build_dir, index, progress, behind.check):
+                for pair in begun.get(index) or score_shard(
+                    teacher, writer.build_dir, index, progress, behind.check
+                ):
                     behind.append(pair)
         except Exception:
             # Engines in processes of their own die of the same Ctrl-C.

@@ -1,7 +1,8 @@
-"""What is done behind the engine: reading its answers, choosing what to keep, encoding, writing, committing.
+"""What is done behind the engine: reading its answers, choosing what to keep, encoding, writing,
+committing.
 
-All of it runs in one thread of its own, shard after shard, so that the engine never waits for a codec or a disk unless
-these are slower than it is; then it waits at a queue bounded in bytes.
+All of it runs in one thread of its own, shard after shard, so that the engine never waits for a
+codec or a disk unless these are slower than it is; then it waits at a queue bounded in bytes.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from logitcask.pipeline.distribution.keep import keep, keep_nothing
 from logitcask.pipeline.interruption import safe_point
 from logitcask.pipeline.types import PendingScores, Sequence
 
-# A sequence with what the teacher says of it; None where nothing of it is kept, so that it was not scored.
+# A sequence with what the teacher says of it; None where nothing of it is kept, so that it was not
+# scored.
 Pair = tuple[Sequence, PendingScores | None]
 
 QUEUE_BYTES = 32 << 20
@@ -34,13 +36,16 @@ class _Abandoned(Exception):
 
 
 class WriterThread:
-    """Writes the pairs of one shard after another; a context manager, which commits all of them, or those that are complete if
-    the engine's side fails.
+    """Writes the pairs of one shard after another; a context manager, which commits all of them, or
+    those that are complete if the engine's side fails.
 
-    ``begin_shard`` comes before a shard's pairs. What fails in the thread is raised by the next call here.
+    ``begin_shard`` comes before a shard's pairs. What fails in the thread is raised by the next
+    call here.
     """
 
-    def __init__(self, writer: CacheWorker, plan: Plan, store: StoreSettings, progress: Progress) -> None:
+    def __init__(
+        self, writer: CacheWorker, plan: Plan, store: StoreSettings, progress: Progress
+    ) -> None:
         self._writer, self._plan, self._store, self._progress = writer, plan, store, progress
         self._changed = threading.Condition()
         # Indices of shards, each followed by its pairs; None is the end.
@@ -55,14 +60,19 @@ class WriterThread:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         with self._changed:
             if error is None:
                 self._queue.append(None)
             else:
                 # Shards of which everything is here are still committed.
-                complete = max((at for at, item in enumerate(self._queue) if isinstance(item, int)), default=-1)
+                complete = max(
+                    (at for at, item in enumerate(self._queue) if isinstance(item, int)), default=-1
+                )
                 while len(self._queue) > complete + 1:
                     self._queue.pop()
                 self._abandoned = True
@@ -151,7 +161,9 @@ class WriterThread:
 def kept(pair: Pair, store: StoreSettings) -> CachedSequence:
     """What is stored of a sequence."""
     sequence, answer = pair
-    return keep_nothing(sequence, store) if answer is None else keep(sequence, answer.scored(), store)
+    return (
+        keep_nothing(sequence, store) if answer is None else keep(sequence, answer.scored(), store)
+    )
 
 
 def _size(item: int | Pair) -> int:

@@ -1,4 +1,6 @@
-"""``teacher-cache audit``: the comparison of ``logitcask.pipeline.audit.run`` as a page for a person, or as JSON."""
+"""``teacher-cache audit``: the comparison of ``logitcask.pipeline.audit.run`` as a page for a
+person, or as JSON.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +18,21 @@ from logitcask.pipeline.audit.run import audit as audit_cache
 
 
 def audit(
-    cache: Annotated[str, typer.Argument(metavar="CACHE", help="A finished cache: a folder or fsspec URL.")],
+    cache: Annotated[
+        str, typer.Argument(metavar="CACHE", help="A finished cache: a folder or fsspec URL.")
+    ],
     sequences: Annotated[
-        int, typer.Option("--sequences", min=1, help="How many sequences to score again; always the same ones.")
+        int,
+        typer.Option(
+            "--sequences", min=1, help="How many sequences to score again; always the same ones."
+        ),
     ] = SEQUENCES,
     teacher: Annotated[
         str | None,
         typer.Option(
-            "--teacher", help="Folder or hub name, where the manifest's is not to be had.", show_default=False
+            "--teacher",
+            help="Folder or hub name, where the manifest's is not to be had.",
+            show_default=False,
         ),
     ] = None,
     max_engine_difference: Annotated[
@@ -39,9 +48,13 @@ def audit(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Let code that comes with the model run.")
     ] = False,
-    json_output: Annotated[bool, typer.Option("--json", help="Print every figure as JSON.")] = False,
+    json_output: Annotated[
+        bool, typer.Option("--json", help="Print every figure as JSON.")
+    ] = False,
 ) -> None:
-    """Scores a sample again with transformers in float32: what engine, codec and truncation cost. Exit code 1 if it differs."""
+    """Scores a sample again with transformers in float32: what engine, codec and truncation
+    cost. Exit code 1 if it differs.
+    """
     with tqdm(total=sequences, unit="seq", desc="audit", leave=False) as bar:
         result = audit_cache(
             cache,
@@ -64,20 +77,40 @@ def describe(result: Audit) -> str:
     rows = [
         ("cache", result.cache),
         ("reference", result.reference),
-        ("sample", f"{result.sequences:,} of {result.sequences_in_cache:,} sequences, {result.positions:,} positions"),
-        ("engine", f"nats with rounding taken out; at most {result.limit:g} for target and head logprobs"),
+        (
+            "sample",
+            f"{result.sequences:,} of {result.sequences_in_cache:,} sequences, {result.positions:,} positions",
+        ),
+        (
+            "engine",
+            f"nats with rounding taken out; at most {result.limit:g} for target and head logprobs",
+        ),
         ("  targets", _engine(result.target)),
         ("  heads", _engine(result.head)),
         ("  entropies", "" if result.entropy is None else _engine(result.entropy)),
-        ("  ids", f"{result.ids_outside:.2%} of the heads' are not the reference's, beyond near ties"),
-        ("  ranks", f"{result.ranks_differ:.2%} of the targets' differ, {result.ranks_wrong:.2%} beyond near ties"),
+        (
+            "  ids",
+            f"{result.ids_outside:.2%} of the heads' are not the reference's, beyond near ties",
+        ),
+        (
+            "  ranks",
+            f"{result.ranks_differ:.2%} of the targets' differ, {result.ranks_wrong:.2%} beyond near ties",
+        ),
         ("  tail mass", f"{result.tail_mass:.2g} off on average, with rounding"),
-        ("  loss", f"{result.cached_loss:.4f} nats per target, the reference's {result.reference_loss:.4f}"),
+        (
+            "  loss",
+            f"{result.cached_loss:.4f} nats per target, the reference's {result.reference_loss:.4f}",
+        ),
         ("codec", f"{_distance(result.codec)}; with the engine {_distance(result.stored)}"),
         ("  targets", _rounding(result.target)),
         ("  heads", _rounding(result.head)),
         ("truncation", f"{_distance(even)} with the tail spread evenly"),
-        ("", "" if prior is None else f"{_distance(prior)} with the tail spread by the cache's prior"),
+        (
+            "",
+            ""
+            if prior is None
+            else f"{_distance(prior)} with the tail spread by the cache's prior",
+        ),
         ("draws", "" if result.draws is None else _draws(result.draws)),
     ]
     return "\n".join(f"{name:15} {value}" for name, value in rows if value)

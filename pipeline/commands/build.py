@@ -13,23 +13,37 @@ from logitcask.cache_format.describe import describe
 
 
 def build(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file, e.g. pipeline/configs/quickstart.yaml.")],
+    config: Annotated[
+        Path,
+        typer.Argument(metavar="CONFIG", help="YAML file, e.g. pipeline/configs/quickstart.yaml."),
+    ],
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE ...]", help="Override fields, e.g. store.top_k=8.")
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE ...]", help="Override fields, e.g. store.top_k=8."),
     ] = None,
-    restart: Annotated[bool, typer.Option("--restart", help="Remove what the output holds and begin afresh.")] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Remove what the output holds and begin afresh.")
+    ] = False,
 ) -> None:
-    """Builds the cache that CONFIG describes; goes on where an interrupted build stopped; reuses a finished one."""
+    """Builds the cache that CONFIG describes; goes on where an interrupted build stopped; reuses
+    a finished one.
+    """
     from logitcask.pipeline.builder.run import build as build_cache
     from logitcask.pipeline.config import BuildConfig
 
     settings = load_config(BuildConfig, config, overrides or [])
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what stops a job in a cluster is Ctrl-C, too
+    signal.signal(
+        signal.SIGTERM, signal.default_int_handler
+    )  # what stops a job in a cluster is Ctrl-C, too
     result = build_cache(settings, restart=restart)
     if result.reused:
         totals = result.manifest.statistics
-        print(f"{settings.output} is there already: reusing it ({totals.tokens:,} tokens, {totals.bytes:,} bytes)")
+        print(
+            f"{settings.output} is there already: reusing it ({totals.tokens:,} tokens, {totals.bytes:,} bytes)"
+        )
         return
     print(describe(result.manifest, settings.output))
     if result.tokens_scored:
-        print(f"{'scored':15} {result.tokens_scored:,} tokens at {result.tokens_scored / result.seconds:,.0f} tokens/s")
+        print(
+            f"{'scored':15} {result.tokens_scored:,} tokens at {result.tokens_scored / result.seconds:,.0f} tokens/s"
+        )

@@ -1,4 +1,6 @@
-"""``teacher-cache estimate``: the forecasts of ``logitcask.pipeline.estimate.run`` as a page, or as JSON."""
+"""``teacher-cache estimate``: the forecasts of ``logitcask.pipeline.estimate.run`` as a page, or
+as JSON.
+"""
 
 from __future__ import annotations
 
@@ -22,26 +24,44 @@ _WIDTH = 20
 def estimate(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of a build.")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE ...]", help="Override fields, e.g. store.top_k=8.")
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE ...]", help="Override fields, e.g. store.top_k=8."),
     ] = None,
     tokens: Annotated[
         list[str] | None,
-        typer.Option("--tokens", help="Tokens of text, e.g. 1e9; several times for several. Default: the data set's."),
+        typer.Option(
+            "--tokens",
+            help="Tokens of text, e.g. 1e9; several times for several. Default: the data set's.",
+        ),
     ] = None,
-    price: Annotated[float | None, typer.Option("--price", min=0, help="Of one GPU for an hour.")] = None,
-    gpus: Annotated[int | None, typer.Option("--gpus", min=1, help="GPUs at work together.")] = None,
+    price: Annotated[
+        float | None, typer.Option("--price", min=0, help="Of one GPU for an hour.")
+    ] = None,
+    gpus: Annotated[
+        int | None, typer.Option("--gpus", min=1, help="GPUs at work together.")
+    ] = None,
     gpu: Annotated[
         str, typer.Option("--gpu", help="Whose peak figures count: h100, a100, l40s, rtx-4090, ...")
     ] = "h100",
     tokens_per_second: Annotated[
-        float | None, typer.Option("--tokens-per-second", help="Of one engine, where it is known.", show_default=False)
+        float | None,
+        typer.Option(
+            "--tokens-per-second", help="Of one engine, where it is known.", show_default=False
+        ),
     ] = None,
     probe: Annotated[
-        bool, typer.Option("--probe", help="Start the engine here, and measure speed and bytes for some seconds.")
+        bool,
+        typer.Option(
+            "--probe", help="Start the engine here, and measure speed and bytes for some seconds."
+        ),
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="JSON: bytes, seconds, and the same assumptions.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="JSON: bytes, seconds, and the same assumptions.")
+    ] = False,
 ) -> None:
-    """Says what the build of CONFIG takes: tokens, bytes, hours, cost, and what that rests on. Builds nothing."""
+    """Says what the build of CONFIG takes: tokens, bytes, hours, cost, and what that rests on.
+    Builds nothing.
+    """
     from logitcask.pipeline.config import BuildConfig
     from logitcask.pipeline.estimate.run import estimate as estimate_build
 
@@ -60,19 +80,25 @@ def estimate(
 
 
 def count_of(text: str) -> int:
-    """Tokens: ``1000000``, ``1_000_000`` or ``1e6``. Raises ConfigError for anything else, and outside 1 to 10^15."""
+    """Tokens: ``1000000``, ``1_000_000`` or ``1e6``. Raises ConfigError for anything else, and
+    outside 1 to 10^15.
+    """
     try:
         count = float(text)
     except ValueError:
         count = 0.0
     if not 1 <= count <= _MOST_TOKENS:
-        raise ConfigError(f"--tokens is {text!r}; expected a number from 1 to 1e15, such as 1000000 or 1e9")
+        raise ConfigError(
+            f"--tokens is {text!r}; expected a number from 1 to 1e15, such as 1000000 or 1e9"
+        )
     return round(count)
 
 
 def page(result: Estimate) -> str:
     """A column per token count, then the assumptions."""
-    currency = "" if result.price_per_gpu_hour is None else f"{result.price_per_gpu_hour:g} a GPU hour"
+    currency = (
+        "" if result.price_per_gpu_hour is None else f"{result.price_per_gpu_hour:g} a GPU hour"
+    )
     lines: list[tuple[str, Callable[[Forecast], str]]] = [
         ("tokens of text", lambda f: _count(f.text_tokens)),
         ("tokens stored", lambda f: _count(f.tokens)),
@@ -86,12 +112,19 @@ def page(result: Estimate) -> str:
         ("prefill", lambda f: _duration(f.engine_seconds.likely)),
         ("GPU hours", lambda f: _number(f.gpu_seconds.likely / 3600)),
         ("", lambda f: _between(f.gpu_seconds.times(1 / 3600), _number)),
-        (f"wall, {result.gpus} GPU{'s' * (result.gpus > 1)}", lambda f: _duration(f.wall_seconds.likely)),
+        (
+            f"wall, {result.gpus} GPU{'s' * (result.gpus > 1)}",
+            lambda f: _duration(f.wall_seconds.likely),
+        ),
         (f"cost, {currency}", lambda f: "" if f.cost is None else _number(f.cost.likely)),
         ("", lambda f: "" if f.cost is None else _between(f.cost, _number)),
     ]
     rows = [(name, [cell(forecast) for forecast in result.forecasts]) for name, cell in lines]
-    table = [f"{name:22}" + "".join(f"{cell:>{_WIDTH}}" for cell in cells) for name, cells in rows if any(cells)]
+    table = [
+        f"{name:22}" + "".join(f"{cell:>{_WIDTH}}" for cell in cells)
+        for name, cells in rows
+        if any(cells)
+    ]
     return "\n".join([*table, "", "assumptions", *(f"- {line}" for line in result.assumptions)])
 
 
@@ -101,7 +134,9 @@ def _between(span: Range, show: Callable[[float], str]) -> str:
 
 
 def _scaled(value: float, units: tuple[str, ...]) -> str:
-    """Three digits and the largest unit, each a thousand times the one before, that leaves a number of 1 or more."""
+    """Three digits and the largest unit, each a thousand times the one before, that leaves a
+    number of 1 or more.
+    """
     at = 0
     while at + 1 < len(units) and value >= 999.5:
         value, at = value / 1000, at + 1

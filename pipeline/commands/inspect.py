@@ -14,9 +14,14 @@ def inspect(
     sequence: Annotated[
         int, typer.Option("--sequence", "-s", help="Which sequence, by its index; -1 is the last.")
     ] = 0,
-    top: Annotated[int, typer.Option("--top", min=1, help="How many entries of each head to show.")] = 5,
+    top: Annotated[
+        int, typer.Option("--top", min=1, help="How many entries of each head to show.")
+    ] = 5,
     tokenizer: Annotated[
-        str | None, typer.Option("--tokenizer", help="Folder or hub name, where the manifest's is not to be had.")
+        str | None,
+        typer.Option(
+            "--tokenizer", help="Folder or hub name, where the manifest's is not to be had."
+        ),
     ] = None,
 ) -> None:
     """Shows one sequence token by token, with what the teacher expected at each."""
@@ -33,12 +38,19 @@ def inspect(
 
 def generations(
     cache: Annotated[str, typer.Argument(metavar="CACHE", help="A cache folder or fsspec URL.")],
-    out: Annotated[Path | None, typer.Option("--out", help="File to write; standard output otherwise.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="File to write; standard output otherwise.")
+    ] = None,
     tokenizer: Annotated[
-        str | None, typer.Option("--tokenizer", help="Folder or hub name, where the manifest's is not to be had.")
+        str | None,
+        typer.Option(
+            "--tokenizer", help="Folder or hub name, where the manifest's is not to be had."
+        ),
     ] = None,
 ) -> None:
-    """Exports what the teacher wrote (data.generate) as JSON lines: id, prompt, answer, tokens, finish."""
+    """Exports what the teacher wrote (data.generate) as JSON lines: id, prompt, answer, tokens,
+    finish.
+    """
     import json
     import sys
 

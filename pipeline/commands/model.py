@@ -7,7 +7,9 @@ from typing import Annotated
 import typer
 
 
-def model(name: Annotated[str, typer.Argument(help="A built-in model, such as smollm2-135m.")]) -> None:
+def model(
+    name: Annotated[str, typer.Argument(help="A built-in model, such as smollm2-135m.")],
+) -> None:
     """Fetches a built-in model into the local models folder and says where it is."""
     from logitcask.pipeline.teachers.model import prepare_model
 

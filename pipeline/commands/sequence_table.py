@@ -1,4 +1,5 @@
-"""``teacher-cache inspect``: one sequence as a table, token by token, with what the teacher expected at each.
+"""``teacher-cache inspect``: one sequence as a table, token by token, with what the teacher
+expected at each.
 
 ``teacher-cache generations``: what the teacher wrote, as text.
 """
@@ -24,7 +25,8 @@ _DRAWS_SHOWN = 3
 
 
 def token_text(cache: CacheReader, tokenizer: str | None) -> Callable[[int], str]:
-    """Id -> readable text, by the tokenizer of the cache's teacher or the one named; by ids alone where it is not here.
+    """Id -> readable text, by the tokenizer of the cache's teacher or the one named; by ids alone
+    where it is not here.
 
     Raises UserError for a named tokenizer that is not to be had or has other ids.
     """
@@ -59,10 +61,12 @@ def _tokenizer_of(cache: CacheReader, name: str | None) -> Any:
 
 
 def generations(cache: CacheReader, tokenizer: str | None) -> Iterator[dict[str, Any]]:
-    """Every answer of a cache whose text the teacher wrote: its id, prompt, answer, tokens, and why it ended.
+    """Every answer of a cache whose text the teacher wrote: its id, prompt, answer, tokens, and why
+    it ended.
 
-    ``prompt`` is what the teacher read, special tokens included; ``answer`` is what it wrote, without them. ``finish`` is
-    ``stop`` or ``length``; None where the cache no longer says what ends an answer (it was merged).
+    ``prompt`` is what the teacher read, special tokens included; ``answer`` is what it wrote,
+    without them. ``finish`` is ``stop`` or ``length``; None where the cache no longer says what
+    ends an answer (it was merged).
 
     Raises UserError for a cache of other text, and where its tokenizer is not to be had.
     """
@@ -92,12 +96,15 @@ def generations(cache: CacheReader, tokenizer: str | None) -> Iterator[dict[str,
 
 
 def table(sequence: CachedSequence, text: Callable[[int], str], top: int) -> Table:
-    """A row per token: its text, the teacher's probability and rank of it, and the ``top`` most probable tokens there.
+    """A row per token: its text, the teacher's probability and rank of it, and the ``top`` most
+    probable tokens there.
 
-    Tokens outside the loss mask are dim; the token that really follows is green where the teacher lists it. Beside the mass
-    of the tail stand the first draws from it.
+    Tokens outside the loss mask are dim; the token that really follows is green where the teacher
+    lists it. Beside the mass of the tail stand the first draws from it.
     """
-    shown = Table(title=f"{sequence.sequence_id}: {len(sequence)} tokens, {len(sequence.positions)} kept positions")
+    shown = Table(
+        title=f"{sequence.sequence_id}: {len(sequence)} tokens, {len(sequence.positions)} kept positions"
+    )
     for name, justify in (
         ("token", "right"),
         ("", "left"),
@@ -114,7 +121,9 @@ def table(sequence: CachedSequence, text: Callable[[int], str], top: int) -> Tab
             shown.add_row(str(at), Text(text(token)), "", "", "", "", style="dim")
             continue
         head = Text()
-        for candidate, logprob in zip(sequence.ids[row, :top].tolist(), sequence.logprobs[row, :top], strict=True):
+        for candidate, logprob in zip(
+            sequence.ids[row, :top].tolist(), sequence.logprobs[row, :top], strict=True
+        ):
             if candidate >= 0:
                 head.append(text(candidate), style="bold green" if candidate == token else "")
                 head.append(f" {np.exp(logprob):.0%}  ", style="dim")
@@ -133,5 +142,7 @@ def _tail(sequence: CachedSequence, row: int, text: Callable[[int], str]) -> Tex
     shown = Text(f"{np.exp(sequence.tail_logprob[row]):6.1%}")
     if sequence.samples is not None:
         drawn = dict.fromkeys(sequence.samples.ids[row][sequence.samples.ids[row] >= 0].tolist())
-        shown.append("  " + "  ".join(text(token) for token in list(drawn)[:_DRAWS_SHOWN]), style="dim")
+        shown.append(
+            "  " + "  ".join(text(token) for token in list(drawn)[:_DRAWS_SHOWN]), style="dim"
+        )
     return shown

@@ -1,18 +1,21 @@
-"""Draws from the tail of a distribution: the algorithm, in numpy. ``logitcask.pipeline.distribution.draws_torch`` is its twin inside engines, and
+"""Draws from the tail of a distribution: the algorithm, in numpy.
+``logitcask.pipeline.distribution.draws_torch`` is its twin inside engines, and
 ``logitcask.pipeline.distribution.draws_triton`` on GPUs.
 
-The head of a position is its most probable ids (``logitcask.pipeline.distribution.capture``), the tail everything else, with mass ``m``. Draw
-``d`` of ``S`` is the id at which the tail's cumulative probability, in the order of ids, passes ``fraction * m`` (inverse
-CDF), so id ``v`` comes up ``S * p_v / m`` times in expectation:
+The head of a position is its most probable ids (``logitcask.pipeline.distribution.capture``), the
+tail everything else, with mass ``m``. Draw ``d`` of ``S`` is the id at which the tail's cumulative
+probability, in the order of ids, passes ``fraction * m`` (inverse CDF), so id ``v`` comes up ``S *
+p_v / m`` times in expectation:
 
 systematic   fraction = (d + u) / S with one u per set: each id comes up the floor or the ceiling of that number of times
              (Madow 1949), and what is estimated from the draws varies less.
 independent  fraction = u, one u per draw.
 
-``u`` is a hash of what the position looks like and not of where it stands, so that scoring a text again gives the same
-draws whatever it is batched with: the target, the four most probable ids, and the logprobs of the target and of the top
-id in eighths of a nat. Engines round differently from batch to batch, so a draw may still differ where two of those ids
-are tied, a logprob lies between two eighths, or a fraction falls just where one id ends and the next begins.
+``u`` is a hash of what the position looks like and not of where it stands, so that scoring a text
+again gives the same draws whatever it is batched with: the target, the four most probable ids, and
+the logprobs of the target and of the top id in eighths of a nat. Engines round differently from
+batch to batch, so a draw may still differ where two of those ids are tied, a logprob lies between
+two eighths, or a fraction falls just where one id ends and the next begins.
 """
 
 from __future__ import annotations
@@ -27,7 +30,8 @@ from logitcask.pipeline.distribution.capture import Capture, head_sizes
 
 # How many of the most probable ids enter the hash.
 KEY_IDS = 4
-# Logprobs are raised to this before they are hashed, and before they are multiplied by a probability that is 0 there.
+# Logprobs are raised to this before they are hashed, and before they are multiplied by a
+# probability that is 0 there.
 LEAST_LOGPROB = -200.0
 # Draws in a set are numbered below this.
 SET_STRIDE = 256
@@ -35,7 +39,8 @@ SET_STRIDE = 256
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Draws:
-    """The draws of R positions, as in ``logitcask.pipeline.types.Scored``; numpy arrays, or torch tensors inside an engine.
+    """The draws of R positions, as in ``logitcask.pipeline.types.Scored``; numpy arrays, or torch
+    tensors inside an engine.
 
     head_size:       int32[R].
     samples:         int32[R, T, S], padded with -1.
@@ -50,7 +55,10 @@ class Draws:
 
 
 def draw(
-    logprobs: NDArray[np.float32], top_ids: NDArray[np.int32], target_ids: NDArray[np.int32], capture: Capture
+    logprobs: NDArray[np.float32],
+    top_ids: NDArray[np.int32],
+    target_ids: NDArray[np.int32],
+    capture: Capture,
 ) -> Draws:
     """The draws that ``capture`` asks for: the reference for every other way of making them.
 
@@ -64,7 +72,8 @@ def draw(
     mass = ends[:, -1]
     counts = set_sizes(mass, capture)
     points = fractions(_named(logprobs, top_ids, target_ids), top_ids, target_ids, counts, capture)
-    # Kept below the end of the tail whatever is rounded on the way, so that an id with some probability is found.
+    # Kept below the end of the tail whatever is rounded on the way, so that an id with some
+    # probability is found.
     points = np.minimum(points * mass[:, None, None], np.nextafter(mass, 0)[:, None, None])
     found = [np.searchsorted(*each, side="right") for each in zip(ends, points, strict=True)]
     ids = np.minimum(np.array(found, np.int64).reshape(points.shape), logprobs.shape[1] - 1)
@@ -75,18 +84,26 @@ def draw(
 def entropy(logprobs: NDArray[Any]) -> NDArray[np.float32]:
     """float32[R], nats, of distributions given as logprobs [R, V]."""
     exact = logprobs.astype(np.float64)
-    result: NDArray[np.float32] = -(np.exp(exact) * np.maximum(exact, LEAST_LOGPROB)).sum(axis=1).astype(np.float32)
+    result: NDArray[np.float32] = (
+        -(np.exp(exact) * np.maximum(exact, LEAST_LOGPROB)).sum(axis=1).astype(np.float32)
+    )
     return result
 
 
 def no_draws(head: NDArray[np.float32], capture: Capture) -> Draws:
-    """What a ``capture`` without draws says of R positions: the sizes of their heads, float32[R, top_k] logprobs."""
+    """What a ``capture`` without draws says of R positions: the sizes of their heads, float32[R,
+    top_k] logprobs.
+    """
     nothing = np.empty((len(head), 0, 0))
-    return Draws(head_sizes(head, capture), nothing.astype(np.int32), nothing.astype(np.float32), None)
+    return Draws(
+        head_sizes(head, capture), nothing.astype(np.int32), nothing.astype(np.float32), None
+    )
 
 
 def set_sizes(tail_mass: NDArray[np.float64], capture: Capture) -> NDArray[np.int64]:
-    """int64[R]: draws per set at positions whose tails have these masses; none where there is no tail."""
+    """int64[R]: draws per set at positions whose tails have these masses; none where there is no
+    tail.
+    """
     if capture.mass_per_sample is None:
         return np.where(tail_mass > 0, capture.samples, 0)
     wanted = np.ceil(tail_mass / capture.mass_per_sample).clip(1, capture.samples)
@@ -100,9 +117,11 @@ def fractions(
     counts: NDArray[np.int64],
     capture: Capture,
 ) -> NDArray[np.float64]:
-    """float64[R, T, S] in [0, 1): the point of the tail's CDF that each of the first ``counts`` [R] draws looks for.
+    """float64[R, T, S] in [0, 1): the point of the tail's CDF that each of the first ``counts`` [R]
+    draws looks for.
 
-    named: float32[R, 2], the logprobs of the top id and of the target. Other arguments as for ``draw``.
+    named: float32[R, 2], the logprobs of the top id and of the target. Other arguments as for
+    ``draw``.
     """
     eighths = np.rint(np.maximum(named, LEAST_LOGPROB) * 8).astype(np.int64)
     columns = [target_ids.astype(np.int64), *top_ids[:, :KEY_IDS].astype(np.int64).T, *eighths.T]
@@ -132,9 +151,11 @@ def padded(
 
 
 def mix(bits: Any) -> Any:
-    """One step of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014): a bijection of 64 bits that leaves no pattern.
+    """One step of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014): a bijection of 64 bits that leaves
+    no pattern.
 
-    ``bits``: int64, a numpy array or a torch tensor. Both wrap around; masks make their arithmetic shifts logical.
+    ``bits``: int64, a numpy array or a torch tensor. Both wrap around; masks make their arithmetic
+    shifts logical.
     """
     bits = bits + (0x9E3779B97F4A7C15 - (1 << 64))
     bits = (bits ^ (bits >> 30 & (1 << 34) - 1)) * (0xBF58476D1CE4E5B9 - (1 << 64))
@@ -143,7 +164,8 @@ def mix(bits: Any) -> Any:
 
 
 def hashed(columns: list[Any], cells: Any, seed: int) -> Any:
-    """int64[R, T, S]: a hash of ``seed``, each row of ``columns`` (int64[R] each) and each of ``cells`` (int64[T, S]).
+    """int64[R, T, S]: a hash of ``seed``, each row of ``columns`` (int64[R] each) and each of
+    ``cells`` (int64[T, S]).
 
     Numpy arrays or torch tensors: the bits are the same.
     """
@@ -166,15 +188,19 @@ def first_difference(
     capture: Capture,
     tolerance: float = 1e-3,
 ) -> str | None:
-    """Why ``found`` cannot be what ``draw`` gives for ``logprobs``, in a few words; None where it can.
+    """Why ``found`` cannot be what ``draw`` gives for ``logprobs``, in a few words; None where it
+    can.
 
-    Arguments as for ``draw``. Engines round differently from run to run: ``tolerance`` bounds the difference of any two
-    logprobs, in nats, and with it how far a draw may fall from its point of the CDF, as a part of the tail.
+    Arguments as for ``draw``. Engines round differently from run to run: ``tolerance`` bounds the
+    difference of any two logprobs, in nats, and with it how far a draw may fall from its point of
+    the CDF, as a part of the tail.
     """
     if found.samples.shape != (len(logprobs), capture.sets, capture.samples):
         return f"draws of shape {found.samples.shape} came"
     head_ids = top_ids[:, : capture.top_k].astype(np.int64)
-    if not np.array_equal(found.head_size, head_sizes(np.take_along_axis(logprobs, head_ids, axis=1), capture)):
+    if not np.array_equal(
+        found.head_size, head_sizes(np.take_along_axis(logprobs, head_ids, axis=1), capture)
+    ):
         return "the heads have other sizes"
     tail = _tail(logprobs, head_ids, found.head_size)
     ends = tail.cumsum(axis=1)
@@ -183,7 +209,10 @@ def first_difference(
     counts = real[:, 0].sum(axis=1)
     fewest, most = (set_sizes(mass * factor, capture) for factor in (1 - tolerance, 1 + tolerance))
     in_front = np.arange(capture.samples) < counts[:, None, None]
-    if not np.array_equal(real, np.broadcast_to(in_front, real.shape)) or ((counts < fewest) | (counts > most)).any():
+    if (
+        not np.array_equal(real, np.broadcast_to(in_front, real.shape))
+        or ((counts < fewest) | (counts > most)).any()
+    ):
         return "there are too many draws or too few"
     if (found.samples >= logprobs.shape[1]).any():
         return "a draw is not an id"
@@ -192,11 +221,15 @@ def first_difference(
         return "a draw lies in the head, or has no probability"
     if not np.allclose(found.sample_logprobs[real], logprobs[row, ids], atol=tolerance, rtol=0):
         return "the draws have other logprobs"
-    points = fractions(_named(logprobs, top_ids, target_ids), top_ids, target_ids, counts, capture)[real] * mass[row]
+    points = (
+        fractions(_named(logprobs, top_ids, target_ids), top_ids, target_ids, counts, capture)[real]
+        * mass[row]
+    )
     above, room = points - ends[row, ids], tolerance * mass[row]
     if ((above > room) | (above < -tail[row, ids] - room)).any():
         return "other ids were drawn"
-    # The derivative of -p log p is at most a few units at any p worth the name, and the errors of many ids add up.
+    # The derivative of -p log p is at most a few units at any p worth the name, and the errors of
+    # many ids add up.
     if not np.allclose(found.entropy, entropy(logprobs), atol=20 * tolerance, rtol=0):
         return "the entropy is wrong"
     return None
@@ -205,7 +238,9 @@ def first_difference(
 def _tail(
     logprobs: NDArray[np.float32], head_ids: NDArray[np.int64], head_size: NDArray[np.int32]
 ) -> NDArray[np.float64]:
-    """float64[R, V]: probabilities, 0 in the head. Exponentials in float32, so that what underflows is the same everywhere."""
+    """float64[R, V]: probabilities, 0 in the head. Exponentials in float32, so that what
+    underflows is the same everywhere.
+    """
     probabilities = np.exp(logprobs)
     outside = np.arange(head_ids.shape[1]) >= head_size[:, None]
     kept = np.take_along_axis(probabilities, head_ids, axis=1) * outside
@@ -217,4 +252,6 @@ def _named(
     logprobs: NDArray[np.float32], top_ids: NDArray[np.int32], target_ids: NDArray[np.int32]
 ) -> NDArray[np.float32]:
     """float32[R, 2]: the logprobs of the top id and of the target."""
-    return np.take_along_axis(logprobs, np.stack([top_ids[:, 0], target_ids], axis=1).astype(np.int64), axis=1)
+    return np.take_along_axis(
+        logprobs, np.stack([top_ids[:, 0], target_ids], axis=1).astype(np.int64), axis=1
+    )

@@ -1,9 +1,11 @@
-"""Draws from the tail of a distribution, in torch: what ``logitcask.pipeline.distribution.draws`` says, where the distributions are.
+"""Draws from the tail of a distribution, in torch: what ``logitcask.pipeline.distribution.draws``
+says, where the distributions are.
 
-A search in two levels keeps it cheap: one pass sums the probabilities of blocks of ids, and only in the blocks that are
-hit are ids looked at. The costly part is one exponential per id, which is as much as the engine's own log-softmax takes.
-A GPU spends longer on being told of an operation than on a small one, so what takes many small ones (the hash) is done
-once for all rows; where Triton is there, kernels do the rest (``logitcask.pipeline.distribution.draws_triton``).
+A search in two levels keeps it cheap: one pass sums the probabilities of blocks of ids, and only in
+the blocks that are hit are ids looked at. The costly part is one exponential per id, which is as
+much as the engine's own log-softmax takes. A GPU spends longer on being told of an operation than
+on a small one, so what takes many small ones (the hash) is done once for all rows; where Triton is
+there, kernels do the rest (``logitcask.pipeline.distribution.draws_triton``).
 """
 
 from __future__ import annotations
@@ -25,18 +27,23 @@ logger = logging.getLogger(__name__)
 _BLOCK = 256
 # Floats in a temporary: small enough for a CPU's cache, large enough to fill a GPU.
 _CHUNK = {"cpu": 1 << 20, "gpu": 1 << 26}
-# Rows on which the kernels are compared with what torch draws, and the part of the draws that rounding may change.
+# Rows on which the kernels are compared with what torch draws, and the part of the draws that
+# rounding may change.
 _COMPARED, _ROUNDED = 8, 0.2
 # Whether the kernels draw as torch does, by what they are compiled for.
 _kernels_agree: dict[tuple[Any, ...], bool] = {}
 
 
-def draw(scores: Tensor, top_ids: Tensor, target_ids: Tensor, capture: Capture, *, logits: bool = False) -> Draws:
-    """The draws that ``capture`` asks for, as tensors, in chunks of positions so that memory stays bounded.
+def draw(
+    scores: Tensor, top_ids: Tensor, target_ids: Tensor, capture: Capture, *, logits: bool = False
+) -> Draws:
+    """The draws that ``capture`` asks for, as tensors, in chunks of positions so that memory stays
+    bounded.
 
     On a GPU by Triton kernels, once they have given for some rows what torch gives.
 
-    scores:     float[R, V], R >= 1: logprobs in nats (-inf is allowed), or with ``logits`` anything a constant apart.
+    scores:     float[R, V], R >= 1: logprobs in nats (-inf is allowed), or with ``logits`` anything
+                a constant apart.
     top_ids:    int64[R, K], K >= max(top_k, KEY_IDS): the most probable ids, by falling logprob.
     target_ids: int64[R], the tokens that follow.
     """
@@ -52,13 +59,17 @@ def draw(scores: Tensor, top_ids: Tensor, target_ids: Tensor, capture: Capture, 
         reason = _why_not(few)
         _kernels_agree[case] = reason is None
         if reason is not None:
-            logger.warning("draws from the tail are made without Triton kernels, more slowly: %s", reason)
+            logger.warning(
+                "draws from the tail are made without Triton kernels, more slowly: %s", reason
+            )
     by = _by_triton if _kernels_agree[case] else _by_torch
     return by(scores, top_ids, target_ids, capture, logits)
 
 
 def _why_not(few: tuple[Tensor, Tensor, Tensor, Capture, bool]) -> str | None:
-    """Why the kernels are not to be used, told from a few rows; None where they draw what torch does."""
+    """Why the kernels are not to be used, told from a few rows; None where they draw what torch
+    does.
+    """
     try:
         found = _by_triton(*few)
         expected = _by_torch(*few)
@@ -67,7 +78,9 @@ def _why_not(few: tuple[Tensor, Tensor, Tensor, Capture, bool]) -> str | None:
             torch.equal(found.head_size, expected.head_size)
             and torch.equal(found.samples < 0, expected.samples < 0)
             and same.double().mean() >= 1 - _ROUNDED
-            and torch.allclose(found.sample_logprobs[same], expected.sample_logprobs[same], atol=1e-3, rtol=0)
+            and torch.allclose(
+                found.sample_logprobs[same], expected.sample_logprobs[same], atol=1e-3, rtol=0
+            )
             and torch.allclose(found.entropy, expected.entropy, atol=1e-2, rtol=0)
         ):
             return "they draw other ids"
@@ -76,12 +89,18 @@ def _why_not(few: tuple[Tensor, Tensor, Tensor, Capture, bool]) -> str | None:
     return None
 
 
-def _by_triton(scores: Tensor, top_ids: Tensor, target_ids: Tensor, capture: Capture, logits: bool) -> Draws:
+def _by_triton(
+    scores: Tensor, top_ids: Tensor, target_ids: Tensor, capture: Capture, logits: bool
+) -> Draws:
     from logitcask.pipeline.distribution import draws_triton as kernels
 
     top_ids, target_ids = top_ids.contiguous(), target_ids.contiguous()
     with torch.cuda.device_of(scores):  # Triton launches on the current device
-        norms = kernels.norms(scores) if logits else scores.new_zeros((len(scores), 2), dtype=torch.float32)
+        norms = (
+            kernels.norms(scores)
+            if logits
+            else scores.new_zeros((len(scores), 2), dtype=torch.float32)
+        )
         head = scores.gather(1, top_ids[:, : capture.top_k]).float() - norms[:, :1] - norms[:, 1:]
         head_size = _head_sizes(head, capture)
         tails = kernels.tails(scores, norms, top_ids, target_ids, head_size, capture)
@@ -90,7 +109,9 @@ def _by_triton(scores: Tensor, top_ids: Tensor, target_ids: Tensor, capture: Cap
     return Draws(head_size, samples, logprobs, tails.entropy)
 
 
-def _by_torch(scores: Tensor, top_ids: Tensor, target_ids: Tensor, capture: Capture, logits: bool) -> Draws:
+def _by_torch(
+    scores: Tensor, top_ids: Tensor, target_ids: Tensor, capture: Capture, logits: bool
+) -> Draws:
     per_row = max(scores.shape[1], capture.draws * _BLOCK)
     rows = max(1, _CHUNK["cpu" if scores.device.type == "cpu" else "gpu"] // per_row)
     chunks = [slice(start, start + rows) for start in range(0, len(scores), rows)]
@@ -98,7 +119,9 @@ def _by_torch(scores: Tensor, top_ids: Tensor, target_ids: Tensor, capture: Capt
         scores, logits = scores.log_softmax(dim=1, dtype=torch.float32), False
 
     def logprobs_of(chunk: slice) -> Tensor:
-        """Made twice, since those of all rows would not fit; each time with the same bits, which the hash depends on."""
+        """Made twice, since those of all rows would not fit; each time with the same bits, which
+        the hash depends on.
+        """
         return scores[chunk].log_softmax(dim=1, dtype=torch.float32) if logits else scores[chunk]
 
     head_ids = top_ids[:, : capture.top_k]
@@ -108,7 +131,8 @@ def _by_torch(scores: Tensor, top_ids: Tensor, target_ids: Tensor, capture: Capt
     outside = torch.arange(capture.top_k, device=scores.device) >= head_size[:, None]
     uniforms = _uniforms(known[:, -2:], top_ids, target_ids, capture)
     parts = [
-        _draw_chunk(logprobs_of(chunk), head_ids[chunk], outside[chunk], uniforms[chunk], capture) for chunk in chunks
+        _draw_chunk(logprobs_of(chunk), head_ids[chunk], outside[chunk], uniforms[chunk], capture)
+        for chunk in chunks
     ]
     ids, logprobs, counts, entropy = map(torch.cat, zip(*parts, strict=True))
     shape = (len(scores), capture.sets, capture.samples)
@@ -134,7 +158,9 @@ def to_numpy(draws: Draws) -> Draws:
 def _draw_chunk(
     logprobs: Tensor, head_ids: Tensor, outside: Tensor, uniforms: Tensor, capture: Capture
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The ids [R, T * S] that are drawn and their logprobs, how many of each set count, int64[R], the entropy, float32[R]."""
+    """The ids [R, T * S] that are drawn and their logprobs, how many of each set count,
+    int64[R], the entropy, float32[R].
+    """
     rows, vocab_size = logprobs.shape
     blocks = math.ceil(vocab_size / _BLOCK)
     padded = logprobs.new_zeros((rows, blocks * _BLOCK))
@@ -153,7 +179,8 @@ def _draw_chunk(
     points -= torch.nn.functional.pad(ends, (1, 0)).gather(1, block)
     first = torch.arange(0, rows * blocks, blocks, device=logprobs.device)[:, None]
     hit = padded.view(-1, _BLOCK).index_select(0, (block + first).flatten()).double().cumsum(dim=1)
-    # A block's sum is rounded in float32, so a point may lie beyond its end; it must find an id that is there.
+    # A block's sum is rounded in float32, so a point may lie beyond its end; it must find an id
+    # that is there.
     points = torch.minimum(points.reshape(-1, 1), _just_below(hit[:, -1:])).clamp_min_(0)
     within = torch.searchsorted(hit, points, right=True).view_as(block)
     ids = within.add_(block, alpha=_BLOCK).clamp_max_(vocab_size - 1)
@@ -183,7 +210,9 @@ def _set_sizes(tail_mass: Tensor, capture: Capture) -> Tensor:
 
 
 def _uniforms(named: Tensor, top_ids: Tensor, target_ids: Tensor, capture: Capture) -> Tensor:
-    """float64[R, T, S or 1]: the random numbers of ``logitcask.pipeline.distribution.draws.fractions``, one per draw or one per set."""
+    """float64[R, T, S or 1]: the random numbers of
+    ``logitcask.pipeline.distribution.draws.fractions``, one per draw or one per set.
+    """
     eighths = (named.clamp_min(LEAST_LOGPROB) * 8).round_().long()
     columns = [target_ids, *top_ids[:, :KEY_IDS].unbind(1), *eighths.unbind(1)]
     steps = torch.arange(capture.samples if capture.independent else 1, device=named.device)

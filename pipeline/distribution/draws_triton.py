@@ -1,11 +1,13 @@
-"""Draws from the tail as Triton kernels: what ``logitcask.pipeline.distribution.draws_torch`` does, without its temporaries and its many launches.
+"""Draws from the tail as Triton kernels: what ``logitcask.pipeline.distribution.draws_torch`` does,
+without its temporaries and its many launches.
 
-The scores are read twice (once where they are logprobs) and nothing as large is written. One program a row finds the
-log-sum; one sums the probabilities of each block of ids and the entropy, and hashes what the position looks like; one for a
-few draws finds the block of each, and then the id in it. The bits of the hash are those of ``logitcask.pipeline.distribution.draws``.
+The scores are read twice (once where they are logprobs) and nothing as large is written. One
+program a row finds the log-sum; one sums the probabilities of each block of ids and the entropy,
+and hashes what the position looks like; one for a few draws finds the block of each, and then the
+id in it. The bits of the hash are those of ``logitcask.pipeline.distribution.draws``.
 
-Used for CUDA tensors; ``LOGITCASK_TRITON=0`` turns them off. With ``TRITON_INTERPRET=1``, set before triton is first
-imported, they run on the CPU, slowly: that is how they are tested.
+Used for CUDA tensors; ``LOGITCASK_TRITON=0`` turns them off. With ``TRITON_INTERPRET=1``, set
+before triton is first imported, they run on the CPU, slowly: that is how they are tested.
 
 Shapes: R positions, V vocabulary, B blocks of ids, T sets of S draws.
 """
@@ -37,7 +39,9 @@ _WARPS = {"norms": 8, "mark": 1, "tails": 8, "find": 8}
 
 
 def usable(scores: Tensor) -> bool:
-    """Whether the kernels take this tensor: on CUDA (or interpreted), rows contiguous, at most float32."""
+    """Whether the kernels take this tensor: on CUDA (or interpreted), rows contiguous, at most
+    float32.
+    """
     return (
         _ENABLED
         and (scores.is_cuda or INTERPRETED)
@@ -49,11 +53,17 @@ def usable(scores: Tensor) -> bool:
 def norms(scores_RV: Tensor) -> Tensor:
     """float32[R, 2]: each row's highest score, and the log of the sum of exp(score - highest).
 
-    Scores less the one and then the other are logprobs, as ``log_softmax`` has them: less their sum they would be rounded more.
+    Scores less the one and then the other are logprobs, as ``log_softmax`` has them: less their sum
+    they would be rounded more.
     """
     out = scores_RV.new_empty((len(scores_RV), 2), dtype=torch.float32)
     _norms[(len(out),)](
-        scores_RV, scores_RV.stride(0), out, scores_RV.shape[1], TILE=_GROUP * _BLOCK, num_warps=_WARPS["norms"]
+        scores_RV,
+        scores_RV.stride(0),
+        out,
+        scores_RV.shape[1],
+        TILE=_GROUP * _BLOCK,
+        num_warps=_WARPS["norms"],
     )
     return out
 
@@ -74,9 +84,16 @@ class Tails(NamedTuple):
 
 
 def tails(
-    scores_RV: Tensor, norms_R2: Tensor, top_ids: Tensor, target_ids: Tensor, head_size: Tensor, capture: Capture
+    scores_RV: Tensor,
+    norms_R2: Tensor,
+    top_ids: Tensor,
+    target_ids: Tensor,
+    head_size: Tensor,
+    capture: Capture,
 ) -> Tails:
-    """``top_ids``: int64[R, K], of which the first ``head_size`` (int32[R]) form the head; ``target_ids``: int64[R]."""
+    """``top_ids``: int64[R, K], of which the first ``head_size`` (int32[R]) form the head;
+    ``target_ids``: int64[R].
+    """
     rows, size = scores_RV.shape
     blocks = triton.cdiv(size, _BLOCK)
     bits = torch.zeros(rows, blocks * _WORDS, dtype=torch.int32, device=scores_RV.device)
@@ -116,8 +133,12 @@ def tails(
     return Tails(sums, bits, keys, entropy)
 
 
-def find(scores_RV: Tensor, norms_R2: Tensor, tails: Tails, counts: Tensor, capture: Capture) -> tuple[Tensor, Tensor]:
-    """The draws, int32[R, T, S], and their logprobs, float32[R, T, S]; -1 and -inf behind the first ``counts`` (int64[R])."""
+def find(
+    scores_RV: Tensor, norms_R2: Tensor, tails: Tails, counts: Tensor, capture: Capture
+) -> tuple[Tensor, Tensor]:
+    """The draws, int32[R, T, S], and their logprobs, float32[R, T, S]; -1 and -inf behind the
+    first ``counts`` (int64[R]).
+    """
     rows, size = scores_RV.shape
     blocks = tails.sums.shape[1]
     shape = (rows, capture.sets, capture.samples)
@@ -159,7 +180,9 @@ if triton is not None:
         highest = tl.full((TILE,), float("-inf"), tl.float32)
         total = tl.zeros((TILE,), tl.float32)
         for first in range(0, size, TILE):
-            x = tl.load(row + first + columns, mask=first + columns < size, other=float("-inf")).to(tl.float32)
+            x = tl.load(row + first + columns, mask=first + columns < size, other=float("-inf")).to(
+                tl.float32
+            )
             new = tl.maximum(highest, x)
             shift = tl.where(new == float("-inf"), 0.0, new)
             total = total * tl.exp(highest - shift) + tl.exp(x - shift)
@@ -180,7 +203,9 @@ if triton is not None:
 
     @triton.jit
     def _mix(bits):  # type: ignore[no-untyped-def]
-        """``logitcask.pipeline.distribution.draws.mix``: its constants, less 2**64, and its masks in full."""
+        """``logitcask.pipeline.distribution.draws.mix``: its constants, less 2**64, and its
+        masks in full.
+        """
         bits = bits + (-7046029254386353131)
         bits = (bits ^ ((bits >> 30) & 17179869183)) * (-4658895280553007687)
         bits = (bits ^ ((bits >> 27) & 137438953471)) * (-7723592293110705685)
@@ -214,7 +239,11 @@ if triton is not None:
         for first in range(0, blocks, GROUP):
             block = first + group
             ids = block[:, None] * BLOCK + inside[None, :]
-            x = tl.load(row + ids, mask=ids < size, other=float("-inf")).to(tl.float32) - highest - log_total
+            x = (
+                tl.load(row + ids, mask=ids < size, other=float("-inf")).to(tl.float32)
+                - highest
+                - log_total
+            )
             p = tl.exp(x)
             negative += p * tl.maximum(x, LEAST)
             word = tl.load(words + (ids >> 5), mask=ids < size, other=0)
@@ -227,7 +256,9 @@ if triton is not None:
         for k in tl.static_range(KEYS):
             key = _mix(tl.load(top_ids + at * top_stride + k) + key)
         for k in tl.static_range(2):
-            logprob = tl.load(row + (top if k == 0 else target)).to(tl.float32) - highest - log_total
+            logprob = (
+                tl.load(row + (top if k == 0 else target)).to(tl.float32) - highest - log_total
+            )
             # In eighths, rounded to even: which float32 does where its last bit is worth 1.
             eighths = (tl.maximum(logprob, LEAST) * 8 + 12582912.0) - 12582912.0
             key = _mix(eighths.to(tl.int64) + key)
@@ -264,12 +295,14 @@ if triton is not None:
 
         # Where in the tail's CDF to look.
         key = _mix(tl.load(keys + at) + which * STRIDE + (step if INDEPENDENT else 0))
-        # Powers of two are exact in every float type that a constant may be taken for; 1 - 2**-53 is not.
+        # Powers of two are exact in every float type that a constant may be taken for; 1 - 2**-53
+        # is not.
         fraction = ((key >> 11) & 9007199254740991).to(tl.float64) * 1.1102230246251565e-16
         if not INDEPENDENT:
             fraction = (step.to(tl.float64) + fraction) / tl.maximum(count, 1).to(tl.float64)
 
-        # The block. Sums of a scan are rounded each in its own way, so that alone they might name an empty one.
+        # The block. Sums of a scan are rounded each in its own way, so that alone they might name
+        # an empty one.
         block = tl.arange(0, BLOCKS)
         each = tl.load(sums + at * blocks + block, mask=block < blocks, other=0.0).to(tl.float64)
         mass = tl.sum(each, 0)
@@ -282,7 +315,11 @@ if triton is not None:
         point = point - tl.sum(tl.where(block[None, :] < hit[:, None], each[None, :], 0.0), 1)
         inside = tl.arange(0, BLOCK)
         ids = hit[:, None] * BLOCK + inside[None, :]
-        p = tl.exp(tl.load(row + ids, mask=ids < size, other=float("-inf")).to(tl.float32) - highest - log_total)
+        p = tl.exp(
+            tl.load(row + ids, mask=ids < size, other=float("-inf")).to(tl.float32)
+            - highest
+            - log_total
+        )
         word = tl.load(bits + at * blocks * (BLOCK // 32) + (ids >> 5), mask=ids < size, other=0)
         p = tl.where(((word >> (ids & 31)) & 1) == 0, p, 0.0).to(tl.float64)
         # The block's sum was rounded in float32, so the point may lie beyond its end.

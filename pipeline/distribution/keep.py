@@ -1,4 +1,6 @@
-"""What to keep of a teacher's rows: from ``Scored`` to ``CachedSequence``. Alignment is checked here, once."""
+"""What to keep of a teacher's rows: from ``Scored`` to ``CachedSequence``. Alignment is checked
+here, once.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ def check_alignment(sequence: Sequence, scored: Scored) -> None:
 
 
 def not_a_number(place: str) -> UserError:
-    """The error for a teacher whose logits are NaN, or infinite, at ``place``: what makes them so, and the ways out."""
+    """The error for a teacher whose logits are NaN, or infinite, at ``place``: what makes them
+    so, and the ways out.
+    """
     return UserError(
         f"the teacher's logprobs are NaN {place}: its arithmetic overflows, as that of models made for bfloat16 does in float16 "
         "(set teacher.dtype to bfloat16 or float32), or its weights are damaged (fetch them again)"
@@ -44,13 +48,18 @@ def not_a_number(place: str) -> UserError:
 
 
 def check_numbers(scored: Scored, place: str) -> None:
-    """Raises UserError where a logprob in ``scored`` is NaN. One logit that is NaN makes its whole row so."""
+    """Raises UserError where a logprob in ``scored`` is NaN. One logit that is NaN makes its
+    whole row so.
+    """
     if np.isnan(scored.target_logprob).any() or np.isnan(scored.logprobs).any():
         raise not_a_number(place)
 
 
-def tail_logprob(logprobs: NDArray[np.float32], size: NDArray[np.int32], vocab_size: int) -> NDArray[np.float32]:
-    """float32[P]: log of the mass outside the first ``size`` entries of each row of ``logprobs`` [P, K].
+def tail_logprob(
+    logprobs: NDArray[np.float32], size: NDArray[np.int32], vocab_size: int
+) -> NDArray[np.float32]:
+    """float32[P]: log of the mass outside the first ``size`` entries of each row of ``logprobs``
+    [P, K].
 
     Clamped as SPEC.md section 5 says; -inf where the head is the whole vocabulary.
     """
@@ -58,9 +67,12 @@ def tail_logprob(logprobs: NDArray[np.float32], size: NDArray[np.int32], vocab_s
     head = np.where(inside, logprobs, -np.inf).astype(np.float64)
     with np.errstate(divide="ignore"):
         mass = np.maximum(-np.expm1(np.log(np.exp(head).sum(axis=1))), TAIL_MASS_FLOOR)
-        # No id of the tail is more probable than the head's last; without a head there is no such bound.
+        # No id of the tail is more probable than the head's last; without a head there is no such
+        # bound.
         last = head.min(axis=1, where=inside, initial=0)
-        tail = np.minimum(np.log(mass), np.where(size == vocab_size, -np.inf, np.log(vocab_size - size) + last))
+        tail = np.minimum(
+            np.log(mass), np.where(size == vocab_size, -np.inf, np.log(vocab_size - size) + last)
+        )
     return tail.astype(np.float32)
 
 
@@ -118,4 +130,6 @@ def keep_nothing(sequence: Sequence, store: StoreSettings) -> CachedSequence:
 
 def _no_samples(store: StoreSettings) -> TailSamples:
     shape = (0, store.sample_sets, 0)
-    return TailSamples(np.empty(shape, np.int32), np.empty(shape, np.float32) if store.sample_logprobs else None)
+    return TailSamples(
+        np.empty(shape, np.int32), np.empty(shape, np.float32) if store.sample_logprobs else None
+    )

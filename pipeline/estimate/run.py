@@ -1,8 +1,9 @@
-"""``teacher-cache estimate``: what a build will take, before anything runs: tokens, bytes, engine hours, money.
+"""``teacher-cache estimate``: what a build will take, before anything runs: tokens, bytes, engine
+hours, money.
 
-The head of the data is tokenised as a build does it, and the rest is taken to be like it. Bytes come
-from ``size``, speed from ``speed``. No engine is started and no weights are read unless a probe is
-asked for. The answer includes the assumptions behind every number.
+The head of the data is tokenised as a build does it, and the rest is taken to be like it. Bytes
+come from ``size``, speed from ``speed``. No engine is started and no weights are read unless a
+probe is asked for. The answer includes the assumptions behind every number.
 """
 
 from __future__ import annotations
@@ -23,10 +24,12 @@ from logitcask.pipeline.text.sources import Row, Source, open_source
 from logitcask.pipeline.text.tokenize import Tokenization
 from logitcask.pipeline.types import Sequence
 
-# The head of the data that is tokenised: the first of these that is reached. English has some 4 characters to a token.
+# The head of the data that is tokenised: the first of these that is reached. English has some 4
+# characters to a token.
 _ROWS = 2_000
 _CHARACTERS = 1_000_000
-# An int32 id, a bit of the mask and the name: the plan of a build, which lies beside the cache until it is finished.
+# An int32 id, a bit of the mask and the name: the plan of a build, which lies beside the cache
+# until it is finished.
 _PLAN_BYTES_PER_TOKEN = 4.2
 _TABLE = tuple(10**power for power in range(6, 13))
 
@@ -64,14 +67,18 @@ class Forecast(_Model):
     engine_seconds: Range = Field(description="Prefill time, added up over all engines.")
     gpu_seconds: Range = Field(description="The same for every GPU of an engine.")
     wall_seconds: Range = Field(description="With all GPUs at work.")
-    cost: Range | None = Field(description="GPU hours times the price of one; null without a price.")
+    cost: Range | None = Field(
+        description="GPU hours times the price of one; null without a price."
+    )
 
 
 class Estimate(_Model):
     """The answer of ``teacher-cache estimate``."""
 
     sample: Sample
-    total_text_tokens: int | None = Field(description="Of the whole data set, where that could be told.")
+    total_text_tokens: int | None = Field(
+        description="Of the whole data set, where that could be told."
+    )
     size: Size
     speed: Speed
     gpus: int
@@ -92,20 +99,24 @@ def estimate(
 ) -> Estimate:
     """What the build of ``config`` takes.
 
-    tokens:            of text, to answer for; None: those of the data set up to ``data.max_tokens``, or, where nobody can
-                       say how many there are, powers of ten from 10^6 to 10^12.
+    tokens:            of text, to answer for; None: those of the data set up to
+                       ``data.max_tokens``, or, where nobody can say how many there are, powers of
+                       ten from 10^6 to 10^12.
     price:             of a GPU for an hour, in any currency.
     gpus:              at work together; None: those of one engine.
     gpu:               whose peak figures count (a key of ``speed.GPUS``).
     tokens_per_second: of one engine, where it is known; replaces the figures of ``gpu``.
-    measure:           start the engine and measure speed and bytes on the head of the data; a given speed still counts.
+    measure:           start the engine and measure speed and bytes on the head of the data; a given
+                       speed still counts.
 
-    Raises UserError: anything ``build`` would find wrong with data or model before its engine starts, and ``gpus`` that do
-    not make up whole engines.
+    Raises UserError: anything ``build`` would find wrong with data or model before its engine
+    starts, and ``gpus`` that do not make up whole engines.
     """
     vocab_size = vocab_size_of(config.teacher)
     if config.store.top_k > vocab_size:
-        raise UserError(f"store.top_k is {config.store.top_k}, but {config.teacher.model} can predict {vocab_size} ids")
+        raise UserError(
+            f"store.top_k is {config.store.top_k}, but {config.teacher.model} can predict {vocab_size} ids"
+        )
     sample, sequences = _sample(config)
     total = _total_text_tokens(config.data, sample)
     if measure:
@@ -129,7 +140,10 @@ def estimate(
         tokens = [total] if total is not None else list(_TABLE)
         if total is None and limit is not None:
             tokens = [math.ceil(limit * sample.text_tokens / sample.tokens)]
-    forecasts = tuple(_forecast(count, limit, config, sample, size, speed, gpus=gpus, price=price) for count in tokens)
+    forecasts = tuple(
+        _forecast(count, limit, config, sample, size, speed, gpus=gpus, price=price)
+        for count in tokens
+    )
     return Estimate(
         sample=sample,
         total_text_tokens=total,
@@ -138,11 +152,15 @@ def estimate(
         gpus=gpus,
         price_per_gpu_hour=price,
         forecasts=forecasts,
-        assumptions=tuple(_assumptions(config, sample, total, size, speed, gpus, forecasts, limited=limit is not None)),
+        assumptions=tuple(
+            _assumptions(
+                config, sample, total, size, speed, gpus, forecasts, limited=limit is not None
+            )
+        ),
     )
 
 
-# --- the head of the data -----------------------------------------------------------------------------------------
+# --- the head of the data -------------------------------------------------------------------------
 
 
 def _sample(config: BuildConfig) -> tuple[Sample, list[Sequence]]:
@@ -164,7 +182,10 @@ def _sample(config: BuildConfig) -> tuple[Sample, list[Sequence]]:
     scored = np.array([sequence.loss_mask.any() for sequence in sequences], np.bool_)
     tokens = text_tokens = int(lengths.sum())
     # (Pieces of a document repeat its BOS.)
-    if any(counters.get(name) for name in ("truncated", "dropped_overlong", "nothing_to_learn", "split_documents")):
+    if any(
+        counters.get(name)
+        for name in ("truncated", "dropped_overlong", "nothing_to_learn", "split_documents")
+    ):
         whole_rows = data.model_copy(update={"max_length": 2**31 - 1})
         everything = Tokenization(tokenizer, whole_rows, vocab_size)
         text_tokens = sum(len(sequence.input_ids) for sequence in everything.sequences(rows))
@@ -196,18 +217,22 @@ def _head(source: Source) -> tuple[list[Row], int, bool]:
     return rows, read, next(stream, None) is None
 
 
-# --- all of the data ----------------------------------------------------------------------------------------------
+# --- all of the data ------------------------------------------------------------------------------
 
 
 def _total_text_tokens(config: DataConfig, sample: Sample) -> int | None:
-    """Tokens of the whole data set: the rows there are, told from sizes, times the tokens per row of the head."""
+    """Tokens of the whole data set: the rows there are, told from sizes, times the tokens per
+    row of the head.
+    """
     if sample.whole:
         return sample.text_tokens
     rows = count_rows(config)
-    return None if rows is None else round(max(rows, sample.rows) * sample.text_tokens / sample.rows)
+    return (
+        None if rows is None else round(max(rows, sample.rows) * sample.text_tokens / sample.rows)
+    )
 
 
-# --- what it comes to ---------------------------------------------------------------------------------------------
+# --- what it comes to -----------------------------------------------------------------------------
 
 
 def _forecast(
@@ -221,7 +246,9 @@ def _forecast(
     gpus: int,
     price: float | None,
 ) -> Forecast:
-    """The head of the data, enlarged to ``text_tokens`` of text and cut at ``limit`` tokens of sequences."""
+    """The head of the data, enlarged to ``text_tokens`` of text and cut at ``limit`` tokens of
+    sequences.
+    """
     factor = text_tokens / sample.text_tokens
     if limit is not None and factor * sample.tokens > limit:
         factor = limit / sample.tokens
@@ -247,7 +274,9 @@ def _forecast(
 
 
 def _shards(tokens: int, length: float, shard_tokens: int) -> int:
-    """A shard ends before the sequence that would exceed ``shard_tokens``: on average half a sequence early."""
+    """A shard ends before the sequence that would exceed ``shard_tokens``: on average half a
+    sequence early.
+    """
     if tokens <= shard_tokens:
         return 1
     return math.ceil(tokens / max(length, shard_tokens - length / 2))
@@ -266,7 +295,11 @@ def _assumptions(
 ) -> Iterator[str]:
     """What the numbers rest on, a line each."""
     data, store = config.data, config.store
-    part = "all of the data" if sample.whole else "the head of the data, and the rest is taken to be like it"
+    part = (
+        "all of the data"
+        if sample.whole
+        else "the head of the data, and the rest is taken to be like it"
+    )
     yield (
         f"tokens: {sample.rows:,} rows with {sample.text_tokens:,} tokens were tokenised ({part}); they give "
         f"{sample.sequences:,} sequences of {sample.tokens / sample.sequences:,.0f} tokens on average (max_length "

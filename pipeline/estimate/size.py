@@ -1,9 +1,11 @@
-"""How many bytes a cache will take: measured on what a probe scored, or told from a teacher that was measured.
+"""How many bytes a cache will take: measured on what a probe scored, or told from a teacher that
+was measured.
 
-The second way has two parts: how many head entries and draws a config keeps of the reference teacher's distributions,
-and what each of them takes once it is packed. The constants are of SmolLM2-135M-Instruct (49,152 ids) in float32 over
-29,713 positions of `python-docs`, max_length 512, and of the 45 caches in ``benchmarks/results/format.json``, whose sizes
-they give to within 5 %.
+The second way has two parts: how many head entries and draws a config keeps of the reference
+teacher's distributions, and what each of them takes once it is packed. The constants are of
+SmolLM2-135M-Instruct (49,152 ids) in float32 over 29,713 positions of `python-docs`, max_length
+512, and of the 45 caches in ``benchmarks/results/format.json``, whose sizes they give to within 5
+%.
 """
 
 from __future__ import annotations
@@ -30,16 +32,146 @@ from logitcask.pipeline.distribution.draws import set_sizes
 # Mean probability at these ranks, of tenths of the positions by rising entropy.
 _RANKS = (1, 2, 3, 4, 6, 8, 12, 16, 32, 64, 128, 256)
 _TENTHS = (
-    (0.968, 0.0151, 0.00406, 0.00211, 9.50e-04, 5.56e-04, 2.78e-04, 1.74e-04, 6.04e-05, 2.16e-05, 7.87e-06, 2.88e-06),
-    (0.819, 0.0971, 0.0221, 0.0104, 0.00453, 0.00268, 0.00133, 8.37e-04, 2.78e-04, 9.83e-05, 3.54e-05, 1.27e-05),
-    (0.668, 0.158, 0.0496, 0.0229, 0.00966, 0.00561, 0.00271, 0.00166, 5.33e-04, 1.81e-04, 6.32e-05, 2.22e-05),
-    (0.557, 0.169, 0.0702, 0.0377, 0.0163, 0.00946, 0.00439, 0.00269, 8.56e-04, 2.88e-04, 9.96e-05, 3.45e-05),
-    (0.464, 0.167, 0.0817, 0.0482, 0.0233, 0.014, 0.00639, 0.00389, 0.00124, 4.17e-04, 1.45e-04, 5.02e-05),
-    (0.392, 0.156, 0.0843, 0.0531, 0.0275, 0.0173, 0.00884, 0.00547, 0.00177, 5.94e-04, 2.06e-04, 7.08e-05),
-    (0.326, 0.141, 0.0827, 0.0556, 0.0307, 0.02, 0.0109, 0.00693, 0.00236, 8.18e-04, 2.92e-04, 1.02e-04),
-    (0.267, 0.124, 0.0767, 0.0536, 0.0316, 0.0213, 0.0123, 0.00815, 0.00302, 0.00113, 4.18e-04, 1.51e-04),
-    (0.2, 0.101, 0.0669, 0.0496, 0.0313, 0.0221, 0.0133, 0.00931, 0.00382, 0.00154, 6.04e-04, 2.28e-04),
-    (0.123, 0.0685, 0.0477, 0.0369, 0.0253, 0.019, 0.0127, 0.00948, 0.00451, 0.00208, 9.29e-04, 3.92e-04),
+    (
+        0.968,
+        0.0151,
+        0.00406,
+        0.00211,
+        9.50e-04,
+        5.56e-04,
+        2.78e-04,
+        1.74e-04,
+        6.04e-05,
+        2.16e-05,
+        7.87e-06,
+        2.88e-06,
+    ),
+    (
+        0.819,
+        0.0971,
+        0.0221,
+        0.0104,
+        0.00453,
+        0.00268,
+        0.00133,
+        8.37e-04,
+        2.78e-04,
+        9.83e-05,
+        3.54e-05,
+        1.27e-05,
+    ),
+    (
+        0.668,
+        0.158,
+        0.0496,
+        0.0229,
+        0.00966,
+        0.00561,
+        0.00271,
+        0.00166,
+        5.33e-04,
+        1.81e-04,
+        6.32e-05,
+        2.22e-05,
+    ),
+    (
+        0.557,
+        0.169,
+        0.0702,
+        0.0377,
+        0.0163,
+        0.00946,
+        0.00439,
+        0.00269,
+        8.56e-04,
+        2.88e-04,
+        9.96e-05,
+        3.45e-05,
+    ),
+    (
+        0.464,
+        0.167,
+        0.0817,
+        0.0482,
+        0.0233,
+        0.014,
+        0.00639,
+        0.00389,
+        0.00124,
+        4.17e-04,
+        1.45e-04,
+        5.02e-05,
+    ),
+    (
+        0.392,
+        0.156,
+        0.0843,
+        0.0531,
+        0.0275,
+        0.0173,
+        0.00884,
+        0.00547,
+        0.00177,
+        5.94e-04,
+        2.06e-04,
+        7.08e-05,
+    ),
+    (
+        0.326,
+        0.141,
+        0.0827,
+        0.0556,
+        0.0307,
+        0.02,
+        0.0109,
+        0.00693,
+        0.00236,
+        8.18e-04,
+        2.92e-04,
+        1.02e-04,
+    ),
+    (
+        0.267,
+        0.124,
+        0.0767,
+        0.0536,
+        0.0316,
+        0.0213,
+        0.0123,
+        0.00815,
+        0.00302,
+        0.00113,
+        4.18e-04,
+        1.51e-04,
+    ),
+    (
+        0.2,
+        0.101,
+        0.0669,
+        0.0496,
+        0.0313,
+        0.0221,
+        0.0133,
+        0.00931,
+        0.00382,
+        0.00154,
+        6.04e-04,
+        2.28e-04,
+    ),
+    (
+        0.123,
+        0.0685,
+        0.0477,
+        0.0369,
+        0.0253,
+        0.019,
+        0.0127,
+        0.00948,
+        0.00451,
+        0.00208,
+        9.29e-04,
+        3.92e-04,
+    ),
 )
 
 # Bytes, by least squares of the relative error over those caches.
@@ -77,7 +209,9 @@ class Range(BaseModel):
 
 
 class Size(BaseModel):
-    """Bytes of a cache as a linear function of what is in it. ``heads`` and ``draws`` are means per kept position."""
+    """Bytes of a cache as a linear function of what is in it. ``heads`` and ``draws`` are means
+    per kept position.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -92,7 +226,12 @@ class Size(BaseModel):
 
     def of(self, *, sequences: int, tokens: int, positions: int, shards: int) -> Range:
         """Bytes on disk, those of a finished cache."""
-        rest = sequences * self.per_sequence + tokens * self.per_token + shards * self.per_shard + self.per_cache
+        rest = (
+            sequences * self.per_sequence
+            + tokens * self.per_token
+            + shards * self.per_shard
+            + self.per_cache
+        )
         return self.per_position.times(positions).plus(rest)
 
     @property
@@ -104,8 +243,9 @@ class Size(BaseModel):
 def size_from_reference(store: StoreConfig, vocab_size: int) -> Size:
     """What ``store`` would keep of the reference teacher.
 
-    The range is that of a teacher that is surer (without the three tenths of highest entropy) or less sure (without the
-    three of lowest), and 15 % more either way for what packs differently: ids, vocabulary, text.
+    The range is that of a teacher that is surer (without the three tenths of highest entropy) or
+    less sure (without the three of lowest), and 15 % more either way for what packs differently:
+    ids, vocabulary, text.
     """
     capture = store.capture()
     heads, draws = reference_entries(capture, vocab_size)
@@ -129,8 +269,8 @@ def size_from_reference(store: StoreConfig, vocab_size: int) -> Size:
 def size_from_probe(store: StoreConfig, vocab_size: int, kept: Seq[CachedSequence]) -> Size:
     """What the codec makes of sequences that the real teacher scored.
 
-    Packed with a prior of their own, as a build's first sequences are; on 2,000 tokens of the reference this came 2 % above
-    the whole text's bytes per token.
+    Packed with a prior of their own, as a build's first sequences are; on 2,000 tokens of the
+    reference this came 2 % above the whole text's bytes per token.
     """
     settings = store.settings(vocab_size)
     prior = TailPrior.estimate(kept, vocab_size)
@@ -144,23 +284,32 @@ def size_from_probe(store: StoreConfig, vocab_size: int, kept: Seq[CachedSequenc
     return Size(
         source="probe",
         heads=sum(int((sequence.ids >= 0).sum()) for sequence in kept) / positions,
-        draws=sum(0 if s.samples is None else int((s.samples.ids >= 0).sum()) for s in kept) / positions,
+        draws=sum(0 if s.samples is None else int((s.samples.ids >= 0).sum()) for s in kept)
+        / positions,
         per_sequence=_SEQUENCE,
         per_token=_TOKEN,
-        per_position=Range(low=per_position - error, likely=per_position, high=per_position + error),
+        per_position=Range(
+            low=per_position - error, likely=per_position, high=per_position + error
+        ),
         per_shard=empty + _MANIFEST_ENTRY,
         per_cache=len(prior.to_bytes()),
     )
 
 
-def reference_entries(capture: Capture, vocab_size: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """float64[10] each: head entries per position of every tenth, and distinct ids among its draws, over all sets.
+def reference_entries(
+    capture: Capture, vocab_size: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """float64[10] each: head entries per position of every tenth, and distinct ids among its draws,
+    over all sets.
 
-    Of systematic draws id v comes up at least once with probability ``min(1, S p_v / m)``, of independent ones with about
-    ``1 - exp(-S p_v / m)``, S being the draws of a set and m the tail's mass.
+    Of systematic draws id v comes up at least once with probability ``min(1, S p_v / m)``, of
+    independent ones with about ``1 - exp(-S p_v / m)``, S being the draws of a set and m the tail's
+    mass.
     """
     probabilities = _curves(max(_RANKS[-1], capture.top_k))[:, :vocab_size]
-    heads = head_sizes(np.log(probabilities[:, : capture.top_k]).astype(np.float32), capture).astype(np.int64)
+    heads = head_sizes(
+        np.log(probabilities[:, : capture.top_k]).astype(np.float32), capture
+    ).astype(np.int64)
     outside = probabilities * (np.arange(probabilities.shape[1]) >= heads[:, None])
     mass = np.maximum(1 - (probabilities.sum(axis=1) - outside.sum(axis=1)), outside.sum(axis=1))
     if not capture.samples:
@@ -187,7 +336,9 @@ def position_bytes(
 
 
 def _curves(width: int) -> NDArray[np.float64]:
-    """float64[10, width]: probability by rank, a power law between two ranks of the table and beyond its last."""
+    """float64[10, width]: probability by rank, a power law between two ranks of the table and
+    beyond its last.
+    """
     at, known = np.log(_RANKS), np.log(_TENTHS)
     ranks = np.log(np.arange(1, width + 1))
     curves = np.exp([np.interp(ranks, at, row) for row in known])
@@ -202,7 +353,9 @@ def _curves(width: int) -> NDArray[np.float64]:
 def _shard_bytes(codec: Codec, sequences: Seq[CachedSequence], store: StoreConfig) -> int:
     """Size of one shard of them, as a build writes it."""
     with tempfile.TemporaryDirectory() as folder:
-        writer = ShardWriter(Path(folder) / "shard", codec, store.compression_level, None, mass_slack=1e-3)
+        writer = ShardWriter(
+            Path(folder) / "shard", codec, store.compression_level, None, mass_slack=1e-3
+        )
         for sequence in sequences:
             writer.append(sequence)
         return int(str(writer.close()["bytes"]))

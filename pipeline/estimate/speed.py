@@ -1,4 +1,6 @@
-"""How fast a teacher scores: measured for some seconds, given by the user, or told from the figures of a GPU."""
+"""How fast a teacher scores: measured for some seconds, given by the user, or told from the
+figures of a GPU.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,8 @@ class Gpu:
     fp8:       the same in FP8; as ``tensor`` where they do not have it.
     float32:   FLOP/s outside the tensor cores.
     bandwidth: bytes per second of its memory.
-    link:      bytes per second to its neighbours, in one direction: NVLink where the board has it, else PCIe.
+    link:      bytes per second to its neighbours, in one direction: NVLink where the board has it,
+               else PCIe.
     memory:    bytes.
     """
 
@@ -59,18 +62,22 @@ GPUS = {
     "rtx-3090": Gpu("RTX 3090", 71e12, 71e12, 35.6e12, 0.936e12, 32e9, 24e9),
 }
 
-# Part of the peak that reading long batches of text reaches, all else within a GPU (norms, launches, waiting) included.
+# Part of the peak that reading long batches of text reaches, all else within a GPU (norms,
+# launches, waiting) included.
 _UTILISATION = Range(low=0.2, likely=0.4, high=0.6)
 # Part of a link's figure that collectives over several GPUs reach.
 _LINK_UTILISATION = 0.65
-# How often the float32 logprobs of a position are read or written: softmax, top k, ranks, the CDF that is drawn from.
+# How often the float32 logprobs of a position are read or written: softmax, top k, ranks, the CDF
+# that is drawn from.
 _PASSES = 20
-# Seconds of one CPU core, to make arrays of what the engine returns, choose what is kept, pack, hash and write it: of a
-# token, and of an entry kept of it. The vocabulary's size does not matter: at 152,064 ids a core of an AMD EPYC took 1.3 us
-# for a head of one, 3.8 to 5.3 us with the default store (26 entries), 11 us for 64 + 64 and 20 us for a head of 256.
+# Seconds of one CPU core, to make arrays of what the engine returns, choose what is kept, pack,
+# hash and write it: of a token, and of an entry kept of it. The vocabulary's size does not matter:
+# at 152,064 ids a core of an AMD EPYC took 1.3 us for a head of one, 3.8 to 5.3 us with the default
+# store (26 entries), 11 us for 64 + 64 and 20 us for a head of 256.
 _WRITING = 1.5e-6
 _WRITING_AN_ENTRY = 0.1e-6
-# Tokens per second of a build with the synthetic teacher, writing included (one core of an AMD EPYC).
+# Tokens per second of a build with the synthetic teacher, writing included (one core of an AMD
+# EPYC).
 _SYNTHETIC = 3e5
 
 _FIRST_PART = 512
@@ -80,7 +87,9 @@ _KEPT_TOKENS = 32_768
 
 
 class Speed(BaseModel):
-    """Tokens per second of one engine, which holds ``gpus_per_engine`` GPUs; ``notes`` say where that comes from."""
+    """Tokens per second of one engine, which holds ``gpus_per_engine`` GPUs; ``notes`` say where
+    that comes from.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -101,12 +110,15 @@ def given_speed(config: BuildConfig, tokens_per_second: float) -> Speed:
 
 
 def probe(config: BuildConfig, sequences: Iterable[Sequence]) -> tuple[list[CachedSequence], Speed]:
-    """Starts the engine and scores some of ``sequences``: what a cache would keep of them, and how fast that went.
+    """Starts the engine and scores some of ``sequences``: what a cache would keep of them, and how
+    fast that went.
 
-    Parts twice as long each time, until one takes some seconds; the largest counts, so that warming up does not. Raises
-    UserError as ``open_teacher``, and where no sequence has anything to learn.
+    Parts twice as long each time, until one takes some seconds; the largest counts, so that warming
+    up does not. Raises UserError as ``open_teacher``, and where no sequence has anything to learn.
     """
-    teacher = open_teacher(config.teacher, max_length=config.data.max_length, capture=config.store.capture())
+    teacher = open_teacher(
+        config.teacher, max_length=config.data.max_length, capture=config.store.capture()
+    )
     try:
         store = config.store.settings(teacher.vocab_size)
         kept: list[CachedSequence] = []
@@ -129,15 +141,22 @@ def probe(config: BuildConfig, sequences: Iterable[Sequence]) -> tuple[list[Cach
     finally:
         teacher.close()
     if not kept:
-        raise UserError(f"no sequence at the head of {config.data.path} has anything to learn; a probe needs one")
-    entries = sum(int((s.ids >= 0).sum()) + (0 if s.samples is None else int((s.samples.ids >= 0).sum())) for s in kept)
+        raise UserError(
+            f"no sequence at the head of {config.data.path} has anything to learn; a probe needs one"
+        )
+    entries = sum(
+        int((s.ids >= 0).sum()) + (0 if s.samples is None else int((s.samples.ids >= 0).sum()))
+        for s in kept
+    )
     rate = 1 / (seconds / most + writing_seconds(entries / kept_tokens))
     note = (
         f"speed: {_round(rate)} tokens/s, measured here with {engine} on {most:,} tokens in {seconds:.1f} s, after "
         "shorter ones as a warm-up; taken to hold within 15 %"
     )
     measured = Range(low=0.85 * rate, likely=rate, high=1.15 * rate)
-    return kept, Speed(source="probe", tokens_per_second=measured, gpus_per_engine=_gpus(config), notes=(note,))
+    return kept, Speed(
+        source="probe", tokens_per_second=measured, gpus_per_engine=_gpus(config), notes=(note,)
+    )
 
 
 def writing_seconds(entries: float) -> float:
@@ -145,31 +164,45 @@ def writing_seconds(entries: float) -> float:
     return _WRITING + _WRITING_AN_ENTRY * entries
 
 
-def speed_from_hardware(config: BuildConfig, gpu_name: str, context: float, entries: float) -> Speed:
+def speed_from_hardware(
+    config: BuildConfig, gpu_name: str, context: float, entries: float
+) -> Speed:
     """From a model's shape and a GPU's peak figures; neither weights nor a GPU are needed.
 
     context: mean number of tokens before a token.
     entries: head entries and draws kept of a token on average.
 
-    An engine is as fast as its slowest stage (``seconds_per_token``) or, if that takes longer, as the CPU core that
-    writes meanwhile: on GPUs the engine has a process of its own.
+    An engine is as fast as its slowest stage (``seconds_per_token``) or, if that takes longer, as
+    the CPU core that writes meanwhile: on GPUs the engine has a process of its own.
 
     Raises UserError for an unknown GPU, and for a model whose shape transformers cannot tell.
     """
     if config.teacher.is_synthetic:
         note = f"speed: {_SYNTHETIC:,.0f} tokens/s, what a build with the synthetic teacher reaches on a CPU core; no GPU is involved"
-        return Speed(source="hardware", tokens_per_second=_exactly(_SYNTHETIC), gpus_per_engine=1, notes=(note,))
+        return Speed(
+            source="hardware",
+            tokens_per_second=_exactly(_SYNTHETIC),
+            gpus_per_engine=1,
+            notes=(note,),
+        )
     gpu = GPUS.get(gpu_name.lower())
     if gpu is None:
         raise UserError(
             f"no figures for a GPU {gpu_name!r}; expected {', '.join(GPUS)}; for others give --tokens-per-second or --probe"
         )
     model = resolve_model(
-        config.teacher.model, config.teacher.revision, trust_remote_code=config.teacher.trust_remote_code
+        config.teacher.model,
+        config.teacher.revision,
+        trust_remote_code=config.teacher.trust_remote_code,
     )
     shape = shape_of(model)
-    quantised = activation_bits(model) is not None or config.teacher.engine_args.get("quantization") == "fp8"
-    arithmetic: Arithmetic = "float32" if config.teacher.dtype == "float32" else "fp8" if quantised else "16 bits"
+    quantised = (
+        activation_bits(model) is not None
+        or config.teacher.engine_args.get("quantization") == "fp8"
+    )
+    arithmetic: Arithmetic = (
+        "float32" if config.teacher.dtype == "float32" else "fp8" if quantised else "16 bits"
+    )
     wide = _float32_head(config, model)
     gpus, tensor_parallel = _gpus(config), config.teacher.tensor_parallel_size
     writing = writing_seconds(entries)
@@ -189,7 +222,9 @@ def speed_from_hardware(config: BuildConfig, gpu_name: str, context: float, entr
     def rate(utilisation: float) -> float:
         return 1 / max(seconds(utilisation).all, writing)
 
-    likely = Range(low=rate(_UTILISATION.low), likely=rate(_UTILISATION.likely), high=rate(_UTILISATION.high))
+    likely = Range(
+        low=rate(_UTILISATION.low), likely=rate(_UTILISATION.likely), high=rate(_UTILISATION.high)
+    )
     took = seconds(_UTILISATION.likely)
     peak = _layer_peak(gpu, arithmetic)
     notes = [
@@ -210,7 +245,9 @@ def speed_from_hardware(config: BuildConfig, gpu_name: str, context: float, entr
             f"WARNING: {needed / 1e9:,.0f} GB of 16-bit weights will not fit into {gpus} x {gpu.memory / 1e9:.0f} GB; "
             "raise teacher.tensor_parallel_size or name another --gpu (quantised weights take less)"
         )
-    return Speed(source="hardware", tokens_per_second=likely, gpus_per_engine=gpus, notes=tuple(notes))
+    return Speed(
+        source="hardware", tokens_per_second=likely, gpus_per_engine=gpus, notes=tuple(notes)
+    )
 
 
 Arithmetic = Literal["float32", "16 bits", "fp8"]
@@ -245,8 +282,9 @@ class Seconds:
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Of a model. ``weights``: those of the layers that one token meets; ``attention``: layers x heads x head size;
-    ``stream``: layers x width; ``head``: vocabulary x width; ``all_weights``: of the layers, experts included.
+    """Of a model. ``weights``: those of the layers that one token meets; ``attention``: layers x
+    heads x head size; ``stream``: layers x width; ``head``: vocabulary x width; ``all_weights``: of
+    the layers, experts included.
     """
 
     weights: float
@@ -270,15 +308,18 @@ def seconds_per_token(
 ) -> Seconds:
     """What reading a token costs.
 
-    Layers: 2 x weights that a token meets + 4 x layers x heads x head size x context FLOP (Kaplan et al., arXiv
-    2001.08361, section 2.1; attention without what causality saves would be twice as much). They are shared by all GPUs.
-    Everything that follows them is the work of the last stage alone.
+    Layers: 2 x weights that a token meets + 4 x layers x heads x head size x context FLOP (Kaplan
+    et al., arXiv 2001.08361, section 2.1; attention without what causality saves would be twice as
+    much). They are shared by all GPUs. Everything that follows them is the work of the last stage
+    alone.
 
-    Two sums over the GPUs of a layer, after attention and after the MLP: a GPU sends 2 (T - 1) / T of the width each time.
+    Two sums over the GPUs of a layer, after attention and after the MLP: a GPU sends 2 (T - 1) / T
+    of the width each time.
 
-    Head: 2 x vocabulary x width FLOP on tensor cores, also where its logits are float32: vLLM multiplies 16-bit factors
-    and keeps the float32 sums (``torch.mm(..., out_dtype=torch.float32)``). The vocabulary is shared by the GPUs of a
-    layer, and each of them then receives the logits of the others, and makes all passes over all of them.
+    Head: 2 x vocabulary x width FLOP on tensor cores, also where its logits are float32: vLLM
+    multiplies 16-bit factors and keeps the float32 sums (``torch.mm(...,
+    out_dtype=torch.float32)``). The vocabulary is shared by the GPUs of a layer, and each of them
+    then receives the logits of the others, and makes all passes over all of them.
     """
     gpus = tensor_parallel * stages
     matrices = 2 * shape.weights / _layer_peak(gpu, arithmetic)
@@ -333,7 +374,9 @@ def _share_of_experts(config: Any) -> float:
 
 
 def _float32_head(config: BuildConfig, model: ResolvedModel) -> bool:
-    """Whether vLLM multiplies by the output head in float32 on a GPU, as ``logitcask.pipeline.teachers.vllm.engine`` has it."""
+    """Whether vLLM multiplies by the output head in float32 on a GPU, as
+    ``logitcask.pipeline.teachers.vllm.engine`` has it.
+    """
     teacher = config.teacher
     if teacher.backend != "vllm" or teacher.dtype == "float32" or is_quantised(model):
         return False

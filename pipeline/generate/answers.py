@@ -1,12 +1,14 @@
 """``data.generate``: the teacher's own answers, written down before anything is made of them.
 
-Rows become prompts, prompts become answers, and a prompt with its answer is a sequence like any other: planned, scored by
-prefill, stored. What is learnt is what the teacher wrote, token for token as it was sampled; no text is tokenised again.
+Rows become prompts, prompts become answers, and a prompt with its answer is a sequence like any
+other: planned, scored by prefill, stored. What is learnt is what the teacher wrote, token for token
+as it was sampled; no text is tokenised again.
 
-Everything lies in ``.build/generations/``. The prompts are streamed there first, in units of a few hundred answers; a unit
-counts once the file with its answers is there (``write_durably``), and is never written twice. So a build that was
-killed goes on at the first unit without answers, and what was committed is what ends up in the cache, whether or not the
-engine would sample the same again: engines round differently in other batches, which may turn a token.
+Everything lies in ``.build/generations/``. The prompts are streamed there first, in units of a few
+hundred answers; a unit counts once the file with its answers is there (``write_durably``), and is
+never written twice. So a build that was killed goes on at the first unit without answers, and what
+was committed is what ends up in the cache, whether or not the engine would sample the same again:
+engines round differently in other batches, which may turn a token.
 """
 
 from __future__ import annotations
@@ -33,7 +35,12 @@ from logitcask.cache_format.errors import UserError
 from logitcask.cache_format.manifest import DataHash, GenerationIdentity, TokenizerIdentity
 from logitcask.pipeline.config import BuildConfig
 from logitcask.pipeline.generate.prompts import PromptRow, Prompts
-from logitcask.pipeline.identity import check_teacher, check_unchanged, tokenizer_changes, tokenizer_of
+from logitcask.pipeline.identity import (
+    check_teacher,
+    check_unchanged,
+    tokenizer_changes,
+    tokenizer_of,
+)
 from logitcask.pipeline.interruption import at_safe_points, safe_point
 from logitcask.pipeline.teachers.base import Generator, Prompt, Sampling
 from logitcask.pipeline.text.sources import Source
@@ -63,9 +70,11 @@ class GenerationState(BaseModel):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Written:
-    """What the teacher wrote: int32[m], its end token included where one came, and why it ended there.
+    """What the teacher wrote: int32[m], its end token included where one came, and why it ended
+    there.
 
-    ``stop``: at an end token or a stop string; ``length``: it may not be longer; ``empty``: at once.
+    ``stop``: at an end token or a stop string; ``length``: it may not be longer; ``empty``: at
+    once.
     """
 
     input_ids: NDArray[np.int32]
@@ -73,15 +82,22 @@ class Written:
 
 
 class Generations:
-    """The answers to the prompts of one source, as sequences; ``complete`` comes before ``sequences``.
+    """The answers to the prompts of one source, as sequences; ``complete`` comes before
+    ``sequences``.
 
-    ``counters`` are those of ``Prompts``, and of the latest ``sequences()``: ``generations``; ``generated_tokens``;
-    ``finished_stop``, ``finished_length``, ``finished_empty`` (the teacher says nothing; sequences all the same where its
-    end token is left to be learnt); ``sequences``; ``tokens``; ``kept_positions``; ``stopped_at_max_tokens``.
+    ``counters`` are those of ``Prompts``, and of the latest ``sequences()``: ``generations``;
+    ``generated_tokens``; ``finished_stop``, ``finished_length``, ``finished_empty`` (the teacher
+    says nothing; sequences all the same where its end token is left to be learnt); ``sequences``;
+    ``tokens``; ``kept_positions``; ``stopped_at_max_tokens``.
     """
 
     def __init__(
-        self, prompts: Prompts, config: BuildConfig, sampling: Sampling, build_dir: Path, request: dict[str, Any]
+        self,
+        prompts: Prompts,
+        config: BuildConfig,
+        sampling: Sampling,
+        build_dir: Path,
+        request: dict[str, Any],
     ) -> None:
         assert config.data.generate is not None
         self.tokenizer = prompts.tokenizer
@@ -106,7 +122,9 @@ class Generations:
 
     @staticmethod
     def request_in(build_dir: Path) -> dict[str, Any]:
-        """What was asked for when the prompts in ``build_dir`` were written; empty where there are none."""
+        """What was asked for when the prompts in ``build_dir`` were written; empty where there
+        are none.
+        """
         file = build_dir / "generations" / "prompts.json"
         return load_state(GenerationState, file).request if file.exists() else {}
 
@@ -121,10 +139,11 @@ class Generations:
         )
 
     def complete(self, source: Source, start: Callable[[Sampling], Any]) -> None:
-        """Writes down the prompts and every answer that is missing; ``start`` starts the engine, if one is needed.
+        """Writes down the prompts and every answer that is missing; ``start`` starts the engine, if
+        one is needed.
 
-        Raises UserError for answers that are there already but were written under other settings, with another tokenizer or
-        by another teacher; and where the data changes while it is read.
+        Raises UserError for answers that are there already but were written under other settings,
+        with another tokenizer or by another teacher; and where the data changes while it is read.
         """
         with writing_to(self._config.folder):
             state = self._state() if self._state_file.exists() else self._write_prompts(source)
@@ -134,7 +153,9 @@ class Generations:
                     f"{describe_difference(state.request, self._request)}; go back to them, start afresh with --restart, "
                     "or choose another output"
                 )
-            if state.tokenizer is not None and (changes := tokenizer_changes(state.tokenizer, self._tokenizer)):
+            if state.tokenizer is not None and (
+                changes := tokenizer_changes(state.tokenizer, self._tokenizer)
+            ):
                 raise UserError(
                     f"{self._config.output} holds prompts of another tokenizer: {self._config.teacher.model} has changed "
                     f"since they were written ({changes}); put it back, start afresh with --restart, or choose another output"
@@ -148,7 +169,9 @@ class Generations:
 
     def sequences(self, rows: Iterable[Any] = ()) -> Iterator[Sequence]:
         """Streams prompts with their answers, as ``row/sample``, up to ``max_tokens``."""
-        self._counters = Counter(generations=0, generated_tokens=0, stopped_at_max_tokens=0, sequences=0, tokens=0)
+        self._counters = Counter(
+            generations=0, generated_tokens=0, stopped_at_max_tokens=0, sequences=0, tokens=0
+        )
         limit, count = self._limit, self._counters
         for unit in range(self._state().units):
             for sequence_id, prompt, answer in self._written(unit):
@@ -186,7 +209,10 @@ class Generations:
             nonlocal units
             columns = [[row.row_id for row in waiting], [row.input_ids for row in waiting]]
             out.write_batch(
-                pa.record_batch([pa.array(c, f.type) for c, f in zip(columns, _PROMPTS, strict=True)], schema=_PROMPTS)
+                pa.record_batch(
+                    [pa.array(c, f.type) for c, f in zip(columns, _PROMPTS, strict=True)],
+                    schema=_PROMPTS,
+                )
             )
             units += 1
             waiting.clear()
@@ -234,14 +260,18 @@ class Generations:
     # --- answers
 
     def _answer(self, generator: Generator, missing: list[int], total: int, written: int) -> None:
-        """Writes the answers of the missing units, in order, until there is text enough: ``written`` tokens are there."""
+        """Writes the answers of the missing units, in order, until there is text enough:
+        ``written`` tokens are there.
+        """
         started, sampled = time.monotonic(), 0
         answers = generator.generate(prompt for unit in missing for _, prompt in self._asked(unit))
         done = total - sum(1 for unit in missing for _ in self._asked(unit))
         try:
             with (
                 at_safe_points(),
-                tqdm(total=total, initial=done, unit="answer", desc="generate", dynamic_ncols=True) as bar,
+                tqdm(
+                    total=total, initial=done, unit="answer", desc="generate", dynamic_ncols=True
+                ) as bar,
             ):
                 for unit in missing:
                     unit_answers: list[Written] = []
@@ -249,10 +279,17 @@ class Generations:
                         safe_point()
                         ids = next(answers)
                         sampled += len(ids)
-                        bar.set_postfix_str(f"{sampled / (time.monotonic() - started):,.0f} tok/s", refresh=False)
+                        bar.set_postfix_str(
+                            f"{sampled / (time.monotonic() - started):,.0f} tok/s", refresh=False
+                        )
                         bar.update()
                         unit_answers.append(
-                            cut(ids, self.sampling, self._decode, include_stop=self._settings.include_stop)
+                            cut(
+                                ids,
+                                self.sampling,
+                                self._decode,
+                                include_stop=self._settings.include_stop,
+                            )
                         )
                     self._commit(unit, unit_answers)
                     written += self._tokens([unit])
@@ -268,17 +305,24 @@ class Generations:
         columns = [[answer.input_ids for answer in answers], [answer.finish for answer in answers]]
         with pa.ipc.new_file(sink, _ANSWERS) as out:
             out.write_batch(
-                pa.record_batch([pa.array(c, f.type) for c, f in zip(columns, _ANSWERS, strict=True)], schema=_ANSWERS)
+                pa.record_batch(
+                    [pa.array(c, f.type) for c, f in zip(columns, _ANSWERS, strict=True)],
+                    schema=_ANSWERS,
+                )
             )
         write_durably(self._answers_file(unit), sink.getvalue().to_pybytes())
 
     def _written(self, unit: int) -> Iterator[tuple[str, Prompt, Written]]:
-        """Each answer of a unit with its id and prompt; nothing where it has no answers (``max_tokens`` came first)."""
+        """Each answer of a unit with its id and prompt; nothing where it has no answers
+        (``max_tokens`` came first).
+        """
         if not self._answers_file(unit).exists():
             return
         with pa.ipc.open_file(pa.memory_map(str(self._answers_file(unit)))) as file:
             ids, finish = file.get_batch(0).columns
-            for (sequence_id, prompt), answer, why in zip(self._asked(unit), ids, finish, strict=True):
+            for (sequence_id, prompt), answer, why in zip(
+                self._asked(unit), ids, finish, strict=True
+            ):
                 yield sequence_id, prompt, Written(answer.values.to_numpy().copy(), why.as_py())
 
     def _tokens(self, units: Iterable[int]) -> int:
@@ -291,7 +335,9 @@ class Generations:
         return self._config.data.max_tokens or math.inf
 
     def _decode(self, ids: NDArray[np.int32]) -> str:
-        text: str = self.tokenizer.decode(ids.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text: str = self.tokenizer.decode(
+            ids.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
         return text
 
     @property
@@ -306,13 +352,18 @@ class Generations:
 
 
 def cut(
-    input_ids: NDArray[np.int32], sampling: Sampling, decode: Callable[[NDArray[np.int32]], str], *, include_stop: bool
+    input_ids: NDArray[np.int32],
+    sampling: Sampling,
+    decode: Callable[[NDArray[np.int32]], str],
+    *,
+    include_stop: bool,
 ) -> Written:
-    """Where an answer ends: with its first end token, or at the first stop string, whichever comes first.
+    """Where an answer ends: with its first end token, or at the first stop string, whichever comes
+    first.
 
-    Without ``include_stop``, the tokens are cut off that hold nothing but the stop string and what follows it; one in which
-    the answer ends and the stop string begins stays whole, as it was sampled. With it, the answer goes on through the token
-    that completes the stop string.
+    Without ``include_stop``, the tokens are cut off that hold nothing but the stop string and what
+    follows it; one in which the answer ends and the stop string begins stays whole, as it was
+    sampled. With it, the answer goes on through the token that completes the stop string.
     """
     ended = np.flatnonzero(np.isin(input_ids, sampling.end_tokens))
     ids = input_ids[: ended[0] + 1] if len(ended) else input_ids
@@ -321,7 +372,9 @@ def cut(
     text = decode(ids) if sampling.stop else ""
     if any(stop in text for stop in sampling.stop):
         counts = range(len(ids) + 1)
-        through = bisect_left(counts, True, key=lambda n: any(stop in decode(ids[:n]) for stop in sampling.stop))
+        through = bisect_left(
+            counts, True, key=lambda n: any(stop in decode(ids[:n]) for stop in sampling.stop)
+        )
         text = decode(ids[:through])
         at = min(position for stop in sampling.stop if (position := text.find(stop)) >= 0)
         before = bisect_left(counts, True, key=lambda n: decode(ids[:n])[:at] == text[:at])

@@ -1,8 +1,9 @@
 """From rows to prompts: what the teacher reads before it writes an answer.
 
-A chat, or a single question, is rendered with the chat template up to the point where the assistant speaks; what the
-assistant says there already is taken off, since the teacher is asked for its own words. A text is continued as it stands.
-A prompt is never cut: one that leaves no room for an answer is left out, and counted.
+A chat, or a single question, is rendered with the chat template up to the point where the assistant
+speaks; what the assistant says there already is taken off, since the teacher is asked for its own
+words. A text is continued as it stands. A prompt is never cut: one that leaves no room for an
+answer is left out, and counted.
 """
 
 from __future__ import annotations
@@ -38,9 +39,10 @@ class Prompts:
 
     ``template`` is the chat template in force, None for texts that are continued.
 
-    ``counters`` describes the latest ``prompts()``: ``prompts``; ``overlong_prompts``; ``answers_replaced`` (chats that
-    ended with the assistant); ``special_tokens_in_content`` (chats with a text that spells a special token);
-    ``without_prompt`` (chats in which nobody asks); ``without_tokens``; ``refused_by_template``.
+    ``counters`` describes the latest ``prompts()``: ``prompts``; ``overlong_prompts``;
+    ``answers_replaced`` (chats that ended with the assistant); ``special_tokens_in_content`` (chats
+    with a text that spells a special token); ``without_prompt`` (chats in which nobody asks);
+    ``without_tokens``; ``refused_by_template``.
 
     Raises UserError if the tokenizer has no chat template where one is needed.
     """
@@ -61,7 +63,8 @@ class Prompts:
         return dict(self._counters)
 
     def prompts(self, rows: Iterable[Row]) -> Iterator[PromptRow]:
-        """Streams prompts, in order, until they alone, each with one token of answer, would exceed ``max_tokens``.
+        """Streams prompts, in order, until they alone, each with one token of answer, would exceed
+        ``max_tokens``.
 
         Raises UserError for an id outside the vocabulary, and where there is no prompt at all.
         """
@@ -95,19 +98,33 @@ class Prompts:
         if self.template is None:
             texts = {row.row_id: self._added.once(row.text or "")[0] for row in batch}
         else:
-            texts = {row.row_id: text for row in batch if (text := self._rendered(row, self.template)) is not None}
+            texts = {
+                row.row_id: text
+                for row in batch
+                if (text := self._rendered(row, self.template)) is not None
+            }
         special = documents and self._config.add_special_tokens
         short = [text for text in texts.values() if len(text) <= LONG]
-        encoded = iter(self.tokenizer(short, add_special_tokens=special, **self._quiet)["input_ids"] if short else ())
+        encoded = iter(
+            self.tokenizer(short, add_special_tokens=special, **self._quiet)["input_ids"]
+            if short
+            else ()
+        )
         for row_id, text in texts.items():
             if len(text) <= LONG:
                 ids = next(encoded)
             else:  # no more than shows that it is too long
                 ids = next(
-                    pieces(self._long_texts.ids(text, add_special_tokens=special), self._config.max_length + 2)
+                    pieces(
+                        self._long_texts.ids(text, add_special_tokens=special),
+                        self._config.max_length + 2,
+                    )
                 ).tolist()
             # Some tokenizers end every text with EOS; one that is to go on has not ended.
-            yield row_id, ids[:-1] if documents and ids and ids[-1] == self.tokenizer.eos_token_id else ids
+            yield (
+                row_id,
+                ids[:-1] if documents and ids and ids[-1] == self.tokenizer.eos_token_id else ids,
+            )
 
     @cached_property
     def _long_texts(self) -> LongTexts:

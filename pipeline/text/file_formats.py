@@ -1,11 +1,14 @@
-"""Rows out of one data file, as a stream: the formats people keep text in, and nothing else about the data.
+"""Rows out of one data file, as a stream: the formats people keep text in, and nothing else about
+the data.
 
-A local path, taken literally, or an fsspec URL. Memory: one record batch of a Parquet or Arrow file, one line of the
-others; only a JSON file that is one big array is held whole. ``.gz``, ``.bz2``, ``.xz`` and ``.zst`` behind a text suffix
-are unpacked on the way. Text is UTF-8, with or without a byte order mark.
+A local path, taken literally, or an fsspec URL. Memory: one record batch of a Parquet or Arrow
+file, one line of the others; only a JSON file that is one big array is held whole. ``.gz``,
+``.bz2``, ``.xz`` and ``.zst`` behind a text suffix are unpacked on the way. Text is UTF-8, with or
+without a byte order mark.
 
-A row is a dict with at least the fields asked for; a field that a JSON object or a short CSV line lacks is None. Each
-line of a ``.txt`` file is a row with the one field ``text``, as in ``datasets``.
+A row is a dict with at least the fields asked for; a field that a JSON object or a short CSV line
+lacks is None. Each line of a ``.txt`` file is a row with the one field ``text``, as in
+``datasets``.
 """
 
 from __future__ import annotations
@@ -49,7 +52,9 @@ def read_columns(path: str) -> list[str]:
 
 
 def read_rows(path: str, fields: list[str]) -> Iterator[dict[str, Any]]:
-    """Every row of the file, in order. Raises UserError for content that is not what the suffix says."""
+    """Every row of the file, in order. Raises UserError for content that is not what the suffix
+    says.
+    """
     count = 0
     with open_data(path) as (file, _):
         rows = _FORMATS[suffix_of(path)].rows(file, path, fields)
@@ -63,7 +68,9 @@ def read_rows(path: str, fields: list[str]) -> Iterator[dict[str, Any]]:
 
 
 def locate(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The file system of ``path`` and its name there. Without ``://`` it is a local path, whatever characters it has."""
+    """The file system of ``path`` and its name there. Without ``://`` it is a local path,
+    whatever characters it has.
+    """
     if "://" in path:
         found: tuple[fsspec.AbstractFileSystem, str] = fsspec.core.url_to_fs(path)
         return found
@@ -93,11 +100,15 @@ def _unpack_zstd(file: IO[bytes]) -> IO[bytes]:
         raise UserError(
             "files that end in .zst need the package zstandard, which is not installed; pip install 'logitcask[text]'"
         ) from None
-    return io.BufferedReader(_Frames(file, zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW)), _CHUNK)
+    return io.BufferedReader(
+        _Frames(file, zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW)), _CHUNK
+    )
 
 
 class _Frames(io.RawIOBase):
-    """All frames of a zstd file, one after the other; zstandard's own reader takes a file that was cut off for whole."""
+    """All frames of a zstd file, one after the other; zstandard's own reader takes a file that
+    was cut off for whole.
+    """
 
     def __init__(self, file: IO[bytes], decompressor: Any) -> None:
         self._file, self._decompressor = file, decompressor
@@ -148,7 +159,9 @@ def _naming(path: str, rows: int = 0) -> Iterator[None]:
 
 
 def _undecodable(path: str, error: UnicodeDecodeError) -> str:
-    """Where ``path`` stops being UTF-8, found by reading it again: a decoder knows the place in its buffer only."""
+    """Where ``path`` stops being UTF-8, found by reading it again: a decoder knows the place in
+    its buffer only.
+    """
     with open_data(path) as (file, _):
         for number, line in enumerate(file, 1):
             try:
@@ -178,14 +191,17 @@ def _text(file: IO[bytes], path: str, newline: str | None = None) -> io.TextIOWr
 
 
 def _json_objects(file: IO[bytes], path: str) -> Iterator[dict[str, Any]]:
-    """One array, or an object per line; ``.json`` and ``.jsonl`` are used for both, so the first character decides."""
+    """One array, or an object per line; ``.json`` and ``.jsonl`` are used for both, so the first
+    character decides.
+    """
     text = _text(file, path, newline="\n")  # newline="\n": a lone \r does not end a line
     lines = enumerate(text, 1)
     first = next(((number, line) for number, line in lines if line.strip()), None)
     if first is None:
         return
     if first[1].lstrip().startswith("["):
-        # No seek to the start, which a zstd stream refuses. Empty lines for those that were read keep the parser's count.
+        # No seek to the start, which a zstd stream refuses. Empty lines for those that were read
+        # keep the parser's count.
         array = _parse("\n" * (first[0] - 1) + first[1] + text.read(), path)
         yield from (_object(value, f"{path}, element {index}") for index, value in enumerate(array))
         return
@@ -199,17 +215,23 @@ def _parse(text: str, place: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         found = "nested too deeply" if isinstance(error, RecursionError) else error
-        raise UserError(f"{place}: not JSON ({found}); expected one object per line, or one array of objects") from None
+        raise UserError(
+            f"{place}: not JSON ({found}); expected one object per line, or one array of objects"
+        ) from None
 
 
 def _object(value: object, place: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise UserError(f"{place}: found a {type(value).__name__}, expected an object with named fields")
+        raise UserError(
+            f"{place}: found a {type(value).__name__}, expected an object with named fields"
+        )
     return value
 
 
 def _json_columns(file: IO[bytes], path: str) -> list[str]:
-    return list({key: None for value in islice(_json_objects(file, path), _PEEK_ROWS) for key in value})
+    return list(
+        {key: None for value in islice(_json_objects(file, path), _PEEK_ROWS) for key in value}
+    )
 
 
 def _json_rows(file: IO[bytes], path: str, fields: list[str]) -> Iterator[dict[str, Any]]:
@@ -219,7 +241,11 @@ def _json_rows(file: IO[bytes], path: str, fields: list[str]) -> Iterator[dict[s
 
 def _csv_reader(file: IO[bytes], path: str) -> Any:
     csv.field_size_limit(2**31 - 1)  # the default refuses documents above 128 KiB
-    return csv.reader(_text(file, path, newline=""), delimiter="\t" if suffix_of(path) == ".tsv" else ",", strict=True)
+    return csv.reader(
+        _text(file, path, newline=""),
+        delimiter="\t" if suffix_of(path) == ".tsv" else ",",
+        strict=True,
+    )
 
 
 def _csv_records(reader: Any, path: str) -> Iterator[list[str]]:
@@ -228,7 +254,9 @@ def _csv_records(reader: Any, path: str) -> Iterator[list[str]]:
         try:
             cells = next(reader, None)
         except csv.Error as error:
-            raise UserError(f"{path}, line {reader.line_num}: {error}; expected a table as RFC 4180 has it") from error
+            raise UserError(
+                f"{path}, line {reader.line_num}: {error}; expected a table as RFC 4180 has it"
+            ) from error
         if cells is None:
             return
         if cells:
@@ -279,7 +307,9 @@ def _parquet_rows(file: IO[bytes], path: str, fields: list[str]) -> Iterator[dic
 
 
 def _arrow_batches(file: IO[bytes]) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
-    """``.arrow`` is either the IPC file format, which starts with its magic, or the stream that ``datasets`` writes."""
+    """``.arrow`` is either the IPC file format, which starts with its magic, or the stream that
+    ``datasets`` writes.
+    """
     magic = file.read(6)
     file.seek(0)
     if magic == b"ARROW1":
@@ -301,14 +331,18 @@ def _arrow_rows(file: IO[bytes], path: str, fields: list[str]) -> Iterator[dict[
 
 
 def _objects_in(batch: pa.RecordBatch) -> list[dict[str, Any]]:
-    """The rows of ``batch``. Maps, which Spark writes for objects, are dicts. Raises KeyError for a key that occurs twice."""
+    """The rows of ``batch``. Maps, which Spark writes for objects, are dicts. Raises KeyError
+    for a key that occurs twice.
+    """
     return batch.to_pylist(maps_as_pydicts="strict")
 
 
 def _require(fields: list[str], columns: list[str], path: str) -> None:
     for field in fields:
         if field not in columns:
-            raise UserError(f"{path} has no column {field!r}; the files of a data set need the same columns")
+            raise UserError(
+                f"{path} has no column {field!r}; the files of a data set need the same columns"
+            )
         if columns.count(field) > 1:
             raise UserError(
                 f"{path} has {columns.count(field)} columns of the name {field!r}, so which is meant cannot be told; "

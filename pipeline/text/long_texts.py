@@ -1,10 +1,12 @@
-"""Texts too long to be tokenised in one call: a tokenizer keeps a hundred bytes and more for every character it reads.
+"""Texts too long to be tokenised in one call: a tokenizer keeps a hundred bytes and more for every
+character it reads.
 
-A long text is read in windows that overlap, and the tokens of two neighbours are joined where both have a border between
-the same two characters, in the middle of the overlap if there is one. Away from its edges a window is tokenised as the
-whole text would be, so the result is that of one call; what a tokenizer does at the start of a text (a space in front, say)
-happens in the first window only. In a run that is one word for the tokenizer and longer than an overlap (a megabyte of
-``z``), words of two windows may be split otherwise than one call would; they are the same characters still.
+A long text is read in windows that overlap, and the tokens of two neighbours are joined where both
+have a border between the same two characters, in the middle of the overlap if there is one. Away
+from its edges a window is tokenised as the whole text would be, so the result is that of one call;
+what a tokenizer does at the start of a text (a space in front, say) happens in the first window
+only. In a run that is one word for the tokenizer and longer than an overlap (a megabyte of ``z``),
+words of two windows may be split otherwise than one call would; they are the same characters still.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ from logitcask.cache_format.errors import UserError
 LONG = 1 << 20
 _WINDOW = 1 << 18
 _OVERLAP = 1 << 12
-# Windows in one call, for the tokenizer's threads; the first goes alone, since it is all that a limit may need.
+# Windows in one call, for the tokenizer's threads; the first goes alone, since it is all that a
+# limit may need.
 _AT_ONCE = 4
 
 Tokens = tuple[NDArray[np.int32], NDArray[np.int64]]
@@ -30,12 +33,15 @@ Tokens = tuple[NDArray[np.int32], NDArray[np.int64]]
 
 
 def with_whole_offsets(tokenizer: Any) -> Any:
-    """A tokenizer that gives the same ids without special tokens, and the offsets of all their characters.
+    """A tokenizer that gives the same ids without special tokens, and the offsets of all their
+    characters.
 
-    Without special tokens to add, all that a post-processor still does is to trim white space off the offsets, as those
-    of many byte-level tokenizers do; a token of spaces would then belong to nobody.
+    Without special tokens to add, all that a post-processor still does is to trim white space off
+    the offsets, as those of many byte-level tokenizers do; a token of spaces would then belong to
+    nobody.
 
-    Raises NotImplementedError, KeyError or TypeError, as the tokenizer does, where it has no offsets.
+    Raises NotImplementedError, KeyError or TypeError, as the tokenizer does, where it has no
+    offsets.
     """
     if hasattr(tokenizer, "backend_tokenizer"):
         tokenizer = copy.deepcopy(tokenizer)
@@ -61,7 +67,9 @@ class LongTexts:
     def ids(self, text: str, *, add_special_tokens: bool) -> Iterator[NDArray[np.int32]]:
         """The ids of ``text``, in parts, with what the tokenizer adds in front and behind."""
         if self._offset_tokenizer is None:
-            whole = self._tokenizer([text], add_special_tokens=add_special_tokens, **self._quiet)["input_ids"][0]
+            whole = self._tokenizer([text], add_special_tokens=add_special_tokens, **self._quiet)[
+                "input_ids"
+            ][0]
             yield np.asarray(whole, np.int32)
             return
         before, after = special_tokens(self._tokenizer) if add_special_tokens else ([], [])
@@ -74,8 +82,13 @@ class LongTexts:
         """The tokens of ``text``, in parts, without special ones; for tokenizers with offsets."""
         starts = range(0, max(1, len(text) - _OVERLAP), _WINDOW - _OVERLAP)
         held: Tokens = (np.zeros(0, np.int32), np.zeros((0, 2), np.int64))
-        for group in (starts[:1], *(starts[at : at + _AT_ONCE] for at in range(1, len(starts), _AT_ONCE))):
-            windows = self._encode(text, [(start, min(start + _WINDOW, len(text))) for start in group])
+        for group in (
+            starts[:1],
+            *(starts[at : at + _AT_ONCE] for at in range(1, len(starts), _AT_ONCE)),
+        ):
+            windows = self._encode(
+                text, [(start, min(start + _WINDOW, len(text))) for start in group]
+            )
             for start, window in zip(group, windows, strict=True):
                 if start == 0:
                     held = window
@@ -98,12 +111,15 @@ class LongTexts:
         )
         return [
             (np.asarray(ids, np.int32), np.asarray(offsets, np.int64).reshape(-1, 2) + start)
-            for ids, offsets, (start, _) in zip(encoded["input_ids"], encoded["offset_mapping"], spans, strict=True)
+            for ids, offsets, (start, _) in zip(
+                encoded["input_ids"], encoded["offset_mapping"], spans, strict=True
+            )
         ]
 
 
 def special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """The ids that the tokenizer puts in front of a text and behind it, told from what it does to a text of one letter.
+    """The ids that the tokenizer puts in front of a text and behind it, told from what it does to a
+    text of one letter.
 
     Raises UserError where they cannot be told from the text.
     """
@@ -146,7 +162,9 @@ def head(parts: Iterable[Tokens], length: int) -> Tokens:
         held += len(part[0])
         if held >= length:
             break
-    return np.concatenate([ids for ids, _ in taken])[:length], np.concatenate([at for _, at in taken])[:length]
+    return np.concatenate([ids for ids, _ in taken])[:length], np.concatenate(
+        [at for _, at in taken]
+    )[:length]
 
 
 def _borders(tokens: Tokens) -> NDArray[np.int64]:
@@ -158,7 +176,9 @@ def _borders(tokens: Tokens) -> NDArray[np.int64]:
 
 
 def _nearest(places: NDArray[np.int64], wanted: int) -> int:
-    """The nearest of ``places``; ``wanted`` itself where there is none, as in text that makes no tokens."""
+    """The nearest of ``places``; ``wanted`` itself where there is none, as in text that makes no
+    tokens.
+    """
     return int(places[np.abs(places - wanted).argmin()]) if len(places) else wanted
 
 

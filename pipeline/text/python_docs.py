@@ -16,8 +16,8 @@ _HEADING = re.compile(r"^\S.*\n([*=\-~^\"'#+])\1{2,} *$", re.MULTILINE)
 def _python_docs() -> tuple[tuple[str, str], ...]:
     """(id, text) of the language reference that ships with Python, one document per section.
 
-    PSF licence, about 465 kB. In the order of sha256(id), so that any prefix is a fair sample. The text belongs to the Python
-    version; the stamp tells versions apart.
+    PSF licence, about 465 kB. In the order of sha256(id), so that any prefix is a fair sample. The
+    text belongs to the Python version; the stamp tells versions apart.
     """
     from pydoc_data.topics import topics
 
@@ -26,7 +26,9 @@ def _python_docs() -> tuple[tuple[str, str], ...]:
         for topic, page in topics.items()
         for number, text in enumerate(_sections(page))
     ]
-    return tuple(sorted(documents, key=lambda document: hashlib.sha256(document[0].encode()).digest()))
+    return tuple(
+        sorted(documents, key=lambda document: hashlib.sha256(document[0].encode()).digest())
+    )
 
 
 def _sections(page: str) -> list[str]:

@@ -1,4 +1,6 @@
-"""About how many rows a data set has, told from sizes: nothing is read but the start of one file."""
+"""About how many rows a data set has, told from sizes: nothing is read but the start of one
+file.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ _TABLES = (".csv", ".tsv")
 
 
 def count_rows(config: DataConfig) -> float | None:
-    """About how many rows there are; None where sizes do not say. Of files only the first is opened."""
+    """About how many rows there are; None where sizes do not say. Of files only the first is
+    opened.
+    """
     if config.path in BUILT_IN:
         return len(BUILT_IN[config.path]())
     local = Path(config.path).expanduser()
@@ -50,7 +54,8 @@ def _rows_per_byte(file: str, size: int) -> float | None:
         consumed = size if len(head) < _HEAD_BYTES else packed.tell()
     if suffix in _TABLES:
         records = csv.reader(
-            io.StringIO(head.decode("utf-8", "replace"), newline=""), delimiter="\t" if suffix == ".tsv" else ","
+            io.StringIO(head.decode("utf-8", "replace"), newline=""),
+            delimiter="\t" if suffix == ".tsv" else ",",
         )
         return max(1, sum(1 for _ in records) - 1) / consumed
     if suffix != ".txt" and head.lstrip().startswith(b"["):

@@ -1,12 +1,15 @@
 """From ``data.path`` to rows: where the text comes from, read as a stream.
 
-A built-in name (``python_docs``) needs no file. Everything else is named as for ``datasets.load_dataset``: a file, a
-folder, a hub name. ``datasets`` finds the files of a split; ``file_formats`` reads them, for three reasons:
+A built-in name (``python_docs``) needs no file. Everything else is named as for
+``datasets.load_dataset``: a file, a folder, a hub name. ``datasets`` finds the files of a split;
+``file_formats`` reads them, for three reasons:
 
-* its streaming Parquet reader may abort the process at exit when reading stops early, as it does at ``max_tokens``
+* its streaming Parquet reader may abort the process at exit when reading stops early, as it does at
+``max_tokens``
   (https://github.com/huggingface/datasets/issues/7566);
-* its JSON reader infers types from the first 10 MB and fails later in the file when an unrelated column changes type;
-* without streaming it would write the whole data set a second time, as Arrow, although a plan reads it only once.
+* its JSON reader infers types from the first 10 MB and fails later in the file when an unrelated
+column changes type; * without streaming it would write the whole data set a second time, as Arrow,
+although a plan reads it only once.
 """
 
 from __future__ import annotations
@@ -29,21 +32,39 @@ from typing import Any, NamedTuple
 from logitcask.cache_format.cli.models_folder import cannot_write
 from logitcask.cache_format.errors import LogitcaskError, UserError, one_line_and_kind
 from logitcask.pipeline.config import DataConfig
-from logitcask.pipeline.text.chat_rows import ROLES, Skipped, check_unicode, marked_messages, tool_definitions
-from logitcask.pipeline.text.file_formats import JSON_SUFFIXES, SUFFIXES, read_columns, read_rows, suffix_of
+from logitcask.pipeline.text.chat_rows import (
+    ROLES,
+    Skipped,
+    check_unicode,
+    marked_messages,
+    tool_definitions,
+)
+from logitcask.pipeline.text.file_formats import (
+    JSON_SUFFIXES,
+    SUFFIXES,
+    read_columns,
+    read_rows,
+    suffix_of,
+)
 from logitcask.pipeline.text.python_docs import BUILT_IN
 
 log = logging.getLogger(__name__)
 
 ALL = "all"
-"""The split of a folder that holds every data file below it, whatever its name; a split of that name goes first."""
+"""The split of a folder that holds every data file below it, whatever its name; a split of that
+name goes first.
+"""
 
 _TOOLS = "tools"  # the column read beside chats unasked
 _CHAT_COLUMNS = ("messages", "conversations", "conversation", "chat")
 _COMMIT = re.compile(r"@([0-9a-f]{40})/")
 _SHOWN = 5  # names in a message
 _PATTERN = re.compile(r"[\[\]?*]|::")  # what `datasets` and fsspec do not take literally in a path
-_CARDS = ("README.md", ".huggingface.yaml", "dataset_infos.json")  # where a folder may name its splits
+_CARDS = (
+    "README.md",
+    ".huggingface.yaml",
+    "dataset_infos.json",
+)  # where a folder may name its splits
 _NOT_DATA = ("config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json")
 
 
@@ -64,17 +85,19 @@ class Row:
     @property
     def characters(self) -> int:
         """About how long it is, tools and calls aside."""
-        return len(self.text or "") + sum(len(str(message.get("content"))) for message in self.messages or [])
+        return len(self.text or "") + sum(
+            len(str(message.get("content"))) for message in self.messages or []
+        )
 
 
 class Source:
     """The rows of one split, in a fixed order. Iterating starts from the first row every time.
 
-    ``row_id`` is the value of ``data.id_field``, else ``split/index``, where ``index`` counts all rows of the split,
-    used or not, so that ids stay what they are when a bad row is repaired.
+    ``row_id`` is the value of ``data.id_field``, else ``split/index``, where ``index`` counts all
+    rows of the split, used or not, so that ids stay what they are when a bad row is repaired.
 
-    ``counters`` describes the latest iteration: ``rows_read``, ``rows_skipped_REASON`` for rows that hold no text, and
-    ``files_left_out`` for data files of the folder that are in no split.
+    ``counters`` describes the latest iteration: ``rows_read``, ``rows_skipped_REASON`` for rows
+    that hold no text, and ``files_left_out`` for data files of the folder that are in no split.
     """
 
     def __init__(
@@ -91,7 +114,10 @@ class Source:
         self._stamp = stamp
         self._id_field = id_field
         self._chats = config.messages_field is not None
-        setting = next((name for name in ("messages_field", "prompt_field") if getattr(config, name)), "text_field")
+        setting = next(
+            (name for name in ("messages_field", "prompt_field") if getattr(config, name)),
+            "text_field",
+        )
         self._field: str = getattr(config, setting) or "text"
         _check_field(config.path, columns, self._field, setting)
         if id_field is not None:
@@ -109,18 +135,24 @@ class Source:
         return dict(self._counters)
 
     def stamp(self) -> str:
-        """A cheap identity of the data: different where the data changed. Reads names and sizes, never rows.
+        """A cheap identity of the data: different where the data changed. Reads names and sizes,
+        never rows.
 
-        Built-in: sha256 of its documents. Files: sha256 of their names, sizes and times of change. Hub: the commit.
+        Built-in: sha256 of its documents. Files: sha256 of their names, sizes and times of change.
+        Hub: the commit.
         """
         return self._stamp()
 
     def __iter__(self) -> Iterator[Row]:
-        """Raises UserError where the data cannot be read, an id is missing or occurs twice, or no row can be used."""
+        """Raises UserError where the data cannot be read, an id is missing or occurs twice, or
+        no row can be used.
+        """
         self._counters = Counter(rows_read=0)
         if self._files_left_out:
             self._counters["files_left_out"] = self._files_left_out
-        seen: set[int] = set()  # 8 bytes of hash per row: two ids of 10 million collide with probability 3e-6
+        seen: set[int] = (
+            set()
+        )  # 8 bytes of hash per row: two ids of 10 million collide with probability 3e-6
         used = 0
         for index, record in enumerate(self._records()):
             self._counters["rows_read"] += 1
@@ -144,11 +176,15 @@ class Source:
         except LogitcaskError:
             raise
         except Exception as error:  # whatever a file system, a decoder or the network raises
-            raise UserError(f"cannot read {self._config.path}: {one_line_and_kind(error)}") from error
+            raise UserError(
+                f"cannot read {self._config.path}: {one_line_and_kind(error)}"
+            ) from error
 
     def _unique_id(self, value: object, place: str, seen: set[int]) -> str:
         if value is None:
-            raise UserError(f"row {place} of {self._config.path} has no {self._id_field!r}; every row needs an id")
+            raise UserError(
+                f"row {place} of {self._config.path} has no {self._id_field!r}; every row needs an id"
+            )
         row_id = str(value)
         try:
             encoded = row_id.encode()
@@ -170,7 +206,9 @@ class Source:
         value = record[self._field]
         if value is None:
             raise Skipped("null")
-        tools = None if self._tools_field is None else tool_definitions(record.get(self._tools_field))
+        tools = (
+            None if self._tools_field is None else tool_definitions(record.get(self._tools_field))
+        )
         if self._chats:
             marked = marked_messages(value)
             unlearnt = frozenset(index for index, (_, learnt) in enumerate(marked) if not learnt)
@@ -185,7 +223,11 @@ class Source:
     def _nothing_found(self) -> str:
         place = f"empty data set: {self._config.path}, split {self._config.split}"
         prefix = "rows_skipped_"
-        skipped = [f"{n} {why.removeprefix(prefix)}" for why, n in self._counters.items() if why.startswith(prefix)]
+        skipped = [
+            f"{n} {why.removeprefix(prefix)}"
+            for why, n in self._counters.items()
+            if why.startswith(prefix)
+        ]
         if not skipped:
             return f"{place}, has no rows"
         if self._counters["rows_skipped_sharegpt"]:
@@ -198,7 +240,11 @@ class Source:
                 f"{place}: column {self._tools_field!r} should hold tool definitions (a list of objects, or JSON text of "
                 "one); name another column in data.tools_field, or set data.tools_field=false to leave it out"
             )
-        wanted = f"chats ({', '.join(ROLES)} messages with role and content)" if self._chats else "non-empty strings"
+        wanted = (
+            f"chats ({', '.join(ROLES)} messages with role and content)"
+            if self._chats
+            else "non-empty strings"
+        )
         return (
             f"{place}: none of its {self._counters['rows_read']} rows can be used ({', '.join(skipped)}); "
             f"column {self._field!r} should hold {wanted}"
@@ -221,14 +267,22 @@ def open_source(config: DataConfig) -> Source:
     if local.is_dir():
         found = _find_in_folder(config, local)
         if found.left_out or found.elsewhere:
-            log.log(logging.WARNING if found.left_out else logging.INFO, "%s", _chosen(config, found))
+            log.log(
+                logging.WARNING if found.left_out else logging.INFO, "%s", _chosen(config, found)
+            )
         return _open_files(config, found.files, local, len(found.left_out))
-    if config.path.startswith((".", "/", "~")) or config.path.count("/") > 1 or suffix_of(config.path) in SUFFIXES:
-        raise UserError(f"no data at {config.path!r}; expected a file, a folder, a hub name, or {_names(BUILT_IN)}")
+    if (
+        config.path.startswith((".", "/", "~"))
+        or config.path.count("/") > 1
+        or suffix_of(config.path) in SUFFIXES
+    ):
+        raise UserError(
+            f"no data at {config.path!r}; expected a file, a folder, a hub name, or {_names(BUILT_IN)}"
+        )
     return _open_files(config, find_files(config), None)
 
 
-# --- built-in -----------------------------------------------------------------------------------------------------
+# --- built-in -------------------------------------------------------------------------------------
 
 
 def _open_built_in(config: DataConfig) -> Source:
@@ -236,7 +290,10 @@ def _open_built_in(config: DataConfig) -> Source:
     documents = BUILT_IN[config.path]
 
     def read(fields: list[str]) -> Iterator[dict[str, str]]:
-        return ({"id": name, "text": text, "title": text.partition("\n")[0]} for name, text in documents())
+        return (
+            {"id": name, "text": text, "title": text.partition("\n")[0]}
+            for name, text in documents()
+        )
 
     def stamp() -> str:
         return f"built-in:{hashlib.sha256(json.dumps(documents()).encode()).hexdigest()}"
@@ -244,11 +301,15 @@ def _open_built_in(config: DataConfig) -> Source:
     return Source(config, ["id", "text", "title"], read, stamp, config.id_field or "id")
 
 
-# --- files, local and on the hub ----------------------------------------------------------------------------------
+# --- files, local and on the hub ------------------------------------------------------------------
 
 
-def _open_files(config: DataConfig, files: list[str], base: Path | None, left_out: int = 0) -> Source:
-    """``files`` are paths or fsspec URLs in reading order; ``base`` is the folder of local ones, None on the hub."""
+def _open_files(
+    config: DataConfig, files: list[str], base: Path | None, left_out: int = 0
+) -> Source:
+    """``files`` are paths or fsspec URLs in reading order; ``base`` is the folder of local ones,
+    None on the hub.
+    """
     unknown = [file for file in files if suffix_of(file) not in SUFFIXES]
     if unknown:
         raise UserError(f"cannot read {unknown[0]}: expected a file of type {_names(SUFFIXES)}")
@@ -268,7 +329,9 @@ def _open_files(config: DataConfig, files: list[str], base: Path | None, left_ou
 
 
 def _fields_in(file: str, fields: list[str], config: DataConfig) -> list[str]:
-    """Without the column of tools where nobody asked for it and this file has none; JSON objects have any, perhaps None."""
+    """Without the column of tools where nobody asked for it and this file has none; JSON objects
+    have any, perhaps None.
+    """
     if _TOOLS not in fields or not config.looks_for_tools or suffix_of(file) in JSON_SUFFIXES:
         return fields
     columns = read_columns(file)
@@ -288,7 +351,9 @@ def find_files(config: DataConfig) -> list[str]:
 
 
 class _Found(NamedTuple):
-    """What a folder has for a split; ``left_out`` are its data files that are in no split, ``elsewhere`` other splits."""
+    """What a folder has for a split; ``left_out`` are its data files that are in no split,
+    ``elsewhere`` other splits.
+    """
 
     files: list[str]
     listed: int
@@ -297,7 +362,9 @@ class _Found(NamedTuple):
 
 
 def _find_in_folder(config: DataConfig, folder: Path) -> _Found:
-    """The files of one split by the rules of ``datasets`` (names, subfolders, card), or all of them for ``ALL``."""
+    """The files of one split by the rules of ``datasets`` (names, subfolders, card), or all of
+    them for ``ALL``.
+    """
     listed = _data_files(folder)
     everything = f"data.split={ALL} reads all {len(listed)} data files of the folder"
     try:
@@ -335,7 +402,9 @@ def _chosen(config: DataConfig, found: _Found) -> str:
 
 
 def _data_files(folder: Path) -> list[str]:
-    """The data files below ``folder``, relative to it, sorted; hidden ones and what describes a data set are none."""
+    """The data files below ``folder``, relative to it, sorted; hidden ones and what describes a
+    data set are none.
+    """
     found: list[str] = []
     base = os.path.realpath(folder)
     entered: set[str] = set()
@@ -346,12 +415,17 @@ def _data_files(folder: Path) -> list[str]:
             path = os.path.join(here, name)
             real = os.path.realpath(path)
             if os.path.islink(path):
-                # It may lead back to where it lies, and what lies in the folder is found without it.
+                # It may lead back to where it lies, and what lies in the folder is found without
+                # it.
                 if real in entered or os.path.commonpath((real, base)) in (real, base):
                     continue
                 entered.add(real)
             folders.append(name)
-        data = (name for name in files if suffix_of(name) in SUFFIXES and name not in _NOT_DATA and name[0] != ".")
+        data = (
+            name
+            for name in files
+            if suffix_of(name) in SUFFIXES and name not in _NOT_DATA and name[0] != "."
+        )
         found.extend(os.path.relpath(os.path.join(here, name), folder) for name in data)
     return sorted(found)
 
@@ -363,7 +437,11 @@ def _splits_of_folder(config: DataConfig, folder: Path) -> dict[str, list[str]]:
     it is shown a folder of empty files with plain names instead: its rules are about names alone.
     """
     base = folder.resolve()
-    paths = [os.path.join(here, name) for here, folders, files in os.walk(base) for name in (*folders, *files)]
+    paths = [
+        os.path.join(here, name)
+        for here, folders, files in os.walk(base)
+        for name in (*folders, *files)
+    ]
     script = base.suffix == ".py"  # a folder that passes for one
     with tempfile.TemporaryDirectory() as temporary:
         if not script and not any(_PATTERN.search(path) for path in (str(base), *paths)):
@@ -387,20 +465,25 @@ def _splits_of_folder(config: DataConfig, folder: Path) -> dict[str, list[str]]:
 
 
 def _plain(name: str) -> str:
-    """``name`` without special characters; a letter for each, since for the rules they are no borders of words."""
+    """``name`` without special characters; a letter for each, since for the rules they are no
+    borders of words.
+    """
     return re.sub(r"[\[\]?*:]", "x", name)
 
 
 def _ask_datasets(config: DataConfig, where: str, cache: str | None) -> dict[str, list[str]]:
     """The files of every split of a folder or a hub data set, as ``datasets`` sees them, each once.
 
-    ``cache``: the folder that it makes its own in, which names need no cache for; None for the user's.
+    ``cache``: the folder that it makes its own in, which names need no cache for; None for the
+    user's.
     """
     with _quiet_datasets():
         from datasets import load_dataset_builder
 
         try:
-            builder = load_dataset_builder(where, name=config.name, revision=config.revision, cache_dir=cache)
+            builder = load_dataset_builder(
+                where, name=config.name, revision=config.revision, cache_dir=cache
+            )
         except Exception as error:  # not found, no such configuration, gated, offline, ...
             what = one_line_and_kind(error).replace(where, config.path)
             if cannot_write(error):
@@ -431,16 +514,22 @@ def _open_saved(config: DataConfig, folder: Path) -> Source:
         try:
             saved = load_from_disk(str(folder))
         except Exception as error:
-            raise UserError(f"cannot open data set {config.path!r}: {one_line_and_kind(error)}") from error
+            raise UserError(
+                f"cannot open data set {config.path!r}: {one_line_and_kind(error)}"
+            ) from error
     if isinstance(saved, DatasetDict):
         _check_split(config, list(saved))
         saved = saved[config.split]
     elif saved.split is not None:
         _check_split(config, [str(saved.split)])
-    saved = saved.with_format(None)  # tensors or frames of some of its columns, if that is how it was used last
+    saved = saved.with_format(
+        None
+    )  # tensors or frames of some of its columns, if that is how it was used last
 
     def read(fields: list[str]) -> Iterator[Mapping[str, Any]]:
-        return iter(saved.select_columns([field for field in fields if field in saved.column_names]))
+        return iter(
+            saved.select_columns([field for field in fields if field in saved.column_names])
+        )
 
     def stamp() -> str:
         return _stamp_of_files(sorted(folder.rglob("*.arrow")), folder)
@@ -458,7 +547,9 @@ def _stamp_of_files(files: list[Path], base: Path) -> str:
 
 @contextmanager
 def _quiet_datasets() -> Iterator[None]:
-    """Silences progress bars and warnings of ``datasets`` and the hub client; what goes wrong becomes our one line."""
+    """Silences progress bars and warnings of ``datasets`` and the hub client; what goes wrong
+    becomes our one line.
+    """
     from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     bars_were_off, level = are_progress_bars_disabled(), logging.root.manager.disable
@@ -472,7 +563,7 @@ def _quiet_datasets() -> Iterator[None]:
             enable_progress_bars()
 
 
-# --- checks -------------------------------------------------------------------------------------------------------
+# --- checks ---------------------------------------------------------------------------------------
 
 
 def _check_split(config: DataConfig, splits: list[str]) -> None:
@@ -482,7 +573,9 @@ def _check_split(config: DataConfig, splits: list[str]) -> None:
 
 def _no_such_split(config: DataConfig, splits: list[str]) -> str:
     hint = _nearest(config.split, splits)
-    return f"data set {config.path!r} has no split {config.split!r}; expected {_names(splits)}{hint}"
+    return (
+        f"data set {config.path!r} has no split {config.split!r}; expected {_names(splits)}{hint}"
+    )
 
 
 def _check_field(path: str, columns: list[str], field: str, setting: str) -> None:
@@ -494,7 +587,9 @@ def _check_field(path: str, columns: list[str], field: str, setting: str) -> Non
     chats = [column for column in _CHAT_COLUMNS if column in columns]
     if setting == "text_field" and not hint and chats:
         hint = f"; if {chats[0]!r} holds chats, set data.messages_field={chats[0]}"
-    raise UserError(f"data set {path!r} has no column {field!r} (data.{setting}); it has {', '.join(columns)}{hint}")
+    raise UserError(
+        f"data set {path!r} has no column {field!r} (data.{setting}); it has {', '.join(columns)}{hint}"
+    )
 
 
 def _nearest(wrong: str, known: list[str]) -> str:

@@ -1,17 +1,18 @@
 """From rows to sequences: which tokens the teacher reads, and which of them a student will learn.
 
-Documents: every token but the first is learnt. One above ``max_length`` may be cut into consecutive pieces; each piece
-is scored on its own, so its teacher has not read the pieces before it. What the tokenizer puts in front of a text (BOS,
-usually) is put in front of every piece, as a teacher trained with it predicts badly without; it is repeated context, learnt
-by nobody. Where there is no such token, a piece's first token of text is learnt by nobody. A text that has the special
-tokens already, as one that another tool has rendered does, gets no second ones.
+Documents: every token but the first is learnt. One above ``max_length`` may be cut into consecutive
+pieces; each piece is scored on its own, so its teacher has not read the pieces before it. What the
+tokenizer puts in front of a text (BOS, usually) is put in front of every piece, as a teacher
+trained with it predicts badly without; it is repeated context, learnt by nobody. Where there is no
+such token, a piece's first token of text is learnt by nobody. A text that has the special tokens
+already, as one that another tool has rendered does, gets no second ones.
 
-Chats: rendered once as a whole with the chat template and tokenised once. What the assistant wrote is learnt, its
-end-of-turn token included: its characters are found in the rendered text (``chats``), and a token is the assistant's if
-it holds at least one of them.
+Chats: rendered once as a whole with the chat template and tokenised once. What the assistant wrote
+is learnt, its end-of-turn token included: its characters are found in the rendered text
+(``chats``), and a token is the assistant's if it holds at least one of them.
 
-A text above a million characters is tokenised in parts (``long_texts``), and no further than ``max_length`` asks for where
-the rest is cut off or the text left out.
+A text above a million characters is tokenised in parts (``long_texts``), and no further than
+``max_length`` asks for where the rest is cut off or the text left out.
 """
 
 from __future__ import annotations
@@ -33,7 +34,15 @@ from logitcask.cache_format.errors import UserError
 from logitcask.pipeline.config import DataConfig
 from logitcask.pipeline.text.chat_template import ChatTemplate, Refused, Span
 from logitcask.pipeline.text.chats import render, tokens_in
-from logitcask.pipeline.text.long_texts import LONG, LongTexts, Tokens, head, pieces, special_tokens, with_whole_offsets
+from logitcask.pipeline.text.long_texts import (
+    LONG,
+    LongTexts,
+    Tokens,
+    head,
+    pieces,
+    special_tokens,
+    with_whole_offsets,
+)
 from logitcask.pipeline.text.sources import Row
 from logitcask.pipeline.types import Sequence
 
@@ -42,7 +51,8 @@ log = logging.getLogger(__name__)
 _BATCH_ROWS = 256
 _BATCH_CHARACTERS = 1 << 20
 _PIECE_LIKE = re.compile(r"/\d+$")
-# BOS of widely used tokenizers. Text that begins with another tokenizer's was rendered for that one.
+# BOS of widely used tokenizers. Text that begins with another tokenizer's was rendered for that
+# one.
 _KNOWN_BOS = (
     "<s>",
     "<bos>",
@@ -59,8 +69,8 @@ _Counted = tuple[Sequence, tuple[str, ...]]
 
 @dataclass(frozen=True, slots=True)
 class _Rendered:
-    """A chat as text; ``spans`` are the characters of its assistant turns that are learnt, rising, end exclusive; the
-    others are ``unlearnt`` in number."""
+    """A chat as text; ``spans`` are the characters of its assistant turns that are learnt, rising,
+    end exclusive; the others are ``unlearnt`` in number."""
 
     row_id: str
     text: str
@@ -71,22 +81,25 @@ class _Rendered:
 class Tokenization:
     """Turns the rows of one source into sequences.
 
-    tokenizer:  a fast tokenizer of transformers, or anything with its surface: ``tokenizer(list of str,
-                add_special_tokens=..., return_offsets_mapping=...)`` and ``apply_chat_template``.
+    tokenizer:  a fast tokenizer of transformers, or anything with its surface: ``tokenizer(list of
+                str, add_special_tokens=..., return_offsets_mapping=...)`` and
+                ``apply_chat_template``.
     vocab_size: how many ids the teacher knows; every id must be below it.
 
     ``template`` is the chat template in force, None for documents.
 
-    ``counters`` describes the latest ``sequences()``: ``documents`` or ``chats`` used; ``second_bos_removed`` and
-    ``second_eos_removed``, documents whose text held what the tokenizer adds; ``foreign_bos``, those that begin with the
-    BOS of another tokenizer, which is text to this one; ``split_documents`` and the ``pieces`` they gave; ``truncated``;
-    ``dropped_overlong``; ``without_tokens``; ``nothing_to_learn`` (chats in which the assistant says nothing, or nothing
-    within ``max_length``); ``special_tokens_in_content`` (chats with a text that spells a special token);
-    ``refused_by_template``; ``turns_not_learnt`` (of the chats used, the assistant's turns that a
-    mark makes context); ``sequences``; ``tokens``;
-    ``kept_positions``; ``stopped_at_max_tokens`` (0 or 1).
+    ``counters`` describes the latest ``sequences()``: ``documents`` or ``chats`` used;
+    ``second_bos_removed`` and ``second_eos_removed``, documents whose text held what the tokenizer
+    adds; ``foreign_bos``, those that begin with the BOS of another tokenizer, which is text to this
+    one; ``split_documents`` and the ``pieces`` they gave; ``truncated``; ``dropped_overlong``;
+    ``without_tokens``; ``nothing_to_learn`` (chats in which the assistant says nothing, or nothing
+    within ``max_length``); ``special_tokens_in_content`` (chats with a text that spells a special
+    token); ``refused_by_template``; ``turns_not_learnt`` (of the chats used, the assistant's turns
+    that a mark makes context); ``sequences``; ``tokens``; ``kept_positions``;
+    ``stopped_at_max_tokens`` (0 or 1).
 
-    Raises UserError if the tokenizer lacks what the config asks for: a chat template, offsets, an EOS token.
+    Raises UserError if the tokenizer lacks what the config asks for: a chat template, offsets, an
+    EOS token.
     """
 
     def __init__(self, tokenizer: Any, config: DataConfig, vocab_size: int) -> None:
@@ -96,10 +109,13 @@ class Tokenization:
         self._vocab_size = vocab_size
         self._counters: Counter[str] = Counter()
         self._refusal = ""
-        # transformers warns about texts above the model's length, which is what the cutting here is for.
+        # transformers warns about texts above the model's length, which is what the cutting here is
+        # for.
         self._quiet = {"verbose": False} if hasattr(tokenizer, "model_max_length") else {}
         if config.append_eos and tokenizer.eos_token_id is None:
-            raise UserError("data.append_eos is set, but the tokenizer has no EOS token; leave append_eos out")
+            raise UserError(
+                "data.append_eos is set, but the tokenizer has no EOS token; leave append_eos out"
+            )
         if config.messages_field is not None:
             self.template = ChatTemplate(tokenizer, config)
             self._offset_tokenizer = _with_offsets(tokenizer)
@@ -109,19 +125,22 @@ class Tokenization:
         return dict(self._counters)
 
     def sequences(self, rows: Iterable[Row]) -> Iterator[Sequence]:
-        """Streams the sequences of ``rows`` up to ``max_tokens``; ids are ``row_id``, or ``row_id/piece`` for pieces.
+        """Streams the sequences of ``rows`` up to ``max_tokens``; ids are ``row_id``, or
+        ``row_id/piece`` for pieces.
 
         Rows are read in batches, so a source may have read a few more than there are sequences for.
 
-        Raises UserError: an id outside the vocabulary, two sequences of one id, a template whose assistant turns cannot
-        be found, the first sequence alone above ``max_tokens``, a document to be cut into pieces that have no room for
-        text, or no sequence at all.
+        Raises UserError: an id outside the vocabulary, two sequences of one id, a template whose
+        assistant turns cannot be found, the first sequence alone above ``max_tokens``, a document
+        to be cut into pieces that have no room for text, or no sequence at all.
         """
         self._counters = Counter(sequences=0, tokens=0, kept_positions=0, stopped_at_max_tokens=0)
         self._refusal = ""
         used: set[int] = set()
         for batch in batches(rows):
-            for sequence, kinds in self._chats(batch, self.template) if self.template else self._documents(batch):
+            for sequence, kinds in (
+                self._chats(batch, self.template) if self.template else self._documents(batch)
+            ):
                 if not self._fits(sequence):
                     return
                 self._check(sequence, used)
@@ -141,7 +160,9 @@ class Tokenization:
         texts = [text for text, _ in cleaned]
         short = [text for text in texts if len(text) <= LONG]
         encoded = iter(
-            self.tokenizer(short, add_special_tokens=config.add_special_tokens, **self._quiet)["input_ids"]
+            self.tokenizer(short, add_special_tokens=config.add_special_tokens, **self._quiet)[
+                "input_ids"
+            ]
             if short
             else ()
         )
@@ -150,10 +171,16 @@ class Tokenization:
                 parts: Iterable[NDArray[np.int32]] = [np.asarray(next(encoded), np.int32)]
             else:
                 parts = self._long_texts.ids(text, add_special_tokens=config.add_special_tokens)
-            yield from self._document(row, self._ended(parts) if config.append_eos else parts, found)
+            yield from self._document(
+                row, self._ended(parts) if config.append_eos else parts, found
+            )
 
-    def _document(self, row: Row, parts: Iterable[NDArray[np.int32]], found: tuple[str, ...]) -> Iterator[_Counted]:
-        """``parts``: the ids of the document, read as far as they are needed; ``found``: counters of its text."""
+    def _document(
+        self, row: Row, parts: Iterable[NDArray[np.int32]], found: tuple[str, ...]
+    ) -> Iterator[_Counted]:
+        """``parts``: the ids of the document, read as far as they are needed; ``found``:
+        counters of its text.
+        """
         cut = pieces(parts, self._config.max_length)
         first, second = next(cut, None), next(cut, None)
         if first is None:
@@ -169,10 +196,16 @@ class Tokenization:
             room = self._config.max_length - len(beginning)
             if room < 1:
                 raise UserError(self._no_room())
-            yield _learnt(f"{row.row_id}/0", first), ("documents", "split_documents", "pieces", *found)
+            yield (
+                _learnt(f"{row.row_id}/0", first),
+                ("documents", "split_documents", "pieces", *found),
+            )
             for number, rest in enumerate(pieces(chain((second,), cut), room), 1):
                 piece = np.concatenate((beginning, rest))
-                yield _learnt(f"{row.row_id}/{number}", piece, given=max(1, len(beginning))), ("pieces",)
+                yield (
+                    _learnt(f"{row.row_id}/{number}", piece, given=max(1, len(beginning))),
+                    ("pieces",),
+                )
 
     def _ended(self, parts: Iterable[NDArray[np.int32]]) -> Iterator[NDArray[np.int32]]:
         """With EOS behind them, unless there is one or there is nothing to end."""
@@ -185,8 +218,12 @@ class Tokenization:
 
     @cached_property
     def _beginning(self) -> NDArray[np.int32]:
-        """What the tokenizer puts in front of a document; n = 0 for one that adds nothing, or is told not to."""
-        return np.asarray(special_tokens(self.tokenizer)[0] if self._config.add_special_tokens else [], np.int32)
+        """What the tokenizer puts in front of a document; n = 0 for one that adds nothing, or is
+        told not to.
+        """
+        return np.asarray(
+            special_tokens(self.tokenizer)[0] if self._config.add_special_tokens else [], np.int32
+        )
 
     @cached_property
     def _long_texts(self) -> LongTexts:
@@ -202,7 +239,9 @@ class Tokenization:
         rendered = list(self._render_all(batch, template))
         if not rendered:
             return
-        for chat, (ids, offsets) in zip(rendered, self._tokens([chat.text for chat in rendered]), strict=True):
+        for chat, (ids, offsets) in zip(
+            rendered, self._tokens([chat.text for chat in rendered]), strict=True
+        ):
             mask = tokens_in(chat.spans, offsets)
             mask[:1] = False
             limit = self._config.max_length
@@ -217,7 +256,9 @@ class Tokenization:
                 yield Sequence(chat.row_id, ids[:limit], mask[:limit]), kinds
 
     def _tokens(self, texts: list[str]) -> Iterator[Tokens]:
-        """The tokens of rendered chats; of long ones as many as show that they are longer than ``max_length``."""
+        """The tokens of rendered chats; of long ones as many as show that they are longer than
+        ``max_length``.
+        """
         short = [text for text in texts if len(text) <= LONG]
         if short:
             encoded = self._offset_tokenizer(
@@ -234,7 +275,9 @@ class Tokenization:
     def _render_all(self, batch: list[Row], template: ChatTemplate) -> Iterator[_Rendered]:
         for row in batch:
             messages = row.messages or []
-            turns = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
+            turns = [
+                turn for turn, message in enumerate(messages) if message["role"] == "assistant"
+            ]
             learnt = [turn for turn in turns if turn not in row.unlearnt]
             if not learnt:
                 self._counters["nothing_to_learn"] += 1
@@ -267,9 +310,12 @@ class Tokenization:
 
     def _check(self, sequence: Sequence, used: set[int]) -> None:
         check_ids(sequence.input_ids, self._vocab_size, f"sequence {sequence.sequence_id}")
-        # Row ids are unique; only one that looks like a piece ("book/0") can meet a piece of another row ("book").
+        # Row ids are unique; only one that looks like a piece ("book/0") can meet a piece of
+        # another row ("book").
         if self._config.id_field is not None and _PIECE_LIKE.search(sequence.sequence_id):
-            digest = int.from_bytes(hashlib.blake2b(sequence.sequence_id.encode(), digest_size=8).digest())
+            digest = int.from_bytes(
+                hashlib.blake2b(sequence.sequence_id.encode(), digest_size=8).digest()
+            )
             if digest in used:
                 raise UserError(
                     f"two sequences are called {sequence.sequence_id!r}, one of them a piece of a longer document; "
@@ -328,7 +374,9 @@ class AddedTokens:
 
     @cached_property
     def _strings(self) -> tuple[list[str], list[str]]:
-        """How a text spells what is added in front, or the last of it, and behind, or the first of it; longest first."""
+        """How a text spells what is added in front, or the last of it, and behind, or the first
+        of it; longest first.
+        """
         if not self._adds:
             return [], []
         try:
@@ -341,7 +389,10 @@ class AddedTokens:
 
     def _spelled(self, ids: list[int]) -> str:
         """The text that gives special tokens ``ids``; empty where there is none."""
-        if not set(ids) <= {*self._tokenizer.all_special_ids, *getattr(self._tokenizer, "added_tokens_decoder", {})}:
+        if not set(ids) <= {
+            *self._tokenizer.all_special_ids,
+            *getattr(self._tokenizer, "added_tokens_decoder", {}),
+        }:
             return ""
         spelled = "".join(map(str, self._tokenizer.convert_ids_to_tokens(ids)))
         again = self._tokenizer([spelled], add_special_tokens=False)["input_ids"][0]
@@ -354,14 +405,18 @@ class AddedTokens:
 
 
 def _learnt(sequence_id: str, ids: NDArray[np.int32], given: int = 1) -> Sequence:
-    """A sequence of which all is learnt but the first ``given`` tokens, at least one: nothing predicts the very first."""
+    """A sequence of which all is learnt but the first ``given`` tokens, at least one: nothing
+    predicts the very first.
+    """
     mask = np.ones(len(ids), np.bool_)
     mask[:given] = False
     return Sequence(sequence_id, ids, mask)
 
 
 def batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
-    """Rows to tokenise in one call: enough for the tokenizer's threads, few enough that long documents fit."""
+    """Rows to tokenise in one call: enough for the tokenizer's threads, few enough that long
+    documents fit.
+    """
     batch: list[Row] = []
     characters = 0
     for row in rows:

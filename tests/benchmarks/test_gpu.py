@@ -1,4 +1,6 @@
-"""``make bench-gpu`` at its smallest, on a CPU: every part of it runs, its checks hold, and it goes on where it stopped."""
+"""``make bench-gpu`` at its smallest, on a CPU: every part of it runs, its checks hold, and it
+goes on where it stopped.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ import pytest
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 MODULES = ("gpu", "gpu_parts", "capture", "loss", "training", "machine")
-needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+needs_vllm = pytest.mark.skipif(
+    importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"
+)
 
 
 @pytest.fixture
@@ -38,7 +42,11 @@ def test_all_of_it_runs_on_a_cpu(
     found = json.loads((tmp_path / "gpu.json").read_text())
     assert list(found) == list(gpu.PARTS)
     assert all("cores" in one["machine"] for one in found.values())
-    checks = {f"{part}: {name}": outcome for part, one in found.items() for name, outcome in one["checks"].items()}
+    checks = {
+        f"{part}: {name}": outcome
+        for part, one in found.items()
+        for name, outcome in one["checks"].items()
+    }
     assert False not in checks.values()
     for name in (
         "capture: the raw route works",

@@ -12,7 +12,13 @@ import numpy as np
 import pytest
 
 from logitcask.cache_format import CachedSequence, CacheWriter, TailSamples
-from logitcask.cache_format.manifest import DataIdentity, Header, StoreSettings, TeacherIdentity, TokenizerIdentity
+from logitcask.cache_format.manifest import (
+    DataIdentity,
+    Header,
+    StoreSettings,
+    TeacherIdentity,
+    TokenizerIdentity,
+)
 from logitcask.cache_format.storage import files as storage
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -25,16 +31,37 @@ KINDS: dict[str, dict[str, Any]] = {
 """What a cache may hold, as fields of its store settings."""
 
 
-def make_header(vocab_size: int = 1000, top_k: int = 8, step: float = 1 / 64, kind: str = "head") -> Header:
-    store = {"top_k": top_k, "capture_k": top_k, "vocab_size": vocab_size, "logprob_step": step, **KINDS[kind]}
+def make_header(
+    vocab_size: int = 1000, top_k: int = 8, step: float = 1 / 64, kind: str = "head"
+) -> Header:
+    store = {
+        "top_k": top_k,
+        "capture_k": top_k,
+        "vocab_size": vocab_size,
+        "logprob_step": step,
+        **KINDS[kind],
+    }
     return Header(
         created_by="tests",
         teacher=TeacherIdentity(
-            model="m", backend="synthetic", engine="none", dtype="float32", route="synthetic", vocab_size=vocab_size
+            model="m",
+            backend="synthetic",
+            engine="none",
+            dtype="float32",
+            route="synthetic",
+            vocab_size=vocab_size,
         ),
-        tokenizer=TokenizerIdentity(name="t", sha256="0" * 64, vocab_sha256="0" * 64, vocab_size=vocab_size),
+        tokenizer=TokenizerIdentity(
+            name="t", sha256="0" * 64, vocab_sha256="0" * 64, vocab_size=vocab_size
+        ),
         data=DataIdentity(
-            source="x", split="train", kind="documents", mask_policy="all", max_length=64, overlong="split", sha256="0"
+            source="x",
+            split="train",
+            kind="documents",
+            mask_policy="all",
+            max_length=64,
+            overlong="split",
+            sha256="0",
         ),
         store=StoreSettings(**store),
     )
@@ -50,7 +77,9 @@ def make_sequence(
     kind: str = "head",
     kept: float = 0.8,
 ) -> CachedSequence:
-    """A random sequence of a ``kind`` of cache; its distributions live on some ids, of which the head holds the first."""
+    """A random sequence of a ``kind`` of cache; its distributions live on some ids, of which the
+    head holds the first.
+    """
     settings = KINDS[kind]
     top_k = settings.get("top_k", min(top_k, vocab_size))
     mask = rng.random(tokens) < kept
@@ -58,8 +87,12 @@ def make_sequence(
     positions = np.flatnonzero(mask[1:]).astype(np.int32)
     p, support = len(positions), min(vocab_size, 40)
     logits = rng.normal(0, 3, (p, support))
-    everything = np.sort(logits - np.log(np.exp(logits).sum(axis=1, keepdims=True)), axis=1)[:, ::-1]
-    all_ids = np.array([rng.choice(vocab_size, support, replace=False) for _ in range(p)]).reshape(p, support)
+    everything = np.sort(logits - np.log(np.exp(logits).sum(axis=1, keepdims=True)), axis=1)[
+        :, ::-1
+    ]
+    all_ids = np.array([rng.choice(vocab_size, support, replace=False) for _ in range(p)]).reshape(
+        p, support
+    )
     sizes = np.full(p, top_k)
     if "min_probability" in settings:
         sizes = np.clip((everything >= np.log(settings["min_probability"])).sum(axis=1), 1, top_k)
@@ -77,7 +110,8 @@ def make_sequence(
                 at = rng.integers(sizes[row], support, shape[1:])
                 drawn[row], drawn_logprobs[row] = all_ids[row][at], everything[row][at]
         samples = TailSamples(
-            drawn.astype(np.int32), drawn_logprobs.astype(np.float32) if "sample_logprobs" in settings else None
+            drawn.astype(np.int32),
+            drawn_logprobs.astype(np.float32) if "sample_logprobs" in settings else None,
         )
     return CachedSequence(
         sequence_id=name,
@@ -89,7 +123,9 @@ def make_sequence(
         tail_logprob=tail.astype(np.float32),
         target_logprob=-rng.exponential(3, p).astype(np.float32),
         target_rank=rng.integers(0, vocab_size, p).astype(np.int32),
-        entropy=-(np.exp(everything) * everything).sum(axis=1).astype(np.float32) if "entropy" in settings else None,
+        entropy=-(np.exp(everything) * everything).sum(axis=1).astype(np.float32)
+        if "entropy" in settings
+        else None,
         samples=samples,
     )
 
@@ -112,14 +148,24 @@ def assert_same(expected: CachedSequence, found: CachedSequence, step: float) ->
     assert (found.samples is None) == (expected.samples is None)
     if found.samples is not None:
         for row in range(len(expected.positions)):
-            for drawn, original in zip(found.samples.ids[row], expected.samples.ids[row], strict=True):
+            for drawn, original in zip(
+                found.samples.ids[row], expected.samples.ids[row], strict=True
+            ):
                 assert sorted(drawn[drawn >= 0]) == sorted(original[original >= 0]), "draws"
         assert (found.samples.logprobs is None) == (expected.samples.logprobs is None)
         if found.samples.logprobs is not None:
             last = found.logprobs.min(axis=1, where=found.ids >= 0, initial=0)
             for row in range(len(expected.positions)):
-                true = dict(zip(expected.samples.ids[row].flat, expected.samples.logprobs[row].flat, strict=True))
-                for i, logprob in zip(found.samples.ids[row].flat, found.samples.logprobs[row].flat, strict=True):
+                true = dict(
+                    zip(
+                        expected.samples.ids[row].flat,
+                        expected.samples.logprobs[row].flat,
+                        strict=True,
+                    )
+                )
+                for i, logprob in zip(
+                    found.samples.ids[row].flat, found.samples.logprobs[row].flat, strict=True
+                ):
                     if i >= 0:
                         assert abs(logprob - min(true[i], last[row])) <= step / 2 + 1e-6
                     else:
@@ -156,7 +202,10 @@ def consistent_sequence() -> Callable[..., CachedSequence]:
         input_ids = made.input_ids.copy()
         input_ids[made.positions + 1] = made.ids[at, ranks]
         return dataclasses.replace(
-            made, input_ids=input_ids, target_rank=ranks.astype(np.int32), target_logprob=made.logprobs[at, ranks]
+            made,
+            input_ids=input_ids,
+            target_rank=ranks.astype(np.int32),
+            target_logprob=made.logprobs[at, ranks],
         )
 
     return make
@@ -169,9 +218,13 @@ def same() -> Callable[[CachedSequence, CachedSequence, float], None]:
 
 @pytest.fixture
 def write_cache(
-    rng: np.random.Generator, header: Callable[..., Header], consistent_sequence: Callable[..., CachedSequence]
+    rng: np.random.Generator,
+    header: Callable[..., Header],
+    consistent_sequence: Callable[..., CachedSequence],
 ) -> Callable[..., Path]:
-    """``write_cache(path, shards, **options of the header)`` makes a small cache of fresh random sequences."""
+    """``write_cache(path, shards, **options of the header)`` makes a small cache of fresh random
+    sequences.
+    """
 
     def write(path: Path, shards: int = 3, **options: Any) -> Path:
         with CacheWriter(path) as writer:

@@ -18,7 +18,10 @@ def config(cap: float | None) -> SimpleNamespace:
 @pytest.mark.parametrize("asked", [None, "sdpa", "eager", {"": "sdpa"}])
 def test_without_a_cap_it_is_the_users(asked: object) -> None:
     assert attention_implementation(config(None), asked, "x") == asked
-    assert attention_implementation(SimpleNamespace(get_text_config=lambda: object()), asked, "x") == asked
+    assert (
+        attention_implementation(SimpleNamespace(get_text_config=lambda: object()), asked, "x")
+        == asked
+    )
 
 
 def test_a_cap_needs_attention_that_applies_it() -> None:

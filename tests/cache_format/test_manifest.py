@@ -10,7 +10,9 @@ from logitcask.cache_format.manifest import Manifest
 
 
 def test_the_exported_schema_is_in_step():
-    """Written by: python -c "import json; from logitcask.cache_format import Manifest; print(json.dumps(Manifest.model_json_schema(), indent=2))" """
+    """Written by: python -c "import json; from logitcask.cache_format import Manifest;
+    print(json.dumps(Manifest.model_json_schema(), indent=2))"
+    """
     exported = Path(logitcask.cache_format.__file__).parent / "manifest.schema.json"
     assert json.loads(exported.read_text()) == Manifest.model_json_schema()
 
@@ -21,7 +23,9 @@ def test_the_fingerprint_is_of_the_content(header):
 
     def with_teacher(**changes):
         return (
-            base.model_copy(update={"teacher": base.teacher.model_copy(update=changes)}).with_fingerprint().fingerprint
+            base.model_copy(update={"teacher": base.teacher.model_copy(update=changes)})
+            .with_fingerprint()
+            .fingerprint
         )
 
     assert with_teacher(route="flat") == base.fingerprint

@@ -1,4 +1,6 @@
-"""Reading: by index, across processes, with the light dependencies only; damage is found and named."""
+"""Reading: by index, across processes, with the light dependencies only; damage is found and
+named.
+"""
 
 from __future__ import annotations
 
@@ -53,8 +55,12 @@ def test_random_access_equals_iteration(path):
 
 def test_columns_are_read_alone(path):
     cache = CacheReader(path)
-    assert pa.concat_arrays(list(cache.iter_column("sequence_id"))).to_pylist() == [s.sequence_id for s in cache]
-    lengths = pa.concat_arrays([c.value_lengths() for c in cache.iter_column("positions")]).to_pylist()
+    assert pa.concat_arrays(list(cache.iter_column("sequence_id"))).to_pylist() == [
+        s.sequence_id for s in cache
+    ]
+    lengths = pa.concat_arrays(
+        [c.value_lengths() for c in cache.iter_column("positions")]
+    ).to_pylist()
     assert lengths == [len(s.positions) for s in cache]
 
 
@@ -135,7 +141,15 @@ def test_unknown_features_are_refused_and_unknown_keys_kept(path):
 
 
 @pytest.mark.parametrize(
-    "name", ["../secrets.arrow", "data/../../x.arrow", "/etc/passwd", "data/x.txt", "data/.arrow", "data//x.arrow"]
+    "name",
+    [
+        "../secrets.arrow",
+        "data/../../x.arrow",
+        "/etc/passwd",
+        "data/x.txt",
+        "data/.arrow",
+        "data//x.arrow",
+    ],
 )
 def test_shards_may_not_leave_the_cache(path, name):
     manifest = json.loads((path / "manifest.json").read_text())
@@ -166,7 +180,9 @@ def test_the_manifest_says_how_many_rows_a_batch_has(path):
 
 
 def test_reading_needs_little(path):
-    """In a fresh process: no framework, no engine, no writer and no YAML parser is imported on the way to the numbers."""
+    """In a fresh process: no framework, no engine, no writer and no YAML parser is imported on
+    the way to the numbers.
+    """
     code = (
         "import sys; from logitcask.cache_format import CacheReader; "
         f"s = CacheReader({str(path)!r})[0]; print(s.logprobs.shape); "
@@ -179,7 +195,9 @@ def test_reading_needs_little(path):
 
 
 def test_others_can_open_the_shards(path, tmp_path):
-    """The plain columns are plain Arrow: to pyarrow alone, and to datasets, by the files or by the folder's card."""
+    """The plain columns are plain Arrow: to pyarrow alone, and to datasets, by the files or by
+    the folder's card.
+    """
     datasets = pytest.importorskip("datasets")
     cache = CacheReader(path)
     expected = [s.input_ids.tolist() for s in cache]
@@ -187,8 +205,13 @@ def test_others_can_open_the_shards(path, tmp_path):
         table = file.read_all()
     assert table["input_ids"].to_pylist() == expected[:5]
     assert table["target_rank"].to_pylist() == [cache[i].target_rank.tolist() for i in range(5)]
-    for source in ({"path": "arrow", "data_files": str(path / "data" / "*.arrow")}, {"path": str(path)}):
-        loaded = datasets.load_dataset(**source, split="train", cache_dir=str(tmp_path / "datasets"))
+    for source in (
+        {"path": "arrow", "data_files": str(path / "data" / "*.arrow")},
+        {"path": str(path)},
+    ):
+        loaded = datasets.load_dataset(
+            **source, split="train", cache_dir=str(tmp_path / "datasets")
+        )
         assert loaded["input_ids"][:] == expected
 
 

@@ -11,7 +11,9 @@ import pytest
 @pytest.mark.parametrize("kind", ["samples", "sample logprobs", "head"])
 @pytest.mark.parametrize("rows", [slice(1, 3), np.array([0, 2]), slice(0, 0)])
 def test_some_positions(rng, sequence, kind, rows):
-    """Every field that has one row a position loses the same rows; tokens, loss mask and name stay."""
+    """Every field that has one row a position loses the same rows; tokens, loss mask and name
+    stay.
+    """
     whole = sequence(rng, "a", tokens=9, kind=kind)
     part = whole.at(rows)
     for field in fields(whole):

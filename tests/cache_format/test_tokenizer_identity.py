@@ -1,4 +1,6 @@
-"""The identity of a tokenizer: equal where the same text becomes the same ids, different where it does not."""
+"""The identity of a tokenizer: equal where the same text becomes the same ids, different where
+it does not.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from logitcask.cache_format.tokenizer_identity import tokenizer_identity
@@ -95,7 +106,15 @@ def test_the_four_facts() -> None:
         lambda: changed(lambda backend: backend.enable_truncation(2)),
         lambda: changed(lambda backend: backend.enable_padding(pad_token="<eos>", pad_id=1)),
     ],
-    ids=["sequence of one", "converted", "decoder", "trimmed offsets", "empty normaliser", "truncation", "padding"],
+    ids=[
+        "sequence of one",
+        "converted",
+        "decoder",
+        "trimmed offsets",
+        "empty normaliser",
+        "truncation",
+        "padding",
+    ],
 )
 def test_what_changes_no_id_changes_no_hash(same: Callable[[], Any]) -> None:
     assert tokenizer_identity(same(), None) == tokenizer_identity(fast(), None)
@@ -116,12 +135,23 @@ def test_it_survives_saving_loading_and_use(tmp_path: Path) -> None:
     [
         (lambda: edited(swap_merges), True),
         (lambda: changed(setter("normalizer", normalizers.Lowercase())), True),
-        (lambda: changed(setter("pre_tokenizer", pre_tokenizers.ByteLevel(add_prefix_space=True))), True),
-        (lambda: changed(lambda backend: backend.add_special_tokens([AddedToken("the", lstrip=True)])), True),
+        (
+            lambda: changed(
+                setter("pre_tokenizer", pre_tokenizers.ByteLevel(add_prefix_space=True))
+            ),
+            True,
+        ),
+        (
+            lambda: changed(
+                lambda backend: backend.add_special_tokens([AddedToken("the", lstrip=True)])
+            ),
+            True,
+        ),
         (
             lambda: changed(
                 setter(
-                    "post_processor", processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 0)])
+                    "post_processor",
+                    processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 0)]),
                 )
             ),
             True,
@@ -140,10 +170,14 @@ def test_what_changes_ids_changes_the_hash(other: Callable[[], Any], same_vocabu
 def test_scores_of_a_unigram_model_count() -> None:
     def unigram(score: float, unk: int | None) -> PreTrainedTokenizerFast:
         return PreTrainedTokenizerFast(
-            tokenizer_object=Tokenizer(models.Unigram([("a", -1.0), ("b", -2.0), ("ab", score)], unk_id=unk))
+            tokenizer_object=Tokenizer(
+                models.Unigram([("a", -1.0), ("b", -2.0), ("ab", score)], unk_id=unk)
+            )
         )
 
-    identities = [tokenizer_identity(unigram(*args), None) for args in ((-2.5, 0), (-9.0, 0), (-2.5, None))]
+    identities = [
+        tokenizer_identity(unigram(*args), None) for args in ((-2.5, 0), (-9.0, 0), (-2.5, None))
+    ]
     assert len({identity["sha256"] for identity in identities}) == 3
     assert len({identity["vocab_sha256"] for identity in identities}) == 1
 
@@ -156,7 +190,9 @@ def test_a_tokenizer_without_a_backend() -> None:
         def __len__(self) -> int:
             return 256
 
-        def __call__(self, texts: list[str], add_special_tokens: bool) -> dict[str, list[list[int]]]:
+        def __call__(
+            self, texts: list[str], add_special_tokens: bool
+        ) -> dict[str, list[list[int]]]:
             return {"input_ids": [list(text.encode()) for text in texts]}
 
     class OtherBytes(Bytes):
@@ -164,7 +200,10 @@ def test_a_tokenizer_without_a_backend() -> None:
 
     assert tokenizer_identity(Bytes(), None) == tokenizer_identity(Bytes(), None)
     assert tokenizer_identity(Bytes(), None)["vocab_size"] == 256
-    assert tokenizer_identity(Bytes(), None)["sha256"] != tokenizer_identity(OtherBytes(), None)["sha256"]
+    assert (
+        tokenizer_identity(Bytes(), None)["sha256"]
+        != tokenizer_identity(OtherBytes(), None)["sha256"]
+    )
 
 
 def test_it_is_the_same_in_a_process_without_transformers(tmp_path: Path) -> None:

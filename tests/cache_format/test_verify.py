@@ -1,4 +1,6 @@
-"""``verify --deep``: whatever a sound writer would never write is found, although every hash fits."""
+"""``verify --deep``: whatever a sound writer would never write is found, although every hash
+fits.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ def consistent(rng, consistent_sequence):
 
 def written(tmp_path, header, sequences, monkeypatch):
     """The sequences as a cache with right hashes, whatever is in them."""
-    monkeypatch.setattr(logitcask.cache_format.shards.shard_writer, "validate", lambda *_, **__: None)
+    monkeypatch.setattr(
+        logitcask.cache_format.shards.shard_writer, "validate", lambda *_, **__: None
+    )
     with CacheWriter(tmp_path / "c") as writer:
         started = writer.begin(header(kind=KIND))
         for index, part in enumerate((sequences[:2], sequences[2:])):
@@ -44,21 +48,34 @@ WRONG = {
     "an id occurs twice": lambda s: {
         "ids": np.where((np.arange(s.ids.shape[1]) == 1) & (s.ids >= 0), s.ids[:, :1], s.ids)
     },
-    # No more than an even distribution over all ids has: beyond that it is refused for another reason.
-    "entropy contradicts": lambda s: {"entropy": np.minimum(s.entropy + 4, np.float32(math.log(VOCAB)))},
-    "a sample is in the head": lambda s: {"samples": TailSamples(np.repeat(s.ids[:, None, :1], 2, axis=1))},
-    "a tail with mass has no draw": lambda s: {"samples": TailSamples(np.full_like(s.samples.ids, -1))},
+    # No more than an even distribution over all ids has: beyond that it is refused for another
+    # reason.
+    "entropy contradicts": lambda s: {
+        "entropy": np.minimum(s.entropy + 4, np.float32(math.log(VOCAB)))
+    },
+    "a sample is in the head": lambda s: {
+        "samples": TailSamples(np.repeat(s.ids[:, None, :1], 2, axis=1))
+    },
+    "a tail with mass has no draw": lambda s: {
+        "samples": TailSamples(np.full_like(s.samples.ids, -1))
+    },
     "add up to 1": lambda s: {"tail_logprob": s.tail_logprob - 0.7},
     "target and head disagree": lambda s: {"target_logprob": s.target_logprob - 0.05},
     "rank beyond it": lambda s: {"target_rank": s.target_rank + 8},
-    "head logprobs do not fall|mass is above 1": lambda s: {"logprobs": np.where(s.ids >= 0, 0, s.logprobs)},
-    "positions are not those": lambda s: {"loss_mask": np.where(np.arange(len(s)) == 3, False, s.loss_mask)},
+    "head logprobs do not fall|mass is above 1": lambda s: {
+        "logprobs": np.where(s.ids >= 0, 0, s.logprobs)
+    },
+    "positions are not those": lambda s: {
+        "loss_mask": np.where(np.arange(len(s)) == 3, False, s.loss_mask)
+    },
     "token ids leave": lambda s: {"input_ids": s.input_ids + 1000},
 }
 
 
 @pytest.mark.parametrize("what", WRONG)
-def test_what_contradicts_the_specification_is_found(tmp_path, header, consistent, monkeypatch, what):
+def test_what_contradicts_the_specification_is_found(
+    tmp_path, header, consistent, monkeypatch, what
+):
     sequences = [consistent(f"s{i}") for i in range(4)]
     sequences[3] = dataclasses.replace(sequences[3], **WRONG[what](sequences[3]))
     path = written(tmp_path, header, sequences, monkeypatch)
@@ -69,12 +86,16 @@ def test_what_contradicts_the_specification_is_found(tmp_path, header, consisten
 
 
 def test_an_id_that_occurs_twice(tmp_path, header, consistent, monkeypatch):
-    path = written(tmp_path, header, [consistent(name) for name in ("a", "b", "c", "a")], monkeypatch)
+    path = written(
+        tmp_path, header, [consistent(name) for name in ("a", "b", "c", "a")], monkeypatch
+    )
     (problem,) = verify(path, deep=True)
     assert "'a' occurs twice" in problem
 
 
-@pytest.mark.parametrize("field", ["content_sha256", "tokens", "positions", "head_mass_sum", "target_nll_sum"])
+@pytest.mark.parametrize(
+    "field", ["content_sha256", "tokens", "positions", "head_mass_sum", "target_nll_sum"]
+)
 def test_a_forged_manifest(tmp_path, header, consistent, monkeypatch, field):
     path = written(tmp_path, header, [consistent(f"s{i}") for i in range(4)], monkeypatch)
     manifest = json.loads((tmp_path / "c" / "manifest.json").read_text())

@@ -1,4 +1,6 @@
-"""The commit protocol: killed anywhere, a cache is incomplete or right, and the same build goes on."""
+"""The commit protocol: killed anywhere, a cache is incomplete or right, and the same build goes
+on.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +65,8 @@ def test_what_is_written_is_read(tmp_path, header, sequences, same):
 
 
 def kill_at(operation, path, header, sequences):
-    """Builds in a child process that dies, without any clean-up, at its n-th rename, fsync, mkdir, unlink or rmdir.
+    """Builds in a child process that dies, without any clean-up, at its n-th rename, fsync, mkdir,
+    unlink or rmdir.
 
     Returns whether the child got to the end.
     """
@@ -99,7 +102,9 @@ def test_killed_at_every_operation(tmp_path, header, sequences):
         if (path / "manifest.json").exists():
             assert CacheReader(path).manifest.content_sha256 == expected.content_sha256
         else:
-            with pytest.raises(IncompleteCacheError if (path / BUILD_DIR).exists() else CacheNotFoundError):
+            with pytest.raises(
+                IncompleteCacheError if (path / BUILD_DIR).exists() else CacheNotFoundError
+            ):
                 CacheReader(path)
             assert build(path, header(), sequences).content_sha256 == expected.content_sha256
         assert verify(str(path)) == []
@@ -141,7 +146,10 @@ def test_the_second_writer_is_refused(tmp_path):
 def test_another_build_in_the_same_folder_is_refused(tmp_path, header):
     with CacheWriter(tmp_path / "c") as writer:
         writer.begin(header(top_k=8))
-    with CacheWriter(tmp_path / "c") as writer, pytest.raises(UserError, match=r"store\.top_k: 8 -> 4"):
+    with (
+        CacheWriter(tmp_path / "c") as writer,
+        pytest.raises(UserError, match=r"store\.top_k: 8 -> 4"),
+    ):
         writer.begin(header(top_k=4).model_copy(update={"store": header(top_k=4).store}))
 
 
@@ -160,7 +168,9 @@ def test_remove_leaves_what_is_not_the_caches(tmp_path, header, sequences):
 
 
 def test_a_full_disk_is_one_clear_line_and_loses_no_shard(tmp_path, header, sequences, monkeypatch):
-    """The disk fills while shard 1 is written; with room again, only shard 1 and later are written."""
+    """The disk fills while shard 1 is written; with room again, only shard 1 and later are
+    written.
+    """
     real = os.fsync
     path = tmp_path / "c"
 
@@ -181,7 +191,9 @@ def test_a_full_disk_is_one_clear_line_and_loses_no_shard(tmp_path, header, sequ
 
 
 def test_batches_are_small_and_uniform(tmp_path, rng, header, sequence, monkeypatch):
-    """About BATCH_BYTES each before compression, every one but the last of the same number of sequences."""
+    """About BATCH_BYTES each before compression, every one but the last of the same number of
+    sequences.
+    """
     monkeypatch.setattr(logitcask.cache_format.shards.shard_writer, "BATCH_BYTES", 1 << 17)
     many = [sequence(rng, f"s{i}", tokens=300, top_k=32, vocab_size=5000) for i in range(90)]
     manifest = build(tmp_path / "c", header(5000, 32), many)
@@ -189,12 +201,17 @@ def test_batches_are_small_and_uniform(tmp_path, rng, header, sequence, monkeypa
     assert all(2 <= count < 30 for count in per_batch)
     cache = CacheReader(tmp_path / "c")
     order = rng.permutation(len(cache))
-    assert all(cache[int(i)].sequence_id == many[(int(i) % 30) * 3 + int(i) // 30].sequence_id for i in order)
+    assert all(
+        cache[int(i)].sequence_id == many[(int(i) % 30) * 3 + int(i) // 30].sequence_id
+        for i in order
+    )
     assert np.array_equal(cache[-1].input_ids, cache[len(cache) - 1].input_ids)
 
 
 def test_files_that_are_not_a_caches_are_left_alone(tmp_path, header):
-    """A project folder as output, with data/ and README.md of its own: refused, and nothing is touched."""
+    """A project folder as output, with data/ and README.md of its own: refused, and nothing is
+    touched.
+    """
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "train.jsonl").write_text("mine")
     (tmp_path / "README.md").write_text("mine")
@@ -271,7 +288,9 @@ def begun_and_killed(path, header, prior):
 def test_a_worker_whose_run_is_over_changes_nothing(tmp_path, header, sequences, again):
     """It has written all of its shard and is about to commit it when the next run begins."""
     expected = build(tmp_path / "whole", header(), sequences)
-    stale = begun_and_killed(tmp_path / "c", header(), TailPrior.estimate(sequences, header().store.vocab_size))
+    stale = begun_and_killed(
+        tmp_path / "c", header(), TailPrior.estimate(sequences, header().store.vocab_size)
+    )
     with ExitStack() as run:
         with pytest.raises(CacheInUseError, match="another process now"), stale.shard(1) as shard:
             shard.append(sequences[0])
@@ -309,7 +328,10 @@ def test_a_shard_that_was_given_to_another_worker(tmp_path, header, sequences):
         for worker in (first, second):
             worker.join(header())
         with ExitStack() as attempt:
-            with pytest.raises(CacheInUseError, match="another process now"), first.shard(0) as shard:
+            with (
+                pytest.raises(CacheInUseError, match="another process now"),
+                first.shard(0) as shard,
+            ):
                 shard.append(sequences[0])
                 again = attempt.enter_context(second.shard(0))
             again.append(sequences[1])

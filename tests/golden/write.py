@@ -1,8 +1,10 @@
-"""Writes the golden caches of the format's version 1, each with the values it must decode to, into this folder.
+"""Writes the golden caches of the format's version 1, each with the values it must decode to, into
+this folder.
 
     python tests/golden/write.py
 
-Run once for a version, before its first release; what lies here afterwards stays as it is, and is read for ever.
+Run once for a version, before its first release; what lies here afterwards stays as it is, and is
+read for ever.
 """
 
 from __future__ import annotations
@@ -29,13 +31,20 @@ CACHES = {
 
 
 def main() -> None:
-    fixtures, minimal = (_load(HERE.parent / "cache_format" / f"{name}.py") for name in ("conftest", "minimal_reader"))
+    fixtures, minimal = (
+        _load(HERE.parent / "cache_format" / f"{name}.py")
+        for name in ("conftest", "minimal_reader")
+    )
     for number, (name, about) in enumerate(CACHES.items()):
         rng = np.random.default_rng(number)
         vocab_size, kind = about["vocab_size"], about["kind"]
         sequences = [
-            fixtures.make_sequence(rng, f"sequence {i}", tokens=tokens, vocab_size=vocab_size, kind=kind, kept=kept)
-            for i, (tokens, kept) in enumerate([(1, 0.0), (12, 0.0), (20, 0.7), (9, 1.0), (2, 1.0), (15, 0.4)])
+            fixtures.make_sequence(
+                rng, f"sequence {i}", tokens=tokens, vocab_size=vocab_size, kind=kind, kept=kept
+            )
+            for i, (tokens, kept) in enumerate(
+                [(1, 0.0), (12, 0.0), (20, 0.7), (9, 1.0), (2, 1.0), (15, 0.4)]
+            )
         ]
         prior = TailPrior.estimate(sequences, vocab_size) if about["prior"] else None
         with CacheWriter(HERE / name) as writer:

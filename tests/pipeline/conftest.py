@@ -15,10 +15,12 @@ _LEAST_EXPECTED = 10
 
 @pytest.fixture(scope="session")
 def tail_p_value() -> PValue:
-    """``tail_p_value(samples, tail)``: Pearson's chi-square test that independent draws have these probabilities.
+    """``tail_p_value(samples, tail)``: Pearson's chi-square test that independent draws have these
+    probabilities.
 
-    samples: int[R, N], ids; -1 is no draw. tail: float[R, V], not normalised, zero in the head. A draw from there is
-    impossible: the answer is 0 then. Rare ids are pooled, so that 10 draws at least are expected of each class.
+    samples: int[R, N], ids; -1 is no draw. tail: float[R, V], not normalised, zero in the head. A
+    draw from there is impossible: the answer is 0 then. Rare ids are pooled, so that 10 draws at
+    least are expected of each class.
     """
     import torch
 
@@ -32,16 +34,22 @@ def tail_p_value() -> PValue:
             order = np.argsort(-expected, kind="stable")
             cumulative = expected[order].cumsum()
             common = int((expected >= _LEAST_EXPECTED).sum())
-            rare = (cumulative[common:] - (cumulative[common - 1] if common else 0)) // _LEAST_EXPECTED
+            rare = (
+                cumulative[common:] - (cumulative[common - 1] if common else 0)
+            ) // _LEAST_EXPECTED
             classes = np.empty(len(weights), np.int64)
             classes[order[:common]] = np.arange(common)
-            classes[order[common:]] = common + np.minimum(rare, max(0, rare[-1] - 1) if len(rare) else 0)
+            classes[order[common:]] = common + np.minimum(
+                rare, max(0, rare[-1] - 1) if len(rare) else 0
+            )
             wanted = np.bincount(classes, weights=expected)
             seen = np.bincount(classes[ids], minlength=len(wanted))
             statistic += ((seen - wanted) ** 2 / np.maximum(wanted, 1e-9)).sum()
             freedom += len(wanted) - 1
         return float(
-            torch.special.gammaincc(torch.tensor(freedom / 2.0).double(), torch.tensor(statistic / 2.0).double())
+            torch.special.gammaincc(
+                torch.tensor(freedom / 2.0).double(), torch.tensor(statistic / 2.0).double()
+            )
         )
 
     return p_value

@@ -1,4 +1,6 @@
-"""The C library's heap under an engine: large blocks stay out of it however many of them were freed before."""
+"""The C library's heap under an engine: large blocks stay out of it however many of them were
+freed before.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,8 @@ import pytest
 
 pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="about glibc")
 
-# How many more blocks are mapped apart once 8 MiB are held, after 24 MiB were freed, which raises the threshold.
+# How many more blocks are mapped apart once 8 MiB are held, after 24 MiB were freed, which raises
+# the threshold.
 _MAPPED = """
 import ctypes
 
@@ -42,7 +45,9 @@ _CALL = "from logitcask.pipeline.memory import map_large_blocks; map_large_block
     ],
     ids=["left alone", "fixed", "tunables", "variable"],
 )
-def test_large_blocks_stay_out_of_the_heap(call: str, environment: dict[str, str], mapped: int) -> None:
+def test_large_blocks_stay_out_of_the_heap(
+    call: str, environment: dict[str, str], mapped: int
+) -> None:
     unset = {"GLIBC_TUNABLES", "MALLOC_MMAP_THRESHOLD_", "LD_PRELOAD"}
     inherited = {name: value for name, value in os.environ.items() if name not in unset}
     done = subprocess.run(

@@ -1,4 +1,6 @@
-"""What the tests of training have in common: a cache scored by a real model, small written ones, and a config."""
+"""What the tests of training have in common: a cache scored by a real model, small written ones,
+and a config.
+"""
 
 from __future__ import annotations
 
@@ -30,13 +32,24 @@ made = _sequences()
 
 @pytest.fixture
 def write_cache(tmp_path, rng):
-    """``write_cache(name, kind=..., shards=..., sequences=..., tokens=(low, high))``: a cache of random sequences.
+    """``write_cache(name, kind=..., shards=..., sequences=..., tokens=(low, high))``: a cache of
+    random sequences.
 
-    ``sequences`` per shard, ``per_batch`` of them in a record batch; ids below 60. ``tokens`` may also
-    list the length of each sequence of a shard. ``vocab``: the identity of its tokenizer.
+    ``sequences`` per shard, ``per_batch`` of them in a record batch; ids below 60. ``tokens`` may
+    also list the length of each sequence of a shard. ``vocab``: the identity of its tokenizer.
     """
 
-    def write(name, *, kind="samples", shards=3, sequences=40, tokens=(4, 40), per_batch=5, top_k=6, vocab="0" * 64):
+    def write(
+        name,
+        *,
+        kind="samples",
+        shards=3,
+        sequences=40,
+        tokens=(4, 40),
+        per_batch=5,
+        top_k=6,
+        vocab="0" * 64,
+    ):
         with CacheWriter(tmp_path / name) as writer:
             header = made.make_header(vocab_size=60, top_k=top_k, kind=kind)
             tokenizer = header.tokenizer.model_copy(update={"vocab_sha256": vocab})
@@ -47,7 +60,12 @@ def write_cache(tmp_path, rng):
                         n = tokens[i] if isinstance(tokens, list) else int(rng.integers(*tokens))
                         shard.append(
                             made.make_sequence(
-                                rng, f"{name}/{index}/{i}", tokens=n, vocab_size=60, top_k=top_k, kind=kind
+                                rng,
+                                f"{name}/{index}/{i}",
+                                tokens=n,
+                                vocab_size=60,
+                                top_k=top_k,
+                                kind=kind,
                             )
                         )
             writer.finish(header, shards)
@@ -58,14 +76,26 @@ def write_cache(tmp_path, rng):
 
 def scratch(**fields):
     """A student from scratch for caches of ``write_cache``."""
-    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    small |= {"num_key_value_heads": 1, "vocab_size": 64, "max_position_embeddings": 128, "head_dim": 16}
+    small = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    small |= {
+        "num_key_value_heads": 1,
+        "vocab_size": 64,
+        "max_position_embeddings": 128,
+        "head_dim": 16,
+    }
     return {"config": {"model_type": "llama", **small, **fields}}
 
 
 @pytest.fixture
 def scratch_student(tiny_llama, tmp_path):
-    """``scratch_student(tied=...)``: folder of a small Llama with random weights, for the tiny Llama's caches."""
+    """``scratch_student(tied=...)``: folder of a small Llama with random weights, for the tiny
+    Llama's caches.
+    """
 
     def make(*, tied):
         folder = tmp_path / f"student-{tied}"

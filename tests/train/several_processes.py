@@ -1,7 +1,9 @@
-"""What each process that ``test_distributed`` starts does: the trainings of a list, one after another.
+"""What each process that ``test_distributed`` starts does: the trainings of a list, one after
+another.
 
-Starting Python and torch takes longer than they do. A job is a config and how it goes: ``restart``; ``killed``, the step
-after which the last process kills itself; ``interrupted``, the step after which all of them stop and the next job begins.
+Starting Python and torch takes longer than they do. A job is a config and how it goes: ``restart``;
+``killed``, the step after which the last process kills itself; ``interrupted``, the step after
+which all of them stop and the next job begins.
 """
 
 from __future__ import annotations
@@ -41,7 +43,9 @@ def counted(self: CacheReader, shard: int) -> None:
 
 
 def shard_on_cpus() -> None:
-    """Has accelerate use FSDP without GPUs. That condition apart, its code and torch's are the same on a CPU."""
+    """Has accelerate use FSDP without GPUs. That condition apart, its code and torch's are the
+    same on a CPU.
+    """
     begin = PartialState.__init__
 
     def pretend(self: PartialState, *args: Any, **kwargs: Any) -> None:
@@ -53,7 +57,9 @@ def shard_on_cpus() -> None:
     PartialState.__init__ = pretend
 
 
-def exact(self: DistillationTrainer, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+def exact(
+    self: DistillationTrainer, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any
+) -> Any:
     """Computes the loss, and looks whether what the student is given and returns is in float32."""
 
     def watched(**inputs: Any) -> Any:
@@ -64,7 +70,13 @@ def exact(self: DistillationTrainer, model: Any, inputs: dict[str, Any], *args: 
     return compute_loss(self, watched, inputs, *args, **kwargs)
 
 
-def watch(*, sharded: bool, unused: bool = False, killed: int | None = None, interrupted: int | None = None) -> None:
+def watch(
+    *,
+    sharded: bool,
+    unused: bool = False,
+    killed: int | None = None,
+    interrupted: int | None = None,
+) -> None:
     """After every step: whether parameters are sharded, all or none, and whether to stop here."""
 
     def end(self: DistillationTrainer) -> None:
@@ -91,9 +103,18 @@ def main() -> None:
     found = []
     for job in work["jobs"]:
         unused = job["config"]["training"].get("ddp_find_unused_parameters", False)
-        watch(sharded=work["fsdp"], unused=unused, killed=job.get("killed"), interrupted=job.get("interrupted"))
+        watch(
+            sharded=work["fsdp"],
+            unused=unused,
+            killed=job.get("killed"),
+            interrupted=job.get("interrupted"),
+        )
         try:
-            found.append(train(TrainConfig.model_validate(job["config"]), restart=job.get("restart", False))[1])
+            found.append(
+                train(TrainConfig.model_validate(job["config"]), restart=job.get("restart", False))[
+                    1
+                ]
+            )
         except Interrupted:
             found.append(None)
     # In each training that took place, each shard by one process of the two.

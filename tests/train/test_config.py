@@ -14,11 +14,18 @@ DOCS = Path(__file__).parents[2] / "docs" / "config.md"
 
 
 @pytest.mark.parametrize(
-    ("command", "model"), [("logitcask.pipeline.config", BuildConfig), ("logitcask.train.config", TrainConfig)]
+    ("command", "model"),
+    [("logitcask.pipeline.config", BuildConfig), ("logitcask.train.config", TrainConfig)],
 )
 def test_the_tables_are_in_sync(command, model):
-    shown = DOCS.read_text().partition(f"<!-- python -m {command} -->\n")[2].partition("<!-- end -->")[0]
-    assert shown.strip() == markdown(model).strip(), f"run python -m {command} and put its output into docs/config.md"
+    shown = (
+        DOCS.read_text()
+        .partition(f"<!-- python -m {command} -->\n")[2]
+        .partition("<!-- end -->")[0]
+    )
+    assert shown.strip() == markdown(model).strip(), (
+        f"run python -m {command} and put its output into docs/config.md"
+    )
 
 
 @pytest.mark.parametrize("model", [BuildConfig, TrainConfig])

@@ -1,4 +1,6 @@
-"""Two processes on the CPU (gloo) train as one does, through the trainer: DDP, and FSDP2 (``fully_shard``)."""
+"""Two processes on the CPU (gloo) train as one does, through the trainer: DDP, and FSDP2
+(``fully_shard``).
+"""
 
 from __future__ import annotations
 
@@ -23,14 +25,22 @@ LOSSES = [{"name": "forward_kl"}, {"name": "ranking", "weight": 2.0, "k": 5}]
 TAID = [{"name": "taid", "alpha": 0.3}]
 GAPS = {"positions": {"by": "gap", "share": 0.4}}
 ACID = {"sequences": {"filter_ratio": 0.5}}
-FSDP = {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
+FSDP = {
+    "fsdp": True,
+    "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]},
+}
 
 
 @pytest.fixture(scope="module")
 def uneven(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Documents of very different lengths, so that processes have very different numbers of positions."""
+    """Documents of very different lengths, so that processes have very different numbers of
+    positions.
+    """
     folder = tmp_path_factory.mktemp("distributed")
-    texts = ["zz" if i % 2 else f"{i}: it was the {i}th of its kind, and not the last one. " * 2 for i in range(60)]
+    texts = [
+        "zz" if i % 2 else f"{i}: it was the {i}th of its kind, and not the last one. " * 2
+        for i in range(60)
+    ]
     (folder / "data.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     config = BuildConfig.model_validate(
         {
@@ -44,7 +54,9 @@ def uneven(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Runs:
-    """Trainings in one folder: ``config`` describes them, ``alone`` and ``together`` do them, ``result`` reads them."""
+    """Trainings in one folder: ``config`` describes them, ``alone`` and ``together`` do them,
+    ``result`` reads them.
+    """
 
     def __init__(self, folder: Path, cache: Path) -> None:
         self.folder, self.cache = folder, cache
@@ -59,8 +71,18 @@ class Runs:
         selection: dict[str, Any] | None = None,
         **training: Any,
     ) -> dict[str, Any]:
-        small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-        small |= {"num_key_value_heads": 1, "vocab_size": 384, "max_position_embeddings": 128, "initializer_range": 0.2}
+        small = {
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+        }
+        small |= {
+            "num_key_value_heads": 1,
+            "vocab_size": 384,
+            "max_position_embeddings": 128,
+            "initializer_range": 0.2,
+        }
         return {
             "cache": str(self.cache),
             "student": {"config": {"model_type": "llama", "tie_word_embeddings": tied, **small}},
@@ -88,13 +110,25 @@ class Runs:
         train(TrainConfig.model_validate(self.config(name, **fields)))
         return self.result(name)
 
-    def together(self, *jobs: dict[str, Any], fsdp: bool = False, dies: bool = False) -> list[bool | None]:
+    def together(
+        self, *jobs: dict[str, Any], fsdp: bool = False, dies: bool = False
+    ) -> list[bool | None]:
         """Whether each job's run was found finished; None where it was interrupted."""
         file = self.folder / "jobs.json"
         file.write_text(json.dumps({"fsdp": fsdp, "jobs": jobs}))
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        launch = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node=2",
+        ]
         command = [*launch, str(Path(__file__).parent / "several_processes.py"), str(file)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(Path(__file__).parents[2]),
+        }
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
         assert (done.returncode != 0) == dies, done.stderr[-8000:]
         return [] if dies else json.loads(file.with_suffix(".found").read_text())
@@ -104,7 +138,11 @@ class Runs:
         state = json.loads((output / f"checkpoint-{SAVED}" / "trainer_state.json").read_text())
         return {
             "metrics": json.loads((output / "metrics.json").read_text()),
-            "steps": [record for record in json.loads((output / "log.json").read_text()) if "loss" in record],
+            "steps": [
+                record
+                for record in json.loads((output / "log.json").read_text())
+                if "loss" in record
+            ],
             "objective": state["stateful_callbacks"].get("objective"),
             "saved": AutoModelForCausalLM.from_pretrained(output).state_dict(),
         }
@@ -117,14 +155,18 @@ def runs(uneven: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 @pytest.fixture(scope="module")
 def one(runs: Runs) -> dict[str, dict[str, Any]]:
-    """One process. Sequences are chosen from what one process reads at a time, so there it reads as much as each of two."""
+    """One process. Sequences are chosen from what one process reads at a time, so there it reads
+    as much as each of two.
+    """
     return {
         "tied": runs.alone("one-tied", batch=4, tied=True),
         "untied": runs.alone("one-untied", batch=4, tied=False),
         "8": runs.alone("one-8", batch=8, tied=True),
         "taid": runs.alone("one-taid", batch=4, tied=True, losses=TAID),
         "gaps": runs.alone("one-gaps", batch=4, tied=True, selection=GAPS),
-        "acid": runs.alone("one-acid", batch=2, tied=True, selection=ACID, gradient_accumulation_steps=2),
+        "acid": runs.alone(
+            "one-acid", batch=2, tied=True, selection=ACID, gradient_accumulation_steps=2
+        ),
     }
 
 
@@ -133,18 +175,29 @@ def halves(runs: Runs, kind: str, **training: Any) -> dict[str, dict[str, Any]]:
     return {
         "tied": runs.config(f"{kind}-tied", batch=2, tied=True, **training),
         "untied": runs.config(f"{kind}-untied", batch=2, tied=False, **training),
-        "8": runs.config(f"{kind}-8", batch=2, tied=True, gradient_accumulation_steps=2, **training),
+        "8": runs.config(
+            f"{kind}-8", batch=2, tied=True, gradient_accumulation_steps=2, **training
+        ),
         "taid": runs.config(
-            f"{kind}-taid", batch=2, tied=True, losses=TAID, ddp_find_unused_parameters=True, **training
+            f"{kind}-taid",
+            batch=2,
+            tied=True,
+            losses=TAID,
+            ddp_find_unused_parameters=True,
+            **training,
         ),
         "gaps": runs.config(f"{kind}-gaps", batch=2, tied=True, selection=GAPS, **training),
         "acid": runs.config(f"{kind}-acid", batch=2, tied=True, selection=ACID, **training),
-        "bf16": runs.config(f"{kind}-bf16", batch=2, tied=True, gradient_accumulation_steps=2, bf16=True, **training),
+        "bf16": runs.config(
+            f"{kind}-bf16", batch=2, tied=True, gradient_accumulation_steps=2, bf16=True, **training
+        ),
     }
 
 
 def same(found: dict[str, Any], expected: dict[str, Any]) -> None:
-    """The losses and gradient norms of every step, the metrics before and after, and every weight that was saved."""
+    """The losses and gradient norms of every step, the metrics before and after, and every
+    weight that was saved.
+    """
     assert len(found["steps"]) == len(expected["steps"]) == STEPS
     for mine, theirs in zip(found["steps"], expected["steps"], strict=True):
         names = [name for name in theirs if name.startswith("loss")]
@@ -158,11 +211,14 @@ def same(found: dict[str, Any], expected: dict[str, Any]) -> None:
     assert found["metrics"]["positions_trained"] == expected["metrics"]["positions_trained"]
     assert found["saved"].keys() == expected["saved"].keys()
     for name, weight in expected["saved"].items():
-        torch.testing.assert_close(found["saved"][name], weight, rtol=0, atol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            found["saved"][name], weight, rtol=0, atol=1e-3, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def same_but_for_rounding(found: dict[str, Any], expected: dict[str, Any]) -> None:
-    """bfloat16 against float32: the losses of the first step within 1/1000, before rounded gradients make another student.
+    """bfloat16 against float32: the losses of the first step within 1/1000, before rounded
+    gradients make another student.
 
     Losses or a teacher in bfloat16 put them off by up to 1/250.
     """
@@ -173,7 +229,9 @@ def same_but_for_rounding(found: dict[str, Any], expected: dict[str, Any]) -> No
         assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=0.05)
     for when in ("before", "after"):
         for name in ("kl", "reverse_kl", "ce"):
-            assert found["metrics"][when][name] == pytest.approx(expected["metrics"][when][name], rel=5e-3), name
+            assert found["metrics"][when][name] == pytest.approx(
+                expected["metrics"][when][name], rel=5e-3
+            ), name
     assert {weight.dtype for weight in found["saved"].values()} == {torch.float32}
 
 
@@ -189,17 +247,27 @@ def test_ddp(runs: Runs, one: dict[str, dict[str, Any]]) -> None:
     """All of ``one``; one process of the untied one is killed; some of that again."""
     jobs = halves(runs, "ddp")
     killed = {"config": jobs["untied"], "killed": 4}
-    runs.together(*({"config": config} for name, config in jobs.items() if name != "untied"), killed, dies=True)
+    runs.together(
+        *({"config": config} for name, config in jobs.items() if name != "untied"),
+        killed,
+        dies=True,
+    )
     assert not (runs.folder / "ddp-untied" / "metrics.json").exists()
     assert (runs.folder / "ddp-untied" / f"checkpoint-{SAVED}").exists()
-    again = [{"config": jobs["untied"]}, {"config": jobs["8"]}, {"config": jobs["tied"], "restart": True}]
+    again = [
+        {"config": jobs["untied"]},
+        {"config": jobs["8"]},
+        {"config": jobs["tied"], "restart": True},
+    ]
     assert runs.together(*again) == [False, True, False]
     all_the_same(runs, "ddp", one)
     same_but_for_rounding(runs.result("ddp-bf16"), one["8"])
 
 
 def test_fsdp2(runs: Runs, one: dict[str, dict[str, Any]]) -> None:
-    """The same with every parameter sharded; checkpoints and the student that is saved are whole."""
+    """The same with every parameter sharded; checkpoints and the student that is saved are
+    whole.
+    """
     jobs = halves(runs, "fsdp", **FSDP)
     interrupted = {"config": jobs["untied"], "interrupted": 4}
     again = [{"config": jobs["8"]}, {"config": jobs["tied"], "restart": True}]
@@ -232,8 +300,14 @@ leave(3)
 
 
 def test_a_thread_of_gloo_that_still_holds_a_tensor_does_not_abort_the_end(tmp_path: Path) -> None:
-    """Rank 0's thread waits for the interpreter's lock to drop a tensor; ``sys.exit(3)`` in place of ``leave(3)`` aborts."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    """Rank 0's thread waits for the interpreter's lock to drop a tensor; ``sys.exit(3)`` in
+    place of ``leave(3)`` aborts.
+    """
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+    }
     both = [
         subprocess.Popen(
             [sys.executable, "-c", LATE, str(rank), str(tmp_path / "store")],

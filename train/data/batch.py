@@ -16,13 +16,16 @@ from logitcask.train.losses import SparseTeacher
 
 
 def collate(sequences: list[CachedSequence]) -> dict[str, Tensor]:
-    """Pads B sequences to the longest, T tokens; P is the number of kept positions of all of them together.
+    """Pads B sequences to the longest, T tokens; P is the number of kept positions of all of them
+    together.
 
     input_ids, attention_mask: int64[B, T].
     kept:                      int64[P], indices into the flattened [B * T] positions.
     labels, teacher_*:         see ``at_positions``.
     """
-    input_ids = pad_sequence([torch.from_numpy(s.input_ids).long() for s in sequences], batch_first=True)
+    input_ids = pad_sequence(
+        [torch.from_numpy(s.input_ids).long() for s in sequences], batch_first=True
+    )
     lengths = torch.tensor([len(s) for s in sequences])
     longest = input_ids.shape[1]
     kept = [torch.from_numpy(s.positions).long() + row * longest for row, s in enumerate(sequences)]
@@ -37,19 +40,27 @@ def collate(sequences: list[CachedSequence]) -> dict[str, Tensor]:
 def at_positions(sequences: list[CachedSequence]) -> dict[str, Tensor]:
     """What a batch holds of each of its P kept positions, sequence after sequence.
 
-    labels:    int64[P], the token that follows each kept position: the hard labels. Nothing shifts after this.
-    teacher_*: the fields of SparseTeacher, [P, ...]; all sets of tail samples pooled. A field that only some sequences have
-               (they are of different caches) is padded for the others, an entropy with NaN: see ``Mixture.teachers``.
+    labels:    int64[P], the token that follows each kept position: the hard labels. Nothing shifts
+               after this.
+    teacher_*: the fields of SparseTeacher, [P, ...]; all sets of tail samples pooled. A field that
+    only some sequences have
+               (they are of different caches) is padded for the others, an entropy with NaN: see
+               ``Mixture.teachers``.
     """
     batch = {
         "labels": torch.cat([torch.from_numpy(s.target_ids).long() for s in sequences]),
         "teacher_ids": _stacked([s.ids for s in sequences], -1).long(),
         "teacher_logprobs": _stacked([s.logprobs for s in sequences], -torch.inf),
         "teacher_tail_logprob": torch.cat([torch.from_numpy(s.tail_logprob) for s in sequences]),
-        "teacher_target_logprob": torch.cat([torch.from_numpy(s.target_logprob) for s in sequences]),
+        "teacher_target_logprob": torch.cat(
+            [torch.from_numpy(s.target_logprob) for s in sequences]
+        ),
     }
     if any(s.entropy is not None for s in sequences):
-        unknown = [np.full(len(s.positions), np.nan, np.float32) if s.entropy is None else s.entropy for s in sequences]
+        unknown = [
+            np.full(len(s.positions), np.nan, np.float32) if s.entropy is None else s.entropy
+            for s in sequences
+        ]
         batch["teacher_entropy"] = torch.cat([torch.from_numpy(values) for values in unknown])
     samples = [s.samples for s in sequences]
     if any(s is not None for s in samples):
@@ -60,7 +71,9 @@ def at_positions(sequences: list[CachedSequence]) -> dict[str, Tensor]:
         batch["teacher_samples"] = _stacked(ids, -1).long()
         if any(s is not None and s.logprobs is not None for s in samples):
             logprobs = [
-                np.full(drawn.shape, -np.inf, np.float32) if s is None or s.logprobs is None else _pooled(s.logprobs)
+                np.full(drawn.shape, -np.inf, np.float32)
+                if s is None or s.logprobs is None
+                else _pooled(s.logprobs)
                 for s, drawn in zip(samples, ids, strict=True)
             ]
             batch["teacher_sample_logprobs"] = _stacked(logprobs, -torch.inf)
@@ -68,7 +81,9 @@ def at_positions(sequences: list[CachedSequence]) -> dict[str, Tensor]:
 
 
 def _pooled(sets: NDArray[Any]) -> NDArray[Any]:
-    """[P, T, S] -> [P, T * S]: all sets as one. Every set of a position has as many draws, so their mean is the pool's."""
+    """[P, T, S] -> [P, T * S]: all sets as one. Every set of a position has as many draws, so
+    their mean is the pool's.
+    """
     positions, count, draws = sets.shape  # any of them may be 0
     return sets.reshape(positions, count * draws)
 
@@ -84,8 +99,12 @@ def _stacked(parts: list[NDArray[Any]], filler: float) -> Tensor:
     return torch.from_numpy(whole)
 
 
-def teacher_of(batch: dict[str, Tensor], vocab_size: int, prior: Tensor | None = None) -> SparseTeacher:
-    """The SparseTeacher of a collated batch; ``prior`` is the cache's, float32[vocab_size], where it has one."""
+def teacher_of(
+    batch: dict[str, Tensor], vocab_size: int, prior: Tensor | None = None
+) -> SparseTeacher:
+    """The SparseTeacher of a collated batch; ``prior`` is the cache's, float32[vocab_size],
+    where it has one.
+    """
     return SparseTeacher(
         ids=batch["teacher_ids"],
         logprobs=batch["teacher_logprobs"],
@@ -104,9 +123,11 @@ def teacher_of(batch: dict[str, Tensor], vocab_size: int, prior: Tensor | None =
 class Place:
     """One sequence of a batch, as known without asking the device that the batch lies on.
 
-    No tuple: what moves batches to devices and through wrappers takes tuples apart, and leaves this alone.
+    No tuple: what moves batches to devices and through wrappers takes tuples apart, and leaves this
+    alone.
 
-    source: number of its cache. tokens, kept: its tokens and kept positions. chosen: how many of the latter are in the loss.
+    source: number of its cache. tokens, kept: its tokens and kept positions. chosen: how many of
+    the latter are in the loss.
     """
 
     source: int

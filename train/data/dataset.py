@@ -23,12 +23,16 @@ from logitcask.train.losses import SparseTeacher
 class CachedDataset(Dataset[CachedSequence]):
     """Some sequences of a cache, by their index there.
 
-    rows: ids that the student predicts; those of the teacher beyond them are left out (``logitcask.train.data.vocabulary``). None: the
+    rows: ids that the student predicts; those of the teacher beyond them are left out
+    (``logitcask.train.data.vocabulary``). None: the
         student has all of the teacher's.
     """
 
     def __init__(
-        self, cache: CacheReader, indices: SequenceOf[int] | NDArray[np.int64], rows: int | None = None
+        self,
+        cache: CacheReader,
+        indices: SequenceOf[int] | NDArray[np.int64],
+        rows: int | None = None,
     ) -> None:
         self.cache = cache
         self.indices = indices
@@ -39,16 +43,29 @@ class CachedDataset(Dataset[CachedSequence]):
         return len(self.indices)
 
     def __getitem__(self, item: int) -> CachedSequence:
-        sequence, predicted = self.cache[int(self.indices[item])], self.cache.manifest.store.vocab_size
-        return sequence if self.vocab_size == predicted else restricted(sequence, self.vocab_size, predicted)
+        sequence, predicted = (
+            self.cache[int(self.indices[item])],
+            self.cache.manifest.store.vocab_size,
+        )
+        return (
+            sequence
+            if self.vocab_size == predicted
+            else restricted(sequence, self.vocab_size, predicted)
+        )
 
     def left_out(self, item: int) -> NDArray[np.float64]:
-        """float64[P]: the share of the teacher's mass that a sequence has lost, being on ids that the student lacks."""
+        """float64[P]: the share of the teacher's mass that a sequence has lost, being on ids
+        that the student lacks.
+        """
         return left_out(self.cache[int(self.indices[item])], self.vocab_size)
 
     def __getitems__(self, items: list[int]) -> list[CachedSequence]:
-        """Several, read in the order in which they are stored, so that what lies together is decoded once."""
-        found = {item: self[item] for item in sorted(items, key=lambda item: int(self.indices[item]))}
+        """Several, read in the order in which they are stored, so that what lies together is
+        decoded once.
+        """
+        found = {
+            item: self[item] for item in sorted(items, key=lambda item: int(self.indices[item]))
+        }
         return [found[item] for item in items]
 
     def teacher(self, batch: dict[str, Tensor]) -> SparseTeacher:
@@ -94,9 +111,9 @@ class HeldOut(Dataset[CachedSequence]):
 def check_shards(caches: list[CacheReader]) -> None:
     """Checks the sha256 of local shards once a machine, where several processes train together.
 
-    Processes of one machine that see the same folders share them out: each checks its part and takes the others' word for
-    theirs. Raises, in every process, what the first of them that found something wrong has raised. A process that trains
-    alone checks shards as it reads them.
+    Processes of one machine that see the same folders share them out: each checks its part and
+    takes the others' word for theirs. Raises, in every process, what the first of them that found
+    something wrong has raised. A process that trains alone checks shards as it reads them.
     """
     rank, count = processes()
     if count == 1:

@@ -1,4 +1,6 @@
-"""The split of a cache's sequences: trained on or held out, by the row of the data that each was made of."""
+"""The split of a cache's sequences: trained on or held out, by the row of the data that each was
+made of.
+"""
 
 from __future__ import annotations
 
@@ -14,17 +16,21 @@ from logitcask.cache_format.manifest import DataIdentity
 
 
 def is_held_out(sequence_id: str, data: DataIdentity, share: float) -> bool:
-    """Whether a sequence is held out: by what ``row_of`` says, so that it is in every run, order and subset of the data."""
+    """Whether a sequence is held out: by what ``row_of`` says, so that it is in every run, order
+    and subset of the data.
+    """
     # Salted, since data may well lie in the order of some hash of its ids.
     digest = hashlib.sha256(f"held out\0{row_of(sequence_id, data)}".encode()).digest()
     return int.from_bytes(digest[:8], "big") < share * 2**64
 
 
 def row_of(sequence_id: str, data: DataIdentity) -> str:
-    """The row of the data that a sequence was made of: pieces of one document and answers to one prompt have the same.
+    """The row of the data that a sequence was made of: pieces of one document and answers to one
+    prompt have the same.
 
-    Such sequences are called ``row/number``. Answers are known to be; pieces are told by their rows, which are called
-    ``split/number``, or end in ``#number``, unless the data has ids of its own: then each piece counts as a row.
+    Such sequences are called ``row/number``. Answers are known to be; pieces are told by their
+    rows, which are called ``split/number``, or end in ``#number``, unless the data has ids of its
+    own: then each piece counts as a row.
     """
     if data.mask_policy == "generated":
         return sequence_id.rpartition("/")[0]
@@ -37,7 +43,8 @@ def row_of(sequence_id: str, data: DataIdentity) -> str:
 class CacheIndex:
     """What is known of a cache's N sequences before any is decoded.
 
-    held_out: bool[N]. tokens: int32[N]. kept: int32[N], kept positions. largest: int32[N], the largest id of its tokens.
+    held_out: bool[N]. tokens: int32[N]. kept: int32[N], kept positions. largest: int32[N], the
+    largest id of its tokens.
     """
 
     held_out: NDArray[np.bool_]
@@ -47,7 +54,9 @@ class CacheIndex:
 
 
 def read_index(cache: CacheReader, share: float) -> CacheIndex:
-    """Reads three columns of the whole cache, once, shard after shard; ``share`` of the data's rows are held out."""
+    """Reads three columns of the whole cache, once, shard after shard; ``share`` of the data's
+    rows are held out.
+    """
     data = cache.manifest.data
     held_out: list[bool] = []
     tokens, kept, largest = ([np.zeros(0, np.int32)] for _ in range(3))
@@ -57,6 +66,9 @@ def read_index(cache: CacheReader, share: float) -> CacheIndex:
         tokens.append(inputs.value_lengths().to_numpy())
         kept.append(positions.value_lengths().to_numpy())
         # One 0 more, so that every start is the index of something.
-        ids, starts = np.append(inputs.flatten().to_numpy(), np.int32(0)), np.cumsum(tokens[-1]) - tokens[-1]
+        ids, starts = (
+            np.append(inputs.flatten().to_numpy(), np.int32(0)),
+            np.cumsum(tokens[-1]) - tokens[-1],
+        )
         largest.append(np.maximum.reduceat(ids, starts))
     return CacheIndex(np.array(held_out, np.bool_), *map(np.concatenate, (tokens, kept, largest)))

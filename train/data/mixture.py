@@ -1,8 +1,10 @@
-"""One or several caches as what is trained on: units drawn by a plan, collated, and each cache's teacher kept its own.
+"""One or several caches as what is trained on: units drawn by a plan, collated, and each cache's
+teacher kept its own.
 
-Caches may differ in what they store: heads of other sizes, draws or none, a prior or none. In a batch the kept positions of
-one cache therefore stand together, and the objective meets them as a SparseTeacher of that cache alone: a loss treats every
-position as it would in training on its cache only, and never sees a padded field that stands for nothing.
+Caches may differ in what they store: heads of other sizes, draws or none, a prior or none. In a
+batch the kept positions of one cache therefore stand together, and the objective meets them as a
+SparseTeacher of that cache alone: a loss treats every position as it would in training on its cache
+only, and never sees a padded field that stands for nothing.
 """
 
 from __future__ import annotations
@@ -33,7 +35,9 @@ from logitcask.train.data.selection import highest_entropy, share_of
 from logitcask.train.losses import SparseTeacher
 
 if TYPE_CHECKING:
-    from logitcask.train.head.chunked import PerChunk  # imports transformers, which the workers of a loader do without
+    from logitcask.train.head.chunked import (
+        PerChunk,
+    )  # imports transformers, which the workers of a loader do without
 
 
 log = logging.getLogger(__name__)
@@ -49,7 +53,9 @@ class Drawn(NamedTuple):
 class Mixture(Dataset[Drawn]):
     """The training data: ``sources``, their names, and the plan that draws from them."""
 
-    def __init__(self, sources: list[CachedDataset], names: list[str], units: list[Units], plan: Plan) -> None:
+    def __init__(
+        self, sources: list[CachedDataset], names: list[str], units: list[Units], plan: Plan
+    ) -> None:
         self.sources, self.names, self.units, self.plan = sources, names, units, plan
 
     def __len__(self) -> int:
@@ -59,12 +65,19 @@ class Mixture(Dataset[Drawn]):
         return self.__getitems__([unit])[0]
 
     def __getitems__(self, units: list[int]) -> list[Drawn]:
-        """Units by the plan's numbers; each cache's sequences are read together, in the order in which they are stored."""
+        """Units by the plan's numbers; each cache's sequences are read together, in the order in
+        which they are stored.
+        """
         places = [self.plan.locate(unit) for unit in units]
         members = [self.units[source][unit] for source, unit in places]
         read: list[dict[int, CachedSequence]] = []
         for number, data in enumerate(self.sources):
-            wanted = [m for (source, _), each in zip(places, members, strict=True) if source == number for m in each]
+            wanted = [
+                m
+                for (source, _), each in zip(places, members, strict=True)
+                if source == number
+                for m in each
+            ]
             read.append(dict(zip(wanted, data.__getitems__(wanted), strict=True)))
         return [
             Drawn(source, [read[source][member] for member in each])
@@ -72,7 +85,9 @@ class Mixture(Dataset[Drawn]):
         ]
 
     def teachers(self, batch: dict[str, Any]) -> list[tuple[slice, SparseTeacher]]:
-        """For each cache in a batch: which of the P positions are its own, and their teacher, with what its store holds."""
+        """For each cache in a batch: which of the P positions are its own, and their teacher,
+        with what its store holds.
+        """
         found = []
         start = 0
         for source, places in groupby(batch["layout"], lambda place: place.source):
@@ -91,12 +106,16 @@ class Mixture(Dataset[Drawn]):
 
 
 class Collator:
-    """Units to a batch: what ``collate`` or ``collate_packed`` makes, and ``layout``, a Place for each sequence.
+    """Units to a batch: what ``collate`` or ``collate_packed`` makes, and ``layout``, a Place for
+    each sequence.
 
-    The units of one cache stand together. ``flat``: one row without padding instead of one for each packed unit.
+    The units of one cache stand together. ``flat``: one row without padding instead of one for each
+    packed unit.
     """
 
-    def __init__(self, *, packed: bool = False, flat: bool = False, positions: SelectPositions | None = None) -> None:
+    def __init__(
+        self, *, packed: bool = False, flat: bool = False, positions: SelectPositions | None = None
+    ) -> None:
         self.packed, self.flat, self.positions = packed, flat, positions
 
     def __call__(self, drawn: list[Drawn]) -> dict[str, Any]:
@@ -104,9 +123,16 @@ class Collator:
         select = self.positions
         if select is not None and select.by == "entropy":
             share = select.share
-            drawn = [Drawn(unit.source, [highest_entropy(s, share) for s in unit.sequences]) for unit in drawn]
+            drawn = [
+                Drawn(unit.source, [highest_entropy(s, share) for s in unit.sequences])
+                for unit in drawn
+            ]
         rows = [unit.sequences for unit in drawn]
-        batch = collate_packed(rows, flat=self.flat) if self.packed else collate([s for row in rows for s in row])
+        batch = (
+            collate_packed(rows, flat=self.flat)
+            if self.packed
+            else collate([s for row in rows for s in row])
+        )
         gaps = select.share if select is not None and select.by == "gap" else 1.0
         layout = (
             Place(unit.source, len(s), len(s.positions), share_of(len(s.positions), gaps))
@@ -116,7 +142,9 @@ class Collator:
         return {**batch, "layout": tuple(layout)}
 
 
-def by_source(per_chunk: Callable[[SparseTeacher], PerChunk], teachers: list[tuple[slice, SparseTeacher]]) -> PerChunk:
+def by_source(
+    per_chunk: Callable[[SparseTeacher], PerChunk], teachers: list[tuple[slice, SparseTeacher]]
+) -> PerChunk:
     """The losses of a batch of several caches, each position's with its own cache's teacher.
 
     ``values`` has ``objective`` besides, what is minimised, at each position.
@@ -131,14 +159,18 @@ def by_source(per_chunk: Callable[[SparseTeacher], PerChunk], teachers: list[tup
             if start < stop:
                 chunk = logits_CV[start - rows.start : stop - rows.start]
                 if len(chunk) < len(logits_CV):
-                    # The objective may write gradients where its logits were: not into what others share.
+                    # The objective may write gradients where its logits were: not into what others
+                    # share.
                     chunk = chunk.clone()
                 objective, reported = function(chunk, slice(start - own.start, stop - own.start))
                 objectives.append(objective)
                 for name, value in reported.items():
                     values.setdefault(name, []).append(value)
         total = torch.cat(objectives)
-        return total, {"objective": total, **{name: torch.cat(parts) for name, parts in values.items()}}
+        return total, {
+            "objective": total,
+            **{name: torch.cat(parts) for name, parts in values.items()},
+        }
 
     return losses
 
@@ -146,7 +178,8 @@ def by_source(per_chunk: Callable[[SparseTeacher], PerChunk], teachers: list[tup
 def open_data(
     config: TrainConfig, caches: list[CacheReader], seed: int, rows: int | None = None
 ) -> tuple[Mixture, HeldOut]:
-    """What is trained on and what is held out, for a student of ``rows`` ids; None: it has all of the teachers'.
+    """What is trained on and what is held out, for a student of ``rows`` ids; None: it has all of
+    the teachers'.
 
     Raises UserError for data that cannot be used so.
     """
@@ -160,13 +193,19 @@ def open_data(
     )
     for number, (entry, cache, index) in enumerate(zip(entries, caches, indexes, strict=True)):
         usable = (index.kept > 0) & _readable(entry.cache, index, rows)
-        train, out = (np.flatnonzero(usable & chosen) for chosen in (~index.held_out, index.held_out))
+        train, out = (
+            np.flatnonzero(usable & chosen) for chosen in (~index.held_out, index.held_out)
+        )
         if not len(train) or not len(out):
             raise UserError(
                 f"{entry.cache} splits into {len(train)} sequences to train on and {len(out)} held out; "
                 "both need some: change evaluation.held_out or use a larger cache"
             )
-        if (select := config.selection.positions) and select.by == "entropy" and not cache.manifest.store.entropy:
+        if (
+            (select := config.selection.positions)
+            and select.by == "entropy"
+            and not cache.manifest.store.entropy
+        ):
             raise UserError(
                 f"selection.positions.by is entropy, but {entry.cache} stores none; use gap, or a cache with draws from the "
                 "tail (store.tail_samples), which has them"
@@ -232,13 +271,20 @@ def _shares(weights: list[float], held_out: list[CachedDataset]) -> list[float]:
 
 
 def _units(
-    data: DataConfig, capacity: int, cache: CacheReader, index: CacheIndex, chosen: Any, seed: tuple[int, ...]
+    data: DataConfig,
+    capacity: int,
+    cache: CacheReader,
+    index: CacheIndex,
+    chosen: Any,
+    seed: tuple[int, ...],
 ) -> Units:
     shards = cache.manifest.shards
     sizes = np.array([shard.sequences for shard in shards])
     shard = np.repeat(np.arange(len(shards), dtype=np.int32), sizes)
     inside = np.arange(len(shard)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-    run = inside // (np.repeat([each.sequences_per_batch for each in shards], sizes) * data.shuffle_window)
+    run = inside // (
+        np.repeat([each.sequences_per_batch for each in shards], sizes) * data.shuffle_window
+    )
     block = np.cumsum(np.diff(shard, prepend=0).astype(bool) | np.diff(run, prepend=0).astype(bool))
     tokens, kept = (each[chosen].astype(np.int64) for each in (index.tokens, index.kept))
     single = single_units(tokens, kept, shard[chosen], block[chosen])

@@ -1,8 +1,10 @@
-"""In which order training draws its data: seeded, the same on every machine, and known without reading any of it.
+"""In which order training draws its data: seeded, the same on every machine, and known without
+reading any of it.
 
-What is drawn is a *unit*: a sequence, or a row of several packed ones. The order of an epoch follows from the seed, the
-epoch's number and the units' sizes and places alone. So a run that goes on in the middle of an epoch jumps to its place without
-decoding what it skips, and workers, whose number changes nothing, are handed finished lists.
+What is drawn is a *unit*: a sequence, or a row of several packed ones. The order of an epoch
+follows from the seed, the epoch's number and the units' sizes and places alone. So a run that goes
+on in the middle of an epoch jumps to its place without decoding what it skips, and workers, whose
+number changes nothing, are handed finished lists.
 
 Shapes: U units of one cache, M sequences in them (each once).
 """
@@ -22,7 +24,9 @@ Epoch = Literal["first", "all"]
 Ints = NDArray[np.integer]
 
 GROUPED_BATCHES = 64
-"""Batches of all processes together among which ``group_by_length`` sorts: bounds how far it moves a sequence."""
+"""Batches of all processes together among which ``group_by_length`` sorts: bounds how far it
+moves a sequence.
+"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,11 +63,13 @@ def single_units(tokens: Ints, kept: Ints, shard: Ints, block: Ints) -> Units:
 
 
 class CacheOrder:
-    """The endless stream of one cache's units: pass after pass over all of them, each in an order of its own.
+    """The endless stream of one cache's units: pass after pass over all of them, each in an order
+    of its own.
 
-    ``shuffle`` is ``all``, ``none``, or keeps neighbours near: with ``shards`` the shards come in random order and the units of
-    ``window`` shards at a time are mixed; with ``batches`` the blocks inside such a window are shuffled too, and only the
-    units of one block are mixed, so that each record batch is decoded once.
+    ``shuffle`` is ``all``, ``none``, or keeps neighbours near: with ``shards`` the shards come in
+    random order and the units of ``window`` shards at a time are mixed; with ``batches`` the blocks
+    inside such a window are shuffled too, and only the units of one block are mixed, so that each
+    record batch is decoded once.
     """
 
     def __init__(self, units: Units, seed: tuple[int, ...], shuffle: Shuffle, window: int) -> None:
@@ -106,9 +112,10 @@ def _ranks(labels: Ints, rng: np.random.Generator) -> Ints:
 class Plan:
     """Which units each epoch draws from one or several caches, and in which order.
 
-    Without weights an epoch is every unit once. With weights, shares of the kept positions, it draws from every cache in
-    proportion, as much as the first (``epoch="first"``) or the last (``"all"``) of them to be gone through has. Each cache is a
-    stream that the next epoch takes up where the last one stopped: every unit comes once before any comes twice, and so on.
+    Without weights an epoch is every unit once. With weights, shares of the kept positions, it
+    draws from every cache in proportion, as much as the first (``epoch="first"``) or the last
+    (``"all"``) of them to be gone through has. Each cache is a stream that the next epoch takes up
+    where the last one stopped: every unit comes once before any comes twice, and so on.
 
     Units of all caches are numbered through, those of cache c from ``first_unit[c]``.
     """
@@ -124,13 +131,17 @@ class Plan:
         epoch: Epoch,
     ) -> None:
         self.seed, self.shuffle = seed, shuffle
-        self.orders = [CacheOrder(units, (seed, 1, n), shuffle, window) for n, units in enumerate(caches)]
+        self.orders = [
+            CacheOrder(units, (seed, 1, n), shuffle, window) for n, units in enumerate(caches)
+        ]
         sizes = [len(units) for units in caches]
         self.first_unit = np.concatenate([[0], np.cumsum(sizes)])
         self.tokens = np.concatenate([units.tokens for units in caches])
         self.counts = sizes
         if weights is not None:
-            rates = [weight / units.kept.mean() for weight, units in zip(weights, caches, strict=True)]
+            rates = [
+                weight / units.kept.mean() for weight, units in zip(weights, caches, strict=True)
+            ]
             whole = [size / rate for size, rate in zip(sizes, rates, strict=True)]
             length = min(whole) if epoch == "first" else max(whole)
             self.counts = [max(1, round(rate * length)) for rate in rates]
@@ -148,27 +159,42 @@ class Plan:
         """int64[len(self)]: the units of an epoch in the order in which they are drawn."""
         drawn = [
             order.take(number * count, count) + first
-            for order, count, first in zip(self.orders, self.counts, self.first_unit[:-1], strict=True)
+            for order, count, first in zip(
+                self.orders, self.counts, self.first_unit[:-1], strict=True
+            )
         ]
         if len(drawn) == 1:
             return drawn[0]
-        # Evenly spread, each somewhere in its stretch: every batch comes close to the wanted shares.
+        # Evenly spread, each somewhere in its stretch: every batch comes close to the wanted
+        # shares.
         rng = np.random.default_rng([self.seed, 2, number])
-        wobble = (np.full(len(each), 0.5) if self.shuffle == "none" else rng.random(len(each)) for each in drawn)
-        when = [(np.arange(len(each)) + at) / len(each) for each, at in zip(drawn, wobble, strict=True)]
+        wobble = (
+            np.full(len(each), 0.5) if self.shuffle == "none" else rng.random(len(each))
+            for each in drawn
+        )
+        when = [
+            (np.arange(len(each)) + at) / len(each) for each, at in zip(drawn, wobble, strict=True)
+        ]
         return np.concatenate(drawn)[np.argsort(np.concatenate(when), kind="stable")]
 
 
 class Batches(BatchSampler):
     """The batches of one epoch after the other, each a list of units; ``set_epoch`` says which.
 
-    With ``processes`` > 1 these are the batches of all of them in turn, and accelerate hands every process its own.
-    With ``group_by_length`` the units of a batch, and of the batches that the processes work on at the same time, are of similar
-    length, and such groups come in random order; sorted are GROUPED_BATCHES groups at a time.
+    With ``processes`` > 1 these are the batches of all of them in turn, and accelerate hands every
+    process its own. With ``group_by_length`` the units of a batch, and of the batches that the
+    processes work on at the same time, are of similar length, and such groups come in random order;
+    sorted are GROUPED_BATCHES groups at a time.
     """
 
     def __init__(
-        self, plan: Plan, batch_size: int, *, drop_last: bool = False, group_by_length: bool = False, processes: int = 1
+        self,
+        plan: Plan,
+        batch_size: int,
+        *,
+        drop_last: bool = False,
+        group_by_length: bool = False,
+        processes: int = 1,
     ) -> None:
         self.plan, self.batch_size, self.drop_last = plan, batch_size, drop_last
         self.group_by_length, self.processes = group_by_length, processes
@@ -178,7 +204,11 @@ class Batches(BatchSampler):
         self._epoch = epoch
 
     def __len__(self) -> int:
-        return len(self.plan) // self.batch_size if self.drop_last else -(-len(self.plan) // self.batch_size)
+        return (
+            len(self.plan) // self.batch_size
+            if self.drop_last
+            else -(-len(self.plan) // self.batch_size)
+        )
 
     def __iter__(self) -> Iterator[list[int]]:
         units = self.plan.epoch(self._epoch)

@@ -1,8 +1,10 @@
-"""Several sequences in one row, none of which sees another: less padding, and exactly the loss of the sequences apart.
+"""Several sequences in one row, none of which sees another: less padding, and exactly the loss of
+the sequences apart.
 
-Transformers tells packed sequences apart by position ids that start again (given no attention mask): eager, sdpa and flex
-attention then get a block-diagonal mask, flash attention the lengths. Not every architecture does it: recurrent states flow on,
-and some compute positions of their own. So it is tried on the student before training.
+Transformers tells packed sequences apart by position ids that start again (given no attention
+mask): eager, sdpa and flex attention then get a block-diagonal mask, flash attention the lengths.
+Not every architecture does it: recurrent states flow on, and some compute positions of their own.
+So it is tried on the student before training.
 
 Shapes: R rows, T tokens of the longest row, D sequences (documents).
 """
@@ -21,11 +23,14 @@ from logitcask.train.data.batch import at_positions
 from logitcask.train.data.order import Ints, Shuffle, Units
 
 PACKED_TOGETHER = 4096
-"""Sequences among which companions for a row are looked for: enough to fill rows, few enough to keep neighbours near."""
+"""Sequences among which companions for a row are looked for: enough to fill rows, few enough to
+keep neighbours near.
+"""
 
 
 def fill_rows(tokens: Ints, capacity: int) -> list[list[int]]:
-    """Puts sequences into rows of at most ``capacity`` tokens, best fit first, the longest first; indices into ``tokens``.
+    """Puts sequences into rows of at most ``capacity`` tokens, best fit first, the longest first;
+    indices into ``tokens``.
 
     Raises ValueError for a sequence that no row can hold.
     """
@@ -50,11 +55,18 @@ def fill_rows(tokens: Ints, capacity: int) -> list[list[int]]:
 def packed_units(single: Units, capacity: int, *, seed: tuple[int, ...], shuffle: Shuffle) -> Units:
     """Rows made of ``single``'s sequences, once for all epochs, so that every epoch has as many.
 
-    Companions are random under ``shuffle: all``, and lie in the same shard or block where neighbours are to stay near.
+    Companions are random under ``shuffle: all``, and lie in the same shard or block where
+    neighbours are to stay near.
     """
     count = len(single)
-    order = np.random.default_rng([*seed, 4]).permutation(count) if shuffle == "all" else np.arange(count)
-    border = {"shards": single.shard, "batches": single.block}.get(shuffle, np.zeros(count, np.int32))[order]
+    order = (
+        np.random.default_rng([*seed, 4]).permutation(count)
+        if shuffle == "all"
+        else np.arange(count)
+    )
+    border = {"shards": single.shard, "batches": single.block}.get(
+        shuffle, np.zeros(count, np.int32)
+    )[order]
     starts = [0, *(np.flatnonzero(np.diff(border)) + 1).tolist(), count]
     rows: list[Ints] = []
     for start, stop in pairwise(starts):
@@ -63,16 +75,21 @@ def packed_units(single: Units, capacity: int, *, seed: tuple[int, ...], shuffle
             rows += [part[row] for row in fill_rows(single.tokens[part], capacity)]
     members = np.concatenate(rows)
     first = np.concatenate([[0], np.cumsum([len(row) for row in rows])])
-    sums = {name: np.add.reduceat(getattr(single, name)[members], first[:-1]) for name in ("tokens", "kept")}
+    sums = {
+        name: np.add.reduceat(getattr(single, name)[members], first[:-1])
+        for name in ("tokens", "kept")
+    }
     leading = members[first[:-1]]
     return Units(first, members, **sums, shard=single.shard[leading], block=single.block[leading])
 
 
 def collate_packed(rows: list[list[CachedSequence]], *, flat: bool = False) -> dict[str, Any]:
-    """R rows of sequences as one batch; what belongs to kept positions is as in ``logitcask.train.data.batch.collate``.
+    """R rows of sequences as one batch; what belongs to kept positions is as in
+    ``logitcask.train.data.batch.collate``.
 
-    input_ids, position_ids: int64[R, T]; position ids start at 0 with every sequence, and are 0 in the padding.
-    flat: one row [1, all tokens] without any padding instead, for flash attention, with the borders of sequences in
+    input_ids, position_ids: int64[R, T]; position ids start at 0 with every sequence, and are 0 in
+    the padding. flat: one row [1, all tokens] without any padding instead, for flash attention,
+    with the borders of sequences in
           cu_seq_lens_q = cu_seq_lens_k, int32[D + 1], and max_length_q = max_length_k, int.
     """
     if flat:
@@ -100,7 +117,9 @@ def collate_packed(rows: list[list[CachedSequence]], *, flat: bool = False) -> d
 
 
 def borders(lengths: list[int]) -> dict[str, Any]:
-    """What transformers passes on to flash attention's varlen kernels; without it every layer would work it out."""
+    """What transformers passes on to flash attention's varlen kernels; without it every layer
+    would work it out.
+    """
     borders = torch.tensor([0, *lengths]).cumsum(0).int()
     return {
         **dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), borders),

@@ -1,8 +1,9 @@
-"""What of the data counts at a step: the sequences, and the positions of each, from which there is most to learn.
+"""What of the data counts at a step: the sequences, and the positions of each, from which there is
+most to learn.
 
-Everything here needs of the teacher what a cache stores of every position: the target's logprob, and the entropy.
-Sequences are chosen by the student as it is, so the choice is part of training; it draws no random numbers, and ties go to what
-comes first, so that a resumed run chooses alike.
+Everything here needs of the teacher what a cache stores of every position: the target's logprob,
+and the entropy. Sequences are chosen by the student as it is, so the choice is part of training; it
+draws no random numbers, and ties go to what comes first, so that a resumed run chooses alike.
 
 Shapes: B sequences of a batch, P kept positions of all of them, Q chosen ones.
 """
@@ -28,28 +29,39 @@ def share_of(positions: int, share: float) -> int:
 
 
 def highest_entropy(sequence: CachedSequence, share: float) -> CachedSequence:
-    """The sequence with only those kept positions where the teacher's entropy is highest. Needs stored entropies."""
+    """The sequence with only those kept positions where the teacher's entropy is highest. Needs
+    stored entropies.
+    """
     assert sequence.entropy is not None
     order = np.argsort(-sequence.entropy, kind="stable")
     return sequence.at(np.sort(order[: share_of(len(order), share)]))
 
 
 def largest_gaps(gap_P: Tensor, layout: Sequence[Place]) -> Tensor:
-    """int64[Q], rising: of each sequence the ``chosen`` positions with the largest gap. Nothing waits for the device."""
-    sequence_P = torch.repeat_interleave(torch.arange(len(layout)), torch.tensor([place.kept for place in layout]))
-    # Sorted by sequence, and inside each by falling gap; where each sequence starts is known beforehand.
+    """int64[Q], rising: of each sequence the ``chosen`` positions with the largest gap. Nothing
+    waits for the device.
+    """
+    sequence_P = torch.repeat_interleave(
+        torch.arange(len(layout)), torch.tensor([place.kept for place in layout])
+    )
+    # Sorted by sequence, and inside each by falling gap; where each sequence starts is known
+    # beforehand.
     order = torch.argsort(gap_P, descending=True, stable=True)
     order = order[torch.argsort(sequence_P.to(gap_P.device)[order], stable=True)]
     starts = np.cumsum([0, *(place.kept for place in layout)])
-    slots = np.concatenate([start + np.arange(place.chosen) for start, place in zip(starts, layout, strict=False)])
+    slots = np.concatenate(
+        [start + np.arange(place.chosen) for start, place in zip(starts, layout, strict=False)]
+    )
     return order[torch.from_numpy(slots).to(gap_P.device)].sort().values
 
 
 def learnability(gap_P: Tensor, layout: Sequence[Place]) -> NDArray[np.float64]:
-    """float64[B], nats: mean over each sequence's positions of student loss minus teacher loss on the next tokens.
+    """float64[B], nats: mean over each sequence's positions of student loss minus teacher loss on
+    the next tokens.
 
-    ACID (arXiv 2411.18674) keeps the examples where it is largest: not learnt yet by the student, and known to be learnable,
-    since the teacher has learnt them. For next-token losses joint sampling of a batch falls apart into choosing singly.
+    ACID (arXiv 2411.18674) keeps the examples where it is largest: not learnt yet by the student,
+    and known to be learnable, since the teacher has learnt them. For next-token losses joint
+    sampling of a batch falls apart into choosing singly.
     """
     kept = np.array([place.kept for place in layout])
     starts = np.cumsum([0, *kept[:-1]])
@@ -67,7 +79,9 @@ def only_sequences(batch: dict[str, Any], rows: list[int]) -> dict[str, Any]:
     before, starts = batch["input_ids"].shape[1], np.cumsum([0, *(place.kept for place in layout)])
     longest = max(layout[row].tokens for row in rows)
     index = np.concatenate([np.arange(starts[row], starts[row + 1]) for row in rows])
-    moved = np.concatenate([np.full(layout[row].kept, new * longest - row * before) for new, row in enumerate(rows)])
+    moved = np.concatenate(
+        [np.full(layout[row].kept, new * longest - row * before) for new, row in enumerate(rows)]
+    )
     chosen = only_positions(batch, torch.from_numpy(index))
     device = batch["input_ids"].device
     for name in ("input_ids", "attention_mask"):

@@ -1,12 +1,15 @@
-"""Teachers whose lm_head has more rows than the student's: ids that the student lacks are left out of the distribution.
+"""Teachers whose lm_head has more rows than the student's: ids that the student lacks are left out
+of the distribution.
 
-An lm_head is padded to a round number of rows, and models of one family are padded differently: Qwen2.5-7B has 152,064
-rows, Qwen2.5-0.5B 151,936, and their tokenizer uses 151,665 ids. No text has the id of a padding row, and a trained teacher
-gives such ids next to nothing; but an engine stores what it is asked for, so heads and draws may name them.
+An lm_head is padded to a round number of rows, and models of one family are padded differently:
+Qwen2.5-7B has 152,064 rows, Qwen2.5-0.5B 151,936, and their tokenizer uses 151,665 ids. No text has
+the id of a padding row, and a trained teacher gives such ids next to nothing; but an engine stores
+what it is asked for, so heads and draws may name them.
 
-With C the ids that both models have and e the teacher's mass elsewhere, a position keeps p / (1 - e) on C. Every loss and
-metric is then the one between dense distributions over C. e is known from the head; the tail's share of it is estimated by
-the draws, as every sum over the tail is. Without draws the tail counts as part of C.
+With C the ids that both models have and e the teacher's mass elsewhere, a position keeps p / (1 -
+e) on C. Every loss and metric is then the one between dense distributions over C. e is known from
+the head; the tail's share of it is estimated by the draws, as every sum over the tail is. Without
+draws the tail counts as part of C.
 
 Shapes: P positions, K head entries (padded), T sets of S draws (padded).
 """
@@ -22,7 +25,9 @@ from numpy.typing import NDArray
 from logitcask.cache_format import CachedSequence, TailSamples
 
 MOST_LEFT_OUT = 0.01
-"""Mean share of the teacher's mass that may be left out. Padding rows of trained models hold far less."""
+"""Mean share of the teacher's mass that may be left out. Padding rows of trained models hold far
+less.
+"""
 
 
 def rows_of(student: Any) -> int:
@@ -46,10 +51,11 @@ def _draws(samples: TailSamples, rows: int) -> tuple[NDArray[np.int64], NDArray[
 
 
 def restricted(sequence: CachedSequence, rows: int, vocab_size: int) -> CachedSequence:
-    """The sequence with the teacher's distributions over ids below ``rows`` alone, of ``vocab_size`` that it predicts.
+    """The sequence with the teacher's distributions over ids below ``rows`` alone, of
+    ``vocab_size`` that it predicts.
 
-    A target's rank falls by the ids above it that the head loses; those in the tail are not known. ``input_ids`` must be
-    below ``rows``.
+    A target's rank falls by the ids above it that the head loses; those in the tail are not known.
+    ``input_ids`` must be below ``rows``.
     """
     in_samples = sequence.samples is not None and bool((sequence.samples.ids >= rows).any())
     if not in_samples and not (sequence.ids >= rows).any():
@@ -61,13 +67,17 @@ def restricted(sequence: CachedSequence, rows: int, vocab_size: int) -> CachedSe
     samples, tail_share = sequence.samples, np.ones_like(tail)
     if samples is not None:
         drawn, lost = _draws(samples, rows)
-        # A tail of which every draw was lost is small, not empty: as a cell beside the student's it must have some mass.
+        # A tail of which every draw was lost is small, not empty: as a cell beside the student's it
+        # must have some mass.
         tail_share = np.where(drawn > 0, np.maximum(drawn - lost, 0.5) / np.maximum(drawn, 1), 1)
-    # 1 - e. Where e is most of the mass a difference has no digits: there it is summed from what is left.
+    # 1 - e. Where e is most of the mass a difference has no digits: there it is summed from what is
+    # left.
     outside = left_out(sequence, rows)
     inside = np.exp(logprobs.astype(np.float64)).sum(axis=1) + tail * tail_share
     log_inside = np.where(
-        outside < 0.5, np.log1p(-np.minimum(outside, 0.5)), np.log(np.maximum(inside, np.finfo(np.float64).tiny))
+        outside < 0.5,
+        np.log1p(-np.minimum(outside, 0.5)),
+        np.log(np.maximum(inside, np.finfo(np.float64).tiny)),
     )
 
     def scaled(values: NDArray[Any]) -> NDArray[np.float32]:
@@ -76,11 +86,15 @@ def restricted(sequence: CachedSequence, rows: int, vocab_size: int) -> CachedSe
 
     if samples is not None:
         sample_ids, sample_logprobs = _dropped(samples.ids, samples.logprobs, samples.ids >= rows)
-        samples = TailSamples(sample_ids, None if sample_logprobs is None else scaled(sample_logprobs))
+        samples = TailSamples(
+            sample_ids, None if sample_logprobs is None else scaled(sample_logprobs)
+        )
     entropy = sequence.entropy
     if entropy is not None:
         lost_entropy = _entropy_outside(sequence, rows, vocab_size)
-        entropy = np.maximum((entropy - lost_entropy) * np.exp(-log_inside) + log_inside, 0).astype(np.float32)
+        entropy = np.maximum((entropy - lost_entropy) * np.exp(-log_inside) + log_inside, 0).astype(
+            np.float32
+        )
     above = np.arange(head_lost.shape[1]) < sequence.target_rank[:, None]
     return replace(
         sequence,
@@ -116,9 +130,13 @@ def _entropy_outside(sequence: CachedSequence, rows: int, vocab_size: int) -> ND
     if sequence.samples is None:
         return total
     drawn, count = _draws(sequence.samples, rows)
-    share = np.exp(sequence.tail_logprob.astype(np.float64)) / np.maximum(drawn, 1)  # that a draw stands for
+    share = np.exp(sequence.tail_logprob.astype(np.float64)) / np.maximum(
+        drawn, 1
+    )  # that a draw stands for
     if sequence.samples.logprobs is None:
         even = np.log(vocab_size - rows) - np.log(np.where(count > 0, share * count, 1))
         return np.asarray(total + share * count * even)
-    surprise = np.where(sequence.samples.ids >= rows, -sequence.samples.logprobs, 0).astype(np.float64)
+    surprise = np.where(sequence.samples.ids >= rows, -sequence.samples.logprobs, 0).astype(
+        np.float64
+    )
     return np.asarray(total + share * surprise.sum(axis=(1, 2)))

@@ -1,12 +1,14 @@
-"""What the student answers, beside what the cache holds as the answer: text a person can read, and Rouge-L over it.
+"""What the student answers, beside what the cache holds as the answer: text a person can read, and
+Rouge-L over it.
 
-Teacher-forced metrics look at one token at a time; here the student has to live with its own. A prompt is what comes
-before the first kept token of a held-out sequence, and the reference the kept tokens that follow it: the teacher's own
-answer where the cache was made with ``data.generate``. Documents have no such border: there the first tokens are the
-prompt.
+Teacher-forced metrics look at one token at a time; here the student has to live with its own. A
+prompt is what comes before the first kept token of a held-out sequence, and the reference the kept
+tokens that follow it: the teacher's own answer where the cache was made with ``data.generate``.
+Documents have no such border: there the first tokens are the prompt.
 
-Rouge-L counts words. rouge_score's own tokenizer knows those of ``a-z`` and ``0-9`` only, so that two equal answers in
-Chinese or Arabic score 0; ``Words`` finds the same ones in English text and those of every other script besides.
+Rouge-L counts words. rouge_score's own tokenizer knows those of ``a-z`` and ``0-9`` only, so that
+two equal answers in Chinese or Arabic score 0; ``Words`` finds the same ones in English text and
+those of every other script besides.
 """
 
 from __future__ import annotations
@@ -43,7 +45,8 @@ _UNSPACED = (
 )
 """Scripts whose words are not set apart, by Unicode's Script_Extensions."""
 _LETTER = r"[\p{L}\p{N}]"
-# A letter of these with its marks; elsewhere a run of letters, digits and marks, which may hold joiners (Persian, Hindi).
+# A letter of these with its marks; elsewhere a run of letters, digits and marks, which may hold
+# joiners (Persian, Hindi).
 _WORD = regex.compile(
     rf"[{_LETTER}&&[{_UNSPACED}]]\p{{M}}*|"
     rf"[{_LETTER}--[{_UNSPACED}]][[\p{{L}}\p{{N}}\p{{M}}\u200c\u200d]--[{_UNSPACED}]]*",
@@ -52,10 +55,12 @@ _WORD = regex.compile(
 
 
 class Words(Tokenizer):  # type: ignore[misc]
-    """Words of any script, in lower case, compatible characters (full width, ligatures) as their plain forms.
+    """Words of any script, in lower case, compatible characters (full width, ligatures) as their
+    plain forms.
 
-    Scripts that write no spaces between words (Han, kana, Thai, Lao, Khmer, Burmese and the like) give one word a
-    character. Words of ASCII letters are stemmed as rouge_score stems them: text in ASCII has the words it has there.
+    Scripts that write no spaces between words (Han, kana, Thai, Lao, Khmer, Burmese and the like)
+    give one word a character. Words of ASCII letters are stemmed as rouge_score stems them: text in
+    ASCII has the words it has there.
     """
 
     def __init__(self) -> None:
@@ -64,13 +69,16 @@ class Words(Tokenizer):  # type: ignore[misc]
     def tokenize(self, text: str) -> list[str]:
         """The words, in order; none where there are no letters and no digits."""
         words = _WORD.findall(unicodedata.normalize("NFKC", text).lower())
-        return [self._stemmer.stem(word) if len(word) > 3 and word.isascii() else word for word in words]
+        return [
+            self._stemmer.stem(word) if len(word) > 3 and word.isascii() else word for word in words
+        ]
 
 
 class Answer(NamedTuple):
     """prompt, reference, student: text.
 
-    rouge_l: F1 of the longest common subsequence of ``Words``, 0 to 1; None where the reference has no words.
+    rouge_l: F1 of the longest common subsequence of ``Words``, 0 to 1; None where the reference has
+    no words.
     """
 
     prompt: str
@@ -80,35 +88,53 @@ class Answer(NamedTuple):
 
 
 def answers(
-    student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: HeldOut, settings: AnswersConfig
+    student: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: HeldOut,
+    settings: AnswersConfig,
 ) -> list[Answer]:
-    """The student's greedy answers to the prompts of the first ``settings.sequences`` sequences that have one.
+    """The student's greedy answers to the prompts of the first ``settings.sequences`` sequences
+    that have one.
 
     Prompts that fill the student's context are left out, and no answer goes on beyond it.
     """
     context = getattr(student.config.get_text_config(), "max_position_embeddings", None) or math.inf
-    pairs = [pair for pair in (split_at_prompt(sequence, settings) for sequence in _first(data, settings)) if pair]
+    pairs = [
+        pair
+        for pair in (split_at_prompt(sequence, settings) for sequence in _first(data, settings))
+        if pair
+    ]
     pairs = [(prompt, reference) for prompt, reference in pairs if len(prompt) < context]
     words = Words()
     scorer = RougeScorer(["rougeL"], tokenizer=words)
     found: dict[int, Answer] = {}
     # Prompts of like length together: less padding.
     order = sorted(range(len(pairs)), key=lambda index: len(pairs[index][0]))
-    for start in tqdm(range(0, len(order), _BATCH), desc="answer", unit="batch", leave=False, dynamic_ncols=True):
+    for start in tqdm(
+        range(0, len(order), _BATCH), desc="answer", unit="batch", leave=False, dynamic_ncols=True
+    ):
         chosen = order[start : start + _BATCH]
         prompts = [pairs[index][0] for index in chosen]
         room = int(min(settings.max_new_tokens, context - max(map(len, prompts))))
         generated = _generate(student, tokenizer, prompts, room)
         for index, ids in zip(chosen, generated, strict=True):
-            prompt, reference = (tokenizer.decode(part.tolist(), skip_special_tokens=True) for part in pairs[index])
+            prompt, reference = (
+                tokenizer.decode(part.tolist(), skip_special_tokens=True) for part in pairs[index]
+            )
             text = tokenizer.decode(ids, skip_special_tokens=True)
-            score = scorer.score(reference, text)["rougeL"].fmeasure if words.tokenize(reference) else None
+            score = (
+                scorer.score(reference, text)["rougeL"].fmeasure
+                if words.tokenize(reference)
+                else None
+            )
             found[index] = Answer(prompt.strip(), reference.strip(), text.strip(), score)
     return [found[index] for index in sorted(found)]
 
 
 def mean_rouge_l(found: list[Answer]) -> float | None:
-    """Over all answers that can be compared, which is said where it is not all of them; None where there are none."""
+    """Over all answers that can be compared, which is said where it is not all of them; None
+    where there are none.
+    """
     scores = [answer.rouge_l for answer in found if answer.rouge_l is not None]
     if len(scores) < len(found):
         log.warning(
@@ -131,7 +157,11 @@ def split_at_prompt(
     after = mask[start:]
     length = int((~after).argmax()) if not after.all() else len(after)
     length = min(length, settings.max_new_tokens)
-    return (sequence.input_ids[:start], sequence.input_ids[start : start + length]) if length > 0 else None
+    return (
+        (sequence.input_ids[:start], sequence.input_ids[start : start + length])
+        if length > 0
+        else None
+    )
 
 
 def _first(data: HeldOut, settings: AnswersConfig) -> list[CachedSequence]:
@@ -140,7 +170,10 @@ def _first(data: HeldOut, settings: AnswersConfig) -> list[CachedSequence]:
 
 @torch.no_grad()
 def _generate(
-    student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[NDArray[np.int32]], new_tokens: int
+    student: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[NDArray[np.int32]],
+    new_tokens: int,
 ) -> list[list[int]]:
     """Greedy continuations, without their prompts, up to and without the end token."""
     ends = {tokenizer.eos_token_id, *_ends_of(student)} - {None}
@@ -152,19 +185,26 @@ def _generate(
         input_ids[row, longest - len(prompt) :] = torch.from_numpy(prompt).to(input_ids)
         attention_mask[row, longest - len(prompt) :] = 1
     config = GenerationConfig(
-        do_sample=False, max_new_tokens=new_tokens, pad_token_id=padding, eos_token_id=sorted(ends) or None
+        do_sample=False,
+        max_new_tokens=new_tokens,
+        pad_token_id=padding,
+        eos_token_id=sorted(ends) or None,
     )
     was_training = student.training
     student.eval()
     with _only(config, student):
-        output = student.generate(input_ids=input_ids, attention_mask=attention_mask, generation_config=config)
+        output = student.generate(
+            input_ids=input_ids, attention_mask=attention_mask, generation_config=config
+        )
     student.train(was_training)
     return [_before_end(row.tolist(), ends) for row in output[:, longest:]]
 
 
 @contextmanager
 def _only(config: GenerationConfig, student: PreTrainedModel) -> Iterator[None]:
-    """Keeps the student's own config (beams, penalties, several answers) out of ``generate``, which would fill in from it."""
+    """Keeps the student's own config (beams, penalties, several answers) out of ``generate``,
+    which would fill in from it.
+    """
     unwrap = getattr(student, "get_base_model", None)
     models = [student, unwrap()] if unwrap else [student]
     own = student.generation_config

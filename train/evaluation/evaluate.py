@@ -13,7 +13,12 @@ from tqdm import tqdm
 from logitcask.train import distributed
 from logitcask.train.data.batch import collate
 from logitcask.train.data.dataset import CachedDataset, HeldOut
-from logitcask.train.evaluation.metrics import Calibration, perplexity, rank_agreement, rank_correlation
+from logitcask.train.evaluation.metrics import (
+    Calibration,
+    perplexity,
+    rank_agreement,
+    rank_correlation,
+)
 from logitcask.train.head.chunked import head_losses
 from logitcask.train.head.lm_head import LogitsHead
 from logitcask.train.losses import SparseTeacher, forward_kl, reverse_kl
@@ -31,15 +36,18 @@ SHOWN = 5
 
 
 @torch.no_grad()
-def evaluate(head: LogitsHead, data: HeldOut, *, k: int, batch_size: int, logits_chunk: int | None) -> dict[str, float]:
+def evaluate(
+    head: LogitsHead, data: HeldOut, *, k: int, batch_size: int, logits_chunk: int | None
+) -> dict[str, float]:
     """Means over the kept positions of ``data``, in the order in which they are to be shown.
 
-    kl: KL(teacher || student), nats, see KL_KIND. reverse_kl: KL(student || teacher) with everything outside the head as
-    one cell, nats: a lower bound. ce, perplexity: of the data's own next tokens (nats, and exp of it).
-    top1_agreement, mor@k, cr@k, spearman@k, ece: see ``logitcask.train.evaluation.metrics``; ece is of the data's own next tokens.
+    kl: KL(teacher || student), nats, see KL_KIND. reverse_kl: KL(student || teacher) with
+    everything outside the head as one cell, nats: a lower bound. ce, perplexity: of the data's own
+    next tokens (nats, and exp of it). top1_agreement, mor@k, cr@k, spearman@k, ece: see
+    ``logitcask.train.evaluation.metrics``; ece is of the data's own next tokens.
 
-    What compares with the teacher's most probable ids (reverse_kl, top1_agreement, mor, cr, spearman) is left out where a
-    cache of ``data`` has no heads.
+    What compares with the teacher's most probable ids (reverse_kl, top1_agreement, mor, cr,
+    spearman) is left out where a cache of ``data`` has no heads.
 
     Processes share the batches among them, and all get the same result.
     """
@@ -54,15 +62,23 @@ def evaluate(head: LogitsHead, data: HeldOut, *, k: int, batch_size: int, logits
         for start in range(0, len(cached), batch_size)
     ]
     process, processes = distributed.processes()
-    # Sharded models compute together, so every process takes as many; what is one too many does not count.
+    # Sharded models compute together, so every process takes as many; what is one too many does not
+    # count.
     rounds = range(process, -(-len(batches) // processes) * processes, processes)
     for at in tqdm(
-        rounds, desc="evaluate", unit="batch", leave=False, dynamic_ncols=True, disable=not distributed.is_main()
+        rounds,
+        desc="evaluate",
+        unit="batch",
+        leave=False,
+        dynamic_ncols=True,
+        disable=not distributed.is_main(),
     ):
         cached, items = batches[at % len(batches)]
         batch = collate([cached[item] for item in items])
         with head.evaluated():
-            values = head.inside(partial(_measured, head, cached, batch, k if heads else 0, logits_chunk))
+            values = head.inside(
+                partial(_measured, head, cached, batch, k if heads else 0, logits_chunk)
+            )
         if at >= len(batches):
             continue
         calibration.add(values.pop("confidence"), values.pop("right"))
@@ -75,12 +91,26 @@ def evaluate(head: LogitsHead, data: HeldOut, *, k: int, batch_size: int, logits
     means = {name: sum(part.get(name, 0.0) for part, _, _ in parts) / positions for name in names}
     means["perplexity"] = perplexity(means["ce"])
     means["ece"] = Calibration.merged(part for _, _, part in parts).error()
-    order = ["kl", "reverse_kl", "ce", "perplexity", "top1_agreement", f"mor@{k}", f"cr@{k}", f"spearman@{k}", "ece"]
+    order = [
+        "kl",
+        "reverse_kl",
+        "ce",
+        "perplexity",
+        "top1_agreement",
+        f"mor@{k}",
+        f"cr@{k}",
+        f"spearman@{k}",
+        "ece",
+    ]
     return {name: means[name] for name in order if name in means}
 
 
 def _measured(
-    head: LogitsHead, cached: CachedDataset, batch: dict[str, Tensor], k: int, logits_chunk: int | None
+    head: LogitsHead,
+    cached: CachedDataset,
+    batch: dict[str, Tensor],
+    k: int,
+    logits_chunk: int | None,
 ) -> dict[str, Tensor]:
     """The metrics at each position; k = 0 for those that need no heads."""
     teacher, hidden_PH = _run(head, cached, batch)
@@ -109,14 +139,19 @@ def _measured(
 def _confidence(logits_CV: Tensor, target_ids_C: Tensor) -> dict[str, Tensor]:
     """The probability of the most probable token, and whether it is the one that follows."""
     highest, at = logits_CV.float().max(1)
-    return {"confidence": (highest - logits_CV.float().logsumexp(1)).exp(), "right": at == target_ids_C}
+    return {
+        "confidence": (highest - logits_CV.float().logsumexp(1)).exp(),
+        "right": at == target_ids_C,
+    }
 
 
 def teacher_reference(data: HeldOut) -> dict[str, float]:
-    """What the teacher itself reaches on the same positions, from the cache: ce (nats), perplexity, ece; and positions.
+    """What the teacher itself reaches on the same positions, from the cache: ce (nats), perplexity,
+    ece; and positions.
 
-    A cache without heads does not say what the teacher's most probable token was: no ece then. ``left_out``, where the
-    student has fewer ids than a teacher: the mean share of the teacher's mass on ids that it lacks.
+    A cache without heads does not say what the teacher's most probable token was: no ece then.
+    ``left_out``, where the student has fewer ids than a teacher: the mean share of the teacher's
+    mass on ids that it lacks.
     """
     total, positions = 0.0, 0
     calibration, heads = Calibration(), False
@@ -131,20 +166,27 @@ def teacher_reference(data: HeldOut) -> dict[str, float]:
             if sequence.ids.shape[1]:
                 heads = True
                 calibration.add(
-                    torch.from_numpy(sequence.logprobs[:, 0]).exp(), torch.from_numpy(sequence.target_rank == 0)
+                    torch.from_numpy(sequence.logprobs[:, 0]).exp(),
+                    torch.from_numpy(sequence.target_rank == 0),
                 )
-    found = {"ce": total / positions, "perplexity": perplexity(total / positions), "positions": positions}
+    found = {
+        "ce": total / positions,
+        "perplexity": perplexity(total / positions),
+        "positions": positions,
+    }
     if lost is not None:
         found["left_out"] = lost / positions
     return {**found, "ece": calibration.error()} if heads else found
 
 
 @torch.no_grad()
-def examples(head: LogitsHead, data: HeldOut, tokenizer: Any, *, count: int = 10) -> list[dict[str, Any]]:
+def examples(
+    head: LogitsHead, data: HeldOut, tokenizer: Any, *, count: int = 10
+) -> list[dict[str, Any]]:
     """Some held-out positions with what both models expect there.
 
-    Each has ``context`` (the text before), ``target`` (the token that follows) and, as lists of (token, probability),
-    ``teacher`` and ``student``.
+    Each has ``context`` (the text before), ``target`` (the token that follows) and, as lists of
+    (token, probability), ``teacher`` and ``student``.
     """
     part = data.parts[0]
     batch = collate([part[index] for index in range(min(len(part), 2))])
@@ -167,18 +209,23 @@ def examples(head: LogitsHead, data: HeldOut, tokenizer: Any, *, count: int = 10
                 "target": tokenizer.decode([int(batch["labels"][at])]),
                 "teacher": [
                     (tokenizer.decode([int(i)]), float(p))
-                    for i, p in zip(teacher.ids[at, :SHOWN], teacher.logprobs[at, :SHOWN].exp(), strict=True)
+                    for i, p in zip(
+                        teacher.ids[at, :SHOWN], teacher.logprobs[at, :SHOWN].exp(), strict=True
+                    )
                     if i >= 0
                 ],
                 "student": [
-                    (tokenizer.decode([int(i)]), float(p)) for i, p in zip(ids[row], probabilities[row], strict=True)
+                    (tokenizer.decode([int(i)]), float(p))
+                    for i, p in zip(ids[row], probabilities[row], strict=True)
                 ],
             }
         )
     return shown
 
 
-def _run(head: LogitsHead, data: CachedDataset, batch: dict[str, Tensor]) -> tuple[SparseTeacher, Tensor]:
+def _run(
+    head: LogitsHead, data: CachedDataset, batch: dict[str, Tensor]
+) -> tuple[SparseTeacher, Tensor]:
     """The teacher and the student's hidden states [P, H] at the kept positions of a batch."""
     device = next(head.backbone.parameters()).device
     batch = {name: value.to(device) for name, value in batch.items()}

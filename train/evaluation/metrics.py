@@ -1,8 +1,9 @@
-"""How far the student orders the teacher's peaks as the teacher does, and how well its probabilities are calibrated.
+"""How far the student orders the teacher's peaks as the teacher does, and how well its
+probabilities are calibrated.
 
-Top-1, CR@k, MOR@k (arXiv 2409.12545) and the rank correlation are exact from a cache wherever the head holds at least k
-entries. The teacher's order is the stored order, which was fixed before anything was quantised; equal stored logprobs are
-no ties.
+Top-1, CR@k, MOR@k (arXiv 2409.12545) and the rank correlation are exact from a cache wherever the
+head holds at least k entries. The teacher's order is the stored order, which was fixed before
+anything was quantised; equal stored logprobs are no ties.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ class RankAgreement(NamedTuple):
 def rank_agreement(student_logits: Tensor, teacher: SparseTeacher, k: int) -> RankAgreement:
     """Compares both top-k at each position; student_logits [P, V], 1 <= k <= V, no gradient.
 
-    Where a head holds fewer than k ids, ``overlap`` is a lower bound and ``identical`` is False; without a head all are 0.
+    Where a head holds fewer than k ids, ``overlap`` is a lower bound and ``identical`` is False;
+    without a head all are 0.
     """
     student_Pk, teacher_Pk = student_logits.topk(k, dim=1).indices, teacher.ids[:, :k]
     shared_P = (student_Pk.unsqueeze(2) == teacher_Pk.unsqueeze(1)).sum((1, 2))
@@ -54,11 +56,15 @@ def rank_agreement(student_logits: Tensor, teacher: SparseTeacher, k: int) -> Ra
 
 @no_grad()
 def rank_correlation(student_logits: Tensor, teacher: SparseTeacher, k: int) -> Tensor:
-    """float32[P]: Spearman's correlation over the union of both top-k, between -1 and 1: RLKD's loss with hard ranks.
+    """float32[P]: Spearman's correlation over the union of both top-k, between -1 and 1: RLKD's
+    loss with hard ranks.
 
-    Ids of the student's top-k that the head does not hold share the ranks below it; without a head it is 0.
+    Ids of the student's top-k that the head does not hold share the ranks below it; without a head
+    it is 0.
     """
-    order = -torch.arange(teacher.ids.shape[1], device=teacher.ids.device, dtype=teacher.logprobs.dtype)
+    order = -torch.arange(
+        teacher.ids.shape[1], device=teacher.ids.device, dtype=teacher.logprobs.dtype
+    )
     ordered = replace(teacher, logprobs=torch.where(teacher.ids >= 0, order, -torch.inf))
     # Differences of logits are far above this strength, but for exact ties, which share a rank.
     correlation = 1 - ranking(student_logits, ordered, k=k, strength=1e-6)
@@ -66,11 +72,12 @@ def rank_correlation(student_logits: Tensor, teacher: SparseTeacher, k: int) -> 
 
 
 class Calibration:
-    """The expected calibration error of a model's most probable token (Guo et al. 2017, arXiv 1706.04599).
+    """The expected calibration error of a model's most probable token (Guo et al. 2017, arXiv
+    1706.04599).
 
-    Positions are sorted into ``BINS`` bins by the probability that the model gives its most probable token; the error is
-    the mean over positions of |share of the bin that is right - mean probability in the bin|. 0 for a model that is right
-    as often as it says.
+    Positions are sorted into ``BINS`` bins by the probability that the model gives its most
+    probable token; the error is the mean over positions of |share of the bin that is right - mean
+    probability in the bin|. 0 for a model that is right as often as it says.
     """
 
     def __init__(self) -> None:

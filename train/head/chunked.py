@@ -1,9 +1,10 @@
 """From hidden states to per-position losses without ever holding the logits of all positions.
 
-The logits of a batch, positions times vocabulary, are the largest tensor of a fine-tuning step, several times over once
-losses upcast them. Here only ``chunk_size`` positions have logits at any time. The gradient of a chunk is taken as soon
-as its losses are known, so logits are computed once, as in plain training, and not again in the backward pass; they live
-in one buffer for all chunks, which the gradient in them may take over, and the head's gradient is summed in place.
+The logits of a batch, positions times vocabulary, are the largest tensor of a fine-tuning step,
+several times over once losses upcast them. Here only ``chunk_size`` positions have logits at any
+time. The gradient of a chunk is taken as soon as its losses are known, so logits are computed once,
+as in plain training, and not again in the backward pass; they live in one buffer for all chunks,
+which the gradient in them may take over, and the head's gradient is summed in place.
 
 Shapes: P kept positions, C positions of one chunk, H hidden size, V student vocabulary.
 """
@@ -20,12 +21,14 @@ from torch import Tensor, nn
 
 from logitcask.train.head.lm_head import LogitsHead, as_forward_of
 
-# Logits of one chunk. A GPU needs large ones to have enough to do. On a CPU they gain nothing beyond so many positions, but
-# with fewer the products take longer, since each chunk reads the head and reads and writes its gradient (docs/speed.md).
+# Logits of one chunk. A GPU needs large ones to have enough to do. On a CPU they gain nothing
+# beyond so many positions, but with fewer the products take longer, since each chunk reads the head
+# and reads and writes its gradient (docs/speed.md).
 _CHUNK_BYTES = {"cpu": 96 * 2**20}
 _CHUNK_BYTES_ELSEWHERE = 512 * 2**20
 _CHUNK_AT_LEAST = 512
-# Rows of the head's gradient that are summed at a time where no kernel adds 16-bit products to float32.
+# Rows of the head's gradient that are summed at a time where no kernel adds 16-bit products to
+# float32.
 _SLICE = 8192
 
 _T = TypeVar("_T")
@@ -33,9 +36,10 @@ _T = TypeVar("_T")
 PerChunk = Callable[[Tensor, slice], tuple[Tensor, dict[str, Tensor]]]
 """``per_chunk(logits [C, V], rows) -> (objective [C], values)``.
 
-``rows`` says which of the P positions these are (``teacher[rows]``). ``objective`` is what to minimise, weighted but
-not reduced; its only way to parameters must be through the logits. ``values`` are [C] tensors to report, by name. The
-backward pass of ``objective`` may overwrite the logits, which nothing reads afterwards.
+``rows`` says which of the P positions these are (``teacher[rows]``). ``objective`` is what to
+minimise, weighted but not reduced; its only way to parameters must be through the logits.
+``values`` are [C] tensors to report, by name. The backward pass of ``objective`` may overwrite the
+logits, which nothing reads afterwards.
 """
 
 _Losses = Callable[[Tensor, PerChunk], tuple[Tensor, dict[str, Tensor]]]
@@ -54,26 +58,31 @@ def head_losses(
 ) -> HeadLosses:
     """Losses of all positions, a chunk of logits at a time, with the gradient taken on the way.
 
-    The gradient in the hidden states and in the head's parameters is exact and ready when this returns; the backward
-    pass only multiplies it by the (scalar) gradient of the objective, once. Hence the objective has to be complete
-    here: what depends on the logits of other positions needs a first pass (``chosen_head_losses``).
+    The gradient in the hidden states and in the head's parameters is exact and ready when this
+    returns; the backward pass only multiplies it by the (scalar) gradient of the objective, once.
+    Hence the objective has to be complete here: what depends on the logits of other positions needs
+    a first pass (``chosen_head_losses``).
 
-    Besides one chunk of logits (two, where losses do not write their gradient over them or where logits are
-    soft-capped), memory holds the gradients: [P, H], and one tensor the size of each trainable parameter of the head,
-    summed over chunks in at least float32 and handed on to ``.grad`` as it is. Under ``torch.no_grad`` there are only
-    values.
+    Besides one chunk of logits (two, where losses do not write their gradient over them or where
+    logits are soft-capped), memory holds the gradients: [P, H], and one tensor the size of each
+    trainable parameter of the head, summed over chunks in at least float32 and handed on to
+    ``.grad`` as it is. Under ``torch.no_grad`` there are only values.
 
-    All of it happens inside a call of the lm_head's module. So its hooks run once, and where FSDP2 shards it, it is
-    gathered once for all chunks.
+    All of it happens inside a call of the lm_head's module. So its hooks run once, and where FSDP2
+    shards it, it is gathered once for all chunks.
 
     Args:
         head: the model's second half.
         hidden_PH: hidden states at the kept positions; P may be 0.
         per_chunk: the losses; see ``PerChunk``.
-        chunk_size: the most positions with logits at any time; by default as many as make 96 MiB (on GPUs 512 MiB) of
-            float32 logits, or 512 where that is more. Chunks are of equal size, as far as that goes.
+        chunk_size: the most positions with logits at any time; by default as many as make 96 MiB
+        (on GPUs 512 MiB) of
+            float32 logits, or 512 where that is more. Chunks are of equal size, as far as that
+            goes.
     """
-    return _in_head(head, hidden_PH, lambda hidden_PH, losses: losses(hidden_PH, per_chunk), chunk_size)
+    return _in_head(
+        head, hidden_PH, lambda hidden_PH, losses: losses(hidden_PH, per_chunk), chunk_size
+    )
 
 
 def chosen_head_losses(
@@ -88,7 +97,8 @@ def chosen_head_losses(
 
     Args:
         measure: what the first pass computes at all P positions; only its values count.
-        choose: of these values, float32[P] by name, the Q positions (int64[Q]) and the losses there.
+        choose: of these values, float32[P] by name, the Q positions (int64[Q]) and the losses
+        there.
     """
 
     def passes(hidden_PH: Tensor, losses: _Losses) -> tuple[Tensor, dict[str, Tensor]]:
@@ -108,8 +118,9 @@ def _in_head(
 ) -> HeadLosses:
     """Calls ``work`` in one call of the lm_head's module, with what computes losses chunk by chunk.
 
-    One, whatever ``work`` does: FSDP2 takes a second call for the beginning of another forward, and in the backward pass would
-    free the parameters of the norm before the head while they are needed.
+    One, whatever ``work`` does: FSDP2 takes a second call for the beginning of another forward, and
+    in the backward pass would free the parameters of the norm before the head while they are
+    needed.
     """
     plain = head.lm_head.forward
 
@@ -117,7 +128,9 @@ def _in_head(
         size = _chunk_size(head, hidden_PH, chunk_size)
         return _all_chunks(_projection(head, plain, hidden_PH, size), hidden_PH, per_chunk, size)
 
-    return HeadLosses(*as_forward_of(head.lm_head, lambda hidden_PH: work(hidden_PH, losses), hidden_PH))
+    return HeadLosses(
+        *as_forward_of(head.lm_head, lambda hidden_PH: work(hidden_PH, losses), hidden_PH)
+    )
 
 
 def _chunk_size(head: LogitsHead, hidden_PH: Tensor, most: int | None) -> int:
@@ -129,7 +142,9 @@ def _chunk_size(head: LogitsHead, hidden_PH: Tensor, most: int | None) -> int:
 
 
 class _Projection(Protocol):
-    """Hidden states to logits, and the gradient in logits to those in hidden states and parameters, chunk by chunk."""
+    """Hidden states to logits, and the gradient in logits to those in hidden states and
+    parameters, chunk by chunk.
+    """
 
     parameters: list[nn.Parameter]
 
@@ -152,15 +167,22 @@ def _projection(
 
 
 class _LinearProjection:
-    """A plain ``nn.Linear`` with what follows it: matrix products into buffers that all chunks share."""
+    """A plain ``nn.Linear`` with what follows it: matrix products into buffers that all chunks
+    share.
+    """
 
     def __init__(self, head: LogitsHead, hidden_PH: Tensor, chunk_size: int) -> None:
         module = cast(nn.Linear, head.lm_head)
         device = hidden_PH.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else module.weight.dtype
+        dtype = (
+            torch.get_autocast_dtype(device)
+            if torch.is_autocast_enabled(device)
+            else module.weight.dtype
+        )
         self.parameters = head.parameters()
         self._weight_VH = module.weight.detach().to(dtype)
-        # scale * (h W + b) = (scale h) W + scale b, and products with h are far smaller than those with logits.
+        # scale * (h W + b) = (scale h) W + scale b, and products with h are far smaller than those
+        # with logits.
         self._scale, self._softcap = head.scale, head.softcap
         self._bias_V = None if module.bias is None else module.bias.detach().to(dtype) * self._scale
         self._buffer_CV = hidden_PH.new_empty(chunk_size, len(self._weight_VH), dtype=dtype)
@@ -199,7 +221,8 @@ class _LinearProjection:
     def _add_to_weight(self, grad_CV: Tensor) -> None:
         if self._weight_sum is None:
             self._weight_sum = self._weight_VH.new_zeros(self._weight_VH.shape, dtype=self._wide())
-        # Sums over many chunks lose digits in bfloat16, and so does a product that is rounded before it is added.
+        # Sums over many chunks lose digits in bfloat16, and so does a product that is rounded
+        # before it is added.
         if self._weight_sum.dtype == grad_CV.dtype:
             self._weight_sum.addmm_(grad_CV.t(), self._hidden_CH)
             return
@@ -230,7 +253,9 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 @functools.cache
 def _adds_to_float32(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether ``_add_product`` works here. Only CUDA has it, from one version of torch on or another: so it is tried."""
+    """Whether ``_add_product`` works here. Only CUDA has it, from one version of torch on or
+    another: so it is tried.
+    """
     return device.type == "cuda" and _adds_rightly(device, dtype)
 
 
@@ -245,7 +270,9 @@ def _adds_rightly(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def _multiplies_faster_in_float32(device: torch.device) -> bool:
-    """Whether a CPU multiplies 16-bit matrices slower than float32 ones: on AVX2, which has nothing for them, ten times."""
+    """Whether a CPU multiplies 16-bit matrices slower than float32 ones: on AVX2, which has
+    nothing for them, ten times.
+    """
     return device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
 
 
@@ -264,12 +291,17 @@ class _AnyProjection:
     def backward(self, grad_CV: Tensor) -> Tensor:
         inputs = [self._hidden_CH, *self.parameters]
         logits_CV, self._logits_CV = self._logits_CV, grad_CV
-        hidden, *found = torch.autograd.grad(logits_CV, inputs, grad_CV.to(logits_CV.dtype), materialize_grads=True)
+        hidden, *found = torch.autograd.grad(
+            logits_CV, inputs, grad_CV.to(logits_CV.dtype), materialize_grads=True
+        )
         if self._sums:
             for total, gradient in zip(self._sums, found, strict=True):
                 total.add_(gradient)
         else:
-            self._sums = [gradient.to(torch.promote_types(gradient.dtype, torch.float32)) for gradient in found]
+            self._sums = [
+                gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+                for gradient in found
+            ]
         return hidden
 
     def sums(self) -> list[Tensor]:
@@ -283,7 +315,8 @@ def _all_chunks(
     values: dict[str, list[Tensor]] = {}
     wanted = torch.is_grad_enabled()
     hidden_grad = torch.empty_like(hidden_PH) if wanted else hidden_PH
-    # An empty batch is one empty chunk, so that the names are reported and the objective stays connected.
+    # An empty batch is one empty chunk, so that the names are reported and the objective stays
+    # connected.
     for start in range(0, max(len(hidden_PH), 1), chunk_size):
         rows = slice(start, start + chunk_size)
         logits_CV = projection.logits(hidden_PH[rows]).requires_grad_(wanted)
@@ -299,13 +332,17 @@ def _all_chunks(
     objective = torch.stack(objectives).sum()
     if wanted:
         gradients = [hidden_grad]
-        gradients += [g.to(p.dtype) for g, p in zip(projection.sums(), projection.parameters, strict=True)]
+        gradients += [
+            g.to(p.dtype) for g, p in zip(projection.sums(), projection.parameters, strict=True)
+        ]
         objective = _Precomputed.apply(objective, gradients, hidden_PH, *projection.parameters)  # type: ignore[no-untyped-call]
     return objective, {name: torch.cat(parts) for name, parts in values.items()}
 
 
 class _Precomputed(torch.autograd.Function):
-    """A scalar whose gradients in ``inputs`` are already known, and are given away in its one backward pass."""
+    """A scalar whose gradients in ``inputs`` are already known, and are given away in its one
+    backward pass.
+    """
 
     @staticmethod
     def forward(ctx: Any, objective: Tensor, gradients: list[Tensor], *inputs: Tensor) -> Tensor:
@@ -322,4 +359,11 @@ class _Precomputed(torch.autograd.Function):
         # Scaled in place and not kept: autograd can make them the parameters' .grad without a copy.
         gradients, ctx.gradients = ctx.gradients, None
         needed = zip(gradients, ctx.needs_input_grad[2:], strict=True)
-        return None, None, *(gradient.mul_(grad.to(gradient.dtype)) if need else None for gradient, need in needed)
+        return (
+            None,
+            None,
+            *(
+                gradient.mul_(grad.to(gradient.dtype)) if need else None
+                for gradient, need in needed
+            ),
+        )

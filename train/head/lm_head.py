@@ -1,4 +1,5 @@
-"""A causal language model in two halves: the backbone up to its last hidden states, and the head from them to logits.
+"""A causal language model in two halves: the backbone up to its last hidden states, and the head
+from them to logits.
 
 Shapes: B sequences, T tokens, H hidden size, V student vocabulary.
 """
@@ -19,14 +20,16 @@ _T = TypeVar("_T")
 
 
 class LogitsHead:
-    """A causal language model in two halves: input -> last hidden states, and hidden states -> logits.
+    """A causal language model in two halves: input -> last hidden states, and hidden states ->
+    logits.
 
-    The second half includes what an architecture does to logits after its lm_head: bias, Gemma's soft-capping,
-    Granite's, Cohere's or Falcon-H1's scale. Whether the halves make up the whole is checked once, by comparing with
-    the model's own logits on a few random tokens.
+    The second half includes what an architecture does to logits after its lm_head: bias, Gemma's
+    soft-capping, Granite's, Cohere's or Falcon-H1's scale. Whether the halves make up the whole is
+    checked once, by comparing with the model's own logits on a few random tokens.
 
-    The halves are the model's own modules, so training them trains the model. They bypass ``model.forward``: under DDP
-    or FSDP2, call them from inside the wrapped module's forward, where hooks are armed.
+    The halves are the model's own modules, so training them trains the model. They bypass
+    ``model.forward``: under DDP or FSDP2, call them from inside the wrapped module's forward, where
+    hooks are armed.
 
     Args:
         model: a causal language model of transformers, with or without PEFT adapters.
@@ -36,7 +39,8 @@ class LogitsHead:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        # PEFT changes the modules inside the model that it wraps; the halves are those of the wrapped model.
+        # PEFT changes the modules inside the model that it wraps; the halves are those of the
+        # wrapped model.
         unwrap = getattr(model, "get_base_model", None)
         causal = cast(PreTrainedModel, unwrap() if unwrap else model)
         self.architecture = type(causal).__name__
@@ -54,7 +58,9 @@ class LogitsHead:
         self._check(causal)
 
     def hidden(self, **inputs: Tensor) -> Tensor:
-        """Last hidden states [B, T, H] of ``input_ids`` [B, T] and what else the model's forward takes."""
+        """Last hidden states [B, T, H] of ``input_ids`` [B, T] and what else the model's forward
+        takes.
+        """
         hidden: Tensor = self.backbone(**inputs, use_cache=False).last_hidden_state
         return hidden
 
@@ -70,7 +76,9 @@ class LogitsHead:
         return logits
 
     def inside(self, work: Callable[[], _T]) -> _T:
-        """Calls ``work`` where the model's forward would run: there FSDP2 has the parameters of both halves at hand."""
+        """Calls ``work`` where the model's forward would run: there FSDP2 has the parameters of
+        both halves at hand.
+        """
         return as_forward_of(self.student, work)
 
     def evaluated(self) -> AbstractContextManager[None]:
@@ -78,19 +86,24 @@ class LogitsHead:
         return _eval_mode(self.student)
 
     def parameters(self) -> list[nn.Parameter]:
-        """The trainable parameters between hidden states and logits (shared with the embedding where tied)."""
+        """The trainable parameters between hidden states and logits (shared with the embedding
+        where tied).
+        """
         return [parameter for parameter in self.lm_head.parameters() if parameter.requires_grad]
 
     @torch.no_grad()
     def _check(self, causal: PreTrainedModel) -> None:
         device = causal.get_input_embeddings().weight.device
-        input_ids = torch.randint(self.vocab_size, (1, 8), generator=torch.Generator().manual_seed(0)).to(device)
+        input_ids = torch.randint(
+            self.vocab_size, (1, 8), generator=torch.Generator().manual_seed(0)
+        ).to(device)
         with _eval_mode(causal):
             expected = causal(input_ids=input_ids, use_cache=False).logits
             found = self.logits(self.hidden(input_ids=input_ids))
         error, size = (found - expected).abs().max().item(), expected.abs().max().item()
-        # Same hidden states, maybe in another order of rounding; a missing scale or cap is far beyond this. Under autocast the
-        # lm_head computes in half precision, whatever the model widens its logits to.
+        # Same hidden states, maybe in another order of rounding; a missing scale or cap is far
+        # beyond this. Under autocast the lm_head computes in half precision, whatever the model
+        # widens its logits to.
         rounding = max(torch.finfo(logits.dtype).eps for logits in (expected, found))
         if not error <= max(8 * rounding, 1e-4) * size:
             raise UserError(
@@ -100,7 +113,9 @@ class LogitsHead:
 
 
 def _after_lm_head(config: Any) -> tuple[float, float | None]:
-    """(scale, softcap): what follows the lm_head, from the fields by which transformers' configs name it."""
+    """(scale, softcap): what follows the lm_head, from the fields by which transformers' configs
+    name it.
+    """
     scale = 1.0
     for field in ("logit_scale", "lm_head_multiplier", "output_multiplier"):
         scale *= getattr(config, field, None) or 1.0
@@ -108,7 +123,9 @@ def _after_lm_head(config: Any) -> tuple[float, float | None]:
     # Granite and MiniCPM3 divide by it, HyperCLOVA X multiplies.
     scale *= scaling if config.model_type.startswith("hyperclovax") else 1 / scaling
     caps = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
-    return scale, next((cap for cap in (getattr(config, field, None) for field in caps) if cap is not None), None)
+    return scale, next(
+        (cap for cap in (getattr(config, field, None) for field in caps) if cap is not None), None
+    )
 
 
 @contextmanager
@@ -124,7 +141,9 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def as_forward_of(module: nn.Module, work: Callable[..., _T], *args: Any) -> _T:
-    """``work(*args)`` in the place of the module's own forward, with the hooks that stand around it."""
+    """``work(*args)`` in the place of the module's own forward, with the hooks that stand around
+    it.
+    """
     own = vars(module).get("forward")
     module.forward = work  # type: ignore[method-assign]
     try:

@@ -1,4 +1,6 @@
-"""``training:`` of a config as ``transformers.TrainingArguments``, and what of them a cache cannot serve."""
+"""``training:`` of a config as ``transformers.TrainingArguments``, and what of them a cache
+cannot serve.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,11 @@ _UNSUPPORTED = {
     "auto_find_batch_size": "it begins again with a smaller batch, but keeps the weights of the steps before; set "
     "per_device_train_batch_size and gradient_accumulation_steps instead",
 }
-_AT_LEAST_ONE = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+_AT_LEAST_ONE = (
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+)
 _RISING = ("top1_agreement", "mor@", "cr@", "spearman@")
 _FALLING = ("kl", "reverse_kl", "ce", "perplexity", "ece")
 _FIRST_CHOICE = "kl"
@@ -40,14 +46,25 @@ _LIGER_HEAD = "fused_linear_cross_entropy"
 
 
 def training_arguments(config: TrainConfig) -> TrainingArguments:
-    """Raises ConfigError, in one line, for a field that transformers does not know or that makes no sense here."""
-    # Batches hold fields that no model signature knows; trackers are opted into, as everything that leaves the machine.
-    # Without a GPU, pinned memory is a warning and nothing else, and workers take cores from the training.
+    """Raises ConfigError, in one line, for a field that transformers does not know or that makes
+    no sense here.
+    """
+    # Batches hold fields that no model signature knows; trackers are opted into, as everything that
+    # leaves the machine. Without a GPU, pinned memory is a warning and nothing else, and workers
+    # take cores from the training.
     gpu = torch.cuda.is_available()
-    defaults = {"report_to": "none", "dataloader_pin_memory": gpu, "dataloader_num_workers": 2 if gpu else 0}
+    defaults = {
+        "report_to": "none",
+        "dataloader_pin_memory": gpu,
+        "dataloader_num_workers": 2 if gpu else 0,
+    }
     fields = {**defaults, **config.training, "remove_unused_columns": False}
     # YAML 1.1 reads an unquoted `no` as false.
-    fields |= {name: "no" for name, value in fields.items() if name.endswith("_strategy") and value is False}
+    fields |= {
+        name: "no"
+        for name, value in fields.items()
+        if name.endswith("_strategy") and value is False
+    }
     for name in _UNSUPPORTED.keys() & {name for name, value in fields.items() if value}:
         raise ConfigError(
             f"training.{name} is {fields[name]}, which training from a cache does not support ({_UNSUPPORTED[name]}); remove it"
@@ -64,12 +81,15 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
     try:
         arguments = TrainingArguments(**fields)
         if arguments.device.type == "cuda" and arguments.n_gpu > 1:
-            # Left alone, Trainer would wrap the student in nn.DataParallel, which cannot cut up cached batches.
+            # Left alone, Trainer would wrap the student in nn.DataParallel, which cannot cut up
+            # cached batches.
             log.info("training on one of %d GPUs", arguments.n_gpu)
             arguments._n_gpu = 1
     except TypeError as error:
         unknown = str(error).rpartition(" ")[2]
-        raise ConfigError(f"training.{unknown.strip(chr(39))} is no field of transformers.TrainingArguments") from error
+        raise ConfigError(
+            f"training.{unknown.strip(chr(39))} is no field of transformers.TrainingArguments"
+        ) from error
     except (ValueError, ImportError, RuntimeError, FileNotFoundError) as error:
         raise ConfigError(f"training: {first_line(error)}") from error
     for name in ("dispatch_batches", "split_batches"):
@@ -98,22 +118,31 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
 
 
 def check_optimizer(arguments: TrainingArguments, student: PreTrainedModel) -> Optimizer:
-    """Makes the optimizer on a weight of no meaning, and returns it; Trainer makes its own at the first step.
+    """Makes the optimizer on a weight of no meaning, and returns it; Trainer makes its own at the
+    first step.
 
-    Raises ConfigError where ``training.optim`` needs what is not here, or where its numbers make no sense.
+    Raises ConfigError where ``training.optim`` needs what is not here, or where its numbers make no
+    sense.
     """
     weight = [nn.Parameter(torch.zeros(2, 2, device=arguments.device))]
     optim = f"training.optim is {arguments.optim.value!r}"
     try:
         kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments, student)
         # Optimizers of other kinds take the model, or layers of it, and may leave hooks in it.
-        if not (isinstance(kind, type) and issubclass(kind, Optimizer)) or options.keys() & _OF_THE_MODEL:
+        if (
+            not (isinstance(kind, type) and issubclass(kind, Optimizer))
+            or options.keys() & _OF_THE_MODEL
+        ):
             return torch.optim.SGD(weight, lr=arguments.learning_rate)
         optimizer = kind(weight, **options)
     except Exception as error:  # every optimizer refuses in its own way
         raise ConfigError(f"{optim}: {first_line(error)}") from error
     # transformers drops those that it does not look for.
-    given = [pair.partition("=")[0].strip() for pair in (arguments.optim_args or "").split(",") if pair.strip()]
+    given = [
+        pair.partition("=")[0].strip()
+        for pair in (arguments.optim_args or "").split(",")
+        if pair.strip()
+    ]
     unknown = [name for name in given if name not in options]
     if unknown and kind.__module__.startswith("torch.optim"):
         raise ConfigError(
@@ -123,7 +152,8 @@ def check_optimizer(arguments: TrainingArguments, student: PreTrainedModel) -> O
 
 
 def check_schedule(arguments: TrainingArguments, optimizer: Optimizer, steps: int) -> None:
-    """Raises ConfigError where ``training.lr_scheduler_kwargs`` do not fit the scheduler; asks it for rates of some steps.
+    """Raises ConfigError where ``training.lr_scheduler_kwargs`` do not fit the scheduler; asks it
+    for rates of some steps.
 
     ``optimizer`` is one of no meaning (``check_optimizer``), ``steps`` how many the training makes.
     """
@@ -137,9 +167,13 @@ def check_schedule(arguments: TrainingArguments, optimizer: Optimizer, steps: in
             scheduler_specific_kwargs=arguments.lr_scheduler_kwargs,
         )
         for rate in getattr(scheduler, "lr_lambdas", ()):
-            for step in sorted({0, min(warmup, steps), min(warmup + 1, steps), steps // 2, steps - 1, steps}):
+            for step in sorted(
+                {0, min(warmup, steps), min(warmup + 1, steps), steps // 2, steps - 1, steps}
+            ):
                 if not math.isfinite(factor := rate(step)):
-                    raise ValueError(f"the learning rate of step {step} is {factor} times training.learning_rate")
+                    raise ValueError(
+                        f"the learning rate of step {step} is {factor} times training.learning_rate"
+                    )
     except Exception as error:  # every scheduler refuses in its own way
         raise ConfigError(
             f"training.lr_scheduler_kwargs is {arguments.lr_scheduler_kwargs or {}}, with lr_scheduler_type "
@@ -148,7 +182,9 @@ def check_schedule(arguments: TrainingArguments, optimizer: Optimizer, steps: in
 
 
 def check_best(arguments: TrainingArguments, measured: dict[str, float]) -> None:
-    """Raises ConfigError where ``training.metric_for_best_model`` is not among what was measured on this cache."""
+    """Raises ConfigError where ``training.metric_for_best_model`` is not among what was measured
+    on this cache.
+    """
     wanted = arguments.metric_for_best_model
     if wanted is not None and wanted.removeprefix("eval_") not in measured:
         raise ConfigError(
@@ -157,7 +193,9 @@ def check_best(arguments: TrainingArguments, measured: dict[str, float]) -> None
 
 
 def _best(fields: dict[str, Any], k: int) -> dict[str, Any]:
-    """Which metric tells the best student, and whether a larger one is better; transformers' guesses are for a loss."""
+    """Which metric tells the best student, and whether a larger one is better; transformers'
+    guesses are for a loss.
+    """
     choosing = (
         fields.get("load_best_model_at_end")
         or fields.get("save_strategy") == "best"
@@ -169,7 +207,9 @@ def _best(fields: dict[str, Any], k: int) -> dict[str, Any]:
     known = [*_FALLING, *(f"{each}{k}" if each.endswith("@") else each for each in _RISING)]
     plain = str(name).removeprefix("eval_")
     if plain not in known:
-        raise ConfigError(f"training.metric_for_best_model is {name!r}; expected one of {', '.join(known)}")
+        raise ConfigError(
+            f"training.metric_for_best_model is {name!r}; expected one of {', '.join(known)}"
+        )
     rising = plain not in _FALLING
     given = fields.get("greater_is_better")
     return {"metric_for_best_model": plain, "greater_is_better": rising if given is None else given}
@@ -179,16 +219,30 @@ def _check_numbers(fields: dict[str, Any]) -> None:
     hints = get_type_hints(TrainingArguments)
     for name, value in fields.items():
         kinds = get_args(hints.get(name)) or (hints.get(name),)
-        if isinstance(value, str) and not {str, dict, list} & set(kinds) and {int, float} & set(kinds):
+        if (
+            isinstance(value, str)
+            and not {str, dict, list} & set(kinds)
+            and {int, float} & set(kinds)
+        ):
             raise ConfigError(f"training.{name} is {value!r}; expected a number")
-        if name in ("seed", "data_seed") and value is not None and not (type(value) is int and 0 <= value < 2**32):
-            raise ConfigError(f"training.{name} is {value!r}; expected a whole number from 0 to {2**32 - 1}")
+        if (
+            name in ("seed", "data_seed")
+            and value is not None
+            and not (type(value) is int and 0 <= value < 2**32)
+        ):
+            raise ConfigError(
+                f"training.{name} is {value!r}; expected a whole number from 0 to {2**32 - 1}"
+            )
         if name in _AT_LEAST_ONE and (not isinstance(value, int) or value < 1):
-            raise ConfigError(f"training.{name} is {value!r}; expected a whole number of at least 1")
+            raise ConfigError(
+                f"training.{name} is {value!r}; expected a whole number of at least 1"
+            )
 
 
 def _check_trackers(arguments: TrainingArguments) -> None:
-    """Starts each tracker's callback once: that is how transformers finds out whether its package is there."""
+    """Starts each tracker's callback once: that is how transformers finds out whether its
+    package is there.
+    """
     try:
         for callback in get_reporting_integration_callbacks(arguments.report_to):
             callback()
@@ -214,7 +268,9 @@ def _check_compilation(arguments: TrainingArguments) -> None:
         try:
             DynamoBackend(str(arguments.torch_compile_backend or "inductor").upper())
             compiled = torch.compile(
-                torch.sin, backend=arguments.torch_compile_backend, mode=arguments.torch_compile_mode
+                torch.sin,
+                backend=arguments.torch_compile_backend,
+                mode=arguments.torch_compile_mode,
             )
             compiled(
                 torch.zeros(2, device=arguments.device)
@@ -226,7 +282,9 @@ def _check_compilation(arguments: TrainingArguments) -> None:
 def _check_hub(arguments: TrainingArguments) -> None:
     try:
         HfApi(token=arguments.hub_token).whoami()
-    except Exception as error:  # no token, a wrong one, no network: each is raised by another library
+    except (
+        Exception
+    ) as error:  # no token, a wrong one, no network: each is raised by another library
         raise ConfigError(
             f"training.push_to_hub is set, and the hub does not know you ({first_line(error)}); run `hf auth login`, or "
             "remove it"

@@ -33,7 +33,9 @@ class BatchLoss:
     logits_chunk: positions whose logits are held at a time; None: as many as suit the device.
     """
 
-    def __init__(self, head: LogitsHead, mixture: Mixture, objective: Objective, logits_chunk: int | None) -> None:
+    def __init__(
+        self, head: LogitsHead, mixture: Mixture, objective: Objective, logits_chunk: int | None
+    ) -> None:
         self._head, self._mixture, self._objective = head, mixture, objective
         self._logits_chunk = logits_chunk
         self._read: Callable[..., Tensor] = head.hidden
@@ -45,7 +47,8 @@ class BatchLoss:
     def route(self, student: PreTrainedModel) -> None:
         """Sends cached batches through the student's own ``forward``.
 
-        DDP and FSDP arm their hooks there and nowhere else, so the loss has to be computed inside it.
+        DDP and FSDP arm their hooks there and nowhere else, so the loss has to be computed inside
+        it.
         """
         plain = student.forward
 
@@ -60,7 +63,9 @@ class BatchLoss:
         """(the objective summed over the chosen positions, the losses at each of them by name)."""
         hidden_PH = self._hidden(batch)
         if all(place.chosen == place.kept for place in batch["layout"]):
-            return head_losses(self._head, hidden_PH, self._losses(batch), chunk_size=self._logits_chunk)
+            return head_losses(
+                self._head, hidden_PH, self._losses(batch), chunk_size=self._logits_chunk
+            )
 
         def choose(values: dict[str, Tensor]) -> tuple[Tensor, PerChunk]:
             index = largest_gaps(_gap(values, batch), batch["layout"])
@@ -68,18 +73,29 @@ class BatchLoss:
             chosen["layout"] = tuple(replace(place, kept=place.chosen) for place in batch["layout"])
             return index, self._losses(chosen)
 
-        return chosen_head_losses(self._head, hidden_PH, _next_token_loss(batch), choose, chunk_size=self._logits_chunk)
+        return chosen_head_losses(
+            self._head, hidden_PH, _next_token_loss(batch), choose, chunk_size=self._logits_chunk
+        )
 
     @torch.no_grad()
     def gaps(self, batch: dict[str, Any]) -> Tensor:
         """``_gap`` of a batch by the student in evaluation mode: no dropout, no random numbers."""
         with self._head.evaluated():
-            found = head_losses(self._head, self._hidden(batch), _next_token_loss(batch), chunk_size=self._logits_chunk)
+            found = head_losses(
+                self._head,
+                self._hidden(batch),
+                _next_token_loss(batch),
+                chunk_size=self._logits_chunk,
+            )
             return _gap(found.values, batch)
 
     def _losses(self, batch: dict[str, Any]) -> PerChunk:
         teachers, per_chunk = self._mixture.teachers(batch), self._objective.per_chunk
-        return by_source(per_chunk, teachers) if len(self._mixture.sources) > 1 else per_chunk(teachers[0][1])
+        return (
+            by_source(per_chunk, teachers)
+            if len(self._mixture.sources) > 1
+            else per_chunk(teachers[0][1])
+        )
 
     def _hidden(self, batch: dict[str, Any]) -> Tensor:
         """Hidden states [P, H] at the kept positions of a batch."""

@@ -1,4 +1,6 @@
-"""Callbacks of the trainer: each tells one part of a training that a step, an epoch or a save has come."""
+"""Callbacks of the trainer: each tells one part of a training that a step, an epoch or a save
+has come.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +23,13 @@ from logitcask.train.loop.objective import Objective
 
 
 class LogWhenSaving(TrainerCallback):
-    """Closes the window of averaged losses at every checkpoint and at the end, so that a resumed log is the same log."""
+    """Closes the window of averaged losses at every checkpoint and at the end, so that a resumed
+    log is the same log.
+    """
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if _may_save(args, control) or state.global_step >= state.max_steps:
             control.should_log = True
 
@@ -35,28 +41,39 @@ class LogWhenSaving(TrainerCallback):
 
 
 def _may_save(args: TrainingArguments, control: TrainerControl) -> bool:
-    # Whether a student is the best so far is known only once it is evaluated, which comes after logging.
-    return control.should_save or (args.save_strategy == SaveStrategy.BEST and control.should_evaluate)
+    # Whether a student is the best so far is known only once it is evaluated, which comes after
+    # logging.
+    return control.should_save or (
+        args.save_strategy == SaveStrategy.BEST and control.should_evaluate
+    )
 
 
 class StopAfterSaving(TrainerCallback):
-    """After SIGTERM (``training.enable_jit_checkpoint``), saves at the end of a step and raises KeyboardInterrupt.
+    """After SIGTERM (``training.enable_jit_checkpoint``), saves at the end of a step and raises
+    KeyboardInterrupt.
 
-    The signal is caught by transformers' own callback, which would save inside a step, drop the losses since the last
-    record, and let a training that has stopped pass for one that has finished.
+    The signal is caught by transformers' own callback, which would save inside a step, drop the
+    losses since the last record, and let a training that has stopped pass for one that has
+    finished.
     """
 
     def __init__(self, catching: JITCheckpointCallback) -> None:
         self._catching = catching
         self._asked = False
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         # Every process gets the signal, but not at the same step.
-        self._asked = self._asked or any(gathered(bool(self._catching.jit_manager.is_checkpoint_requested)))
+        self._asked = self._asked or any(
+            gathered(bool(self._catching.jit_manager.is_checkpoint_requested))
+        )
         if self._asked:
             control.should_log = control.should_save = True
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if self._asked:
             self._catching.on_train_end(args, state, control)  # which gives the signal back
             raise KeyboardInterrupt
@@ -80,7 +97,9 @@ class TellEpoch(TrainerCallback):
 
 
 class FindBest(TrainerCallback):
-    """Tells where the best student so far is. Trainer forgets it if its path at the checkpoint's time no longer exists."""
+    """Tells where the best student so far is. Trainer forgets it if its path at the checkpoint's
+    time no longer exists.
+    """
 
     def __init__(self, folder: str) -> None:
         self._folder = folder
@@ -92,7 +111,9 @@ class FindBest(TrainerCallback):
 
 
 class TellObjective(TrainerCallback):
-    """Tells the objective where the training is. What it remembers is part of the checkpoints' trainer_state.json."""
+    """Tells the objective where the training is. What it remembers is part of the checkpoints'
+    trainer_state.json.
+    """
 
     def __init__(self, objective: Objective, end_step: Callable[[], None]) -> None:
         self._objective, self._end_step = objective, end_step
@@ -108,7 +129,9 @@ class TellObjective(TrainerCallback):
     ) -> None:
         self._objective.begin(state.global_step, state.max_steps)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self._end_step()
 
 
@@ -123,10 +146,16 @@ class Progress(TrainerCallback):
     ) -> None:
         if state.is_world_process_zero and not args.disable_tqdm:
             self._bar = tqdm(
-                total=state.max_steps, initial=state.global_step, desc="train", unit="step", dynamic_ncols=True
+                total=state.max_steps,
+                initial=state.global_step,
+                desc="train",
+                unit="step",
+                dynamic_ncols=True,
             )
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if self._bar is not None:
             self._bar.update(state.global_step - self._bar.n)
 
@@ -139,8 +168,14 @@ class Progress(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         if self._bar is not None and logs and "loss" in logs:
-            parts = {name.removeprefix("loss_"): value for name, value in logs.items() if name.startswith("loss_")}
-            self._bar.set_postfix_str(", ".join(f"{name} {value:.3f}" for name, value in parts.items()))
+            parts = {
+                name.removeprefix("loss_"): value
+                for name, value in logs.items()
+                if name.startswith("loss_")
+            }
+            self._bar.set_postfix_str(
+                ", ".join(f"{name} {value:.3f}" for name, value in parts.items())
+            )
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

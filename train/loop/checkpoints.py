@@ -1,7 +1,8 @@
 """Which cache a checkpoint belongs to, and which checkpoint a run goes on from.
 
-The fingerprints stand inside ``trainer_state.json``, the file that Trainer writes last, so a checkpoint that is whole
-always says whose it is: optimiser states and data orders of one cache mean nothing for another.
+The fingerprints stand inside ``trainer_state.json``, the file that Trainer writes last, so a
+checkpoint that is whole always says whose it is: optimiser states and data orders of one cache mean
+nothing for another.
 """
 
 from __future__ import annotations
@@ -31,11 +32,16 @@ class CacheStamp(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """What Trainer saves under this class's name in ``stateful_callbacks``."""
-        return {"args": {"fingerprints": list(self._fingerprints)}, "attributes": {"processes": processes()[1]}}
+        return {
+            "args": {"fingerprints": list(self._fingerprints)},
+            "attributes": {"processes": processes()[1]},
+        }
 
 
 def last_checkpoint(output: Path) -> Path | None:
-    """The newest checkpoint in ``output`` that was written to its end; any that was not is removed."""
+    """The newest checkpoint in ``output`` that was written to its end; any that was not is
+    removed.
+    """
     last: tuple[int, Path] | None = None
     for folder in output.glob("checkpoint-*"):
         state = _state(folder)
@@ -49,7 +55,8 @@ def last_checkpoint(output: Path) -> Path | None:
 def named_checkpoint(name: str, fingerprints: tuple[str, ...], steps: int) -> Path:
     """The checkpoint that ``training.resume_from_checkpoint`` names, of a run on the same caches.
 
-    Raises UserError where it is none, or one of another cache, or has made this run's ``steps`` already.
+    Raises UserError where it is none, or one of another cache, or has made this run's ``steps``
+    already.
     """
     folder = Path(name).expanduser()
     state = _state(folder)
@@ -60,7 +67,9 @@ def named_checkpoint(name: str, fingerprints: tuple[str, ...], steps: int) -> Pa
         )
     stamp = _stamp(state).get("args", {}).get("fingerprints")
     if stamp is None:
-        raise UserError(f"{name} does not say which cache it was trained from; only checkpoints of train-student do")
+        raise UserError(
+            f"{name} does not say which cache it was trained from; only checkpoints of train-student do"
+        )
     if tuple(stamp) != fingerprints:
         raise UserError(
             f"{name} was trained from another cache: fingerprint {_short(stamp)}, this run's is {_short(fingerprints)}; "
@@ -75,7 +84,8 @@ def named_checkpoint(name: str, fingerprints: tuple[str, ...], steps: int) -> Pa
 
 
 def best_checkpoint(recorded: str, output: Path) -> Path:
-    """Where the best student so far lies, whose path at the time of saving is ``recorded``; the run may have moved since.
+    """Where the best student so far lies, whose path at the time of saving is ``recorded``; the run
+    may have moved since.
 
     Raises UserError where it is gone: going on would end with another student than the best.
     """
@@ -89,7 +99,9 @@ def best_checkpoint(recorded: str, output: Path) -> Path:
 
 
 def warn_of_other_batches(checkpoint: Path) -> None:
-    """Says so where as many processes as now did not make ``checkpoint``: each takes its part of what comes next."""
+    """Says so where as many processes as now did not make ``checkpoint``: each takes its part of
+    what comes next.
+    """
     before = _stamp(_state(checkpoint) or {}).get("attributes", {}).get("processes")
     now = processes()[1]
     if before not in (None, now):

@@ -15,15 +15,19 @@ from logitcask.train.losses.tails import choose_tail
 
 
 class Objective:
-    """``weight * loss`` summed over the config's losses, plus ``ce_weight`` times the hard-label cross-entropy.
+    """``weight * loss`` summed over the config's losses, plus ``ce_weight`` times the hard-label
+    cross-entropy.
 
-    All losses of a chunk share one ``Student``, so that a sum costs about what its dearest term does.
+    All losses of a chunk share one ``Student``, so that a sum costs about what its dearest term
+    does.
 
-    With a dynamic ranking term (RLKD, equation 2) the other teacher losses of a position are weighted by the overlap of
-    the student's and the teacher's top k there, k being the ranking's own.
+    With a dynamic ranking term (RLKD, equation 2) the other teacher losses of a position are
+    weighted by the overlap of the student's and the teacher's top k there, k being the ranking's
+    own.
 
-    Weights may follow the training, and some losses remember something from step to step. The trainer says where it is
-    (``begin``) and, for those losses, what their means were (``end``), the same on all processes.
+    Weights may follow the training, and some losses remember something from step to step. The
+    trainer says where it is (``begin``) and, for those losses, what their means were (``end``), the
+    same on all processes.
     """
 
     def __init__(self, config: TrainConfig) -> None:
@@ -39,7 +43,9 @@ class Objective:
             make = SPECS[term.name].state
             if make is not None:
                 own = SPECS[term.name].state_options
-                self._states[term.name] = make(**{name: options.pop(name) for name in own if name in options})
+                self._states[term.name] = make(
+                    **{name: options.pop(name) for name in own if name in options}
+                )
             self._options[term.name] = options
         self._top_k = max([SPECS[name].top_k(options) for name, options in self._options.items()])
         self._masses = any(SPECS[name].masses for name in self._weights)
@@ -58,12 +64,16 @@ class Objective:
         }
 
     def end(self, means: dict[str, float], step: int, steps: int) -> None:
-        """An optimizer step has been made, the ``step``-th; ``means`` of the stateful losses over all its positions."""
+        """An optimizer step has been made, the ``step``-th; ``means`` of the stateful losses
+        over all its positions.
+        """
         for name, state in self._states.items():
             state.update(means[name], step / max(1, steps))
 
     def state_dict(self) -> dict[str, dict[str, float | None]]:
-        """What has to be the same after a checkpoint as before; empty without stateful losses. Numbers alone."""
+        """What has to be the same after a checkpoint as before; empty without stateful losses.
+        Numbers alone.
+        """
         return {name: state.state_dict() for name, state in self._states.items()}
 
     def load_state_dict(self, states: dict[str, dict[str, float | None]]) -> None:
@@ -79,7 +89,8 @@ class Objective:
         ]
 
     def exactness(self, teacher: SparseTeacher, shortest_head: int) -> dict[str, str]:
-        """What each loss is with a cache like ``teacher``: exact, unbiased, lower or biased (``logitcask.train.losses.base.Exactness``).
+        """What each loss is with a cache like ``teacher``: exact, unbiased, lower or biased
+        (``logitcask.train.losses.base.Exactness``).
 
         ``shortest_head``: how many entries the cache's heads have at least.
         """
@@ -91,21 +102,29 @@ class Objective:
             samples = teacher.samples is not None and spec.from_samples is not None
             if spec.tails:
                 tail = choose_tail(
-                    name, teacher, options.get("tail", "auto"), spec.tails, logprobs=spec.needs_sample_logprobs
+                    name,
+                    teacher,
+                    options.get("tail", "auto"),
+                    spec.tails,
+                    logprobs=spec.needs_sample_logprobs,
                 )
                 samples = tail == "samples"
                 if tail in ("prior", "renormalised"):
                     found[name] = "biased"
                     continue
-            found[name] = spec.from_samples if samples and spec.from_samples is not None else spec.from_head
+            found[name] = (
+                spec.from_samples if samples and spec.from_samples is not None else spec.from_head
+            )
             if shortest_head < spec.head_k(options):
                 found[name] = "biased"
         return found
 
     def per_chunk(self, teacher: SparseTeacher) -> PerChunk:
-        """The function ``logitcask.train.head.chunked.head_losses`` calls; its values are the unweighted terms, by name.
+        """The function ``logitcask.train.head.chunked.head_losses`` calls; its values are the
+        unweighted terms, by name.
 
-        ``teacher`` is that of the whole batch: what a loss wants to know of all its positions is found out here.
+        ``teacher`` is that of the whole batch: what a loss wants to know of all its positions is
+        found out here.
         """
         options = dict(self._options)
         for name, own in self._options.items():
@@ -114,19 +133,35 @@ class Objective:
                 options[name] = {**own, **prepare(teacher, own)}
             if state is not None:
                 options[name] = {**own, **state.options()}
-        asked = any(SPECS[name].prior_product and own.get("tail") == "prior" for name, own in options.items())
+        asked = any(
+            SPECS[name].prior_product and own.get("tail") == "prior"
+            for name, own in options.items()
+        )
         prior = asked and teacher.prior is not None
 
         def losses(logits_CV: Tensor, rows: slice) -> tuple[Tensor, dict[str, Tensor]]:
             part = teacher[rows]
-            student = Student(logits_CV, part, top_k=self._top_k, prior=prior, masses=self._masses, may_overwrite=True)
-            overlap = None if self._overlap_k is None else top_k_overlap(student, part, self._overlap_k)
+            student = Student(
+                logits_CV,
+                part,
+                top_k=self._top_k,
+                prior=prior,
+                masses=self._masses,
+                may_overwrite=True,
+            )
+            overlap = (
+                None if self._overlap_k is None else top_k_overlap(student, part, self._overlap_k)
+            )
             total = logits_CV.new_zeros(len(logits_CV), dtype=student.dtype)
             values = {}
             for name, weight in self._now.items():
                 values[name] = LOSSES[name](student, part, **options[name])
                 weighted = values[name] * weight
-                total = total + (weighted if overlap is None or not SPECS[name].by_overlap else weighted * overlap)
+                total = total + (
+                    weighted
+                    if overlap is None or not SPECS[name].by_overlap
+                    else weighted * overlap
+                )
             return total, values
 
         return losses

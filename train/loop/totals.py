@@ -1,4 +1,6 @@
-"""Running sums of a training: since the last record of the log, and since the last optimizer step."""
+"""Running sums of a training: since the last record of the log, and since the last optimizer
+step.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ from logitcask.train.model.precision import summed
 
 
 class LogTotals:
-    """Sums of this process's losses since the last record, and what earlier runs of a resumed training had reached.
+    """Sums of this process's losses since the last record, and what earlier runs of a resumed
+    training had reached.
 
     names: those of the caches, by number.
     """
@@ -52,7 +55,9 @@ class LogTotals:
         for source, places in groupby(layout, lambda place: place.source):
             stop = start + sum(place.chosen for place in places)
             self._cache_positions[source] = self._cache_positions.get(source, 0) + stop - start
-            self._cache_sums[source] = self._cache_sums.get(source, 0) + summed(objective[start:stop])
+            self._cache_sums[source] = self._cache_sums.get(source, 0) + summed(
+                objective[start:stop]
+            )
             start = stop
 
     def waited(self, seconds: float) -> None:
@@ -64,7 +69,8 @@ class LogTotals:
         self._last_record += seconds
 
     def record(self, step: int) -> dict[str, float]:
-        """Means over all processes since the last record, which begin afresh, and totals over all resumed runs.
+        """Means over all processes since the last record, which begin afresh, and totals over all
+        resumed runs.
 
         Empty if nothing was added. Raises UserError if a mean is not finite.
         """
@@ -103,7 +109,9 @@ class LogTotals:
             "cache_positions": self._cache_positions,
         }
         totals: dict[str, dict[Any, float]] = {kind: {} for kind in mine}
-        for part in gathered({kind: {name: float(x) for name, x in sums.items()} for kind, sums in mine.items()}):
+        for part in gathered(
+            {kind: {name: float(x) for name, x in sums.items()} for kind, sums in mine.items()}
+        ):
             for kind, sums in part.items():
                 for name, value in sums.items():
                     totals[kind][name] = totals[kind].get(name, 0.0) + value
@@ -111,7 +119,9 @@ class LogTotals:
 
 
 class StepTotals:
-    """Sums of the losses called ``names`` since the last optimizer step; ``sums`` ends with the number of positions."""
+    """Sums of the losses called ``names`` since the last optimizer step; ``sums`` ends with the
+    number of positions.
+    """
 
     def __init__(self, names: list[str]) -> None:
         self._names = names
@@ -126,7 +136,9 @@ class StepTotals:
         self.sums = sums if self.sums is None else self.sums + sums
 
     def means(self, reduced: Callable[[Tensor], Tensor]) -> dict[str, float] | None:
-        """Means over all processes, whose sums ``reduced`` adds; None if nothing was added. The next step begins afresh."""
+        """Means over all processes, whose sums ``reduced`` adds; None if nothing was added. The
+        next step begins afresh.
+        """
         if self.sums is None:
             return None
         *sums, count = reduced(self.sums).tolist()

@@ -58,8 +58,8 @@ from logitcask.train.model.unused import may_go_unused
 class DistillationTrainer(Trainer):
     """Trains a causal language model on batches of cached sequences.
 
-    The loss is the objective summed over kept positions and divided by their number in the whole (accumulated, global)
-    batch, so that neither padding nor how a batch is cut up changes it.
+    The loss is the objective summed over kept positions and divided by their number in the whole
+    (accumulated, global) batch, so that neither padding nor how a batch is cut up changes it.
     """
 
     def __init__(
@@ -88,7 +88,10 @@ class DistillationTrainer(Trainer):
         self._batches: Batches | None = None
         self.k = k
         self.logits_chunk = logits_chunk
-        self._totals, self._step_totals = LogTotals(train_data.names), StepTotals(objective.stateful)
+        self._totals, self._step_totals = (
+            LogTotals(train_data.names),
+            StepTotals(objective.stateful),
+        )
         self._progress = Progress()
         batch_loss = BatchLoss(self.head, train_data, objective, logits_chunk)
         batch_loss.route(student)
@@ -98,7 +101,9 @@ class DistillationTrainer(Trainer):
             train_dataset=train_data,
             eval_dataset=held_out,
             data_collator=Collator(
-                packed=data.packing, flat=data.packing and wants_flat(self.head), positions=selection.positions
+                packed=data.packing,
+                flat=data.packing and wants_flat(self.head),
+                positions=selection.positions,
             ),
             processing_class=tokenizer,
             callbacks=[
@@ -114,14 +119,22 @@ class DistillationTrainer(Trainer):
             self.add_callback(StopAfterSaving(self.pop_callback(JITCheckpointCallback)))
         if self.is_fsdp_enabled:
             shard_without_casts(self.accelerator.state.fsdp_plugin)
-        warn_of_lost_steps(student, widened=self.is_fsdp_enabled and computing_dtype(args) is not None)
+        warn_of_lost_steps(
+            student, widened=self.is_fsdp_enabled and computing_dtype(args) is not None
+        )
         dynamo = self.accelerator.state.dynamo_plugin
         if dynamo.backend != DynamoBackend.NO:
-            # accelerate would compile all of the student's forward, the losses' buffers and hand-made gradients included.
-            options = {name: value for name, value in dynamo.to_dict().items() if name != "use_regional_compilation"}
+            # accelerate would compile all of the student's forward, the losses' buffers and
+            # hand-made gradients included.
+            options = {
+                name: value
+                for name, value in dynamo.to_dict().items()
+                if name != "use_regional_compilation"
+            }
             batch_loss.compile(**options)
             self.accelerator.state.dynamo_plugin = TorchDynamoPlugin(backend="no")
-        # Batches carry one label per kept position, shifted already; Trainer counts them for the mean.
+        # Batches carry one label per kept position, shifted already; Trainer counts them for the
+        # mean.
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = False
 
@@ -138,27 +151,37 @@ class DistillationTrainer(Trainer):
             self._totals.add_by_cache(inputs["layout"], values.pop("objective"))
         self._totals.add(values, positions)
         self._step_totals.add(values, positions, objective.device)
-        loss = objective / (num_items_in_batch if num_items_in_batch is not None else max(1, positions))
+        loss = objective / (
+            num_items_in_batch if num_items_in_batch is not None else max(1, positions)
+        )
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            # DDP takes the mean of gradients over processes; the divisor above counts the positions of all of them.
+            # DDP takes the mean of gradients over processes; the divisor above counts the positions
+            # of all of them.
             loss = loss * self.accelerator.num_processes
         return (loss, None) if return_outputs else loss
 
     def precision(self) -> AbstractContextManager[None]:
-        """Inside it, the student computes as it does in training, though not called through its wrapped forward."""
+        """Inside it, the student computes as it does in training, though not called through its
+        wrapped forward.
+        """
         return like_training(self.model, self.args)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | int | None]:
-        """Trainer's own, with the time that it waits for data measured, and with what ``selection`` leaves out gone."""
+        """Trainer's own, with the time that it waits for data measured, and with what
+        ``selection`` leaves out gone.
+        """
         asked = time.monotonic()
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._totals.waited(time.monotonic() - asked)
         if self.selection.sequences is not None:
             batches = [self._most_learnable(batch) for batch in batches]
         if self.selection.sequences is not None or self.selection.positions is not None:
-            counted = [{"labels": torch.zeros(chosen_positions(batch), dtype=torch.int64)} for batch in batches]
+            counted = [
+                {"labels": torch.zeros(chosen_positions(batch), dtype=torch.int64)}
+                for batch in batches
+            ]
             items = self._get_num_items_in_batch(counted, device)
         return batches, items
 
@@ -169,7 +192,9 @@ class DistillationTrainer(Trainer):
         return only_sequences(batch, most_learnable(scores, kept))
 
     def get_train_dataloader(self) -> DataLoader:
-        """Batches in the plan's order. Which they are is known beforehand: skipping costs nothing, workers change nothing."""
+        """Batches in the plan's order. Which they are is known beforehand: skipping costs
+        nothing, workers change nothing.
+        """
         size = self._train_batch_size
         if self.selection.sequences is not None:
             size = round(size / (1 - self.selection.sequences.filter_ratio))
@@ -198,15 +223,22 @@ class DistillationTrainer(Trainer):
         return cast(DataLoader, self.accelerator.prepare(loader))
 
     def tell_epoch(self, loader: DataLoader) -> None:
-        """Sets the epoch whose order comes next. Trainer's own call misses samplers that accelerate has wrapped twice."""
+        """Sets the epoch whose order comes next. Trainer's own call misses samplers that
+        accelerate has wrapped twice.
+        """
         assert self._batches is not None
         steps = -(-len(loader) // self.args.gradient_accumulation_steps)
         self._batches.set_epoch(self.state.global_step // max(1, steps))
 
     def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Held-out metrics (``logitcask.train.evaluation.evaluate``), logged under ``metric_key_prefix``."""
+        """Held-out metrics (``logitcask.train.evaluation.evaluate``), logged under
+        ``metric_key_prefix``.
+        """
         began = time.monotonic()
         with self.precision():
             found = evaluate(
@@ -218,22 +250,27 @@ class DistillationTrainer(Trainer):
             )
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         self.log(metrics)
-        self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.control: TrainerControl = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
         self._totals.leave_out(time.monotonic() - began)
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds, to training records, the mean of each loss since the last one, and totals over all resumed runs.
+        """Adds, to training records, the mean of each loss since the last one, and totals over all
+        resumed runs.
 
-        Raises UserError where a mean is not finite, before such weights become a checkpoint (see ``LogWhenSaving``).
-        ``Trainer`` shows the last finite loss in its place and goes on.
+        Raises UserError where a mean is not finite, before such weights become a checkpoint (see
+        ``LogWhenSaving``). ``Trainer`` shows the last finite loss in its place and goes on.
         """
         if "loss" in logs:
             logs |= self._totals.record(self.state.global_step)
         super().log(logs, start_time)
 
     def end_step(self) -> None:
-        """Tells losses that remember something their means over the positions of all processes in this optimizer step."""
+        """Tells losses that remember something their means over the positions of all processes
+        in this optimizer step.
+        """
         means = self._step_totals.means(lambda sums: self.accelerator.reduce(sums, "sum"))
         if means is not None:
             self.objective.end(means, self.state.global_step, self.state.max_steps)
@@ -247,7 +284,9 @@ class DistillationTrainer(Trainer):
         return math.ceil(self.args.num_train_epochs * per_epoch)
 
     def run(self, checkpoint: str | None) -> None:
-        """Trains from the start, or on from a checkpoint; ``positions`` and ``seconds`` of the log go on where it stopped."""
+        """Trains from the start, or on from a checkpoint; ``positions`` and ``seconds`` of the
+        log go on where it stopped.
+        """
         self._totals.start()
         try:
             self._run(checkpoint)

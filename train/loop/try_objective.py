@@ -30,16 +30,20 @@ _KINDS = {
 def try_objective(config: TrainConfig, data: HeldOut) -> tuple[Objective, Tail, dict[str, str]]:
     """Makes the objective and tries it on a few positions of every cache.
 
-    Returns it, how much of the teacher's tail there is for them, and what each loss is with it (exact, unbiased, ...): the
-    least that any of the caches allows. Raises UserError or ConfigError for loss options that a cache cannot serve, before
-    anything is written.
+    Returns it, how much of the teacher's tail there is for them, and what each loss is with it
+    (exact, unbiased, ...): the least that any of the caches allows. Raises UserError or ConfigError
+    for loss options that a cache cannot serve, before anything is written.
     """
     try:
         objective = Objective(config)
         tails, kinds = zip(*(_try_on(objective, part) for part in data.parts), strict=True)
     except (TypeError, ValueError, RuntimeError, IndexError) as error:
-        raise ConfigError(f"losses: {first_line(error)}; see the options in docs/losses.md") from error
-    exactness = {name: max((found[name] for found in kinds), key=list(_KINDS).index) for name in kinds[0]}
+        raise ConfigError(
+            f"losses: {first_line(error)}; see the options in docs/losses.md"
+        ) from error
+    exactness = {
+        name: max((found[name] for found in kinds), key=list(_KINDS).index) for name in kinds[0]
+    }
     tail = min(tails, key=list(reversed(_TAILS)).index)
     return objective, tail, {name: _KINDS[kind] for name, kind in exactness.items()}
 

@@ -1,12 +1,33 @@
-"""``python -m logitcask.train.losses``: the tables of docs/losses.md, from what the losses say of themselves."""
+"""``python -m logitcask.train.losses``: the tables of docs/losses.md, from what the losses say
+of themselves.
+"""
 
 from __future__ import annotations
 
 from logitcask.train.losses import SPECS, LossSpec
 
 _ORDER = (
-    *("forward_kl", "random_sampling", "ce", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tvd", "alpha_beta"),
-    *("adaptive_kl", "tail_aware", "taid", "self_evolution", "ranking", "listmle", "pairwise_logistic", "bild"),
+    *(
+        "forward_kl",
+        "random_sampling",
+        "ce",
+        "reverse_kl",
+        "jsd",
+        "skew_kl",
+        "skew_reverse_kl",
+        "tvd",
+        "alpha_beta",
+    ),
+    *(
+        "adaptive_kl",
+        "tail_aware",
+        "taid",
+        "self_evolution",
+        "ranking",
+        "listmle",
+        "pairwise_logistic",
+        "bild",
+    ),
     "dpkd_token",
 )
 
@@ -17,10 +38,24 @@ def markdown() -> str:
     what: list[tuple[str, ...]] = [("loss", "source", "formula", "when")]
     what += [(f"`{s.name}`", s.source, f"`{s.formula}`", s.use) for s in specs]
     takes: list[tuple[str, ...]] = [
-        ("loss", "needs", "from the head alone", "with tail samples", "options and defaults", "`tail`")
+        (
+            "loss",
+            "needs",
+            "from the head alone",
+            "with tail samples",
+            "options and defaults",
+            "`tail`",
+        )
     ]
     takes += [
-        (f"`{s.name}`", s.needs, s.from_head, s.from_samples or "not used", _options(s), ", ".join(s.tails) or "-")
+        (
+            f"`{s.name}`",
+            s.needs,
+            s.from_head,
+            s.from_samples or "not used",
+            _options(s),
+            ", ".join(s.tails) or "-",
+        )
         for s in specs
     ]
     return "\n".join([*_table(what), "", *_table(takes), ""])
@@ -28,7 +63,12 @@ def markdown() -> str:
 
 def _options(spec: LossSpec) -> str:
     shown = {name: default for name, default in spec.options.items() if name != "tail"}
-    return ", ".join(f"{name}: {'null' if default is None else default}" for name, default in shown.items()) or "-"
+    return (
+        ", ".join(
+            f"{name}: {'null' if default is None else default}" for name, default in shown.items()
+        )
+        or "-"
+    )
 
 
 def _table(rows: list[tuple[str, ...]]) -> list[str]:

@@ -1,6 +1,8 @@
-"""Losses whose target or weights follow the student: AKL, tail-aware distillation, TAID, Self-Evolution KD.
+"""Losses whose target or weights follow the student: AKL, tail-aware distillation, TAID,
+Self-Evolution KD.
 
-What follows the student is always taken without gradient. Shapes: P positions, K head entries (padded), N cells.
+What follows the student is always taken without gradient. Shapes: P positions, K head entries
+(padded), N cells.
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ from logitcask.train.losses.tails import (
 
 def _needs_heads(name: str, teacher: SparseTeacher) -> None:
     if teacher.ids.shape[1] == 0:
-        raise UserError(f"{name}: the cache stores no heads (top_k is 0), and this loss is about them; drop it")
+        raise UserError(
+            f"{name}: the cache stores no heads (top_k is 0), and this loss is about them; drop it"
+        )
 
 
 @loss(
@@ -55,14 +59,16 @@ def adaptive_kl(
 ) -> Tensor:
     """w KL(p || q) + (1 - w) KL(q || p) in nats per position.
 
-    The region of peaks is the top id and those whose cumulative p, from the top, is at most ``threshold``; w is its share
-    of the sum of abs(p - q), without gradient. A region that ends outside the stored head ends with it.
+    The region of peaks is the top id and those whose cumulative p, from the top, is at most
+    ``threshold``; w is its share of the sum of abs(p - q), without gradient. A region that ends
+    outside the stored head ends with it.
 
-    **Biased** from a sparse head: both KLs are lower bounds then (with samples, forward KL is unbiased and the other bound
-    closer), and w sees the tail as one cell (with samples, as several). With the prior exact for the reconstruction;
-    **exact** where the head is everything.
+    **Biased** from a sparse head: both KLs are lower bounds then (with samples, forward KL is
+    unbiased and the other bound closer), and w sees the tail as one cell (with samples, as
+    several). With the prior exact for the reconstruction; **exact** where the head is everything.
 
-    Args, returns, raises: as ``forward_kl``; UserError for a threshold not between 0 and 1, or a cache without heads.
+    Args, returns, raises: as ``forward_kl``; UserError for a threshold not between 0 and 1, or a
+    cache without heads.
     """
     between(0, threshold, 1, "adaptive_kl", "threshold")
     _needs_heads("adaptive_kl", teacher)
@@ -70,7 +76,9 @@ def adaptive_kl(
     kind = choose_tail("adaptive_kl", teacher, tail, ("samples", "ghost", "prior"), logprobs=True)
     size = teacher.ids.shape[1]
 
-    def divergence(log_p: Tensor, log_q: Tensor, log_u: Tensor, forward: Tensor | None = None) -> Tensor:
+    def divergence(
+        log_p: Tensor, log_q: Tensor, log_u: Tensor, forward: Tensor | None = None
+    ) -> Tensor:
         with torch.no_grad():
             p, q = log_p.exp(), log_q.exp()
             in_peaks = p[:, :size].cumsum(1) <= threshold
@@ -122,24 +130,32 @@ def tail_aware(
     mean_tail_mass: float | None = None,
     tail: TailOption = "auto",
 ) -> Tensor:
-    """Tail-aware distillation in nats per position: forward KL, taken apart at the top k, with more weight below it.
+    """Tail-aware distillation in nats per position: forward KL, taken apart at the top k, with more
+    weight below it.
 
-    KL(p || q) is the KL on k + 1 cells (the top k, and m_k, the mass of all others) plus m_k times the KL of what is below,
-    scaled up to 1 on both sides. Here that second weight is beta m_k / mean m_k. Reconstructed from the paper's text.
+    KL(p || q) is the KL on k + 1 cells (the top k, and m_k, the mass of all others) plus m_k times
+    the KL of what is below, scaled up to 1 on both sides. Here that second weight is beta m_k /
+    mean m_k. Reconstructed from the paper's text.
 
-    The mean is over the whole batch of a forward pass on one process, whatever the chunks; or give it as
-    ``mean_tail_mass``, and then nothing depends on how a batch is put together. The KL below the top k is what
-    ``forward_kl`` takes it for: with samples **unbiased**, with the ghost a **lower bound**, with the prior exact for the
-    reconstruction; **exact** where the head is everything. A head of less than k entries takes apart at its end (**biased**).
+    The mean is over the whole batch of a forward pass on one process, whatever the chunks; or give
+    it as ``mean_tail_mass``, and then nothing depends on how a batch is put together. The KL below
+    the top k is what ``forward_kl`` takes it for: with samples **unbiased**, with the ghost a
+    **lower bound**, with the prior exact for the reconstruction; **exact** where the head is
+    everything. A head of less than k entries takes apart at its end (**biased**).
 
-    Args, returns, raises: as ``forward_kl``; UserError for a negative beta, or a cache without heads.
+    Args, returns, raises: as ``forward_kl``; UserError for a negative beta, or a cache without
+    heads.
     """
     _needs_heads("tail_aware", teacher)
     if not 0 <= beta < math.inf:
         raise UserError(f"tail_aware: beta is {beta}, expected a number from 0")
     kind = choose_tail("tail_aware", teacher, tail, ("samples", "ghost", "prior"))
     student = Student.of(student_logits, teacher, prior=kind == "prior")
-    mean = _mean_tail_mass(teacher, {"k": k})["mean_tail_mass"] if mean_tail_mass is None else mean_tail_mass
+    mean = (
+        _mean_tail_mass(teacher, {"k": k})["mean_tail_mass"]
+        if mean_tail_mass is None
+        else mean_tail_mass
+    )
     log_m = _tail_mass(teacher, k).to(student.dtype)
     log_Q = torch.cat([student.log_head[:, k:], student.log_Q.unsqueeze(1)], 1).logsumexp(1)
     log_p, log_q, log_u = as_cells(
@@ -150,17 +166,19 @@ def tail_aware(
     whole, coarse = forward_kl(student, teacher, tail=kind), kl_of_cells(log_p, log_q, log_u)
     # whole - coarse is m_k times the KL of the tails; where there is no tail, it is rounding.
     inside = torch.where(torch.isneginf(log_m), 0, whole - coarse)
-    return coarse + inside * beta / torch.as_tensor(mean, dtype=inside.dtype, device=inside.device).clamp_min(
-        torch.finfo(inside.dtype).tiny
-    )
+    return coarse + inside * beta / torch.as_tensor(
+        mean, dtype=inside.dtype, device=inside.device
+    ).clamp_min(torch.finfo(inside.dtype).tiny)
 
 
 @dataclass
 class TaidState:
-    """TAID's schedule of t, which moves faster while the loss falls (algorithm 1 and the authors' defaults).
+    """TAID's schedule of t, which moves faster while the loss falls (algorithm 1 and the authors'
+    defaults).
 
     t starts at ``t_start`` and never falls; it rises with the training at least linearly, and by
-    ``alpha * sigmoid(momentum) * (1 - t)`` a step. The momentum, with decay ``beta``, is that of the loss's relative fall.
+    ``alpha * sigmoid(momentum) * (1 - t)`` a step. The momentum, with decay ``beta``, is that of
+    the loss's relative fall.
     """
 
     t_start: float = 0.4
@@ -217,17 +235,24 @@ class TaidState:
     state=TaidState,
 )
 def taid(
-    student_logits: Tensor | Student, teacher: SparseTeacher, *, t: float = 0.4, tail: TailOption = "auto"
+    student_logits: Tensor | Student,
+    teacher: SparseTeacher,
+    *,
+    t: float = 0.4,
+    tail: TailOption = "auto",
 ) -> Tensor:
-    """Cross-entropy to a target between student and teacher, in nats per position; t = 1 is the teacher's.
+    """Cross-entropy to a target between student and teacher, in nats per position; t = 1 is the
+    teacher's.
 
-    The target's logits are (1 - t) times the student's, without gradient, plus t times the teacher's. From the head alone
-    the tail is one cell of the same form; its target is shared out as the student does. **Biased** then: the cell is
-    larger than the sum it stands for (Hölder). With samples the target's sums are estimated by the draws and scaled to 1,
-    which is **biased**, too, but consistent, and at t = 1 unbiased. With the prior exact for the reconstruction; **exact**
-    where the head is everything.
+    The target's logits are (1 - t) times the student's, without gradient, plus t times the
+    teacher's. From the head alone the tail is one cell of the same form; its target is shared out
+    as the student does. **Biased** then: the cell is larger than the sum it stands for (Hölder).
+    With samples the target's sums are estimated by the draws and scaled to 1, which is **biased**,
+    too, but consistent, and at t = 1 unbiased. With the prior exact for the reconstruction;
+    **exact** where the head is everything.
 
-    In training, t comes from ``TaidState``, whose options (t_start, t_end, alpha, beta) stand beside this loss's own.
+    In training, t comes from ``TaidState``, whose options (t_start, t_end, alpha, beta) stand
+    beside this loss's own.
 
     Args, returns, raises: as ``forward_kl``; UserError for a t outside 0 to 1.
     """
@@ -267,16 +292,20 @@ def self_evolution(
     mix: float = 0.5,
     threshold: float = 1.0,
 ) -> Tensor:
-    """Self-Evolution KD in nats per position. **A reconstruction**: the paper's formulas and values were not at hand.
+    """Self-Evolution KD in nats per position. **A reconstruction**: the paper's formulas and values
+    were not at hand.
 
-    The target t mixes the data's token y (share ``ground_truth``) with p. A position's difficulty is KL(t || q). Where it
-    is above ``threshold`` nats, the target is mixed into the student (share ``mix``) as prior knowledge before the two are
-    compared. (Mixing the student into the target without gradient would only scale the gradient by ``mix``.)
+    The target t mixes the data's token y (share ``ground_truth``) with p. A position's difficulty
+    is KL(t || q). Where it is above ``threshold`` nats, the target is mixed into the student (share
+    ``mix``) as prior knowledge before the two are compared. (Mixing the student into the target
+    without gradient would only scale the gradient by ``mix``.)
 
-    The cells are the head's ids, y, and one for the rest. Each of the two forms is then a lower bound; since a bound may
-    also choose the other form, the loss is **biased**. **Exact** where the head, with y, is everything.
+    The cells are the head's ids, y, and one for the rest. Each of the two forms is then a lower
+    bound; since a bound may also choose the other form, the loss is **biased**. **Exact** where the
+    head, with y, is everything.
 
-    Args, returns: as ``forward_kl``. Raises UserError for shares outside 0 to 1 (``mix``: below 1) or a negative threshold.
+    Args, returns: as ``forward_kl``. Raises UserError for shares outside 0 to 1 (``mix``: below 1)
+    or a negative threshold.
     """
     for option, value in (("ground_truth", ground_truth), ("mix", mix)):
         if not 0 <= value <= 1 or (option == "mix" and value == 1):
@@ -284,7 +313,9 @@ def self_evolution(
                 f"self_evolution: {option} is {value}, expected a number from 0 to 1{', below 1' * (option == 'mix')}"
             )
     if not threshold >= 0:
-        raise UserError(f"self_evolution: threshold is {threshold}, expected a number of nats from 0")
+        raise UserError(
+            f"self_evolution: threshold is {threshold}, expected a number of nats from 0"
+        )
     student = Student.of(student_logits, teacher)
     log_p, log_q, _ = _with_target(student, teacher)
     is_target = torch.zeros_like(log_p)
@@ -311,12 +342,18 @@ def _with_target(student: Student, teacher: SparseTeacher) -> tuple[Tensor, Tens
 
     log_all_q = torch.where(outside_P, log_Q, 0)
     rest_p = torch.where(
-        outside_P, without(torch.where(outside_P, log_m, 0), torch.where(outside_P, log_py, -1)), log_m
+        outside_P,
+        without(torch.where(outside_P, log_m, 0), torch.where(outside_P, log_py, -1)),
+        log_m,
     )
-    rest_q = torch.where(outside_P, without(log_all_q, torch.where(outside_P, student.log_target, -1)), log_Q)
+    rest_q = torch.where(
+        outside_P, without(log_all_q, torch.where(outside_P, student.log_target, -1)), log_Q
+    )
     log_py = log_py.masked_fill(~outside_P, -torch.inf)
     return as_cells(
-        torch.cat([teacher.logprobs.to(student.dtype), log_py.unsqueeze(1), rest_p.unsqueeze(1)], 1),
+        torch.cat(
+            [teacher.logprobs.to(student.dtype), log_py.unsqueeze(1), rest_p.unsqueeze(1)], 1
+        ),
         torch.cat([student.log_head, student.log_target.unsqueeze(1), rest_q.unsqueeze(1)], 1),
         student.log_u,
     )

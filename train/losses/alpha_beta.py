@@ -1,4 +1,5 @@
-"""The alpha-beta divergence (ABKD, arXiv 2505.04560), which sums powers of probabilities and so needs more than masses.
+"""The alpha-beta divergence (ABKD, arXiv 2505.04560), which sums powers of probabilities and so
+needs more than masses.
 
 Shapes: P positions, N cells.
 """
@@ -13,7 +14,14 @@ from torch import Tensor
 from logitcask.cache_format.errors import UserError
 from logitcask.train.losses.base import SparseTeacher, loss
 from logitcask.train.losses.student_pass import Student
-from logitcask.train.losses.tails import NOTHING, TailOption, cells, choose_tail, over_the_prior, softened
+from logitcask.train.losses.tails import (
+    NOTHING,
+    TailOption,
+    cells,
+    choose_tail,
+    over_the_prior,
+    softened,
+)
 
 _TAILS = ("samples", "ghost", "prior")
 
@@ -39,13 +47,16 @@ def alpha_beta(
 ) -> Tensor:
     """The alpha-beta divergence of ABKD per position; alpha and beta above 0. Dimensionless.
 
-    With s = alpha + beta, the student's own sum of q^s over the tail is exact, from a second pass over the logits. With
-    samples **unbiased**: draws weighted by 1/p estimate the sums of p^alpha q^beta and p^s. It is no f-divergence, so
-    merging the tail into one cell bounds nothing; instead (``ghost``) the smallest value that the tail can have is taken,
-    by Hölder's inequality and the range that m and the head's last entry leave to the sum of p^s: a **lower bound**, equal
-    to the ghost's at s = 1. With the prior exact for the reconstruction; **exact** where the head is everything.
+    With s = alpha + beta, the student's own sum of q^s over the tail is exact, from a second pass
+    over the logits. With samples **unbiased**: draws weighted by 1/p estimate the sums of p^alpha
+    q^beta and p^s. It is no f-divergence, so merging the tail into one cell bounds nothing; instead
+    (``ghost``) the smallest value that the tail can have is taken, by Hölder's inequality and the
+    range that m and the head's last entry leave to the sum of p^s: a **lower bound**, equal to the
+    ghost's at s = 1. With the prior exact for the reconstruction; **exact** where the head is
+    everything.
 
-    Args, returns, raises: as ``forward_kl``; UserError for an alpha or beta that is not above 0 (forward_kl and
+    Args, returns, raises: as ``forward_kl``; UserError for an alpha or beta that is not above 0
+    (forward_kl and
         reverse_kl are the limits).
     """
     for option, value in (("alpha", alpha), ("beta", beta)):
@@ -58,7 +69,8 @@ def alpha_beta(
     kind = choose_tail("alpha_beta", teacher, tail, _TAILS, logprobs=True)
     student, s = Student.of(student_logits, teacher), alpha + beta
     powers = Student(student.logits, teacher, scale=s * student.scale)
-    # log of the sums of q^s over the tail and over unpredictable ids; the latter have no p, so theirs is all they add.
+    # log of the sums of q^s over the tail and over unpredictable ids; the latter have no p, so
+    # theirs is all they add.
     log_B = (powers.log_tail - s * student.lse).clamp_min(NOTHING)
     others = (powers.log_others - s * student.lse).exp() / (alpha * s)
 
@@ -77,12 +89,16 @@ def alpha_beta(
 
 
 def _gap(alpha: float, beta: float, log_A: Tensor, log_B: Tensor) -> Tensor:
-    """a/(a+b) A + b/(a+b) B - A^(a/(a+b)) B^(b/(a+b)), over ab: never negative (Young), 0 where A = B. For A = p^s, B = q^s."""
+    """a/(a+b) A + b/(a+b) B - A^(a/(a+b)) B^(b/(a+b)), over ab: never negative (Young), 0 where
+    A = B. For A = p^s, B = q^s.
+    """
     a, b = alpha / (alpha + beta), beta / (alpha + beta)
     return (a * log_A.exp() + b * log_B.exp() - (a * log_A + b * log_B).exp()) / (alpha * beta)
 
 
-def _drawn_tail(student: Student, teacher: SparseTeacher, alpha: float, beta: float, log_B: Tensor) -> Tensor:
+def _drawn_tail(
+    student: Student, teacher: SparseTeacher, alpha: float, beta: float, log_B: Tensor
+) -> Tensor:
     assert teacher.samples is not None
     assert teacher.sample_logprobs is not None
     weight_PS = teacher.sample_weights.to(student.dtype)
@@ -94,7 +110,9 @@ def _drawn_tail(student: Student, teacher: SparseTeacher, alpha: float, beta: fl
 
 
 def _least_tail(teacher: SparseTeacher, alpha: float, beta: float, log_B: Tensor) -> Tensor:
-    """The least that the tail can add: A, the teacher's sum of p^s there, is as near to B as m and the largest p allow."""
+    """The least that the tail can add: A, the teacher's sum of p^s there, is as near to B as m
+    and the largest p allow.
+    """
     s, log_m = alpha + beta, teacher.tail_logprob.to(log_B.dtype)
     count = (teacher.vocab_size - (teacher.ids >= 0).sum(1)).clamp_min(1)
     spread = s * log_m + (1 - s) * count.to(log_B.dtype).log()

@@ -1,6 +1,7 @@
 """What a loss sees of the teacher, the shape every loss has, and what each says of itself.
 
-Shapes: P kept positions, K head entries per position (padded), V vocabulary, S tail samples (padded).
+Shapes: P kept positions, K head entries per position (padded), V vocabulary, S tail samples
+(padded).
 """
 
 from __future__ import annotations
@@ -20,15 +21,18 @@ class SparseTeacher:
 
     ids:             int64[P, K], head ids by falling logprob, padded with -1.
     logprobs:        float32[P, K], nats, padded with -inf.
-    tail_logprob:    float32[P], log of the mass outside the head; -inf where the head is everything.
+    tail_logprob:    float32[P], log of the mass outside the head; -inf where the head is
+                     everything.
     target_ids:      int64[P], the tokens that really follow.
     target_logprob:  float32[P], the teacher's logprob of them.
-    vocab_size:      ids the teacher can predict; the student's V may be larger, never smaller (``logitcask.train.data.vocabulary``).
-    samples:         None, or int64[P, S] ids drawn from the tail, repeats included, padded with -1. Each of a position's
-                     draws stands for an equal share of its tail.
+    vocab_size:      ids the teacher can predict; the student's V may be larger, never smaller
+                     (``logitcask.train.data.vocabulary``).
+    samples:         None, or int64[P, S] ids drawn from the tail, repeats included, padded with -1.
+                     Each of a position's draws stands for an equal share of its tail.
     sample_logprobs: None, or float32[P, S], padded with -inf.
     entropy:         None, or float32[P], nats, of the whole distribution.
-    prior:           None, or float32[vocab_size], probabilities: how a tail may be spread where nothing is known of it.
+    prior:           None, or float32[vocab_size], probabilities: how a tail may be spread where
+                     nothing is known of it.
     """
 
     ids: Tensor
@@ -63,25 +67,32 @@ class SparseTeacher:
 
     @property
     def sample_weights(self) -> Tensor:
-        """float32[P, S]: the share of the whole distribution that each draw stands for, 0 for padding. Needs samples."""
+        """float32[P, S]: the share of the whole distribution that each draw stands for, 0 for
+        padding. Needs samples.
+        """
         assert self.samples is not None
         drawn = self.samples >= 0
         share = self.tail_logprob.exp() / drawn.sum(1).clamp_min(1)
         return drawn * share.unsqueeze(1)
 
     def known(self, ids_Pk: Tensor) -> tuple[Tensor, Tensor]:
-        """(logprobs [P, k], stored [P, k]): what the cache says of these ids, by head, target and draws.
+        """(logprobs [P, k], stored [P, k]): what the cache says of these ids, by head, target and
+        draws.
 
-        Where it says nothing, the logprob is the highest that the id can have: that of the head's last entry, or of the
-        whole tail, whichever is lower.
+        Where it says nothing, the logprob is the highest that the id can have: that of the head's
+        last entry, or of the whole tail, whichever is lower.
         """
-        ids, logprobs = [self.ids, self.target_ids.unsqueeze(1)], [self.logprobs, self.target_logprob.unsqueeze(1)]
+        ids, logprobs = (
+            [self.ids, self.target_ids.unsqueeze(1)],
+            [self.logprobs, self.target_logprob.unsqueeze(1)],
+        )
         if self.samples is not None and self.sample_logprobs is not None:
             ids.append(self.samples)
             logprobs.append(self.sample_logprobs)
         match_PkE = ids_Pk.unsqueeze(2) == torch.cat(ids, 1).unsqueeze(1)
         found_Pk = torch.where(match_PkE, torch.cat(logprobs, 1).unsqueeze(1), -torch.inf).amax(2)
-        # Without a tail, an id that is not stored is one that the teacher cannot predict: below the last entry, however far.
+        # Without a tail, an id that is not stored is one that the teacher cannot predict: below the
+        # last entry, however far.
         tail_P = torch.where(torch.isneginf(self.tail_logprob), self.least, self.tail_logprob)
         most_P1 = torch.minimum(tail_P, self.least).unsqueeze(1)
         stored_Pk = match_PkE.any(2)
@@ -89,33 +100,45 @@ class SparseTeacher:
 
     @property
     def least(self) -> Tensor:
-        """float32[P]: the logprob of the last entry of each head, 0 where there is none. No id of the tail has more."""
-        return torch.where(self.ids >= 0, self.logprobs, 0.0).amin(1) if self.ids.shape[1] else self.tail_logprob * 0
+        """float32[P]: the logprob of the last entry of each head, 0 where there is none. No id
+        of the tail has more.
+        """
+        return (
+            torch.where(self.ids >= 0, self.logprobs, 0.0).amin(1)
+            if self.ids.shape[1]
+            else self.tail_logprob * 0
+        )
 
 
 Loss = Callable[..., Tensor]
-"""``loss(student_logits [P, V], teacher, **options) -> float32[P]``, nats: a pure function, one value per position.
+"""``loss(student_logits [P, V], teacher, **options) -> float32[P]``, nats: a pure function, one
+value per position.
 
-In place of the logits it takes a ``Student`` that was made of them and this teacher, which several losses can share.
+In place of the logits it takes a ``Student`` that was made of them and this teacher, which several
+losses can share.
 """
 
 Exactness = Literal["exact", "unbiased", "lower", "biased"]
 """How a value stands to the one that the teacher's whole distribution would give.
 
-exact: the same, up to the cache's rounding. unbiased: the same in the mean over fresh draws, and so is the gradient.
-lower: never above it. biased: none of these; the loss says what it is then (so are a prior's reconstruction, and a head
-scaled up to 1, for any loss).
+exact: the same, up to the cache's rounding. unbiased: the same in the mean over fresh draws, and so
+is the gradient. lower: never above it. biased: none of these; the loss says what it is then (so are
+a prior's reconstruction, and a head scaled up to 1, for any loss).
 """
 
 
 class LossState(Protocol):
-    """What a loss remembers from one optimizer step to the next; the objective owns it, the loss only sees its options."""
+    """What a loss remembers from one optimizer step to the next; the objective owns it, the loss
+    only sees its options.
+    """
 
     def options(self) -> dict[str, Any]:
         """Keyword arguments for the loss in this step."""
 
     def update(self, mean: float, progress: float) -> None:
-        """After an optimizer step: the loss's mean over all positions of all processes, and the share of steps done."""
+        """After an optimizer step: the loss's mean over all positions of all processes, and the
+        share of steps done.
+        """
 
     def state_dict(self) -> dict[str, float | None]: ...
 
@@ -127,7 +150,8 @@ class LossSpec:
     """What a loss says of itself, for the docs, the trainer and reports.
 
     source:       where it comes from: arXiv number, or what it is known as.
-    formula:      in one line; p teacher, q student, z its logits, y the target, K the head, m and Q the tails' masses.
+    formula:      in one line; p teacher, q student, z its logits, y the target, K the head, m and Q
+                  the tails' masses.
     needs:        what of the cache it uses.
     from_head:    what it is with a head that is not everything, and nothing else.
     from_samples: what it is with tail samples; None where it does not use them.
@@ -135,12 +159,15 @@ class LossSpec:
     tails:        values of its option ``tail``; empty where it has none.
     needs_sample_logprobs: its use of tail samples needs their logprobs, too.
     top_k:        how many of the student's most probable ids it looks at, by its options.
-    head_k:       how many entries a head must have for ``from_head`` and ``from_samples`` to hold, by its options.
+    head_k:       how many entries a head must have for ``from_head`` and ``from_samples`` to hold,
+                  by its options.
     masses:       whether it needs the student's masses, or the logits of some ids alone.
     state:        makes its state of the config's options, for a loss that has one.
-    prepare:      options that follow from the whole batch's teacher, for a loss that is not one of positions alone.
+    prepare:      options that follow from the whole batch's teacher, for a loss that is not one of
+                  positions alone.
     same_as:      the name of the loss that it is with some of its options; None with all others.
-    prior_product: with ``tail: prior`` the logits' product with the prior is enough; other losses take the logits whole.
+    prior_product: with ``tail: prior`` the logits' product with the prior is enough; other losses
+    take the logits whole.
     by_overlap:   whether a dynamic ranking term scales it with the overlap of both top k.
     """
 
@@ -165,14 +192,24 @@ class LossSpec:
     @property
     def state_options(self) -> dict[str, Any]:
         """The options of the state alone, with their defaults."""
-        return {} if self.state is None else {name: p.default for name, p in signature(self.state).parameters.items()}
+        return (
+            {}
+            if self.state is None
+            else {name: p.default for name, p in signature(self.state).parameters.items()}
+        )
 
     @property
     def options(self) -> dict[str, Any]:
-        """The options that a config may set, with their defaults: those of the state, then those of the function."""
+        """The options that a config may set, with their defaults: those of the state, then those
+        of the function.
+        """
         given = set() if self.state is None else set(self.state().options())
         arguments = signature(LOSSES[self.name]).parameters.items()
-        own = {n: p.default for n, p in arguments if p.kind is Parameter.KEYWORD_ONLY and n not in given}
+        own = {
+            n: p.default
+            for n, p in arguments
+            if p.kind is Parameter.KEYWORD_ONLY and n not in given
+        }
         return self.state_options | own
 
 

@@ -1,8 +1,10 @@
-"""Divergences between teacher and student that weigh both: reverse KL, JSD, the skewed KLs, total variation.
+"""Divergences between teacher and student that weigh both: reverse KL, JSD, the skewed KLs, total
+variation.
 
-Each is written once, over cells (``logitcask.train.losses.tails``), and where it grows at most linearly in r = q/p also as what draws
-from the tail estimate. In all of them u is the student's mass on ids that the teacher does not know (a padded student
-vocabulary): p = 0 there, and u is pushed down. Options and their meaning follow TRL where TRL has them.
+Each is written once, over cells (``logitcask.train.losses.tails``), and where it grows at most
+linearly in r = q/p also as what draws from the tail estimate. In all of them u is the student's
+mass on ids that the teacher does not know (a padded student vocabulary): p = 0 there, and u is
+pushed down. Options and their meaning follow TRL where TRL has them.
 
 Shapes: P positions, N cells.
 """
@@ -38,7 +40,9 @@ _TAILS = ("samples", "ghost", "prior", "renormalised")
 def between(low: float, value: float, high: float, name: str, option: str) -> None:
     """Raises UserError unless low < value < high."""
     if not low < value < high:
-        raise UserError(f"{name}: {option} is {value}, expected a number above {low:g} and below {high:g}")
+        raise UserError(
+            f"{name}: {option} is {value}, expected a number above {low:g} and below {high:g}"
+        )
 
 
 def _by_tail(
@@ -50,7 +54,9 @@ def _by_tail(
     temperature: float,
     tail: str,
 ) -> Tensor:
-    """``divergence`` by the way that ``tail`` names; ``draws`` is (rest, slope) of ``over_the_draws``, None for finer cells."""
+    """``divergence`` by the way that ``tail`` names; ``draws`` is (rest, slope) of
+    ``over_the_draws``, None for finer cells.
+    """
     student_logits, teacher = softened(name, student_logits, teacher, temperature)
     kind: Tail = choose_tail(name, teacher, tail, _TAILS, logprobs=True)
     if kind == "prior":
@@ -65,9 +71,12 @@ def _by_tail(
 
 def reverse_kl_of_cells(log_p: Tensor, log_q: Tensor, log_u: Tensor) -> Tensor:
     """KL(q' || p) - log(1 - u), where q' is q without u: [P]."""
-    # log(1 - u). Where u is most of the mass, a difference has no digits: there it is summed from what is left.
+    # log(1 - u). Where u is most of the mass, a difference has no digits: there it is summed from
+    # what is left.
     by_difference = torch.log1p(-log_u.exp().clamp_max(0.9)).unsqueeze(1)
-    log_known = torch.where(log_u.unsqueeze(1) < -1, by_difference, log_q.logsumexp(1, keepdim=True))
+    log_known = torch.where(
+        log_u.unsqueeze(1) < -1, by_difference, log_q.logsumexp(1, keepdim=True)
+    )
     log_q = log_q - log_known
     return (log_q.exp() * (log_q - log_p)).sum(1) - log_known.squeeze(1)
 
@@ -83,23 +92,31 @@ def reverse_kl_of_cells(log_p: Tensor, log_q: Tensor, log_u: Tensor) -> Tensor:
     needs_sample_logprobs=True,
 )
 def reverse_kl(
-    student_logits: Tensor | Student, teacher: SparseTeacher, *, temperature: float = 1.0, tail: TailOption = "auto"
+    student_logits: Tensor | Student,
+    teacher: SparseTeacher,
+    *,
+    temperature: float = 1.0,
+    tail: TailOption = "auto",
 ) -> Tensor:
     """KL(q || p) in nats per position.
 
-    From a sparse head it is a **lower bound** in every form but the prior's: what the teacher says of the ids that a
-    student wrongly likes was not stored, and estimates from its own draws have no finite variance to speak of.
+    From a sparse head it is a **lower bound** in every form but the prior's: what the teacher says
+    of the ids that a student wrongly likes was not stored, and estimates from its own draws have no
+    finite variance to speak of.
 
         ghost     sum over K of q log(q / p)  +  Q log(Q / m)
         samples   the same with each drawn id a cell of its own: still a bound, a closer one
         prior     sum over all ids, the tail spread by the prior: **exact for the reconstruction**
 
-    **Exact** where the head is everything. Unpredictable ids have p = 0 and would make it infinite: there q is taken
-    without their mass u, and -log(1 - u) is added, which is also what they add to forward KL.
+    **Exact** where the head is everything. Unpredictable ids have p = 0 and would make it infinite:
+    there q is taken without their mass u, and -log(1 - u) is added, which is also what they add to
+    forward KL.
 
     Args, returns, raises: as ``forward_kl``.
     """
-    return _by_tail("reverse_kl", reverse_kl_of_cells, None, student_logits, teacher, temperature, tail)
+    return _by_tail(
+        "reverse_kl", reverse_kl_of_cells, None, student_logits, teacher, temperature, tail
+    )
 
 
 @loss(
@@ -123,10 +140,11 @@ def jsd(
 ) -> Tensor:
     """Generalised Jensen-Shannon divergence in nats per position, beta as in TRL.
 
-    ``beta KL(p || M) + (1 - beta) KL(q || M)`` with M = beta p + (1 - beta) q; at 0 it is ``forward_kl``, at 1
-    ``reverse_kl`` (what it would tend to is 0). With samples and 0 < beta < 1 **unbiased**: the part linear in q/p is
-    known exactly, (1 - beta) log(1 / (1 - beta)) Q, and what is left to the draws varies little. With the ghost a
-    **lower bound**; with the prior exact for the reconstruction; **exact** where the head is everything.
+    ``beta KL(p || M) + (1 - beta) KL(q || M)`` with M = beta p + (1 - beta) q; at 0 it is
+    ``forward_kl``, at 1 ``reverse_kl`` (what it would tend to is 0). With samples and 0 < beta < 1
+    **unbiased**: the part linear in q/p is known exactly, (1 - beta) log(1 / (1 - beta)) Q, and
+    what is left to the draws varies little. With the ghost a **lower bound**; with the prior exact
+    for the reconstruction; **exact** where the head is everything.
 
     Args, returns, raises: as ``forward_kl``; UserError for a beta outside 0 to 1.
     """
@@ -135,7 +153,9 @@ def jsd(
     if beta == 1:
         return reverse_kl(student_logits, teacher, temperature=temperature, tail=tail)
     if not 0 < beta < 1:
-        raise UserError(f"jsd: beta is {beta}, expected a number from 0 (forward KL) to 1 (reverse KL)")
+        raise UserError(
+            f"jsd: beta is {beta}, expected a number from 0 (forward KL) to 1 (reverse KL)"
+        )
     log_b, log_c = math.log(beta), math.log1p(-beta)
 
     def divergence(log_p: Tensor, log_q: Tensor, log_u: Tensor) -> Tensor:
@@ -171,8 +191,9 @@ def skew_kl(
 ) -> Tensor:
     """KL(p || alpha p + (1 - alpha) q) in nats per position, between 0 and log(1 / alpha).
 
-    With samples **unbiased**; with the ghost a **lower bound**, the tail's true share lying between that and
-    m log(1 / alpha); with the prior exact for the reconstruction; **exact** where the head is everything.
+    With samples **unbiased**; with the ghost a **lower bound**, the tail's true share lying between
+    that and m log(1 / alpha); with the prior exact for the reconstruction; **exact** where the head
+    is everything.
 
     Args, returns, raises: as ``forward_kl``; UserError for an alpha not between 0 and 1.
     """
@@ -208,9 +229,10 @@ def skew_reverse_kl(
 ) -> Tensor:
     """KL(q || (1 - alpha) p + alpha q) in nats per position, between 0 and log(1 / alpha).
 
-    With samples **unbiased**: where q is far above p the sum is log(1 / alpha) Q, which is known exactly, and the draws
-    estimate the rest. With the ghost a **lower bound**, the tail's true share lying between that and Q log(1 / alpha);
-    with the prior exact for the reconstruction; **exact** where the head is everything.
+    With samples **unbiased**: where q is far above p the sum is log(1 / alpha) Q, which is known
+    exactly, and the draws estimate the rest. With the ghost a **lower bound**, the tail's true
+    share lying between that and Q log(1 / alpha); with the prior exact for the reconstruction;
+    **exact** where the head is everything.
 
     Args, returns, raises: as ``forward_kl``; UserError for an alpha not between 0 and 1.
     """
@@ -224,7 +246,9 @@ def skew_reverse_kl(
     def rest(log_r: Tensor) -> Tensor:
         return -log_r.exp() * softplus(log_b - log_a - log_r)
 
-    return _by_tail("skew_reverse_kl", divergence, (rest, -log_a), student_logits, teacher, temperature, tail)
+    return _by_tail(
+        "skew_reverse_kl", divergence, (rest, -log_a), student_logits, teacher, temperature, tail
+    )
 
 
 def tvd_of_cells(log_p: Tensor, log_q: Tensor, log_u: Tensor) -> Tensor:
@@ -247,18 +271,25 @@ def _shortfall(log_p: Tensor, log_q: Tensor, log_u: Tensor) -> Tensor:
     needs_sample_logprobs=True,
 )
 def tvd(
-    student_logits: Tensor | Student, teacher: SparseTeacher, *, temperature: float = 1.0, tail: TailOption = "auto"
+    student_logits: Tensor | Student,
+    teacher: SparseTeacher,
+    *,
+    temperature: float = 1.0,
+    tail: TailOption = "auto",
 ) -> Tensor:
     """Total variation distance, half the sum of abs(p - q), per position: between 0 and 1.
 
-    With samples **unbiased**: it is the sum of max(0, p - q), of which the draws estimate the tail's share as
-    m max(0, 1 - q/p), never above m. With the ghost a **lower bound**, at most (m + Q - abs(m - Q)) / 2 below the truth;
-    with the prior exact for the reconstruction; **exact** where the head is everything.
+    With samples **unbiased**: it is the sum of max(0, p - q), of which the draws estimate the
+    tail's share as m max(0, 1 - q/p), never above m. With the ghost a **lower bound**, at most (m +
+    Q - abs(m - Q)) / 2 below the truth; with the prior exact for the reconstruction; **exact**
+    where the head is everything.
 
     Args, returns, raises: as ``forward_kl``.
     """
     softer_logits, softer = softened("tvd", student_logits, teacher, temperature)
     if choose_tail("tvd", softer, tail, _TAILS, logprobs=True) == "samples":
         student = Student.of(softer_logits, softer)
-        return over_the_draws(_shortfall, student, softer, lambda log_r: (1 - log_r.exp()).relu(), 0.0)
+        return over_the_draws(
+            _shortfall, student, softer, lambda log_r: (1 - log_r.exp()).relu(), 0.0
+        )
     return _by_tail("tvd", tvd_of_cells, None, softer_logits, softer, 1.0, tail)

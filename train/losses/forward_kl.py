@@ -1,7 +1,9 @@
-"""Losses whose target is fixed: forward KL from what a cache holds, its form for random samples, and the hard labels.
+"""Losses whose target is fixed: forward KL from what a cache holds, its form for random samples,
+and the hard labels.
 
-Dropping the tail and renormalising the head would teach the student to be over-confident. There are three ways not to:
-draws from the tail, a prior for it, or one cell of known mass (``logitcask.train.losses.tails``).
+Dropping the tail and renormalising the head would teach the student to be over-confident. There are
+three ways not to: draws from the tail, a prior for it, or one cell of known mass
+(``logitcask.train.losses.tails``).
 """
 
 from __future__ import annotations
@@ -38,35 +40,41 @@ def forward_kl(
 ) -> Tensor:
     """KL(p || q) in nats per position, with p the teacher and q = softmax(student_logits).
 
-    With head K, tail mass m, the student's tail mass Q, draws s (S of them), teacher entropy H and prior b::
+    With head K, tail mass m, the student's tail mass Q, draws s (S of them), teacher entropy H and
+    prior b::
 
         samples   - sum over K of p log q  -  m/S * sum over s of log q_s  -  H
         prior     sum over K of p log(p / q)  +  sum outside K of r log(r / q),   r = m b / (1 - sum over K of b)
         ghost     sum over K of p log(p / q)  +  m log(m / Q)
 
-    ``samples`` is **unbiased**, and so is its gradient: over fresh draws its mean is the KL of the whole distribution.
-    A single value may be negative. Where the cache has the draws' logprobs but no entropy, their own share of H is
-    estimated from the draws. ``prior`` is **exact for the reconstruction**, which is not the teacher. ``ghost`` is a
-    **lower bound** (data processing inequality), tight where q is proportional to p outside the head. All three are
-    **exact** where the head is everything. ``renormalised`` compares the heads alone, both scaled up to 1, and is there
-    for comparison.
+    ``samples`` is **unbiased**, and so is its gradient: over fresh draws its mean is the KL of the
+    whole distribution. A single value may be negative. Where the cache has the draws' logprobs but
+    no entropy, their own share of H is estimated from the draws. ``prior`` is **exact for the
+    reconstruction**, which is not the teacher. ``ghost`` is a **lower bound** (data processing
+    inequality), tight where q is proportional to p outside the head. All three are **exact** where
+    the head is everything. ``renormalised`` compares the heads alone, both scaled up to 1, and is
+    there for comparison.
 
-    Ids from ``teacher.vocab_size`` up, which the teacher cannot predict (a padded student vocabulary), have p = 0. They
-    are no part of the tail, so mass put on them is always pushed down.
+    Ids from ``teacher.vocab_size`` up, which the teacher cannot predict (a padded student
+    vocabulary), have p = 0. They are no part of the tail, so mass put on them is always pushed
+    down.
 
     Args:
-        student_logits: [P, V], any floating dtype; arithmetic is float32, or float64 for float64 logits.
-        teacher: the sparse teacher; padded entries contribute nothing, and k may differ by position.
-        temperature: both distributions are softened by it (TRL's convention: the result is not scaled by its square).
+        student_logits: [P, V], any floating dtype; arithmetic is float32, or float64 for float64
+        logits. teacher: the sparse teacher; padded entries contribute nothing, and k may differ by
+        position. temperature: both distributions are softened by it (TRL's convention: the result
+        is not scaled by its square).
             Anything but 1 needs every logit of the teacher, so every head must be everything.
         tail: ``"auto"`` takes samples where the cache has them, else the ghost.
 
     Returns:
-        float32[P] (float64 for float64 logits). The gradient in a logit is ``M q - p``, p being what stands for the
-        teacher there and M its sum, which quantisation may move off 1; for the ghost it is ``M q - m q / Q`` in the tail.
+        float32[P] (float64 for float64 logits). The gradient in a logit is ``M q - p``, p being
+        what stands for the teacher there and M its sum, which quantisation may move off 1; for the
+        ghost it is ``M q - m q / Q`` in the tail.
 
     Raises:
-        UserError: a temperature other than 1 on a teacher whose tail was not stored, or one that is not positive; a
+        UserError: a temperature other than 1 on a teacher whose tail was not stored, or one that is
+        not positive; a
             ``tail`` that is unknown or that the cache has nothing for.
     """
     student_logits, teacher = softened("forward_kl", student_logits, teacher, temperature)
@@ -80,12 +88,16 @@ def forward_kl(
 
 
 def kl_of_cells(log_p: Tensor, log_q: Tensor, log_u: Tensor) -> Tensor:
-    """sum of p log(p/q) over cells: [P]. Mass on unpredictable ids shows in that q does not sum to 1."""
+    """sum of p log(p/q) over cells: [P]. Mass on unpredictable ids shows in that q does not sum
+    to 1.
+    """
     return (log_p.exp() * (log_p - log_q)).sum(1)
 
 
 def entropy(teacher: SparseTeacher) -> Tensor:
-    """float32[P], nats: the stored entropy, or an unbiased estimate of it from the draws and their logprobs."""
+    """float32[P], nats: the stored entropy, or an unbiased estimate of it from the draws and
+    their logprobs.
+    """
     if teacher.entropy is not None:
         return teacher.entropy
     assert teacher.sample_logprobs is not None
@@ -96,8 +108,12 @@ def entropy(teacher: SparseTeacher) -> Tensor:
 
 def _cross_entropy(student: Student, teacher: SparseTeacher) -> Tensor:
     """-sum of p log q, the tail's share from the draws: [P]."""
-    p_PK, weight_PS = teacher.logprobs.exp().to(student.dtype), teacher.sample_weights.to(student.dtype)
-    # By raw logits and one lse for all, so that a row has one large sum instead of many that cancel.
+    p_PK, weight_PS = (
+        teacher.logprobs.exp().to(student.dtype),
+        teacher.sample_weights.to(student.dtype),
+    )
+    # By raw logits and one lse for all, so that a row has one large sum instead of many that
+    # cancel.
     z_PK = student.z_head.masked_fill(teacher.ids < 0, 0)
     z_PS = student.z_samples.masked_fill(weight_PS == 0, 0)
     total_P = p_PK.sum(1) + weight_PS.sum(1)
@@ -115,12 +131,21 @@ def _from_prior(student: Student, teacher: SparseTeacher) -> Tensor:
     c_P = m_P / outside_P
     log_b = prior.log()
     b_log_b_P = (prior * log_b).sum() - _p_log_p(b_PK, log_b[ids_PK.clamp_min(0)])
-    negentropy_P = _p_log_p(p_PK, teacher.logprobs) + c_P * b_log_b_P + torch.where(m_P > 0, m_P * c_P.log(), 0)
+    negentropy_P = (
+        _p_log_p(p_PK, teacher.logprobs)
+        + c_P * b_log_b_P
+        + torch.where(m_P > 0, m_P * c_P.log(), 0)
+    )
     weight_PK = (p_PK - c_P.unsqueeze(1) * b_PK).to(student.dtype)
     z_PK = student.z_head.masked_fill(ids_PK < 0, 0)
     c_P = c_P.to(student.dtype)
     total_P = weight_PK.sum(1) + c_P * prior.sum().to(student.dtype)
-    return total_P * student.lse - (weight_PK * z_PK).sum(1) - c_P * student.prior_dot + negentropy_P.to(student.dtype)
+    return (
+        total_P * student.lse
+        - (weight_PK * z_PK).sum(1)
+        - c_P * student.prior_dot
+        + negentropy_P.to(student.dtype)
+    )
 
 
 def _p_log_p(p: Tensor, log_p: Tensor) -> Tensor:
@@ -137,14 +162,18 @@ def _p_log_p(p: Tensor, log_p: Tensor) -> Tensor:
     use="caches of draws without logprobs or entropy; the gradient of forward_kl",
 )
 def random_sampling(student_logits: Tensor | Student, teacher: SparseTeacher) -> Tensor:
-    """Cross-entropy to what was drawn from the teacher, in nats per position (RS-KD, arXiv 2503.16870).
+    """Cross-entropy to what was drawn from the teacher, in nats per position (RS-KD, arXiv
+    2503.16870).
 
-    ``- sum over K of p log q  -  m/S * sum over s of log q_s``. In the paper there are only draws: 50 of them at T = 1,
-    each of weight 1/50, which is this with an empty head (``store.top_k: 0``). What a head holds needs no draws; it only
-    takes variance away. **Unbiased** for the cross-entropy -sum p log q, which is forward KL plus the teacher's entropy,
-    a constant: the gradients are the same. **Exact** where the head is everything. Without draws the tail is left out.
+    ``- sum over K of p log q - m/S * sum over s of log q_s``. In the paper there are only draws: 50
+    of them at T = 1, each of weight 1/50, which is this with an empty head (``store.top_k: 0``).
+    What a head holds needs no draws; it only takes variance away. **Unbiased** for the
+    cross-entropy -sum p log q, which is forward KL plus the teacher's entropy, a constant: the
+    gradients are the same. **Exact** where the head is everything. Without draws the tail is left
+    out.
 
-    Args, returns: as ``forward_kl``. Raises UserError where the cache has neither draws nor whole distributions.
+    Args, returns: as ``forward_kl``. Raises UserError where the cache has neither draws nor whole
+    distributions.
     """
     if teacher.samples is None:
         if not bool(torch.isneginf(teacher.tail_logprob).all()):
@@ -167,7 +196,8 @@ def random_sampling(student_logits: Tensor | Student, teacher: SparseTeacher) ->
     by_overlap=False,
 )
 def ce(student_logits: Tensor | Student, teacher: SparseTeacher) -> Tensor:
-    """-log q of the target: cross-entropy with hard labels, in nats per position. **Exact**; nothing of the teacher is used.
+    """-log q of the target: cross-entropy with hard labels, in nats per position. **Exact**;
+    nothing of the teacher is used.
 
     Args, returns: as ``forward_kl``.
     """

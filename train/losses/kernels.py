@@ -1,12 +1,14 @@
-"""The two passes over a chunk of logits as Triton kernels: each row's log-sums, and the gradient written in place.
+"""The two passes over a chunk of logits as Triton kernels: each row's log-sums, and the gradient
+written in place.
 
-``logitcask.train.losses.student_pass`` holds the same in plain torch, the reference, which runs elsewhere. There every
-operation is a pass over the logits, several of them with a float32 copy; here the first pass reads the logits once (the
-online logsumexp of Milakov and Gimelshein, arXiv 1805.02867) and the second reads and writes them once, in their own
-dtype, with float32 arithmetic in registers.
+``logitcask.train.losses.student_pass`` holds the same in plain torch, the reference, which runs
+elsewhere. There every operation is a pass over the logits, several of them with a float32 copy;
+here the first pass reads the logits once (the online logsumexp of Milakov and Gimelshein, arXiv
+1805.02867) and the second reads and writes them once, in their own dtype, with float32 arithmetic
+in registers.
 
-Used for CUDA tensors; ``LOGITCASK_TRITON=0`` turns them off. With ``TRITON_INTERPRET=1``, set before triton is first
-imported, they run on the CPU, slowly: that is how they are tested.
+Used for CUDA tensors; ``LOGITCASK_TRITON=0`` turns them off. With ``TRITON_INTERPRET=1``, set
+before triton is first imported, they run on the CPU, slowly: that is how they are tested.
 
 Shapes: C positions, V vocabulary.
 """
@@ -31,7 +33,9 @@ _WARPS = 8
 
 
 def usable(logits: Tensor) -> bool:
-    """Whether the kernels take this tensor: on CUDA (or interpreted), rows contiguous, at most float32."""
+    """Whether the kernels take this tensor: on CUDA (or interpreted), rows contiguous, at most
+    float32.
+    """
     return (
         _ENABLED
         and (logits.is_cuda or INTERPRETED)
@@ -42,10 +46,20 @@ def usable(logits: Tensor) -> bool:
 
 
 def log_sums(logits_CV: Tensor, split: int, scale: float = 1.0) -> tuple[Tensor, Tensor]:
-    """float32[C] each: logsumexp of scale * a row's columns below ``split`` and from it up; -inf for nothing but -inf."""
+    """float32[C] each: logsumexp of scale * a row's columns below ``split`` and from it up; -inf
+    for nothing but -inf.
+    """
     low, high = logits_CV.new_empty((2, len(logits_CV)), dtype=torch.float32)
     _log_sums[(len(logits_CV),)](
-        logits_CV, logits_CV.stride(0), low, high, split, logits_CV.shape[1], scale, BLOCK=_BLOCK, num_warps=_WARPS
+        logits_CV,
+        logits_CV.stride(0),
+        low,
+        high,
+        split,
+        logits_CV.shape[1],
+        scale,
+        BLOCK=_BLOCK,
+        num_warps=_WARPS,
     )
     return low, high
 
@@ -62,13 +76,16 @@ def spread(
     prior: Tensor | None = None,
     slope_prior: Tensor | None = None,
 ) -> None:
-    """Overwrites logits: ``exp(scale * z - low) * slope_low`` in columns below ``split``, likewise ``high`` from it up.
+    """Overwrites logits: ``exp(scale * z - low) * slope_low`` in columns below ``split``, likewise
+    ``high`` from it up.
 
-    With ``low`` and ``high`` from ``log_sums`` that is each part's softmax times a slope by row; float32[C] each. With
-    ``prior``, float32[split], ``prior * slope_prior`` is added below ``split``, before anything is rounded and but where z is
-    -inf.
+    With ``low`` and ``high`` from ``log_sums`` that is each part's softmax times a slope by row;
+    float32[C] each. With ``prior``, float32[split], ``prior * slope_prior`` is added below
+    ``split``, before anything is rounded and but where z is -inf.
     """
-    b, slope_b = (prior, slope_prior) if prior is not None and slope_prior is not None else (low, low)
+    b, slope_b = (
+        (prior, slope_prior) if prior is not None and slope_prior is not None else (low, low)
+    )
     _spread[(len(logits_CV),)](
         logits_CV,
         logits_CV.stride(0),
@@ -96,7 +113,12 @@ if triton is not None:
         highest = tl.full((BLOCK,), float("-inf"), tl.float32)
         total = tl.zeros((BLOCK,), tl.float32)
         for at in range(start, end, BLOCK):
-            z = tl.load(row + at + columns, mask=at + columns < end, other=float("-inf")).to(tl.float32) * scale
+            z = (
+                tl.load(row + at + columns, mask=at + columns < end, other=float("-inf")).to(
+                    tl.float32
+                )
+                * scale
+            )
             new = tl.maximum(highest, z)
             shift = tl.where(new == float("-inf"), 0.0, new)
             total = total * tl.exp(highest - shift) + tl.exp(z - shift)
@@ -115,7 +137,16 @@ if triton is not None:
 
     @triton.jit
     def _spread_part(  # type: ignore[no-untyped-def]
-        row, start, end, scale, log_sum, slope, prior, slope_prior, PRIOR: tl.constexpr, BLOCK: tl.constexpr
+        row,
+        start,
+        end,
+        scale,
+        log_sum,
+        slope,
+        prior,
+        slope_prior,
+        PRIOR: tl.constexpr,
+        BLOCK: tl.constexpr,
     ):
         columns = tl.arange(0, BLOCK)
         shift = tl.where(log_sum == float("-inf"), 0.0, log_sum)
@@ -158,4 +189,15 @@ if triton is not None:
             PRIOR,
             BLOCK,
         )
-        _spread_part(row, split, size, scale, tl.load(high + at), tl.load(slope_high + at), prior, 0.0, False, BLOCK)
+        _spread_part(
+            row,
+            split,
+            size,
+            scale,
+            tl.load(high + at),
+            tl.load(slope_high + at),
+            prior,
+            0.0,
+            False,
+            BLOCK,
+        )

@@ -1,7 +1,7 @@
 """Losses of order and of differences: they compare the logits of a few ids with each other.
 
-They are the ones a cache serves best: which ids stand at the top, in which order, and how far apart, is stored as it is.
-Shapes: P positions, K head entries (padded), k ids compared.
+They are the ones a cache serves best: which ids stand at the top, in which order, and how far
+apart, is stored as it is. Shapes: P positions, K head entries (padded), k ids compared.
 """
 
 from __future__ import annotations
@@ -37,14 +37,19 @@ def _checked(name: str, teacher: SparseTeacher, temperature: float) -> None:
     head_k=lambda options: options.get("k", 10),
 )
 def listmle(
-    student_logits: Tensor | Student, teacher: SparseTeacher, *, k: int = 10, temperature: float = 1.0
+    student_logits: Tensor | Student,
+    teacher: SparseTeacher,
+    *,
+    k: int = 10,
+    temperature: float = 1.0,
 ) -> Tensor:
-    """-log of the probability that the student draws the teacher's top k in the teacher's order, in nats per position.
+    """-log of the probability that the student draws the teacher's top k in the teacher's order, in
+    nats per position.
 
-    The student draws without replacement from softmax(z / temperature) (Plackett-Luce). **Exact**: the list is the whole
-    vocabulary, and of what is not stored it only matters that it ranks below. Equal stored logprobs keep their stored
-    order, which is that before rounding. Any temperature can be honoured, because it softens the student alone; another
-    than 1 costs a pass of its own.
+    The student draws without replacement from softmax(z / temperature) (Plackett-Luce). **Exact**:
+    the list is the whole vocabulary, and of what is not stored it only matters that it ranks below.
+    Equal stored logprobs keep their stored order, which is that before rounding. Any temperature
+    can be honoured, because it softens the student alone; another than 1 costs a pass of its own.
 
     A head of less than k entries makes a shorter list, a loss of its own (**biased**).
 
@@ -55,7 +60,9 @@ def listmle(
     student = Student.of(student_logits, teacher, scale=1 / temperature)
     stored = teacher.ids >= 0
     # Bounded before they are added: the gradient of logaddexp(-inf, -inf) is not a number.
-    rest = torch.logaddexp(student.log_tail.clamp_min(NOTHING), student.log_others.clamp_min(NOTHING)).unsqueeze(1)
+    rest = torch.logaddexp(
+        student.log_tail.clamp_min(NOTHING), student.log_others.clamp_min(NOTHING)
+    ).unsqueeze(1)
     z = student.z_head.masked_fill(~stored, NOTHING)
     below = torch.cat([rest, z.flip(1)], 1).logcumsumexp(1).flip(1)[:, :-1]
     return (below - z)[:, :k].where(stored[:, :k], 0).sum(1)
@@ -85,13 +92,16 @@ def pairwise_logistic(
     temperature: float = 1.0,
     targets: Literal["hard", "soft"] = "hard",
 ) -> Tensor:
-    """Logistic loss on the differences of the student's logits at the teacher's top k, averaged over pairs: [P], nats.
+    """Logistic loss on the differences of the student's logits at the teacher's top k, averaged
+    over pairs: [P], nats.
 
-    ``hard``: log(1 + exp(-(z_i - z_j) / T)) for i above j. ``soft``: cross-entropy to the teacher's own
-    sigmoid((log p_i - log p_j) / T), as in RankNet; it is least where the differences are equal, and asks nothing of ties.
-    **Exact** for k up to the head's length; shorter heads have fewer pairs (**biased**), and a head of one id has none (loss 0).
+    ``hard``: log(1 + exp(-(z_i - z_j) / T)) for i above j. ``soft``: cross-entropy to the teacher's
+    own sigmoid((log p_i - log p_j) / T), as in RankNet; it is least where the differences are
+    equal, and asks nothing of ties. **Exact** for k up to the head's length; shorter heads have
+    fewer pairs (**biased**), and a head of one id has none (loss 0).
 
-    Args, returns: as ``forward_kl``. Raises UserError for unknown ``targets``, a temperature that is not positive, or a
+    Args, returns: as ``forward_kl``. Raises UserError for unknown ``targets``, a temperature that
+    is not positive, or a
         cache without heads.
     """
     _checked("pairwise_logistic", teacher, temperature)
@@ -130,13 +140,16 @@ def bild(
 ) -> Tensor:
     """Bi-directional logits difference in nats per position.
 
-    All k (k - 1) / 2 differences of logits, higher less lower, among the teacher's top k ids make one distribution of the
-    teacher and one of the student, at ``temperature``; their KL is t-LD. The same among the student's top k is s-LD.
-    Constants cancel, so logprobs serve as logits and **any temperature is exact**. t-LD (``sides: teacher``) is **exact**
-    for k up to the head's length. s-LD is so where the head has the student's ids; for one that was not stored, the highest
-    logprob that it can have stands in, hence **biased**, rarely if the head is several times as long as k.
+    All k (k - 1) / 2 differences of logits, higher less lower, among the teacher's top k ids make
+    one distribution of the teacher and one of the student, at ``temperature``; their KL is t-LD.
+    The same among the student's top k is s-LD. Constants cancel, so logprobs serve as logits and
+    **any temperature is exact**. t-LD (``sides: teacher``) is **exact** for k up to the head's
+    length. s-LD is so where the head has the student's ids; for one that was not stored, the
+    highest logprob that it can have stands in, hence **biased**, rarely if the head is several
+    times as long as k.
 
-    Args, returns: as ``forward_kl``. Raises UserError for unknown ``sides``, a temperature that is not positive, or a cache
+    Args, returns: as ``forward_kl``. Raises UserError for unknown ``sides``, a temperature that is
+    not positive, or a cache
         without heads.
     """
     _checked("bild", teacher, temperature)
@@ -145,12 +158,16 @@ def bild(
     both = sides == "both"
     student = Student.of(student_logits, teacher, top_k=k if both else 0, scale=1.0, masses=False)
     stored = teacher.ids[:, :k] >= 0
-    value = _difference_kl(teacher.logprobs[:, :k].to(student.dtype), student.z_head[:, :k], stored, temperature)
+    value = _difference_kl(
+        teacher.logprobs[:, :k].to(student.dtype), student.z_head[:, :k], stored, temperature
+    )
     if not both:
         return value
     ours = student.top_ids[:, :k]
     log_p = teacher.known(ours)[0].to(student.dtype)
-    return value + _difference_kl(log_p, student.z_top[:, :k], torch.ones_like(ours, dtype=torch.bool), temperature)
+    return value + _difference_kl(
+        log_p, student.z_top[:, :k], torch.ones_like(ours, dtype=torch.bool), temperature
+    )
 
 
 def _difference_kl(x_Pk: Tensor, y_Pk: Tensor, valid_Pk: Tensor, temperature: float) -> Tensor:
@@ -172,14 +189,18 @@ def _difference_kl(x_Pk: Tensor, y_Pk: Tensor, valid_Pk: Tensor, temperature: fl
     top_k=lambda options: 1,
     masses=False,
 )
-def dpkd_token(student_logits: Tensor | Student, teacher: SparseTeacher, *, beta: float = 0.1) -> Tensor:
-    """Direct preference distillation of each next token: the teacher's argmax is preferred to the student's. [P], nats.
+def dpkd_token(
+    student_logits: Tensor | Student, teacher: SparseTeacher, *, beta: float = 0.1
+) -> Tensor:
+    """Direct preference distillation of each next token: the teacher's argmax is preferred to the
+    student's. [P], nats.
 
-    **Exact** where the cache has the student's argmax (in the head, as target or as draw); elsewhere the highest logprob
-    that it can have stands in, and the loss is a **lower bound**. Where both have the same argmax it is log 2, without
-    gradient.
+    **Exact** where the cache has the student's argmax (in the head, as target or as draw);
+    elsewhere the highest logprob that it can have stands in, and the loss is a **lower bound**.
+    Where both have the same argmax it is log 2, without gradient.
 
-    Args, returns: as ``forward_kl``. Raises UserError for a beta that is not positive, or a cache without heads.
+    Args, returns: as ``forward_kl``. Raises UserError for a beta that is not positive, or a cache
+    without heads.
     """
     _checked("dpkd_token", teacher, 1.0)
     if not beta > 0:
@@ -188,5 +209,7 @@ def dpkd_token(student_logits: Tensor | Student, teacher: SparseTeacher, *, beta
     log_ps = teacher.known(student.top_ids[:, :1])[0].squeeze(1).to(student.dtype)
     has_head = teacher.ids[:, 0] >= 0
     apart_q = student.z_head[:, 0].where(has_head, 0) - student.z_top[:, 0].where(has_head, 0)
-    apart_p = teacher.logprobs[:, 0].to(student.dtype).where(has_head, 0) - log_ps.where(has_head, 0)
+    apart_p = teacher.logprobs[:, 0].to(student.dtype).where(has_head, 0) - log_ps.where(
+        has_head, 0
+    )
     return softplus(-beta * (apart_q - apart_p))

@@ -1,9 +1,12 @@
-"""The ranking loss of RLKD (arXiv 2409.12545): the student should order the teacher's peaks as the teacher does.
+"""The ranking loss of RLKD (arXiv 2409.12545): the student should order the teacher's peaks as the
+teacher does.
 
-Spearman's correlation over the union of both top-k, made differentiable by soft ranks. A cache serves it well: ranks
-need no tail mass, and adding a constant to all logits changes nothing, so stored logprobs stand in for logits.
+Spearman's correlation over the union of both top-k, made differentiable by soft ranks. A cache
+serves it well: ranks need no tail mass, and adding a constant to all logits changes nothing, so
+stored logprobs stand in for logits.
 
-Shapes: P positions, K head entries (padded), V student vocabulary, U = 2k slots for the union (padded).
+Shapes: P positions, K head entries (padded), V student vocabulary, U = 2k slots for the union
+(padded).
 """
 
 from __future__ import annotations
@@ -43,47 +46,59 @@ def ranking(
     soft_rank: SoftRank = "sigmoid",
     strength: float = 1.0,
 ) -> Tensor:
-    """1 - Spearman's correlation of soft ranks over the union of both top-k, per position; dimensionless.
+    """1 - Spearman's correlation of soft ranks over the union of both top-k, per position;
+    dimensionless.
 
-    ``1 - Cov(R_p, R_q) / (sd R_p * sd R_q)``, between 0 (same order) and 2 (reversed order). RLKD trains on
-    ``2 * ranking + logits loss``; its dynamic form weights the logits loss of each position by
-    ``logitcask.train.evaluation.metrics.top_k_overlap``, which is the trainer's to do.
+    ``1 - Cov(R_p, R_q) / (sd R_p * sd R_q)``, between 0 (same order) and 2 (reversed order). RLKD
+    trains on ``2 * ranking + logits loss``; its dynamic form weights the logits loss of each
+    position by ``logitcask.train.evaluation.metrics.top_k_overlap``, which is the trainer's to do.
 
-    Both sides get soft ranks, as in the paper. Then the loss is 0 where the student's logits equal the teacher's up to
-    a constant, and among other ids a near-tie of the teacher (within quantisation, say) asks for a near-tie and not for
-    an order. Hard teacher ranks would go on pulling near-ties apart for ever, against any KL loss beside them.
+    Both sides get soft ranks, as in the paper. Then the loss is 0 where the student's logits equal
+    the teacher's up to a constant, and among other ids a near-tie of the teacher (within
+    quantisation, say) asks for a near-tie and not for an order. Hard teacher ranks would go on
+    pulling near-ties apart for ever, against any KL loss beside them.
 
-    **Exact** where the head holds the student's top-k. Ids of it that were not stored rank below all that were, and share
-    those ranks: two of them count as tied, and their distance from the head's ids, on which soft ranks depend, is taken to
-    be large. Hence **biased**, rarely if the head is several times as long as k.
+    **Exact** where the head holds the student's top-k. Ids of it that were not stored rank below
+    all that were, and share those ranks: two of them count as tied, and their distance from the
+    head's ids, on which soft ranks depend, is taken to be large. Hence **biased**, rarely if the
+    head is several times as long as k.
 
     Args:
-        student_logits: [P, V], any floating dtype; arithmetic is float32, or float64 for float64 logits.
-        teacher: the sparse teacher; the first k entries of a head are the teacher's top-k, ties in the stored order.
+        student_logits: [P, V], any floating dtype; arithmetic is float32, or float64 for float64
+        logits. teacher: the sparse teacher; the first k entries of a head are the teacher's top-k,
+        ties in the stored order.
             Shorter heads make the union smaller.
-        k: how many ids each side brings; 1 <= k <= V. The paper: 5 mixed with a logits loss, 10 to 15 alone.
-        soft_rank: ``"sigmoid"``: r_i = 1 + sum over j of sigmoid((z_j - z_i) / strength), at strength 1 the expected
-            rank if each pair is settled by a draw from its two probabilities. ``"l2"``: torchsort's soft rank (Blondel
-            et al., arXiv 2002.08871), which the paper's authors use; it equals the hard rank, and its gradient is
-            **zero**, wherever neighbouring logits are at least ``strength`` apart, so badly mis-ordered peaks learn
-            nothing from it. Hence the default.
-        strength: the difference of logits (nats) over which ranks change; towards 0 ranks become hard.
+        k: how many ids each side brings; 1 <= k <= V. The paper: 5 mixed with a logits loss, 10 to
+        15 alone. soft_rank: ``"sigmoid"``: r_i = 1 + sum over j of sigmoid((z_j - z_i) / strength),
+        at strength 1 the expected
+            rank if each pair is settled by a draw from its two probabilities. ``"l2"``: torchsort's
+            soft rank (Blondel et al., arXiv 2002.08871), which the paper's authors use; it equals
+            the hard rank, and its gradient is **zero**, wherever neighbouring logits are at least
+            ``strength`` apart, so badly mis-ordered peaks learn nothing from it. Hence the default.
+        strength: the difference of logits (nats) over which ranks change; towards 0 ranks become
+        hard.
 
     Returns:
-        float32[P] (float64 for float64 logits). A position where the teacher states no order (fewer than two ids in the
-        union, or all of them tied) has loss 0 and gradient 0. Where the student's ids are all tied the loss is 1.
+        float32[P] (float64 for float64 logits). A position where the teacher states no order (fewer
+        than two ids in the union, or all of them tied) has loss 0 and gradient 0. Where the
+        student's ids are all tied the loss is 1.
 
     Raises:
-        UserError: an unknown ``soft_rank``, a ``strength`` that is not positive, or a cache without heads.
+        UserError: an unknown ``soft_rank``, a ``strength`` that is not positive, or a cache without
+        heads.
     """
     if soft_rank not in _SOFT_RANKS:
-        raise UserError(f"ranking: soft_rank is {soft_rank!r}, expected one of {', '.join(map(repr, _SOFT_RANKS))}")
+        raise UserError(
+            f"ranking: soft_rank is {soft_rank!r}, expected one of {', '.join(map(repr, _SOFT_RANKS))}"
+        )
     if teacher.ids.shape[1] == 0:
         raise UserError(
             "ranking: the cache stores no heads (top_k is 0), so the teacher's order is unknown; drop this loss"
         )
     if not strength > 0:
-        raise UserError(f"ranking: strength is {strength}, expected a positive number; 1 is the default")
+        raise UserError(
+            f"ranking: strength is {strength}, expected a positive number; 1 is the default"
+        )
     student = Student.of(student_logits, teacher, top_k=k, masses=False)
     valid_PU, teacher_PU = _union(student.top_ids[:, :k], teacher, k)
     rank = _SOFT_RANKS[soft_rank]
@@ -96,28 +111,38 @@ def ranking(
 
 
 def top_k_overlap(student: Student, teacher: SparseTeacher, k: int) -> Tensor:
-    """float32[P], no gradient: the share of both top-k that is the same (``logitcask.train.evaluation.metrics.top_k_overlap`` of a Student)."""
-    return (student.top_ids[:, :k].unsqueeze(2) == teacher.ids[:, :k].unsqueeze(1)).sum((1, 2)).float() / k
+    """float32[P], no gradient: the share of both top-k that is the same
+    (``logitcask.train.evaluation.metrics.top_k_overlap`` of a Student).
+    """
+    return (student.top_ids[:, :k].unsqueeze(2) == teacher.ids[:, :k].unsqueeze(1)).sum(
+        (1, 2)
+    ).float() / k
 
 
 def _union(ours_Pk: Tensor, teacher: SparseTeacher, k: int) -> tuple[Tensor, Tensor]:
     """(valid, teacher logprobs), each [P, U], of both top-k side by side, the teacher's first.
 
-    An id counts once, so the student's are invalid where the teacher has them; -inf where the head lacks the id.
+    An id counts once, so the student's are invalid where the teacher has them; -inf where the head
+    lacks the id.
     """
     theirs_Pk, theirs_logprob = teacher.ids[:, :k], teacher.logprobs[:, :k]
     repeated_Pk = (ours_Pk.unsqueeze(2) == theirs_Pk.unsqueeze(1)).any(2)
     stored_PkK = ours_Pk.unsqueeze(2) == teacher.ids.unsqueeze(1)
     ours_logprob = torch.where(stored_PkK, teacher.logprobs.unsqueeze(1), -torch.inf).amax(2)
-    return torch.cat([theirs_Pk >= 0, ~repeated_Pk], 1), torch.cat([theirs_logprob, ours_logprob], 1)
+    return torch.cat([theirs_Pk >= 0, ~repeated_Pk], 1), torch.cat(
+        [theirs_logprob, ours_logprob], 1
+    )
 
 
 def _sink(values_PU: Tensor, known_PU: Tensor, strength: float) -> Tensor:
-    """The known values less their mean, and all others at one value so far below that no soft rank mixes them up."""
+    """The known values less their mean, and all others at one value so far below that no soft
+    rank mixes them up.
+    """
     count_P1 = known_PU.sum(1, keepdim=True).clamp_min(1)
     mean_P1 = values_PU.detach().where(known_PU, 0).sum(1, keepdim=True) / count_P1
     centred = (values_PU - mean_P1).where(known_PU, 0)
-    # l2 keeps blocks apart that differ by twice the number of items; a sigmoid has no digits left beyond 20.
+    # l2 keeps blocks apart that differ by twice the number of items; a sigmoid has no digits left
+    # beyond 20.
     gap = strength * (20 + 2 * values_PU.shape[1])
     return centred.where(known_PU, centred.detach().amin(1, keepdim=True) - gap)
 
@@ -130,37 +155,52 @@ def _rank_sigmoid(values_PU: Tensor, valid_PU: Tensor, strength: float) -> Tenso
 
 
 def _rank_l2(values_PU: Tensor, valid_PU: Tensor, strength: float) -> Tensor:
-    """The projection of -v / strength onto the permutahedron of (1, ..., U); 1 is the largest. Invalid slots rank last.
+    """The projection of -v / strength onto the permutahedron of (1, ..., U); 1 is the largest.
+    Invalid slots rank last.
 
-    Blondel et al. 2020, prop. 3: sort, isotonic regression, undo the sort. The regression uses the max-min formula
-    v_i = max over j <= i of min over l >= i of mean(y_j..y_l), which is U x U per position and needs no loop.
+    Blondel et al. 2020, prop. 3: sort, isotonic regression, undo the sort. The regression uses the
+    max-min formula v_i = max over j <= i of min over l >= i of mean(y_j..y_l), which is U x U per
+    position and needs no loop.
     """
     size = values_PU.shape[1]
-    # Invalid slots and unstored ids share the lowest value; listing the valid ones first gives them the better ranks.
+    # Invalid slots and unstored ids share the lowest value; listing the valid ones first gives them
+    # the better ranks.
     lower_PU = torch.where(valid_PU, values_PU, values_PU - strength * 2 * size)
     sorted_PU, order_PU = (-lower_PU / strength).sort(dim=1, stable=True)
     hard_U = torch.arange(1, size + 1, device=values_PU.device, dtype=values_PU.dtype)
     sums = torch.nn.functional.pad((sorted_PU - hard_U).cumsum(1), (1, 0))
-    first, last = torch.arange(size, device=sums.device).unsqueeze(1), torch.arange(size, device=sums.device)
-    mean_PUU = (sums[:, 1:].unsqueeze(1) - sums[:, :-1].unsqueeze(2)) / (last - first + 1).clamp_min(1)
+    first, last = (
+        torch.arange(size, device=sums.device).unsqueeze(1),
+        torch.arange(size, device=sums.device),
+    )
+    mean_PUU = (sums[:, 1:].unsqueeze(1) - sums[:, :-1].unsqueeze(2)) / (
+        last - first + 1
+    ).clamp_min(1)
     mean_PUU = mean_PUU.masked_fill(last < first, torch.inf)
     least_PUU = mean_PUU.flip(2).cummin(2).values.flip(2)
     fitted_PU = least_PUU.masked_fill(first > last, -torch.inf).amax(1)
     return torch.zeros_like(values_PU).scatter(1, order_PU, sorted_PU - fitted_PU)
 
 
-_SOFT_RANKS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {"sigmoid": _rank_sigmoid, "l2": _rank_l2}
+_SOFT_RANKS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
+    "sigmoid": _rank_sigmoid,
+    "l2": _rank_l2,
+}
 
 
 def _one_minus_correlation(x_PU: Tensor, y_PU: Tensor, valid_PU: Tensor) -> Tensor:
-    """1 - Pearson's correlation over the valid slots; 0 where x does not vary. Finite gradients in y throughout."""
+    """1 - Pearson's correlation over the valid slots; 0 where x does not vary. Finite gradients
+    in y throughout.
+    """
     count_P1 = valid_PU.sum(1, keepdim=True).clamp_min(1)
     x_PU = (x_PU - x_PU.where(valid_PU, 0).sum(1, keepdim=True) / count_P1).where(valid_PU, 0)
     y_PU = (y_PU - y_PU.where(valid_PU, 0).sum(1, keepdim=True) / count_P1).where(valid_PU, 0)
     count_P = count_P1.squeeze(1)
     covariance = (x_PU * y_PU).sum(1) / count_P
     var_x, var_y = x_PU.square().sum(1) / count_P, y_PU.square().sum(1) / count_P
-    # Clamped and not shifted by an epsilon: exact wherever there is any variance, and where y has none the gradient is
-    # the covariance's, which still says which way to go.
-    correlation = covariance / (var_x.clamp_min(_NO_VARIANCE) * var_y.clamp_min(_NO_VARIANCE)).sqrt()
+    # Clamped and not shifted by an epsilon: exact wherever there is any variance, and where y has
+    # none the gradient is the covariance's, which still says which way to go.
+    correlation = (
+        covariance / (var_x.clamp_min(_NO_VARIANCE) * var_y.clamp_min(_NO_VARIANCE)).sqrt()
+    )
     return torch.where(var_x < _NO_VARIANCE, 0, 1 - correlation)

@@ -1,13 +1,16 @@
 """The student's side of all losses, computed once per chunk of logits.
 
-A dense pass over ``[P, V]`` logits is what a loss costs. What sparse losses need of it is small: the logits at the ids that
-the cache names (and at the student's own top), and how much mass lies elsewhere. ``Student`` makes that one pass; losses
-then work on tensors of some ``[P, K]``, by autograd, and however many of them share it, the gradient is one more pass.
-On CUDA both passes are kernels (``logitcask.train.losses.kernels``).
+A dense pass over ``[P, V]`` logits is what a loss costs. What sparse losses need of it is small:
+the logits at the ids that the cache names (and at the student's own top), and how much mass lies
+elsewhere. ``Student`` makes that one pass; losses then work on tensors of some ``[P, K]``, by
+autograd, and however many of them share it, the gradient is one more pass. On CUDA both passes are
+kernels (``logitcask.train.losses.kernels``).
 
-The mass of the tail is summed from the tail itself. As ``1 - sum of q`` it would lose all digits once it is small.
+The mass of the tail is summed from the tail itself. As ``1 - sum of q`` it would lose all digits
+once it is small.
 
-Shapes: P positions, K head entries (padded), S draws (padded), E = K + S + 1 + k ids looked at, V student vocabulary.
+Shapes: P positions, K head entries (padded), S draws (padded), E = K + S + 1 + k ids looked at, V
+student vocabulary.
 """
 
 from __future__ import annotations
@@ -21,13 +24,15 @@ from torch import Tensor
 from logitcask.train.losses import kernels
 from logitcask.train.losses.base import SparseTeacher
 
-# Rows of logits worked on at a time: temporaries stay in a CPU's cache; on a GPU fewer launches matter more.
+# Rows of logits worked on at a time: temporaries stay in a CPU's cache; on a GPU fewer launches
+# matter more.
 _SLAB_BYTES = {"cpu": 2 * 2**20}
 _SLAB_BYTES_ELSEWHERE = 128 * 2**20
 
 
 class Student:
-    """softmax(scale * logits) in the cells that a sparse teacher defines: head ids, the tail, and unpredictable ids.
+    """softmax(scale * logits) in the cells that a sparse teacher defines: head ids, the tail, and
+    unpredictable ids.
 
     The unpredictable ids are those from ``teacher.vocab_size`` up (a padded student vocabulary).
 
@@ -37,18 +42,21 @@ class Student:
         top_k: how many of the student's own most probable ids to look at.
         prior: whether to compute ``prior_dot``.
         scale: 1 / temperature.
-        masses: whether to compute ``log_tail``, ``log_others`` and ``lse``; losses of logits alone do without.
-        may_overwrite: whether the backward pass may put the gradient where the logits were. It does so unless a loss has
+        masses: whether to compute ``log_tail``, ``log_others`` and ``lse``; losses of logits alone
+        do without. may_overwrite: whether the backward pass may put the gradient where the logits
+        were. It does so unless a loss has
             asked for ``logits``, which it may still need then.
 
     Attributes:
-        z_head, z_samples, z_target, z_top: scaled logits at head ids [P, K], draws [P, S], targets [P] and the student's
+        z_head, z_samples, z_target, z_top: scaled logits at head ids [P, K], draws [P, S], targets
+        [P] and the student's
             top k [P, k], largest first; -inf for padding.
         top_ids:    int64[P, k].
         log_tail:   [P], logsumexp of the scaled logits outside the head; -inf where there are none.
         log_others: [P], logsumexp of those of the unpredictable ids.
         lse:        [P], of all.
-        prior_dot:  [P], sum over the teacher's vocabulary of prior * scaled logits; None unless asked for.
+        prior_dot:  [P], sum over the teacher's vocabulary of prior * scaled logits; None unless
+                    asked for.
     """
 
     def __init__(
@@ -74,7 +82,9 @@ class Student:
             logits, teacher.ids, ids_PE, b, teacher.vocab_size, scale, masses, self._overwrite
         )
         z_PE = z_PE.masked_fill(ids_PE < 0, -torch.inf)
-        self.z_head, self.z_samples, z_target, self.z_top = z_PE.split([part.shape[1] for part in parts], 1)
+        self.z_head, self.z_samples, z_target, self.z_top = z_PE.split(
+            [part.shape[1] for part in parts], 1
+        )
         self.z_target = z_target.squeeze(1)
         self.prior_dot: Tensor | None = None if b is None else dot
         cells = [self.z_head, self.log_tail.unsqueeze(1), self.log_others.unsqueeze(1)]
@@ -91,9 +101,13 @@ class Student:
         masses: bool = True,
         scale: float | None = None,
     ) -> Student:
-        """``student`` if it has been made already and serves, else one made of the logits; its own scale is kept, or is 1."""
+        """``student`` if it has been made already and serves, else one made of the logits; its
+        own scale is kept, or is 1.
+        """
         if isinstance(student, Tensor):
-            return cls(student, teacher, top_k=top_k, prior=prior, masses=masses, scale=scale or 1.0)
+            return cls(
+                student, teacher, top_k=top_k, prior=prior, masses=masses, scale=scale or 1.0
+            )
         scale = scale or student.scale
         serves = (
             student.teacher is teacher
@@ -102,7 +116,11 @@ class Student:
             and (student.prior_dot is not None or not prior)
             and (student.masses or not masses)
         )
-        return student if serves else cls(student.logits, teacher, top_k=top_k, prior=prior, masses=masses, scale=scale)
+        return (
+            student
+            if serves
+            else cls(student.logits, teacher, top_k=top_k, prior=prior, masses=masses, scale=scale)
+        )
 
     @property
     def logits(self) -> Tensor:
@@ -148,7 +166,9 @@ def slabs(logits_PV: Tensor, dtype: torch.dtype) -> Iterator[slice]:
 
 
 class _Pass(torch.autograd.Function):
-    """(z [P, E], log_tail [P], log_others [P], prior_dot [P]) of scaled logits; keeps nothing of size [P, V] but the logits."""
+    """(z [P, E], log_tail [P], log_others [P], prior_dot [P]) of scaled logits; keeps nothing of
+    size [P, V] but the logits.
+    """
 
     @staticmethod
     def forward(
@@ -194,11 +214,18 @@ class _Pass(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         logits_PV, head_PK, ids_PE, b, log_tail_P, log_others_P = ctx.saved_tensors
         dtype, scale, size = log_tail_P.dtype, ctx.scale, ctx.vocab_size
-        shifts = [torch.where(torch.isneginf(log), 0, log).unsqueeze(1) for log in (log_tail_P, log_others_P)]
+        shifts = [
+            torch.where(torch.isneginf(log), 0, log).unsqueeze(1)
+            for log in (log_tail_P, log_others_P)
+        ]
         grad_z_PE = (grad_z_PE * scale).masked_fill(ids_PE < 0, 0)
         ids_PE = ids_PE.clamp_min(0)
         if not ctx.masses:
-            grad_PV = torch.zeros_like(logits_PV, dtype=dtype).scatter_add_(1, ids_PE, grad_z_PE).to(logits_PV.dtype)
+            grad_PV = (
+                torch.zeros_like(logits_PV, dtype=dtype)
+                .scatter_add_(1, ids_PE, grad_z_PE)
+                .to(logits_PV.dtype)
+            )
             return grad_PV, None, None, None, None, None, None, None
         if kernels.usable(logits_PV):
             grad_PV = logits_PV.data if ctx.overwrite[0] else logits_PV.clone()
@@ -206,11 +233,22 @@ class _Pass(torch.autograd.Function):
             slopes = (grad_tail_P * scale, grad_others_P * scale)
             slope_prior = None if b is None else grad_dot_P * scale
             if b is not None and slope_prior is not None:
-                # The head's share of it joins the head's own gradient, so that what cancels does so before rounding.
-                of_head_PK = b[head_PK.clamp_min(0)].masked_fill(head_PK < 0, 0) * slope_prior.unsqueeze(1)
+                # The head's share of it joins the head's own gradient, so that what cancels does so
+                # before rounding.
+                of_head_PK = b[head_PK.clamp_min(0)].masked_fill(
+                    head_PK < 0, 0
+                ) * slope_prior.unsqueeze(1)
                 grad_z_PE[:, : head_PK.shape[1]] += of_head_PK
             kernels.spread(
-                grad_PV, size, log_tail_P, slopes[0], log_others_P, slopes[1], scale, prior=b, slope_prior=slope_prior
+                grad_PV,
+                size,
+                log_tail_P,
+                slopes[0],
+                log_others_P,
+                slopes[1],
+                scale,
+                prior=b,
+                slope_prior=slope_prior,
             )
             _add_entries(grad_PV, ids_PE, grad_z_PE)
             return grad_PV, None, None, None, None, None, None, None
@@ -230,7 +268,8 @@ class _Pass(torch.autograd.Function):
             ):
                 part.sub_(shift[rows]).exp_().mul_((grad_P[rows] * scale).unsqueeze(1))
             tail = work[:, :size]
-            # Head ids are no part of this softmax: whatever stands there now, even inf, is written over.
+            # Head ids are no part of this softmax: whatever stands there now, even inf, is written
+            # over.
             _fill_head(tail, head_PK[rows], 0.0)
             if b is not None:
                 tail.addr_(grad_dot_P[rows] * scale, b)
@@ -240,8 +279,12 @@ class _Pass(torch.autograd.Function):
         return grad_PV, None, None, None, None, None, None, None
 
 
-def _log_sums(logits_PV: Tensor, head_PK: Tensor, vocab_size: int, scale: float) -> tuple[Tensor, Tensor]:
-    """(log_tail, log_others) by the kernels, which read the logits where they are: for that long the head is -inf."""
+def _log_sums(
+    logits_PV: Tensor, head_PK: Tensor, vocab_size: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """(log_tail, log_others) by the kernels, which read the logits where they are: for that long
+    the head is -inf.
+    """
     if not head_PK.shape[1]:
         return kernels.log_sums(logits_PV, vocab_size, scale)
     first_P1 = head_PK[:, :1]
@@ -260,7 +303,9 @@ def _dot(z_PV: Tensor, b_V: Tensor) -> Tensor:
 
 
 def _add_entries(grad_PV: Tensor, ids_PE: Tensor, grad_PE: Tensor) -> None:
-    """grad[p, ids[p, e]] += grad_PE[p, e], where ids repeat; what falls on one id is summed before it is rounded."""
+    """grad[p, ids[p, e]] += grad_PE[p, e], where ids repeat; what falls on one id is summed
+    before it is rounded.
+    """
     if grad_PV.dtype == grad_PE.dtype:
         grad_PV.scatter_add_(1, ids_PE, grad_PE)
         return
@@ -273,9 +318,13 @@ def _add_entries(grad_PV: Tensor, ids_PE: Tensor, grad_PE: Tensor) -> None:
 
 
 def _fill_head(tail_rV: Tensor, head_rK: Tensor, value: float) -> None:
-    """Writes ``value`` at the head ids, in place. Padding points at the row's first entry, or changes nothing without one."""
+    """Writes ``value`` at the head ids, in place. Padding points at the row's first entry, or
+    changes nothing without one.
+    """
     if not head_rK.shape[1]:
         return
     first_r1 = head_rK[:, :1]
     keep_r1 = torch.where(first_r1 < 0, tail_rV[:, :1], value)
-    tail_rV.scatter_(1, torch.where(head_rK < 0, first_r1, head_rK).clamp_min(0), keep_r1.expand(head_rK.shape))
+    tail_rV.scatter_(
+        1, torch.where(head_rK < 0, first_r1, head_rK).clamp_min(0), keep_r1.expand(head_rK.shape)
+    )

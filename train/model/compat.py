@@ -1,4 +1,6 @@
-"""May this student learn from this cache? Everything is compared with the manifest before the first step."""
+"""May this student learn from this cache? Everything is compared with the manifest before the
+first step.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,8 @@ _MEASURED = 64
 def check_together(paths: list[str], manifests: list[Manifest]) -> None:
     """Raises UserError unless the caches of a mixture number their tokens alike.
 
-    What they store may differ, and so may the ids that their teachers predict beyond the tokenizer's (padding).
+    What they store may differ, and so may the ids that their teachers predict beyond the
+    tokenizer's (padding).
     """
     for path, manifest in zip(paths, manifests, strict=True):
         if manifest.tokenizer.vocab_sha256 != manifests[0].tokenizer.vocab_sha256:
@@ -41,7 +44,9 @@ def check(
     student: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> None:
-    """Raises UserError naming the first thing in which the cache at ``path`` does not fit, what was expected, the ways out."""
+    """Raises UserError naming the first thing in which the cache at ``path`` does not fit, what
+    was expected, the ways out.
+    """
     teacher = manifest.teacher.model
     if tokenizer is not None:
         found = tokenizer_identity(tokenizer, None)
@@ -59,8 +64,13 @@ def check(
                 teacher,
             )
     rows, predicted = rows_of(student), manifest.store.vocab_size
-    # Without a tokenizer of its own the student is held to the number of the teacher's tokens; ids may have gaps.
-    used = manifest.tokenizer.vocab_size if tokenizer is None else max(tokenizer.get_vocab().values()) + 1
+    # Without a tokenizer of its own the student is held to the number of the teacher's tokens; ids
+    # may have gaps.
+    used = (
+        manifest.tokenizer.vocab_size
+        if tokenizer is None
+        else max(tokenizer.get_vocab().values()) + 1
+    )
     if rows < min(used, predicted):
         raise UserError(
             f"the student predicts {rows:,} ids, but the tokenizer of {path}, that of {teacher}, uses {used:,}; use a "
@@ -73,7 +83,9 @@ def check(
         for term in config.losses
         if "k" in defaults[term.name]
     }
-    if manifest.store.top_k:  # without heads there are no metrics of them (logitcask.train.evaluation.evaluate)
+    if (
+        manifest.store.top_k
+    ):  # without heads there are no metrics of them (logitcask.train.evaluation.evaluate)
         by_loss["evaluation.k"] = config.evaluation.k
     asked, wanted = max(by_loss.items(), key=lambda item: item[1], default=("", 0))
     if wanted > manifest.store.top_k:
@@ -90,7 +102,8 @@ def check(
 
 
 def check_vocabulary(data: CachedDataset) -> None:
-    """Says how much of the teacher's mass lies on ids that the student lacks, by some sequences of ``data``.
+    """Says how much of the teacher's mass lies on ids that the student lacks, by some sequences of
+    ``data``.
 
     Raises UserError where it is more than padding rows explain.
     """

@@ -1,4 +1,6 @@
-"""The check that numbers of a training are finite: one that is not means that the student has diverged."""
+"""The check that numbers of a training are finite: one that is not means that the student has
+diverged.
+"""
 
 from __future__ import annotations
 

@@ -15,24 +15,33 @@ from logitcask.train.data.packing import borders
 from logitcask.train.head.lm_head import LogitsHead
 
 _MODEL_TOLERANCE = 2e-5
-"""Of hidden states in float32, packed against apart, as a share of the largest; they differ in the order of sums."""
+"""Of hidden states in float32, packed against apart, as a share of the largest; they differ in
+the order of sums.
+"""
 
 
 def wants_flat(head: LogitsHead) -> bool:
-    """Whether the student's attention tells sequences apart in one single row only: that is flash attention's way."""
+    """Whether the student's attention tells sequences apart in one single row only: that is
+    flash attention's way.
+    """
     return "flash" in (getattr(head.backbone.config, "_attn_implementation", None) or "")
 
 
 @torch.no_grad()
 def check_isolation(head: LogitsHead) -> None:
-    """Raises UserError unless the student reads packed sequences as it reads them apart, on a few random tokens.
+    """Raises UserError unless the student reads packed sequences as it reads them apart, on a few
+    random tokens.
 
-    Compared are hidden states, and what changes in them when the other sequences of the row change: nothing may.
+    Compared are hidden states, and what changes in them when the other sequences of the row change:
+    nothing may.
     """
     device = next(head.backbone.parameters()).device
     generator = torch.Generator().manual_seed(0)
     apart = [torch.randint(head.vocab_size, (n,), generator=generator) for n in (11, 7, 5)]
-    other = [*(torch.randint(head.vocab_size, (n,), generator=generator) for n in (11, 7)), apart[2]]
+    other = [
+        *(torch.randint(head.vocab_size, (n,), generator=generator) for n in (11, 7)),
+        apart[2],
+    ]
     training = head.backbone.training
     head.backbone.eval()
     try:
@@ -43,7 +52,9 @@ def check_isolation(head: LogitsHead) -> None:
         head.backbone.train(training)
     size, error = expected.abs().max().item(), (found - expected).abs().max().item()
     rounding = torch.finfo(expected.dtype).eps
-    if torch.is_autocast_enabled(device.type):  # the last norm may widen what half precision has rounded
+    if torch.is_autocast_enabled(
+        device.type
+    ):  # the last norm may widen what half precision has rounded
         rounding = max(rounding, torch.finfo(torch.get_autocast_dtype(device.type)).eps)
     if not (leak <= rounding * size and error <= max(_MODEL_TOLERANCE, 8 * rounding) * size):
         raise UserError(
@@ -61,5 +72,8 @@ def _hidden_packed(head: LogitsHead, documents: list[Tensor], device: torch.devi
         "position_ids": torch.cat([torch.arange(n) for n in lengths])[None],
         **(borders(lengths) if wants_flat(head) else {}),
     }
-    inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
+    inputs = {
+        name: value.to(device) if isinstance(value, Tensor) else value
+        for name, value in inputs.items()
+    }
     return head.hidden(**inputs)[0]

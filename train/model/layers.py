@@ -1,12 +1,15 @@
-"""A student of some of a model's layers: their config, their weights, and the proof that both describe the same layers.
+"""A student of some of a model's layers: their config, their weights, and the proof that both
+describe the same layers.
 
-A config says in many ways which layer is of which kind: lists with an entry a layer (``layer_types``), lists of layer
-numbers (``mlp_only_layers``), counts (``first_k_dense_replace``), periods (``decoder_sparse_step``). The first two are cut
-and renumbered here, the others as far as they can say it. Then both models are built without memory, and each layer of the
-student is compared with the one that it comes from: what the config cannot say is refused.
+A config says in many ways which layer is of which kind: lists with an entry a layer
+(``layer_types``), lists of layer numbers (``mlp_only_layers``), counts (``first_k_dense_replace``),
+periods (``decoder_sparse_step``). The first two are cut and renumbered here, the others as far as
+they can say it. Then both models are built without memory, and each layer of the student is
+compared with the one that it comes from: what the config cannot say is refused.
 
-Weights are read by safetensors one by one, and those of other layers never. transformers renames and converts them, as in
-``from_pretrained``: files may hold one tensor an expert where models hold one for all.
+Weights are read by safetensors one by one, and those of other layers never. transformers renames
+and converts them, as in ``from_pretrained``: files may hold one tensor an expert where models hold
+one for all.
 """
 
 from __future__ import annotations
@@ -21,7 +24,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from logitcask.cache_format.errors import ConfigError, UserError, first_line
 
@@ -29,26 +38,32 @@ _NUMBERED = re.compile(r"^(?P<list>.*?)\.(?P<index>\d+)\.(?P<rest>.*)$")
 _LAYER_NUMBER = re.compile(r"(^|_)layer_(idx|index|id|number)$")
 _LAYER_NUMBERS = ("mlp_only_layers", "moe_layers", "hybrid_layer_ids", "cross_attention_layers")
 """Fields that name layers by their numbers."""
-_NO_LAYERS = re.compile(r"token_ids?$|token_index$|^architectures$|_section$|^suppress_|^begin_suppress")
+_NO_LAYERS = re.compile(
+    r"token_ids?$|token_index$|^architectures$|_section$|^suppress_|^begin_suppress"
+)
 """Lists that may have as many entries as there are layers by chance."""
 
 
 def from_layers(folder: Path, keep: list[int], dtype: torch.dtype) -> PreTrainedModel:
     """A model with some of the layers of the one in ``folder``, in the order of ``keep``.
 
-    Raises ConfigError where ``keep`` names other layers than there are, or such that no config can describe them; UserError
-    where the folder has no such model.
+    Raises ConfigError where ``keep`` names other layers than there are, or such that no config can
+    describe them; UserError where the folder has no such model.
     """
     try:
         config = AutoConfig.from_pretrained(folder)
         with torch.device("meta"):
             whole = AutoModelForCausalLM.from_config(config, dtype=dtype)
     except Exception as error:  # whatever a config class or an architecture makes of its fields
-        raise UserError(f"{folder} has no config of a causal language model: {first_line(error)}") from error
+        raise UserError(
+            f"{folder} has no config of a causal language model: {first_line(error)}"
+        ) from error
     text = config.get_text_config(decoder=True)
     layers = getattr(text, "num_hidden_layers", 0)
     if not keep or len(set(keep)) < len(keep) or not all(0 <= layer < layers for layer in keep):
-        raise ConfigError(f"student.keep_layers is {keep}; expected distinct numbers from 0 to {layers - 1}")
+        raise ConfigError(
+            f"student.keep_layers is {keep}; expected distinct numbers from 0 to {layers - 1}"
+        )
     place = _place(whole, layers)
     name = type(whole).__name__
     try:
@@ -56,7 +71,9 @@ def from_layers(folder: Path, keep: list[int], dtype: torch.dtype) -> PreTrained
         with torch.device("meta"):
             student = AutoModelForCausalLM.from_config(cut, dtype=dtype)
     except Exception as error:  # as above
-        raise ConfigError(f"{name} of the layers {keep} alone has no config: {first_line(error)}") from error
+        raise ConfigError(
+            f"{name} of the layers {keep} alone has no config: {first_line(error)}"
+        ) from error
     _check_same(whole, student, place, keep)
     with ExitStack() as files:
         state = dict(_weights(folder, whole, place, keep, files))
@@ -70,9 +87,13 @@ def from_layers(folder: Path, keep: list[int], dtype: torch.dtype) -> PreTrained
                 output_loading_info=True,
             )
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise UserError(f"{folder} does not hold the weights of {name}: {first_line(error)}") from error
+            raise UserError(
+                f"{folder} does not hold the weights of {name}: {first_line(error)}"
+            ) from error
     if missing := sorted(loading["missing_keys"]):
-        raise UserError(f"{folder} has no weights for {missing[0]} ({len(missing)} missing in all) of {name}")
+        raise UserError(
+            f"{folder} has no weights for {missing[0]} ({len(missing)} missing in all) of {name}"
+        )
     return model
 
 
@@ -91,12 +112,18 @@ def _place(whole: PreTrainedModel, layers: int) -> str:
 
 def _lists(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
     """The module lists that are not inside of others."""
-    found = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    found = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
+    ]
     return [(name, module) for name, module in found if not re.search(r"\.\d+\.", name)]
 
 
 def _cut(config: PretrainedConfig, keep: list[int]) -> PretrainedConfig:
-    """The config of the layers ``keep`` alone, made anew from its fields, as whoever loads the student makes it."""
+    """The config of the layers ``keep`` alone, made anew from its fields, as whoever loads the
+    student makes it.
+    """
     text = config.get_text_config(decoder=True)
     layers, whole = text.num_hidden_layers, config.to_dict()
     own = [name for name, value in vars(config).items() if value is text]
@@ -117,18 +144,27 @@ def _cut(config: PretrainedConfig, keep: list[int]) -> PretrainedConfig:
         fields["moe_layer_end_index"] = sum(layer <= end for layer in keep) - 1
     if shared := fields.get("num_kv_shared_layers"):
         fields["num_kv_shared_layers"] = sum(layer >= layers - shared for layer in keep)
-    if fields.get("attention_types") and hasattr(text, "attention_layers"):  # GPT-Neo: kinds, and how often they repeat
+    if fields.get("attention_types") and hasattr(
+        text, "attention_layers"
+    ):  # GPT-Neo: kinds, and how often they repeat
         fields["attention_types"] = [[[text.attention_layers[layer]], 1] for layer in keep]
     # Every so many layers one is sparse, but for those named: all are, but for those named.
     if (period := fields.get("decoder_sparse_step", 1)) != 1 and "mlp_only_layers" in fields:
         dense = [new for new, old in enumerate(keep) if (old + 1) % period]
-        fields |= {"decoder_sparse_step": 1, "mlp_only_layers": sorted({*dense, *(fields["mlp_only_layers"] or [])})}
+        fields |= {
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": sorted({*dense, *(fields["mlp_only_layers"] or [])}),
+        }
     fields[text.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = len(keep)
     return type(config).from_dict(whole)
 
 
-def _check_same(whole: PreTrainedModel, student: PreTrainedModel, place: str, keep: list[int]) -> None:
-    """Raises ConfigError unless each layer of the student is the one that it comes from, but for its number."""
+def _check_same(
+    whole: PreTrainedModel, student: PreTrainedModel, place: str, keep: list[int]
+) -> None:
+    """Raises ConfigError unless each layer of the student is the one that it comes from, but for
+    its number.
+    """
     made = student.get_submodule(place)
     new_number = {old: new for new, old in enumerate(keep)}
     layers = whole.config.get_text_config(decoder=True).num_hidden_layers
@@ -138,9 +174,15 @@ def _check_same(whole: PreTrainedModel, student: PreTrainedModel, place: str, ke
         for trait in sorted(expected.keys() | found.keys()):
             was, now = expected.get(trait), found.get(trait)
             attribute = trait.rpartition(" ")[2]
-            if isinstance(was, tuple) and len(was) == layers and now == tuple(was[each] for each in keep):
+            if (
+                isinstance(was, tuple)
+                and len(was) == layers
+                and now == tuple(was[each] for each in keep)
+            ):
                 was = now  # a list of every layer's setting
-            if type(was) is int and _LAYER_NUMBER.search(attribute):  # another layer's, where it is not its own
+            if type(was) is int and _LAYER_NUMBER.search(
+                attribute
+            ):  # another layer's, where it is not its own
                 was = now if was == old and now == new else new_number.get(was, was)
             if was != now and not (attribute == "store_full_length_kv" and not shared):
                 raise ConfigError(
@@ -150,7 +192,9 @@ def _check_same(whole: PreTrainedModel, student: PreTrainedModel, place: str, ke
                 )
     text, cut = (model.config.get_text_config(decoder=True) for model in (whole, student))
     for name in ("layer_types", "mlp_layer_types", "layers_block_type"):
-        if (kinds := getattr(text, name, None)) is not None and len(kinds) == text.num_hidden_layers:
+        if (kinds := getattr(text, name, None)) is not None and len(
+            kinds
+        ) == text.num_hidden_layers:
             expected_kinds = [kinds[old] for old in keep]
             if list(getattr(cut, name)) != expected_kinds:
                 raise ConfigError(
@@ -160,7 +204,9 @@ def _check_same(whole: PreTrainedModel, student: PreTrainedModel, place: str, ke
 
 
 def _traits(layer: nn.Module) -> dict[str, Any]:
-    """What a layer is made of: by module and attribute, the kinds of its modules, shapes of weights, plain settings."""
+    """What a layer is made of: by module and attribute, the kinds of its modules, shapes of
+    weights, plain settings.
+    """
     found: dict[str, Any] = {}
     for name, module in layer.named_modules():
         found[f"{name} class".strip()] = type(module).__name__
@@ -179,7 +225,9 @@ def _traits(layer: nn.Module) -> dict[str, Any]:
 def _weights(
     folder: Path, whole: PreTrainedModel, place: str, keep: list[int], files: ExitStack
 ) -> Iterator[tuple[str, Any]]:
-    """(name, what safetensors reads it with) of the kept layers' weights, renumbered, and of those outside of layers."""
+    """(name, what safetensors reads it with) of the kept layers' weights, renumbered, and of
+    those outside of layers.
+    """
     new_number = {old: new for new, old in enumerate(keep)}
     lists = [name for name, _ in _lists(whole)]
     text = whole.config.get_text_config(decoder=True)
@@ -202,12 +250,16 @@ def _weights(
                 if shape[0] == width * text.num_hidden_layers:
                     found = torch.cat([found[old * width : (old + 1) * width] for old in keep])
                 elif len(shape) > 1 and shape[1] == width * text.num_hidden_layers:
-                    found = torch.cat([found[:, old * width : (old + 1) * width] for old in keep], 1)
+                    found = torch.cat(
+                        [found[:, old * width : (old + 1) * width] for old in keep], 1
+                    )
             yield name, found
 
 
 def _alike(one: str, other: str) -> float:
-    """How much the names of two lists have in common: files and models order the parts of a name in different ways."""
+    """How much the names of two lists have in common: files and models order the parts of a name
+    in different ways.
+    """
     parts, others = set(one.split(".")), set(other.split("."))
     return len(parts & others) / len(parts | others)
 
@@ -219,7 +271,9 @@ def _generation_config(folder: Path, config: PretrainedConfig) -> GenerationConf
     except OSError:  # there is none
         return GenerationConfig.from_model_config(config)
     except (ValueError, TypeError) as error:
-        raise UserError(f"the generation_config.json in {folder} cannot be read: {first_line(error)}") from error
+        raise UserError(
+            f"the generation_config.json in {folder} cannot be read: {first_line(error)}"
+        ) from error
 
 
 def _weight_files(folder: Path) -> dict[Path, list[str]]:
@@ -232,6 +286,8 @@ def _weight_files(folder: Path) -> dict[Path, list[str]]:
         return files
     file = folder / "model.safetensors"
     if not file.exists():
-        raise UserError(f"{folder} has no safetensors weights; save the model with save_pretrained first")
+        raise UserError(
+            f"{folder} has no safetensors weights; save the model with save_pretrained first"
+        )
     with safe_open(file, framework="pt") as weights:
         return {file: list(weights.keys())}

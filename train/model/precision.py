@@ -1,8 +1,10 @@
-"""The precision of training, for whatever runs the student: training itself, start-up checks, evaluation, answers.
+"""The precision of training, for whatever runs the student: training itself, start-up checks,
+evaluation, answers.
 
-With ``training.bf16`` (or ``fp16``) the weights that the optimizer moves stay in float32, and the student computes in half
-precision. In one process and under DDP, autocast does that: accelerate enters it around the student's forward, and
-``like_training`` for whatever does not go through there. Under FSDP2 each process gathers the weights in half precision.
+With ``training.bf16`` (or ``fp16``) the weights that the optimizer moves stay in float32, and the
+student computes in half precision. In one process and under DDP, autocast does that: accelerate
+enters it around the student's forward, and ``like_training`` for whatever does not go through
+there. Under FSDP2 each process gathers the weights in half precision.
 """
 
 from __future__ import annotations
@@ -23,16 +25,23 @@ log = logging.getLogger(__name__)
 
 
 def computing_dtype(arguments: TrainingArguments) -> torch.dtype | None:
-    """The half precision that training computes in; None if it computes in the precision of the weights."""
-    # accelerate's own reading: float16 needs a GPU, and the launcher's setting counts where the config has none.
+    """The half precision that training computes in; None if it computes in the precision of the
+    weights.
+    """
+    # accelerate's own reading: float16 needs a GPU, and the launcher's setting counts where the
+    # config has none.
     on_cpu = arguments.device.type == "cpu"
-    return {"bf16": torch.bfloat16, "fp16": None if on_cpu else torch.float16}.get(arguments.mixed_precision)
+    return {"bf16": torch.bfloat16, "fp16": None if on_cpu else torch.float16}.get(
+        arguments.mixed_precision
+    )
 
 
 def like_training(student: nn.Module, arguments: TrainingArguments) -> AbstractContextManager[Any]:
     """Inside it, the student computes in the precision that training computes in."""
     dtype = computing_dtype(arguments)
-    if dtype is None or isinstance(student, FSDPModule):  # which gathers its weights in that precision
+    if dtype is None or isinstance(
+        student, FSDPModule
+    ):  # which gathers its weights in that precision
         return nullcontext()
     return torch.autocast(arguments.device.type, dtype=dtype)
 
@@ -43,14 +52,22 @@ def attention_of(student: Any) -> str:
 
 
 def as_exact_as_it_can(student: Any, arguments: TrainingArguments) -> AbstractContextManager[Any]:
-    """For start-up checks: full precision, whose small tolerances see more, or training's if the attention has no other."""
+    """For start-up checks: full precision, whose small tolerances see more, or training's if the
+    attention has no other.
+    """
     return like_training(student, arguments) if "flash" in attention_of(student) else nullcontext()
 
 
 def check_attention(student: Any, arguments: TrainingArguments) -> None:
-    """Raises ConfigError for flash attention, whose kernels take half precision only, in a training in float32."""
+    """Raises ConfigError for flash attention, whose kernels take half precision only, in a
+    training in float32.
+    """
     attention = attention_of(student)
-    if "flash" in attention and student.dtype == torch.float32 and computing_dtype(arguments) is None:
+    if (
+        "flash" in attention
+        and student.dtype == torch.float32
+        and computing_dtype(arguments) is None
+    ):
         raise ConfigError(
             f"student.attention is {attention!r}, which does not compute in float32; set training.bf16 to true: it computes in "
             "bfloat16 then, and the weights stay in float32"
@@ -58,12 +75,16 @@ def check_attention(student: Any, arguments: TrainingArguments) -> None:
 
 
 def shard_without_casts(plugin: Any) -> None:
-    """Has FSDP2 cast weights, and nothing else. ``plugin`` is accelerate's. Raises ConfigError for FSDP1.
+    """Has FSDP2 cast weights, and nothing else. ``plugin`` is accelerate's. Raises ConfigError for
+    FSDP1.
 
-    accelerate's own policy also casts what goes into and comes out of the wrapped student, and the gradients as they are
-    summed. Here that would be the teacher's logprobs, the losses that are logged, and sums over micro-batches.
+    accelerate's own policy also casts what goes into and comes out of the wrapped student, and the
+    gradients as they are summed. Here that would be the teacher's logprobs, the losses that are
+    logged, and sums over micro-batches.
     """
-    if plugin.fsdp_version != 2:  # evaluation calls the student's halves, whose weights FSDP1 has flattened away
+    if (
+        plugin.fsdp_version != 2
+    ):  # evaluation calls the student's halves, whose weights FSDP1 has flattened away
         raise ConfigError(
             f"the student is to be sharded by FSDP{plugin.fsdp_version}; set training.fsdp_config.version (or the launcher's "
             "fsdp_version) to 2"
@@ -76,8 +97,12 @@ def shard_without_casts(plugin: Any) -> None:
 
 
 def warn_of_lost_steps(student: nn.Module, *, widened: bool) -> None:
-    """Warns of weights that an optimizer moves in bfloat16; ``widened``: they become float32 before it does."""
-    if not widened and any(weight.requires_grad and weight.dtype == torch.bfloat16 for weight in student.parameters()):
+    """Warns of weights that an optimizer moves in bfloat16; ``widened``: they become float32
+    before it does.
+    """
+    if not widened and any(
+        weight.requires_grad and weight.dtype == torch.bfloat16 for weight in student.parameters()
+    ):
         log.warning(
             "the student's weights are trained in bfloat16, where a step below 1/512 of a weight, as most of AdamW's are at a "
             "learning rate of 2e-5, changes nothing; set student.dtype to float32 and training.bf16 to true: it computes in "
@@ -86,5 +111,7 @@ def warn_of_lost_steps(student: nn.Module, *, widened: bool) -> None:
 
 
 def summed(values_P: torch.Tensor) -> torch.Tensor:
-    """The sum in float64, to which thousands of others can be added; in float32 on Apple's GPUs, which have nothing wider."""
+    """The sum in float64, to which thousands of others can be added; in float32 on Apple's GPUs,
+    which have nothing wider.
+    """
     return values_P.sum(dtype=torch.float32 if values_P.device.type == "mps" else torch.float64)

@@ -1,4 +1,6 @@
-"""The student before training: some layers of a model, a model as it is, or random weights from a config."""
+"""The student before training: some layers of a model, a model as it is, or random weights from
+a config.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,8 @@ _PLAIN_WEIGHTS = "give the student as it was before quantisation, or dequantise 
 def build_student(config: StudentConfig, seed: int) -> PreTrainedModel:
     """The untrained student, in ``config.dtype``, on the CPU.
 
-    Raises UserError where its model is not to be had, ConfigError where keep_layers, config or attention do not fit.
+    Raises UserError where its model is not to be had, ConfigError where keep_layers, config or
+    attention do not fit.
     """
     student = _base(config, seed)
     say_untied(student)
@@ -56,12 +59,17 @@ def build_student(config: StudentConfig, seed: int) -> PreTrainedModel:
 def say_untied(student: PreTrainedModel) -> None:
     """Has the config say so where the embedding and the lm_head are two weights that it calls one.
 
-    Merged adapters leave such folders. transformers loads both weights, as they are, and would save the config as it was;
-    others (vLLM, converters) take the config's word and leave out the lm_head: another student than was trained.
+    Merged adapters leave such folders. transformers loads both weights, as they are, and would save
+    the config as it was; others (vLLM, converters) take the config's word and leave out the
+    lm_head: another student than was trained.
     """
     ends = (student.get_input_embeddings(), student.get_output_embeddings())
     text = student.config.get_text_config(decoder=True)
-    if any(end is None for end in ends) or not text.tie_word_embeddings or ends[0].weight is ends[1].weight:
+    if (
+        any(end is None for end in ends)
+        or not text.tie_word_embeddings
+        or ends[0].weight is ends[1].weight
+    ):
         return
     log.warning(
         "the student's config ties its embedding and its lm_head, and it has two different weights for them; it is saved with "
@@ -86,8 +94,12 @@ def _base(config: StudentConfig, seed: int) -> PreTrainedModel:
             return AutoModelForCausalLM.from_config(_student_config(config.config), dtype=dtype)
         except ConfigError:
             raise
-        except Exception as error:  # whatever an architecture makes of sizes that do not go together
-            raise ConfigError(f"student.config describes no causal language model: {first_line(error)}") from error
+        except (
+            Exception
+        ) as error:  # whatever an architecture makes of sizes that do not go together
+            raise ConfigError(
+                f"student.config describes no causal language model: {first_line(error)}"
+            ) from error
     name = config.model or config.init_from
     assert name is not None
     folder = find_model(name, config.revision)
@@ -97,16 +109,22 @@ def _base(config: StudentConfig, seed: int) -> PreTrainedModel:
     method = _quantization(fields)
     try:
         student = (
-            _whole(folder, dtype) if config.keep_layers is None else from_layers(folder, config.keep_layers, dtype)
+            _whole(folder, dtype)
+            if config.keep_layers is None
+            else from_layers(folder, config.keep_layers, dtype)
         )
-    except Exception as error:  # every method refuses in its own way: a package, a GPU, a field that is missing
+    except (
+        Exception
+    ) as error:  # every method refuses in its own way: a package, a GPU, a field that is missing
         if method is None or isinstance(error, ConfigError):
             raise
         raise UserError(
             f"the weights in {folder} are quantised ({method}), and transformers does not load them here "
             f"({first_line(error)}); {_PLAIN_WEIGHTS}"
         ) from error
-    quantizer = getattr(student, "hf_quantizer", None)  # none where transformers has dequantised them
+    quantizer = getattr(
+        student, "hf_quantizer", None
+    )  # none where transformers has dequantised them
     if quantizer is not None and (config.peft is None or not quantizer.is_trainable):
         raise UserError(
             f"the weights in {folder} are quantised ({method}), and transformers does not train "
@@ -116,7 +134,9 @@ def _base(config: StudentConfig, seed: int) -> PreTrainedModel:
 
 
 def _config_fields(folder: Path) -> dict[str, Any]:
-    """config.json as it stands there; nothing of one that cannot be read, which whoever loads it says better."""
+    """config.json as it stands there; nothing of one that cannot be read, which whoever loads it
+    says better.
+    """
     try:
         fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -127,12 +147,16 @@ def _config_fields(folder: Path) -> dict[str, Any]:
 def _quantization(fields: dict[str, Any]) -> str | None:
     """How the weights of a model are quantised, by its config.json; None for plain ones."""
     text = fields.get("text_config")
-    found = fields.get("quantization_config") or (text.get("quantization_config") if isinstance(text, dict) else None)
+    found = fields.get("quantization_config") or (
+        text.get("quantization_config") if isinstance(text, dict) else None
+    )
     return str(found.get("quant_method", "in some way")) if isinstance(found, dict) else None
 
 
 def _refuse_own_code(folder: Path, fields: dict[str, Any]) -> None:
-    """Raises UserError for a model whose architecture is code in its folder: transformers would ask on the terminal."""
+    """Raises UserError for a model whose architecture is code in its folder: transformers would
+    ask on the terminal.
+    """
     if "auto_map" in fields and fields.get("model_type") not in CONFIG_MAPPING:
         raise UserError(
             f"{folder} needs code of its own (auto_map in its config.json), which train-student does not run; use a model "
@@ -163,7 +187,9 @@ def _with_adapters(student: PreTrainedModel, fields: dict[str, Any], seed: int) 
         ) from error
     _try_merging(adapted)
     ends = (adapted.get_input_embeddings(), adapted.get_output_embeddings())
-    if student.config.get_text_config().tie_word_embeddings and any(isinstance(end, BaseTunerLayer) for end in ends):
+    if student.config.get_text_config().tie_word_embeddings and any(
+        isinstance(end, BaseTunerLayer) for end in ends
+    ):
         raise ConfigError(
             "student.peft adapts the embedding or the lm_head of a student in which they are one weight, so merging would change "
             "both; leave them out of target_modules, or name them in modules_to_save"
@@ -172,15 +198,22 @@ def _with_adapters(student: PreTrainedModel, fields: dict[str, Any], seed: int) 
 
 
 def _try_merging(student: Any) -> None:
-    """Merges copies of the adapted layers, one of each kind. Raises ConfigError where that cannot be done."""
+    """Merges copies of the adapted layers, one of each kind. Raises ConfigError where that
+    cannot be done.
+    """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     kind = student.active_peft_config.peft_type.value
     if not hasattr(student, "merge_and_unload"):
-        raise ConfigError(f"student.peft: adapters of the kind {kind} cannot be merged into the student; use LORA")
+        raise ConfigError(
+            f"student.peft: adapters of the kind {kind} cannot be merged into the student; use LORA"
+        )
     seen = set()
     for layer in student.modules():
-        if isinstance(layer, BaseTunerLayer) and (key := (type(layer), type(layer.get_base_layer()))) not in seen:
+        if (
+            isinstance(layer, BaseTunerLayer)
+            and (key := (type(layer), type(layer.get_base_layer()))) not in seen
+        ):
             seen.add(key)
             try:
                 copy.deepcopy(layer).merge()
@@ -216,13 +249,19 @@ def load_student_tokenizer(config: StudentConfig) -> PreTrainedTokenizerBase | N
 
 
 def find_model(name: str, revision: str | None) -> Path:
-    """The folder of a model: a path, a name under the local models folder, or a hub name fetched to the hub's cache."""
+    """The folder of a model: a path, a name under the local models folder, or a hub name fetched
+    to the hub's cache.
+    """
     if Path(name).expanduser().is_dir():
         return Path(name).expanduser()
     if (folder := local_model(name)) is not None:
         return folder
     try:
-        return Path(snapshot_download(name, revision=revision, ignore_patterns=["*.bin", "*.gguf", "*.pth", "*.onnx"]))
+        return Path(
+            snapshot_download(
+                name, revision=revision, ignore_patterns=["*.bin", "*.gguf", "*.pth", "*.onnx"]
+            )
+        )
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
             f"there is no model {name!r}: not a folder, not under {models_dir()}/, and not to be had from the hub "
@@ -244,13 +283,17 @@ def _student_config(fields: dict[str, object]) -> PretrainedConfig:
     if unknown:
         near = difflib.get_close_matches(unknown[0], known.to_dict(), n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        raise ConfigError(f"student.config: {type(known).__name__} has no field {unknown[0]!r}{hint}")
+        raise ConfigError(
+            f"student.config: {type(known).__name__} has no field {unknown[0]!r}{hint}"
+        )
     return config
 
 
 def _whole(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     try:
-        model, loading = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, output_loading_info=True
+        )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(
             f"{folder} is not a causal language model that transformers can load: {first_line(error)}"

@@ -10,10 +10,11 @@ from logitcask.train.head.lm_head import LogitsHead
 
 
 def may_go_unused(head: LogitsHead) -> bool:
-    """Whether a backward pass may leave a trainable parameter without gradient, for which DDP has to look every time.
+    """Whether a backward pass may leave a trainable parameter without gradient, for which DDP has
+    to look every time.
 
-    True if the graph of one token, run once, lacks one (an expert that is not chosen, a layer that text does not reach), or
-    if the student's config has layers left out at random.
+    True if the graph of one token, run once, lacks one (an expert that is not chosen, a layer that
+    text does not reach), or if the student's config has layers left out at random.
     """
     student: Any = head.student
     config = student.config.get_text_config(decoder=True).to_dict()
@@ -30,4 +31,6 @@ def may_go_unused(head: LogitsHead) -> bool:
             seen.add(node)
             nodes += [parent for parent, _ in node.next_functions]
             reached.add(id(getattr(node, "variable", None)))  # a leaf's
-    return any(weight.requires_grad and id(weight) not in reached for weight in student.parameters())
+    return any(
+        weight.requires_grad and id(weight) not in reached for weight in student.parameters()
+    )

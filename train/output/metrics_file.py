@@ -1,6 +1,7 @@
 """The content of ``metrics.json``: what a finished run says of itself, by name.
 
-Held-out metrics are dicts, since a cache decides which of them there are (``logitcask.train.evaluation.evaluate``).
+Held-out metrics are dicts, since a cache decides which of them there are
+(``logitcask.train.evaluation.evaluate``).
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from typing import Any, NotRequired, TypedDict, cast
 
 
 class TeacherMetrics(TypedDict):
-    """The teacher: names of it and its engine, and the same held-out metrics of it as far as the cache has them.
+    """The teacher: names of it and its engine, and the same held-out metrics of it as far as the
+    cache has them.
 
     left_out: the share of its mass that is on ids that the student lacks.
     """
@@ -24,7 +26,9 @@ class TeacherMetrics(TypedDict):
 
 
 class RougeL(TypedDict):
-    """Mean Rouge-L of the student's answers with the cached ones; None without answers that have words."""
+    """Mean Rouge-L of the student's answers with the cached ones; None without answers that have
+    words.
+    """
 
     before: float | None
     after: float | None

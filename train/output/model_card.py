@@ -11,7 +11,9 @@ def model_card(metrics: RunMetrics, output: Path) -> str:
     """``README.md`` of the student in ``output``, from the content of metrics.json."""
     before, after = metrics["before"], metrics["after"]
     losses = " + ".join(f"{weight} x {name}" for name, weight in metrics["losses"])
-    rows = "\n".join(f"| {name} | {value:.4f} | {after[name]:.4f} |" for name, value in before.items())
+    rows = "\n".join(
+        f"| {name} | {value:.4f} | {after[name]:.4f} |" for name, value in before.items()
+    )
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation

@@ -1,4 +1,6 @@
-"""``report.html``: one self-contained page that shows what a run did, for people who would rather look than read."""
+"""``report.html``: one self-contained page that shows what a run did, for people who would
+rather look than read.
+"""
 
 from __future__ import annotations
 
@@ -39,12 +41,14 @@ def write_report(
     """Writes the page.
 
     metrics:  the content of metrics.json.
-    log:      the Trainer's log history: training records have ``loss``, evaluations ``eval_kl`` and so on, all ``step``.
+    log:      the Trainer's log history: training records have ``loss``, evaluations ``eval_kl`` and
+              so on, all ``step``.
     examples: held-out positions as ``logitcask.train.evaluation.evaluate.examples`` gives them.
     answers:  as ``logitcask.train.evaluation.answers.answers`` gives them.
     """
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=select_autoescape(["html", "jinja"])
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=select_autoescape(["html", "jinja"]),
     )
     k = metrics["k"]
     page = environment.get_template("report.html.jinja").render(
@@ -52,7 +56,9 @@ def write_report(
         rows=[_row(name, k, metrics) for name in metrics["before"]],
         loss_chart=_loss_chart(log),
         held_out_chart=_held_out_chart(metrics, log),
-        agreement_chart=_agreement_chart(metrics, log) if "top1_agreement" in metrics["before"] else "",
+        agreement_chart=_agreement_chart(metrics, log)
+        if "top1_agreement" in metrics["before"]
+        else "",
         examples=examples,
         answers=answers,
     )
@@ -87,7 +93,12 @@ def _loss_chart(log: list[dict[str, float]]) -> str:
     parts = sorted({key for record in records for key in record if key.startswith("loss_")})
     for part, colour in zip(parts, (_ACCENT, _SECOND, _THIRD, _QUIET), strict=False):
         points = [(record["step"], record[part]) for record in records if part in record]
-        axes.plot(*zip(*points, strict=True), color=colour, linewidth=1.3, label=part.removeprefix("loss_"))
+        axes.plot(
+            *zip(*points, strict=True),
+            color=colour,
+            linewidth=1.3,
+            label=part.removeprefix("loss_"),
+        )
     if records:
         axes.legend(frameon=False)
     return _svg(figure)
@@ -95,11 +106,18 @@ def _loss_chart(log: list[dict[str, float]]) -> str:
 
 def _held_out_chart(metrics: RunMetrics, log: list[dict[str, float]]) -> str:
     figure, axes = _canvas("held-out text", "step", "nats per position")
-    for key, colour, label in (("kl", _ACCENT, "KL to the teacher"), ("ce", _SECOND, "cross-entropy on the text")):
+    for key, colour, label in (
+        ("kl", _ACCENT, "KL to the teacher"),
+        ("ce", _SECOND, "cross-entropy on the text"),
+    ):
         steps, values = _curve(key, metrics, log)
         axes.plot(steps, values, color=colour, linewidth=2, marker="o", markersize=4, label=label)
     axes.axhline(
-        metrics["teacher"]["ce"], color=_QUIET, linestyle="--", linewidth=1.3, label="the teacher's cross-entropy"
+        metrics["teacher"]["ce"],
+        color=_QUIET,
+        linestyle="--",
+        linewidth=1.3,
+        label="the teacher's cross-entropy",
     )
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False)
@@ -115,13 +133,23 @@ def _agreement_chart(metrics: RunMetrics, log: list[dict[str, float]]) -> str:
         (f"cr@{k}", _THIRD, f"identical top-{k} (CR@{k})"),
     ):
         steps, values = _curve(key, metrics, log)
-        axes.plot(steps, [100 * v for v in values], color=colour, linewidth=2, marker="o", markersize=4, label=label)
+        axes.plot(
+            steps,
+            [100 * v for v in values],
+            color=colour,
+            linewidth=2,
+            marker="o",
+            markersize=4,
+            label=label,
+        )
     axes.set_ylim(0, min(100, axes.get_ylim()[1] * 1.15))
     axes.legend(frameon=False)
     return _svg(figure)
 
 
-def _curve(key: str, metrics: RunMetrics, log: list[dict[str, float]]) -> tuple[list[float], list[float]]:
+def _curve(
+    key: str, metrics: RunMetrics, log: list[dict[str, float]]
+) -> tuple[list[float], list[float]]:
     """The values of a held-out metric from before the first step to after the last."""
     points = {0.0: metrics["before"][key]}
     points |= {record["step"]: record[f"eval_{key}"] for record in log if f"eval_{key}" in record}
@@ -143,9 +171,13 @@ def _canvas(title: str, x: str, y: str) -> tuple[Figure, Any]:
 
 
 def _svg(figure: Figure) -> str:
-    """The figure as an SVG element whose text is text, so that it takes the page's font and can be searched."""
+    """The figure as an SVG element whose text is text, so that it takes the page's font and can
+    be searched.
+    """
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "logitcask"}):
         buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+        figure.savefig(
+            buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        )
     text = buffer.getvalue()
     return text[text.index("<svg") :]

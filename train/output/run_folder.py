@@ -1,4 +1,6 @@
-"""The folder of a run: what is written there, who may write, and whether the run in it is this one."""
+"""The folder of a run: what is written there, who may write, and whether the run in it is this
+one.
+"""
 
 from __future__ import annotations
 
@@ -25,12 +27,22 @@ _WHAT_A_RUN_WRITES = (
     *("config.json", "generation_config.json", "model.safetensors"),
     "run.json",
 )
-_CANNOT_WRITE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENOENT}
+_CANNOT_WRITE = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOTDIR,
+    errno.ENOENT,
+}
 
 
 @contextmanager
 def exclusive(output: Path) -> Iterator[None]:
-    """Holds the run's lock. Raises UserError if another process trains into ``output`` or it cannot be written."""
+    """Holds the run's lock. Raises UserError if another process trains into ``output`` or it
+    cannot be written.
+    """
     try:
         output.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(output / ".lock", timeout=0):
@@ -42,10 +54,13 @@ def exclusive(output: Path) -> Iterator[None]:
     except (SafetensorError, RuntimeError) as error:
         # How safetensors and torch.save say that a disk is full.
         if "/torch_" in str(error) or not any(
-            sign in str(error) for sign in ("No space left", "failed writing file", "unexpected pos")
+            sign in str(error)
+            for sign in ("No space left", "failed writing file", "unexpected pos")
         ):
             raise
-        raise UserError(f"no space left for {output}; make room, then run the same command again") from error
+        raise UserError(
+            f"no space left for {output}; make room, then run the same command again"
+        ) from error
     except OSError as error:
         if error.errno not in _CANNOT_WRITE:
             raise
@@ -56,7 +71,9 @@ def exclusive(output: Path) -> Iterator[None]:
 
 
 def refuse_other_files(output: Path) -> None:
-    """Raises UserError where a folder that no run of ours was begun in has files that a run would replace or go on from."""
+    """Raises UserError where a folder that no run of ours was begun in has files that a run
+    would replace or go on from.
+    """
     if (output / "run.json").exists():
         return
     taken = [name for name in _WHAT_A_RUN_WRITES if (output / name).exists()]
@@ -69,7 +86,8 @@ def refuse_other_files(output: Path) -> None:
 
 
 def begun(output: Path, run: dict[str, Any]) -> dict[str, Any] | None:
-    """What was measured before the first step, if this very run was begun in ``output``; None if nothing was.
+    """What was measured before the first step, if this very run was begun in ``output``; None if
+    nothing was.
 
     Raises UserError where the folder holds another run.
     """
@@ -86,7 +104,9 @@ def begun(output: Path, run: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def remove_run(output: Path) -> None:
-    """Removes what a run has written; ``run.json``, which says whose checkpoints these are, goes last."""
+    """Removes what a run has written; ``run.json``, which says whose checkpoints these are, goes
+    last.
+    """
     for checkpoint in output.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
     shutil.rmtree(output / ADAPTER, ignore_errors=True)

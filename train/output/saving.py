@@ -1,7 +1,8 @@
 """The student on disk: the save at the end of a run, and the same save tried before its first step.
 
-Whatever keeps a student from its folder (a generation config that transformers does not save, weights that share memory,
-adapters that do not merge, a folder without room or permission) would otherwise be found out once the training is over.
+Whatever keeps a student from its folder (a generation config that transformers does not save,
+weights that share memory, adapters that do not merge, a folder without room or permission) would
+otherwise be found out once the training is over.
 """
 
 from __future__ import annotations
@@ -16,7 +17,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+)
 from transformers.trainer_utils import SaveStrategy
 
 from logitcask.cache_format.errors import UserError, first_line
@@ -28,17 +35,21 @@ log = logging.getLogger(__name__)
 
 
 def save_student(trainer: Trainer, output: Path) -> None:
-    """Saves the trained student as an ordinary model; of one with adapters the adapters, before they are merged.
+    """Saves the trained student as an ordinary model; of one with adapters the adapters, before
+    they are merged.
 
     Raises UserError where a weight is not finite: the student has diverged at its last step.
     """
     student = trainer.accelerator.unwrap_model(trainer.model)
-    check_finite({name: _largest(weight) for name, weight in student.named_parameters()}, "after training")
+    check_finite(
+        {name: _largest(weight) for name, weight in student.named_parameters()}, "after training"
+    )
     trainer.save_model(str(output / ADAPTER if _has_adapters(student) else output))
 
 
 def save_merged(trainer: Trainer, output: Path) -> None:
-    """Saves a student with adapters as an ordinary model too, the adapters merged into it; nothing for other students.
+    """Saves a student with adapters as an ordinary model too, the adapters merged into it; nothing
+    for other students.
 
     Merging changes the student: it comes after all else that is done with it.
     """
@@ -52,10 +63,11 @@ def save_merged(trainer: Trainer, output: Path) -> None:
 
 
 def mend_generation_config(student: PreTrainedModel) -> None:
-    """Takes out of the student's generation config what transformers loads, ignores, and then refuses to save.
+    """Takes out of the student's generation config what transformers loads, ignores, and then
+    refuses to save.
 
-    Such files are common on the hub (``temperature`` with ``do_sample: false``, ``pad_token_id: -1``). What is taken out is
-    said in one line. Raises UserError where nothing helps.
+    Such files are common on the hub (``temperature`` with ``do_sample: false``, ``pad_token_id:
+    -1``). What is taken out is said in one line. Raises UserError where nothing helps.
     """
     config = getattr(student, "generation_config", None)
     if config is None:
@@ -63,12 +75,14 @@ def mend_generation_config(student: PreTrainedModel) -> None:
     plain = GenerationConfig()
     removed: dict[str, Any] = {}
     while (fault := _fault(config)) is not None:
-        # A line per field where there are several faults; else the first field that the message names.
+        # A line per field where there are several faults; else the first field that the message
+        # names.
         named = re.findall(r"^- `(\w+)`", fault, re.MULTILINE) or re.findall(r"`(\w+)`", fault)[:1]
         wrong = {
             name: getattr(config, name)
             for name in named
-            if hasattr(config, name) and (not hasattr(plain, name) or getattr(config, name) != getattr(plain, name))
+            if hasattr(config, name)
+            and (not hasattr(plain, name) or getattr(config, name) != getattr(plain, name))
         }
         if not wrong:
             raise UserError(
@@ -88,9 +102,11 @@ def mend_generation_config(student: PreTrainedModel) -> None:
 
 
 def try_saving(student: Any, tokenizer: PreTrainedTokenizerBase | None, output: Path) -> None:
-    """Saves the untrained student in a folder of ``output``, as the trained one will be saved, and removes it.
+    """Saves the untrained student in a folder of ``output``, as the trained one will be saved, and
+    removes it.
 
-    Raises UserError for what keeps it from being saved, OSError or SafetensorError where the disk does.
+    Raises UserError for what keeps it from being saved, OSError or SafetensorError where the disk
+    does.
     """
     trial = output / TRIAL
     shutil.rmtree(trial, ignore_errors=True)
@@ -115,7 +131,9 @@ def try_saving(student: Any, tokenizer: PreTrainedTokenizerBase | None, output: 
         shutil.rmtree(trial, ignore_errors=True)
 
 
-def warn_of_a_small_disk(student: Any, arguments: TrainingArguments, steps: int, output: Path) -> None:
+def warn_of_a_small_disk(
+    student: Any, arguments: TrainingArguments, steps: int, output: Path
+) -> None:
     """Says so where the weights alone, of all that a run keeps, are more than there is room for."""
     count = _checkpoints(arguments, steps)
     trained = sum(p.numel() * p.element_size() for p in student.parameters() if p.requires_grad)
@@ -133,12 +151,16 @@ def warn_of_a_small_disk(student: Any, arguments: TrainingArguments, steps: int,
 
 
 def _checkpoints(arguments: TrainingArguments, steps: int) -> int:
-    """How many checkpoints a run of ``steps`` steps surely holds at once; with a limit, one more while an old one goes."""
+    """How many checkpoints a run of ``steps`` steps surely holds at once; with a limit, one more
+    while an old one goes.
+    """
     if arguments.save_strategy == SaveStrategy.NO:
         return 0
     count = 1
     if arguments.save_strategy == SaveStrategy.STEPS:
-        count = math.ceil(steps / max(1, arguments.save_steps * (steps if arguments.save_steps < 1 else 1)))
+        count = math.ceil(
+            steps / max(1, arguments.save_steps * (steps if arguments.save_steps < 1 else 1))
+        )
     elif arguments.save_strategy == SaveStrategy.EPOCH and arguments.max_steps <= 0:
         count = math.ceil(arguments.num_train_epochs)
     return min(count, (arguments.save_total_limit or count) + 1)
@@ -149,16 +171,23 @@ def _has_adapters(student: Any) -> bool:
 
 
 def _as_merged(student: Any) -> dict[str, Tensor]:
-    """The student's weights, untrained, under the names that they have once the adapters are merged."""
+    """The student's weights, untrained, under the names that they have once the adapters are
+    merged.
+    """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     base = student.get_base_model()
     layers = [name for name, module in base.named_modules() if isinstance(module, BaseTunerLayer)]
     state: dict[str, Tensor] = {}
     for name, value in base.state_dict().items():
-        adapter = any(name.startswith(f"{layer}.") and not name.startswith(f"{layer}.base_layer.") for layer in layers)
+        adapter = any(
+            name.startswith(f"{layer}.") and not name.startswith(f"{layer}.base_layer.")
+            for layer in layers
+        )
         if not adapter and ".original_module." not in name:
-            state[re.sub(r"\.(modules_to_save\.\w+|token_adapter|base_layer)(?=\.)", "", name)] = value
+            state[re.sub(r"\.(modules_to_save\.\w+|token_adapter|base_layer)(?=\.)", "", name)] = (
+                value
+            )
     return state
 
 
@@ -173,4 +202,6 @@ def _fault(config: GenerationConfig) -> str | None:
 def _largest(weight: Tensor) -> float:
     """The largest absolute value in this process's part of a weight; nan where there is one."""
     part = weight.to_local() if hasattr(weight, "to_local") else weight
-    return float(part.detach().abs().max()) if part.numel() and torch.is_floating_point(part) else 0.0
+    return (
+        float(part.detach().abs().max()) if part.numel() and torch.is_floating_point(part) else 0.0
+    )

@@ -1,4 +1,5 @@
-"""The checks of a server before it is trusted, and the command that would have started the right one.
+"""The checks of a server before it is trusted, and the command that would have started the right
+one.
 
 Names prove little: a server can call any model anything. So its scores of a probe are compared: at
 the first start with transformers' forward pass, if the weights are on this machine, and ever after
@@ -22,7 +23,12 @@ from logitcask.cache_format.durable import load_state, write_durably, writing_to
 from logitcask.cache_format.errors import UserError
 from logitcask.pipeline.config import ServerConfig, TeacherConfig
 from logitcask.pipeline.distribution.capture import Capture
-from logitcask.pipeline.teachers.model import ResolvedModel, context_limit, is_quantised, local_weights
+from logitcask.pipeline.teachers.model import (
+    ResolvedModel,
+    context_limit,
+    is_quantised,
+    local_weights,
+)
 from logitcask.pipeline.teachers.rows import Rows
 
 logger = logging.getLogger(__name__)
@@ -64,7 +70,8 @@ class Probe(BaseModel):
     def difference(self, other: Probe) -> float:
         """Mean distance of the logprobs in nats, over targets and heads; infinite for another text.
 
-        An id that the other's head lacks counts with the least logprob there, which it cannot exceed.
+        An id that the other's head lacks counts with the least logprob there, which it cannot
+        exceed.
         """
         if self.input_ids != other.input_ids:
             return float("inf")
@@ -73,7 +80,10 @@ class Probe(BaseModel):
             self.ids, self.logprobs, other.ids, other.logprobs, strict=True
         ):
             known = dict(zip(theirs, their_logprobs, strict=True))
-            distances += [abs(x - known.get(i, min(their_logprobs))) for i, x in zip(ids, logprobs, strict=True)]
+            distances += [
+                abs(x - known.get(i, min(their_logprobs)))
+                for i, x in zip(ids, logprobs, strict=True)
+            ]
         return float(np.mean(distances))
 
     def difference_from_dense(self, dense: NDArray[np.float32]) -> float:
@@ -91,7 +101,9 @@ def probe_ids(vocab_size: int, max_length: int) -> NDArray[np.int32]:
 
 def long_probe_ids(vocab_size: int, max_length: int) -> NDArray[np.int32]:
     """int32[n]: others, that fill a block of a prefix cache where the server takes so many."""
-    return ((1 + np.arange(min(_LONG_PROBE_TOKENS, max_length))) * _STRIDE % vocab_size).astype(np.int32)
+    return ((1 + np.arange(min(_LONG_PROBE_TOKENS, max_length))) * _STRIDE % vocab_size).astype(
+        np.int32
+    )
 
 
 def start_command(
@@ -107,11 +119,17 @@ def start_command(
     if config.server is not None and config.server.model is not None:
         command += ["--served-model-name", config.server.model]
     command += ["--dtype", config.dtype, "--max-model-len", str(room)]
-    command += ["--max-logprobs", str(min(capture.top_k, vocab_size)), "--logprobs-mode", "raw_logprobs"]
+    command += [
+        "--max-logprobs",
+        str(min(capture.top_k, vocab_size)),
+        "--logprobs-mode",
+        "raw_logprobs",
+    ]
     command += ["--no-enable-prefix-caching", "--skip-tokenizer-init"]
     overrides: dict[str, Any] = {}
     if context_limit(model) == max_length:
-        # The sampled token is never read, so a prompt may fill the model's context; this field says that it may.
+        # The sampled token is never read, so a prompt may fill the model's context; this field says
+        # that it may.
         overrides["model_max_length"] = room
     if config.dtype != "float32" and not is_quantised(model):
         overrides["head_dtype"] = "float32"
@@ -130,10 +148,13 @@ class _Cards(msgspec.Struct):
     data: list[_Card]
 
 
-def served_model(listed: bytes, model: ResolvedModel, settings: ServerConfig, command: str) -> tuple[str, int | None]:
+def served_model(
+    listed: bytes, model: ResolvedModel, settings: ServerConfig, command: str
+) -> tuple[str, int | None]:
     """The server's name of the model, and the tokens it takes, from what ``/v1/models`` says.
 
-    Without ``teacher.server.model`` the name, or the path that the server has loaded, must be ``teacher.model``'s.
+    Without ``teacher.server.model`` the name, or the path that the server has loaded, must be
+    ``teacher.model``'s.
     """
     try:
         cards = msgspec.json.decode(listed, type=_Cards).data
@@ -164,8 +185,9 @@ def _plain(name: str) -> str:
 def check_distributions(probe: Probe, vocab_size: int, url: str, command: str) -> None:
     """Raises UserError where the rows cannot be the head of distributions over ``vocab_size`` ids.
 
-    A head holds at most all of the mass; and no id outside it is more probable than its last, so that it holds at least
-    1 - (V - k) p_k. Logits, and logprobs after temperature or a cut, fail one or the other.
+    A head holds at most all of the mass; and no id outside it is more probable than its last, so
+    that it holds at least 1 - (V - k) p_k. Logits, and logprobs after temperature or a cut, fail
+    one or the other.
     """
     heads = np.exp(np.minimum(np.array(probe.logprobs), 50.0))
     mass = heads.sum(axis=1)
@@ -177,10 +199,14 @@ def check_distributions(probe: Probe, vocab_size: int, url: str, command: str) -
         )
 
 
-def check_against_dense(config: TeacherConfig, model: ResolvedModel, probe: Probe, command: str) -> None:
-    """Compares with transformers' forward pass of ``teacher.model`` on this machine's CPU, as ``teacher.server.compare`` says.
+def check_against_dense(
+    config: TeacherConfig, model: ResolvedModel, probe: Probe, command: str
+) -> None:
+    """Compares with transformers' forward pass of ``teacher.model`` on this machine's CPU, as
+    ``teacher.server.compare`` says.
 
-    Raises UserError where they differ by more than ``teacher.server.tolerance``, or the weights are not here but have to be.
+    Raises UserError where they differ by more than ``teacher.server.tolerance``, or the weights are
+    not here but have to be.
     """
     settings = config.server
     assert settings is not None
@@ -190,7 +216,9 @@ def check_against_dense(config: TeacherConfig, model: ResolvedModel, probe: Prob
     size = sum(file.stat().st_size for file in files)
     if settings.compare == "auto" and (not files or size > _LARGEST_TO_COMPARE):
         why = f"they take {size / 1e9:.0f} GB" if files else "they are not on this machine"
-        logger.info("what the server says is not compared with the weights of %s: %s", model.name, why)
+        logger.info(
+            "what the server says is not compared with the weights of %s: %s", model.name, why
+        )
         return
     if not files:
         raise UserError(
@@ -199,9 +227,13 @@ def check_against_dense(config: TeacherConfig, model: ResolvedModel, probe: Prob
     from logitcask.pipeline.teachers.transformers import TransformersTeacher
 
     local = TeacherConfig(model=config.model, backend="transformers", dtype="float32")
-    dense = TransformersTeacher(local, model, max_length=len(probe.input_ids), capture=Capture(1), device="cpu")
+    dense = TransformersTeacher(
+        local, model, max_length=len(probe.input_ids), capture=Capture(1), device="cpu"
+    )
     try:
-        difference = probe.difference_from_dense(dense.dense_logprobs(np.array(probe.input_ids, np.int32)))
+        difference = probe.difference_from_dense(
+            dense.dense_logprobs(np.array(probe.input_ids, np.int32))
+        )
     finally:
         dense.close()
     if not difference <= config.server_tolerance():
@@ -212,8 +244,11 @@ def check_against_dense(config: TeacherConfig, model: ResolvedModel, probe: Prob
         )
 
 
-def check_against_state(state: Path, probe: Probe, config: TeacherConfig, name: str, command: str) -> Probe:
-    """The probe that an earlier start of this build has written to ``state``, or this one, which is written then.
+def check_against_state(
+    state: Path, probe: Probe, config: TeacherConfig, name: str, command: str
+) -> Probe:
+    """The probe that an earlier start of this build has written to ``state``, or this one, which is
+    written then.
 
     Raises UserError where they differ.
     """

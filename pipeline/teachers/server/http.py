@@ -44,7 +44,9 @@ class PatientClient:
         self._settings = settings
         headers = {}
         if settings.api_key_env is not None:
-            key = os.environ.get(settings.api_key_env, "").strip()  # a key read from a file may end with its newline
+            key = os.environ.get(
+                settings.api_key_env, ""
+            ).strip()  # a key read from a file may end with its newline
             if not key:
                 raise UserError(
                     f"teacher.server.api_key_env is {settings.api_key_env}, but no such environment variable is set; "
@@ -128,7 +130,11 @@ class PatientClient:
                     extensions={"trace": trace},
                 )
             except httpx.TimeoutException as error:
-                seconds = _CONNECT_SECONDS if isinstance(error, httpx.ConnectTimeout) else self._settings.timeout
+                seconds = (
+                    _CONNECT_SECONDS
+                    if isinstance(error, httpx.ConnectTimeout)
+                    else self._settings.timeout
+                )
                 reason = f"no answer in {seconds:g} s"
             except httpx.TransportError as error:
                 reason = one_line(error)
@@ -155,13 +161,17 @@ class PatientClient:
             )
         if self._away_since is None:
             self._away_since = first_failure
-            logger.warning("waiting for the server at %s (%s), for %g s at most", url, reason, patience)
+            logger.warning(
+                "waiting for the server at %s (%s), for %g s at most", url, reason, patience
+            )
         delay = min(_LONGEST_DELAY, _FIRST_DELAY * 2 ** min(attempt, 10)) * random.uniform(0.5, 1.5)
         await asyncio.sleep(min(delay, patience))
 
     def _is_back(self) -> None:
         if self._away_since is not None:
-            logger.info("the server answers again, after %.0f s", time.monotonic() - self._away_since)
+            logger.info(
+                "the server answers again, after %.0f s", time.monotonic() - self._away_since
+            )
             self._away_since = None
 
     def _final(self, path: str, status: int, message: str, refused: Refused | None) -> UserError:

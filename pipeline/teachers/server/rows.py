@@ -1,7 +1,8 @@
-"""From the JSON of ``/v1/completions`` to arrays, every answer checked: a row per token, its target in it, k entries by rank.
+"""From the JSON of ``/v1/completions`` to arrays, every answer checked: a row per token, its target
+in it, k entries by rank.
 
-The JSON has an object per entry. It is decoded straight into small typed objects, several times faster than into
-dictionaries, and what is not asked for (decoded tokens) is skipped.
+The JSON has an object per entry. It is decoded straight into small typed objects, several times
+faster than into dictionaries, and what is not asked for (decoded tokens) is skipped.
 """
 
 from __future__ import annotations
@@ -42,10 +43,14 @@ _decoder = msgspec.json.Decoder(_Completion)
 _logprob, _rank = attrgetter("logprob"), attrgetter("rank")
 
 
-def parse_rows(body: bytes, input_ids: NDArray[np.int32], top_k: int, sequence_id: str) -> Rows | None:
-    """What ``body`` says of ``input_ids`` (int32[n]), targets before heads; None where the server has aborted the request.
+def parse_rows(
+    body: bytes, input_ids: NDArray[np.int32], top_k: int, sequence_id: str
+) -> Rows | None:
+    """What ``body`` says of ``input_ids`` (int32[n]), targets before heads; None where the server
+    has aborted the request.
 
-    Raises UserError where a logprob is NaN, MisalignedScoresError for an answer that is not n - 1 rows, each with its target and ``top_k`` ids of ranks 1, 2, ...
+    Raises UserError where a logprob is NaN, MisalignedScoresError for an answer that is not n - 1
+    rows, each with its target and ``top_k`` ids of ranks 1, 2, ...
     """
 
     def wrong(what: str) -> MisalignedScoresError:
@@ -59,7 +64,9 @@ def parse_rows(body: bytes, input_ids: NDArray[np.int32], top_k: int, sequence_i
     except (msgspec.DecodeError, ValueError) as error:
         if _NOT_A_NUMBER.search(body):
             raise not_a_number(f"in sequence {sequence_id[:100]!r}") from error
-        raise wrong(f"is not what a vLLM server says ({' '.join(str(error).split())[:200]})") from error
+        raise wrong(
+            f"is not what a vLLM server says ({' '.join(str(error).split())[:200]})"
+        ) from error
     if choice.finish_reason == "abort":
         return None
     answer = choice.prompt_logprobs or []
@@ -82,7 +89,9 @@ def parse_rows(body: bytes, input_ids: NDArray[np.int32], top_k: int, sequence_i
     is_target = ids == targets[row_of]
     if not np.array_equal(row_of[is_target], np.arange(len(rows))):
         at = int(np.flatnonzero(np.bincount(row_of[is_target], minlength=len(rows)) != 1)[0])
-        raise wrong(f"does not say in row {at} how likely token {targets[at]} is, which follows there")
+        raise wrong(
+            f"does not say in row {at} how likely token {targets[at]} is, which follows there"
+        )
     head = np.flatnonzero(~is_target | (counts == top_k)[row_of])
     head = head[np.lexsort((ranks[head], row_of[head]))].reshape(len(rows), top_k)
     if not np.array_equal(ranks[head], np.broadcast_to(np.arange(1, top_k + 1), head.shape)):

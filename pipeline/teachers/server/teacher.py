@@ -1,8 +1,9 @@
-"""The teacher behind HTTP: a running vLLM server with the OpenAI API, which scores token ids sent to ``/v1/completions``.
+"""The teacher behind HTTP: a running vLLM server with the OpenAI API, which scores token ids sent
+to ``/v1/completions``.
 
-For a model that is served already, or lies on a machine that builds nothing else. The server may go away and come back:
-requests are sent again until it answers (``http``), in the order of the text, and nothing of a server that has come back
-with another model gets into the cache (``checks``).
+For a model that is served already, or lies on a machine that builds nothing else. The server may go
+away and come back: requests are sent again until it answers (``http``), in the order of the text,
+and nothing of a server that has come back with another model gets into the cache (``checks``).
 """
 
 from __future__ import annotations
@@ -50,12 +51,15 @@ logger = logging.getLogger(__name__)
 
 
 class ServerTeacher:
-    """A model on a vLLM server. ``teacher.model`` says which, and gives the tokenizer and the size of the vocabulary.
+    """A model on a vLLM server. ``teacher.model`` says which, and gives the tokenizer and the size
+    of the vocabulary.
 
-    state: a folder where the first start writes down what the server says of a probe, and later ones compare.
+    state: a folder where the first start writes down what the server says of a probe, and later
+    ones compare.
 
-    Raises UserError, in one line that says how to start the server, where it serves another model or cannot answer what
-    ``capture`` asks for; and where it stays away for longer than ``teacher.server.patience``.
+    Raises UserError, in one line that says how to start the server, where it serves another model
+    or cannot answer what ``capture`` asks for; and where it stays away for longer than
+    ``teacher.server.patience``.
     """
 
     def __init__(
@@ -69,7 +73,12 @@ class ServerTeacher:
     ) -> None:
         assert config.server is not None
         check_context(model, max_length)
-        self._config, self._settings, self._model, self._capture = config, config.server, model, capture
+        self._config, self._settings, self._model, self._capture = (
+            config,
+            config.server,
+            model,
+            capture,
+        )
         self._max_length = max(2, max_length)
         self.vocab_size: int = vocab_size(model)
         self._request = ColumnRequest.of(capture, self.vocab_size)
@@ -95,9 +104,11 @@ class ServerTeacher:
         )
 
     def score(self, sequences: Iterable[Sequence]) -> Iterator[Scored]:
-        """Keeps ``concurrency`` requests with the server, and at most as many sequences again scored or read ahead.
+        """Keeps ``concurrency`` requests with the server, and at most as many sequences again
+        scored or read ahead.
 
-        Before the last one is handed out the server is asked its probe once more: a proxy may hide that it was restarted.
+        Before the last one is handed out the server is asked its probe once more: a proxy may hide
+        that it was restarted.
         """
         ahead: deque[Future[Rows]] = deque()
         try:
@@ -137,15 +148,24 @@ class ServerTeacher:
         probe = Probe.of(self._probe_ids, await self._rows(self._probe_ids))
         check_distributions(probe, self.vocab_size, settings.url, self._command)
         long = long_probe_ids(self.vocab_size, self._max_length)
-        first, second = Probe.of(long, await self._rows(long)), Probe.of(long, await self._rows(long))
+        first, second = (
+            Probe.of(long, await self._rows(long)),
+            Probe.of(long, await self._rows(long)),
+        )
         if (difference := first.difference(second)) > self._config.server_tolerance() / 2:
             raise UserError(
                 f"the server at {settings.url} gives other logprobs when it reads the same text again ({difference:.2g} nats on "
                 f"average), as prefix caching did in some versions; start it with: {self._command}"
             )
         check_against_dense(self._config, self._model, first, self._command)
-        self._probe = probe if state is None else check_against_state(state, probe, self._config, name, self._command)
-        logger.info("the server at %s serves %s with vLLM %s", settings.url, self._served, self._version)
+        self._probe = (
+            probe
+            if state is None
+            else check_against_state(state, probe, self._config, name, self._command)
+        )
+        logger.info(
+            "the server at %s serves %s with vLLM %s", settings.url, self._served, self._version
+        )
 
     async def _ask_version(self) -> str:
         body, _ = await self._http.ask("GET", "/version")
@@ -181,7 +201,11 @@ class ServerTeacher:
         first_failure: float | None = None
         while True:
             body, fresh = await self._http.ask(
-                "POST", "/v1/completions", request, first_failure=first_failure, refused=self._refused
+                "POST",
+                "/v1/completions",
+                request,
+                first_failure=first_failure,
+                refused=self._refused,
             )
             rows = parse_rows(body, input_ids, top_k, sequence_id)
             if rows is not None:
@@ -207,14 +231,22 @@ class ServerTeacher:
         )
 
     async def _check(self, since: float) -> None:
-        """Asks the probe again, unless that has been done after ``since``. Raises UserError for another model or version."""
+        """Asks the probe again, unless that has been done after ``since``. Raises UserError for
+        another model or version.
+        """
         async with self._checking:
             if self._checked_at >= since:
                 return
             now = time.monotonic()
             version = await self._ask_version()
-            difference = self._probe.difference(Probe.of(self._probe_ids, await self._rows(self._probe_ids)))
-            changed = f"is vLLM {version} now, it was {self._version}" if version != self._version else None
+            difference = self._probe.difference(
+                Probe.of(self._probe_ids, await self._rows(self._probe_ids))
+            )
+            changed = (
+                f"is vLLM {version} now, it was {self._version}"
+                if version != self._version
+                else None
+            )
             if difference > self._config.server_tolerance() / 2:
                 changed = f"says something else than when this build began (logprobs differ by {difference:.2g} nats on average)"
             if changed:

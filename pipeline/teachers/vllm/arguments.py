@@ -1,9 +1,10 @@
-"""The arguments of a vLLM engine: those that users may not set, and room for what vLLM does not count.
+"""The arguments of a vLLM engine: those that users may not set, and room for what vLLM does not
+count.
 
-A prompt's logits are float32[rows, vocabulary]. Model runner V2 makes them for 1,024 rows at a time,
-whatever the size of a step; V1 for all rows of a request that are in the step. vLLM's profiler sees
-neither, and gives the key-value cache all that is left of ``gpu_memory_utilization``; the logits live
-in what is left of the card.
+A prompt's logits are float32[rows, vocabulary]. Model runner V2 makes them for 1,024 rows at a
+time, whatever the size of a step; V1 for all rows of a request that are in the step. vLLM's
+profiler sees neither, and gives the key-value cache all that is left of ``gpu_memory_utilization``;
+the logits live in what is left of the card.
 """
 
 from __future__ import annotations
@@ -13,12 +14,17 @@ import math
 from logitcask.cache_format.errors import ConfigError, UserError
 from logitcask.pipeline.config import TeacherConfig
 
-# Other values of these would silently change or break what is stored: why, or which field is for it.
-_ELSEWHERE = "a token whose keys and values come from elsewhere is not computed, so it has no logprobs"
+# Other values of these would silently change or break what is stored: why, or which field is for
+# it.
+_ELSEWHERE = (
+    "a token whose keys and values come from elsewhere is not computed, so it has no logprobs"
+)
 _THE_TEACHERS = "weights, config and tokenizer are those of teacher.model"
 _SAMPLED = "it changes what is sampled and nothing that is scored; answers are sampled as data.generate says"
 _ALONE = "the teacher alone says what is scored and sampled"
-_GENERATES = "only a model that generates, from left to right, has a distribution for every next token"
+_GENERATES = (
+    "only a model that generates, from left to right, has a distribution for every next token"
+)
 _MERGED = "no adapter would be applied; merge it into the teacher first"
 _RESERVED = {
     "model": "use teacher.model",
@@ -54,7 +60,9 @@ _RESERVED = {
 
 
 def check_engine_args(config: TeacherConfig) -> None:
-    """Raises ConfigError for engine arguments that are set by a field of their own, or would make what is stored wrong."""
+    """Raises ConfigError for engine arguments that are set by a field of their own, or would
+    make what is stored wrong.
+    """
     for key in config.engine_args:
         if key in _RESERVED:
             raise ConfigError(f"teacher.engine_args.{key} cannot be set; {_RESERVED[key]}")
@@ -63,20 +71,28 @@ def check_engine_args(config: TeacherConfig) -> None:
 CHUNK_ROWS = 1024
 """Rows of logits that model runner V2 makes at a time."""
 
-# Of the card: for what is counted nowhere, fragments of the allocator most of all. vLLM's own default leaves twice that.
+# Of the card: for what is counted nowhere, fragments of the allocator most of all. vLLM's own
+# default leaves twice that.
 _SPARE = 0.04
-# logitcask.pipeline.distribution.draws_torch works in chunks of at most so many floats on a GPU, and holds so many copies of one.
+# logitcask.pipeline.distribution.draws_torch works in chunks of at most so many floats on a GPU,
+# and holds so many copies of one.
 _DRAWS_CHUNK, _DRAWS_COPIES = 1 << 26, 4
 
 
 def logits_bytes(
-    vocab_size: int, rows: int, *, chunked: bool, soft_capped: bool, draws: bool, tensor_parallel_size: int = 1
+    vocab_size: int,
+    rows: int,
+    *,
+    chunked: bool,
+    soft_capped: bool,
+    draws: bool,
+    tensor_parallel_size: int = 1,
 ) -> int:
     """Peak bytes on each GPU of turning hidden states into prompt logprobs.
 
     rows:        of logits that exist at a time.
-    chunked:     by model runner V2, which still holds one chunk while it makes the next; else by V1, which holds logits
-                 and logprobs.
+    chunked:     by model runner V2, which still holds one chunk while it makes the next; else by
+                 V1, which holds logits and logprobs.
     soft_capped: the model's final logits pass through tanh, which holds them twice.
     draws:       whether draws are made of them.
     tensor_parallel_size: ranks that each make a part; what is gathered is copied once.
@@ -91,7 +107,8 @@ def logits_bytes(
 
 
 def memory_utilization(card_bytes: int, logits: int, usual: float) -> float:
-    """``gpu_memory_utilization`` that leaves room for ``logits`` bytes: ``usual``, or less, in hundredths.
+    """``gpu_memory_utilization`` that leaves room for ``logits`` bytes: ``usual``, or less, in
+    hundredths.
 
     Raises UserError where they would take more than half of the card.
     """

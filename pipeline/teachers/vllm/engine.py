@@ -1,12 +1,13 @@
-"""The vLLM teacher (vLLM 0.30 - 0.33): text goes in as a prompt, and its prompt logprobs come out as arrays.
+"""The vLLM teacher (vLLM 0.30 - 0.33): text goes in as a prompt, and its prompt logprobs come out
+as arrays.
 
-How they come out, and how fast, is a matter of ``routes``. The fastest relies on a private method, so
-it is compared with a public one every time an engine starts, and not used if they differ
+How they come out, and how fast, is a matter of ``routes``. The fastest relies on a private method,
+so it is compared with a public one every time an engine starts, and not used if they differ
 (``self_check``).
 
-Draws from the tail are made in the engine by ``plugin``, and come in columns beside the most probable
-ids. They too are checked at every start, against whole distributions, which vLLM gives of its own.
-There is no other way to get them: if the check fails, the teacher does not start.
+Draws from the tail are made in the engine by ``plugin``, and come in columns beside the most
+probable ids. They too are checked at every start, against whole distributions, which vLLM gives of
+its own. There is no other way to get them: if the check fails, the teacher does not start.
 """
 
 from __future__ import annotations
@@ -43,7 +44,12 @@ from logitcask.pipeline.teachers.model import (
     vocab_size,
 )
 from logitcask.pipeline.teachers.rows import ColumnRequest, scored_rows
-from logitcask.pipeline.teachers.vllm.arguments import CHUNK_ROWS, check_engine_args, logits_bytes, memory_utilization
+from logitcask.pipeline.teachers.vllm.arguments import (
+    CHUNK_ROWS,
+    check_engine_args,
+    logits_bytes,
+    memory_utilization,
+)
 from logitcask.pipeline.teachers.vllm.plugin import drawing
 from logitcask.pipeline.teachers.vllm.process import (
     EngineLog,
@@ -61,13 +67,16 @@ logger = logging.getLogger(__name__)
 
 # How much text an engine is given beyond the step it is at, in steps.
 _STEPS_AHEAD = {"cpu": 3, "gpu": 8}
-# Steps' worth of prompts that are scored at the start: one at least is a full step, whichever prompts come first.
+# Steps' worth of prompts that are scored at the start: one at least is a full step, whichever
+# prompts come first.
 _STEPS_AT_START = 3
 _OUT_OF_MEMORY = re.compile(r"out ?of ?memory|MemoryError|can(?:not|'t) allocate", re.IGNORECASE)
 
 
 def check_location(model: ResolvedModel) -> None:
-    """Raises UserError for a folder whose name vLLM takes for a pattern: the weights of another folder would be read."""
+    """Raises UserError for a folder whose name vLLM takes for a pattern: the weights of another
+    folder would be read.
+    """
     if re.search(r"[*?\[]", model.location):
         raise UserError(
             f"vLLM takes the '*', '?' or '[' in {model.location} for a pattern and reads the weights of other folders by "
@@ -78,8 +87,8 @@ def check_location(model: ResolvedModel) -> None:
 class VllmTeacher:
     """A model inside a vLLM engine: in this process on a CPU, in processes of its own on GPUs.
 
-    Raises UserError, in one line with the cause, where the engine cannot start, or where ``route`` is ``raw`` or draws
-    are asked for and this vLLM does not allow it.
+    Raises UserError, in one line with the cause, where the engine cannot start, or where ``route``
+    is ``raw`` or draws are asked for and this vLLM does not allow it.
     """
 
     def __init__(
@@ -102,7 +111,8 @@ class VllmTeacher:
         self._request = ColumnRequest.of(capture, vocab_size(model))
         self._requests = itertools.count()
         self._starting = True
-        # Prompt logprobs that have come, by request, until the stream that asked for them takes them.
+        # Prompt logprobs that have come, by request, until the stream that asked for them takes
+        # them.
         self._finished: dict[str, Any] = {}
         self._engine_log = EngineLog()
         try:
@@ -110,7 +120,9 @@ class VllmTeacher:
                 self._vllm = import_vllm()
                 self._on_cpu = self._vllm.platforms.current_platform.is_cpu()
                 # Model runner V2 is what GPUs have, unless a user or vLLM says otherwise.
-                self._runner_v2 = not self._on_cpu and self._vllm.envs.VLLM_USE_V2_MODEL_RUNNER is not False
+                self._runner_v2 = (
+                    not self._on_cpu and self._vllm.envs.VLLM_USE_V2_MODEL_RUNNER is not False
+                )
                 self._step_tokens = config.step_tokens(on_cpu=self._on_cpu)
                 if not (self._on_cpu or self._runner_v2 or config.batch_tokens):
                     self._step_tokens = CHUNK_ROWS  # V1 makes the logits of a whole step
@@ -121,7 +133,9 @@ class VllmTeacher:
         except UserError:
             raise
         except Exception as error:
-            raise UserError(f"vLLM cannot start with {model.name}: {self._engine_log.cause(error)}") from error
+            raise UserError(
+                f"vLLM cannot start with {model.name}: {self._engine_log.cause(error)}"
+            ) from error
         model_config = self._llm.llm_engine.model_config
         self.vocab_size: int = model_config.get_vocab_size()
         self._dtype = str(model_config.dtype).removeprefix("torch.")
@@ -183,7 +197,8 @@ class VllmTeacher:
         self._engine_log.close()
 
     def check_engine(self, max_length: int) -> None:
-        """Scores a short prompt, with nothing of ours in it: some kernels refuse a model only when they first run.
+        """Scores a short prompt, with nothing of ours in it: some kernels refuse a model only when
+        they first run.
 
         Raises UserError with the kernel's message.
         """
@@ -198,7 +213,8 @@ class VllmTeacher:
     def check_memory(self, max_length: int) -> None:
         """Scores prompts that fill whole steps, so that memory runs out now if it ever does.
 
-        vLLM's profiler does not count prompt logprobs. Raises UserError, which names what to change.
+        vLLM's profiler does not count prompt logprobs. Raises UserError, which names what to
+        change.
         """
         length = min(self._step_tokens, max(2, max_length))
         prompt = prompt_of(length, self.vocab_size)
@@ -207,7 +223,9 @@ class VllmTeacher:
             pass
 
     def _check_runner(self) -> None:
-        """Raises UserError where vLLM has chosen model runner V1 on a GPU, for steps larger than room was left for."""
+        """Raises UserError where vLLM has chosen model runner V1 on a GPU, for steps larger than
+        room was left for.
+        """
         runner_v2 = self._llm.llm_engine.vllm_config.use_v2_model_runner
         if self._runner_v2 and not runner_v2 and self._step_tokens > CHUNK_ROWS:
             raise UserError(
@@ -222,14 +240,18 @@ class VllmTeacher:
         self._self_check(max_length).check_draws()
 
     def choose_route(self, max_length: int) -> Route:
-        """The route that ``teacher.route`` asks for, or the fastest that works (``self_check``). Raises UserError.
+        """The route that ``teacher.route`` asks for, or the fastest that works (``self_check``).
+        Raises UserError.
 
-        This is also the engine's warm-up: its first call compiles kernels, which would spoil any figure of progress.
+        This is also the engine's warm-up: its first call compiles kernels, which would spoil any
+        figure of progress.
         """
         return self._self_check(max_length).choose_route(self._config.route)
 
     def _self_check(self, max_length: int) -> SelfCheck:
-        return SelfCheck(self._stream, self._request, self.vocab_size, max_length, self._vllm.__version__)
+        return SelfCheck(
+            self._stream, self._request, self.vocab_size, max_length, self._vllm.__version__
+        )
 
     def _does_not_run(self, error: Exception) -> UserError:
         """For an engine that has started, and fails at its first prompts."""
@@ -245,9 +267,7 @@ class VllmTeacher:
         if self._on_cpu or not self._runner_v2:
             return f"lower teacher.batch_tokens ({self._step_tokens})"
         if "kv_cache_memory_bytes" in self._config.engine_args:
-            return (
-                f"lower teacher.engine_args.kv_cache_memory_bytes ({self._config.engine_args['kv_cache_memory_bytes']})"
-            )
+            return f"lower teacher.engine_args.kv_cache_memory_bytes ({self._config.engine_args['kv_cache_memory_bytes']})"
         return (
             f"lower teacher.engine_args.gpu_memory_utilization ({self._utilization:g}), or end what else runs on the GPU; "
             f"teacher.batch_tokens helps below {CHUNK_ROWS}"
@@ -258,10 +278,12 @@ class VllmTeacher:
         max_model_len = _max_model_len(max_length)
         overrides: dict[str, Any] = {}
         if max_length == context_limit(model):
-            # The sampled token is never read, so a prompt may fill the model's context; this field says that it may.
+            # The sampled token is never read, so a prompt may fill the model's context; this field
+            # says that it may.
             overrides |= for_text(model, {"model_max_length": max_model_len})
         if not self._on_cpu and config.dtype != "float32" and not is_quantised(model):
-            # 16-bit logits fall on a grid of 1/8 nat near 16; a float32 head keeps the tail, at next to no cost on a GPU.
+            # 16-bit logits fall on a grid of 1/8 nat near 16; a float32 head keeps the tail, at
+            # next to no cost on a GPU.
             overrides["head_dtype"] = "float32"
         arguments: dict[str, Any] = {
             "model": model.location,
@@ -273,28 +295,40 @@ class VllmTeacher:
             "max_num_batched_tokens": self._step_tokens,
             "max_num_seqs": min(256, self._step_tokens),
             # Draws are checked against whole distributions.
-            "max_logprobs": max(request.columns, vocab_size(model)) if request.capture.samples else request.columns,
+            "max_logprobs": max(request.columns, vocab_size(model))
+            if request.capture.samples
+            else request.columns,
             "logprobs_mode": "raw_logprobs",
-            # A prompt read from the prefix cache comes back with rows missing or stale (vllm-project/vllm#42019).
+            # A prompt read from the prefix cache comes back with rows missing or stale
+            # (vllm-project/vllm#42019).
             "enable_prefix_caching": False,
             "use_tqdm_on_load": False,
-            # Images and the like are never put in, so a multimodal model needs no processor of them, nor their encoders.
+            # Images and the like are never put in, so a multimodal model needs no processor of
+            # them, nor their encoders.
             "language_model_only": True,
         }
         if self._on_cpu:
             map_large_blocks()
             arguments["enforce_eager"] = True
             room = 2 * (max_model_len + self._step_tokens)
-            arguments["kv_cache_memory_bytes"] = max(1 << 30, room * kv_bytes_per_token(model, value_bytes=4))
+            arguments["kv_cache_memory_bytes"] = max(
+                1 << 30, room * kv_bytes_per_token(model, value_bytes=4)
+            )
         elif not {"gpu_memory_utilization", "kv_cache_memory_bytes"} & config.engine_args.keys():
             arguments["gpu_memory_utilization"] = self._leave_room()
-        arguments |= engine_arguments(self._sampling, on_cpu=self._on_cpu, step_tokens=self._step_tokens)
+        arguments |= engine_arguments(
+            self._sampling, on_cpu=self._on_cpu, step_tokens=self._step_tokens
+        )
         arguments |= config.engine_args
         for name, asked in (arguments.get("hf_overrides") or {}).items():
             ours = overrides.get(name)
-            overrides[name] = ours | asked if isinstance(ours, dict) and isinstance(asked, dict) else asked
+            overrides[name] = (
+                ours | asked if isinstance(ours, dict) and isinstance(asked, dict) else asked
+            )
         arguments["hf_overrides"] = overrides
-        self._utilization = arguments.get("gpu_memory_utilization", self._vllm.EngineArgs.gpu_memory_utilization)
+        self._utilization = arguments.get(
+            "gpu_memory_utilization", self._vllm.EngineArgs.gpu_memory_utilization
+        )
         with torch_threads_kept():
             return self._vllm.LLM(**arguments)
 
@@ -303,7 +337,9 @@ class VllmTeacher:
         usual: float = self._vllm.EngineArgs.gpu_memory_utilization
         try:
             card = self._vllm.platforms.current_platform.get_device_total_memory()
-        except Exception:  # a driver's own: it does not know the memory that some GPUs share with the CPU (GB10)
+        except (
+            Exception
+        ):  # a driver's own: it does not know the memory that some GPUs share with the CPU (GB10)
             return usual
         needed = logits_bytes(
             vocab_size(self._model),
@@ -315,9 +351,12 @@ class VllmTeacher:
         )
         return memory_utilization(card, needed, usual)
 
-    def _answers(self, sequences: Iterable[Sequence], route: Route, *, all_rows: bool) -> Iterator[PendingScores]:
+    def _answers(
+        self, sequences: Iterable[Sequence], route: Route, *, all_rows: bool
+    ) -> Iterator[PendingScores]:
         columns, request = self._request.columns, self._request
-        # Of a sequence in the engine, the kept positions are all that is needed once its answer comes.
+        # Of a sequence in the engine, the kept positions are all that is needed once its answer
+        # comes.
         kept: deque[NDArray[np.int32] | None] = deque()
 
         def prompts() -> Iterator[list[int]]:
@@ -342,13 +381,15 @@ class VllmTeacher:
 
         beside: a public route that what comes by ``raw`` is to carry as well.
 
-        The engine always has some steps' worth of prompts, so that it never waits for the next group, and no more, so that
-        memory stays flat. What it is given when depends on the prompts alone: an engine in this process forms the same
-        batches again when a build is resumed. (One in another process takes what has arrived when a step begins.)
+        The engine always has some steps' worth of prompts, so that it never waits for the next
+        group, and no more, so that memory stays flat. What it is given when depends on the prompts
+        alone: an engine in this process forms the same batches again when a build is resumed. (One
+        in another process takes what has arrived when a step begins.)
         """
         engine = self._llm.llm_engine
         params = self._vllm.SamplingParams(
-            # In the constructor: set later, vLLM would go on reading its prefix cache for these requests.
+            # In the constructor: set later, vLLM would go on reading its prefix cache for these
+            # requests.
             prompt_logprobs=columns,
             max_tokens=1,
             temperature=0.0,
@@ -358,8 +399,8 @@ class VllmTeacher:
         )
         room = _STEPS_AHEAD["cpu" if self._on_cpu else "gpu"] * self._step_tokens
         source = iter(prompts)
-        # In the order given: request, length, and the size of the engine's log then. Answers may come in another order, and
-        # to another stream than asked.
+        # In the order given: request, length, and the size of the engine's log then. Answers may
+        # come in another order, and to another stream than asked.
         waiting: deque[tuple[str, int, int]] = deque()
         held, more = 0, True
         try:
@@ -372,7 +413,12 @@ class VllmTeacher:
                     else:
                         added.append(prompt)
                         held += len(prompt)
-                with drawing(self._request), capturing(route), eager(on_cpu=self._on_cpu), self._explained():
+                with (
+                    drawing(self._request),
+                    capturing(route),
+                    eager(on_cpu=self._on_cpu),
+                    self._explained(),
+                ):
                     for prompt in added:
                         name = f"logitcask-{next(self._requests)}"
                         waiting.append((name, len(prompt), self._engine_log.printed()))

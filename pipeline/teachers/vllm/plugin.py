@@ -1,17 +1,20 @@
-"""The engine's side of the vLLM teacher: draws from the tail, made where the whole distributions are.
+"""The engine's side of the vLLM teacher: draws from the tail, made where the whole distributions
+are.
 
-vLLM returns only the most probable ids of a prompt's positions. So the teacher asks for more of them than it wants, and
-the two functions here put other things into the columns to spare: the draws, and one column of statistics. Shapes,
-transport and front end stay vLLM's own.
+vLLM returns only the most probable ids of a prompt's positions. So the teacher asks for more of
+them than it wants, and the two functions here put other things into the columns to spare: the
+draws, and one column of statistics. Shapes, transport and front end stay vLLM's own.
 
-Model runner V1 calls ``Sampler.gather_logprobs``, also for sampled tokens; V2 ``compute_topk_scores`` as imported in
-``prompt_logprob``. Both are private, so the teacher checks at every start that the draws are right. Only calls of the
-width that the teacher asks for are answered so; all others pass as they are.
+Model runner V1 calls ``Sampler.gather_logprobs``, also for sampled tokens; V2
+``compute_topk_scores`` as imported in ``prompt_logprob``. Both are private, so the teacher checks
+at every start that the draws are right. Only calls of the width that the teacher asks for are
+answered so; all others pass as they are.
 
-Engines live in this process, in forked ones or in fresh ones. ``drawing`` replaces the functions for the first two kinds
-while it is entered; fresh processes, tensor-parallel workers included, load ``register`` as a plugin, which finds the
-request in the environment. Without that, it does nothing and imports nothing. vLLM copies to workers on Ray's other nodes
-the variables it knows and those that ``_RAY_COPIES`` names.
+Engines live in this process, in forked ones or in fresh ones. ``drawing`` replaces the functions
+for the first two kinds while it is entered; fresh processes, tensor-parallel workers included, load
+``register`` as a plugin, which finds the request in the environment. Without that, it does nothing
+and imports nothing. vLLM copies to workers on Ray's other nodes the variables it knows and those
+that ``_RAY_COPIES`` names.
 """
 
 from __future__ import annotations
@@ -29,13 +32,16 @@ if TYPE_CHECKING:  # loaded in every process of vLLM, so whatever takes time to 
     from logitcask.pipeline.teachers.rows import ColumnRequest
 
 ENVIRONMENT = "LOGITCASK_DRAWS"
-# Of vLLM: names of more variables that its Ray executor copies to workers, with commas between them.
+# Of vLLM: names of more variables that its Ray executor copies to workers, with commas between
+# them.
 _RAY_COPIES = "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"
 
 
 @contextlib.contextmanager
 def drawing(request: ColumnRequest) -> Iterator[None]:
-    """While this is entered, engines in this process, and those started meanwhile, answer ``request``."""
+    """While this is entered, engines in this process, and those started meanwhile, answer
+    ``request``.
+    """
     if not request.capture.samples:
         yield
         return
@@ -58,7 +64,9 @@ def _set(name: str, value: str, undo: contextlib.ExitStack) -> None:
 
 
 def register() -> None:
-    """vLLM calls this once in every process of every engine (entry point group ``vllm.general_plugins``)."""
+    """vLLM calls this once in every process of every engine (entry point group
+    ``vllm.general_plugins``).
+    """
     if ENVIRONMENT in os.environ:
         from logitcask.pipeline.distribution.capture import Capture
         from logitcask.pipeline.teachers.rows import ColumnRequest
@@ -68,9 +76,11 @@ def register() -> None:
 
 
 def _install(request: ColumnRequest, undo: contextlib.ExitStack) -> None:
-    """Replaces the functions, unless they have been replaced already; closing ``undo`` puts back what was there.
+    """Replaces the functions, unless they have been replaced already; closing ``undo`` puts back
+    what was there.
 
-    Other versions of vLLM may lack one of the two or both. Whether the draws come is for the teacher to see.
+    Other versions of vLLM may lack one of the two or both. Whether the draws come is for the
+    teacher to see.
     """
     with contextlib.suppress(ImportError, AttributeError):
         from vllm.v1.sample.sampler import Sampler
@@ -82,13 +92,17 @@ def _install(request: ColumnRequest, undo: contextlib.ExitStack) -> None:
         _replace(prompt_logprob, "compute_topk_scores", request, undo, logits=True)
 
 
-def _replace(owner: Any, name: str, request: ColumnRequest, undo: contextlib.ExitStack, *, logits: bool) -> None:
+def _replace(
+    owner: Any, name: str, request: ColumnRequest, undo: contextlib.ExitStack, *, logits: bool
+) -> None:
     original: Callable[..., Any] = getattr(owner, name)
     if hasattr(original, "answers"):
         return
 
     @functools.wraps(original)
-    def replacement(scores: Any, num_logprobs: int, token_ids: Any, *args: Any, **kwargs: Any) -> Any:
+    def replacement(
+        scores: Any, num_logprobs: int, token_ids: Any, *args: Any, **kwargs: Any
+    ) -> Any:
         if num_logprobs != request.columns:
             return original(scores, num_logprobs, token_ids, *args, **kwargs)
         tensors = original(scores, request.top, token_ids, *args, **kwargs)
@@ -100,8 +114,12 @@ def _replace(owner: Any, name: str, request: ColumnRequest, undo: contextlib.Exi
     setattr(owner, name, staticmethod(replacement) if isinstance(owner, type) else replacement)
 
 
-def _with_draws(tensors: Any, scores: Any, target_ids: Any, capture: Capture, *, logits: bool) -> Any:
-    """vLLM's ``LogprobsTensors``, its columns (target, then ``top``) followed by the draws and the statistics."""
+def _with_draws(
+    tensors: Any, scores: Any, target_ids: Any, capture: Capture, *, logits: bool
+) -> Any:
+    """vLLM's ``LogprobsTensors``, its columns (target, then ``top``) followed by the draws and
+    the statistics.
+    """
     import torch
 
     from logitcask.pipeline.distribution.draws_torch import draw

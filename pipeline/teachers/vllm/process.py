@@ -90,7 +90,8 @@ def import_vllm() -> Any:
             "install logitcask[teacher-cpu], or set teacher.backend=transformers"
         )
     if vllm.platforms.current_platform.is_cpu():
-        # A separate engine process would bind the cores and reserve one; on a small machine that halves the speed.
+        # A separate engine process would bind the cores and reserve one; on a small machine that
+        # halves the speed.
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     return vllm
@@ -98,7 +99,9 @@ def import_vllm() -> Any:
 
 @contextlib.contextmanager
 def torch_threads_kept() -> Iterator[None]:
-    """vLLM's CPU worker replaces ``torch.set_num_threads`` for the whole process; this puts it back."""
+    """vLLM's CPU worker replaces ``torch.set_num_threads`` for the whole process; this puts it
+    back.
+    """
     import torch
 
     original = torch.set_num_threads
@@ -145,7 +148,8 @@ def explain(error: Exception, engine_log: IO[bytes], harmless: int = 0) -> str:
         # The engine's processes write on at the file's one offset, so it stays where it is.
         size = os.fstat(engine_log.fileno()).st_size
         printed = os.pread(engine_log.fileno(), size - harmless, harmless).decode(errors="replace")
-        # The first error is the cause; the rest is other processes noticing, or naming the process it came from.
+        # The first error is the cause; the rest is other processes noticing, or naming the process
+        # it came from.
         causes = re.findall(r"\b(?:\w+\.)*\w*Error: .+", printed)
         message = next((cause for cause in causes if "raised in subprocess" not in cause), message)
     lines = [line.strip() for line in message.splitlines() if line.strip()]

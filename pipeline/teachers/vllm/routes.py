@@ -1,11 +1,12 @@
 """The ways by which prompt logprobs leave vLLM, and from each to the same arrays.
 
-vLLM's engine hands the prompt logprobs of a request to its front end as tensors, which the front end then turns into
-Python objects, one per entry; on a GPU that costs more than the model does.
+vLLM's engine hands the prompt logprobs of a request to its front end as tensors, which the front
+end then turns into Python objects, one per entry; on a GPU that costs more than the model does.
 
 raw    ``LogprobsProcessor``, a private class of the front end, is told to keep the arrays of our requests as they come.
 flat   the public ``SamplingParams(flat_logprobs=True)``: Python lists, the least wasteful of what vLLM offers.
-stock  a dict of ids and ``Logprob`` objects per token, vLLM's default. It merges equal ids, so it cannot carry draws.
+stock a dict of ids and ``Logprob`` objects per token, vLLM's default. It merges equal ids, so it
+cannot carry draws.
 
 All give the same numbers; what is slow about them is done where ``convert`` is called.
 """
@@ -54,10 +55,12 @@ def convert(route: Route, answer: Any, columns: int) -> Rows:
 
 
 class _Captured(list[Any]):
-    """Stands where vLLM keeps a request's prompt logprobs: a list, as there, but of (ids, logprobs, ranks) arrays.
+    """Stands where vLLM keeps a request's prompt logprobs: a list, as there, but of (ids, logprobs,
+    ranks) arrays.
 
-    Being a list, it takes whatever another vLLM may append, to be refused once the request is finished: an exception
-    inside the engine's loop would leave it waiting for ever for a request that it has lost.
+    Being a list, it takes whatever another vLLM may append, to be refused once the request is
+    finished: an exception inside the engine's loop would leave it waiting for ever for a request
+    that it has lost.
 
     public: what vLLM makes of the same arrays, where the request asks for that too.
     """
@@ -67,9 +70,11 @@ class _Captured(list[Any]):
 
 @contextlib.contextmanager
 def raw_capture() -> Iterator[None]:
-    """While this is entered, requests with ``extra_args[RAW]`` keep their prompt logprobs as arrays.
+    """While this is entered, requests with ``extra_args[RAW]`` keep their prompt logprobs as
+    arrays.
 
-    Raises AttributeError where vLLM no longer has the two methods of ``LogprobsProcessor`` this stands on.
+    Raises AttributeError where vLLM no longer has the two methods of ``LogprobsProcessor`` this
+    stands on.
     """
     from vllm.v1.engine.logprobs import LogprobsProcessor
 
@@ -101,7 +106,8 @@ def raw_capture() -> Iterator[None]:
                 self.prompt_logprobs = captured.public
                 update(self, tensors)
                 captured.public = self.prompt_logprobs
-            # Copies: the originals lie in the transport's receive buffer, which they would keep alive.
+            # Copies: the originals lie in the transport's receive buffer, which they would keep
+            # alive.
             ids = tensors.logprob_token_ids.numpy().astype(np.int32)
             logprobs = tensors.logprobs.numpy().astype(np.float32)
             ranks = tensors.selected_token_ranks.numpy().astype(np.int64)
@@ -120,14 +126,19 @@ def raw_capture() -> Iterator[None]:
 
 
 def _from_arrays(captured: Any, columns: int) -> Rows:
-    if not isinstance(captured, _Captured) or not captured or not all(isinstance(part, tuple) for part in captured):
+    if (
+        not isinstance(captured, _Captured)
+        or not captured
+        or not all(isinstance(part, tuple) for part in captured)
+    ):
         raise TypeError(f"expected arrays, found {str(captured[:1] or captured)[:80]}")
     ids, logprobs, ranks = (np.concatenate(parts) for parts in zip(*captured, strict=True))
     return _checked(ids, logprobs, ranks, columns)
 
 
 def _from_flat(flat: Any, columns: int) -> Rows:
-    # Row 0 stands for the first token, which nothing predicts, and is empty; all others have 1 + columns entries.
+    # Row 0 stands for the first token, which nothing predicts, and is empty; all others have 1 +
+    # columns entries.
     ids = np.array(flat.token_ids, dtype=np.int32).reshape(-1, columns + 1)
     logprobs = np.array(flat.logprobs, dtype=np.float32).reshape(-1, columns + 1)
     ranks = np.array(flat.ranks[:: columns + 1], dtype=np.int64)
@@ -135,7 +146,8 @@ def _from_flat(flat: Any, columns: int) -> Rows:
 
 
 def _from_dicts(dicts: Any, columns: int) -> Rows:
-    """The target comes first in a dict, or has given its place to the equal id among the most probable ones.
+    """The target comes first in a dict, or has given its place to the equal id among the most
+    probable ones.
 
     Then its rank is lost too: it is told from the others' logprobs, as vLLM counts it.
     """
@@ -146,7 +158,11 @@ def _from_dicts(dicts: Any, columns: int) -> Rows:
     ranks = np.empty(len(rows), np.int64)
     for row, entries in enumerate(rows):
         target = entries[0]
-        top = entries[1:] if len(entries) > columns else sorted(entries, key=lambda entry: entry[1].rank)
+        top = (
+            entries[1:]
+            if len(entries) > columns
+            else sorted(entries, key=lambda entry: entry[1].rank)
+        )
         if len(top) != columns:
             raise ValueError(f"vLLM returned {len(entries)} entries for {columns} columns")
         ids[row] = [target[0], *(each[0] for each in top)]
@@ -157,8 +173,14 @@ def _from_dicts(dicts: Any, columns: int) -> Rows:
     return _checked(ids, logprobs, np.where(inside, ties, ranks), columns)
 
 
-def _checked(ids: NDArray[np.int32], logprobs: NDArray[np.float32], ranks: NDArray[np.int64], columns: int) -> Rows:
-    if ids.shape != logprobs.shape or ids.shape[1:] != (columns + 1,) or ranks.shape != ids.shape[:1]:
+def _checked(
+    ids: NDArray[np.int32], logprobs: NDArray[np.float32], ranks: NDArray[np.int64], columns: int
+) -> Rows:
+    if (
+        ids.shape != logprobs.shape
+        or ids.shape[1:] != (columns + 1,)
+        or ranks.shape != ids.shape[:1]
+    ):
         raise ValueError(
             f"vLLM returned ids {ids.shape}, logprobs {logprobs.shape}, ranks {ranks.shape} for {columns} columns"
         )

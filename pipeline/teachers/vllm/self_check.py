@@ -25,7 +25,8 @@ from logitcask.pipeline.types import Scored
 logger = logging.getLogger(__name__)
 
 _AT_START = "for a first prompt"
-# Nats by which two runs of an engine may differ, whatever they do; and how often draws are asked for that seem wrong.
+# Nats by which two runs of an engine may differ, whatever they do; and how often draws are asked
+# for that seem wrong.
 _TOLERANCE = 1e-3
 _ATTEMPTS = 3
 
@@ -77,7 +78,9 @@ class SelfCheck:
         )
 
     def dense(self, prompt: list[int]) -> NDArray[np.float32]:
-        """float32[n-1, V]: the whole distributions of a prompt. Raises UserError where they are NaN."""
+        """float32[n-1, V]: the whole distributions of a prompt. Raises UserError where they are
+        NaN.
+        """
         ((ids, logprobs, _),) = self._rows([prompt], self.vocab_size, "flat")
         dense = np.empty((len(ids), self.vocab_size), np.float32)
         np.put_along_axis(dense, ids[:, 1:].astype(np.int64), logprobs[:, 1:], axis=1)
@@ -95,18 +98,24 @@ class SelfCheck:
         public: Route = "stock" if asked == "stock" else "flat"
         reason = self._fails(public)
         if reason is not None and asked == "auto" and not self.request.capture.samples:
-            logger.warning("%s; using the stock route in its place", self._does_not_work(public, reason))
+            logger.warning(
+                "%s; using the stock route in its place", self._does_not_work(public, reason)
+            )
             public = "stock"
             reason = self._fails(public)
         if reason is not None:
-            raise UserError(f"{self._does_not_work(public, reason)}; set teacher.backend=transformers")
+            raise UserError(
+                f"{self._does_not_work(public, reason)}; set teacher.backend=transformers"
+            )
         if asked in ("flat", "stock"):
             return public
         reason = self._fails("raw", beside=public)
         if reason is None:
             return "raw"
         if asked == "raw":
-            raise UserError(f"{self._does_not_work('raw', reason)}; set teacher.route=auto, flat or stock")
+            raise UserError(
+                f"{self._does_not_work('raw', reason)}; set teacher.route=auto, flat or stock"
+            )
         logger.warning(
             "%s; using the %s route, which gives the same numbers more slowly",
             self._does_not_work("raw", reason),
@@ -120,14 +129,19 @@ class SelfCheck:
         beside: another route, which is to make the same of each answer.
         """
         columns, request = self.request.columns, self.request
-        prompts = [prompt_of(length, self.vocab_size) for length in sorted({2, min(16, max(2, self.max_length))})]
+        prompts = [
+            prompt_of(length, self.vocab_size)
+            for length in sorted({2, min(16, max(2, self.max_length))})
+        ]
         try:
             for _, answer in self.stream(prompts, columns, route, beside):
                 scored = scored_rows(convert(route, answer, columns), request)
                 check_numbers(scored, _AT_START)
                 if beside is None:
                     continue
-                differs = _difference(scored, scored_rows(convert(beside, answer.public, columns), request))
+                differs = _difference(
+                    scored, scored_rows(convert(beside, answer.public, columns), request)
+                )
                 if differs is not None:
                     return f"{differs} differ from the {beside} route's"
         except (ImportError, AttributeError, TypeError, ValueError) as error:
@@ -136,7 +150,9 @@ class SelfCheck:
 
     def _rows(self, prompts: list[list[int]], columns: int, route: Route) -> list[Rows]:
         """What vLLM says of each prompt, asked for so many prompt logprobs."""
-        return [convert(route, output, columns) for _, output in self.stream(prompts, columns, route)]
+        return [
+            convert(route, output, columns) for _, output in self.stream(prompts, columns, route)
+        ]
 
     def _does_not_work(self, route: Route, reason: str) -> str:
         return f"the {route} route does not work with vLLM {self.version}: {reason}"
@@ -154,7 +170,9 @@ def _spread(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
         return float(np.nanmax(np.abs(a - b), initial=0))
 
 
-def _wrong_draws(rows: Rows, dense: NDArray[np.float32], request: ColumnRequest, tolerance: float) -> str | None:
+def _wrong_draws(
+    rows: Rows, dense: NDArray[np.float32], request: ColumnRequest, tolerance: float
+) -> str | None:
     """What is wrong with the draws in ``rows``; None for nothing.
 
     dense:     float32[n-1, V], the whole distributions as another run gave them.
@@ -165,9 +183,12 @@ def _wrong_draws(rows: Rows, dense: NDArray[np.float32], request: ColumnRequest,
     draws = drawn(ids, logprobs, request)
     if (draws.head_size > request.capture.top_k).all():
         return "the engine answers without draws (it loads them as a plugin; is VLLM_PLUGINS set?)"
-    # Sizes and keys follow from what this run said to the last bit, which a second run need not repeat.
+    # Sizes and keys follow from what this run said to the last bit, which a second run need not
+    # repeat.
     exact = dense.copy()
-    np.put_along_axis(exact, ids[:, : 1 + request.top].astype(np.int64), logprobs[:, : 1 + request.top], axis=1)
+    np.put_along_axis(
+        exact, ids[:, : 1 + request.top].astype(np.int64), logprobs[:, : 1 + request.top], axis=1
+    )
     if not np.allclose(exact, dense, atol=tolerance, rtol=0):
         return "the logprobs of the most probable ids change with what is asked for"
     return first_difference(draws, exact, top_ids, target_ids, request.capture, tolerance)
@@ -176,4 +197,6 @@ def _wrong_draws(rows: Rows, dense: NDArray[np.float32], request: ColumnRequest,
 def _difference(a: Scored, b: Scored) -> str | None:
     """Name of the first field that is not the same in both."""
     names = [field.name for field in dataclasses.fields(Scored)]
-    return next((name for name in names if not np.array_equal(getattr(a, name), getattr(b, name))), None)
+    return next(
+        (name for name in names if not np.array_equal(getattr(a, name), getattr(b, name))), None
+    )

@@ -1,4 +1,6 @@
-"""How a vLLM engine writes answers: prompts go in as fast as others are finished, and the ids that were sampled come out."""
+"""How a vLLM engine writes answers: prompts go in as fast as others are finished, and the ids
+that were sampled come out.
+"""
 
 from __future__ import annotations
 
@@ -11,29 +13,41 @@ from numpy.typing import NDArray
 
 from logitcask.pipeline.teachers.base import Prompt, Sampling
 
-# Answers in the engine or waiting for those before them, as multiples of what the engine works on at a time.
+# Answers in the engine or waiting for those before them, as multiples of what the engine works on
+# at a time.
 _AHEAD = 4
 
 
-def engine_arguments(sampling: Sampling | None, *, on_cpu: bool, step_tokens: int) -> dict[str, Any]:
-    """What ``vllm.LLM`` must be started with to write by ``sampling``; ``step_tokens`` hold the longest sequence."""
+def engine_arguments(
+    sampling: Sampling | None, *, on_cpu: bool, step_tokens: int
+) -> dict[str, Any]:
+    """What ``vllm.LLM`` must be started with to write by ``sampling``; ``step_tokens`` hold the
+    longest sequence.
+    """
     if sampling is None:
         return {}
     # Stop strings are looked for in text, by the engine.
     arguments: dict[str, Any] = {"skip_tokenizer_init": not sampling.stop}
     if on_cpu:
-        # A seeded request whose prompt is read in several steps fails there: torch's CPU generators know no offset.
+        # A seeded request whose prompt is read in several steps fails there: torch's CPU generators
+        # know no offset.
         arguments |= {"enable_chunked_prefill": False, "max_num_batched_tokens": step_tokens}
     return arguments
 
 
 def write(
-    engine: Any, params: Any, prompts: Iterable[Prompt], sampling: Sampling, step: Callable[[], Iterable[Any]]
+    engine: Any,
+    params: Any,
+    prompts: Iterable[Prompt],
+    sampling: Sampling,
+    step: Callable[[], Iterable[Any]],
 ) -> Iterator[NDArray[np.int32]]:
-    """One answer per prompt, int32[m], in order. ``params`` is ``vllm.SamplingParams``; ``step`` makes the engine work.
+    """One answer per prompt, int32[m], in order. ``params`` is ``vllm.SamplingParams``; ``step``
+    makes the engine work.
 
-    The engine is given prompts as it finishes others, so it never runs dry waiting for a longest answer. Each request has
-    its own seed: the same answer comes in any batch, unless rounding turns a near tie.
+    The engine is given prompts as it finishes others, so it never runs dry waiting for a longest
+    answer. Each request has its own seed: the same answer comes in any batch, unless rounding turns
+    a near tie.
     """
     ahead = _AHEAD * engine.vllm_config.scheduler_config.max_num_seqs
     prompts = iter(prompts)
@@ -43,7 +57,9 @@ def write(
         while True:
             for prompt in itertools.islice(prompts, ahead - (asked - given)):
                 ids = {"prompt_token_ids": prompt.input_ids.tolist()}
-                engine.add_request(f"answer-{asked}", ids, _sampling_params(params, prompt, sampling))
+                engine.add_request(
+                    f"answer-{asked}", ids, _sampling_params(params, prompt, sampling)
+                )
                 asked += 1
             if given == asked:
                 return

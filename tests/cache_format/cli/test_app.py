@@ -38,6 +38,7 @@ def test_a_missing_package_is_named_with_the_extra_that_has_it(module, says, mon
 def test_the_extras_bring_the_packages_that_are_said_of_them():
     for package, extra in command._EXTRAS.items():
         names = [
-            re.match(r"[A-Za-z0-9_-]+", each)[0].replace("-", "_") for each in PYPROJECT["optional-dependencies"][extra]
+            re.match(r"[A-Za-z0-9_-]+", each)[0].replace("-", "_")
+            for each in PYPROJECT["optional-dependencies"][extra]
         ]
         assert package in names, f"{extra} does not bring {package}"

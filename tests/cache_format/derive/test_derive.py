@@ -1,4 +1,6 @@
-"""Smaller caches and merged ones: every number still right, estimates still unbiased, what does not fit is refused."""
+"""Smaller caches and merged ones: every number still right, estimates still unbiased, what does
+not fit is refused.
+"""
 
 from __future__ import annotations
 
@@ -23,14 +25,19 @@ VOCAB = 300
 @pytest.fixture
 def write(tmp_path, rng, header, consistent_sequence):
     def make(name, kind="samples", count=8, start=0, empty=0, data=None, **changes):
-        """The first ``empty`` sequences have no kept position; ``data`` and ``changes`` go into the header."""
+        """The first ``empty`` sequences have no kept position; ``data`` and ``changes`` go into
+        the header.
+        """
         sequences = [
             consistent_sequence(rng, f"s{start + i}", kind=kind, tokens=60, kept=float(i >= empty))
             for i in range(count)
         ]
         made = header(1000, kind=kind)
         made = made.model_copy(
-            update={"store": made.store.model_copy(update=changes), "data": made.data.model_copy(update=data or {})}
+            update={
+                "store": made.store.model_copy(update=changes),
+                "data": made.data.model_copy(update=data or {}),
+            }
         )
         with CacheWriter(tmp_path / name) as writer:
             started = writer.begin(made, TailPrior.estimate(sequences, 1000))
@@ -94,10 +101,18 @@ def test_sequences_are_chosen_by_slice_and_pattern(tmp_path, write):
 
 
 def test_draws_of_draws_are_unbiased(rng):
-    """Over many first draws and many second ones, every id of the new tail gets its probability; a biased way does not."""
+    """Over many first draws and many second ones, every id of the new tail gets its probability;
+    a biased way does not.
+    """
     p = np.sort(rng.dirichlet(np.full(VOCAB, 0.1)))[::-1]
     ids = rng.permutation(VOCAB)
-    had = {"vocab_size": VOCAB, "top_k": 12, "capture_k": 12, "logprob_step": 2.0**-16, "tail_samples": 6}
+    had = {
+        "vocab_size": VOCAB,
+        "top_k": 12,
+        "capture_k": 12,
+        "logprob_step": 2.0**-16,
+        "tail_samples": 6,
+    }
     wide = StoreSettings(**had)
     sums = {"right": np.zeros(VOCAB), "biased": np.zeros(VOCAB)}
     squares = {"right": np.zeros(VOCAB), "biased": np.zeros(VOCAB)}
@@ -110,7 +125,11 @@ def test_draws_of_draws_are_unbiased(rng):
         new = narrow(named, wide.model_copy(update={"top_k": 4}), "source")
         for name, share in (("right", np.exp(new.tail_logprob[0])), ("biased", tail)):
             estimate = (
-                np.stack([np.bincount(row[row >= 0], minlength=VOCAB) for row in new.samples.ids[:, 0]]) / 6 * share
+                np.stack(
+                    [np.bincount(row[row >= 0], minlength=VOCAB) for row in new.samples.ids[:, 0]]
+                )
+                / 6
+                * share
             )
             sums[name] += estimate.sum(0)
             squares[name] += (estimate**2).sum(0)
@@ -125,13 +144,23 @@ def test_draws_of_draws_are_unbiased(rng):
 
 @pytest.mark.parametrize("draws", ["systematic", "independent"])
 def test_draws_of_draws_of_draws_are_unbiased(rng, draws):
-    """Of 16 first draws as stored, by rising id, each gets into the last 4 equally often; with the same points twice not."""
-    had = {"vocab_size": VOCAB, "top_k": 4, "capture_k": 4, "logprob_step": 2.0**-16, "draws": draws}
+    """Of 16 first draws as stored, by rising id, each gets into the last 4 equally often; with
+    the same points twice not.
+    """
+    had = {
+        "vocab_size": VOCAB,
+        "top_k": 4,
+        "capture_k": 4,
+        "logprob_step": 2.0**-16,
+        "draws": draws,
+    }
     steps = [StoreSettings(**had, tail_samples=count) for count in (8, 4)]
     first = np.arange(100, 116)
     rounds, rows = 60, 400
     template = sequence_of(np.arange(4), np.log([0.4, 0.2, 0.1, 0.1]), np.log(0.2), rows)
-    template = dataclasses.replace(template, samples=TailSamples(np.tile(first, (rows, 1, 1)).astype(np.int32)))
+    template = dataclasses.replace(
+        template, samples=TailSamples(np.tile(first, (rows, 1, 1)).astype(np.int32))
+    )
     cases = [(("one", "two"), True)]
     if draws == "systematic":  # one point a row, the same for both
         cases.append((("one", "one"), False))
@@ -141,7 +170,9 @@ def test_draws_of_draws_of_draws_are_unbiased(rng, draws):
             new = dataclasses.replace(template, sequence_id=f"{rng.integers(2**60)}")
             for settings, source in zip(steps, sources, strict=True):
                 new = narrow(new, settings, source)
-                new = dataclasses.replace(new, samples=TailSamples(np.sort(new.samples.ids, axis=2)))
+                new = dataclasses.replace(
+                    new, samples=TailSamples(np.sort(new.samples.ids, axis=2))
+                )
             counts = (new.samples.ids[:, 0, :, None] == first).sum(axis=1)
             sums += counts.sum(0)
             squares += (counts**2).sum(0)
@@ -152,7 +183,9 @@ def test_draws_of_draws_of_draws_are_unbiased(rng, draws):
 
 
 def test_each_derivation_has_draws_of_its_own(tmp_path, write):
-    """What is derived from a derived cache is drawn at other points than the source's draws were."""
+    """What is derived from a derived cache is drawn at other points than the source's draws
+    were.
+    """
     source = write("source", "random sampling")
     derive(source, tmp_path / "once", DeriveOptions(tail_samples=20))
     derive(str(tmp_path / "once"), tmp_path / "twice", DeriveOptions(tail_samples=10))
@@ -163,7 +196,9 @@ def test_each_derivation_has_draws_of_its_own(tmp_path, write):
         return np.sort(sequence.samples.ids, axis=2)
 
     for old, new in zip(once, twice, strict=True):
-        np.testing.assert_array_equal(draws(narrow(old, store, once.manifest.fingerprint)), draws(new))
+        np.testing.assert_array_equal(
+            draws(narrow(old, store, once.manifest.fingerprint)), draws(new)
+        )
     others = [draws(narrow(old, store, CacheReader(source).manifest.fingerprint)) for old in once]
     assert any((other != draws(new)).any() for other, new in zip(others, twice, strict=True))
 
@@ -245,12 +280,17 @@ def test_a_budget_is_met(tmp_path, write, option):
     cache = CacheReader(tmp_path / "out")
     if "max_kl" in option:
         kl = np.concatenate(
-            [reconstruction_kl(s, head_sizes(s.logprobs, manifest.store), 1000, cache.prior) for s in cache]
+            [
+                reconstruction_kl(s, head_sizes(s.logprobs, manifest.store), 1000, cache.prior)
+                for s in cache
+            ]
         )
         assert 0.7 * option["max_kl"] < kl.mean() < 1.1 * option["max_kl"]
     else:
         size = sum(file.stat().st_size for file in (tmp_path / "out").rglob("*") if file.is_file())
-        assert 0.7 < size / manifest.statistics.tokens / option["max_bytes_per_token"] < 1.05, "all files counted"
+        assert 0.7 < size / manifest.statistics.tokens / option["max_bytes_per_token"] < 1.05, (
+            "all files counted"
+        )
     assert manifest.store.min_probability is not None
     with pytest.raises(UserError, match="out of reach"):
         derive(source, tmp_path / "no", DeriveOptions(**dict.fromkeys(option, 0.001)))
@@ -279,13 +319,19 @@ def test_more_than_there_is_is_refused(tmp_path, write, kind, options, what):
 
 def test_heads_that_ended_are_not_said_to_go_on(tmp_path, write):
     source = write("nucleus", top_p=0.9, min_probability=None, min_k=2)
-    for options, what in (({"top_p": 0.95}, r"top_p 0\.9, not 0\.95"), ({"min_k": 3}, "at least 2 entries")):
+    for options, what in (
+        ({"top_p": 0.95}, r"top_p 0\.9, not 0\.95"),
+        ({"min_k": 3}, "at least 2 entries"),
+    ):
         with pytest.raises(UserError, match=what):
             derive(source, tmp_path / "out", DeriveOptions(**options))
     # Fewer than 3 are left in any case, and whole heads have as many as one likes.
     assert derive(source, tmp_path / "two", DeriveOptions(top_k=2, min_k=3)).store.min_k == 2
     whole = write("whole", "head", min_k=1)
-    assert derive(whole, tmp_path / "three", DeriveOptions(min_probability=0.1, min_k=3)).store.min_k == 3
+    assert (
+        derive(whole, tmp_path / "three", DeriveOptions(min_probability=0.1, min_k=3)).store.min_k
+        == 3
+    )
 
 
 @pytest.mark.parametrize("bound", [0.01, 0.0123456, 0.6])
@@ -295,7 +341,9 @@ def test_a_budget_beyond_the_source_keeps_its_bound(tmp_path, write, bound):
     assert manifest.store.min_probability == bound
 
 
-@pytest.mark.parametrize("options", [{"sequences": "x"}, {"sequences": "::0"}, {"max_kl": 1, "min_probability": 0.1}])
+@pytest.mark.parametrize(
+    "options", [{"sequences": "x"}, {"sequences": "::0"}, {"max_kl": 1, "min_probability": 0.1}]
+)
 def test_options_that_make_no_sense(options):
     with pytest.raises(ValueError, match=r"sequences is|set one"):
         DeriveOptions(**options)
@@ -336,16 +384,22 @@ def test_an_unfinished_derivation_is_begun_afresh_without_its_folder(tmp_path, w
 
     with pytest.raises(RuntimeError):
         derive(source, out, DeriveOptions(top_k=3), on_tokens=stop)
-    with pytest.raises(UserError, match=rf"go on with the old settings, remove {out} to start afresh, or") as caught:
+    with pytest.raises(
+        UserError, match=rf"go on with the old settings, remove {out} to start afresh, or"
+    ) as caught:
         derive(source, out, DeriveOptions(top_k=2))
     assert "--restart" not in str(caught.value)
     prior = (out / "tail_prior.arrow").read_bytes()
     (out / "tail_prior.arrow").write_bytes(b"?")
-    with pytest.raises(UserError, match=rf"not the file the build wrote; remove {out} to start afresh$"):
+    with pytest.raises(
+        UserError, match=rf"not the file the build wrote; remove {out} to start afresh$"
+    ):
         derive(source, out, DeriveOptions(top_k=3))
     (out / "tail_prior.arrow").write_bytes(prior)
     (out / ".build" / "header.json").write_text("{}")
-    with pytest.raises(UserError, match=rf"this version of logitcask; remove {out} to start afresh$"):
+    with pytest.raises(
+        UserError, match=rf"this version of logitcask; remove {out} to start afresh$"
+    ):
         derive(source, out, DeriveOptions(top_k=3))
 
 
@@ -355,8 +409,13 @@ def test_an_unfinished_derivation_is_begun_afresh_without_its_folder(tmp_path, w
 def test_a_url_as_output_is_refused(tmp_path, write, output, monkeypatch):
     monkeypatch.chdir(tmp_path)
     one, two = write("one"), write("two", start=50)
-    for make in (lambda: derive(one, Path(output), DeriveOptions(top_k=3)), lambda: merge([one, two], Path(output))):
-        with pytest.raises(UserError, match=r"is a URL, but has to be a local folder; .*teacher-cache push"):
+    for make in (
+        lambda: derive(one, Path(output), DeriveOptions(top_k=3)),
+        lambda: merge([one, two], Path(output)),
+    ):
+        with pytest.raises(
+            UserError, match=r"is a URL, but has to be a local folder; .*teacher-cache push"
+        ):
             make()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
 
@@ -387,7 +446,9 @@ def test_merged_caches_hold_all_sequences(tmp_path, write):
         for row in range(len(old.positions)):
             for a, b in zip(old.samples.ids[row], new.samples.ids[row], strict=True):
                 assert sorted(a[a >= 0]) == sorted(b[b >= 0])
-    assert manifest.derived_from.fingerprints == tuple(CacheReader(c).manifest.fingerprint for c in (one, two))
+    assert manifest.derived_from.fingerprints == tuple(
+        CacheReader(c).manifest.fingerprint for c in (one, two)
+    )
 
 
 def test_what_does_not_belong_together_is_not_merged(tmp_path, write):
@@ -399,7 +460,9 @@ def test_what_does_not_belong_together_is_not_merged(tmp_path, write):
     with pytest.raises(UserError, match="two or more"):
         merge([one], tmp_path / "out")
     for policy in ("all", "mixed"):
-        with pytest.raises(UserError, match=rf"data\.mask_policy: {policy} -> generated; do not merge"):
+        with pytest.raises(
+            UserError, match=rf"data\.mask_policy: {policy} -> generated; do not merge"
+        ):
             merge(
                 [
                     write(policy, data={"mask_policy": policy}),

@@ -1,4 +1,5 @@
-"""A second reader, written from SPEC.md alone with pyarrow and numpy, to show that the document is enough.
+"""A second reader, written from SPEC.md alone with pyarrow and numpy, to show that the document is
+enough.
 
 It shares no line with cache_format and checks only what a reader must (section 8, hashes included).
 """
@@ -17,19 +18,28 @@ import pyarrow as pa
 def read(folder: Path) -> list[dict]:
     """Every sequence of a cache as a dict of lists.
 
-    A position's head is a list of (id, logprob), its samples are a list of sets, each a list of (id, count, logprob).
+    A position's head is a list of (id, logprob), its samples are a list of sets, each a list of
+    (id, count, logprob).
     """
     manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
-    if manifest["format"] != "logitcask" or manifest["format_version"] > 1 or manifest["required_features"]:
+    if (
+        manifest["format"] != "logitcask"
+        or manifest["format_version"] > 1
+        or manifest["required_features"]
+    ):
         raise ValueError("not a cache that this reader knows")
     store, id_at = manifest["store"], np.arange(manifest["store"]["vocab_size"])
     if manifest.get("tail_prior"):
-        table = pa.ipc.open_file(checked(folder, manifest["tail_prior"], r"tail_prior\.arrow")).read_all()
+        table = pa.ipc.open_file(
+            checked(folder, manifest["tail_prior"], r"tail_prior\.arrow")
+        ).read_all()
         id_at = np.argsort(table.column("step").to_numpy(), kind="stable")
     sequences = []
     for shard in manifest["shards"]:
         data = checked(folder, shard, r"data/[A-Za-z0-9_-][A-Za-z0-9._-]*\.arrow")
-        sequences += [decode(row, store, id_at) for row in pa.ipc.open_file(data).read_all().to_pylist()]
+        sequences += [
+            decode(row, store, id_at) for row in pa.ipc.open_file(data).read_all().to_pylist()
+        ]
     return sequences
 
 
@@ -79,7 +89,9 @@ def decode(row: dict, store: dict, id_at: np.ndarray) -> dict:
     return found
 
 
-def decode_samples(row: dict, store: dict, id_at: np.ndarray, last: list[int]) -> list[list[list[tuple]]]:
+def decode_samples(
+    row: dict, store: dict, id_at: np.ndarray, last: list[int]
+) -> list[list[list[tuple]]]:
     gaps, counts = ranks_of(row, "sample_gap"), row["sample_count_plane"]
     steps = steps_of(row, "sample_step") if store["sample_logprobs"] else [None] * len(counts)
     if not len(gaps) == len(counts) == len(steps) == sum(row["sample_size"]) or 0 in counts:
@@ -88,7 +100,10 @@ def decode_samples(row: dict, store: dict, id_at: np.ndarray, last: list[int]) -
     for index, size in enumerate(row["sample_size"]):
         position, number = divmod(index, store["sample_sets"])
         part = slice(start, start + size)
-        logprobs = [None if d is None else -(last[position] + d) * store["logprob_step"] for d in steps[part]]
+        logprobs = [
+            None if d is None else -(last[position] + d) * store["logprob_step"]
+            for d in steps[part]
+        ]
         ids = id_at[np.cumsum(gaps[part])].tolist()
         positions += [[]] if number == 0 else []
         positions[position].append(list(zip(ids, list(counts[part]), logprobs, strict=True)))

@@ -1,4 +1,6 @@
-"""Caches from people one does not know: a short run of ``benchmarks/hostile``, and one test per hole that it found."""
+"""Caches from people one does not know: a short run of ``benchmarks/hostile``, and one test per
+hole that it found.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +28,12 @@ MODULES = ("cases", "shards", "bombs")
 
 
 def test_hundreds_of_mutated_caches():
-    """No crash, hang, excessive allocation or silently different value; a failure prints the command that repeats it."""
-    done = subprocess.run([sys.executable, str(BENCHMARK), "--count", "400"], capture_output=True, text=True)
+    """No crash, hang, excessive allocation or silently different value; a failure prints the
+    command that repeats it.
+    """
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARK), "--count", "400"], capture_output=True, text=True
+    )
     print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -49,7 +55,9 @@ def case(hostile, tmp_path, rng):
     """Makes a sound cache of a kind, to be mutated."""
 
     def make(kind="samples", vocab_size=1000, with_prior=True):
-        return hostile.cases.Case(hostile.cases.make_base(kind, vocab_size, with_prior, tmp_path / "sound"), rng)
+        return hostile.cases.Case(
+            hostile.cases.make_base(kind, vocab_size, with_prior, tmp_path / "sound"), rng
+        )
 
     return make
 
@@ -131,7 +139,10 @@ def test_a_key_that_occurs_twice(case, laid_out):
 
 def test_json_that_takes_many_times_its_size_in_memory():
     with pytest.raises(DamagedCacheError, match="values"):
-        Manifest.from_json(b'{"format": "logitcask", "x": [' + b"[]," * MAX_MANIFEST_VALUES + b"1]}", "manifest.json")
+        Manifest.from_json(
+            b'{"format": "logitcask", "x": [' + b"[]," * MAX_MANIFEST_VALUES + b"1]}",
+            "manifest.json",
+        )
 
 
 def test_sums_may_be_rounded_otherwise(case, laid_out):
@@ -196,7 +207,9 @@ def test_nulls_inside_of_lists(hostile, case, laid_out, column):
 def test_columns_are_validated_before_anything_follows_their_offsets(hostile, case, laid_out):
     mutated = case(with_prior=False)
     entry = mutated.manifest["shards"][0]
-    table = pa.ipc.open_file(pa.BufferReader(mutated.files[entry["path"]])).read_all().combine_chunks()
+    table = (
+        pa.ipc.open_file(pa.BufferReader(mutated.files[entry["path"]])).read_all().combine_chunks()
+    )
     lengths = table.column("input_ids").combine_chunks().value_lengths().to_numpy()
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype("<i4")
     entry["sequences_per_batch"] = len(lengths)
@@ -216,7 +229,9 @@ def test_a_body_that_claims_more_than_the_file(hostile, case, laid_out, places):
     """Arrow allocates it before it looks when some columns are read alone."""
     mutated = case()
     entry, data = mutated.shard()
-    first, second = hostile.shards.metadata_of(data)[2:4]  # after the footer and the schema: two record batches
+    first, second = hostile.shards.metadata_of(data)[
+        2:4
+    ]  # after the footer and the schema: two record batches
     body = (second[0] - first[1]).to_bytes(8, "little")
     assert data.count(body) >= 2, "in the message and in the footer"
     mutated.files[entry["path"]] = data.replace(body, (1 << 44).to_bytes(8, "little"), places)
@@ -228,7 +243,9 @@ def test_a_body_that_claims_more_than_the_file(hostile, case, laid_out, places):
 
 
 def of_version_4(batches, schema, *, hidden):
-    """An Arrow file whose messages have metadata version V4; ``hidden``: only custom metadata says that it is compressed."""
+    """An Arrow file whose messages have metadata version V4; ``hidden``: only custom metadata
+    says that it is compressed.
+    """
     sink = pa.BufferOutputStream()
     options = pa.ipc.IpcWriteOptions(metadata_version=pa.ipc.MetadataVersion.V4, compression="zstd")
     with pa.ipc.new_file(sink, schema, options=options) as file:
@@ -259,16 +276,23 @@ def metadata_of_batches(data):
     blocks = table_at(data, field_at(data, footer, 3))
     for index in range(int.from_bytes(data[blocks : blocks + 4], "little")):
         at = blocks + 4 + 24 * index
-        yield int.from_bytes(data[at : at + 8], "little"), int.from_bytes(data[at + 8 : at + 12], "little")
+        yield (
+            int.from_bytes(data[at : at + 8], "little"),
+            int.from_bytes(data[at + 8 : at + 12], "little"),
+        )
 
 
 @pytest.mark.parametrize("what", ["shard", "prior"])
 @pytest.mark.parametrize("hidden", [True, False])
 def test_metadata_that_hides_compression(hostile, case, laid_out, what, hidden):
-    """In V4, Arrow decompresses where custom metadata says so: the sizes that are checked would be those on disk."""
+    """In V4, Arrow decompresses where custom metadata says so: the sizes that are checked would
+    be those on disk.
+    """
     mutated = case()
     path = mutated.shard()[0]["path"] if what == "shard" else "tail_prior.arrow"
-    with pa.ipc.open_file(pa.BufferReader(mutated.files.get(path) or mutated.base.files[path])) as file:
+    with pa.ipc.open_file(
+        pa.BufferReader(mutated.files.get(path) or mutated.base.files[path])
+    ) as file:
         batches = [file.get_batch(index) for index in range(file.num_record_batches)]
     forged = of_version_4(batches, batches[0].schema, hidden=hidden)
     with pa.ipc.open_file(pa.BufferReader(forged)) as file:
@@ -315,8 +339,12 @@ def test_record_batches_too_few_or_too_many(hostile, case, laid_out, batches):
 def test_a_prior_with_fewer_bytes_than_rows(hostile):
     """Where the file says 5000 rows of a buffer of 1000 bytes, nothing is read behind that."""
     schema = pa.schema([pa.field("step", pa.uint8(), nullable=False)])
-    data = hostile.shards.written([pa.record_batch([pa.array(np.ones(1000, np.uint8))], schema=schema)], schema, None)
-    forged = data.replace((1000).to_bytes(8, "little") + bytes(8), (5000).to_bytes(8, "little") + bytes(8))
+    data = hostile.shards.written(
+        [pa.record_batch([pa.array(np.ones(1000, np.uint8))], schema=schema)], schema, None
+    )
+    forged = data.replace(
+        (1000).to_bytes(8, "little") + bytes(8), (5000).to_bytes(8, "little") + bytes(8)
+    )
     assert forged != data
     with pytest.raises(DamagedCacheError):
         TailPrior.from_bytes(forged, 5000, "tail_prior.arrow")
@@ -335,7 +363,9 @@ def test_flags_take_no_more_memory_than_tokens(hostile, case, laid_out):
     entry, data = mutated.shard()
     names, columns = hostile.bombs.one_row(hostile.shards.columns_of(data)[0], 2, 0)
     columns["loss_mask"] = np.array([1000]), np.zeros(1000, np.bool_)
-    hostile.shards.put_columns(mutated, entry, hostile.shards.columns_of(data)[0], names, columns, 1)
+    hostile.shards.put_columns(
+        mutated, entry, hostile.shards.columns_of(data)[0], names, columns, 1
+    )
     mutated.seal()
     refused(laid_out(mutated), "more flags")
 
@@ -390,7 +420,10 @@ def test_large_heads_are_verified_in_parts(hostile, case, laid_out, monkeypatch,
     store = mutated.base.store.model_copy(update={"logprob_step": 2.0**-9})
     parts = list(sys.modules["logitcask.cache_format.verify"]._parts(CacheReader(folder)[0]))
     assert len(parts) > 1
-    assert np.concatenate([part.positions for part in parts]).tolist() == CacheReader(folder)[0].positions.tolist()
+    assert (
+        np.concatenate([part.positions for part in parts]).tolist()
+        == CacheReader(folder)[0].positions.tolist()
+    )
     with pytest.raises(DamagedCacheError):
         for part in parts:
             sys.modules["logitcask.cache_format.verify"]._check_sequence(
@@ -417,7 +450,11 @@ def test_the_seed_and_the_counts_are_printed(tmp_path):
     assert "10 cases, 0 failures" in done.stdout
     assert "seed 7" in done.stdout
     result = json.loads(out.read_text())
-    assert (result["seed"], result["cases"], sum(sum(each.values()) for each in result["outcomes"].values())) == (
+    assert (
+        result["seed"],
+        result["cases"],
+        sum(sum(each.values()) for each in result["outcomes"].values()),
+    ) == (
         7,
         10,
         10,

@@ -35,7 +35,9 @@ def check(rows, path):
 
 
 def test_polars(path):
-    table = polars.concat([polars.read_ipc(file) for file in sorted((path / "data").glob("*.arrow"))])
+    table = polars.concat(
+        [polars.read_ipc(file) for file in sorted((path / "data").glob("*.arrow"))]
+    )
     check(table.select("sequence_id", "input_ids", "target_logprob", "tail_step").iter_rows(), path)
     assert table.select(polars.col("target_logprob").list.mean().mean()).item() < 0
 
@@ -44,5 +46,7 @@ def test_duckdb(path):
     shards = [pa.ipc.open_file(file).read_all() for file in sorted((path / "data").glob("*.arrow"))]
     cache = duckdb.from_arrow(pa.concat_tables(shards))
     check(cache.project("sequence_id, input_ids, target_logprob, tail_step").fetchall(), path)
-    [(mean,)] = cache.project("unnest(target_logprob) as logprob").aggregate("avg(logprob)").fetchall()
+    [(mean,)] = (
+        cache.project("unnest(target_logprob) as logprob").aggregate("avg(logprob)").fetchall()
+    )
     assert mean < 0

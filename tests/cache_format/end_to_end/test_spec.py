@@ -1,4 +1,6 @@
-"""SPEC.md is enough to write a reader: the minimal one reads what the package writes, and the caches of version 1."""
+"""SPEC.md is enough to write a reader: the minimal one reads what the package writes, and the
+caches of version 1.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ GOLDEN = sorted(path for path in (Path(__file__).parents[2] / "golden").iterdir(
 
 @pytest.fixture(scope="module")
 def minimal():
-    spec = importlib.util.spec_from_file_location("minimal_reader", Path(__file__).with_name("minimal_reader.py"))
+    spec = importlib.util.spec_from_file_location(
+        "minimal_reader", Path(__file__).with_name("minimal_reader.py")
+    )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -27,7 +31,9 @@ def minimal():
 def as_lists(sequence):
     """A CachedSequence in the terms of the minimal reader."""
     plain = ("input_ids", "loss_mask", "positions", "target_logprob", "target_rank", "tail_logprob")
-    found = {"sequence_id": sequence.sequence_id} | {name: getattr(sequence, name).tolist() for name in plain}
+    found = {"sequence_id": sequence.sequence_id} | {
+        name: getattr(sequence, name).tolist() for name in plain
+    }
     found["heads"] = [
         [(i, p) for i, p in zip(ids, logprobs, strict=True) if i >= 0]
         for ids, logprobs in zip(sequence.ids.tolist(), sequence.logprobs.tolist(), strict=True)
@@ -36,7 +42,10 @@ def as_lists(sequence):
         found["entropy"] = sequence.entropy.tolist()
     if sequence.samples is not None:
         found["samples"] = [
-            [draws_of(sequence.samples, row, number) for number in range(sequence.samples.ids.shape[1])]
+            [
+                draws_of(sequence.samples, row, number)
+                for number in range(sequence.samples.ids.shape[1])
+            ]
             for row in range(len(sequence.positions))
         ]
     return found
@@ -46,22 +55,32 @@ def draws_of(samples, row, number):
     ids, counts = np.unique(samples.ids[row, number], return_counts=True)
     if samples.logprobs is None:
         return sorted((int(i), int(c), None) for i, c in zip(ids, counts, strict=True) if i >= 0)
-    logprob = dict(zip(samples.ids[row, number].tolist(), samples.logprobs[row, number].tolist(), strict=True))
-    return sorted((int(i), int(c), logprob[int(i)]) for i, c in zip(ids, counts, strict=True) if i >= 0)
+    logprob = dict(
+        zip(samples.ids[row, number].tolist(), samples.logprobs[row, number].tolist(), strict=True)
+    )
+    return sorted(
+        (int(i), int(c), logprob[int(i)]) for i, c in zip(ids, counts, strict=True) if i >= 0
+    )
 
 
 def in_any_order(found):
     """Draws by id: their order, by rank, means nothing."""
     if "samples" in found:
-        found = found | {"samples": [[sorted(draws) for draws in sets] for sets in found["samples"]]}
+        found = found | {
+            "samples": [[sorted(draws) for draws in sets] for sets in found["samples"]]
+        }
     return found
 
 
 @pytest.mark.parametrize("vocab_size", [200, 60_000, 1 << 24])
-@pytest.mark.parametrize("kind", ["head", "ragged", "samples", "sample logprobs", "random sampling"])
+@pytest.mark.parametrize(
+    "kind", ["head", "ragged", "samples", "sample logprobs", "random sampling"]
+)
 def test_the_minimal_reader_agrees(tmp_path, rng, header, sequence, minimal, vocab_size, kind):
     sequences = [
-        sequence(rng, f"{i}", tokens=int(rng.integers(1, 40)), vocab_size=vocab_size, kind=kind, kept=0.7)
+        sequence(
+            rng, f"{i}", tokens=int(rng.integers(1, 40)), vocab_size=vocab_size, kind=kind, kept=0.7
+        )
         for i in range(8)
     ]
     prior = TailPrior.estimate(sequences, vocab_size) if vocab_size < 1 << 20 else None
@@ -81,9 +100,16 @@ def test_the_minimal_reader_agrees(tmp_path, rng, header, sequence, minimal, voc
 
 @pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.name)
 def test_golden_caches_are_read_for_ever(path, minimal):
-    """Both readers find the values that lie beside a cache of version 1, and its rows are still encoded to the same bytes."""
+    """Both readers find the values that lie beside a cache of version 1, and its rows are still
+    encoded to the same bytes.
+    """
     expected = [
-        in_any_order({**sequence, "samples": [[[tuple(d) for d in s] for s in p] for p in sequence["samples"]]})
+        in_any_order(
+            {
+                **sequence,
+                "samples": [[[tuple(d) for d in s] for s in p] for p in sequence["samples"]],
+            }
+        )
         if "samples" in sequence
         else sequence
         for sequence in json.loads(path.with_suffix(".json").read_text())

@@ -1,4 +1,6 @@
-"""The numbers: what is stored comes back within the stated bounds, and what cannot be stored is refused."""
+"""The numbers: what is stored comes back within the stated bounds, and what cannot be stored is
+refused.
+"""
 
 from __future__ import annotations
 
@@ -30,9 +32,14 @@ def round_trip(sequences, store, prior=None):
 def test_round_trip(rng, header, sequence, same, vocab_size, kind, step):
     store = header(vocab_size, min(8, vocab_size), step, kind).store
     sequences = [
-        sequence(rng, f"s{i}", tokens=int(rng.integers(1, 60)), vocab_size=vocab_size, kind=kind) for i in range(7)
+        sequence(rng, f"s{i}", tokens=int(rng.integers(1, 60)), vocab_size=vocab_size, kind=kind)
+        for i in range(7)
     ]
-    prior = TailPrior(rng.integers(0, 256, vocab_size).astype(np.uint8)) if vocab_size < 1 << 20 else None
+    prior = (
+        TailPrior(rng.integers(0, 256, vocab_size).astype(np.uint8))
+        if vocab_size < 1 << 20
+        else None
+    )
     for original, decoded in zip(sequences, round_trip(sequences, store, prior), strict=True):
         validate(original, store)
         same(original, decoded, step)
@@ -44,7 +51,9 @@ def test_any_valid_sequence(same, data):
     """Ties, sure things, tiny tails, k = 1, k = vocabulary, empty and full masks, one token."""
     vocab_size = data.draw(st.sampled_from([2, 3, 300, 70_000, 1 << 24]))
     tokens = data.draw(st.integers(1, 6))
-    mask = np.array([False, *data.draw(st.lists(st.booleans(), min_size=tokens - 1, max_size=tokens - 1))])
+    mask = np.array(
+        [False, *data.draw(st.lists(st.booleans(), min_size=tokens - 1, max_size=tokens - 1))]
+    )
     positions = np.flatnonzero(mask[1:]).astype(np.int32)
     step = data.draw(st.sampled_from([1.0, 1 / 64, 2.0**-16]))
     sets, most = data.draw(st.integers(1, 3)), data.draw(st.sampled_from([0, 1, 5, 255]))
@@ -52,16 +61,22 @@ def test_any_valid_sequence(same, data):
     for _ in positions:
         k = data.draw(st.integers(0 if most else 1, min(vocab_size, 6)))
         weights = data.draw(st.lists(st.floats(1e-30, 1.0), min_size=k, max_size=k))
-        tail = 0.0 if k == vocab_size else data.draw(st.sampled_from([2.0**-20, 1e-3, 0.5, 1 - 1e-7]))
+        tail = (
+            0.0 if k == vocab_size else data.draw(st.sampled_from([2.0**-20, 1e-3, 0.5, 1 - 1e-7]))
+        )
         tail = tail if k else 1.0
         p = np.sort(np.array(weights))[::-1] / sum(weights) * (1 - tail) if k else np.empty(0)
-        ids = data.draw(st.lists(st.integers(0, vocab_size - 1), min_size=k, max_size=k, unique=True))
+        ids = data.draw(
+            st.lists(st.integers(0, vocab_size - 1), min_size=k, max_size=k, unique=True)
+        )
         rows.append((ids, np.log(np.maximum(p, 1e-37))))
         tails.append(np.log(tail) if tail else -np.inf)
         count = data.draw(st.integers(1, most)) if most and tail else 0
         outside = st.integers(0, vocab_size - 1).filter(lambda i, ids=ids: i not in ids)
         draws.append(
-            [[data.draw(outside) for _ in range(min(count, 9))] * 29 for _ in range(sets)] if count else [[]] * sets
+            [[data.draw(outside) for _ in range(min(count, 9))] * 29 for _ in range(sets)]
+            if count
+            else [[]] * sets
         )
     width = max((len(ids) for ids, _ in rows), default=0)
     ids = np.full((len(rows), width), -1, np.int32)
@@ -87,7 +102,12 @@ def test_any_valid_sequence(same, data):
         samples=samples,
     )
     store = StoreSettings(
-        vocab_size=vocab_size, top_k=1, capture_k=1, logprob_step=step, tail_samples=most, sample_sets=sets
+        vocab_size=vocab_size,
+        top_k=1,
+        capture_k=1,
+        logprob_step=step,
+        tail_samples=most,
+        sample_sets=sets,
     )
     validate(original, store)
     (decoded,) = round_trip([original], store)
@@ -95,7 +115,9 @@ def test_any_valid_sequence(same, data):
 
 
 def test_errors_do_not_add_up_along_the_head(rng, header, sequence):
-    """Differences are stored, but each logprob is rounded on its own: the last of 40 is as good as the first."""
+    """Differences are stored, but each logprob is rounded on its own: the last of 40 is as good
+    as the first.
+    """
     original = sequence(rng, "s", tokens=200, vocab_size=5000, top_k=40)
     (decoded,) = round_trip([original], header(5000, 40, 1 / 4).store)
     assert np.abs(decoded.logprobs - original.logprobs).max() <= 1 / 8
@@ -124,14 +146,19 @@ def test_a_prior_only_renumbers(rng, header, sequence, same):
     common = np.unique(np.concatenate([s.ids[s.ids >= 0] for s in sequences]))
     assert fitting.rank_of[common].max() < 5 * 40 * 40
     np.testing.assert_array_equal(fitting.id_at[fitting.rank_of], np.arange(70_000))
-    assert TailPrior.from_bytes(fitting.to_bytes(), 70_000, "x").steps.tolist() == fitting.steps.tolist()
+    assert (
+        TailPrior.from_bytes(fitting.to_bytes(), 70_000, "x").steps.tolist()
+        == fitting.steps.tolist()
+    )
 
 
 BROKEN = {
     "falling": lambda s: {"logprobs": s.logprobs[:, ::-1].copy()},
     "vocabulary": lambda s: {"ids": s.ids + 1000},
     "finite": lambda s: {
-        "logprobs": np.where(np.arange(s.logprobs.size).reshape(s.logprobs.shape) == 0, -np.inf, s.logprobs)
+        "logprobs": np.where(
+            np.arange(s.logprobs.size).reshape(s.logprobs.shape) == 0, -np.inf, s.logprobs
+        )
     },
     "not a number": lambda s: {"target_logprob": s.target_logprob * np.nan},
     "mass": lambda s: {"logprobs": np.full_like(s.logprobs, -0.01)},
@@ -143,8 +170,12 @@ BROKEN = {
     "no entropy": lambda s: {"entropy": None},
     "entropy above ln V": lambda s: {"entropy": s.entropy + 7},
     "sample ids": lambda s: {"samples": TailSamples(s.samples.ids + 1000)},
-    "sample padding": lambda s: {"samples": TailSamples(np.where(np.arange(6) == 0, -1, s.samples.ids))},
-    "a set too many": lambda s: {"samples": TailSamples(np.concatenate([s.samples.ids] * 2, axis=1))},
+    "sample padding": lambda s: {
+        "samples": TailSamples(np.where(np.arange(6) == 0, -1, s.samples.ids))
+    },
+    "a set too many": lambda s: {
+        "samples": TailSamples(np.concatenate([s.samples.ids] * 2, axis=1))
+    },
     "an empty set": lambda s: {"samples": TailSamples(np.full_like(s.samples.ids, -1))},
     "too many draws": lambda s: {"samples": TailSamples(np.tile(s.samples.ids, (1, 1, 50)))},
 }

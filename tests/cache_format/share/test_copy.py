@@ -1,4 +1,6 @@
-"""Copies of caches: whole or not a cache, interrupted and resumed anywhere, on several kinds of places."""
+"""Copies of caches: whole or not a cache, interrupted and resumed anywhere, on several kinds of
+places.
+"""
 
 from __future__ import annotations
 
@@ -67,7 +69,12 @@ def test_there_and_back(tmp_path, cache, url, files_at):
     assert files_at(url) == files_at(cache)
     assert files_at(url).keys() == expected_of(cache)
     size = sum(path.stat().st_size for path in (cache / "data").iterdir())
-    assert (sent.files_sent, sent.files_skipped, sent.bytes_sent, sent.unchanged) == (SHARDS, 0, size, False)
+    assert (sent.files_sent, sent.files_skipped, sent.bytes_sent, sent.unchanged) == (
+        SHARDS,
+        0,
+        size,
+        False,
+    )
     assert total == [size]
     assert sum(done) == size
     assert [s.sequence_id for s in CacheReader(url)] == [s.sequence_id for s in CacheReader(cache)]
@@ -88,7 +95,9 @@ def test_folders_with_special_names(tmp_path, cache, name, files_at):
     merge([here / name, here / "pushed"], here / "merged", number_ids=True)
     assert verify(str(here / name), deep=True) == []
     assert len(CacheReader(here / "merged")) == 2 * len(CacheReader(here / name))
-    assert [s.sequence_id for s in CacheReader(here / "derived")] == [s.sequence_id for s in CacheReader(cache)]
+    assert [s.sequence_id for s in CacheReader(here / "derived")] == [
+        s.sequence_id for s in CacheReader(cache)
+    ]
     assert not [path for path in tmp_path.iterdir() if path.name not in (name, cache.name)]
 
 
@@ -131,7 +140,10 @@ class Fuse:
     def __init__(self, patch, operation):
         self.left, self.burnt = operation, False
         step, replace = self.step, os.replace
-        open_stream, fs_open = logitcask.cache_format.storage.files.open_stream, fsspec.AbstractFileSystem.open
+        open_stream, fs_open = (
+            logitcask.cache_format.storage.files.open_stream,
+            fsspec.AbstractFileSystem.open,
+        )
 
         def opened(filesystem, path):
             stream = open_stream(filesystem, path)
@@ -167,7 +179,9 @@ class Fuse:
 
 
 def interrupt_everywhere(copy, new_place, cache, chunk, monkeypatch, files_at):
-    """Interrupts ``copy(place)`` at its first, second, ... operation, each time with a new place, and goes on."""
+    """Interrupts ``copy(place)`` at its first, second, ... operation, each time with a new
+    place, and goes on.
+    """
     monkeypatch.setattr(logitcask.cache_format.storage.files, "_CHUNK", chunk)
     expected = files_at(cache)
     shards = {name: digest for name, digest in expected.items() if name.startswith("data/")}
@@ -193,10 +207,16 @@ def interrupt_everywhere(copy, new_place, cache, chunk, monkeypatch, files_at):
 
 
 def test_a_push_interrupted_anywhere(cache, url, monkeypatch, files_at):
-    # Against the S3 server every operation takes its time: whole shards there, bits of shards elsewhere.
+    # Against the S3 server every operation takes its time: whole shards there, bits of shards
+    # elsewhere.
     chunk = 1 << 20 if url.startswith("s3") else 2000
     operations = interrupt_everywhere(
-        lambda place: push(cache, place), lambda i: f"{url}-{i}", cache, chunk, monkeypatch, files_at
+        lambda place: push(cache, place),
+        lambda i: f"{url}-{i}",
+        cache,
+        chunk,
+        monkeypatch,
+        files_at,
     )
     assert operations > 4 * SHARDS
 
@@ -214,7 +234,9 @@ def test_a_pull_interrupted_anywhere(tmp_path, cache, monkeypatch, files_at):
 
 
 def kill_at(operation, action):
-    """``action()`` in a child that dies without any clean-up at its n-th operation. Whether it got to the end."""
+    """``action()`` in a child that dies without any clean-up at its n-th operation. Whether it
+    got to the end.
+    """
     child = os.fork()
     if child == 0:
         done = 0
@@ -323,7 +345,9 @@ def test_damage_is_found_and_named(tmp_path, cache, rng, damage, files_at):
     if damage == "gone":
         shard.unlink()
     for copy, place in ((pull, tmp_path / "copy"), (push, f"memory://{tmp_path}/copy")):
-        with pytest.raises(DamagedCacheError, match=r"data/shard-00001\.arrow is (damaged|missing)"):
+        with pytest.raises(
+            DamagedCacheError, match=r"data/shard-00001\.arrow is (damaged|missing)"
+        ):
             copy(cache, place)
         assert files_at(place).keys() & expected_of(cache) == {"data/shard-00000.arrow"}
     shard.write_bytes(good)
@@ -398,7 +422,9 @@ def test_shards_of_others_by_our_names(cache, url, files_at):
     filesystem, root = open_filesystem(url)
     filesystem.pipe_file(f"{root}/data/shard-00001.arrow", b"somebody's")
     before = files_at(url)
-    with pytest.raises(UserError, match=r"is no cache, but has data/shard-00001\.arrow of its own.*--force"):
+    with pytest.raises(
+        UserError, match=r"is no cache, but has data/shard-00001\.arrow of its own.*--force"
+    ):
         push(cache, url)
     assert files_at(url) == before
     assert push(cache, url, force=True).files_sent == SHARDS
@@ -486,7 +512,9 @@ def test_a_remote_build_does_not_replace_a_manifest_of_others(cache, building, f
     filesystem, root = open_filesystem(url)
     filesystem.pipe_file(f"{root}/manifest.json", (cache / "manifest.json").read_bytes())
     before = files_at(url)
-    with pytest.raises(CacheInUseError, match="holds a finished cache now, which somebody else has put there"):
+    with pytest.raises(
+        CacheInUseError, match="holds a finished cache now, which somebody else has put there"
+    ):
         writer.finish(started, 1)
     assert files_at(url) == before
 
@@ -516,7 +544,10 @@ def test_a_forced_pull_leaves_an_application_alone(tmp_path, cache, text, files_
     (folder / "data" / "shard-7.arrow").write_text("mine")
     before = files_at(folder)
     for force in (False, True):
-        with pytest.raises(UserError, match=r"is no cache, but has data and README\.md and manifest\.json of its own"):
+        with pytest.raises(
+            UserError,
+            match=r"is no cache, but has data and README\.md and manifest\.json of its own",
+        ):
             pull(cache, folder, force=force)
     assert files_at(folder) == before
 
@@ -525,7 +556,9 @@ def test_a_forced_pull_leaves_an_application_alone(tmp_path, cache, text, files_
 def test_a_pull_goes_to_a_folder(tmp_path, cache, folder, monkeypatch):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    with pytest.raises(UserError, match=r"is a URL, but has to be a local folder; .*teacher-cache push"):
+    with pytest.raises(
+        UserError, match=r"is a URL, but has to be a local folder; .*teacher-cache push"
+    ):
         pull(cache, folder)
     assert not list((tmp_path / "here").iterdir())
 
@@ -564,7 +597,9 @@ def test_a_web_server(tmp_path, cache, files_at):
         def log_message(self, *arguments):
             pass
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=tmp_path)) as server:
+    with http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), functools.partial(Quiet, directory=tmp_path)
+    ) as server:
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}"
         pull(f"{url}/original", tmp_path / "copy")
@@ -581,7 +616,9 @@ def test_a_web_server(tmp_path, cache, files_at):
 
 @pytest.fixture
 def web(tmp_path):
-    """A web server of what is in ``tmp_path``: its address, and what it does instead for paths, by a part of them."""
+    """A web server of what is in ``tmp_path``: its address, and what it does instead for paths,
+    by a part of them.
+    """
     instead = {}
 
     class Handler(http.server.SimpleHTTPRequestHandler):
@@ -594,7 +631,9 @@ def web(tmp_path):
                     return
             super().do_GET()
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=tmp_path)) as server:
+    with http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), functools.partial(Handler, directory=tmp_path)
+    ) as server:
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}", instead
         server.shutdown()
@@ -622,7 +661,9 @@ def test_verifying_over_a_bad_line(cache, web):
     assert len(attempts) == 3
 
     instead["shard-00001"] = lambda handler: handler.send_error(503) is None
-    with pytest.raises(CacheError, match=r"data/shard-00001\.arrow cannot be reached: 503") as caught:
+    with pytest.raises(
+        CacheError, match=r"data/shard-00001\.arrow cannot be reached: 503"
+    ) as caught:
         verify(f"{url}/original")
     assert (caught.type, caught.value.exit_code) == (CacheError, 2)
     instead["shard-00001"] = lambda handler: handler.send_error(404) is None
@@ -646,7 +687,8 @@ def test_a_forked_reader_makes_connections_of_its_own(cache, web, what):
 
 def test_a_bucket_that_is_not_there(cache, s3):
     with pytest.raises(
-        CacheError, match="s3://no-such-bucket/x cannot be reached: The specified bucket does not exist"
+        CacheError,
+        match="s3://no-such-bucket/x cannot be reached: The specified bucket does not exist",
     ):
         push(cache, "s3://no-such-bucket/x")
     with pytest.raises(CacheNotFoundError):
@@ -665,17 +707,25 @@ class Sftp(LocalFileSystem):
         return super()._open(path, mode, **options)
 
 
-def test_servers_with_folders_get_temporary_files_and_renames(tmp_path, cache, monkeypatch, files_at):
-    monkeypatch.setattr(destinations, "is_local", lambda filesystem: type(filesystem) is LocalFileSystem)
+def test_servers_with_folders_get_temporary_files_and_renames(
+    tmp_path, cache, monkeypatch, files_at
+):
+    monkeypatch.setattr(
+        destinations, "is_local", lambda filesystem: type(filesystem) is LocalFileSystem
+    )
     monkeypatch.setitem(sys.modules["fsspec.registry"]._registry, "sftp", Sftp)
     place = tmp_path / "new" / "place"
     push(cache, f"sftp://{place}")
     assert files_at(place) == files_at(cache)
-    assert sorted(Sftp.written) == sorted(f"{place}/{name}.tmp" for name in [*files_at(cache), ".push"])
+    assert sorted(Sftp.written) == sorted(
+        f"{place}/{name}.tmp" for name in [*files_at(cache), ".push"]
+    )
 
 
 @pytest.mark.parametrize("copy", [push, pull])
-def test_a_broken_line_is_tried_again_and_counted_once(tmp_path, cache, copy, monkeypatch, files_at):
+def test_a_broken_line_is_tried_again_and_counted_once(
+    tmp_path, cache, copy, monkeypatch, files_at
+):
     monkeypatch.setattr(logitcask.cache_format.storage.files, "_CHUNK", 1000)
     for module in (destinations, logitcask.cache_format.storage.files):
         monkeypatch.setattr(module, "verified_chunks", breaking_once(module.verified_chunks))
@@ -716,7 +766,9 @@ def test_a_place_that_loses_bytes_is_noticed(tmp_path, cache, monkeypatch, files
 
 def test_every_file_of_a_manifest_is_listed(cache):
     _, manifest = read_manifest(LocalFileSystem(), str(cache), "x")
-    assert [file.path for file in cache_files(manifest)] == [f"data/shard-{i:05d}.arrow" for i in range(SHARDS)]
+    assert [file.path for file in cache_files(manifest)] == [
+        f"data/shard-{i:05d}.arrow" for i in range(SHARDS)
+    ]
 
 
 @pytest.fixture
@@ -741,7 +793,11 @@ def test_the_commands(tmp_path, cache, run, monkeypatch, files_at):
 
 @pytest.mark.parametrize(
     ("url", "name"),
-    [("s3://bucket/a/mine", "mine"), ("hf://datasets/org/mine@v1", "mine"), ("https://host/x/mine/", "mine")],
+    [
+        ("s3://bucket/a/mine", "mine"),
+        ("hf://datasets/org/mine@v1", "mine"),
+        ("https://host/x/mine/", "mine"),
+    ],
 )
 def test_where_a_pull_goes_by_default(url, name):
     assert share_cli.default_folder(url) == Path("caches") / name

@@ -1,4 +1,6 @@
-"""Pushing to a repository of the hub: what is sent, in what order, and that it goes on. The hub is a stand-in."""
+"""Pushing to a repository of the hub: what is sent, in what order, and that it goes on. The hub
+is a stand-in.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,9 @@ class Hub(MemoryFileSystem):
 
 
 class HubApi:
-    """What HfApi does with a repository, for one that lies in ``Hub``. Stands in for the real hub."""
+    """What HfApi does with a repository, for one that lies in ``Hub``. Stands in for the real
+    hub.
+    """
 
     def __init__(self, endpoint, token):
         self.files = Hub()
@@ -117,7 +121,10 @@ def test_a_push_to_the_hub_goes_on(cache, hub, monkeypatch, files_at):
         commit(self, *arguments, **options)
         raise ConnectionError("gone")
 
-    with monkeypatch.context() as patch, pytest.raises(CacheError, match=r"hf://datasets/org/name.*gone"):
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(CacheError, match=r"hf://datasets/org/name.*gone"),
+    ):
         patch.setattr(HubApi, "create_commit", fail)
         push(cache, "hf://datasets/org/name")
     assert "manifest.json" not in files_at("hf://datasets/org/name")

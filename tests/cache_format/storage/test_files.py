@@ -1,4 +1,6 @@
-"""Reading remote files within bounds, and the local cache of shards: verified, bounded, shared by processes."""
+"""Reading remote files within bounds, and the local cache of shards: verified, bounded, shared
+by processes.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ FORK = multiprocessing.get_context("fork")
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves ``files`` by path; ``failures`` are statuses to answer with first, ``endless`` paths never stop."""
+    """Serves ``files`` by path; ``failures`` are statuses to answer with first, ``endless``
+    paths never stop.
+    """
 
     daemon_threads = True
 
@@ -135,7 +139,9 @@ def test_the_least_recently_used_goes_first(tmp_path, server, shards, get):
         (None, r"missing"),
     ],
 )
-def test_what_is_not_the_manifests_is_refused_and_not_kept(tmp_path, server, shards, get, change, message):
+def test_what_is_not_the_manifests_is_refused_and_not_kept(
+    tmp_path, server, shards, get, change, message
+):
     if change is None:
         del server.files["/4.arrow"]
     else:
@@ -188,7 +194,13 @@ def test_a_mapped_shard_outlives_its_file(tmp_path, rng):
     cache, files = ShardCache(tmp_path / "cache", max_bytes=1000), []
     for i in range(2):
         (tmp_path / str(i)).write_bytes(rng.bytes(1000))
-        files.append((str(tmp_path / str(i)), 1000, hashlib.sha256((tmp_path / str(i)).read_bytes()).hexdigest()))
+        files.append(
+            (
+                str(tmp_path / str(i)),
+                1000,
+                hashlib.sha256((tmp_path / str(i)).read_bytes()).hexdigest(),
+            )
+        )
     mapped = cache.memory_map(LocalFileSystem(), *files[0])
     cache.get(LocalFileSystem(), *files[1])
     assert contents(tmp_path / "cache") == [f"{files[1][2]}.arrow"]
@@ -243,7 +255,9 @@ def test_a_full_disk_is_one_line(tmp_path, get):
 
 
 def test_what_another_process_left_of_the_same_shard(tmp_path, shards, get):
-    """It was killed after this object was made, while this process waited for its lock or fetched something else."""
+    """It was killed after this object was made, while this process waited for its lock or
+    fetched something else.
+    """
     cache = ShardCache(tmp_path, max_bytes=1500)
     sha256 = hashlib.sha256(shards["/1.arrow"]).hexdigest()
     for name in (sha256, sha256[:2] + "0" * 62):
@@ -300,7 +314,8 @@ def test_room_that_nobody_can_make(tmp_path, get, monkeypatch):
 
     monkeypatch.setattr(Path, "unlink", refuse)
     with pytest.raises(
-        UserError, match=r"no room for 1,000 bytes: of the 1,500 .* 1,000 are taken by shards that cannot"
+        UserError,
+        match=r"no room for 1,000 bytes: of the 1,500 .* 1,000 are taken by shards that cannot",
     ):
         get(cache, "/2.arrow")
 
@@ -333,7 +348,9 @@ def test_a_disk_that_is_full_when_the_file_is_closed(tmp_path, get, monkeypatch)
 
     with monkeypatch.context() as patch:
         patch.setattr("builtins.open", opened)
-        with pytest.raises(UserError, match=r"cannot write to .*shards: No space left on device; make room") as caught:
+        with pytest.raises(
+            UserError, match=r"cannot write to .*shards: No space left on device; make room"
+        ) as caught:
             get(ShardCache(tmp_path), "/1.arrow")
         assert caught.type is UserError
     assert contents(tmp_path) == []
@@ -358,7 +375,10 @@ def test_settings_come_from_the_environment(tmp_path, monkeypatch):
     monkeypatch.delenv("LOGITCASK_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     monkeypatch.setattr("sys.platform", "linux")
-    assert (ShardCache().folder, ShardCache().max_bytes) == (tmp_path / "xdg" / "logitcask", DEFAULT_CACHE_BYTES)
+    assert (ShardCache().folder, ShardCache().max_bytes) == (
+        tmp_path / "xdg" / "logitcask",
+        DEFAULT_CACHE_BYTES,
+    )
 
 
 def read_many(folder, max_bytes, files, seed, failed):
@@ -376,7 +396,9 @@ def read_many(folder, max_bytes, files, seed, failed):
 
 
 def test_the_bound_holds_for_all_processes_together(tmp_path, rng):
-    """Three processes want ten shards in a cache with room for two and a half; some have to wait for the others."""
+    """Three processes want ten shards in a cache with room for two and a half; some have to wait
+    for the others.
+    """
     files = []
     for i in range(10):
         data = rng.bytes(200_000)
@@ -385,7 +407,10 @@ def test_the_bound_holds_for_all_processes_together(tmp_path, rng):
     folder, bound, failed = tmp_path / "cache", 500_000, FORK.Event()
     watch = ShardCache(folder, bound)
     readers = [
-        FORK.Process(target=read_many, args=(folder, bound, files, int(rng.integers(2**32)), failed)) for _ in range(3)
+        FORK.Process(
+            target=read_many, args=(folder, bound, files, int(rng.integers(2**32)), failed)
+        )
+        for _ in range(3)
     ]
     for reader in readers:
         reader.start()
@@ -405,7 +430,9 @@ def fetch(folder, url, size, sha256):
 
 
 def test_killed_while_fetching(tmp_path, server, shards, get):
-    """What kill -9 leaves goes when the next process starts; what a living process fetches stays."""
+    """What kill -9 leaves goes when the next process starts; what a living process fetches
+    stays.
+    """
     server.held.add("/5.arrow")
     server.files.update(shards)
     sha256 = hashlib.sha256(shards["/5.arrow"]).hexdigest()
@@ -433,7 +460,8 @@ def test_places_that_cannot_be_opened():
 
 
 @pytest.mark.parametrize(
-    "raised", [OSError("connection refused"), TypeError("no host given"), RuntimeError("\n two\nlines")]
+    "raised",
+    [OSError("connection refused"), TypeError("no host given"), RuntimeError("\n two\nlines")],
 )
 def test_drivers_that_raise_what_they_please(monkeypatch, raised):
     class Picky(LocalFileSystem):
@@ -443,12 +471,15 @@ def test_drivers_that_raise_what_they_please(monkeypatch, raised):
             raise raised
 
     monkeypatch.setitem(sys.modules["fsspec.registry"]._registry, "picky", Picky)
-    with pytest.raises(CacheError, match=rf"^picky://x cannot be opened: {' '.join(str(raised).split())}; check"):
+    with pytest.raises(
+        CacheError, match=rf"^picky://x cannot be opened: {' '.join(str(raised).split())}; check"
+    ):
         open_filesystem("picky://x")
 
 
 @pytest.mark.parametrize(
-    "url", ["ftp://127.0.0.1:1/x", "zip://x::{folder}/no.zip", "zip://x::{folder}/bad.zip", "github://x"]
+    "url",
+    ["ftp://127.0.0.1:1/x", "zip://x::{folder}/no.zip", "zip://x::{folder}/bad.zip", "github://x"],
 )
 def test_drivers_that_look_at_once(tmp_path, url):
     (tmp_path / "bad.zip").write_bytes(b"no archive")
@@ -468,12 +499,18 @@ def test_drivers_that_look_at_once(tmp_path, url):
 def test_a_missing_driver_is_named(monkeypatch, url, module, package):
     monkeypatch.setitem(sys.modules, module, None)
     monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, url.split(":")[0], raising=False)
-    with pytest.raises(CacheError, match=rf"{url} needs a package that is not installed; pip install '{package}'"):
+    with pytest.raises(
+        CacheError, match=rf"{url} needs a package that is not installed; pip install '{package}'"
+    ):
         open_filesystem(url)
 
 
 def test_the_path_of_a_url(tmp_path):
-    assert open_filesystem(str(tmp_path))[1] == open_filesystem(f"file://{tmp_path}/")[1] == str(Path(tmp_path))
+    assert (
+        open_filesystem(str(tmp_path))[1]
+        == open_filesystem(f"file://{tmp_path}/")[1]
+        == str(Path(tmp_path))
+    )
 
 
 @pytest.mark.parametrize("name", ["a::b", "[ab]", "a?", "a*", "memory::x", "zip::a.zip"])
@@ -487,7 +524,9 @@ def test_a_path_is_taken_literally(name, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("url", ["memory://a::b", "memory://a::b.c/d", "memory://a::file"])
 def test_a_name_that_fsspec_would_take_for_a_chain_is_refused(url):
-    with pytest.raises(UserError, match="holds '::', which fsspec takes for a chain of file systems"):
+    with pytest.raises(
+        UserError, match="holds '::', which fsspec takes for a chain of file systems"
+    ):
         open_filesystem(url)
 
 

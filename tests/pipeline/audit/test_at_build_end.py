@@ -1,4 +1,6 @@
-"""The audit that ends a build: a sound cache is completed with its figures, an unsound one is not, and the cause is named."""
+"""The audit that ends a build: a sound cache is completed with its figures, an unsound one is
+not, and the cause is named.
+"""
 
 from __future__ import annotations
 
@@ -62,16 +64,23 @@ def test_the_audit_is_no_part_of_what_a_cache_is(config) -> None:
     audited = build(made).manifest
     plain = build(config(SYNTHETIC, audit={"sequences": 0}), restart=True).manifest
     assert plain.audit is None
-    assert (plain.fingerprint, plain.content_sha256) == (audited.fingerprint, audited.content_sha256)
+    assert (plain.fingerprint, plain.content_sha256) == (
+        audited.fingerprint,
+        audited.content_sha256,
+    )
     assert build(made).reused
 
 
 @pytest.mark.parametrize("backend", ["vllm", "transformers"])
 def test_real_engines_pass(config, tiny_gemma2, backend, monkeypatch) -> None:
-    """A model whose attention scores are capped, which transformers' default attention leaves out."""
+    """A model whose attention scores are capped, which transformers' default attention leaves
+    out.
+    """
     apart = []
     original = audit_worker.audit_apart
-    monkeypatch.setattr(audit_worker, "audit_apart", lambda *args: apart.append(args) or original(*args))
+    monkeypatch.setattr(
+        audit_worker, "audit_apart", lambda *args: apart.append(args) or original(*args)
+    )
     found = build(config({"model": str(tiny_gemma2), "backend": backend})).manifest.audit
     assert found.skipped is None
     assert max(found.engine_target, found.engine_head) < 1e-5
@@ -83,7 +92,15 @@ def _shifted(scored):
         scored,
         **{
             name: np.roll(getattr(scored, name), 1, axis=0)
-            for name in ("ids", "logprobs", "head_size", "target_logprob", "target_rank", "samples", "sample_logprobs")
+            for name in (
+                "ids",
+                "logprobs",
+                "head_size",
+                "target_logprob",
+                "target_rank",
+                "samples",
+                "sample_logprobs",
+            )
         },
     )
 
@@ -92,7 +109,11 @@ def test_a_shifted_engine_is_caught_before_the_cache_counts(config, monkeypatch)
     made = config(SYNTHETIC)
     original = SyntheticTeacher.score
     with monkeypatch.context() as patch:
-        patch.setattr(SyntheticTeacher, "score", lambda self, s: (_shifted(scored) for scored in original(self, s)))
+        patch.setattr(
+            SyntheticTeacher,
+            "score",
+            lambda self, s: (_shifted(scored) for scored in original(self, s)),
+        )
         with pytest.raises(DamagedCacheError, match="shifted by one"):
             build(made)
     assert not (made.output / "manifest.json").exists()
@@ -148,7 +169,9 @@ def test_a_wrong_temperature_is_named(config, tiny_llama, monkeypatch) -> None:
         build(config({"model": str(tiny_llama), "backend": "transformers"}))
 
 
-def test_weights_that_changed_under_the_build_are_named(config, tiny_llama, tmp_path, monkeypatch) -> None:
+def test_weights_that_changed_under_the_build_are_named(
+    config, tiny_llama, tmp_path, monkeypatch
+) -> None:
     import torch
     from transformers import LlamaForCausalLM
 
@@ -169,7 +192,9 @@ def test_weights_that_changed_under_the_build_are_named(config, tiny_llama, tmp_
         build(made)
 
 
-def test_a_teacher_too_large_to_compare_with_is_said(config, tiny_llama, monkeypatch, caplog) -> None:
+def test_a_teacher_too_large_to_compare_with_is_said(
+    config, tiny_llama, monkeypatch, caplog
+) -> None:
     needed = 4 * empty_model(resolve_model(str(tiny_llama))).num_parameters()
     monkeypatch.setattr(audit_reference, "free_memory", lambda: (needed, None))
     made = config({"model": str(tiny_llama), "backend": "transformers"})

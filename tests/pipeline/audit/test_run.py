@@ -1,4 +1,6 @@
-"""``teacher-cache audit``: sound caches pass with the figures a plain computation gives; whatever is wrong is named."""
+"""``teacher-cache audit``: sound caches pass with the figures a plain computation gives;
+whatever is wrong is named.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +14,21 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from logitcask.cache_format import CacheReader, CacheWriter, DamagedCacheError, TailSamples, UserError
+from logitcask.cache_format import (
+    CacheReader,
+    CacheWriter,
+    DamagedCacheError,
+    TailSamples,
+    UserError,
+)
 from logitcask.cache_format.derive.derive import DeriveOptions, derive
-from logitcask.cache_format.manifest import DataIdentity, Header, StoreSettings, TeacherIdentity, TokenizerIdentity
+from logitcask.cache_format.manifest import (
+    DataIdentity,
+    Header,
+    StoreSettings,
+    TeacherIdentity,
+    TokenizerIdentity,
+)
 from logitcask.cache_format.shards.prior import TailPrior
 from logitcask.pipeline.audit import figures as audit_figures
 from logitcask.pipeline.audit import reference as audit_reference
@@ -35,8 +49,19 @@ STORES = {
     "default": {"top_k": 12, "min_k": 4},
     "top k": {"top_k": 12, "min_probability": None, "tail_samples": 0},
     "whole vocabulary": {"top_k": VOCAB, "min_probability": None, "tail_samples": 0},
-    "random sampling": {"top_k": 0, "tail_samples": 50, "mass_per_sample": None, "draws": "independent"},
-    "sets": {"top_k": 8, "min_probability": None, "tail_samples": 6, "sample_sets": 3, "sample_logprobs": True},
+    "random sampling": {
+        "top_k": 0,
+        "tail_samples": 50,
+        "mass_per_sample": None,
+        "draws": "independent",
+    },
+    "sets": {
+        "top_k": 8,
+        "min_probability": None,
+        "tail_samples": 6,
+        "sample_sets": 3,
+        "sample_logprobs": True,
+    },
 }
 
 
@@ -44,7 +69,9 @@ def summarise(dense, input_ids, capture):
     """What an engine keeps of float[n-1, V] logprobs."""
     dense = dense.astype(np.float32)
     targets = input_ids[1:]
-    top = np.argsort(-dense, axis=1, kind="stable")[:, : max(capture.top_k, KEY_IDS)].astype(np.int32)
+    top = np.argsort(-dense, axis=1, kind="stable")[:, : max(capture.top_k, KEY_IDS)].astype(
+        np.int32
+    )
     head = np.take_along_axis(dense, top[:, : capture.top_k].astype(np.int64), axis=1)
     draws = draw(dense, top, targets, capture) if capture.samples else no_draws(head, capture)
     target = dense[np.arange(len(dense)), targets]
@@ -71,14 +98,25 @@ class Made:
 
 @pytest.fixture
 def make(tmp_path, rng):
-    """``make(teacher)`` writes what ``teacher`` says of random sequences, after ``engine`` and ``change`` had their way.
+    """``make(teacher)`` writes what ``teacher`` says of random sequences, after ``engine`` and
+    ``change`` had their way.
 
     engine: from (dense, input_ids) to what the engine takes for the distributions.
-    change: of each CachedSequence, before it is stored. identity: of fields of the manifest's teacher.
+    change: of each CachedSequence, before it is stored. identity: of fields of the manifest's
+    teacher.
     """
 
     def make(
-        teacher, store=None, *, sequences=6, length=60, engine=None, scored=None, change=None, kept=1.0, **identity
+        teacher,
+        store=None,
+        *,
+        sequences=6,
+        length=60,
+        engine=None,
+        scored=None,
+        change=None,
+        kept=1.0,
+        **identity,
     ):
         config = StoreConfig(**(STORES["default"] if store is None else store))
         path = tmp_path / f"cache-{len(list(tmp_path.iterdir()))}"
@@ -88,9 +126,13 @@ def make(tmp_path, rng):
             mask = rng.random(length) < kept
             mask[0] = False
             dense = teacher.dense_logprobs(input_ids)
-            said = summarise(engine(dense, input_ids) if engine else dense, input_ids, config.capture())
+            said = summarise(
+                engine(dense, input_ids) if engine else dense, input_ids, config.capture()
+            )
             said = scored(said) if scored else said
-            kept_of_it = keep(Sequence(str(number), input_ids, mask), said, config.settings(teacher.vocab_size))
+            kept_of_it = keep(
+                Sequence(str(number), input_ids, mask), said, config.settings(teacher.vocab_size)
+            )
             made.append(change(kept_of_it) if change else kept_of_it)
             all_dense.append(dense.astype(np.float32))
         settings = config.settings(teacher.vocab_size)
@@ -114,7 +156,13 @@ def header_of(teacher: TeacherIdentity, store: StoreSettings) -> Header:
             name="t", sha256="0" * 64, vocab_sha256="0" * 64, vocab_size=min(258, store.vocab_size)
         ),
         data=DataIdentity(
-            source="x", split="train", kind="documents", mask_policy="all", max_length=64, overlong="split", sha256="0"
+            source="x",
+            split="train",
+            kind="documents",
+            mask_policy="all",
+            max_length=64,
+            overlong="split",
+            sha256="0",
         ),
         store=store,
     )
@@ -124,7 +172,8 @@ def header_of(teacher: TeacherIdentity, store: StoreSettings) -> Header:
 def synthetic(rng):
     seed = int(rng.integers(0, 1 << 30))
     return SyntheticTeacher(
-        TeacherConfig(model="synthetic", backend="synthetic", vocab_size=VOCAB, seed=seed), Capture(1)
+        TeacherConfig(model="synthetic", backend="synthetic", vocab_size=VOCAB, seed=seed),
+        Capture(1),
     )
 
 
@@ -132,7 +181,9 @@ def open_llama(folder):
     from logitcask.pipeline.teachers.transformers import TransformersTeacher
 
     config = TeacherConfig(model=str(folder), backend="transformers", dtype="float32")
-    return TransformersTeacher(config, resolve_model(str(folder)), max_length=256, capture=Capture(1))
+    return TransformersTeacher(
+        config, resolve_model(str(folder)), max_length=256, capture=Capture(1)
+    )
 
 
 @pytest.fixture
@@ -146,7 +197,9 @@ def kl_and_tv(p, q):
 
 
 def plain_figures(made):
-    """KL and TV of truncation (even, prior) and of the stored heads, position by position in float64."""
+    """KL and TV of truncation (even, prior) and of the stored heads, position by position in
+    float64.
+    """
     cache = CacheReader(made.path)
     found = []
     for sequence, dense in zip(cache, made.dense, strict=True):
@@ -194,8 +247,14 @@ def test_a_sound_cache_passes_with_the_figures_of_a_plain_computation(make, synt
     found = [even.kl, even.tv, prior.kl, prior.tv, stored.kl, stored.tv]
     np.testing.assert_allclose(found, plain_figures(made), rtol=1e-3, atol=2e-6)
     # Without an engine's error, what is stored is what rounding makes of the reference.
-    np.testing.assert_allclose(dataclasses.astuple(result.codec), dataclasses.astuple(stored), rtol=1e-3, atol=1e-7)
-    assert (result.entropy is not None) == (result.draws is not None) == (manifest.store.tail_samples > 0)
+    np.testing.assert_allclose(
+        dataclasses.astuple(result.codec), dataclasses.astuple(stored), rtol=1e-3, atol=1e-7
+    )
+    assert (
+        (result.entropy is not None)
+        == (result.draws is not None)
+        == (manifest.store.tail_samples > 0)
+    )
     if result.draws is not None:
         assert result.draws.in_head == 0
         assert 0 < result.draws.draws <= manifest.shards[0].draws
@@ -322,7 +381,9 @@ def test_permuted_ids_are_named(make, synthetic, rng):
 
 
 def without_the_most_probable(said):
-    return dataclasses.replace(said, ids=said.ids[:, 1:], logprobs=said.logprobs[:, 1:], head_size=said.head_size - 1)
+    return dataclasses.replace(
+        said, ids=said.ids[:, 1:], logprobs=said.logprobs[:, 1:], head_size=said.head_size - 1
+    )
 
 
 def ranks_from_one(said):
@@ -421,15 +482,29 @@ def test_what_cannot_be_compared_is_the_users_mistake(make, synthetic, llama, ti
 
 def test_the_limit_is_that_of_the_arithmetic():
     def limit(bits=None, experts=False, **fields):
-        given = {"model": "m", "backend": "vllm", "engine": "vllm 1", "route": "raw", "vocab_size": 10, **fields}
+        given = {
+            "model": "m",
+            "backend": "vllm",
+            "engine": "vllm 1",
+            "route": "raw",
+            "vocab_size": 10,
+            **fields,
+        }
         return engine_limit(TeacherIdentity(**given), bits=bits, experts=experts)
 
     assert limit(dtype="float32") == 1e-3
-    assert limit(dtype="bfloat16") == limit(dtype="float16") == limit(dtype="float32", head_dtype="bfloat16") == 0.05
+    assert (
+        limit(dtype="bfloat16")
+        == limit(dtype="float16")
+        == limit(dtype="float32", head_dtype="bfloat16")
+        == 0.05
+    )
     assert limit(dtype="bfloat16", bits=8) == limit(dtype="float32", bits=8) == 0.3
     assert limit(dtype="bfloat16", bits=4) == 0.7
     assert limit(dtype="bfloat16", bits=16) == 0.05
-    assert limit(dtype="float32", experts=True) == 1e-3, "rounding of 24 bits decides no router's choice"
+    assert limit(dtype="float32", experts=True) == 1e-3, (
+        "rounding of 24 bits decides no router's choice"
+    )
     assert limit(dtype="bfloat16", experts=True) == 0.2
     assert limit(dtype="bfloat16", bits=8, experts=True) == pytest.approx(0.45)
 
@@ -465,12 +540,18 @@ def test_experts_and_eight_bits_are_read_off_the_model(tiny_llama, tmp_path, mon
     [
         (1, None, r"its teacher takes \S+ GB in float32, and 0\.0 GB are free here"),
         (10**12, 1, r"takes \S+ GB in float32, and 0\.0 GB of the GPU's memory are free here"),
-        (1, 10**12, r"passes through the host's memory in pieces of \S+ GB in float32, and 0\.0 GB are free here"),
+        (
+            1,
+            10**12,
+            r"passes through the host's memory in pieces of \S+ GB in float32, and 0\.0 GB are free here",
+        ),
         (10**12, 10**12, None),
         (10**12, None, None),
     ],
 )
-def test_memory_is_looked_at_before_anything_is_loaded(make, llama, monkeypatch, host, device, words):
+def test_memory_is_looked_at_before_anything_is_loaded(
+    make, llama, monkeypatch, host, device, words
+):
     from logitcask.pipeline.teachers import transformers as teachers
 
     cache = make(llama, sequences=1)

@@ -52,7 +52,9 @@ def asked(tmp_path: Path) -> BuildAudit:
     )
     build(config)
     manifest = CacheReader(config.output).manifest
-    header = Header.model_construct(**{name: getattr(manifest, name) for name in Header.model_fields})
+    header = Header.model_construct(
+        **{name: getattr(manifest, name) for name in Header.model_fields}
+    )
     settings = config.audit.model_copy(update={"sequences": 3})
     return BuildAudit(str(config.output), header, manifest.shards, settings, config.teacher)
 
@@ -80,7 +82,10 @@ def test_errors_are_carried_over(asked: BuildAudit, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     ("worker", "why"),
     [
-        ("import os; os.kill(os.getpid(), 9)", "was killed by signal SIGKILL, as where memory runs out"),
+        (
+            "import os; os.kill(os.getpid(), 9)",
+            "was killed by signal SIGKILL, as where memory runs out",
+        ),
         ("raise RuntimeError('not enough memory')", "failed: RuntimeError: not enough memory"),
         ("import sys; sys.exit(3)", "failed: exit code 3"),
     ],
@@ -95,7 +100,9 @@ def test_a_worker_that_dies_is_no_audit(
     assert found.sequences is None
 
 
-def test_what_interrupts_the_build_ends_the_worker(asked: BuildAudit, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_interrupts_the_build_ends_the_worker(
+    asked: BuildAudit, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def interrupted() -> None:
         raise KeyboardInterrupt
 
@@ -114,7 +121,9 @@ def test_a_build_that_is_killed_leaves_no_worker(asked: BuildAudit, tmp_path: Pa
         "audit_worker.audit_apart(asked, lambda: None)"
     )
     path = os.pathsep.join(sys.path)
-    killed = subprocess.Popen([sys.executable, "-c", program, str(request)], env=os.environ | {"PYTHONPATH": path})
+    killed = subprocess.Popen(
+        [sys.executable, "-c", program, str(request)], env=os.environ | {"PYTHONPATH": path}
+    )
     begun = Path(asked.path + ".begun")
     while not begun.exists():
         assert killed.poll() is None
@@ -135,14 +144,26 @@ def _alive(pid: int) -> bool:
         return False
 
 
-def test_a_shifted_cache_is_not_completed(asked: BuildAudit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shifted_cache_is_not_completed(
+    asked: BuildAudit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As by a build whose teacher is vLLM: the whole way through the worker."""
     original = SyntheticTeacher.score
 
     def shifted(self, sequences):
         for scored in original(self, sequences):
-            names = ("ids", "logprobs", "head_size", "target_logprob", "target_rank", "samples", "sample_logprobs")
-            yield dataclasses.replace(scored, **{name: np.roll(getattr(scored, name), 1, axis=0) for name in names})
+            names = (
+                "ids",
+                "logprobs",
+                "head_size",
+                "target_logprob",
+                "target_rank",
+                "samples",
+                "sample_logprobs",
+            )
+            yield dataclasses.replace(
+                scored, **{name: np.roll(getattr(scored, name), 1, axis=0) for name in names}
+            )
 
     monkeypatch.setattr(SyntheticTeacher, "score", shifted)
     monkeypatch.setattr(logitcask.pipeline.audit.at_build_end, "audit_here", audit_apart)

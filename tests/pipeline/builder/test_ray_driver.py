@@ -1,4 +1,6 @@
-"""Builds on a real Ray cluster of two workers on this machine: the same cache, whatever dies on the way."""
+"""Builds on a real Ray cluster of two workers on this machine: the same cache, whatever dies on
+the way.
+"""
 
 from __future__ import annotations
 
@@ -41,11 +43,17 @@ def settings(output, **changes):
 
 
 def on_ray(fields, output, workers=2, **scale):
-    return {**fields, "output": str(output), "scale": {"engine": "ray", "workers": workers, **scale}}
+    return {
+        **fields,
+        "output": str(output),
+        "scale": {"engine": "ray", "workers": workers, **scale},
+    }
 
 
 def same_cache(path, expected):
-    """Is the cache in ``path`` the one that ``expected`` describes, with every sequence in its place, and nothing else?"""
+    """Is the cache in ``path`` the one that ``expected`` describes, with every sequence in its
+    place, and nothing else?
+    """
     found = CacheReader(path).manifest
     assert found.fingerprint == expected.fingerprint
     assert found.content_sha256 == expected.content_sha256
@@ -63,7 +71,13 @@ class Driver:
         self.said = folder / "said"
         config = folder / "config.yaml"
         config.write_text(yaml.safe_dump(fields))
-        command = [sys.executable, "-c", "from logitcask.pipeline.cli import main; main()", "build", str(config)]
+        command = [
+            sys.executable,
+            "-c",
+            "from logitcask.pipeline.cli import main; main()",
+            "build",
+            str(config),
+        ]
         with open(self.said, "w") as said:
             self.process = subprocess.Popen(command, stdout=said, stderr=said)
 
@@ -83,7 +97,9 @@ class Driver:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A config that keeps two workers busy for a while, and the manifest that one process makes of it."""
+    """A config that keeps two workers busy for a while, and the manifest that one process makes
+    of it.
+    """
     fields = settings(tmp_path_factory.mktemp("whole") / "cache")
     fields["data"]["max_tokens"] = 200_000
     return fields, build(BuildConfig.model_validate(fields)).manifest
@@ -95,7 +111,9 @@ def test_the_same_cache_as_in_one_process(tmp_path):
     result = build(BuildConfig.model_validate(on_ray(fields, tmp_path / "two")))
     same_cache(tmp_path / "two", expected)
     assert [s.sha256 for s in result.manifest.shards] == [s.sha256 for s in expected.shards]
-    assert result.tokens_scored == sum(len(s) for s in CacheReader(tmp_path / "one") if len(s.positions))
+    assert result.tokens_scored == sum(
+        len(s) for s in CacheReader(tmp_path / "one") if len(s.positions)
+    )
     assert build(BuildConfig.model_validate(fields | {"output": str(tmp_path / "two")})).reused
 
 
@@ -147,13 +165,19 @@ def test_interrupted(tmp_path, whole, number):
     driver.process.send_signal(number)
     code, said = driver.end()
     done = len(list((tmp_path / "cache" / BUILD_DIR / "commits").glob("*.json")))
-    assert (code, said.splitlines()[-1]) == (130, "interrupted; run the same command again to go on"), said
+    assert (code, said.splitlines()[-1]) == (
+        130,
+        "interrupted; run the same command again to go on",
+    ), said
     assert f"{done} of {len(expected.shards)} shards are done and kept" in said
     assert "Traceback" not in said
     psutil.wait_procs(workers, timeout=20)
     assert not [worker for worker in workers if worker.is_running()]
     assert not list((tmp_path / "cache").rglob("*.tmp"))
-    events = [json.loads(line)["event"] for line in (tmp_path / "cache.log.jsonl").read_text().splitlines()]
+    events = [
+        json.loads(line)["event"]
+        for line in (tmp_path / "cache.log.jsonl").read_text().splitlines()
+    ]
     assert (events[0], events[-1]) == ("start", "interrupted")
 
 
@@ -175,7 +199,9 @@ def test_a_mistake_that_a_worker_finds(tmp_path):
 
 
 def test_vllm_in_two_workers(tmp_path, tiny_llama):
-    """With as many threads as each worker has, one, this process computes the same to the last bit."""
+    """With as many threads as each worker has, one, this process computes the same to the last
+    bit.
+    """
     pytest.importorskip("vllm")
     fields = settings(
         tmp_path / "one",
@@ -207,7 +233,9 @@ def test_a_workers_error_is_the_drivers(kind, raised):
 
 def test_a_shard_that_kills_every_worker_is_given_up(tmp_path, monkeypatch):
     coordinator = Coordinator()
-    assert [coordinator.attempt(7) for _ in range(MAX_ATTEMPTS + 1)] == list(range(1, MAX_ATTEMPTS + 2))
+    assert [coordinator.attempt(7) for _ in range(MAX_ATTEMPTS + 1)] == list(
+        range(1, MAX_ATTEMPTS + 2)
+    )
     assert [message for _, message in coordinator.situation().messages] == [
         "a worker died at shard 7; another one takes it over"
     ]
@@ -220,7 +248,9 @@ def test_a_shard_that_kills_every_worker_is_given_up(tmp_path, monkeypatch):
 def worker(path, attempt=1):
     config = BuildConfig.model_validate(settings(path / "cache")).model_dump_json()
     coordinator = SimpleNamespace(attempt=SimpleNamespace(remote=lambda _: attempt))
-    return ShardWorker(Task(config=config, path=str(path / "cache"), run="a", folder=os.getcwd()), coordinator)
+    return ShardWorker(
+        Task(config=config, path=str(path / "cache"), run="a", folder=os.getcwd()), coordinator
+    )
 
 
 def test_the_first_offer_counts_and_tokens_of_an_attempt_that_died_do_not():
@@ -236,7 +266,9 @@ def test_the_first_offer_counts_and_tokens_of_an_attempt_that_died_do_not():
 
 
 def test_resources(tmp_path):
-    config = BuildConfig.model_validate(settings(tmp_path, teacher={"model": "m", "tensor_parallel_size": 2}))
+    config = BuildConfig.model_validate(
+        settings(tmp_path, teacher={"model": "m", "tensor_parallel_size": 2})
+    )
 
     def resources(there, **scale):
         ray = SimpleNamespace(cluster_resources=lambda: there)
@@ -246,16 +278,23 @@ def test_resources(tmp_path):
     assert resources({"CPU": 32, "GPU": 8}, gpus_per_worker=4, cpus_per_worker=3) == (3, 4)
     assert resources({"CPU": 32}) == (16, 0)
     assert resources({"CPU": 1}) == (1, 0)
-    with pytest.raises(UserError, match="2 workers with 2 GPUs each, and the Ray cluster has 2 GPUs; set fewer"):
+    with pytest.raises(
+        UserError, match="2 workers with 2 GPUs each, and the Ray cluster has 2 GPUs; set fewer"
+    ):
         resources({"CPU": 32, "GPU": 2})
-    assert resources({"CPU": 32, "GPU": 2}, address="elsewhere:6379") == (1, 2), "a cluster may grow"
+    assert resources({"CPU": 32, "GPU": 2}, address="elsewhere:6379") == (1, 2), (
+        "a cluster may grow"
+    )
 
 
 @pytest.mark.parametrize(
     ("teacher", "gpus"),
     [
         ({"model": "m"}, 1),
-        ({"model": "m", "tensor_parallel_size": 2, "engine_args": {"pipeline_parallel_size": 3}}, 6),
+        (
+            {"model": "m", "tensor_parallel_size": 2, "engine_args": {"pipeline_parallel_size": 3}},
+            6,
+        ),
         ({"model": "synthetic", "tensor_parallel_size": 2}, 0),
         ({"model": "m", "backend": "synthetic", "engine_args": {"pipeline_parallel_size": 3}}, 0),
     ],
@@ -264,19 +303,30 @@ def test_a_worker_has_the_gpus_of_its_engine(tmp_path, teacher, gpus):
     config = BuildConfig.model_validate(settings(tmp_path, teacher=teacher))
     ray = SimpleNamespace(cluster_resources=lambda: {"CPU": 64, "GPU": 32})
     assert _resources(ray, ScaleConfig(workers=2), config)[1] == gpus
-    assert _resources(SimpleNamespace(cluster_resources=lambda: {"CPU": 64}), ScaleConfig(workers=2), config)[1] == 0
+    assert (
+        _resources(
+            SimpleNamespace(cluster_resources=lambda: {"CPU": 64}), ScaleConfig(workers=2), config
+        )[1]
+        == 0
+    )
 
 
 @pytest.mark.parametrize("stages", [0, "two", 1.5, True, None])
 def test_stages_of_a_pipeline_are_a_number(tmp_path, stages):
-    with pytest.raises(ValueError, match=r"pipeline_parallel_size is .*; expected a whole number of 1 or more"):
+    with pytest.raises(
+        ValueError, match=r"pipeline_parallel_size is .*; expected a whole number of 1 or more"
+    ):
         BuildConfig.model_validate(
-            settings(tmp_path, teacher={"model": "m", "engine_args": {"pipeline_parallel_size": stages}})
+            settings(
+                tmp_path, teacher={"model": "m", "engine_args": {"pipeline_parallel_size": stages}}
+            )
         )
 
 
 def test_a_call_after_the_end_starts_no_second_cluster():
-    """Seen on one busy core: the thread that reads results asked for one more after an interruption had shut Ray down."""
+    """Seen on one busy core: the thread that reads results asked for one more after an
+    interruption had shut Ray down.
+    """
     code = (
         "from logitcask.pipeline.builder.ray_driver import _import_ray\n"
         "ray = _import_ray()\n"

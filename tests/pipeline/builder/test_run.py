@@ -1,4 +1,6 @@
-"""``teacher-cache build`` from config to cache: what it writes, what it reuses, what it refuses, and what a kill costs."""
+"""``teacher-cache build`` from config to cache: what it writes, what it reuses, what it refuses,
+and what a kill costs.
+"""
 
 from __future__ import annotations
 
@@ -56,16 +58,32 @@ STORES = {
     "default": {},
     "top k": {"min_probability": None, "tail_samples": 0},
     "top p": {"min_probability": None, "top_p": 0.4, "min_k": 1},
-    "fixed": {"min_probability": None, "mass_per_sample": None, "tail_samples": 5, "sample_sets": 2},
+    "fixed": {
+        "min_probability": None,
+        "mass_per_sample": None,
+        "tail_samples": 5,
+        "sample_sets": 2,
+    },
     "with logprobs": {"sample_logprobs": True, "draws": "independent"},
-    "random sampling": {"top_k": 0, "tail_samples": 50, "mass_per_sample": None, "draws": "independent"},
+    "random sampling": {
+        "top_k": 0,
+        "tail_samples": 50,
+        "mass_per_sample": None,
+        "draws": "independent",
+    },
 }
 
 
 @pytest.mark.parametrize("store", STORES)
 def test_a_cache_holds_the_teachers_distributions(tmp_path, store):
-    """Every kept position against the synthetic teacher's closed form: head, tail mass, entropy, draws."""
-    config = synthetic(tmp_path, data__max_tokens=12_000, store={"top_k": 12, "shard_tokens": 2_000, **STORES[store]})
+    """Every kept position against the synthetic teacher's closed form: head, tail mass, entropy,
+    draws.
+    """
+    config = synthetic(
+        tmp_path,
+        data__max_tokens=12_000,
+        store={"top_k": 12, "shard_tokens": 2_000, **STORES[store]},
+    )
     manifest = build(config).manifest
     truth = SyntheticTeacher(config.teacher, config.store.capture())
     cache = CacheReader(config.output)
@@ -76,9 +94,14 @@ def test_a_cache_holds_the_teachers_distributions(tmp_path, store):
         dense = truth.dense_logprobs(sequence.input_ids)[sequence.positions]
         at, head = np.arange(len(dense)), sequence.ids >= 0
         stored = np.take_along_axis(dense, np.maximum(sequence.ids, 0).astype(np.int64), axis=1)
-        assert np.abs(stored - sequence.logprobs)[head].max(initial=0) <= config.store.logprob_step / 2 + 1e-5
+        assert (
+            np.abs(stored - sequence.logprobs)[head].max(initial=0)
+            <= config.store.logprob_step / 2 + 1e-5
+        )
         expected = (np.sort(dense, axis=1)[:, ::-1][:, : head.shape[1]] * head).sum(axis=1)
-        np.testing.assert_allclose(np.where(head, stored, 0).sum(axis=1), expected, err_msg="not the most probable ids")
+        np.testing.assert_allclose(
+            np.where(head, stored, 0).sum(axis=1), expected, err_msg="not the most probable ids"
+        )
         outside = np.exp(dense)
         rows, columns = np.nonzero(head)
         outside[rows, sequence.ids[rows, columns]] = 0
@@ -95,12 +118,17 @@ def test_a_cache_holds_the_teachers_distributions(tmp_path, store):
         p = np.where(drawn >= 0, outside[at[:, None, None], drawn], np.nan)
         assert np.nanmin(p) > 0, "a draw from the head"
         if sequence.samples.logprobs is not None:
-            assert np.nanmax(np.abs(np.log(p) - sequence.samples.logprobs)) <= config.store.logprob_step / 2 + 1e-4
-        # An unbiased estimate of the tail's mean of any function of the id, such as the parity of the id.
+            assert (
+                np.nanmax(np.abs(np.log(p) - sequence.samples.logprobs))
+                <= config.store.logprob_step / 2 + 1e-4
+            )
+        # An unbiased estimate of the tail's mean of any function of the id, such as the parity of
+        # the id.
         odd = np.where(drawn >= 0, drawn % 2, 0).sum(axis=(1, 2)) / (drawn >= 0).sum(axis=(1, 2))
         deviations += list(odd - (outside * (np.arange(outside.shape[1]) % 2)).sum(axis=1) / tail)
     if deviations:
-        # Positions with the same last tokens share their draws, so far fewer than all are independent.
+        # Positions with the same last tokens share their draws, so far fewer than all are
+        # independent.
         assert abs(np.mean(deviations)) < 0.03
 
 
@@ -127,7 +155,9 @@ def test_a_finished_cache_is_reused(tmp_path):
 
 def test_what_changes_no_number_changes_no_cache(tmp_path):
     first = build(synthetic(tmp_path)).manifest
-    other = build(synthetic(tmp_path, store__shard_tokens=9_000, output=str(tmp_path / "other"))).manifest
+    other = build(
+        synthetic(tmp_path, store__shard_tokens=9_000, output=str(tmp_path / "other"))
+    ).manifest
     assert len(other.shards) < len(first.shards)
     assert other.fingerprint == first.fingerprint
     for a, b in zip(CacheReader(tmp_path / "cache"), CacheReader(tmp_path / "other"), strict=True):
@@ -162,7 +192,9 @@ def test_another_model_in_the_same_folder_is_noticed(tmp_path, tiny_llama):
     model = tmp_path / "model"
     shutil.copytree(tiny_llama, model)
     teacher = {"model": str(model), "backend": "transformers"}
-    config = synthetic(tmp_path, teacher=teacher, data={"path": "python-docs", "max_length": 32, "max_tokens": 500})
+    config = synthetic(
+        tmp_path, teacher=teacher, data={"path": "python-docs", "max_length": 32, "max_tokens": 500}
+    )
     build(config)
     assert build(config).reused
     fields = json.loads((model / "config.json").read_text())
@@ -185,43 +217,70 @@ def test_changed_data_is_noticed(tmp_path, lines):
 def test_sequences_without_targets_keep_their_place(tmp_path, lines):
     """One token predicts nothing; the sequence is stored, never scored, and shifts no other."""
     rows = [{"text": "a"}, {"text": "bc"}, {"text": "d"}]
-    config = synthetic(tmp_path, data={"path": lines(rows), "max_length": 64, "add_special_tokens": False})
+    config = synthetic(
+        tmp_path, data={"path": lines(rows), "max_length": 64, "add_special_tokens": False}
+    )
     build(config)
-    assert [(len(s), len(s.positions)) for s in CacheReader(config.output)] == [(1, 0), (2, 1), (1, 0)]
+    assert [(len(s), len(s.positions)) for s in CacheReader(config.output)] == [
+        (1, 0),
+        (2, 1),
+        (1, 0),
+    ]
 
 
 def test_overlong_documents_are_counted(tmp_path, lines):
     path = lines([{"text": "x" * 100}, {"text": "y" * 10}])
-    for policy, lengths in {"split": [32, 32, 32, 4, 10], "truncate": [32, 10], "drop": [10]}.items():
+    for policy, lengths in {
+        "split": [32, 32, 32, 4, 10],
+        "truncate": [32, 10],
+        "drop": [10],
+    }.items():
         data = {"path": path, "max_length": 32, "overlong": policy, "add_special_tokens": False}
         config = synthetic(tmp_path, data=data, output=str(tmp_path / policy))
         counters = build(config).manifest.data.counters
         assert [len(s) for s in CacheReader(config.output)] == lengths
-        assert sum(counters.get(name, 0) for name in ("split_documents", "truncated", "dropped_overlong")) == 1, (
-            counters
-        )
+        assert (
+            sum(
+                counters.get(name, 0)
+                for name in ("split_documents", "truncated", "dropped_overlong")
+            )
+            == 1
+        ), counters
 
 
 def test_only_the_assistants_tokens_are_kept(tmp_path, lines):
     chat = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "four"}]
     config = synthetic(
-        tmp_path, data={"path": lines([{"messages": chat * 2}]), "messages_field": "messages", "max_length": 200}
+        tmp_path,
+        data={
+            "path": lines([{"messages": chat * 2}]),
+            "messages_field": "messages",
+            "max_length": 200,
+        },
     )
     manifest = build(config).manifest
     assert manifest.data.mask_policy == "assistant"
     (sequence,) = CacheReader(config.output)
-    kept = open_tokenizer(config.teacher).decode(sequence.target_ids.tolist(), skip_special_tokens=False)
+    kept = open_tokenizer(config.teacher).decode(
+        sequence.target_ids.tolist(), skip_special_tokens=False
+    )
     assert kept == "four<|im_end|>" * 2
 
 
 BAD = {
     "unknown key": ({"data": {"path": "python-docs", "max_lenght": 3}}, "did you mean max_length"),
-    "missing model": ({"teacher": {"model": "no/such-model-anywhere", "backend": "transformers"}}, "no model"),
+    "missing model": (
+        {"teacher": {"model": "no/such-model-anywhere", "backend": "transformers"}},
+        "no model",
+    ),
     "missing data": ({"data": {"path": "./nothing.jsonl"}}, "no data at"),
     "missing field": ({"data": {"path": "python-docs", "text_field": "body"}}, "body"),
     "top_k above the vocabulary": ({"store": {"top_k": 3001}}, "top_k is 3001"),
     "a step that is no power of two": ({"store": {"logprob_step": 0.1}}, "power of two"),
-    "documents and chats": ({"data": {"path": "python-docs", "text_field": "a", "messages_field": "b"}}, "set one"),
+    "documents and chats": (
+        {"data": {"path": "python-docs", "text_field": "a", "messages_field": "b"}},
+        "set one",
+    ),
     "nowhere to write": ({"output": "/proc/cache"}, "cannot write to"),
     "a value that does not parse": ({"store": {"top_k": "many"}}, "store.top_k"),
 }
@@ -264,23 +323,42 @@ def test_damage_is_exit_1_and_named(tmp_path):
 
 
 def teacher_cache(*arguments, env=None):
-    command = [sys.executable, "-c", "from logitcask.pipeline.cli import main; main()", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **(env or {})})
+    command = [
+        sys.executable,
+        "-c",
+        "from logitcask.pipeline.cli import main; main()",
+        *map(str, arguments),
+    ]
+    return subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, **(env or {})}
+    )
 
 
 def test_killed_ten_times_the_cache_is_the_same(tmp_path, rng):
-    """``kill -9`` at random moments, the same command again each time, until one run gets through."""
+    """``kill -9`` at random moments, the same command again each time, until one run gets
+    through.
+    """
     config_file = tmp_path / "config.yaml"
     whole = synthetic(tmp_path, output=str(tmp_path / "whole"), data__max_tokens=400_000)
     expected = build(whole).manifest
-    config_file.write_text(yaml.safe_dump({**whole.model_dump(mode="json"), "output": str(tmp_path / "killed")}))
-    command = [sys.executable, "-c", "from logitcask.pipeline.cli import main; main()", "build", str(config_file)]
+    config_file.write_text(
+        yaml.safe_dump({**whole.model_dump(mode="json"), "output": str(tmp_path / "killed")})
+    )
+    command = [
+        sys.executable,
+        "-c",
+        "from logitcask.pipeline.cli import main; main()",
+        "build",
+        str(config_file),
+    ]
     work = tmp_path / "killed" / ".build"
     kills = 0
     # The first is killed while it plans, the others at some shard, a random moment later.
     for shards in (0, *rng.integers(0, len(expected.shards) - 1, 9)):
         process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-        while process.poll() is None and not (work.exists() and len(list(work.glob("commits/*.json"))) >= shards):
+        while process.poll() is None and not (
+            work.exists() and len(list(work.glob("commits/*.json"))) >= shards
+        ):
             time.sleep(0.002)
         time.sleep(rng.uniform(0, 0.2) if kills else 0)
         process.send_signal(signal.SIGKILL)
@@ -301,7 +379,9 @@ def test_an_unfinished_build_keeps_its_settings(tmp_path):
     (config.output / "data").parent.mkdir(parents=True)
     process = subprocess.Popen([sys.executable, "-c", _UNFINISHED, config.model_dump_json()])
     assert process.wait() == 9
-    with pytest.raises(UserError, match=r"unfinished build with other settings: data\.max_length: 128 -> 64"):
+    with pytest.raises(
+        UserError, match=r"unfinished build with other settings: data\.max_length: 128 -> 64"
+    ):
         build(synthetic(tmp_path, data__max_length=64))
     assert not build(config).reused
 
@@ -326,14 +406,22 @@ def test_overrides(tmp_path):
     file = tmp_path / "c.yaml"
     file.write_text(yaml.safe_dump(synthetic(tmp_path).model_dump(mode="json")))
     config = load_config(
-        BuildConfig, file, ["store.top_k=3", "data.max_tokens=null", "teacher.engine_args={a: [1, 2], b: 1e-4}"]
+        BuildConfig,
+        file,
+        ["store.top_k=3", "data.max_tokens=null", "teacher.engine_args={a: [1, 2], b: 1e-4}"],
     )
     assert (config.store.top_k, config.data.max_tokens, config.teacher.engine_args) == (
         3,
         None,
         {"a": [1, 2], "b": 1e-4},
     )
-    for wrong in ("store.top_k", "=3", "store.top_kk=3", "store.top_k.x=3", "store.top_k=[unclosed"):
+    for wrong in (
+        "store.top_k",
+        "=3",
+        "store.top_kk=3",
+        "store.top_k.x=3",
+        "store.top_k=[unclosed",
+    ):
         with pytest.raises(UserError):
             load_config(BuildConfig, file, [wrong])
 

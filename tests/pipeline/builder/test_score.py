@@ -1,4 +1,6 @@
-"""Scoring behind and beside the engine: order, bounds, failures on either side, interruptions, the log."""
+"""Scoring behind and beside the engine: order, bounds, failures on either side, interruptions,
+the log.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,9 @@ def config_for(tmp_path, **changes):
 
 @pytest.fixture
 def planned(tmp_path, rng):
-    """A build directory with one shard: sequences of all lengths, one in four with nothing to learn, and those sequences."""
+    """A build directory with one shard: sequences of all lengths, one in four with nothing to
+    learn, and those sequences.
+    """
     sequences = []
     for i in range(300):
         ids = rng.integers(0, 3000, int(rng.integers(1, 90))).astype(np.int32)
@@ -62,7 +66,9 @@ class Recording(SyntheticTeacher):
     """Remembers what it was given, in which order."""
 
     def __init__(self):
-        super().__init__(TeacherConfig(model="synthetic", vocab_size=3000), StoreConfig(top_k=4).capture())
+        super().__init__(
+            TeacherConfig(model="synthetic", vocab_size=3000), StoreConfig(top_k=4).capture()
+        )
         self.given = []
 
     def score(self, sequences):
@@ -75,13 +81,17 @@ class Recording(SyntheticTeacher):
 
 
 def test_results_come_in_the_order_of_the_plan(planned, monkeypatch):
-    """The teacher gets windows of like lengths, always the same; nothing without a target; each answer to its sequence."""
+    """The teacher gets windows of like lengths, always the same; nothing without a target; each
+    answer to its sequence.
+    """
     monkeypatch.setattr(scoring, "_WINDOW_TOKENS", 500)
     build_dir, sequences = planned
     teacher, again = Recording(), Recording()
     pairs = list(scoring.score_shard(teacher, build_dir, 0))
     list(scoring.score_shard(again, build_dir, 0))
-    assert [sequence.sequence_id for sequence, _ in pairs] == [sequence.sequence_id for sequence in sequences]
+    assert [sequence.sequence_id for sequence, _ in pairs] == [
+        sequence.sequence_id for sequence in sequences
+    ]
     assert teacher.given == again.given
     assert sorted(teacher.given) == sorted(s.sequence_id for s in sequences if s.loss_mask.any())
     for sequence, answer in pairs:
@@ -107,7 +117,9 @@ def test_windows_are_bounded(planned, monkeypatch):
 
 
 def test_the_queue_is_bounded_in_bytes(tmp_path, monkeypatch):
-    """With a disk that is slower than the engine, no more than QUEUE_BYTES of answers wait, beside one more."""
+    """With a disk that is slower than the engine, no more than QUEUE_BYTES of answers wait,
+    beside one more.
+    """
     largest, most = 0, 0
 
     def measured(teacher, sequences):
@@ -145,7 +157,9 @@ def test_the_queue_is_bounded_in_bytes(tmp_path, monkeypatch):
 
 
 def test_nothing_is_held_for_longer_than_it_waits(tmp_path, monkeypatch):
-    """What the engine has answered is let go: once the prior is known, that is what queue and window hold, to the end."""
+    """What the engine has answered is let go: once the prior is known, that is what queue and
+    window hold, to the end.
+    """
     window, queue, prior = 500, 50_000, 10_000
     alive: list[tuple[weakref.ref, int]] = []
     held: list[int] = []
@@ -175,7 +189,9 @@ def test_an_answer_larger_than_the_queue_passes(tmp_path, monkeypatch):
     assert build(config_for(tmp_path)).manifest.statistics.tokens > 30_000
 
 
-@pytest.mark.parametrize("error", [UserError("cannot write: no room"), OSError(28, "No space left on device")])
+@pytest.mark.parametrize(
+    "error", [UserError("cannot write: no room"), OSError(28, "No space left on device")]
+)
 def test_what_fails_behind_stops_the_engine_at_once(tmp_path, monkeypatch, error):
     scored, failed = 0, threading.Event()
 
@@ -241,11 +257,17 @@ def test_a_subset_of_shards_is_the_same_in_another_process_or_order(tmp_path):
     config = config_for(tmp_path, output=str(tmp_path / "parts"))
     with CacheWriter(config.output) as writer:
         plan = make_plan(
-            writer.build_dir, config, request_of(config), Inputs(config), LazyTeacher(config, writer.build_dir)
+            writer.build_dir,
+            config,
+            request_of(config),
+            Inputs(config),
+            LazyTeacher(config, writer.build_dir),
         )
         teacher = SyntheticTeacher(config.teacher, config.store.capture())
         header = plan.header(teacher.identity(), config.store.settings(teacher.vocab_size))
-        prior, _ = scoring.estimate_prior(scoring.score_shard(teacher, writer.build_dir, 0), header.store)
+        prior, _ = scoring.estimate_prior(
+            scoring.score_shard(teacher, writer.build_dir, 0), header.store
+        )
         writer.begin(header, prior)
         indices = list(range(len(plan.shards)))
         for part in (indices[::2], indices[1::2][::-1]):
@@ -277,7 +299,9 @@ def test_the_log_tells_the_whole_story(tmp_path, monkeypatch):
     assert last["tokens"] == last["tokens_total"] == totals.tokens
     assert last["shards"] == last["shards_total"] == len(manifest.shards)
     assert last["queue_sequences"] == last["queue_bytes"] == 0
-    assert last["bytes_per_token"] == round(sum(entry.bytes for entry in manifest.shards) / totals.tokens, 2)
+    assert last["bytes_per_token"] == round(
+        sum(entry.bytes for entry in manifest.shards) / totals.tokens, 2
+    )
     assert 0 < last["engine_share"] < 1
     for each in progress:
         assert each["tokens_per_second"] > 0
@@ -290,7 +314,9 @@ def test_the_log_tells_the_whole_story(tmp_path, monkeypatch):
 def test_the_log_goes_where_it_is_told(tmp_path):
     build(config_for(tmp_path, log=False))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache"]
-    elsewhere = config_for(tmp_path, log=str(tmp_path / "logs" / "a.jsonl"), output=str(tmp_path / "b"))
+    elsewhere = config_for(
+        tmp_path, log=str(tmp_path / "logs" / "a.jsonl"), output=str(tmp_path / "b")
+    )
     build(elsewhere)
     assert events(elsewhere)[-1]["event"] == "finish"
     assert not (tmp_path / "b.log.jsonl").exists()
@@ -323,7 +349,9 @@ main()
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_a_build_cleanly(tmp_path, how):
-    """At once, without a traceback, with what is done kept and a word on how to go on; then it does."""
+    """At once, without a traceback, with what is done kept and a word on how to go on; then it
+    does.
+    """
     whole = build(config_for(tmp_path, output=str(tmp_path / "whole"))).manifest
     config = config_for(tmp_path)
     file = tmp_path / "config.yaml"
@@ -352,9 +380,13 @@ def test_a_signal_ends_a_build_cleanly(tmp_path, how):
 
 
 def test_a_real_engine_that_dies_in_the_middle(tiny_llama, tmp_path, monkeypatch):
-    """One line with the cause; whole shards are kept, and the next start goes on to what it would have been."""
+    """One line with the cause; whole shards are kept, and the next start goes on to what it
+    would have been.
+    """
     if pytest.importorskip("torch").cuda.is_available():
-        pytest.skip("an engine on a GPU is a process of its own, out of reach of what is patched here")
+        pytest.skip(
+            "an engine on a GPU is a process of its own, out of reach of what is patched here"
+        )
     CPUModelRunner = pytest.importorskip("vllm.v1.worker.cpu_model_runner").CPUModelRunner
     fields = {
         "teacher": {"model": str(tiny_llama), "batch_tokens": 64},
@@ -371,7 +403,10 @@ def test_a_real_engine_that_dies_in_the_middle(tiny_llama, tmp_path, monkeypatch
 
     with monkeypatch.context() as patch:
         patch.setattr(CPUModelRunner, "execute_model", dies)
-        with pytest.raises(UserError, match=r"^vLLM stopped while scoring: the accelerator has caught fire; the same"):
+        with pytest.raises(
+            UserError,
+            match=r"^vLLM stopped while scoring: the accelerator has caught fire; the same",
+        ):
             build(config_for(tmp_path, **fields))
     resumed = build(config_for(tmp_path, **fields))
     assert 0 < resumed.tokens_scored < whole.statistics.tokens

@@ -1,4 +1,6 @@
-"""Draws from the tail: right in expectation, right in number, the same in numpy and torch, and the same again."""
+"""Draws from the tail: right in expectation, right in number, the same in numpy and torch, and
+the same again.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,9 @@ Rows = tuple[NDArray[np.float32], NDArray[np.int32], NDArray[np.int32]]
 
 
 def some_rows(rng: np.random.Generator, rows: int, vocab_size: int, top: int) -> Rows:
-    """Logprobs of laws from flat to sharp, some with impossible ids, the most probable ids, and targets."""
+    """Logprobs of laws from flat to sharp, some with impossible ids, the most probable ids, and
+    targets.
+    """
     logits = rng.normal(size=(rows, vocab_size)) * rng.uniform(0.5, 8, (rows, 1))
     logits[:: rows // 3, rng.choice(vocab_size, vocab_size // 3)] = -np.inf
     logprobs = (logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)).astype(np.float32)
@@ -48,7 +52,9 @@ def some_rows(rng: np.random.Generator, rows: int, vocab_size: int, top: int) ->
 
 def by_torch(rows: Rows, capture: Capture, *, logits: bool = False) -> Draws:
     logprobs, top_ids, target_ids = map(torch.from_numpy, rows)
-    return draws_torch.to_numpy(draws_torch.draw(logprobs, top_ids.long(), target_ids.long(), capture, logits=logits))
+    return draws_torch.to_numpy(
+        draws_torch.draw(logprobs, top_ids.long(), target_ids.long(), capture, logits=logits)
+    )
 
 
 def tails(rows: Rows, found: Draws, top_k: int) -> NDArray[np.float64]:
@@ -64,16 +70,22 @@ def test_numpy_and_torch_draw_the_same(rng: np.random.Generator, capture: Captur
     rows = some_rows(rng, 40, int(rng.choice([258, 1000, 1024, 5003])), capture.top_k)
     expected = draw(*rows, capture)
     shift = rng.normal(size=(40, 1)).astype(np.float32)
-    # Draws are keyed by eighths of a nat: a row whose key hangs on the last bit of a logit may be drawn from otherwise.
+    # Draws are keyed by eighths of a nat: a row whose key hangs on the last bit of a logit may be
+    # drawn from otherwise.
     named = np.take_along_axis(rows[0], np.stack([rows[1][:, 0], rows[2]], 1).astype(np.int64), 1)
     decided = (np.abs(8 * np.maximum(named, LEAST_LOGPROB) % 1 - 0.5) > 1e-3).all(axis=1)
     assert decided.sum() >= 35
-    for found in (by_torch(rows, capture), by_torch((rows[0] + shift, *rows[1:]), capture, logits=True)):
+    for found in (
+        by_torch(rows, capture),
+        by_torch((rows[0] + shift, *rows[1:]), capture, logits=True),
+    ):
         np.testing.assert_array_equal(found.head_size, expected.head_size)
         np.testing.assert_array_equal(found.samples >= 0, expected.samples >= 0)
         same = found.samples == expected.samples
         assert same[decided].mean() > 0.99, "more differ than fall between two ids"
-        np.testing.assert_allclose(found.sample_logprobs[same], expected.sample_logprobs[same], atol=1e-5, rtol=0)
+        np.testing.assert_allclose(
+            found.sample_logprobs[same], expected.sample_logprobs[same], atol=1e-5, rtol=0
+        )
         np.testing.assert_allclose(found.entropy, expected.entropy, atol=1e-5, rtol=0)
         for field in dataclasses.fields(Draws):
             assert getattr(found, field.name).dtype == getattr(expected, field.name).dtype
@@ -82,22 +94,31 @@ def test_numpy_and_torch_draw_the_same(rng: np.random.Generator, capture: Captur
 
 
 @pytest.mark.parametrize("capture", CAPTURES)
-def test_draws_are_ids_of_the_tail_with_their_logprobs(rng: np.random.Generator, capture: Capture) -> None:
+def test_draws_are_ids_of_the_tail_with_their_logprobs(
+    rng: np.random.Generator, capture: Capture
+) -> None:
     rows = some_rows(rng, 40, 400, capture.top_k)
     found = by_torch(rows, capture)
     assert found.samples.shape == found.sample_logprobs.shape == (40, capture.sets, capture.samples)
     np.testing.assert_array_equal(
-        found.head_size, head_sizes(np.take_along_axis(rows[0], rows[1][:, : capture.top_k].astype(int), 1), capture)
+        found.head_size,
+        head_sizes(
+            np.take_along_axis(rows[0], rows[1][:, : capture.top_k].astype(int), 1), capture
+        ),
     )
     tail = tails(rows, found, capture.top_k)
     real = found.samples >= 0
     row = np.nonzero(real)[0]
-    assert (tail[row, found.samples[real]] > 0).all(), "a draw has no probability or lies in the head"
+    assert (tail[row, found.samples[real]] > 0).all(), (
+        "a draw has no probability or lies in the head"
+    )
     np.testing.assert_array_equal(found.sample_logprobs[real], rows[0][row, found.samples[real]])
     assert (found.samples[~real] == -1).all()
     assert np.isneginf(found.sample_logprobs[~real]).all()
     possible = np.isfinite(rows[0])
-    terms = np.where(possible, np.exp(rows[0].astype(np.float64)) * np.where(possible, rows[0], 0), 0)
+    terms = np.where(
+        possible, np.exp(rows[0].astype(np.float64)) * np.where(possible, rows[0], 0), 0
+    )
     np.testing.assert_allclose(found.entropy, -terms.sum(axis=1), atol=1e-5, rtol=1e-6)
 
 
@@ -106,9 +127,13 @@ def test_draws_are_ids_of_the_tail_with_their_logprobs(rng: np.random.Generator,
 def test_draws_come_up_as_often_as_they_should(
     rng: np.random.Generator, tail_p_value: PValue, top_k: int, independent: bool
 ) -> None:
-    """Of one draw in each set, since those of a systematic set are not independent of each other."""
+    """Of one draw in each set, since those of a systematic set are not independent of each
+    other.
+    """
     rows = some_rows(rng, 6, 300, top_k)
-    capture = Capture(top_k, samples=4, sets=2000, independent=independent, seed=int(rng.integers(2**60)))
+    capture = Capture(
+        top_k, samples=4, sets=2000, independent=independent, seed=int(rng.integers(2**60))
+    )
     found = by_torch(rows, capture)
     tail = tails(rows, found, top_k)
     if independent:
@@ -118,43 +143,60 @@ def test_draws_come_up_as_often_as_they_should(
     picked = np.take_along_axis(found.samples, which, axis=2)[:, :, 0]
     assert tail_p_value(picked, tail) > 1e-6
 
-    # The test can tell: of draws of the neighbour, of draws by a law a little too flat, and of draws by another row's.
+    # The test can tell: of draws of the neighbour, of draws by a law a little too flat, and of
+    # draws by another row's.
     allowed = tail > 0
-    neighbour = np.where(np.take_along_axis(allowed, (picked + 1) % 300, 1), (picked + 1) % 300, picked)
+    neighbour = np.where(
+        np.take_along_axis(allowed, (picked + 1) % 300, 1), (picked + 1) % 300, picked
+    )
     assert tail_p_value(neighbour, tail) < 1e-6
     flat = np.where(allowed, np.exp(0.8 * np.maximum(rows[0], -100)), 0)
     assert tail_p_value(_plain_draws(rng, flat, 8000), tail) < 1e-6
     assert tail_p_value(np.roll(picked, 1, axis=0), tail) < 1e-6
 
 
-def _plain_draws(rng: np.random.Generator, weights: NDArray[np.floating], size: int) -> NDArray[np.int64]:
+def _plain_draws(
+    rng: np.random.Generator, weights: NDArray[np.floating], size: int
+) -> NDArray[np.int64]:
     return np.stack([rng.choice(len(row), size, p=row / row.sum()) for row in weights])
 
 
-def test_systematic_draws_come_up_the_floor_or_the_ceiling_of_what_is_expected(rng: np.random.Generator) -> None:
+def test_systematic_draws_come_up_the_floor_or_the_ceiling_of_what_is_expected(
+    rng: np.random.Generator,
+) -> None:
     capture = Capture(4, samples=64, sets=40, seed=int(rng.integers(2**60)))
     rows = some_rows(rng, 12, 300, 4)
     found = by_torch(rows, capture)
     tail = tails(rows, found, 4)
     expected = 64 * tail / tail.sum(axis=1, keepdims=True)
-    counts = np.stack([[np.bincount(each, minlength=300) for each in sets] for sets in found.samples])
+    counts = np.stack(
+        [[np.bincount(each, minlength=300) for each in sets] for sets in found.samples]
+    )
     # Block sums and exponentials are rounded in float32: an id's share may be off by that.
     assert (counts >= np.floor(expected - 1e-3)[:, None]).all()
     assert (counts <= np.ceil(expected + 1e-3)[:, None]).all()
     independent = by_torch(rows, dataclasses.replace(capture, independent=True))
-    counts = np.stack([[np.bincount(each, minlength=300) for each in sets] for sets in independent.samples])
+    counts = np.stack(
+        [[np.bincount(each, minlength=300) for each in sets] for sets in independent.samples]
+    )
     assert (counts > np.ceil(expected + 1e-3)[:, None]).any()
 
 
-def test_uniforms_are_uniform_and_independent(rng: np.random.Generator, tail_p_value: PValue) -> None:
-    """In 8 x 8 cells: of neighbouring draws, neighbouring sets, neighbouring targets, neighbouring seeds."""
+def test_uniforms_are_uniform_and_independent(
+    rng: np.random.Generator, tail_p_value: PValue
+) -> None:
+    """In 8 x 8 cells: of neighbouring draws, neighbouring sets, neighbouring targets,
+    neighbouring seeds.
+    """
     capture = Capture(0, samples=100, sets=8, independent=True, seed=int(rng.integers(2**60)))
     named = np.full((50, 2), -1.5, np.float32)
     top_ids = np.tile(np.arange(4, dtype=np.int32), (50, 1))
     targets = np.arange(50, dtype=np.int32)
     counts = np.full(50, 100)
     u = fractions(named, top_ids, targets, counts, capture)
-    other = fractions(named, top_ids, targets, counts, dataclasses.replace(capture, seed=capture.seed + 1))
+    other = fractions(
+        named, top_ids, targets, counts, dataclasses.replace(capture, seed=capture.seed + 1)
+    )
     assert ((u >= 0) & (u < 1)).all()
     for a, b in ((u[..., :-1], u[..., 1:]), (u[:, :-1], u[:, 1:]), (u[:-1], u[1:]), (u, other)):
         cells = ((a * 8).astype(int) * 8 + (b * 8).astype(int)).reshape(1, -1)
@@ -212,11 +254,17 @@ def test_heads_end_where_the_rule_says_in_numpy_and_torch_alike(rng: np.random.G
     rows = logprobs, np.tile(np.arange(6, dtype=np.int32), (2, 1)), np.zeros(2, np.int32)
     for min_k, sizes in ((1, [3, 1]), (2, [3, 2]), (9, [6, 6])):
         capture = Capture(6, min_k=min_k, min_probability=0.1, samples=2)
-        assert by_torch(rows, capture).head_size.tolist() == draw(*rows, capture).head_size.tolist() == sizes
+        assert (
+            by_torch(rows, capture).head_size.tolist()
+            == draw(*rows, capture).head_size.tolist()
+            == sizes
+        )
     many = some_rows(rng, 500, 300, 16)
     for top_p in (0.1, 0.5, 0.9, 1.0):
         capture = Capture(16, top_p=top_p, min_probability=1e-3, samples=1)
-        np.testing.assert_array_equal(by_torch(many, capture).head_size, draw(*many, capture).head_size)
+        np.testing.assert_array_equal(
+            by_torch(many, capture).head_size, draw(*many, capture).head_size
+        )
 
 
 def test_a_position_without_a_tail_has_no_draws(rng: np.random.Generator) -> None:
@@ -239,7 +287,8 @@ def test_a_position_without_a_tail_has_no_draws(rng: np.random.Generator) -> Non
             assert first_difference(found, *rows, capture) is None
     # With nothing in the head, the one possible id is drawn every time.
     only = by_torch(
-        (certain, np.tile(np.arange(4, dtype=np.int32), (3, 1)), np.zeros(3, np.int32)), Capture(0, samples=4)
+        (certain, np.tile(np.arange(4, dtype=np.int32), (3, 1)), np.zeros(3, np.int32)),
+        Capture(0, samples=4),
     )
     assert (only.samples == 0).all()
     assert (only.sample_logprobs == 0).all()
@@ -266,16 +315,22 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("capture", [*CAPTURES, Capture(16, samples=16, min_probability=0.01, mass_per_sample=0.02)])
+@pytest.mark.parametrize(
+    "capture", [*CAPTURES, Capture(16, samples=16, min_probability=0.01, mass_per_sample=0.02)]
+)
 @pytest.mark.parametrize("logits", [False, True])
 def test_a_chunk_takes_few_operations(
     rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, capture: Capture, logits: bool
 ) -> None:
-    """Each costs a GPU more than its work does. The hash, half of all of them, is made once for all chunks."""
+    """Each costs a GPU more than its work does. The hash, half of all of them, is made once for
+    all chunks.
+    """
     rows = some_rows(rng, 12, 1000, capture.top_k)
     counts, found = [], []
     for chunks in (1, 3):
-        monkeypatch.setattr(draws_torch, "_CHUNK", {"cpu": max(1000, capture.draws * 256) * 12 // chunks, "gpu": 0})
+        monkeypatch.setattr(
+            draws_torch, "_CHUNK", {"cpu": max(1000, capture.draws * 256) * 12 // chunks, "gpu": 0}
+        )
         with Operations() as operations:
             found.append(by_torch(rows, capture, logits=logits))
         counts.append(operations.count)
@@ -309,7 +364,9 @@ def _other_size(rows: Rows, capture: Capture, found: Draws) -> Draws:
 
 
 def _half_the_draws(rows: Rows, capture: Capture, found: Draws) -> Draws:
-    return dataclasses.replace(found, samples=np.where(np.arange(capture.samples) % 2, -1, found.samples))
+    return dataclasses.replace(
+        found, samples=np.where(np.arange(capture.samples) % 2, -1, found.samples)
+    )
 
 
 def _no_id(rows: Rows, capture: Capture, found: Draws) -> Draws:
@@ -331,7 +388,9 @@ def _fewer_columns(rows: Rows, capture: Capture, found: Draws) -> Draws:
         _other_entropy, _fewer_columns,
     ],
 )  # fmt: skip
-def test_wrong_draws_are_noticed(rng: np.random.Generator, spoil: Callable[[Rows, Capture, Draws], Draws]) -> None:
+def test_wrong_draws_are_noticed(
+    rng: np.random.Generator, spoil: Callable[[Rows, Capture, Draws], Draws]
+) -> None:
     capture = Capture(8, min_k=4, min_probability=0.02, samples=16, sets=2)
     rows = some_rows(rng, 12, 600, 8)
     found = draw(*rows, capture)

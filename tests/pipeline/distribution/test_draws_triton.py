@@ -1,4 +1,6 @@
-"""The kernels that draw on GPUs against the reference: under Triton's interpreter on a CPU, compiled on CUDA."""
+"""The kernels that draw on GPUs against the reference: under Triton's interpreter on a CPU,
+compiled on CUDA.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from logitcask.pipeline.distribution import draws_torch
 from logitcask.pipeline.distribution.capture import Capture
-from logitcask.pipeline.distribution.draws import KEY_IDS, LEAST_LOGPROB, SET_STRIDE, Draws, draw, first_difference
+from logitcask.pipeline.distribution.draws import (
+    KEY_IDS,
+    LEAST_LOGPROB,
+    SET_STRIDE,
+    Draws,
+    draw,
+    first_difference,
+)
 
 pytest.importorskip("triton")
 from logitcask.pipeline.distribution import draws_triton
@@ -32,11 +41,25 @@ CAPTURES = [
 
 
 def test_under_the_interpreter() -> None:
-    """Triton decides at import whether it interprets, so this file runs itself again in a process where it does."""
+    """Triton decides at import whether it interprets, so this file runs itself again in a
+    process where it does.
+    """
     if draws_triton.INTERPRETED:
         pytest.skip("this is that process")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "not interpreter"]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "1"})
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        __file__,
+        "-k",
+        "not interpreter",
+    ]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "1"}
+    )
     assert done.returncode == 0, done.stdout[-4000:]
     assert " passed" in done.stdout
     assert "skipped" not in done.stdout.splitlines()[-1]
@@ -44,14 +67,22 @@ def test_under_the_interpreter() -> None:
 
 @pytest.fixture(autouse=True)
 def triton_there(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if "interpreter" not in request.node.name and not (draws_triton.INTERPRETED or torch.cuda.is_available()):
+    if "interpreter" not in request.node.name and not (
+        draws_triton.INTERPRETED or torch.cuda.is_available()
+    ):
         pytest.skip("no CUDA, and Triton does not interpret")
     if draws_triton.INTERPRETED and "as_many" not in request.node.name:
-        monkeypatch.setattr(draws_triton, "_LANES", 16)  # a program takes the interpreter as long, however many it has
+        monkeypatch.setattr(
+            draws_triton, "_LANES", 16
+        )  # a program takes the interpreter as long, however many it has
 
 
-def some_rows(rng: np.random.Generator, rows: int, vocab_size: int, top: int) -> tuple[Any, Any, Any]:
-    """Logprobs of laws from flat to sharp, some with impossible ids, the most probable ids, and targets."""
+def some_rows(
+    rng: np.random.Generator, rows: int, vocab_size: int, top: int
+) -> tuple[Any, Any, Any]:
+    """Logprobs of laws from flat to sharp, some with impossible ids, the most probable ids, and
+    targets.
+    """
     logits = rng.normal(size=(rows, vocab_size)) * rng.uniform(0.5, 8, (rows, 1))
     logits[:: rows // 3, rng.choice(vocab_size, vocab_size // 3)] = -np.inf
     logprobs = (logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)).astype(np.float32)
@@ -60,7 +91,9 @@ def some_rows(rng: np.random.Generator, rows: int, vocab_size: int, top: int) ->
 
 
 def by_kernels(rows: tuple[Any, Any, Any], capture: Capture, *, logits: bool = False) -> Draws:
-    """Of rows that lie in a wider buffer, as an engine's do, and of ids in columns behind the target's."""
+    """Of rows that lie in a wider buffer, as an engine's do, and of ids in columns behind the
+    target's.
+    """
     logprobs, top_ids, target_ids = (torch.from_numpy(each).to(DEVICE) for each in rows)
     top_ids = torch.cat([target_ids[:, None], top_ids], dim=1).long()[:, 1:]
     wide = torch.full((len(logprobs), logprobs.shape[1] + 7), 99.0, device=DEVICE)
@@ -73,7 +106,9 @@ def by_kernels(rows: tuple[Any, Any, Any], capture: Capture, *, logits: bool = F
 
 @pytest.mark.parametrize("logits", [False, True])
 @pytest.mark.parametrize("capture", CAPTURES)
-def test_the_kernels_draw_what_the_reference_draws(rng: np.random.Generator, capture: Capture, logits: bool) -> None:
+def test_the_kernels_draw_what_the_reference_draws(
+    rng: np.random.Generator, capture: Capture, logits: bool
+) -> None:
     rows = some_rows(rng, 6, int(rng.choice([258, 1000, 1024, 5003])), capture.top_k)
     expected = draw(*rows, capture)
     shift = rng.normal(size=(6, 1)).astype(np.float32) if logits else np.zeros((6, 1), np.float32)
@@ -86,7 +121,9 @@ def test_the_kernels_draw_what_the_reference_draws(rng: np.random.Generator, cap
     np.testing.assert_array_equal(found.samples >= 0, expected.samples >= 0)
     same = found.samples == expected.samples
     assert same[decided].mean() > 0.97, "more differ than fall between two ids"
-    np.testing.assert_allclose(found.sample_logprobs[same], expected.sample_logprobs[same], atol=1e-5, rtol=0)
+    np.testing.assert_allclose(
+        found.sample_logprobs[same], expected.sample_logprobs[same], atol=1e-5, rtol=0
+    )
     np.testing.assert_allclose(found.entropy, expected.entropy, atol=1e-5, rtol=0)
     for field in dataclasses.fields(Draws):
         assert getattr(found, field.name).dtype == getattr(expected, field.name).dtype
@@ -113,8 +150,12 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_as_many_launches_for_many_rows_as_for_few(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Four kernels and some operations on tensors of a column or so, however many rows there are."""
+def test_as_many_launches_for_many_rows_as_for_few(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four kernels and some operations on tensors of a column or so, however many rows there
+    are.
+    """
     launched: list[str] = []
     for name in ("_norms", "_mark", "_tails", "_find"):
 
@@ -124,7 +165,9 @@ def test_as_many_launches_for_many_rows_as_for_few(rng: np.random.Generator, mon
 
         monkeypatch.setattr(draws_triton, name, Launch())
     capture = Capture(16, samples=16, min_probability=0.01, mass_per_sample=0.02)
-    logprobs, top_ids, target_ids = (torch.from_numpy(each).to(DEVICE) for each in some_rows(rng, 300, 300, 16))
+    logprobs, top_ids, target_ids = (
+        torch.from_numpy(each).to(DEVICE) for each in some_rows(rng, 300, 300, 16)
+    )
     with Operations() as operations:
         draws_torch._by_triton(logprobs, top_ids.long(), target_ids.long(), capture, True)
     assert launched == ["_norms", "_mark", "_tails", "_find"]
@@ -132,7 +175,9 @@ def test_as_many_launches_for_many_rows_as_for_few(rng: np.random.Generator, mon
 
 
 def test_the_hash_is_the_references_to_the_last_bit(rng: np.random.Generator) -> None:
-    """Of an even law, a draw tells its point of the CDF to within one id; its eighths are ties, rounded to even."""
+    """Of an even law, a draw tells its point of the CDF to within one id; its eighths are ties,
+    rounded to even.
+    """
     size, capture = 4096, Capture(0, samples=20, sets=2, independent=True, seed=-(2**62) - 1)
     logprobs = np.full((2, size), -np.log(size), np.float32)
     logprobs[:, :2] = [-2.0625, -4.1875]  # 16.5 and 33.5 eighths
@@ -144,7 +189,9 @@ def test_the_hash_is_the_references_to_the_last_bit(rng: np.random.Generator) ->
 
 
 def test_where_nothing_is_to_be_drawn(rng: np.random.Generator) -> None:
-    """Certain laws, laws whose tail underflows, whole heads; with nothing in the head, the one possible id every time."""
+    """Certain laws, laws whose tail underflows, whole heads; with nothing in the head, the one
+    possible id every time.
+    """
     certain = np.full((3, 258), -np.inf, np.float32)
     certain[:, 0] = 0
     underflows = np.full((3, 258), -120, np.float32)
@@ -196,9 +243,15 @@ def broken(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
 FIND = draws_triton.find
 
 
-@pytest.mark.parametrize(("find", "words"), [(spoilt, "they draw other ids"), (broken, "no compiler here"), (FIND, "")])
+@pytest.mark.parametrize(
+    ("find", "words"), [(spoilt, "they draw other ids"), (broken, "no compiler here"), (FIND, "")]
+)
 def test_kernels_that_are_wrong_are_not_used(
-    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, find: Any, words: str
+    rng: np.random.Generator,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    find: Any,
+    words: str,
 ) -> None:
     """And it is said once; right ones are used from the first call on."""
     calls = []
@@ -209,7 +262,9 @@ def test_kernels_that_are_wrong_are_not_used(
 
     monkeypatch.setattr(draws_triton, "find", counted)
     monkeypatch.setattr(draws_torch, "_kernels_agree", {})
-    logprobs, top_ids, target_ids = (torch.from_numpy(each).to(DEVICE) for each in some_rows(rng, 12, 300, 8))
+    logprobs, top_ids, target_ids = (
+        torch.from_numpy(each).to(DEVICE) for each in some_rows(rng, 12, 300, 8)
+    )
     rows, capture = (logprobs, top_ids.long(), target_ids.long()), Capture(8, samples=8)
     with caplog.at_level(logging.WARNING, "pipeline"):
         found = [draws_torch.draw(*rows, capture) for _ in range(2)]
@@ -223,7 +278,9 @@ def test_kernels_that_are_wrong_are_not_used(
 
 @pytest.mark.skipif(draws_triton.INTERPRETED, reason="interpreted functions cannot be compiled")
 def test_interpreter_or_not_they_compile_for_nvidia() -> None:
-    """Down to machine code for compute capability 9.0, which needs no GPU: interpreting proves nothing about that."""
+    """Down to machine code for compute capability 9.0, which needs no GPU: interpreting proves
+    nothing about that.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -239,7 +296,13 @@ def test_interpreter_or_not_they_compile_for_nvidia() -> None:
         ("tails", {"KEYS": KEY_IDS, "LEAST": LEAST_LOGPROB, "GROUP": 16, "BLOCK": 256}),
         (
             "find",
-            {"INDEPENDENT": False, "STRIDE": SET_STRIDE, "LANES": draws_triton._LANES, "BLOCKS": 256, "BLOCK": 256},
+            {
+                "INDEPENDENT": False,
+                "STRIDE": SET_STRIDE,
+                "LANES": draws_triton._LANES,
+                "BLOCKS": 256,
+                "BLOCK": 256,
+            },
         ),
     ):
         function = getattr(draws_triton, f"_{name}")

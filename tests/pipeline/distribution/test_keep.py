@@ -1,4 +1,6 @@
-"""From an engine's rows to what the cache keeps: heads without impossible ids, exact tails, alignment checked."""
+"""From an engine's rows to what the cache keeps: heads without impossible ids, exact tails,
+alignment checked.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,12 @@ from logitcask.cache_format.manifest import StoreSettings
 from logitcask.cache_format.shards.validation import validate
 from logitcask.pipeline.distribution.capture import Capture
 from logitcask.pipeline.distribution.draws import draw
-from logitcask.pipeline.distribution.keep import MisalignedScoresError, keep, keep_nothing, tail_logprob
+from logitcask.pipeline.distribution.keep import (
+    MisalignedScoresError,
+    keep,
+    keep_nothing,
+    tail_logprob,
+)
 from logitcask.pipeline.types import Scored, Sequence
 
 VOCAB = 60
@@ -17,7 +24,9 @@ VOCAB = 60
 
 @pytest.fixture
 def scored(rng):
-    """A sequence and its rows; ``masked`` ids have no probability at all, as where an engine masks part of a vocabulary."""
+    """A sequence and its rows; ``masked`` ids have no probability at all, as where an engine
+    masks part of a vocabulary.
+    """
 
     def make(capture, masked=0, positions=30):
         logits = rng.normal(0, 3, (positions, VOCAB))
@@ -77,7 +86,9 @@ def test_ids_without_probability_are_never_kept(scored, masked, top_k):
     if not everything:
         np.testing.assert_allclose(np.exp(kept.tail_logprob), outside.sum(axis=1), atol=1e-5)
     elif masked:
-        assert (np.exp(kept.tail_logprob) <= 2.0**-20 * 1.001).all(), "nothing is outside but what cannot come"
+        assert (np.exp(kept.tail_logprob) <= 2.0**-20 * 1.001).all(), (
+            "nothing is outside but what cannot come"
+        )
     else:
         assert np.isneginf(kept.tail_logprob).all()
 
@@ -86,7 +97,9 @@ def test_the_tail_is_exact_and_clamped(rng):
     logprobs = np.log(np.array([[0.5, 0.25], [1 - 1e-9, 1e-12], [0.4, 0.3]], np.float32))
     found = np.exp(tail_logprob(logprobs, np.array([2, 2, 1], np.int32), VOCAB).astype(np.float64))
     np.testing.assert_allclose(found[[0, 2]], [0.25, 0.6], rtol=1e-6)
-    assert found[1] == pytest.approx(58e-12, rel=1e-4), "at most all other ids as probable as the last"
+    assert found[1] == pytest.approx(58e-12, rel=1e-4), (
+        "at most all other ids as probable as the last"
+    )
 
 
 @pytest.mark.parametrize("what", ["rows", "targets"])

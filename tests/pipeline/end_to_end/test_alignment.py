@@ -1,4 +1,5 @@
-"""The whole way from text to a cache on disk, by real vLLM, against transformers' dense log-softmax: nothing is shifted.
+"""The whole way from text to a cache on disk, by real vLLM, against transformers' dense
+log-softmax: nothing is shifted.
 
 The texts are in no other test.
 """
@@ -23,7 +24,8 @@ MAX_LENGTH = 48
 DOCUMENTS = [
     "Z",
     "Rain fell",
-    "The lighthouse keeper counted eleven ships before noon, and wrote each name into a ledger bound in sealskin. " * 3,
+    "The lighthouse keeper counted eleven ships before noon, and wrote each name into a ledger bound in sealskin. "
+    * 3,
     "Ἐν ἀρχῇ ἦν ὁ λόγος; zażółć gęślą jaźń; 한국어도 됩니다 🦜🧊",
     "for widget in shelf:\n\tif widget.broken:\n\t\trepair(widget, glue='hot')\n",
 ]
@@ -44,7 +46,9 @@ needs_vllm = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def dense(smollm2):
     teacher = open_teacher(
-        TeacherConfig(model=str(smollm2), backend="transformers"), max_length=MAX_LENGTH, capture=Capture(8)
+        TeacherConfig(model=str(smollm2), backend="transformers"),
+        max_length=MAX_LENGTH,
+        capture=Capture(8),
     )
     yield teacher.dense_logprobs
     teacher.close()
@@ -75,7 +79,9 @@ def caches(smollm2, tmp_path_factory):
 
 
 def assert_aligned(sequence, dense, bound):
-    """Each kept position of ``sequence`` says what ``dense`` (float[n-1, V]) says in that very row."""
+    """Each kept position of ``sequence`` says what ``dense`` (float[n-1, V]) says in that very
+    row.
+    """
     assert len(sequence.positions), "nothing to compare"
     rows = dense[sequence.positions].astype(np.float64)
     targets = sequence.input_ids[sequence.positions + 1]
@@ -104,7 +110,9 @@ def test_vllm_cache_is_what_transformers_says(caches, dense, kind):
         assert MAX_LENGTH in lengths
     for sequence in cache:
         if len(sequence) > 1:
-            assert_aligned(sequence, dense(sequence.input_ids), cache.manifest.store.logprob_step / 2)
+            assert_aligned(
+                sequence, dense(sequence.input_ids), cache.manifest.store.logprob_step / 2
+            )
 
 
 @needs_vllm
@@ -128,8 +136,14 @@ def test_anything_shifted_by_one_is_noticed(caches, dense, shifted):
     if shifted == "rows":
         wrong, other = sequence, np.roll(logprobs, 1, axis=0)
     elif shifted == "positions":
-        wrong, other = dataclasses.replace(sequence, positions=np.roll(sequence.positions, 1)), logprobs
+        wrong, other = (
+            dataclasses.replace(sequence, positions=np.roll(sequence.positions, 1)),
+            logprobs,
+        )
     else:
-        wrong, other = dataclasses.replace(sequence, input_ids=np.roll(sequence.input_ids, 1)), logprobs
+        wrong, other = (
+            dataclasses.replace(sequence, input_ids=np.roll(sequence.input_ids, 1)),
+            logprobs,
+        )
     with pytest.raises(AssertionError):
         assert_aligned(wrong, other, bound)

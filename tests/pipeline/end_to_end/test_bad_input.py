@@ -1,4 +1,6 @@
-"""What goes wrong in real life, through the command line: one line that names the cause, exit code 2, nothing lost."""
+"""What goes wrong in real life, through the command line: one line that names the cause, exit
+code 2, nothing lost.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ import yaml
 from logitcask.cache_format import CacheReader
 from logitcask.pipeline.cli import main
 
-needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+needs_vllm = pytest.mark.skipif(
+    importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"
+)
 SYNTHETIC = {"model": "synthetic", "backend": "synthetic", "vocab_size": 3000}
 
 
@@ -38,7 +42,12 @@ def config_file(tmp_path: Path, teacher: dict[str, Any], data: dict[str, Any], *
 
 
 def command(*arguments: Any) -> list[str]:
-    return [sys.executable, "-c", "from logitcask.pipeline.cli import main; main()", *map(str, arguments)]
+    return [
+        sys.executable,
+        "-c",
+        "from logitcask.pipeline.cli import main; main()",
+        *map(str, arguments),
+    ]
 
 
 def build(file: Path, **env: str) -> subprocess.CompletedProcess[str]:
@@ -47,7 +56,9 @@ def build(file: Path, **env: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture
-def build_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[[Path], Any]]:
+def build_here(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Callable[[Path], Any]]:
     """The same command in this process, which need not import everything again."""
     handler = signal.getsignal(signal.SIGTERM)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -56,7 +67,9 @@ def build_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
         monkeypatch.setattr(sys, "argv", ["teacher-cache", "build", str(file)])
         with pytest.raises(SystemExit) as stop:
             main()
-        return subprocess.CompletedProcess(sys.argv, int(stop.value.code or 0), *capsys.readouterr())
+        return subprocess.CompletedProcess(
+            sys.argv, int(stop.value.code or 0), *capsys.readouterr()
+        )
 
     yield run
     signal.signal(signal.SIGTERM, handler)
@@ -65,7 +78,9 @@ def build_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
 def refused(done: subprocess.CompletedProcess[str], *words: str) -> None:
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
-    (error,) = [line for line in done.stderr.replace("\r", "\n").splitlines() if line.startswith("error: ")]
+    (error,) = [
+        line for line in done.stderr.replace("\r", "\n").splitlines() if line.startswith("error: ")
+    ]
     for word in words:
         assert word in error, error
     assert len(error) < 500, error
@@ -101,7 +116,19 @@ def changed(tmp_path: Path, tiny_llama: Path, vocab_size: int | None = None, **f
 
 
 def test_rows_of_all_kinds(tmp_path: Path, build_here: Any) -> None:
-    rows = [None, "", "  \n", 5, ["x"], {"a": 1}, True, "fine", "\ud83d", "z" * 2_000_000, "the end"]
+    rows = [
+        None,
+        "",
+        "  \n",
+        5,
+        ["x"],
+        {"a": 1},
+        True,
+        "fine",
+        "\ud83d",
+        "z" * 2_000_000,
+        "the end",
+    ]
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
     done = build_here(config_file(tmp_path, SYNTHETIC, {"path": str(data), "overlong": "drop"}))
@@ -129,7 +156,11 @@ def test_an_enormous_row(tmp_path: Path, build_here: Any) -> None:
 def test_data_without_text(tmp_path: Path, build_here: Any, rows: list[Any]) -> None:
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
-    refused(build_here(config_file(tmp_path, SYNTHETIC, {"path": str(data)})), "empty data set", str(data))
+    refused(
+        build_here(config_file(tmp_path, SYNTHETIC, {"path": str(data)})),
+        "empty data set",
+        str(data),
+    )
 
 
 def test_nothing_fits(tmp_path: Path, build_here: Any) -> None:
@@ -143,14 +174,23 @@ def test_nothing_fits(tmp_path: Path, build_here: Any) -> None:
 # --- models
 
 UNLOADABLE = {
-    "truncated weights": (lambda f: _cut(f / "model.safetensors"), ["cannot load", "damaged", "fetch it again"]),
+    "truncated weights": (
+        lambda f: _cut(f / "model.safetensors"),
+        ["cannot load", "damaged", "fetch it again"],
+    ),
     "garbage for weights": (
         lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 5000),
         ["cannot load", "damaged"],
     ),
-    "no weights": (lambda f: (f / "model.safetensors").unlink(), ["cannot load", "no file named model.safetensors"]),
+    "no weights": (
+        lambda f: (f / "model.safetensors").unlink(),
+        ["cannot load", "no file named model.safetensors"],
+    ),
     "no config": (lambda f: (f / "config.json").unlink(), ["is not a model folder", "config.json"]),
-    "a config that is not JSON": (lambda f: (f / "config.json").write_text("{not"), ["config.json", "cannot be read"]),
+    "a config that is not JSON": (
+        lambda f: (f / "config.json").write_text("{not"),
+        ["config.json", "cannot be read"],
+    ),
     "an unknown architecture": (
         lambda f: _edit(f, model_type="foo", architectures=["FooForCausalLM"]),
         ["config.json", "cannot be read", "`foo`"],
@@ -173,21 +213,33 @@ def _edit(folder: Path, **fields: Any) -> None:
 
 
 @pytest.mark.parametrize("what", UNLOADABLE)
-def test_models_that_do_not_load(tmp_path: Path, tiny_llama: Path, build_here: Any, what: str) -> None:
+def test_models_that_do_not_load(
+    tmp_path: Path, tiny_llama: Path, build_here: Any, what: str
+) -> None:
     model = changed(tmp_path, tiny_llama)
     spoil, words = UNLOADABLE[what]
     spoil(model)
-    refused(build_here(config_file(tmp_path, {"model": str(model), "backend": "transformers"}, {})), *words, str(model))
+    refused(
+        build_here(config_file(tmp_path, {"model": str(model), "backend": "transformers"}, {})),
+        *words,
+        str(model),
+    )
 
 
-def test_a_tokenizer_larger_than_the_model(tmp_path: Path, tiny_llama: Path, build_here: Any) -> None:
+def test_a_tokenizer_larger_than_the_model(
+    tmp_path: Path, tiny_llama: Path, build_here: Any
+) -> None:
     model = changed(tmp_path, tiny_llama, vocab_size=300)
     done = build_here(config_file(tmp_path, {"model": str(model), "backend": "transformers"}, {}))
     refused(done, "the tokenizer gives id", "the teacher knows ids below 300", "not this teacher's")
 
 
-def test_a_model_larger_than_its_tokenizer(tmp_path: Path, tiny_llama: Path, build_here: Any) -> None:
-    """Padded embeddings, as Qwen's: the teacher can predict ids that no text has, and its distribution is stored as it is."""
+def test_a_model_larger_than_its_tokenizer(
+    tmp_path: Path, tiny_llama: Path, build_here: Any
+) -> None:
+    """Padded embeddings, as Qwen's: the teacher can predict ids that no text has, and its
+    distribution is stored as it is.
+    """
     model = changed(tmp_path, tiny_llama, vocab_size=448)
     done = build_here(config_file(tmp_path, {"model": str(model), "backend": "transformers"}, {}))
     assert done.returncode == 0, done.stderr
@@ -196,13 +248,19 @@ def test_a_model_larger_than_its_tokenizer(tmp_path: Path, tiny_llama: Path, bui
 
 
 @pytest.mark.parametrize("backend", ["transformers", pytest.param("vllm", marks=needs_vllm)])
-def test_max_length_above_the_models_context(tmp_path: Path, tiny_llama: Path, build_here: Any, backend: str) -> None:
-    done = build_here(config_file(tmp_path, {"model": str(tiny_llama), "backend": backend}, {"max_length": 300}))
+def test_max_length_above_the_models_context(
+    tmp_path: Path, tiny_llama: Path, build_here: Any, backend: str
+) -> None:
+    done = build_here(
+        config_file(tmp_path, {"model": str(tiny_llama), "backend": backend}, {"max_length": 300})
+    )
     refused(done, "reads at most 256 tokens", "data.max_length is 300")
 
 
 @needs_vllm
-def test_an_engine_argument_with_a_field_of_its_own(tmp_path: Path, tiny_llama: Path, build_here: Any) -> None:
+def test_an_engine_argument_with_a_field_of_its_own(
+    tmp_path: Path, tiny_llama: Path, build_here: Any
+) -> None:
     teacher = {"model": str(tiny_llama), "backend": "vllm", "engine_args": {"max_model_len": 8}}
     done = build_here(config_file(tmp_path, teacher, {}))
     refused(done, "engine_args.max_model_len cannot be set", "use data.max_length")
@@ -210,7 +268,11 @@ def test_an_engine_argument_with_a_field_of_its_own(tmp_path: Path, tiny_llama: 
 
 @needs_vllm
 def test_an_engine_argument_that_cannot_work(tmp_path: Path, tiny_llama: Path) -> None:
-    teacher = {"model": str(tiny_llama), "backend": "vllm", "engine_args": {"kv_cache_memory_bytes": 1000}}
+    teacher = {
+        "model": str(tiny_llama),
+        "backend": "vllm",
+        "engine_args": {"kv_cache_memory_bytes": 1000},
+    }
     refused(build(config_file(tmp_path, teacher, {})), "vLLM cannot start")
 
 
@@ -218,4 +280,8 @@ def test_an_engine_argument_that_cannot_work(tmp_path: Path, tiny_llama: Path) -
 def test_vllm_with_damaged_weights(tmp_path: Path, tiny_llama: Path) -> None:
     model = changed(tmp_path, tiny_llama)
     _cut(model / "model.safetensors")
-    refused(build(config_file(tmp_path, {"model": str(model), "backend": "vllm"}, {})), "vLLM cannot start", str(model))
+    refused(
+        build(config_file(tmp_path, {"model": str(model), "backend": "vllm"}, {})),
+        "vLLM cannot start",
+        str(model),
+    )

@@ -1,4 +1,6 @@
-"""Models that overflow, that are damaged, or that bring code of their own: one line, before anything is stored."""
+"""Models that overflow, that are damaged, or that bring code of their own: one line, before
+anything is stored.
+"""
 
 from __future__ import annotations
 
@@ -69,7 +71,9 @@ def test_nan_names_its_cause(tiny_llama: Path, tmp_path: Path, fault: str) -> No
             model.model.layers[1].mlp.up_proj.weight[3, 5] = float("nan")
     model.save_pretrained(folder)
     dtype = "float16" if fault == "overflow" else "float32"
-    with pytest.raises(UserError, match=r"^the teacher's logprobs are NaN in .*dtype to bfloat16.*damaged") as caught:
+    with pytest.raises(
+        UserError, match=r"^the teacher's logprobs are NaN in .*dtype to bfloat16.*damaged"
+    ) as caught:
         build(config(folder, tmp_path / "cache", dtype=dtype))
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "cache" / "manifest.json").exists()
@@ -77,20 +81,26 @@ def test_nan_names_its_cause(tiny_llama: Path, tmp_path: Path, fault: str) -> No
 
 @pytest.mark.parametrize("backend", ["transformers", "vllm"])
 def test_a_folder_that_lacks_weights(tiny_llama: Path, tmp_path: Path, backend: str) -> None:
-    """An interrupted download. vLLM starts without an lm_head where there is no index, and transformers says something else."""
+    """An interrupted download. vLLM starts without an lm_head where there is no index, and
+    transformers says something else.
+    """
     folder = tmp_path / "model"
     AutoModelForCausalLM.from_pretrained(tiny_llama).save_pretrained(folder, max_shard_size="150KB")
     index, files = folder / "model.safetensors.index.json", sorted(folder.glob("*.safetensors"))
     assert len(files) > 2
     model = resolve_model(str(folder))
     check_weights(model)
-    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {"a": "pytorch_model.bin"}}))
+    (folder / "pytorch_model.bin.index.json").write_text(
+        json.dumps({"weight_map": {"a": "pytorch_model.bin"}})
+    )
     check_weights(model)  # left over
     files[-1].unlink()
     message = rf"^{re.escape(str(folder))} is incomplete: 1 of the {len(files)} files .* missing \({files[-1].name}\)"
     for _ in range(2):
         with pytest.raises(UserError, match=message):
-            open_teacher(TeacherConfig(model=str(folder), backend=backend), max_length=16, capture=Capture(2))
+            open_teacher(
+                TeacherConfig(model=str(folder), backend=backend), max_length=16, capture=Capture(2)
+            )
         index.unlink(missing_ok=True)
     index.write_text("<html>")
     with pytest.raises(UserError, match="is no index of weights") as error:
@@ -111,7 +121,9 @@ def test_nan_of_any_engine_is_not_stored(synthetic_scored: tuple[Sequence, Any, 
 
 @pytest.fixture
 def synthetic_scored() -> tuple[Sequence, Any, Any]:
-    asked = BuildConfig.model_validate({"teacher": {"model": "synthetic"}, "data": {"path": "d"}, "output": "o"})
+    asked = BuildConfig.model_validate(
+        {"teacher": {"model": "synthetic"}, "data": {"path": "d"}, "output": "o"}
+    )
     ids = np.arange(20, dtype=np.int32)
     sequence = Sequence("a", ids, ids > 0)
     (scored,) = SyntheticTeacher(asked.teacher, asked.store.capture()).score([sequence])
@@ -126,7 +138,9 @@ def own_code(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         raise AssertionError("a question on the terminal")
 
     monkeypatch.setattr(builtins, "input", asked)
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(
+        "transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules")
+    )
     folder = tmp_path / "own"
     shutil.copytree(tiny_llama, folder)
     (folder / "configuration_own.py").write_text(CONFIGURATION)
@@ -175,7 +189,10 @@ def test_trust_is_yes_or_no() -> None:
     with pytest.raises(ValueError, match="trust_remote_code is 'no'; expected true or false"):
         TeacherConfig(model="m", engine_args={"trust_remote_code": "no"})
     served = TeacherConfig(
-        model="m", backend="server", server={"url": "http://h:1"}, engine_args={"trust_remote_code": True}
+        model="m",
+        backend="server",
+        server={"url": "http://h:1"},
+        engine_args={"trust_remote_code": True},
     )
     assert served.trust_remote_code
 
@@ -190,4 +207,6 @@ def test_no_audit_is_not_a_passed_one(tmp_path: Path) -> None:
         }
     )
     build(asked)
-    assert "not audited: none was asked for" in describe(CacheReader(asked.output).manifest, asked.output)
+    assert "not audited: none was asked for" in describe(
+        CacheReader(asked.output).manifest, asked.output
+    )

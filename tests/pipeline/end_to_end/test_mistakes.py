@@ -1,4 +1,6 @@
-"""Mistakes of a user's that cost something unless they are found early: paths, restarts, folders that change, permissions."""
+"""Mistakes of a user's that cost something unless they are found early: paths, restarts, folders
+that change, permissions.
+"""
 
 from __future__ import annotations
 
@@ -73,16 +75,25 @@ def model(tmp_path: Path, tiny_llama: Path) -> Path:
         (Path("~/one"), "{home}/one"),
     ],
 )
-def test_the_output_is_one_folder_for_all_who_read_the_config(tmp_path, monkeypatch, output, folder) -> None:
+def test_the_output_is_one_folder_for_all_who_read_the_config(
+    tmp_path, monkeypatch, output, folder
+) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    config = BuildConfig.model_validate({**fields_of(tmp_path), "output": output, "log": "~/log.jsonl"})
+    config = BuildConfig.model_validate(
+        {**fields_of(tmp_path), "output": output, "log": "~/log.jsonl"}
+    )
     assert config.output == config.folder == Path(folder.format(home=tmp_path))
     assert config.log_file() == tmp_path / "log.jsonl"
-    assert BuildConfig.model_validate_json(config.model_dump_json()) == config, "as a worker reads it"
+    assert BuildConfig.model_validate_json(config.model_dump_json()) == config, (
+        "as a worker reads it"
+    )
 
 
 def test_a_url_stays_one(tmp_path) -> None:
-    assert BuildConfig.model_validate({**fields_of(tmp_path), "output": "s3://b/~/x"}).output == "s3://b/~/x"
+    assert (
+        BuildConfig.model_validate({**fields_of(tmp_path), "output": "s3://b/~/x"}).output
+        == "s3://b/~/x"
+    )
 
 
 @pytest.mark.parametrize(
@@ -145,11 +156,27 @@ HOPELESS = {
         "cannot read data.chat_template",
     ),
     "no chats": ({}, {"messages_field": "text"}, "none of its 3 rows can be used"),
-    "no chats to answer": ({}, {"messages_field": "text", "generate": {}}, "none of its 3 rows can be used"),
-    "no prompts": ({}, {"prompt_field": "q", "max_length": 8, "generate": {"max_new_tokens": 2}}, "no prompt came out"),
+    "no chats to answer": (
+        {},
+        {"messages_field": "text", "generate": {}},
+        "none of its 3 rows can be used",
+    ),
+    "no prompts": (
+        {},
+        {"prompt_field": "q", "max_length": 8, "generate": {"max_new_tokens": 2}},
+        "no prompt came out",
+    ),
     "a first sequence too long": ({}, {"max_tokens": 3}, "data.max_tokens is 3"),
-    "beyond the model": ({"backend": "transformers"}, {"max_length": 257}, "reads at most 256 tokens"),
-    "an argument with a field": ({"backend": "vllm", "engine_args": {"dtype": "half"}}, {}, "use teacher.dtype"),
+    "beyond the model": (
+        {"backend": "transformers"},
+        {"max_length": 257},
+        "reads at most 256 tokens",
+    ),
+    "an argument with a field": (
+        {"backend": "vllm", "engine_args": {"dtype": "half"}},
+        {},
+        "use teacher.dtype",
+    ),
     "an argument with one value": (
         {"backend": "vllm", "engine_args": {"enable_prefix_caching": True}},
         {},
@@ -171,7 +198,8 @@ def test_a_restart_that_would_fail_at_once_removes_nothing(tmp_path, model, what
 
 
 @pytest.mark.parametrize(
-    "data", [{"messages_field": "messages"}, {"prompt_field": "q", "generate": {"max_new_tokens": 3}}]
+    "data",
+    [{"messages_field": "messages"}, {"prompt_field": "q", "generate": {"max_new_tokens": 3}}],
 )
 def test_a_restart_that_can_work_does(tmp_path, data) -> None:
     build(config_of(tmp_path))
@@ -201,7 +229,10 @@ def test_data_that_changes_while_it_is_read(tmp_path, monkeypatch, data, gone) -
             written(tmp_path, [{"text": "something else", "q": "what else?"}] * 5)
         return result
 
-    with monkeypatch.context() as patch, pytest.raises(UserError, match="has changed while it was read") as error:
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(UserError, match="has changed while it was read") as error,
+    ):
         patch.setattr(module, name, then_changed)
         build(config)
     assert "\n" not in str(error.value)
@@ -217,7 +248,9 @@ def edit_template(model: Path) -> None:
 
 def edit_rules(model: Path) -> None:
     file = model / "tokenizer.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "normalizer": {"type": "Lowercase"}}))
+    file.write_text(
+        json.dumps({**json.loads(file.read_text()), "normalizer": {"type": "Lowercase"}})
+    )
 
 
 EDITS: dict[str, Callable[[Path], None]] = {
@@ -229,11 +262,15 @@ TEXTS = [{"messages_field": "messages"}, {"prompt_field": "q", "generate": {"max
 
 @pytest.mark.parametrize("changes", EDITS)
 @pytest.mark.parametrize("data", TEXTS)
-def test_another_tokenizer_in_the_same_folder_is_noticed(tmp_path, model, monkeypatch, changes, data) -> None:
+def test_another_tokenizer_in_the_same_folder_is_noticed(
+    tmp_path, model, monkeypatch, changes, data
+) -> None:
     config = config_of(tmp_path, {"model": str(model), "backend": "transformers"}, **data)
     build(config)
     monkeypatch.setattr(
-        logitcask.pipeline.builder.lazy_teacher, "open_teacher", lambda *_, **__: pytest.fail("the engine was started")
+        logitcask.pipeline.builder.lazy_teacher,
+        "open_teacher",
+        lambda *_, **__: pytest.fail("the engine was started"),
     )
     assert build(config).reused
     EDITS[changes](model)
@@ -256,7 +293,9 @@ def test_a_template_does_not_matter_to_documents(tmp_path, model) -> None:
 
 @pytest.fixture
 def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """``teacher-cache build`` in this process, which is left as it was: no handler, no logging for debugging."""
+    """``teacher-cache build`` in this process, which is left as it was: no handler, no logging
+    for debugging.
+    """
     handler = signal.getsignal(signal.SIGTERM)
     log = logging.getLogger("logitcask.pipeline")
     level = log.level
@@ -286,7 +325,9 @@ def test_what_the_system_refuses_is_one_line(tmp_path, monkeypatch, capsys, comm
         fields["output"], says = str(tmp_path / ("x" * 300)), "File name too long"
     else:
         monkeypatch.setattr(
-            logitcask.pipeline.builder.inputs, "open_source", lambda *_: (_ for _ in ()).throw(OSError())
+            logitcask.pipeline.builder.inputs,
+            "open_source",
+            lambda *_: (_ for _ in ()).throw(OSError()),
         )
         says = "error: OSError; "
     with pytest.raises(SystemExit) as stop:

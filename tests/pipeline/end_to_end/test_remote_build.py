@@ -1,4 +1,6 @@
-"""Builds that write to a store: the cache of a local build, whatever dies on the way, and little room taken here."""
+"""Builds that write to a store: the cache of a local build, whatever dies on the way, and little
+room taken here.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,11 @@ from logitcask.cache_format import (
 from logitcask.cache_format.cli.config_file import load_config
 from logitcask.cache_format.layout import BUILD_DIR
 from logitcask.cache_format.share import copy as share
-from logitcask.cache_format.share.remote_writer import RemoteCacheWriter, remove_remote_cache, work_folder
+from logitcask.cache_format.share.remote_writer import (
+    RemoteCacheWriter,
+    remove_remote_cache,
+    work_folder,
+)
 from logitcask.cache_format.storage import files as storage
 from logitcask.cache_format.storage.files import open_filesystem
 from logitcask.pipeline.builder.run import build
@@ -87,19 +93,28 @@ def whole(tmp_path: Path) -> Any:
 
 
 def expected(manifest: Any) -> set[str]:
-    return {"README.md", "manifest.json", "tail_prior.arrow", *(shard.path for shard in manifest.shards)}
+    return {
+        "README.md",
+        "manifest.json",
+        "tail_prior.arrow",
+        *(shard.path for shard in manifest.shards),
+    }
 
 
 def test_the_cache_is_that_of_a_local_build(url: str, whole: Any) -> None:
     manifest = build(config_of(url)).manifest
-    assert (manifest.content_sha256, manifest.fingerprint) == (whole.content_sha256, whole.fingerprint)
+    assert (manifest.content_sha256, manifest.fingerprint) == (
+        whole.content_sha256,
+        whole.fingerprint,
+    )
     assert files_at(url) == expected(whole)
     assert verify(url, deep=True) == []
     assert len(CacheReader(url)) == whole.statistics.sequences
     assert not work_folder(url).exists()
     assert build(config_of(url)).reused
     with pytest.raises(
-        UserError, match=re.escape(f"{url} holds a finished cache with other settings: store.top_k: 8 -> 9")
+        UserError,
+        match=re.escape(f"{url} holds a finished cache with other settings: store.top_k: 8 -> 9"),
     ):
         build(config_of(url, top_k=9))
     again = build(config_of(url, top_k=9), restart=True)
@@ -121,8 +136,12 @@ def test_one_shard_lies_here_at_a_time(memory: str, monkeypatch: pytest.MonkeyPa
     assert most == 1
 
 
-def test_a_crash_at_every_operation(memory: str, whole: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before and after whatever is done in the store: the next build ends with the same cache, and leaves nothing behind."""
+def test_a_crash_at_every_operation(
+    memory: str, whole: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before and after whatever is done in the store: the next build ends with the same cache,
+    and leaves nothing behind.
+    """
     crash_at, done, after = 0, 0, False
 
     def crashing(real: Any) -> Any:
@@ -160,11 +179,19 @@ def test_a_crash_at_every_operation(memory: str, whole: Any, monkeypatch: pytest
         assert not work_folder(memory).exists(), number
 
 
-def test_kill_at_random_moments(s3: str, tmp_path: Path, whole: Any, rng: np.random.Generator) -> None:
+def test_kill_at_random_moments(
+    s3: str, tmp_path: Path, whole: Any, rng: np.random.Generator
+) -> None:
     url = f"{s3}/{uuid.uuid4()}/cache"
     file = tmp_path / "c.yaml"
     file.write_text(yaml.safe_dump(fields(url)))
-    command = [sys.executable, "-c", "from logitcask.pipeline.cli import main; main()", "build", str(file)]
+    command = [
+        sys.executable,
+        "-c",
+        "from logitcask.pipeline.cli import main; main()",
+        "build",
+        str(file),
+    ]
     for wanted in (0, 1, 3):
         process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
         commits = work_folder(url) / BUILD_DIR / "commits"
@@ -180,7 +207,9 @@ def test_kill_at_random_moments(s3: str, tmp_path: Path, whole: Any, rng: np.ran
     assert files_at(url) == expected(whole)
 
 
-def test_a_second_builder_is_refused(memory: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, whole: Any) -> None:
+def test_a_second_builder_is_refused(
+    memory: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, whole: Any
+) -> None:
     with RemoteCacheWriter(memory) as first:
         with pytest.raises(CacheInUseError):
             build(config_of(memory))
@@ -207,7 +236,9 @@ def test_the_files_of_others_stay(memory: str) -> None:
     assert filesystem.cat_file(f"{root}/README.md") == b"mine"
 
 
-def test_a_shard_that_is_gone_is_missed(memory: str, monkeypatch: pytest.MonkeyPatch, whole: Any) -> None:
+def test_a_shard_that_is_gone_is_missed(
+    memory: str, monkeypatch: pytest.MonkeyPatch, whole: Any
+) -> None:
     finish = share.Store.finish
 
     def stop(self: Any, texts: dict[str, bytes]) -> None:
@@ -225,13 +256,16 @@ def test_a_shard_that_is_gone_is_missed(memory: str, monkeypatch: pytest.MonkeyP
     assert build(config_of(memory), restart=True).manifest.content_sha256 == whole.content_sha256
 
 
-def test_a_store_that_cannot_be_reached_is_one_line(memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_that_cannot_be_reached_is_one_line(
+    memory: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(*_: Any, **__: Any) -> Any:
         raise PermissionError("no such key")
 
     monkeypatch.setattr(MemoryFileSystem, "_open", refuse)
     with pytest.raises(
-        CacheError, match=r"cannot be reached: no such key; check the address, the network and your access"
+        CacheError,
+        match=r"cannot be reached: no such key; check the address, the network and your access",
     ):
         build(config_of(memory))
     with pytest.raises(UserError, match="a web server hands out files and takes none"):
@@ -247,5 +281,7 @@ def test_outputs_are_folders_or_urls(tmp_path: Path) -> None:
         assert BuildConfig.model_validate_json(config.model_dump_json()) == config
     file = tmp_path / "c.yaml"
     file.write_text(yaml.safe_dump(fields("s3://bucket/x")))
-    with pytest.raises(ConfigError, match=r"output is s3://bucket/x; build into a folder that they share"):
+    with pytest.raises(
+        ConfigError, match=r"output is s3://bucket/x; build into a folder that they share"
+    ):
         load_config(BuildConfig, file, ["scale.workers=2"])

@@ -45,7 +45,7 @@ def write_chats(file, count, rng):
             out.write(json.dumps({"messages": chat}) + "\n")
 
 
-# --- tokens -------------------------------------------------------------------------------------------------------
+# --- tokens ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("overlong", ["split", "truncate", "drop"])
@@ -59,7 +59,11 @@ def test_tokens_are_those_of_a_build(tmp_path, rng, overlong):
     built = build(config).manifest
     (found,) = estimate(config).forecasts
     totals = built.statistics
-    assert (found.tokens, found.sequences, found.kept_positions) == (totals.tokens, totals.sequences, totals.positions)
+    assert (found.tokens, found.sequences, found.kept_positions) == (
+        totals.tokens,
+        totals.sequences,
+        totals.positions,
+    )
     assert found.shards == pytest.approx(len(built.shards), rel=0.15, abs=1)
     everything = estimate(config_of(tmp_path, {"max_length": 10**6})).sample
     assert found.text_tokens == everything.tokens
@@ -69,10 +73,16 @@ def test_tokens_are_those_of_a_build(tmp_path, rng, overlong):
 def test_chats_keep_the_assistants_tokens(tmp_path, rng):
     file = tmp_path / "chats.jsonl"
     write_chats(file, 60, rng)
-    config = config_of(tmp_path, {"path": str(file), "messages_field": "messages", "max_length": 150})
+    config = config_of(
+        tmp_path, {"path": str(file), "messages_field": "messages", "max_length": 150}
+    )
     totals = build(config).manifest.statistics
     (found,) = estimate(config).forecasts
-    assert (found.tokens, found.sequences, found.kept_positions) == (totals.tokens, totals.sequences, totals.positions)
+    assert (found.tokens, found.sequences, found.kept_positions) == (
+        totals.tokens,
+        totals.sequences,
+        totals.positions,
+    )
     assert found.kept_positions < 0.9 * found.tokens
 
 
@@ -81,7 +91,12 @@ def test_what_nobody_learns_is_not_scored(tmp_path):
     file.write_text("x" * 34 + "\n")  # pieces of 33 tokens and of one
     data = {"path": str(file), "max_length": 33, "add_special_tokens": False}
     found = estimate(config_of(tmp_path, data)).forecasts[0]
-    assert (found.tokens, found.scored_tokens, found.kept_positions, found.sequences) == (34, 33, 32, 2)
+    assert (found.tokens, found.scored_tokens, found.kept_positions, found.sequences) == (
+        34,
+        33,
+        32,
+        2,
+    )
 
 
 def _as_jsonl(folder, rows):
@@ -124,8 +139,12 @@ def test_all_of_the_data_is_told_from_sizes(tmp_path, rng, monkeypatch, write):
     told = estimate(config)
     assert (told.sample.whole, told.sample.rows) == (False, 50)
     assert told.total_text_tokens == pytest.approx(exact.sample.text_tokens, rel=0.1)
-    assert told.forecasts[0].kept_positions == pytest.approx(exact.forecasts[0].kept_positions, rel=0.1)
-    limited = estimate(config.model_copy(update={"data": config.data.model_copy(update={"max_tokens": 77_777})}))
+    assert told.forecasts[0].kept_positions == pytest.approx(
+        exact.forecasts[0].kept_positions, rel=0.1
+    )
+    limited = estimate(
+        config.model_copy(update={"data": config.data.model_copy(update={"max_tokens": 77_777})})
+    )
     assert limited.forecasts[0].tokens == 77_777
 
 
@@ -135,15 +154,18 @@ def test_a_table_where_the_size_is_unknown(tmp_path, monkeypatch):
     monkeypatch.setattr(estimates, "_ROWS", 10)
     found = estimate(config_of(tmp_path, {"path": str(file)}))
     assert found.total_text_tokens is None
-    assert [forecast.text_tokens for forecast in found.forecasts] == [10**power for power in range(6, 13)]
+    assert [forecast.text_tokens for forecast in found.forecasts] == [
+        10**power for power in range(6, 13)
+    ]
     (only,) = estimate(config_of(tmp_path, {"path": str(file), "max_tokens": 5000})).forecasts
     assert only.tokens == pytest.approx(5000, abs=1)
 
 
-# --- bytes --------------------------------------------------------------------------------------------------------
+# --- bytes ----------------------------------------------------------------------------------------
 
 FIXED = {"min_probability": None, "mass_per_sample": None}
-# Settings, and bytes per token of a whole cache of SmolLM2-135M over 29,810 tokens of python-docs, all files counted.
+# Settings, and bytes per token of a whole cache of SmolLM2-135M over 29,810 tokens of python-docs,
+# all files counted.
 MEASURED = [
     ({}, 40.5),
     ({"sample_logprobs": True}, 50.5),
@@ -153,7 +175,16 @@ MEASURED = [
     ({**FIXED, "top_k": 64, "min_k": 64, "tail_samples": 0, "logprob_step": 1 / 64}, 133.4),
     ({**FIXED, "top_k": 128, "min_k": 128, "tail_samples": 0, "logprob_step": 1 / 8}, 228.1),
     ({"top_k": 256, "min_k": 1, "tail_samples": 0, "min_probability": 0.005}, 34.9),
-    ({"top_k": 16, "min_k": 5, "tail_samples": 16, "min_probability": 0.05, "mass_per_sample": 0.05}, 27.0),
+    (
+        {
+            "top_k": 16,
+            "min_k": 5,
+            "tail_samples": 16,
+            "min_probability": 0.05,
+            "mass_per_sample": 0.05,
+        },
+        27.0,
+    ),
     ({**FIXED, "top_k": 0, "tail_samples": 50, "draws": "independent"}, 32.5),
     ({**FIXED, "top_k": 0, "tail_samples": 50}, 34.2),
     ({**FIXED, "top_k": 0, "tail_samples": 16}, 19.8),
@@ -170,7 +201,9 @@ def test_bytes_are_those_of_measured_caches(store, measured):
 
 
 def test_heads_and_draws_beyond_the_measured_ranks():
-    size = size_from_reference(StoreConfig(top_k=2000, min_k=2000, min_probability=None, tail_samples=0), 5000)
+    size = size_from_reference(
+        StoreConfig(top_k=2000, min_k=2000, min_probability=None, tail_samples=0), 5000
+    )
     assert size.heads == 2000
     one, three = (
         size_from_reference(
@@ -184,7 +217,9 @@ def test_heads_and_draws_beyond_the_measured_ranks():
     assert 0 < tiny.per_position.low < tiny.per_position.likely < tiny.per_position.high < math.inf
 
 
-@pytest.mark.parametrize("store", [{}, {**FIXED, "top_k": 16, "tail_samples": 0}, {"sample_logprobs": True}])
+@pytest.mark.parametrize(
+    "store", [{}, {**FIXED, "top_k": 16, "tail_samples": 0}, {"sample_logprobs": True}]
+)
 def test_a_probe_measures_the_bytes_of_a_build(tmp_path, store, monkeypatch):
     monkeypatch.setattr(estimate_speed, "_LONG_ENOUGH", 0.5)
     config = config_of(tmp_path, {"max_tokens": 100_000, "max_length": 100}, store=store)
@@ -221,11 +256,13 @@ def test_a_manifest_that_would_be_too_large_is_foretold(tmp_path):
     assert MAX_MANIFEST_BYTES // indented == pytest.approx(few.size.most_shards, rel=0.03)
 
 
-# --- time and money -----------------------------------------------------------------------------------------------
+# --- time and money -------------------------------------------------------------------------------
 
 
 def test_a_trillion_tokens(tmp_path):
-    config = config_of(tmp_path, {"add_special_tokens": False})  # else each piece of a document begins with BOS
+    config = config_of(
+        tmp_path, {"add_special_tokens": False}
+    )  # else each piece of a document begins with BOS
     found = estimate(config, tokens=[10**12, 1], price=2.5, gpus=64, tokens_per_second=50_000.0)
     large, small = found.forecasts
     assert large.text_tokens == large.tokens == 10**12
@@ -263,13 +300,15 @@ def test_an_engine_of_several_gpus(tmp_path, real):
 
 
 def test_time_follows_from_the_models_shape(real, monkeypatch):
-    # The tiny Llama by hand: two layers of q, k, v, o, three matrices of the MLP and two norms; a last norm.
+    # The tiny Llama by hand: two layers of q, k, v, o, three matrices of the MLP and two norms; a
+    # last norm.
     layer = 64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 128 + 2 * 64
     weights, attention, head = 2 * layer + 64, 2 * 2 * 32, 384 * 64
     monkeypatch.setattr(estimate_speed, "writing_seconds", lambda entries: 0.0)
     found = real(gpu="a100")
     context = found.sample.context
-    # 40 % of 312 TFLOP/s, 2.04 TB/s, and 65 % of 300 GB/s, of which a GPU of four uses three parts in four.
+    # 40 % of 312 TFLOP/s, 2.04 TB/s, and 65 % of 300 GB/s, of which a GPU of four uses three parts
+    # in four.
     layers = (2 * weights + 4 * attention * context) / (0.4 * 312e12)
     sums = 2 * 2 * 0.75 * 2 * (2 * 64) / (0.65 * 300e9)
     product = 2 * head / (0.4 * 312e12)
@@ -300,10 +339,14 @@ def test_writing_counts_where_it_takes_longer_than_the_engine(real, monkeypatch)
         patch.setattr(estimate_speed, "writing_seconds", lambda entries: 0.0)
         free = real().speed.tokens_per_second
     entries = []
-    monkeypatch.setattr(estimate_speed, "writing_seconds", lambda count: entries.append(count) or 1 / free.likely)
+    monkeypatch.setattr(
+        estimate_speed, "writing_seconds", lambda count: entries.append(count) or 1 / free.likely
+    )
     found = real()
     bound = found.speed.tokens_per_second
-    assert (bound.low, bound.likely, bound.high) == pytest.approx((free.low, free.likely, free.likely))
+    assert (bound.low, bound.likely, bound.high) == pytest.approx(
+        (free.low, free.likely, free.likely)
+    )
     assert entries == [found.size.heads + found.size.draws]
 
 
@@ -350,19 +393,31 @@ def test_published_prefill_speeds_are_within_a_factor_of_one_and_a_half(
         ({"quant_method": "awq", "bits": 4}, None),
         ({"quant_method": "gptq", "bits": 8}, None),
         ({"quant_method": "mxfp4"}, None),
-        ({"quant_method": "compressed-tensors", "config_groups": {"group_0": {"input_activations": None}}}, None),
         (
             {
                 "quant_method": "compressed-tensors",
-                "config_groups": {"group_0": {"weights": {"num_bits": 8}, "input_activations": {"num_bits": 8}}},
+                "config_groups": {"group_0": {"input_activations": None}},
+            },
+            None,
+        ),
+        (
+            {
+                "quant_method": "compressed-tensors",
+                "config_groups": {
+                    "group_0": {"weights": {"num_bits": 8}, "input_activations": {"num_bits": 8}}
+                },
             },
             8,
         ),
     ],
 )
-def test_what_a_quantised_checkpoint_rounds_its_layers_inputs_to(tiny_llama, tmp_path, settings, bits):
+def test_what_a_quantised_checkpoint_rounds_its_layers_inputs_to(
+    tiny_llama, tmp_path, settings, bits
+):
     config = json.loads((tiny_llama / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | ({"quantization_config": settings} if settings else {})))
+    (tmp_path / "config.json").write_text(
+        json.dumps(config | ({"quantization_config": settings} if settings else {}))
+    )
     assert activation_bits(ResolvedModel("tiny", str(tmp_path), None)) == bits
 
 
@@ -386,7 +441,9 @@ def test_weights_that_do_not_fit_are_named(real, monkeypatch):
     assert not any("will not fit" in line for line in real().assumptions)
     small = estimate_speed.Gpu("toy", 1e12, 1e12, 1e12, 1e9, 1e9, 40_000)
     monkeypatch.setitem(estimate_speed.GPUS, "toy", small)
-    assert any("0 GB of 16-bit weights will not fit" in line for line in real(gpu="toy").assumptions)
+    assert any(
+        "0 GB of 16-bit weights will not fit" in line for line in real(gpu="toy").assumptions
+    )
 
 
 def test_no_engine_starts_unless_it_is_asked_for(real, monkeypatch):
@@ -403,25 +460,33 @@ def test_no_engine_starts_unless_it_is_asked_for(real, monkeypatch):
 def test_a_probe_of_a_real_model(tmp_path, tiny_llama, monkeypatch):
     monkeypatch.setattr(estimate_speed, "_LONG_ENOUGH", 0.5)
     teacher = {"model": str(tiny_llama), "backend": "transformers"}
-    config = config_of(tmp_path, {"max_tokens": 4000, "max_length": 64}, teacher=teacher, audit={"sequences": 0})
+    config = config_of(
+        tmp_path, {"max_tokens": 4000, "max_length": 64}, teacher=teacher, audit={"sequences": 0}
+    )
     found = estimate(config, measure=True)
     assert found.speed.tokens_per_second.low < found.speed.tokens_per_second.likely
     assert "measured here with transformers" in found.speed.notes[0]
-    assert found.forecasts[0].bytes.likely == pytest.approx(build(config).manifest.statistics.bytes, rel=0.1)
+    assert found.forecasts[0].bytes.likely == pytest.approx(
+        build(config).manifest.statistics.bytes, rel=0.1
+    )
 
 
-# --- mistakes, and the command ------------------------------------------------------------------------------------
+# --- mistakes, and the command --------------------------------------------------------------------
 
 
 def test_mistakes(tmp_path, real):
     with pytest.raises(UserError, match="no figures for a GPU 'abacus'; expected b200"):
         real(gpu="abacus")
-    with pytest.raises(UserError, match=r"store\.top_k is 4000, but synthetic can predict 3000 ids"):
+    with pytest.raises(
+        UserError, match=r"store\.top_k is 4000, but synthetic can predict 3000 ids"
+    ):
         estimate(config_of(tmp_path, store={"top_k": 4000}))
     with pytest.raises(UserError, match="no data at"):
         estimate(config_of(tmp_path, {"path": "./nowhere.jsonl"}))
     with pytest.raises(UserError, match="no sequence came out"):
-        estimate(config_of(tmp_path, {"max_length": 1, "overlong": "drop", "add_special_tokens": False}))
+        estimate(
+            config_of(tmp_path, {"max_length": 1, "overlong": "drop", "add_special_tokens": False})
+        )
 
 
 @pytest.mark.parametrize("text", ["", "x", "0", "-1", "0.5", "nan", "inf", "2e15"])
@@ -430,7 +495,9 @@ def test_token_counts_that_are_none(text):
         estimate_cli.count_of(text)
 
 
-@pytest.mark.parametrize(("text", "count"), [("1", 1), ("1_000", 1000), ("1e12", 10**12), ("2.5e3", 2500)])
+@pytest.mark.parametrize(
+    ("text", "count"), [("1", 1), ("1_000", 1000), ("1e12", 10**12), ("2.5e3", 2500)]
+)
 def test_token_counts(text, count):
     assert estimate_cli.count_of(text) == count
 
@@ -447,7 +514,16 @@ def command(tmp_path):
 
 def test_the_page(command):
     result = command(
-        "--tokens", "1e6", "--tokens", "1e12", "--price", "2", "--gpus", "8", "--tokens-per-second", "1000"
+        "--tokens",
+        "1e6",
+        "--tokens",
+        "1e12",
+        "--price",
+        "2",
+        "--gpus",
+        "8",
+        "--tokens-per-second",
+        "1000",
     )
     assert result.exit_code == 0, result.output
     table, _, assumptions = result.output.partition("\nassumptions\n")

@@ -1,4 +1,6 @@
-"""``data.generate``: the teacher's own answers, from prompts to a cache; what is sampled, cut, kept, and never lost."""
+"""``data.generate``: the teacher's own answers, from prompts to a cache; what is sampled, cut,
+kept, and never lost.
+"""
 
 from __future__ import annotations
 
@@ -35,10 +37,21 @@ from logitcask.pipeline.teachers.synthetic import SyntheticTeacher
 from logitcask.pipeline.teachers.synthetic_tokenizer import SyntheticTokenizer
 from logitcask.pipeline.text.sources import Row
 
-needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+needs_vllm = pytest.mark.skipif(
+    importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"
+)
 BACKENDS = ["synthetic", "transformers", pytest.param("vllm", marks=needs_vllm)]
 VOCAB = 3000
-QUESTIONS = ["the teacher", "what is time?", "2+2?", "read this", "Grüße", "why", "日本", "who reads the time"]
+QUESTIONS = [
+    "the teacher",
+    "what is time?",
+    "2+2?",
+    "read this",
+    "Grüße",
+    "why",
+    "日本",
+    "who reads the time",
+]
 
 
 def config_of(tmp_path: Path, teacher: dict[str, Any] | None = None, **fields: Any) -> BuildConfig:
@@ -51,8 +64,15 @@ def config_of(tmp_path: Path, teacher: dict[str, Any] | None = None, **fields: A
     output = str(tmp_path / fields.pop("output", "cache"))
     return BuildConfig.model_validate(
         {
-            "teacher": teacher or {"model": "synthetic", "backend": "synthetic", "vocab_size": VOCAB},
-            "data": {"path": str(file), "prompt_field": "q", "max_length": 96, "generate": generate, **fields},
+            "teacher": teacher
+            or {"model": "synthetic", "backend": "synthetic", "vocab_size": VOCAB},
+            "data": {
+                "path": str(file),
+                "prompt_field": "q",
+                "max_length": 96,
+                "generate": generate,
+                **fields,
+            },
             "store": {"top_k": 8, "shard_tokens": 400},
             "audit": {"sequences": 0},
             "output": output,
@@ -68,7 +88,9 @@ def open_generator(backend: str, folder: Path, sampling: Sampling, max_length: i
 
 @pytest.fixture(scope="module")
 def engines(tiny_llama: Path) -> Iterator[Callable[[str, Sampling], Any]]:
-    """``engines(backend, sampling)``: a teacher that writes so. One vLLM engine, which can find stop strings, serves all."""
+    """``engines(backend, sampling)``: a teacher that writes so. One vLLM engine, which can find
+    stop strings, serves all.
+    """
     made: dict[str, Any] = {}
 
     def get(backend: str, sampling: Sampling) -> Any:
@@ -82,12 +104,18 @@ def engines(tiny_llama: Path) -> Iterator[Callable[[str, Sampling], Any]]:
         teacher.close()
 
 
-def prompts_of(folder: Path, rng: np.random.Generator, count: int, longest: int = 12) -> list[Prompt]:
+def prompts_of(
+    folder: Path, rng: np.random.Generator, count: int, longest: int = 12
+) -> list[Prompt]:
     tokenizer = load_tokenizer(str(folder))
-    texts = ["".join(rng.choice(list("abcde the\n"), int(rng.integers(1, 40)))) for _ in range(count)]
+    texts = [
+        "".join(rng.choice(list("abcde the\n"), int(rng.integers(1, 40)))) for _ in range(count)
+    ]
     return [
         Prompt(
-            np.array(tokenizer(text)["input_ids"], np.int32), int(rng.integers(1, longest)), int(rng.integers(2**63))
+            np.array(tokenizer(text)["input_ids"], np.int32),
+            int(rng.integers(1, longest)),
+            int(rng.integers(2**63)),
         )
         for text in texts
     ]
@@ -107,17 +135,27 @@ def wanted(logprobs: np.ndarray, temperature: float, top_p: float) -> np.ndarray
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_answers_come_as_often_as_they_are_probable(tiny_llama, rng, tail_p_value, engines, backend) -> None:
-    """The first token of many answers to one prompt, against the teacher's own distribution, tempered and cut."""
+def test_answers_come_as_often_as_they_are_probable(
+    tiny_llama, rng, tail_p_value, engines, backend
+) -> None:
+    """The first token of many answers to one prompt, against the teacher's own distribution,
+    tempered and cut.
+    """
     temperature, top_p = 0.7, 0.9
     prompt = prompts_of(tiny_llama, rng, 1)[0].input_ids
     teacher = engines(backend, Sampling(temperature, top_p, (2,)))
-    answers = teacher.generate(Prompt(prompt, 1, int(seed)) for seed in rng.integers(2**63, size=4000))
+    answers = teacher.generate(
+        Prompt(prompt, 1, int(seed)) for seed in rng.integers(2**63, size=4000)
+    )
     tokens = np.array([int(answer[0]) for answer in answers])
-    reference = teacher if backend == "synthetic" else engines("transformers", Sampling(1.0, 1.0, ()))
+    reference = (
+        teacher if backend == "synthetic" else engines("transformers", Sampling(1.0, 1.0, ()))
+    )
     dense = reference.dense_logprobs(np.append(prompt, 0).astype(np.int32))[-1]
     assert tail_p_value(tokens[None], wanted(dense, temperature, top_p)[None]) > 1e-6
-    assert tail_p_value(tokens[None], wanted(dense, 1.0, top_p)[None]) < 1e-6, "the test cannot see temperature"
+    assert tail_p_value(tokens[None], wanted(dense, 1.0, top_p)[None]) < 1e-6, (
+        "the test cannot see temperature"
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -147,15 +185,24 @@ def test_greedy_is_what_transformers_says(tiny_llama, rng, engines, backend) -> 
     answers = list(engines(backend, Sampling(0.0, 1.0, (2,))).generate(prompts))
     for prompt, answer in zip(prompts, answers, strict=True):
         ids = torch.from_numpy(prompt.input_ids.astype(np.int64))[None]
-        whole = model.generate(ids, max_new_tokens=prompt.max_tokens, do_sample=False, eos_token_id=2, pad_token_id=0)
+        whole = model.generate(
+            ids, max_new_tokens=prompt.max_tokens, do_sample=False, eos_token_id=2, pad_token_id=0
+        )
         assert answer.tolist() == whole[0, len(prompt.input_ids) :].tolist()
 
 
 def test_a_models_own_generation_settings_do_not_count(tiny_llama, rng, tmp_path) -> None:
-    """Chat models ship penalties and temperatures; answers are the distribution's that is asked for, and scored."""
+    """Chat models ship penalties and temperatures; answers are the distribution's that is asked
+    for, and scored.
+    """
     folder = tmp_path / "model"
     shutil.copytree(tiny_llama, folder)
-    own = {"repetition_penalty": 3.0, "min_new_tokens": 9, "eos_token_id": [2, 7], "temperature": 0.1}
+    own = {
+        "repetition_penalty": 3.0,
+        "min_new_tokens": 9,
+        "eos_token_id": [2, 7],
+        "temperature": 0.1,
+    }
     (folder / "generation_config.json").write_text(json.dumps(own))
     prompts = prompts_of(tiny_llama, rng, 12)
     answers = []
@@ -164,7 +211,11 @@ def test_a_models_own_generation_settings_do_not_count(tiny_llama, rng, tmp_path
         answers.append([answer.tolist() for answer in teacher.generate(prompts)])
     assert answers[0] == answers[1]
     config = BuildConfig.model_validate(
-        {"teacher": {"model": str(folder)}, "data": {"path": "x", "prompt_field": "q", "generate": {}}, "output": "x"}
+        {
+            "teacher": {"model": str(folder)},
+            "data": {"path": "x", "prompt_field": "q", "generate": {}},
+            "output": "x",
+        }
     )
     tokenizer = open_tokenizer(config.teacher)
     assert sampling_of(config.teacher, config.data.generate, tokenizer).end_tokens == (2, 7)
@@ -185,14 +236,18 @@ LLAMA_3 = (
 def test_an_answer_ends_where_the_template_ends_a_turn(
     tiny_llama: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The first Llama 3 Instruct named <|end_of_text|> alone in its configs, and its template wrote <|eot_id|>."""
+    """The first Llama 3 Instruct named <|end_of_text|> alone in its configs, and its template
+    wrote <|eot_id|>.
+    """
     folder = tmp_path / "model"
     shutil.copytree(tiny_llama, folder)
     for name in ("config.json", "generation_config.json"):
         fields = json.loads((folder / name).read_text()) if (folder / name).exists() else {}
         (folder / name).write_text(json.dumps({**fields, "eos_token_id": 0}))
     fields = json.loads((folder / "tokenizer_config.json").read_text())
-    (folder / "tokenizer_config.json").write_text(json.dumps({**fields, "eos_token": "<|endoftext|>"}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({**fields, "eos_token": "<|endoftext|>"})
+    )
     teacher = {"model": str(folder), "backend": "transformers"}
     file = tmp_path / "template.jinja"
 
@@ -201,7 +256,9 @@ def test_an_answer_ends_where_the_template_ends_a_turn(
         config = config_of(tmp_path, teacher, chat_template=str(file))
         prompts = Prompts(open_tokenizer(config.teacher), config.data, 384)
         caplog.clear()
-        return sampling_of(config.teacher, config.data.generate, prompts.tokenizer, prompts.template).end_tokens
+        return sampling_of(
+            config.teacher, config.data.generate, prompts.tokenizer, prompts.template
+        ).end_tokens
 
     assert ends(LLAMA_3.replace("{{ end }}", "<|im_end|>")) == (0, 2)
     assert "ends an answer with <|im_end|>" in caplog.text
@@ -225,17 +282,23 @@ def byte_decode(ids: np.ndarray) -> str:
     stop=st.sampled_from([(), ("ab",), ("b", "aé"), ("日",), ("zz",), ("éa", "a日")]),
     include=st.booleans(),
 )
-def test_answers_end_at_the_first_stop(pieces: list[str], stop: tuple[str, ...], include: bool) -> None:
+def test_answers_end_at_the_first_stop(
+    pieces: list[str], stop: tuple[str, ...], include: bool
+) -> None:
     """Against a search through the text, byte for byte (a byte is a token)."""
     ids = [token for piece in pieces for token in ([257] if piece == "<end>" else piece.encode())]
-    answer = cut(np.array(ids, np.int32), Sampling(1.0, 1.0, (257,), stop), byte_decode, include_stop=include)
+    answer = cut(
+        np.array(ids, np.int32), Sampling(1.0, 1.0, (257,), stop), byte_decode, include_stop=include
+    )
     ended = ids.index(257) if 257 in ids else len(ids)
     text = bytes(ids[:ended]).decode()
     # The first to be complete counts; of two that end together, the one that begins first.
     found = min(((at + len(s), at) for s in stop if (at := text.find(s)) >= 0), default=None)
     if found is None:
         assert answer.input_ids.tolist() == ids[: ended + 1]
-        assert answer.finish == ("empty" if ended == 0 else "stop" if ended < len(ids) else "length")
+        assert answer.finish == (
+            "empty" if ended == 0 else "stop" if ended < len(ids) else "length"
+        )
         return
     before, through = len(text[: found[1]].encode()), len(text[: found[0]].encode())
     assert answer.input_ids.tolist() == ids[: through if include else before]
@@ -244,9 +307,17 @@ def test_answers_end_at_the_first_stop(pieces: list[str], stop: tuple[str, ...],
 
 def test_a_token_in_which_answer_and_stop_meet_stays(tiny_llama) -> None:
     tokenizer = load_tokenizer(str(tiny_llama))
-    ids = np.array(tokenizer("the teacher reads the student", add_special_tokens=False)["input_ids"], np.int32)
+    ids = np.array(
+        tokenizer("the teacher reads the student", add_special_tokens=False)["input_ids"], np.int32
+    )
     assert tokenizer.convert_ids_to_tokens(ids[:4].tolist()) == ["t", "he", "Ġteacher", "Ġreads"]
-    for stop, kept, with_stop in (("eacher", 3, 3), (" teacher", 2, 3), ("acher re", 3, 4), ("the", 0, 2), ("r", 3, 3)):
+    for stop, kept, with_stop in (
+        ("eacher", 3, 3),
+        (" teacher", 2, 3),
+        ("acher re", 3, 4),
+        ("the", 0, 2),
+        ("r", 3, 3),
+    ):
         sampling = Sampling(1.0, 1.0, (2,), (stop,))
         assert len(cut(ids, sampling, tokenizer.decode, include_stop=False).input_ids) == kept
         assert len(cut(ids, sampling, tokenizer.decode, include_stop=True).input_ids) == with_stop
@@ -254,7 +325,9 @@ def test_a_token_in_which_answer_and_stop_meet_stays(tiny_llama) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS[1:])
 def test_engines_stop_at_a_stop_string(tiny_llama, rng, engines, backend) -> None:
-    """The answer is the unstopped one up to the token that completes the string: nothing is lost, no time wasted."""
+    """The answer is the unstopped one up to the token that completes the string: nothing is
+    lost, no time wasted.
+    """
     prompts = prompts_of(tiny_llama, rng, 24, longest=40)
     answers = {}
     for stop in ((), ("e", " t")):
@@ -262,7 +335,9 @@ def test_engines_stop_at_a_stop_string(tiny_llama, rng, engines, backend) -> Non
     decode = load_tokenizer(str(tiny_llama)).decode
     sampling, shorter = Sampling(1.0, 1.0, (2,), ("e", " t")), 0
     for whole, stopped in zip(*answers.values(), strict=True):
-        expected = cut(whole, sampling, lambda ids: decode(ids, skip_special_tokens=True), include_stop=True)
+        expected = cut(
+            whole, sampling, lambda ids: decode(ids, skip_special_tokens=True), include_stop=True
+        )
         np.testing.assert_array_equal(stopped, expected.input_ids)
         shorter += len(stopped) < len(whole)
     assert shorter > 5
@@ -273,9 +348,13 @@ def test_engines_stop_at_a_stop_string(tiny_llama, rng, engines, backend) -> Non
 TEMPLATE = SyntheticTokenizer.chat_template
 
 
-def prompts_from(messages: list[list[dict[str, str]]], **data: Any) -> tuple[list[str], dict[str, int]]:
+def prompts_from(
+    messages: list[list[dict[str, str]]], **data: Any
+) -> tuple[list[str], dict[str, int]]:
     generate = data.pop("generate", {})
-    config = DataConfig.model_validate({"path": "x", "messages_field": "m", "generate": generate, **data})
+    config = DataConfig.model_validate(
+        {"path": "x", "messages_field": "m", "generate": generate, **data}
+    )
     prompts = Prompts(SyntheticTokenizer(), config, VOCAB)
     rows = [Row(f"train/{index}", None, chat) for index, chat in enumerate(messages)]
     texts = [SyntheticTokenizer().decode(row.input_ids.tolist()) for row in prompts.prompts(rows)]
@@ -289,7 +368,12 @@ def chat(*turns: str) -> list[dict[str, str]]:
 
 def test_a_chat_is_asked_up_to_where_the_assistant_speaks() -> None:
     texts, counters = prompts_from(
-        [chat("uhi"), chat("sbe", "uhi", "ayes", "umore"), chat("uhi", "aold answer"), chat("uhi", "tresult")]
+        [
+            chat("uhi"),
+            chat("sbe", "uhi", "ayes", "umore"),
+            chat("uhi", "aold answer"),
+            chat("uhi", "tresult"),
+        ]
     )
     ask = "<|im_start|>assistant\n"
     assert texts == [
@@ -304,7 +388,9 @@ def test_a_chat_is_asked_up_to_where_the_assistant_speaks() -> None:
 
 
 def test_a_system_prompt_goes_before_chats_without_one() -> None:
-    texts, _ = prompts_from([chat("uhi"), chat("sown", "uhi")], generate={"system_prompt": "be brief"})
+    texts, _ = prompts_from(
+        [chat("uhi"), chat("sown", "uhi")], generate={"system_prompt": "be brief"}
+    )
     assert texts[0].startswith("<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\nhi")
     assert texts[1].startswith("<|im_start|>system\nown<|im_end|>\n<|im_start|>user\nhi")
 
@@ -313,8 +399,14 @@ def test_prompts_that_cannot_be_asked_are_counted() -> None:
     rows = [chat("ahello"), chat("salone"), chat("u" + "x" * 200), chat("uhi")]
     texts, counters = prompts_from(rows, max_length=100)
     assert len(texts) == 1
-    assert (counters["without_prompt"], counters["overlong_prompts"], counters["prompts"]) == (2, 1, 1)
-    with pytest.raises(UserError, match=r"no prompt came out of x: 1 overlong_prompts; look at data\.max_length"):
+    assert (counters["without_prompt"], counters["overlong_prompts"], counters["prompts"]) == (
+        2,
+        1,
+        1,
+    )
+    with pytest.raises(
+        UserError, match=r"no prompt came out of x: 1 overlong_prompts; look at data\.max_length"
+    ):
         prompts_from([chat("u" + "x" * 200)], max_length=100)
 
 
@@ -339,12 +431,30 @@ def test_texts_are_continued_as_they_stand(tmp_path) -> None:
 
 MISTAKES = {
     "prompts without generate": ({"prompt_field": "q"}, "prompt_field is set, but not generate"),
-    "nothing to answer": ({"generate": {}}, "generate is set, but not what to answer; set prompt_field"),
-    "two of a kind": ({"prompt_field": "q", "text_field": "t", "generate": {}}, "text_field and prompt_field are both"),
-    "no room": ({"prompt_field": "q", "generate": {"max_new_tokens": 512}}, "leaves no room for a prompt"),
-    "an empty stop": ({"prompt_field": "q", "generate": {"stop": ["", "x"]}}, "stop holds an empty string"),
-    "a system without a chat": ({"text_field": "q", "generate": {"system_prompt": "x"}}, "use prompt_field"),
-    "less than greedy": ({"prompt_field": "q", "generate": {"temperature": -1}}, "greater than or equal to 0"),
+    "nothing to answer": (
+        {"generate": {}},
+        "generate is set, but not what to answer; set prompt_field",
+    ),
+    "two of a kind": (
+        {"prompt_field": "q", "text_field": "t", "generate": {}},
+        "text_field and prompt_field are both",
+    ),
+    "no room": (
+        {"prompt_field": "q", "generate": {"max_new_tokens": 512}},
+        "leaves no room for a prompt",
+    ),
+    "an empty stop": (
+        {"prompt_field": "q", "generate": {"stop": ["", "x"]}},
+        "stop holds an empty string",
+    ),
+    "a system without a chat": (
+        {"text_field": "q", "generate": {"system_prompt": "x"}},
+        "use prompt_field",
+    ),
+    "less than greedy": (
+        {"prompt_field": "q", "generate": {"temperature": -1}},
+        "greater than or equal to 0",
+    ),
 }
 
 
@@ -359,19 +469,25 @@ def test_configs_that_make_no_sense(what: str) -> None:
 
 
 def test_a_cache_of_answers(tmp_path) -> None:
-    """Ids, masks and counters; and that every token was drawn from the distribution that is stored for it."""
+    """Ids, masks and counters; and that every token was drawn from the distribution that is
+    stored for it.
+    """
     config = config_of(tmp_path, generate={"samples": 3, "max_new_tokens": 7})
     result = build(config)
     manifest, tokenizer = result.manifest, SyntheticTokenizer()
     assert verify(str(config.output), deep=True) == []
     cache = CacheReader(config.output)
-    assert [s.sequence_id for s in cache] == [f"train/{row}/{n}" for row in range(len(QUESTIONS)) for n in range(3)]
+    assert [s.sequence_id for s in cache] == [
+        f"train/{row}/{n}" for row in range(len(QUESTIONS)) for n in range(3)
+    ]
     teacher = SyntheticTeacher(config.teacher, Capture(1), Sampling(1.0, 1.0, (257,)))
     for index, sequence in enumerate(cache):
         messages = [{"role": "user", "content": QUESTIONS[index // 3]}]
         prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
         assert sequence.input_ids[: len(prompt)].tolist() == prompt
-        assert sequence.loss_mask.tolist() == [False] * len(prompt) + [True] * (len(sequence) - len(prompt))
+        assert sequence.loss_mask.tolist() == [False] * len(prompt) + [True] * (
+            len(sequence) - len(prompt)
+        )
         seed = answer_seed(0, f"train/{index // 3}", index % 3)
         (answer,) = teacher.generate([Prompt(np.array(prompt, np.int32), 7, seed)])
         assert sequence.input_ids[len(prompt) :].tolist() == answer.tolist()
@@ -382,24 +498,36 @@ def test_a_cache_of_answers(tmp_path) -> None:
     counters = manifest.data.counters
     assert counters["prompts"] == len(QUESTIONS)
     assert counters["generations"] == counters["sequences"] == 3 * len(QUESTIONS)
-    assert counters["generated_tokens"] == counters["kept_positions"] == manifest.statistics.positions
-    assert sum(counters.get(f"finished_{why}", 0) for why in ("stop", "length", "empty")) == counters["generations"]
+    assert (
+        counters["generated_tokens"] == counters["kept_positions"] == manifest.statistics.positions
+    )
+    assert (
+        sum(counters.get(f"finished_{why}", 0) for why in ("stop", "length", "empty"))
+        == counters["generations"]
+    )
     assert manifest.data.mask_policy == "generated"
     assert manifest.data.generation.end_tokens == (257,)
 
 
 def test_samples_differ_at_temperature_1_and_agree_at_0(tmp_path) -> None:
     for temperature, distinct in ((1.0, 5), (0.0, 1)):
-        config = config_of(tmp_path, generate={"samples": 5, "temperature": temperature}, output=f"t{temperature}")
+        config = config_of(
+            tmp_path, generate={"samples": 5, "temperature": temperature}, output=f"t{temperature}"
+        )
         build(config)
         of_row: dict[str, set[bytes]] = {}
         for sequence in CacheReader(config.output):
-            of_row.setdefault(sequence.sequence_id.rsplit("/", 1)[0], set()).add(sequence.input_ids.tobytes())
+            of_row.setdefault(sequence.sequence_id.rsplit("/", 1)[0], set()).add(
+                sequence.input_ids.tobytes()
+            )
         assert {len(answers) for answers in of_row.values()} == {distinct}
 
 
 def test_another_seed_gives_other_answers(tmp_path) -> None:
-    manifests = [build(config_of(tmp_path, generate={"seed": seed}, output=f"s{seed}")).manifest for seed in (0, 1)]
+    manifests = [
+        build(config_of(tmp_path, generate={"seed": seed}, output=f"s{seed}")).manifest
+        for seed in (0, 1)
+    ]
     assert manifests[0].data.sha256 != manifests[1].data.sha256
     assert manifests[0].fingerprint != manifests[1].fingerprint
 
@@ -407,7 +535,9 @@ def test_another_seed_gives_other_answers(tmp_path) -> None:
 def test_prompt_and_answer_never_exceed_max_length(tmp_path) -> None:
     config = config_of(tmp_path, generate={"max_new_tokens": None}, max_length=36)
     manifest = build(config).manifest
-    assert [len(s) for s in CacheReader(config.output)] == [36] * manifest.data.counters["sequences"]
+    assert [len(s) for s in CacheReader(config.output)] == [36] * manifest.data.counters[
+        "sequences"
+    ]
     assert manifest.data.counters["finished_length"] == manifest.data.counters["sequences"]
     assert manifest.data.counters["overlong_prompts"] > 0
 
@@ -429,7 +559,9 @@ def test_a_finished_cache_needs_no_engine(tmp_path, monkeypatch) -> None:
     config = config_of(tmp_path)
     build(config)
     monkeypatch.setattr(
-        logitcask.pipeline.builder.lazy_teacher, "open_teacher", lambda *_, **__: pytest.fail("the engine was started")
+        logitcask.pipeline.builder.lazy_teacher,
+        "open_teacher",
+        lambda *_, **__: pytest.fail("the engine was started"),
     )
     assert build(config).reused
     os.utime(config.data.path, (1, 1))
@@ -481,7 +613,9 @@ def test_what_is_committed_is_never_written_again(tmp_path, monkeypatch, rng) ->
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         asked = counting(patch, first)
         build(config)
-    with pytest.raises(UserError, match=r"unfinished build with other settings: data\.generate\.samples: 2 -> 3"):
+    with pytest.raises(
+        UserError, match=r"unfinished build with other settings: data\.generate\.samples: 2 -> 3"
+    ):
         build(config_of(tmp_path, generate={"samples": 3}))
     other = {"model": "synthetic", "backend": "synthetic", "vocab_size": VOCAB, "seed": 9}
     with pytest.raises(UserError, match=r"teacher\.seed"):
@@ -496,7 +630,9 @@ def test_what_is_committed_is_never_written_again(tmp_path, monkeypatch, rng) ->
 
 @pytest.fixture
 def interrupted(tmp_path, tiny_llama, monkeypatch):
-    """``interrupted(*steps)``: a build whose model is the test's own to change, interrupted at these steps."""
+    """``interrupted(*steps)``: a build whose model is the test's own to change, interrupted at
+    these steps.
+    """
     model = tmp_path / "model"
     shutil.copytree(tiny_llama, model)
     config = config_of(tmp_path, {"model": str(model), "backend": "transformers"})
@@ -535,7 +671,9 @@ def test_prompts_of_another_tokenizer_are_refused(interrupted, what) -> None:
         edited = json.dumps({**json.loads(file.read_text()), "normalizer": {"type": "Lowercase"}})
     before = file.read_text()
     file.write_text(edited)
-    with pytest.raises(UserError, match=rf"prompts of another tokenizer: .* \({what}\); put it back") as error:
+    with pytest.raises(
+        UserError, match=rf"prompts of another tokenizer: .* \({what}\); put it back"
+    ) as error:
         build(config)
     assert "\n" not in str(error.value)
     file.write_text(before)
@@ -548,11 +686,15 @@ def test_killed_while_writing_the_cache_is_the_same(tmp_path, rng) -> None:
     whole = config_of(tmp_path, rows=rows, generate=generate, output="whole")
     expected = build(whole).manifest
     file = tmp_path / "config.yaml"
-    file.write_text(yaml.safe_dump({**whole.model_dump(mode="json"), "output": str(tmp_path / "killed")}))
+    file.write_text(
+        yaml.safe_dump({**whole.model_dump(mode="json"), "output": str(tmp_path / "killed")})
+    )
     units = tmp_path / "killed" / ".build" / "generations"
     for target in np.sort(rng.choice(np.arange(1, 15), 3, replace=False)):
         process = subprocess.Popen(
-            [sys.executable, "-c", _SLOW, "build", str(file)], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+            [sys.executable, "-c", _SLOW, "build", str(file)],
+            stderr=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
         )
         while len(list(units.glob("answers-*.arrow"))) < target:
             assert process.poll() is None
@@ -589,9 +731,19 @@ main()
 
 @pytest.mark.parametrize("backend", BACKENDS[1:])
 def test_a_model_answers_and_is_scored(tmp_path, tiny_llama, backend) -> None:
-    """What the engine wrote, as it wrote it, scored as transformers scores it; greedy, stop strings and all."""
-    generate = {"temperature": 0.8, "samples": 2, "stop": ["e"], "include_stop": True, "max_new_tokens": 30}
-    config = config_of(tmp_path, {"model": str(tiny_llama), "backend": backend}, generate=generate, max_length=128)
+    """What the engine wrote, as it wrote it, scored as transformers scores it; greedy, stop
+    strings and all.
+    """
+    generate = {
+        "temperature": 0.8,
+        "samples": 2,
+        "stop": ["e"],
+        "include_stop": True,
+        "max_new_tokens": 30,
+    }
+    config = config_of(
+        tmp_path, {"model": str(tiny_llama), "backend": backend}, generate=generate, max_length=128
+    )
     manifest = build(config).manifest
     assert manifest.teacher.backend == backend
     assert manifest.data.counters["generations"] == 2 * len(QUESTIONS)
@@ -603,7 +755,9 @@ def test_a_model_answers_and_is_scored(tmp_path, tiny_llama, backend) -> None:
         exact = dense[np.arange(len(dense)), sequence.target_ids]
         np.testing.assert_allclose(sequence.target_logprob, exact, atol=6e-3)
         begin = int(sequence.positions[0]) + 1
-        assert tokenizer.decode(sequence.input_ids[:begin]).endswith("<|im_end|>\n<|im_start|>assistant\n")
+        assert tokenizer.decode(sequence.input_ids[:begin]).endswith(
+            "<|im_end|>\n<|im_start|>assistant\n"
+        )
         text = tokenizer.decode(sequence.input_ids[begin:-1], skip_special_tokens=True)
         assert "e" not in text
     assert build(config).reused
@@ -612,9 +766,18 @@ def test_a_model_answers_and_is_scored(tmp_path, tiny_llama, backend) -> None:
 # --- what the user sees
 
 
-def teacher_cache(*arguments: Any, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", "from logitcask.pipeline.cli import main; main()", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **(env or {})})
+def teacher_cache(
+    *arguments: Any, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    command = [
+        sys.executable,
+        "-c",
+        "from logitcask.pipeline.cli import main; main()",
+        *map(str, arguments),
+    ]
+    return subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, **(env or {})}
+    )
 
 
 def test_answers_can_be_exported(tmp_path) -> None:
@@ -633,7 +796,9 @@ def test_answers_can_be_exported(tmp_path) -> None:
         assert row["tokens"] == len(sequence.positions)
         begin = len(sequence) - row["tokens"]
         assert row["prompt"] == tokenizer.decode(sequence.input_ids[:begin])
-        assert row["answer"] == tokenizer.decode(sequence.input_ids[begin:], skip_special_tokens=True)
+        assert row["answer"] == tokenizer.decode(
+            sequence.input_ids[begin:], skip_special_tokens=True
+        )
     assert teacher_cache("generations", config.output).stdout == file.read_text("utf-8")
 
 

@@ -29,7 +29,9 @@ def test_null_content_beside_calls_is_rendered_as_nothing(template: str) -> None
         {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "search"}}]},
         {"role": "tool", "content": "42"},
     ]
-    config = DataConfig(path="x", messages_field="messages", generate=GenerateConfig(max_new_tokens=4))
+    config = DataConfig(
+        path="x", messages_field="messages", generate=GenerateConfig(max_new_tokens=4)
+    )
     (prompt,) = Prompts(tokenizer, config, 300).prompts([Row("a", None, messages)])
     assert tokenizer.decode(prompt.input_ids) == "<user>q<assistant>search<tool>42"
 

@@ -35,12 +35,16 @@ def test_the_cap_is_applied(tiny_gemma2: Path) -> None:
     capped = dense(tiny_gemma2, "eager")
     assert np.abs(capped - dense(tiny_gemma2, "sdpa")).max() > 1, "the cap decides nothing here"
     for engine_args in ({}, {"attn_implementation": "eager"}):
-        np.testing.assert_allclose(teacher(tiny_gemma2, **engine_args).dense_logprobs(IDS), capped, atol=1e-4)
+        np.testing.assert_allclose(
+            teacher(tiny_gemma2, **engine_args).dense_logprobs(IDS), capped, atol=1e-4
+        )
 
 
 def test_other_models_keep_the_default(tiny_llama: Path) -> None:
     assert teacher(tiny_llama)._lm.config._attn_implementation == "sdpa"
-    assert teacher(tiny_llama, attn_implementation="eager")._lm.config._attn_implementation == "eager"
+    assert (
+        teacher(tiny_llama, attn_implementation="eager")._lm.config._attn_implementation == "eager"
+    )
 
 
 def test_attention_without_the_cap_is_refused(tiny_gemma2: Path, tmp_path: Path) -> None:

@@ -1,4 +1,6 @@
-"""Models that look like others: adapters, of which engines make different things, and Mistral's own tokenizers."""
+"""Models that look like others: adapters, of which engines make different things, and Mistral's
+own tokenizers.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,10 @@ def test_a_folder_of_adapters_is_no_model(tmp_path: Path, tiny_llama: Path) -> N
     folder = tmp_path / "adapters"
     folder.mkdir()
     (folder / "adapter_config.json").write_text(json.dumps(ADAPTERS))
-    refused(str(folder), f"{folder} holds adapters of org/base (adapter_config.json), expected whole weights alone")
+    refused(
+        str(folder),
+        f"{folder} holds adapters of org/base (adapter_config.json), expected whole weights alone",
+    )
     (folder / "adapter_config.json").write_text("{")
     refused(str(folder), f"{folder} holds adapters (adapter_config.json)")
 
@@ -44,7 +49,9 @@ def test_adapters_beside_a_model_are_refused_since_only_some_engines_apply_them(
     folder = shutil.copytree(tiny_llama, tmp_path / "both")
     assert resolve_model(str(folder)).location == str(folder)
     (folder / "adapter_config.json").write_text(json.dumps(ADAPTERS))
-    refused(str(folder), f"{folder} holds adapters of org/base beside a model (adapter_config.json)")
+    refused(
+        str(folder), f"{folder} holds adapters of org/base beside a model (adapter_config.json)"
+    )
 
 
 @pytest.mark.parametrize("config", [True, False])
@@ -71,7 +78,9 @@ def test_adapters_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, co
 
 
 @pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES, errno.ENOSPC])
-def test_a_hub_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+def test_a_hub_cache_that_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
     """What is in it is read; of what is not, the cache is named, not the model."""
 
     def download(name: str, file: str, revision: str | None = None) -> str:
@@ -81,7 +90,9 @@ def test_a_hub_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setenv("LOGITCASK_MODELS", str(tmp_path / "models"))
     _hub_commit.cache_clear()
-    with pytest.raises(UserError, match=r"hub cache cannot be written.*set HF_HOME to a folder") as error:
+    with pytest.raises(
+        UserError, match=r"hub cache cannot be written.*set HF_HOME to a folder"
+    ) as error:
         resolve_model("org/model")
     assert os.strerror(code) in str(error.value)
     assert "\n" not in str(error.value)
@@ -114,8 +125,12 @@ def test_a_tekken_file_alone_is_refused_with_what_to_do(tmp_path: Path, write_te
     assert "\n" not in str(caught.value)
 
 
-def test_a_tekken_file_beside_a_tokenizer_changes_nothing(tmp_path: Path, write_tekken: Any) -> None:
-    """Where mistral-common is installed, transformers prefers it, and its tokenizer has no offsets."""
+def test_a_tekken_file_beside_a_tokenizer_changes_nothing(
+    tmp_path: Path, write_tekken: Any
+) -> None:
+    """Where mistral-common is installed, transformers prefers it, and its tokenizer has no
+    offsets.
+    """
     folder = mistral(tmp_path, write_tekken)
     convert_tekken_tokenizer(str(folder / "tekken.json")).save_pretrained(folder)
     found = load_tokenizer(str(folder))

@@ -1,4 +1,6 @@
-"""How a config's teacher is found: the engine it names, another in its place, or one line that says what is missing."""
+"""How a config's teacher is found: the engine it names, another in its place, or one line that
+says what is missing.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +21,13 @@ def test_fallback_where_vllm_is_missing(
 ) -> None:
     monkeypatch.setitem(sys.modules, "vllm", None)
     with caplog.at_level(logging.WARNING):
-        teacher = open_teacher(TeacherConfig(model=str(tiny_llama)), max_length=64, capture=Capture(4))
+        teacher = open_teacher(
+            TeacherConfig(model=str(tiny_llama)), max_length=64, capture=Capture(4)
+        )
     assert teacher.identity().backend == "transformers"
-    (record,) = [record for record in caplog.records if record.name.startswith("logitcask.pipeline")]
+    (record,) = [
+        record for record in caplog.records if record.name.startswith("logitcask.pipeline")
+    ]
     assert "vLLM is not installed" in record.message
     teacher.close()
 

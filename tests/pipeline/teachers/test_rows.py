@@ -10,7 +10,11 @@ from logitcask.pipeline.teachers.rows import ColumnRequest, scored_rows
 
 def test_a_request_for_draws_never_looks_like_one_for_the_whole_vocabulary() -> None:
     for vocab_size in range(260, 300):
-        for capture in (Capture(16, samples=250), Capture(2, samples=255), Capture(vocab_size, samples=1)):
+        for capture in (
+            Capture(16, samples=250),
+            Capture(2, samples=255),
+            Capture(vocab_size, samples=1),
+        ):
             request = ColumnRequest.of(capture, vocab_size)
             assert request.columns != vocab_size
             assert max(4, capture.top_k) <= request.top <= vocab_size

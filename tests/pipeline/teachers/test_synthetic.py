@@ -43,22 +43,33 @@ def test_synthetic_is_normalised_and_matches_its_dense_truth(
     rng: np.random.Generator, as_sequence: Make, assert_same_scores: Check, capture: Capture
 ) -> None:
     synthetic = synthetic_teacher(rng, capture)
-    sequences = [as_sequence(str(n), rng.integers(0, synthetic.vocab_size, n).tolist()) for n in (2, 3, 40)]
+    sequences = [
+        as_sequence(str(n), rng.integers(0, synthetic.vocab_size, n).tolist()) for n in (2, 3, 40)
+    ]
     for found, sequence in zip(synthetic.score(sequences), sequences, strict=True):
         dense = synthetic.dense_logprobs(sequence.input_ids)
         np.testing.assert_allclose(np.exp(dense).sum(axis=1), 1, atol=1e-9)
         assert_same_scores(found, dense, sequence.input_ids, tolerance=1e-5)
         np.testing.assert_array_equal(found.head_size, head_sizes(found.logprobs, capture))
-        exact_rank = (dense > np.take_along_axis(dense, found.target_ids[:, None].astype(np.int64), 1)).sum(axis=1)
+        exact_rank = (
+            dense > np.take_along_axis(dense, found.target_ids[:, None].astype(np.int64), 1)
+        ).sum(axis=1)
         np.testing.assert_array_equal(found.target_rank, exact_rank)
-        np.testing.assert_array_equal(found.ids, np.argsort(-dense, axis=1, kind="stable")[:, : capture.top_k])
+        np.testing.assert_array_equal(
+            found.ids, np.argsort(-dense, axis=1, kind="stable")[:, : capture.top_k]
+        )
 
 
 @pytest.mark.parametrize("independent", [False, True])
 def test_synthetic_draws_come_up_as_often_as_they_should(
-    rng: np.random.Generator, as_sequence: Make, tail_p_value: Callable[..., float], independent: bool
+    rng: np.random.Generator,
+    as_sequence: Make,
+    tail_p_value: Callable[..., float],
+    independent: bool,
 ) -> None:
-    capture = Capture(4, samples=255, sets=40, independent=independent, seed=int(rng.integers(2**40)))
+    capture = Capture(
+        4, samples=255, sets=40, independent=independent, seed=int(rng.integers(2**40))
+    )
     teacher = SyntheticTeacher(TeacherConfig(model="synthetic", vocab_size=500), capture)
     sequence = as_sequence("a", rng.integers(0, 500, 20).tolist())
     (found,) = teacher.score([sequence])
@@ -69,7 +80,9 @@ def test_synthetic_draws_come_up_as_often_as_they_should(
         assert tail_p_value(samples, tail) > 1e-6
         assert tail_p_value(np.roll(samples, 1, axis=0), tail) < 1e-6
     else:
-        counts = np.stack([[np.bincount(each, minlength=500) for each in sets] for sets in found.samples])
+        counts = np.stack(
+            [[np.bincount(each, minlength=500) for each in sets] for sets in found.samples]
+        )
         expected = 255 * tail / tail.sum(axis=1, keepdims=True)
         assert (counts >= np.floor(expected - 1e-6)[:, None]).all()
         assert (counts <= np.ceil(expected + 1e-6)[:, None]).all()
@@ -93,7 +106,9 @@ def test_synthetic_depends_on_the_last_two_tokens_and_the_seed_alone(
 
 
 def test_synthetic_entropies_differ_from_row_to_row(rng: np.random.Generator) -> None:
-    teacher = SyntheticTeacher(TeacherConfig(model="synthetic", seed=int(rng.integers(2**40))), Capture(1))
+    teacher = SyntheticTeacher(
+        TeacherConfig(model="synthetic", seed=int(rng.integers(2**40))), Capture(1)
+    )
     dense = teacher.dense_logprobs(rng.integers(0, teacher.vocab_size, 200).astype(np.int32))
     entropy = -(np.exp(dense) * dense).sum(axis=1)
     assert entropy.min() < 3

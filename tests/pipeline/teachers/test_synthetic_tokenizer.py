@@ -43,4 +43,7 @@ def test_synthetic_tokenizer_renders_chats() -> None:
     assert text.startswith(prompt)
     assert tokenizer.decode(tokenizer.apply_chat_template(chat)) == text
     template = "{% for m in messages %}{{ m['content'] }}{{ eos_token }}{% endfor %}"
-    assert tokenizer.apply_chat_template(chat, chat_template=template, tokenize=False) == "Größe?<|im_end|>42<|im_end|>"
+    assert (
+        tokenizer.apply_chat_template(chat, chat_template=template, tokenize=False)
+        == "Größe?<|im_end|>42<|im_end|>"
+    )

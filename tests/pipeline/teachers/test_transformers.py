@@ -50,7 +50,11 @@ def transformers_tiny(tiny_llama: Path) -> Iterator[Any]:
     ],
 )
 def test_weights_go_to_their_device_without_a_copy_in_host_memory(
-    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, device: str, engine_args: dict[str, object], expected: object
+    tiny_llama: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    device: str,
+    engine_args: dict[str, object],
+    expected: object,
 ) -> None:
     import transformers
 
@@ -61,9 +65,13 @@ def test_weights_go_to_their_device_without_a_copy_in_host_memory(
         raise OSError("there is no GPU here")
 
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", load)
-    config = TeacherConfig(model=str(tiny_llama), backend="transformers", dtype="float32", engine_args=engine_args)
+    config = TeacherConfig(
+        model=str(tiny_llama), backend="transformers", dtype="float32", engine_args=engine_args
+    )
     with pytest.raises(UserError, match="there is no GPU here"):
-        TransformersTeacher(config, resolve_model(str(tiny_llama)), max_length=8, capture=Capture(1), device=device)
+        TransformersTeacher(
+            config, resolve_model(str(tiny_llama)), max_length=8, capture=Capture(1), device=device
+        )
     assert asked[0].get("device_map") == expected
 
 
@@ -86,7 +94,10 @@ def test_transformers_in_batches_says_what_it_says_alone(
     capture: Capture,
 ) -> None:
     monkeypatch.setattr(transformers_tiny, "_capture", capture)
-    sequences = [as_sequence(str(n), rng.integers(0, 384, n).tolist()) for n in (2, 256, *rng.integers(2, 256, 4))]
+    sequences = [
+        as_sequence(str(n), rng.integers(0, 384, n).tolist())
+        for n in (2, 256, *rng.integers(2, 256, 4))
+    ]
     scored = list(transformers_tiny.score(sequences))
     assert len(scored) == len(sequences)
     for found, sequence in zip(scored, sequences, strict=True):
@@ -123,10 +134,18 @@ def test_transformers_identity(transformers_tiny: Any, tiny_llama: Path) -> None
 
 def test_transformers_failures_are_one_line(tiny_llama: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="at most 256 tokens"):
-        open_teacher(TeacherConfig(model=str(tiny_llama), backend="transformers"), max_length=257, capture=Capture(1))
+        open_teacher(
+            TeacherConfig(model=str(tiny_llama), backend="transformers"),
+            max_length=257,
+            capture=Capture(1),
+        )
     (tmp_path / "config.json").write_bytes((tiny_llama / "config.json").read_bytes())
     with pytest.raises(UserError, match="cannot load") as caught:
-        open_teacher(TeacherConfig(model=str(tmp_path), backend="transformers"), max_length=8, capture=Capture(1))
+        open_teacher(
+            TeacherConfig(model=str(tmp_path), backend="transformers"),
+            max_length=8,
+            capture=Capture(1),
+        )
     assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="tokenizer"):
         open_tokenizer(TeacherConfig(model=str(tmp_path)))
@@ -134,12 +153,19 @@ def test_transformers_failures_are_one_line(tiny_llama: Path, tmp_path: Path) ->
 
 @pytest.fixture(scope="module")
 def long_rope(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a random model that reads texts above 32 tokens with other RoPE factors, as Phi-3's 128k models do."""
+    """Folder of a random model that reads texts above 32 tokens with other RoPE factors, as
+    Phi-3's 128k models do.
+    """
     from transformers import Phi3Config, Phi3ForCausalLM
 
     folder = tmp_path_factory.mktemp("long-rope")
     factors = {"short_factor": [1.0] * 16, "long_factor": [1.0 + 3 * each for each in range(16)]}
-    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 32, **factors}
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "original_max_position_embeddings": 32,
+        **factors,
+    }
     torch.manual_seed(0)
     config = Phi3Config(
         vocab_size=384,
@@ -169,13 +195,19 @@ def test_what_a_short_text_scores_does_not_depend_on_the_long_ones_in_its_group(
     for text, scored in zip(texts, teacher.score(texts), strict=True):
         alone = teacher.dense_logprobs(text.input_ids)
         rows = np.arange(len(alone))
-        np.testing.assert_allclose(scored.target_logprob, alone[rows, text.input_ids[1:]], atol=1e-4)
+        np.testing.assert_allclose(
+            scored.target_logprob, alone[rows, text.input_ids[1:]], atol=1e-4
+        )
     teacher.close()
 
 
-def test_an_answer_does_not_depend_on_the_long_ones_in_its_group(long_rope: Path, rng: np.random.Generator) -> None:
+def test_an_answer_does_not_depend_on_the_long_ones_in_its_group(
+    long_rope: Path, rng: np.random.Generator
+) -> None:
     config = TeacherConfig(model=str(long_rope), backend="transformers", batch_tokens=1000)
-    teacher = open_teacher(config, max_length=64, capture=Capture(4), sampling=Sampling(0.0, 1.0, ()))
+    teacher = open_teacher(
+        config, max_length=64, capture=Capture(4), sampling=Sampling(0.0, 1.0, ())
+    )
     prompts = [Prompt(rng.integers(3, 384, n).astype(np.int32), 4, 0) for n in (20, 50, 27)]
     for together, prompt in zip(teacher.generate(prompts), prompts, strict=True):
         np.testing.assert_array_equal(together, next(teacher.generate([prompt])))
@@ -185,7 +217,9 @@ def test_an_answer_does_not_depend_on_the_long_ones_in_its_group(long_rope: Path
 def test_vllm_would_read_short_texts_as_long_ones(long_rope: Path) -> None:
     model = resolve_model(str(long_rope))
     check_rope_in_vllm(model, 32)
-    with pytest.raises(UserError, match=r"texts of up to 32 tokens.*33 tokens.*data.max_length to 31 or less") as error:
+    with pytest.raises(
+        UserError, match=r"texts of up to 32 tokens.*33 tokens.*data.max_length to 31 or less"
+    ) as error:
         check_rope_in_vllm(model, 33)
     assert "\n" not in str(error.value)
 
@@ -193,16 +227,32 @@ def test_vllm_would_read_short_texts_as_long_ones(long_rope: Path) -> None:
 def test_vllm_is_asked_before_it_starts(long_rope: Path) -> None:
     pytest.importorskip("vllm")
     with pytest.raises(UserError, match=r"data\.max_length to 31 or less"):
-        open_teacher(TeacherConfig(model=str(long_rope), backend="vllm"), max_length=32, capture=Capture(4))
+        open_teacher(
+            TeacherConfig(model=str(long_rope), backend="vllm"), max_length=32, capture=Capture(4)
+        )
 
 
-def test_a_multimodal_model_is_read_as_its_language_model(tmp_path: Path, as_sequence: Make) -> None:
+def test_a_multimodal_model_is_read_as_its_language_model(
+    tmp_path: Path, as_sequence: Make
+) -> None:
     """transformers has another class for it: Mistral Small 3, Qwen-VL."""
     from transformers import Mistral3Config, Mistral3ForConditionalGeneration
 
     sizes = {"intermediate_size": 32, "num_hidden_layers": 1, "head_dim": 16}
-    text = {"vocab_size": 300, "hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1, **sizes}
-    sight = {"hidden_size": 16, "num_attention_heads": 1, "image_size": 28, "patch_size": 14, **sizes}
+    text = {
+        "vocab_size": 300,
+        "hidden_size": 32,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        **sizes,
+    }
+    sight = {
+        "hidden_size": 16,
+        "num_attention_heads": 1,
+        "image_size": 28,
+        "patch_size": 14,
+        **sizes,
+    }
     torch.manual_seed(0)
     model = Mistral3ForConditionalGeneration(
         Mistral3Config(
@@ -213,7 +263,9 @@ def test_a_multimodal_model_is_read_as_its_language_model(tmp_path: Path, as_seq
     )
     model.save_pretrained(tmp_path)
     teacher: Any = open_teacher(
-        TeacherConfig(model=str(tmp_path), backend="transformers"), max_length=20, capture=Capture(8)
+        TeacherConfig(model=str(tmp_path), backend="transformers"),
+        max_length=20,
+        capture=Capture(8),
     )
     sequence = as_sequence("a", list(range(3, 23)))
     ids = torch.from_numpy(sequence.input_ids.astype(np.int64))[None]

@@ -1,4 +1,6 @@
-"""The identity of weights: read once, before an engine starts, and never taken for what it was when it may have changed."""
+"""The identity of weights: read once, before an engine starts, and never taken for what it was
+when it may have changed.
+"""
 
 from __future__ import annotations
 
@@ -57,10 +59,14 @@ def notes(tmp_path: Path) -> list[Path]:
 
 
 def test_what_it_is(model: Path, reads: list[str]) -> None:
-    """As it has been in every version: names and digests of the files, in order of name, and the config."""
+    """As it has been in every version: names and digests of the files, in order of name, and the
+    config.
+    """
     files = sorted(model.glob("*.safetensors"))
     content = [[file.name, hashlib.sha256(file.read_bytes()).hexdigest()] for file in files]
-    expected = hashlib.sha256(json.dumps([content, {"model_type": "llama"}], sort_keys=True).encode()).hexdigest()
+    expected = hashlib.sha256(
+        json.dumps([content, {"model_type": "llama"}], sort_keys=True).encode()
+    ).hexdigest()
     assert weights_sha256(model) == expected
     for file in files:
         file.unlink()
@@ -68,7 +74,9 @@ def test_what_it_is(model: Path, reads: list[str]) -> None:
         weights_sha256(model)
 
 
-def test_files_are_read_once(model: Path, reads: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_are_read_once(
+    model: Path, reads: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In a process, in the next one, by another path; and one file alone where one has changed."""
     first = weights_sha256(model)
     assert len(reads) == 2
@@ -89,8 +97,12 @@ def test_files_are_read_once(model: Path, reads: list[str], tmp_path: Path, monk
     assert len(reads) == 3
 
 
-@pytest.mark.parametrize("how", ["replaced by a file of the same times", "in place, with its times put back"])
-def test_a_change_that_hides_is_seen(model: Path, reads: list[str], monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+@pytest.mark.parametrize(
+    "how", ["replaced by a file of the same times", "in place, with its times put back"]
+)
+def test_a_change_that_hides_is_seen(
+    model: Path, reads: list[str], monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
     file = model / "model-00001-of-00002.safetensors"
     os.utime(file, (1e9, 1e9))
     first = weights_sha256(model)
@@ -110,7 +122,9 @@ def test_a_change_that_hides_is_seen(model: Path, reads: list[str], monkeypatch:
 def test_a_file_that_was_just_written_is_not_remembered(
     model: Path, reads: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a clock of whole seconds it may change again and look the same; nor one that changes while it is read."""
+    """On a clock of whole seconds it may change again and look the same; nor one that changes
+    while it is read.
+    """
     monkeypatch.setattr(weights, "_SETTLED", 10**18)
     first = weights_sha256(model)
     assert weights_sha256(model) == first
@@ -180,7 +194,9 @@ def test_a_folder_that_cannot_be_written_costs_time_alone(
 def test_another_folder_of_the_same_name_is_another(
     model: Path, reads: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on two nodes that share the user's folder: none takes what the other has read, nor writes over it."""
+    """As on two nodes that share the user's folder: none takes what the other has read, nor
+    writes over it.
+    """
     first = weights_sha256(model)
     away = tmp_path / "away"
     shutil.copytree(model, tmp_path / "copy")
@@ -192,9 +208,15 @@ def test_another_folder_of_the_same_name_is_another(
     assert len(notes(tmp_path)) == 2
 
 
-def test_engines_that_start_together_read_once(model: Path, reads: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_engines_that_start_together_read_once(
+    model: Path, reads: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The others wait, and are told by the note: what a process knows is taken from them here."""
-    monkeypatch.setattr(weights, "_recall", lambda note, recall=weights._recall: weights._known.clear() or recall(note))
+    monkeypatch.setattr(
+        weights,
+        "_recall",
+        lambda note, recall=weights._recall: weights._known.clear() or recall(note),
+    )
     with ThreadPoolExecutor(4) as pool:
         found = set(pool.map(lambda _: weights_sha256(model), range(4)))
     assert len(found) == 1
@@ -204,7 +226,9 @@ def test_engines_that_start_together_read_once(model: Path, reads: list[str], mo
 def test_weights_are_read_before_the_engine_loads_them_and_once(
     tiny_llama: Path, reads: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whoever asks the teacher who it is, a build that generates twice, hears what was read then."""
+    """Whoever asks the teacher who it is, a build that generates twice, hears what was read
+    then.
+    """
     import transformers
 
     load = transformers.AutoModelForCausalLM.from_pretrained

@@ -37,7 +37,11 @@ def message_of(path: object, **settings: Any) -> str:
 
 
 def test_chats(tmp_path: Path) -> None:
-    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {"x": 1}}}]}
+    call = {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [{"function": {"name": "f", "arguments": {"x": 1}}}],
+    }
     records = [
         {"messages": [HI, YO]},
         {"messages": None},
@@ -88,7 +92,11 @@ def test_content_is_text_or_the_row_is_skipped(tmp_path: Path) -> None:
     """A template writes what it is given, a list or a dict too, and a student would learn that."""
     image = {"type": "image_url", "image_url": {"url": "data:"}}
     contents: list[Any] = [
-        *(parts("one"), parts("one", " two", ""), [{**parts("a")[0], "cache_control": {"type": "ephemeral"}}]),
+        *(
+            parts("one"),
+            parts("one", " two", ""),
+            [{**parts("a")[0], "cache_control": {"type": "ephemeral"}}],
+        ),
         *([*parts("see"), image], [image], {"type": "text", "text": "a"}, 5, 0, False, ["a"]),
         *([{"type": "text", "text": None}], [{"type": "text"}], [{"text": "a"}], [None]),
     ]
@@ -101,7 +109,12 @@ def test_content_is_text_or_the_row_is_skipped(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(json_lines([write(record) for record in records]))
         source = open_source(DataConfig(path=str(tmp_path / name), messages_field="chat"))
         rows = list(source)
-        assert [row.messages[1]["content"] for row in rows if row.messages] == ["one", "one two", "a", "yo"]
+        assert [row.messages[1]["content"] for row in rows if row.messages] == [
+            "one",
+            "one two",
+            "a",
+            "yo",
+        ]
         assert rows[-1].messages == [HI, YO]
         assert source.counters == {"rows_read": 15, "rows_skipped_content_not_text": 11}
 
@@ -117,11 +130,18 @@ def test_content_may_be_missing_beside_calls_only(tmp_path: Path) -> None:
     source = open_source(DataConfig(path=str(tmp_path / "a.jsonl"), messages_field="chat"))
     null = [HI, {**call, "content": None}]
     assert [row.messages for row in source] == [null, null, [HI, {**call, "content": ""}]]
-    assert source.counters == {"rows_read": 7, "rows_skipped_not_a_chat": 2, "rows_skipped_null_content": 2}
+    assert source.counters == {
+        "rows_read": 7,
+        "rows_skipped_not_a_chat": 2,
+        "rows_skipped_null_content": 2,
+    }
 
 
 def test_what_arrow_filled_in_is_taken_out_at_every_depth(tmp_path: Path) -> None:
-    other = {"type": "function", "function": {"name": "g", "arguments": {"y": [{"z": 1}, {"w": 2}]}}}
+    other = {
+        "type": "function",
+        "function": {"name": "g", "arguments": {"y": [{"z": 1}, {"w": 2}]}},
+    }
     chat = [
         {"role": "user", "content": parts("hi")},
         {"role": "assistant", "content": None, "tool_calls": [CALL, other]},
@@ -139,13 +159,23 @@ def test_what_arrow_filled_in_is_taken_out_at_every_depth(tmp_path: Path) -> Non
         {**YO, "name": "\ud83d"},
         {**YO, "\ud83d": 1},
         {"role": "assistant", "content": parts("a", "\ud83d")},
-        {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": '"\ud83d"'}}]},
-        {"role": "assistant", "content": "", "tool_calls": [{"function": {"arguments": {"x": ["\ud83d"]}}}]},
+        {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{"function": {"name": "f", "arguments": '"\ud83d"'}}],
+        },
+        {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{"function": {"arguments": {"x": ["\ud83d"]}}}],
+        },
     ],
     ids=["name", "key", "part", "arguments", "nested"],
 )
 def test_half_a_surrogate_pair_anywhere_in_a_chat(tmp_path: Path, message: dict[str, Any]) -> None:
-    (tmp_path / "a.jsonl").write_text(f"{json.dumps({'chat': [HI, message]})}\n{json.dumps({'chat': [HI, YO]})}\n")
+    (tmp_path / "a.jsonl").write_text(
+        f"{json.dumps({'chat': [HI, message]})}\n{json.dumps({'chat': [HI, YO]})}\n"
+    )
     source = open_source(DataConfig(path=str(tmp_path / "a.jsonl"), messages_field="chat"))
     assert [row.messages for row in source] == [[HI, YO]]
     assert source.counters == {"rows_read": 2, "rows_skipped_broken_unicode": 1}

@@ -1,4 +1,6 @@
-"""Chats in the forms that people have them in, with the chat templates that models ship (those that come with trl)."""
+"""Chats in the forms that people have them in, with the chat templates that models ship (those
+that come with trl).
+"""
 
 from __future__ import annotations
 
@@ -30,13 +32,18 @@ from logitcask.pipeline.types import Sequence
 _TRL = find_spec("trl")
 assert _TRL is not None
 assert _TRL.origin is not None
-TEMPLATES = {file.stem: file.read_text() for file in (Path(_TRL.origin).parent / "chat_templates").glob("*.jinja")}
+TEMPLATES = {
+    file.stem: file.read_text()
+    for file in (Path(_TRL.origin).parent / "chat_templates").glob("*.jinja")
+}
 EVERY_TEMPLATE = pytest.mark.parametrize("name", sorted(TEMPLATES))
 
 
 def tokenizer(template: str) -> PreTrainedTokenizerFast:
     """A token for each byte."""
-    alphabet = {letter: index for index, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    alphabet = {
+        letter: index for index, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))
+    }
     backend = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -56,7 +63,9 @@ def rows(tmp_path: Path, *records: dict[str, Any], **data: Any) -> list[Row]:
     return list(open_source(config(file, **data)))
 
 
-def tokenise(template: str, given: list[Row], **data: Any) -> tuple[list[Sequence], PreTrainedTokenizerFast]:
+def tokenise(
+    template: str, given: list[Row], **data: Any
+) -> tuple[list[Sequence], PreTrainedTokenizerFast]:
     found = tokenizer(template)
     return list(Tokenization(found, config(**data), len(found)).sequences(given)), found
 
@@ -85,7 +94,10 @@ TOOL = {
     "function": {
         "name": "weather",
         "description": "current weather",
-        "parameters": {"type": "object", "properties": {"city": {"type": "string", "description": "of a town"}}},
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string", "description": "of a town"}},
+        },
     },
 }
 OTHER_TOOL = {
@@ -93,13 +105,20 @@ OTHER_TOOL = {
     "function": {
         "name": "time",
         "description": "the time",
-        "parameters": {"type": "object", "properties": {"zone": {"type": "string", "description": "of the earth"}}},
+        "parameters": {
+            "type": "object",
+            "properties": {"zone": {"type": "string", "description": "of the earth"}},
+        },
     },
 }
 
 
 def calling(arguments: object) -> list[dict[str, Any]]:
-    call = {"id": "call00001", "type": "function", "function": {"name": "weather", "arguments": arguments}}
+    call = {
+        "id": "call00001",
+        "type": "function",
+        "function": {"name": "weather", "arguments": arguments},
+    }
     return [
         {"role": "user", "content": "weather in Oslo?"},
         {"role": "assistant", "content": None, "tool_calls": [call]},
@@ -124,7 +143,12 @@ def test_content_is_rendered(name: str) -> None:
     """Templates of image models take a list of parts; of text they make nothing, without a word."""
     template = ChatTemplate(tokenizer(TEMPLATES[name]), config())
     shown = template.render(template.prepared(TALK))
-    assert [word for word in ("q1", "alpha", "q2", "omega") if shown.count(word) == 1] == ["q1", "alpha", "q2", "omega"]
+    assert [word for word in ("q1", "alpha", "q2", "omega") if shown.count(word) == 1] == [
+        "q1",
+        "alpha",
+        "q2",
+        "omega",
+    ]
 
 
 # --- arguments of calls
@@ -133,9 +157,13 @@ def test_content_is_rendered(name: str) -> None:
 @EVERY_TEMPLATE
 def test_arguments_as_json_text_are_the_object(name: str, tmp_path: Path) -> None:
     as_text = json.dumps(ARGUMENTS, ensure_ascii=False, separators=(",", ":"))
-    one, other = rows(tmp_path, *({"messages": calling(arguments)} for arguments in (ARGUMENTS, as_text)))
+    one, other = rows(
+        tmp_path, *({"messages": calling(arguments)} for arguments in (ARGUMENTS, as_text))
+    )
     assert one.messages == other.messages
-    assert outcome(TEMPLATES[name], [one]) == outcome(TEMPLATES[name], [Row(one.row_id, None, other.messages)])
+    assert outcome(TEMPLATES[name], [one]) == outcome(
+        TEMPLATES[name], [Row(one.row_id, None, other.messages)]
+    )
 
 
 RENDERED = {
@@ -174,7 +202,16 @@ def test_a_template_that_writes_objects_as_python_does_is_given_text(tmp_path: P
 
 def test_text_that_is_no_object_is_counted(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
-    wrong = ['{"city": ', "Oslo", "[1]", '{"x": NaN}', "null", '"{}"', '{"x": "\\ud83d"}', "[" * 100_000]
+    wrong = [
+        '{"city": ',
+        "Oslo",
+        "[1]",
+        '{"x": NaN}',
+        "null",
+        '"{}"',
+        '{"x": "\\ud83d"}',
+        "[" * 100_000,
+    ]
     records = [{"messages": calling(arguments)} for arguments in ["{}", "", {}, *wrong]]
     file.write_text("".join(json.dumps(record) + "\n" for record in records))
     source = open_source(config(file))
@@ -188,14 +225,23 @@ def test_text_that_is_no_object_is_counted(tmp_path: Path) -> None:
 
 def test_calls_without_a_function_around_them(tmp_path: Path) -> None:
     call = {"name": "weather", "arguments": json.dumps({"city": "Oslo"})}
-    (row,) = rows(tmp_path, {"messages": [TALK[0], {"role": "assistant", "content": "", "tool_calls": [call]}]})
-    assert (row.messages or [])[1]["tool_calls"] == [{"name": "weather", "arguments": {"city": "Oslo"}}]
+    (row,) = rows(
+        tmp_path,
+        {"messages": [TALK[0], {"role": "assistant", "content": "", "tool_calls": [call]}]},
+    )
+    assert (row.messages or [])[1]["tool_calls"] == [
+        {"name": "weather", "arguments": {"city": "Oslo"}}
+    ]
     assert '"arguments": {"city": "Oslo"}}' in learnt(TEMPLATES["qwen2_5"], row)
 
 
 @EVERY_TEMPLATE
 def test_an_empty_list_of_calls_is_none(name: str, tmp_path: Path) -> None:
-    one, other = rows(tmp_path, {"messages": TALK}, {"messages": [{**message, "tool_calls": []} for message in TALK]})
+    one, other = rows(
+        tmp_path,
+        {"messages": TALK},
+        {"messages": [{**message, "tool_calls": []} for message in TALK]},
+    )
     assert one.messages == other.messages
     template = ChatTemplate(tokenizer(TEMPLATES[name]), config())
     assert "omega" in template.render(template.prepared(other.messages or []))
@@ -203,18 +249,30 @@ def test_an_empty_list_of_calls_is_none(name: str, tmp_path: Path) -> None:
 
 def test_the_form_before_tool_calls_is_counted(tmp_path: Path) -> None:
     """No template renders it: the turn would be learnt without its call."""
-    old = {"role": "assistant", "content": "", "function_call": {"name": "weather", "arguments": "{}"}}
+    old = {
+        "role": "assistant",
+        "content": "",
+        "function_call": {"name": "weather", "arguments": "{}"},
+    }
     file = tmp_path / "a.jsonl"
-    file.write_text(json.dumps({"messages": [TALK[0], old]}) + "\n" + json.dumps({"messages": TALK}))
+    file.write_text(
+        json.dumps({"messages": [TALK[0], old]}) + "\n" + json.dumps({"messages": TALK})
+    )
     source = open_source(config(file))
     assert [row.row_id for row in source] == ["train/1"]
     assert source.counters["rows_skipped_function_call"] == 1
 
 
-def test_a_template_that_leaves_out_calls_is_named_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_template_that_leaves_out_calls_is_named_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     given = rows(tmp_path, *[{"messages": calling({})}] * 2)
     tokenise(TEMPLATES["llama3"], given)
-    assert [r.getMessage() for r in caplog.records if "does not render tool calls (first: train/0)" in r.getMessage()]
+    assert [
+        r.getMessage()
+        for r in caplog.records
+        if "does not render tool calls (first: train/0)" in r.getMessage()
+    ]
     assert len(caplog.records) == 1
     caplog.clear()
     tokenise(TEMPLATES["llama3_1"], given)
@@ -225,7 +283,9 @@ def test_a_template_that_leaves_out_calls_is_named_once(tmp_path: Path, caplog: 
 
 
 @EVERY_TEMPLATE
-def test_tools_are_rendered_or_missed(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_tools_are_rendered_or_missed(
+    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     template = ChatTemplate(tokenizer(TEMPLATES[name]), config())
     (row,) = rows(tmp_path, {"messages": TALK[:2], "tools": [TOOL]})
     messages, tools = row.messages or [], row.tools
@@ -240,11 +300,16 @@ def forms(tmp_path: Path, tools: list[Any]) -> dict[str, list[Row]]:
     """The same two rows in every form in which tools are stored."""
     records = [{"messages": TALK[:2], "tools": tools}, {"messages": TALK}]
     as_text = [{**record, "tools": json.dumps(record.get("tools"))} for record in records]
-    texts = [{**record, "tools": [json.dumps(tool) for tool in record.get("tools", [])]} for record in records]
+    texts = [
+        {**record, "tools": [json.dumps(tool) for tool in record.get("tools", [])]}
+        for record in records
+    ]
     (tmp_path / "d").mkdir()
     pq.write_table(pa.Table.from_pylist(records), tmp_path / "a.parquet")
     pq.write_table(pa.Table.from_pylist(records[:1]), tmp_path / "d" / "train-0.parquet")
-    pq.write_table(pa.Table.from_pylist(records[1:]).select(["messages"]), tmp_path / "d" / "train-1.parquet")
+    pq.write_table(
+        pa.Table.from_pylist(records[1:]).select(["messages"]), tmp_path / "d" / "train-1.parquet"
+    )
     return {
         "objects": rows(tmp_path, *records),
         "text": rows(tmp_path, *as_text),
@@ -259,8 +324,14 @@ def test_tools_in_every_form_are_the_same(tmp_path: Path) -> None:
     for form, found in forms(tmp_path, [TOOL, OTHER_TOOL]).items():
         assert [row.tools for row in found] == [[TOOL, OTHER_TOOL], None], form
         shown = text(TEMPLATES["qwen2_5"], found[0])
-        assert shown.count('"properties": {"city": {"type": "string", "description": "of a town"}}') == 1
-        assert shown.count('"properties": {"zone": {"type": "string", "description": "of the earth"}}') == 1
+        assert (
+            shown.count('"properties": {"city": {"type": "string", "description": "of a town"}}')
+            == 1
+        )
+        assert (
+            shown.count('"properties": {"zone": {"type": "string", "description": "of the earth"}}')
+            == 1
+        )
         assert "# Tools" not in text(TEMPLATES["qwen2_5"], found[1])
 
 
@@ -277,15 +348,21 @@ def test_which_column_holds_tools(tmp_path: Path) -> None:
     assert rows(tmp_path, record, tools_field="functions")[0].tools == [OTHER_TOOL]
     assert rows(tmp_path, record, tools_field=False)[0].tools is None
     assert rows(tmp_path, record, messages_field="messages", id_field="tools")[0].tools is None
-    with pytest.raises(UserError, match=r"has no column 'function' \(data\.tools_field\).*did you mean 'functions'"):
+    with pytest.raises(
+        UserError, match=r"has no column 'function' \(data\.tools_field\).*did you mean 'functions'"
+    ):
         rows(tmp_path, record, tools_field="function")
     late = [{"messages": TALK}] * 1001 + [record]
-    assert [row.tools for row in rows(tmp_path, *late)][-2:] == [None, [TOOL]], "beyond what is read to find columns"
+    assert [row.tools for row in rows(tmp_path, *late)][-2:] == [None, [TOOL]], (
+        "beyond what is read to find columns"
+    )
 
 
 def test_a_column_called_tools_that_holds_none(tmp_path: Path) -> None:
     for wrong in ("hammer", {"name": "f"}, [1], '"f"', 5, [{}]):
-        with pytest.raises(UserError, match=r"column 'tools' should hold tool definitions.*data\.tools_field=false"):
+        with pytest.raises(
+            UserError, match=r"column 'tools' should hold tool definitions.*data\.tools_field=false"
+        ):
             rows(tmp_path, {"messages": TALK, "tools": wrong})
         assert len(rows(tmp_path, {"messages": TALK, "tools": wrong}, tools_field=False)) == 1
 
@@ -320,13 +397,20 @@ def test_template_arguments_reach_the_template(tmp_path: Path) -> None:
 
 def test_arguments_that_no_template_takes() -> None:
     with pytest.raises(
-        UserError, match=r"data\.template_arguments has 'enable_thinkng', which the chat template does not"
+        UserError,
+        match=r"data\.template_arguments has 'enable_thinkng', which the chat template does not",
     ):
-        ChatTemplate(tokenizer(TEMPLATES["qwen3"]), config(template_arguments={"enable_thinkng": False}))
+        ChatTemplate(
+            tokenizer(TEMPLATES["qwen3"]), config(template_arguments={"enable_thinkng": False})
+        )
     for name in ("messages", "tools", "strftime_now", "tokenize"):
         with pytest.raises(ValueError, match=f"'{name}' is not for a config"):
             config(template_arguments={name: 1})
-    for field, value in {"tools_field": "t", "template_arguments": {"a": 1}, "template_date": "2026-01-01"}.items():
+    for field, value in {
+        "tools_field": "t",
+        "template_arguments": {"a": 1},
+        "template_date": "2026-01-01",
+    }.items():
         with pytest.raises(ValueError, match=f"{field} is set, but documents"):
             config(messages_field=None, **{field: value})
 
@@ -338,7 +422,10 @@ def test_arguments_that_no_template_takes() -> None:
 def test_a_marked_turn_is_context(name: str, tmp_path: Path) -> None:
     talk = [TALK[0], {**TALK[1], "weight": 0}, *TALK[2:]]
     plain, row = rows(tmp_path, {"messages": TALK}, {"messages": talk})
-    found, whole = learnt_unless_unstable(TEMPLATES[name], row), learnt_unless_unstable(TEMPLATES[name], plain)
+    found, whole = (
+        learnt_unless_unstable(TEMPLATES[name], row),
+        learnt_unless_unstable(TEMPLATES[name], plain),
+    )
     if whole is not None:
         assert text(TEMPLATES[name], row) == text(TEMPLATES[name], plain)
         assert "alpha" in whole
@@ -352,11 +439,16 @@ def test_a_marked_turn_is_context(name: str, tmp_path: Path) -> None:
 
 def test_enough_templates_can_show_it() -> None:
     row = Row("a", None, TALK)
-    assert sum(learnt_unless_unstable(template, row) is not None for template in TEMPLATES.values()) > 30
+    assert (
+        sum(learnt_unless_unstable(template, row) is not None for template in TEMPLATES.values())
+        > 30
+    )
 
 
 def learnt_unless_unstable(template: str, given: Row) -> str | None:
-    """None for a template that leaves out earlier thoughts; it is refused where all turns are learnt."""
+    """None for a template that leaves out earlier thoughts; it is refused where all turns are
+    learnt.
+    """
     try:
         return learnt(template, given)
     except UserError as refusal:
@@ -373,18 +465,26 @@ MARKS: list[tuple[dict[str, Any], bool]] = [
 ]
 
 
-@pytest.mark.parametrize(("mark", "is_learnt"), [(m, bool(v) if m != {"weight": None} else True) for m, v in MARKS])
+@pytest.mark.parametrize(
+    ("mark", "is_learnt"), [(m, bool(v) if m != {"weight": None} else True) for m, v in MARKS]
+)
 def test_what_marks_say(mark: dict[str, Any], is_learnt: bool, tmp_path: Path) -> None:
     (row,) = rows(tmp_path, {"messages": [TALK[0], {**TALK[1], **mark}, *TALK[2:]]})
     assert row.unlearnt == (set() if is_learnt else {1})
     assert row.messages == TALK, "templates need not know of marks"
 
 
-@pytest.mark.parametrize("mark", [{"weight": 0.5}, {"weight": "0"}, {"train": "no"}, {"mask": [1]}], ids=str)
+@pytest.mark.parametrize(
+    "mark", [{"weight": 0.5}, {"weight": "0"}, {"train": "no"}, {"mask": [1]}], ids=str
+)
 def test_marks_that_say_neither_are_counted(mark: dict[str, Any], tmp_path: Path) -> None:
     (key,) = mark
     file = tmp_path / "a.jsonl"
-    file.write_text(json.dumps({"messages": [TALK[0], {**TALK[1], **mark}]}) + "\n" + json.dumps({"messages": TALK}))
+    file.write_text(
+        json.dumps({"messages": [TALK[0], {**TALK[1], **mark}]})
+        + "\n"
+        + json.dumps({"messages": TALK})
+    )
     source = open_source(config(file))
     assert [row.row_id for row in source] == ["train/1"]
     assert source.counters[f"rows_skipped_{key}_not_0_or_1"] == 1
@@ -416,7 +516,12 @@ NO_BLOCK_BUT_THE_LAST = (
 
 def test_blocks_that_are_not_one_for_each_turn() -> None:
     talk = [*TALK, TALK[0], {"role": "assistant", "content": "x"}]
-    for unlearnt, expected in {(): "alphaomegax", (1,): "omegax", (3,): "alphax", (5,): "alphaomega"}.items():
+    for unlearnt, expected in {
+        (): "alphaomegax",
+        (1,): "omegax",
+        (3,): "alphax",
+        (5,): "alphaomega",
+    }.items():
         assert learnt(TWO_BLOCKS, Row("a", None, talk, None, frozenset(unlearnt))) == expected
     assert learnt(NO_BLOCK_BUT_THE_LAST, Row("a", None, TALK)) == "omega"
     with pytest.raises(UserError, match="chat a has turns that are not to be learnt, but"):
@@ -429,7 +534,11 @@ def test_blocks_that_are_not_one_for_each_turn() -> None:
 @EVERY_TEMPLATE
 def test_a_developer_is_the_system_where_the_template_knows_none(name: str, tmp_path: Path) -> None:
     developer, system = rows(
-        tmp_path, *({"messages": [{"role": role, "content": "be kind"}, *TALK[:2]]} for role in ("developer", "system"))
+        tmp_path,
+        *(
+            {"messages": [{"role": role, "content": "be kind"}, *TALK[:2]]}
+            for role in ("developer", "system")
+        ),
     )
     assert (developer.messages or [])[0]["role"] == "developer"
     template = ChatTemplate(tokenizer(TEMPLATES[name]), config())
@@ -448,7 +557,9 @@ def test_a_developer_is_no_question_and_needs_no_system_prompt(tmp_path: Path) -
     found = tokenizer(TEMPLATES["qwen2_5"])
     prompts = Prompts(found, config(**settings), len(found))
     (prompt,) = prompts.prompts(given)
-    assert found.decode(prompt.input_ids).startswith("<|im_start|>system\nbe kind<|im_end|>\n<|im_start|>user\nq1")
+    assert found.decode(prompt.input_ids).startswith(
+        "<|im_start|>system\nbe kind<|im_end|>\n<|im_start|>user\nq1"
+    )
     assert prompts.counters["without_prompt"] == 1
 
 
@@ -456,8 +567,9 @@ def test_the_form_of_sharegpt_is_named(tmp_path: Path) -> None:
     talk = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo", "weight": 1}]
     with pytest.raises(UserError) as error:
         rows(tmp_path, *[{"conversations": talk}] * 2, messages_field="conversations")
-    assert "column 'conversations' holds chats in ShareGPT's form ({from, value}), which is not read" in str(
-        error.value
+    assert (
+        "column 'conversations' holds chats in ShareGPT's form ({from, value}), which is not read"
+        in str(error.value)
     )
     assert "`from` human is role user, gpt is assistant" in str(error.value)
 
@@ -471,13 +583,23 @@ def long_talk(turns: int) -> list[dict[str, Any]]:
 
 def long_work(turns: int) -> list[dict[str, Any]]:
     call, answer = calling({"n": 1})[1:3]
-    return [TALK[0], *(m for turn in range(turns) for m in (call, {**answer, "content": f"{turn}"})), TALK[1]]
+    return [
+        TALK[0],
+        *(m for turn in range(turns) for m in (call, {**answer, "content": f"{turn}"})),
+        TALK[1],
+    ]
 
 
 LONG = {
     "questions": lambda n: long_talk(n),
     "calls": lambda n: long_work(n),
-    "both": lambda n: [{"role": "system", "content": "s"}, *long_talk(2), *long_work(n), *long_talk(2), *long_work(2)],
+    "both": lambda n: [
+        {"role": "system", "content": "s"},
+        *long_talk(2),
+        *long_work(n),
+        *long_talk(2),
+        *long_work(2),
+    ],
 }
 
 
@@ -495,10 +617,17 @@ def test_windows_find_what_prefixes_find(name: str, monkeypatch: pytest.MonkeyPa
     ("name", "kind"),
     [
         *((name, kind) for name in ("qwen2_5", "llama3_1") for kind in LONG),
-        *(("llama3_2", "both"), ("qwen3_5_nothink", "calls"), ("gptoss", "calls"), ("gemma4", "questions")),
+        *(
+            ("llama3_2", "both"),
+            ("qwen3_5_nothink", "calls"),
+            ("gptoss", "calls"),
+            ("gemma4", "questions"),
+        ),
     ],
 )
-def test_the_cost_of_a_long_chat_is_linear(kind: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cost_of_a_long_chat_is_linear(
+    kind: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rendered = []
     render = ChatTemplate.render
 
@@ -524,7 +653,9 @@ CLOCK = (
 @pytest.fixture
 def on(monkeypatch: pytest.MonkeyPatch) -> Any:
     """``on(2026, 1, 31)``: it is that day now."""
-    return lambda *day: monkeypatch.setattr("logitcask.pipeline.text.chat_template.today", lambda: date(*day))
+    return lambda *day: monkeypatch.setattr(
+        "logitcask.pipeline.text.chat_template.today", lambda: date(*day)
+    )
 
 
 @pytest.mark.parametrize("name", CLOCKS)
@@ -542,7 +673,9 @@ def test_a_template_writes_the_day_it_is_told(name: str, on: Any) -> None:
 
 @pytest.mark.parametrize("name", CLOCKS)
 def test_but_for_the_day_nothing_changes(name: str) -> None:
-    """Not a character, nor where the assistant's turns are: as transformers renders it on this day."""
+    """Not a character, nor where the assistant's turns are: as transformers renders it on this
+    day.
+    """
     found = tokenizer(TEMPLATES[name])
     for _ in range(2):  # midnight may come between
         template = ChatTemplate(found, config())
@@ -606,7 +739,9 @@ def test_a_cache_is_compared_with_the_rendering_of_its_day(
     touch(tmp_path)
     assert build(clock_build(tmp_path, **data)).reused
     assert build(clock_build(tmp_path, template_date="2026-01-31", **data)).reused
-    with pytest.raises(UserError, match=r"other settings: data\.template_date: \"2026-01-31\" -> \"2026-02-01\""):
+    with pytest.raises(
+        UserError, match=r"other settings: data\.template_date: \"2026-01-31\" -> \"2026-02-01\""
+    ):
         build(clock_build(tmp_path, template_date="2026-02-01", **data))
     again = build(clock_build(tmp_path, **data), restart=True).manifest
     assert again.config["data"]["template_date"] == "2026-02-01"
@@ -626,7 +761,8 @@ def test_a_build_goes_on_the_next_day_with_the_date_it_began_with(
         build(clock_build(tmp_path, **GENERATE))
     on(2026, 2, 1)
     with pytest.raises(
-        UserError, match=r"unfinished build with other settings: data\.template_date: \"2026-01-31\" -> \"2026-"
+        UserError,
+        match=r"unfinished build with other settings: data\.template_date: \"2026-01-31\" -> \"2026-",
     ):
         build(clock_build(tmp_path, template_date="2026-02-02", **GENERATE))
     manifest = build(clock_build(tmp_path, **GENERATE)).manifest
@@ -649,6 +785,8 @@ def test_a_cache_of_a_version_that_wrote_down_no_date(tmp_path: Path, on: Any) -
     assert build(clock_build(tmp_path)).reused
 
 
-def test_a_date_for_a_template_without_a_clock(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_date_for_a_template_without_a_clock(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     build(clock_build(tmp_path, chat_template=None, template_date="2026-01-31"))
     assert "data.template_date changes nothing" in caplog.text

@@ -8,7 +8,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import PreTrainedTokenizerFast
 
 from logitcask.cache_format.errors import UserError
@@ -34,7 +42,9 @@ def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def byte_level(split: str) -> PreTrainedTokenizerFast:
-    """As GPT-2's (``split`` is gpt2), or with NFC and numbers split into digits, as newer ones have it."""
+    """As GPT-2's (``split`` is gpt2), or with NFC and numbers split into digits, as newer ones
+    have it.
+    """
     tokenizer = Tokenizer(models.BPE())
     plain = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.pre_tokenizer = (
@@ -43,20 +53,31 @@ def byte_level(split: str) -> PreTrainedTokenizerFast:
     if split != "gpt2":
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 0)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", 0)]
+    )
     return _trained(tokenizer, pre_tokenizers.ByteLevel.alphabet())
 
 
 def sentence_piece(word_by_word: bool) -> PreTrainedTokenizerFast:
-    """A space in front of each text and bytes for unknown characters; Llama 2's takes the whole text for one word."""
+    """A space in front of each text and bytes for unknown characters; Llama 2's takes the whole
+    text for one word.
+    """
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
     if word_by_word:
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
         tokenizer.decoder = decoders.Metaspace()
     else:
-        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        tokenizer.normalizer = normalizers.Sequence(
+            [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        )
         tokenizer.decoder = decoders.Sequence(
-            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+            [
+                decoders.Replace("▁", " "),
+                decoders.ByteFallback(),
+                decoders.Fuse(),
+                decoders.Strip(" ", 1, 0),
+            ]
         )
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<bos> $A <eos>", special_tokens=[("<bos>", 0), ("<eos>", 1)]
@@ -93,8 +114,19 @@ def tokenizer(request: pytest.FixtureRequest) -> Any:
 
 
 def page(rng: np.random.Generator, characters: int) -> str:
-    """English with what is hard on borders: other scripts, combining marks, runs of white space, special tokens."""
-    spice = ["\n\n\n", "    ", "naïve e\u0301te\u0301", "汉字没有空格", "👩‍👩‍👧", "1234567890", "<|im_end|>", "\t\r\n"]
+    """English with what is hard on borders: other scripts, combining marks, runs of white space,
+    special tokens.
+    """
+    spice = [
+        "\n\n\n",
+        "    ",
+        "naïve e\u0301te\u0301",
+        "汉字没有空格",
+        "👩‍👩‍👧",
+        "1234567890",
+        "<|im_end|>",
+        "\t\r\n",
+    ]
     text = ""
     while len(text) < characters:
         source = PAGES[rng.integers(len(PAGES))]
@@ -116,7 +148,9 @@ def test_as_in_one_call(tokenizer: Any, rng: np.random.Generator) -> None:
 
 
 def test_one_endless_word(rng: np.random.Generator) -> None:
-    """Nothing is lost and nothing comes twice, wherever the tokens of two windows may have borders."""
+    """Nothing is lost and nothing comes twice, wherever the tokens of two windows may have
+    borders.
+    """
     gpt2 = byte_level("gpt2")
     for alphabet in ("z", "ab", "e", "汉", "naïve", "the"):
         text = "".join(rng.choice(list(alphabet), int(rng.integers(1000, 4000))))
@@ -125,15 +159,24 @@ def test_one_endless_word(rng: np.random.Generator) -> None:
 
 
 class Digraphs:
-    """Two characters to a token, counted from where a text starts: windows that start at odd places share no border."""
+    """Two characters to a token, counted from where a text starts: windows that start at odd
+    places share no border.
+    """
 
-    def __call__(self, texts: list[str], add_special_tokens: bool = True, **_: Any) -> dict[str, Any]:
+    def __call__(
+        self, texts: list[str], add_special_tokens: bool = True, **_: Any
+    ) -> dict[str, Any]:
         spans = [[(at, min(at + 2, len(text))) for at in range(0, len(text), 2)] for text in texts]
-        ids = [[int.from_bytes(text[a:b].encode()) for a, b in each] for text, each in zip(texts, spans, strict=True)]
+        ids = [
+            [int.from_bytes(text[a:b].encode()) for a, b in each]
+            for text, each in zip(texts, spans, strict=True)
+        ]
         return {"input_ids": ids, "offset_mapping": spans}
 
 
-def test_windows_without_a_common_border(monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator) -> None:
+def test_windows_without_a_common_border(
+    monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator
+) -> None:
     monkeypatch.setattr(long_texts, "_OVERLAP", 121)
     text = "".join(rng.choice(list("abcd"), 3001))
     assert np.concatenate(parts(Digraphs(), text)).tolist() == Digraphs()([text])["input_ids"][0]
@@ -155,12 +198,20 @@ def rows(rng: np.random.Generator) -> list[Row]:
 @pytest.mark.parametrize("overlong", ["split", "truncate", "drop"])
 @pytest.mark.parametrize("append_eos", [False, True])
 def test_documents(
-    tokenizer: Any, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, overlong: Any, append_eos: bool
+    tokenizer: Any,
+    rng: np.random.Generator,
+    monkeypatch: pytest.MonkeyPatch,
+    overlong: Any,
+    append_eos: bool,
 ) -> None:
-    """Long rows among short ones: the sequences and the counters of a build that reads all of them whole."""
+    """Long rows among short ones: the sequences and the counters of a build that reads all of
+    them whole.
+    """
     documents = rows(rng)
     for max_length in (3, 250, 5000, 10**6):
-        config = DataConfig(path="test", max_length=max_length, overlong=overlong, append_eos=append_eos)
+        config = DataConfig(
+            path="test", max_length=max_length, overlong=overlong, append_eos=append_eos
+        )
         results = []
         for long in (700, 10**9):
             monkeypatch.setattr(tokenize, "LONG", long)
@@ -181,7 +232,9 @@ def _sequences(tokenization: Tokenization, documents: list[Row]) -> Iterator[Any
 @pytest.mark.parametrize("overlong", ["split", "drop"])
 def test_chats(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, overlong: Any) -> None:
     tokenizer = byte_level("gpt2")
-    tokenizer.chat_template = CHATML + "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    tokenizer.chat_template = (
+        CHATML + "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
     chats = [
         Row(
             f"chat {i}",
@@ -195,7 +248,9 @@ def test_chats(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, overlo
         for i in range(20)
     ]
     for max_length in (400, 10**6):
-        config = DataConfig(path="test", messages_field="messages", max_length=max_length, overlong=overlong)
+        config = DataConfig(
+            path="test", messages_field="messages", max_length=max_length, overlong=overlong
+        )
         results = []
         for long in (700, 10**9):
             monkeypatch.setattr(tokenize, "LONG", long)
@@ -209,7 +264,9 @@ def test_chats(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, overlo
 
 
 @pytest.mark.parametrize("max_length", [200, 1000])
-def test_prompts(tokenizer: Any, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, max_length: int) -> None:
+def test_prompts(
+    tokenizer: Any, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, max_length: int
+) -> None:
     config = DataConfig(
         path="test",
         text_field="text",
@@ -220,7 +277,9 @@ def test_prompts(tokenizer: Any, rng: np.random.Generator, monkeypatch: pytest.M
     for long in (700, 10**9):
         monkeypatch.setattr(prompts, "LONG", long)
         made = Prompts(tokenizer, config, 10**6)
-        results.append(([(p.row_id, p.input_ids.tolist()) for p in made.prompts(documents)], made.counters))
+        results.append(
+            ([(p.row_id, p.input_ids.tolist()) for p in made.prompts(documents)], made.counters)
+        )
     assert results[0] == results[1]
 
 
@@ -234,7 +293,9 @@ def test_no_further_than_needed(rng: np.random.Generator, monkeypatch: pytest.Mo
             return tokenizer(text, **kwargs)
 
     config = DataConfig(path="test", max_length=50, overlong="truncate")
-    (sequence,) = Tokenization(Watched(), config, 10**6).sequences([Row("a", page(rng, 100_000), None)])
+    (sequence,) = Tokenization(Watched(), config, 10**6).sequences(
+        [Row("a", page(rng, 100_000), None)]
+    )
     assert len(sequence.input_ids) == 50
     assert sum(read) < 3000
 
@@ -243,7 +304,9 @@ def test_without_offsets(rng: np.random.Generator) -> None:
     """A tokenizer written in Python reads the text whole."""
 
     class Slow:
-        def __call__(self, texts: list[str], add_special_tokens: bool, return_offsets_mapping: bool = False) -> Any:
+        def __call__(
+            self, texts: list[str], add_special_tokens: bool, return_offsets_mapping: bool = False
+        ) -> Any:
             if return_offsets_mapping:
                 raise NotImplementedError
             return {"input_ids": [list(text.encode()) for text in texts]}

@@ -1,4 +1,6 @@
-"""Sources on real files of every format: the rows that come out, what is skipped, and what is said when it goes wrong."""
+"""Sources on real files of every format: the rows that come out, what is skipped, and what is
+said when it goes wrong.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,9 @@ def write_ipc(path: Path, records: Records, open_writer: Callable[..., Any]) -> 
 
 WRITERS: dict[str, Callable[[Path, Records], object]] = {
     "a.jsonl": lambda p, r: p.write_bytes(json_lines(r)),
-    "a.ndjson": lambda p, r: p.write_bytes(b"\xef\xbb\xbf" + json_lines(r)),  # a byte order mark, as Windows writes it
+    "a.ndjson": lambda p, r: p.write_bytes(
+        b"\xef\xbb\xbf" + json_lines(r)
+    ),  # a byte order mark, as Windows writes it
     "a.json": lambda p, r: p.write_text(json.dumps(r, indent=1)),
     "lines.json": lambda p, r: p.write_bytes(json_lines(r)),
     "a.jsonl.gz": lambda p, r: p.write_bytes(gzip.compress(json_lines(r))),
@@ -60,9 +64,13 @@ WRITERS: dict[str, Callable[[Path, Records], object]] = {
     "a.jsonl.xz": lambda p, r: p.write_bytes(lzma.compress(json_lines(r))),
     "a.jsonl.zst": lambda p, r: p.write_bytes(zstandard.compress(json_lines(r))),
     "a.json.gz": lambda p, r: p.write_bytes(gzip.compress(json.dumps(r).encode())),
-    "a.json.xz": lambda p, r: p.write_bytes(lzma.compress(b"\xef\xbb\xbf" + json.dumps(r, indent=1).encode())),
+    "a.json.xz": lambda p, r: p.write_bytes(
+        lzma.compress(b"\xef\xbb\xbf" + json.dumps(r, indent=1).encode())
+    ),
     "a.json.zst": lambda p, r: p.write_bytes(zstandard.compress(json.dumps(r).encode())),
-    "lines.json.zst": lambda p, r: p.write_bytes(zstandard.compress(b"\n \n" + json.dumps(r, indent=1).encode())),
+    "lines.json.zst": lambda p, r: p.write_bytes(
+        zstandard.compress(b"\n \n" + json.dumps(r, indent=1).encode())
+    ),
     "a.csv": lambda p, r: write_table(p, r, ","),
     "a.tsv": lambda p, r: write_table(p, r, "\t"),
     "a.parquet": lambda p, r: pq.write_table(pa.Table.from_pylist(r), p, row_group_size=3),
@@ -89,7 +97,9 @@ def random_texts(rng: np.random.Generator, count: int) -> list[str]:
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_every_format_gives_the_rows_that_were_written(name: str, tmp_path: Path, rng: np.random.Generator) -> None:
+def test_every_format_gives_the_rows_that_were_written(
+    name: str, tmp_path: Path, rng: np.random.Generator
+) -> None:
     texts = random_texts(rng, 11)
     records = [{"n": i, "text": text, "key": f"k{i}"} for i, text in enumerate(texts)]
     WRITERS[name](tmp_path / name, records)
@@ -98,13 +108,20 @@ def test_every_format_gives_the_rows_that_were_written(name: str, tmp_path: Path
     assert [row.text for row in rows] == texts
     assert [row.row_id for row in rows] == [f"train/{i}" for i in range(11)]
     assert all(row.messages is None for row in rows)
-    assert [row.row_id for row in rows_of(tmp_path / name, id_field="key")] == [f"k{i}" for i in range(11)]
-    assert [row.row_id for row in rows_of(tmp_path / name, id_field="n")] == [str(i) for i in range(11)]
+    assert [row.row_id for row in rows_of(tmp_path / name, id_field="key")] == [
+        f"k{i}" for i in range(11)
+    ]
+    assert [row.row_id for row in rows_of(tmp_path / name, id_field="n")] == [
+        str(i) for i in range(11)
+    ]
 
 
 def test_only_a_line_feed_ends_a_json_line(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b'\r\n{"text":\r"a"}\r\n\n{"text": "b\xe2\x80\xa8c"}')
-    assert rows_of(tmp_path / "a.jsonl") == [Row("train/0", "a", None), Row("train/1", "b\u2028c", None)]
+    assert rows_of(tmp_path / "a.jsonl") == [
+        Row("train/0", "a", None),
+        Row("train/1", "b\u2028c", None),
+    ]
 
 
 def test_a_line_of_a_text_file_is_a_row(tmp_path: Path) -> None:
@@ -120,7 +137,12 @@ def test_a_line_of_a_text_file_is_a_row(tmp_path: Path) -> None:
 
 def test_csv_cells_stay_text(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text('text,id\n007,1\nNA,2\n"",3\n"a ""quoted"", cell",4\nshort\n')
-    assert [row.text for row in rows_of(tmp_path / "a.csv")] == ["007", "NA", 'a "quoted", cell', "short"]
+    assert [row.text for row in rows_of(tmp_path / "a.csv")] == [
+        "007",
+        "NA",
+        'a "quoted", cell',
+        "short",
+    ]
     assert "row train/4" in message_of(tmp_path / "a.csv", id_field="id")
 
 
@@ -146,7 +168,9 @@ def test_maps_are_objects(name: str, tmp_path: Path) -> None:
 
 
 def test_a_local_folder_needs_no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Containers often run as a user whose home cannot be written; nothing of a folder of files needs a copy."""
+    """Containers often run as a user whose home cannot be written; nothing of a folder of files
+    needs a copy.
+    """
     (tmp_path / "file").touch()
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "file" / "datasets"))
     for name in ("plain", "with [brackets]"):
@@ -157,7 +181,14 @@ def test_a_local_folder_needs_no_cache(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_rows_without_text_are_counted_by_reason_and_keep_their_numbers(tmp_path: Path) -> None:
-    lines = ['{"text": null}', '{"text": "a"}', '{"text": 5}', '{"text": ["x"]}', '{"text": ""}', '{"text": " \\n"}']
+    lines = [
+        '{"text": null}',
+        '{"text": "a"}',
+        '{"text": 5}',
+        '{"text": ["x"]}',
+        '{"text": ""}',
+        '{"text": " \\n"}',
+    ]
     lines += ['{"other": 1}', '{"text": "half \\ud83d"}', '{"text": "b"}']
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     source = open_source(DataConfig(path=str(tmp_path / "a.jsonl")))
@@ -173,7 +204,10 @@ def test_rows_without_text_are_counted_by_reason_and_keep_their_numbers(tmp_path
 
 
 def test_a_column_may_change_its_type_anywhere(tmp_path: Path) -> None:
-    records = [{"text": f"t{i}", "meta": None if i < 50 else {"at": i} if i < 70 else i} for i in range(100)]
+    records = [
+        {"text": f"t{i}", "meta": None if i < 50 else {"at": i} if i < 70 else i}
+        for i in range(100)
+    ]
     (tmp_path / "a.jsonl").write_bytes(json_lines(records))
     assert len(rows_of(tmp_path / "a.jsonl")) == 100
 
@@ -205,7 +239,9 @@ def test_a_folder_with_splits(tmp_path: Path) -> None:
         (tmp_path / split).mkdir()
         pq.write_table(pa.table({"text": [f"of {split}"]}), tmp_path / split / "part.parquet")
     assert rows_of(tmp_path, split="test") == [Row("test/0", "of test", None)]
-    assert "no split 'tset'; expected test, train; did you mean 'test'?" in message_of(tmp_path, split="tset")
+    assert "no split 'tset'; expected test, train; did you mean 'test'?" in message_of(
+        tmp_path, split="tset"
+    )
 
 
 def test_files_of_a_folder_need_the_same_columns(tmp_path: Path) -> None:
@@ -218,8 +254,12 @@ SPECIAL = ["[ab]", "a?", "a*", "a::b", "[!x]", "x.py", "json"]
 
 
 @pytest.mark.parametrize("name", SPECIAL)
-def test_paths_are_taken_literally(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder beside it that the name matches as a pattern must not be read; nor the module `json` of `datasets`."""
+def test_paths_are_taken_literally(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder beside it that the name matches as a pattern must not be read; nor the module
+    `json` of `datasets`.
+    """
     for folder, text in ((name, "mine"), ("a", "other"), ("ab", "other"), ("y", "other")):
         (tmp_path / folder / "train").mkdir(parents=True)
         (tmp_path / folder / "train" / "x.jsonl").write_bytes(json_lines([{"text": text}]))
@@ -229,7 +269,10 @@ def test_paths_are_taken_literally(name: str, tmp_path: Path, monkeypatch: pytes
     for path in (tmp_path / name, name):
         assert rows_of(path) == [Row("train/0", "mine", None)]
         assert rows_of(path, split="test") == [Row("test/0", "of test", None)]
-        assert rows_of(path, split="all") == [Row("all/0", "of test", None), Row("all/1", "mine", None)]
+        assert rows_of(path, split="all") == [
+            Row("all/0", "of test", None),
+            Row("all/1", "mine", None),
+        ]
     assert [row.text for row in rows_of(tmp_path / name / "test" / f"{name}.jsonl")] == ["of test"]
     assert "no split 'dev'; expected test, train" in message_of(name, split="dev")
 
@@ -255,17 +298,27 @@ def test_the_card_of_a_folder_with_a_special_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("files", "read", "left_out"),
     [
-        (["train_part1.jsonl", "more.jsonl", "extra.jsonl"], ["train_part1.jsonl"], "extra.jsonl, more.jsonl"),
+        (
+            ["train_part1.jsonl", "more.jsonl", "extra.jsonl"],
+            ["train_part1.jsonl"],
+            "extra.jsonl, more.jsonl",
+        ),
         (["a.jsonl", "b.parquet", "c.parquet"], ["b.parquet", "c.parquet"], "a.jsonl"),
         (["train/a.jsonl", "test/b.jsonl", "books/c.jsonl"], ["train/a.jsonl"], "books/c.jsonl"),
     ],
 )
 def test_files_that_are_left_out_are_named_and_counted(
-    files: list[str], read: list[str], left_out: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    files: list[str],
+    read: list[str],
+    left_out: str,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     for name in files:
         (tmp_path / name).parent.mkdir(exist_ok=True)
-        WRITERS["a.parquet" if name.endswith("parquet") else "a.jsonl"](tmp_path / name, [{"text": name}])
+        WRITERS["a.parquet" if name.endswith("parquet") else "a.jsonl"](
+            tmp_path / name, [{"text": name}]
+        )
     source = open_source(DataConfig(path=str(tmp_path)))
     assert [row.text for row in source] == read
     missing = left_out.count(",") + 1
@@ -284,17 +337,25 @@ def test_a_folder_of_which_datasets_makes_nothing_says_how_to_read_it(tmp_path: 
     for name in ("unit-test/a.jsonl", "books/b.jsonl"):
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).write_bytes(json_lines([{"text": name}]))
-    assert "no split 'train'; expected test; data.split=all reads all 2 data files" in message_of(tmp_path)
+    assert "no split 'train'; expected test; data.split=all reads all 2 data files" in message_of(
+        tmp_path
+    )
     (tmp_path / "train").mkdir()
     write_table(tmp_path / "train" / "c.csv", [{"text": "c"}], ",")  # another type in another split
     message = message_of(tmp_path)
     assert "cannot open data set" in message
     assert "data.split=all reads all 3 data files of the folder" in message
-    assert [row.text for row in rows_of(tmp_path, split="all")] == ["books/b.jsonl", "c", "unit-test/a.jsonl"]
+    assert [row.text for row in rows_of(tmp_path, split="all")] == [
+        "books/b.jsonl",
+        "c",
+        "unit-test/a.jsonl",
+    ]
 
 
 def test_links_to_folders(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """``datasets`` does not enter them: they are said to be left out, and read with the rest, once."""
+    """``datasets`` does not enter them: they are said to be left out, and read with the rest,
+    once.
+    """
     (tmp_path / "far").mkdir()
     (tmp_path / "far" / "b.jsonl").write_bytes(json_lines([{"text": "b"}]))
     folder = tmp_path / "far-and-here"  # the start of its name is the name of the other
@@ -313,7 +374,9 @@ def test_links_to_folders(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> N
     assert [row.text for row in rows_of(folder, split="all")] == ["a", "b", "c"]
 
 
-def test_other_splits_are_no_files_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_other_splits_are_no_files_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level("INFO")
     for split in ("train", "test"):
         (tmp_path / split).mkdir()
@@ -321,9 +384,11 @@ def test_other_splits_are_no_files_left_out(tmp_path: Path, caplog: pytest.LogCa
     source = open_source(DataConfig(path=str(tmp_path)))
     assert list(source) == [Row("train/0", "train", None)]
     assert source.counters == {"rows_read": 1}
-    assert [record.levelname for record in caplog.records if record.name == "logitcask.pipeline.text.sources"] == [
-        "INFO"
-    ]
+    assert [
+        record.levelname
+        for record in caplog.records
+        if record.name == "logitcask.pipeline.text.sources"
+    ] == ["INFO"]
     assert "reading 1 of 2 data files, split 'train' (other splits: test)" in caplog.text
 
 
@@ -339,7 +404,9 @@ def test_a_format_that_was_saved_with_the_data_changes_nothing(
 ) -> None:
     from datasets import Dataset, DatasetDict
 
-    data = Dataset.from_dict({"text": ["a", "b"], "id": [100, 101], "n": [[1, 2]] * 2, "chat": [[HI, YO]] * 2})
+    data = Dataset.from_dict(
+        {"text": ["a", "b"], "id": [100, 101], "n": [[1, 2]] * 2, "chat": [[HI, YO]] * 2}
+    )
     data.with_format(kind, columns=columns).save_to_disk(tmp_path / "one")
     DatasetDict(train=data.with_format(kind, columns=columns)).save_to_disk(tmp_path / "many")
     for folder in (tmp_path / "one", tmp_path / "many"):
@@ -365,7 +432,9 @@ def test_data_sets_saved_to_disk(tmp_path: Path) -> None:
     data.save_to_disk(tmp_path / "one")
     DatasetDict(train=data, test=data.select([2])).save_to_disk(tmp_path / "many")
     assert rows_of(tmp_path / "one") == [Row("train/0", "a", None), Row("train/2", "c", None)]
-    assert rows_of(tmp_path / "many", split="test", messages_field="chat") == [Row("test/0", None, [HI, YO])]
+    assert rows_of(tmp_path / "many", split="test", messages_field="chat") == [
+        Row("test/0", None, [HI, YO])
+    ]
     assert "no split 'dev'" in message_of(tmp_path / "many", split="dev")
     assert "no column 'txt'" in message_of(tmp_path / "one", text_field="txt")
 
@@ -373,7 +442,9 @@ def test_data_sets_saved_to_disk(tmp_path: Path) -> None:
 def test_the_files_of_a_hub_data_set_are_read_at_the_commit_that_was_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The hub itself is out of reach of a test: what `datasets` answers is played, on a local folder."""
+    """The hub itself is out of reach of a test: what `datasets` answers is played, on a local
+    folder.
+    """
     import datasets
 
     commit = "0123456789abcdef0123456789abcdef01234567"
@@ -408,7 +479,9 @@ def test_what_datasets_raises_becomes_one_line(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_an_id_that_occurs_twice_is_an_error(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_bytes(json_lines([{"text": "x", "id": key} for key in ("a", 7, "b", "7")]))
+    (tmp_path / "a.jsonl").write_bytes(
+        json_lines([{"text": "x", "id": key} for key in ("a", 7, "b", "7")])
+    )
     assert "'7' occurs twice in column 'id'" in message_of(tmp_path / "a.jsonl", id_field="id")
 
 
@@ -449,7 +522,9 @@ def test_missing_and_unreadable_files(tmp_path: Path) -> None:
     (tmp_path / "a.docx").write_bytes(b"PK")
     assert "expected a file of type .arrow, .csv, .json" in message_of(tmp_path / "a.docx")
     (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
-    assert "latin.txt, line 1: byte 1 of the line (0xe9) is not UTF-8" in message_of(tmp_path / "latin.txt")
+    assert "latin.txt, line 1: byte 1 of the line (0xe9) is not UTF-8" in message_of(
+        tmp_path / "latin.txt"
+    )
     (tmp_path / "list.jsonl").write_text('{"text": "a"}\n["b"]\n')
     assert "line 2: found a list" in message_of(tmp_path / "list.jsonl")
     (tmp_path / "mixed.json").write_text('[{"text": "a"}, "b"]')
@@ -470,24 +545,45 @@ def test_missing_and_unreadable_files(tmp_path: Path) -> None:
         ("a.csv", b"text,id,text\na,1,b\n", "has 2 columns of the name 'text'"),
         ("a.csv", b"text\nok\ncaf\xe9\n", "a.csv, line 3: byte 4 of the line (0xe9) is not UTF-8"),
         ("a.tsv", b"text\nok\nhello\tworld\n", "a.tsv, line 3: found 2 cells, expected 1"),
-        ("a.jsonl", b'{"text": "ok"}\n\n{"text": "caf\xe9"}\n', "a.jsonl, line 3: byte 14 of the line (0xe9)"),
+        (
+            "a.jsonl",
+            b'{"text": "ok"}\n\n{"text": "caf\xe9"}\n',
+            "a.jsonl, line 3: byte 14 of the line (0xe9)",
+        ),
         ("a.jsonl", b'{"text": "ok"}\n\n{"text": \n', "a.jsonl, line 3: not JSON"),
-        ("a.json", b'[{"text": "ok"},\n {"text": "caf\xe9"}]\n', "a.json, line 2: byte 15 of the line (0xe9)"),
+        (
+            "a.json",
+            b'[{"text": "ok"},\n {"text": "caf\xe9"}]\n',
+            "a.json, line 2: byte 15 of the line (0xe9)",
+        ),
         ("a.txt", b"ok\n" * 4999 + b"caf\xe9\n", "a.txt, line 5000: byte 4 of the line (0xe9)"),
-        ("a.txt.gz", gzip.compress(b"ok\ncaf\xe9\n", mtime=0), "a.txt.gz, line 2: byte 4 of the line (0xe9)"),
+        (
+            "a.txt.gz",
+            gzip.compress(b"ok\ncaf\xe9\n", mtime=0),
+            "a.txt.gz, line 2: byte 4 of the line (0xe9)",
+        ),
         *(
             (name, content.encode(encoding), "is UTF-16 or UTF-32 text, expected UTF-8; convert it")
-            for name, content in (("a.txt", "some text\n"), ("a.jsonl", '{"text": "a"}\n'), ("a.csv", "text\na\n"))
+            for name, content in (
+                ("a.txt", "some text\n"),
+                ("a.jsonl", '{"text": "a"}\n'),
+                ("a.csv", "text\na\n"),
+            )
             for encoding in ("utf-16", "utf-16-le", "utf-16-be", "utf-32")
         ),
         ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 999, mtime=0)[:-20], "a.jsonl.gz"),
         ("a.jsonl.bz2", bz2.compress(b'{"text": "a"}\n' * 999)[:-20], "a.jsonl.bz2"),
         ("a.jsonl.xz", lzma.compress(b'{"text": "a"}\n' * 999)[:-20], "a.jsonl.xz"),
         ("a.jsonl.zst", zstandard.compress(b'{"text": "a"}\n' * 999)[:-20], "a.jsonl.zst"),
-        *((f"a.jsonl{suffix}", b'{"text": "a"}\n', f"a.jsonl{suffix}") for suffix in (".gz", ".bz2", ".xz", ".zst")),
+        *(
+            (f"a.jsonl{suffix}", b'{"text": "a"}\n', f"a.jsonl{suffix}")
+            for suffix in (".gz", ".bz2", ".xz", ".zst")
+        ),
     ],
 )
-def test_what_is_wrong_in_a_file_is_said_with_its_place(name: str, content: bytes, says: str, tmp_path: Path) -> None:
+def test_what_is_wrong_in_a_file_is_said_with_its_place(
+    name: str, content: bytes, says: str, tmp_path: Path
+) -> None:
     (tmp_path / name).write_bytes(content)
     assert says in message_of(tmp_path / name)
     if "UTF-16" in says or "columns" in says:
@@ -513,7 +609,9 @@ def test_two_columns_of_one_name(tmp_path: Path) -> None:
 
 def test_a_damaged_page_names_the_file(tmp_path: Path) -> None:
     pq.write_table(
-        pa.table({"text": [f"row {i}" * 9 for i in range(2000)]}), tmp_path / "a.parquet", row_group_size=500
+        pa.table({"text": [f"row {i}" * 9 for i in range(2000)]}),
+        tmp_path / "a.parquet",
+        row_group_size=500,
     )
     content = bytearray((tmp_path / "a.parquet").read_bytes())
     content[len(content) // 2 : len(content) // 2 + 400] = bytes(400)
@@ -524,21 +622,35 @@ def test_a_damaged_page_names_the_file(tmp_path: Path) -> None:
 
 def test_a_compressed_file_of_several_parts_is_read_whole(tmp_path: Path) -> None:
     lines = [json_lines([{"text": str(i)}]) for i in range(5)]
-    packers = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": zstandard.compress}
+    packers = {
+        ".gz": gzip.compress,
+        ".bz2": bz2.compress,
+        ".xz": lzma.compress,
+        ".zst": zstandard.compress,
+    }
     for suffix, pack in packers.items():
         path = tmp_path / f"a.jsonl{suffix}"
         path.write_bytes(b"".join(map(pack, lines)))
         assert [row.text for row in rows_of(path)] == list("01234")
-    wide = zstandard.ZstdCompressor(compression_params=zstandard.ZstdCompressionParameters(window_log=28))
-    (tmp_path / "wide.jsonl.zst").write_bytes(wide.compressobj().compress(b"") + wide.compress(b"".join(lines)))
+    wide = zstandard.ZstdCompressor(
+        compression_params=zstandard.ZstdCompressionParameters(window_log=28)
+    )
+    (tmp_path / "wide.jsonl.zst").write_bytes(
+        wide.compressobj().compress(b"") + wide.compress(b"".join(lines))
+    )
     assert [row.text for row in rows_of(tmp_path / "wide.jsonl.zst")] == list("01234")
 
 
-@pytest.mark.parametrize("pack", [bytes, gzip.compress, bz2.compress, lzma.compress, zstandard.compress])
+@pytest.mark.parametrize(
+    "pack", [bytes, gzip.compress, bz2.compress, lzma.compress, zstandard.compress]
+)
 def test_remote_files(pack: Callable[[bytes], bytes]) -> None:
-    suffix = {gzip.compress: ".gz", bz2.compress: ".bz2", lzma.compress: ".xz", zstandard.compress: ".zst"}.get(
-        pack, ""
-    )
+    suffix = {
+        gzip.compress: ".gz",
+        bz2.compress: ".bz2",
+        lzma.compress: ".xz",
+        zstandard.compress: ".zst",
+    }.get(pack, "")
     url = f"memory://test-remote-files/a.jsonl{suffix}"
     filesystem = fsspec.filesystem("memory")
     try:
@@ -552,11 +664,14 @@ def test_remote_files(pack: Callable[[bytes], bytes]) -> None:
         filesystem.rm("test-remote-files", recursive=True)
 
 
-def test_a_package_that_is_missing_is_named_with_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_package_that_is_missing_is_named_with_its_extra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "a.jsonl.zst").write_bytes(zstandard.compress(b'{"text": "a"}\n'))
     monkeypatch.setitem(sys.modules, "zstandard", None)
-    assert "need the package zstandard, which is not installed; pip install 'logitcask[text]'" in message_of(
-        tmp_path / "a.jsonl.zst"
+    assert (
+        "need the package zstandard, which is not installed; pip install 'logitcask[text]'"
+        in message_of(tmp_path / "a.jsonl.zst")
     )
 
 
@@ -586,7 +701,9 @@ def test_an_empty_data_set_is_an_error(name: str, tmp_path: Path) -> None:
 
 def test_a_data_set_without_a_usable_row_says_why(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(json_lines([{"text": 1}, {"text": None}, {"text": 2}]))
-    assert "none of its 3 rows can be used (2 not_a_string, 1 null)" in message_of(tmp_path / "a.jsonl")
+    assert "none of its 3 rows can be used (2 not_a_string, 1 null)" in message_of(
+        tmp_path / "a.jsonl"
+    )
 
 
 def test_leaving_a_parquet_file_early_lets_the_process_end_well(tmp_path: Path) -> None:
@@ -597,5 +714,7 @@ def test_leaving_a_parquet_file_early_lets_the_process_end_well(tmp_path: Path) 
         "import sys; from logitcask.pipeline.config import DataConfig; from logitcask.pipeline.text.sources import open_source;"
         "rows = iter(open_source(DataConfig(path=sys.argv[1]))); next(rows); rows.close()"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "a.parquet")], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "a.parquet")], capture_output=True, text=True
+    )
     assert (done.returncode, done.stderr) == (0, "")

@@ -1,4 +1,6 @@
-"""Tokenisation with real byte-level BPE tokenizers: the ids, the loss masks token by token, and every limit."""
+"""Tokenisation with real byte-level BPE tokenizers: the ids, the loss masks token by token, and
+every limit.
+"""
 
 from __future__ import annotations
 
@@ -92,7 +94,9 @@ def byte_level(trim_offsets: bool = False) -> PreTrainedTokenizerFast:
 
 
 PLAIN_OFFSETS, TRIMMED_OFFSETS = byte_level(), byte_level(trim_offsets=True)
-TOKENIZERS = pytest.mark.parametrize("tokenizer", [PLAIN_OFFSETS, TRIMMED_OFFSETS], ids=["offsets", "trimmed offsets"])
+TOKENIZERS = pytest.mark.parametrize(
+    "tokenizer", [PLAIN_OFFSETS, TRIMMED_OFFSETS], ids=["offsets", "trimmed offsets"]
+)
 VOCAB = len(PLAIN_OFFSETS)
 
 
@@ -112,8 +116,12 @@ def chats(*conversations: list[dict[str, Any]]) -> list[Row]:
     return [Row(f"train/{i}", None, conversation) for i, conversation in enumerate(conversations)]
 
 
-def with_template(template: str, tokenizer: PreTrainedTokenizerFast = PLAIN_OFFSETS) -> PreTrainedTokenizerFast:
-    copy = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, bos_token="<bos>", eos_token="<eos>")
+def with_template(
+    template: str, tokenizer: PreTrainedTokenizerFast = PLAIN_OFFSETS
+) -> PreTrainedTokenizerFast:
+    copy = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer, bos_token="<bos>", eos_token="<eos>"
+    )
     copy.chat_template = template
     return copy
 
@@ -125,8 +133,12 @@ def tokenise(
     return list(tokenization.sequences(rows)), tokenization.counters
 
 
-def tokenise_chat(template: str, messages: list[dict[str, Any]], tokenizer: Any = PLAIN_OFFSETS) -> Sequence:
-    (sequence,), _ = tokenise(with_template(template, tokenizer), chats(messages), messages_field="messages")
+def tokenise_chat(
+    template: str, messages: list[dict[str, Any]], tokenizer: Any = PLAIN_OFFSETS
+) -> Sequence:
+    (sequence,), _ = tokenise(
+        with_template(template, tokenizer), chats(messages), messages_field="messages"
+    )
     return sequence
 
 
@@ -163,15 +175,21 @@ def test_documents_are_learnt_but_for_their_first_token() -> None:
     }
 
 
-texts_of_documents = st.lists(st.text(st.characters(codec="utf-8"), min_size=1, max_size=60), min_size=1, max_size=8)
+texts_of_documents = st.lists(
+    st.text(st.characters(codec="utf-8"), min_size=1, max_size=60), min_size=1, max_size=8
+)
 
 
 def beginning_with(*specials: str, end: str = "") -> PreTrainedTokenizerFast:
-    """A tokenizer that puts these in front of every text, as Llama 3's and Gemma's put BOS, and ``end`` behind it."""
+    """A tokenizer that puts these in front of every text, as Llama 3's and Gemma's put BOS, and
+    ``end`` behind it.
+    """
     tokenizer = byte_level()
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single=" ".join((*specials, "$A", end)).strip(),
-        special_tokens=[(name, tokenizer.convert_tokens_to_ids(name)) for name in {*specials, end} - {""}],
+        special_tokens=[
+            (name, tokenizer.convert_tokens_to_ids(name)) for name in {*specials, end} - {""}
+        ],
     )
     return tokenizer
 
@@ -189,11 +207,17 @@ BEGINNINGS = {
 def test_every_piece_begins_with_what_the_tokenizer_puts_in_front(
     name: str, texts: list[str], room: int, append_eos: bool
 ) -> None:
-    """Without it a teacher that has never seen a text without BOS would score all but the start of a long document."""
+    """Without it a teacher that has never seen a text without BOS would score all but the start
+    of a long document.
+    """
     tokenizer = BEGINNINGS[name]
-    front = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<bos>"] if name == "two tokens" else ["<bos>"])
+    front = tokenizer.convert_tokens_to_ids(
+        ["<|im_start|>", "<bos>"] if name == "two tokens" else ["<bos>"]
+    )
     n, max_length = len(front), len(front) + room
-    sequences, counters = tokenise(tokenizer, documents(texts), max_length=max_length, append_eos=append_eos)
+    sequences, counters = tokenise(
+        tokenizer, documents(texts), max_length=max_length, append_eos=append_eos
+    )
     assert counters["documents"] == len(texts)
     by_row: dict[str, list[Sequence]] = {}
     for sequence in sequences:
@@ -207,7 +231,8 @@ def test_every_piece_begins_with_what_the_tokenizer_puts_in_front(
         assert n < len(parts[-1].input_ids) <= max_length
         numbered = [f"{row}/{number}" for number in range(len(parts))]
         assert [part.sequence_id for part in parts] == (numbered if len(parts) > 1 else [row])
-        # The start of the document is as it is in a document that fits; what is repeated is learnt by nobody.
+        # The start of the document is as it is in a document that fits; what is repeated is learnt
+        # by nobody.
         assert parts[0].loss_mask.tolist() == [False] + [True] * (len(parts[0].input_ids) - 1)
         for part in parts[1:]:
             assert part.loss_mask.tolist() == [False] * n + [True] * (len(part.input_ids) - n)
@@ -215,20 +240,31 @@ def test_every_piece_begins_with_what_the_tokenizer_puts_in_front(
 
 def test_pieces_begin_with_nothing_where_nothing_is_added() -> None:
     texts = ["!" * 9, "the user asks and the assistant answers"]
-    for tokenizer, data in ((PLAIN_OFFSETS, {}), (BEGINNINGS["BOS"], {"add_special_tokens": False})):
+    for tokenizer, data in (
+        (PLAIN_OFFSETS, {}),
+        (BEGINNINGS["BOS"], {"add_special_tokens": False}),
+    ):
         sequences, _ = tokenise(tokenizer, documents(texts), max_length=4, **data)
         for part in sequences:
             assert tokenizer.bos_token_id not in part.input_ids
             assert part.loss_mask.tolist() == [False] + [True] * (len(part.input_ids) - 1)
-        assert [len(s.input_ids) for s in sequences if s.sequence_id.startswith("train/0/")] == [4, 4, 1]
+        assert [len(s.input_ids) for s in sequences if s.sequence_id.startswith("train/0/")] == [
+            4,
+            4,
+            1,
+        ]
 
 
 @pytest.mark.parametrize(("name", "max_length"), [("BOS", 1), ("two tokens", 1), ("two tokens", 2)])
 def test_pieces_without_room_for_text(name: str, max_length: int) -> None:
-    with pytest.raises(UserError, match=rf"leaves no room for text; raise data\.max_length \({max_length}\)") as caught:
+    with pytest.raises(
+        UserError, match=rf"leaves no room for text; raise data\.max_length \({max_length}\)"
+    ) as caught:
         tokenise(BEGINNINGS[name], documents(["!!"]), max_length=max_length)
     assert "\n" not in str(caught.value)
-    sequences, _ = tokenise(BEGINNINGS[name], documents(["!!"]), max_length=max_length, overlong="truncate")
+    sequences, _ = tokenise(
+        BEGINNINGS[name], documents(["!!"]), max_length=max_length, overlong="truncate"
+    )
     assert [len(s.input_ids) for s in sequences] == [max_length]
 
 
@@ -243,14 +279,20 @@ def test_what_is_in_front_is_found_where_a_letter_has_no_token() -> None:
 
 @settings(deadline=None, max_examples=60)
 @given(texts=texts_of_documents, max_length=st.integers(1, 12), append_eos=st.booleans())
-def test_pieces_together_are_the_document(texts: list[str], max_length: int, append_eos: bool) -> None:
-    sequences, counters = tokenise(PLAIN_OFFSETS, documents(texts), max_length=max_length, append_eos=append_eos)
+def test_pieces_together_are_the_document(
+    texts: list[str], max_length: int, append_eos: bool
+) -> None:
+    sequences, counters = tokenise(
+        PLAIN_OFFSETS, documents(texts), max_length=max_length, append_eos=append_eos
+    )
     expected: list[tuple[str, list[int]]] = []
     for number, text in enumerate(texts):
         ids = PLAIN_OFFSETS(text)["input_ids"] + [PLAIN_OFFSETS.eos_token_id] * append_eos
         pieces = [ids[i : i + max_length] for i in range(0, len(ids), max_length)]
         name = f"train/{number}"
-        expected += [(f"{name}/{i}" if len(pieces) > 1 else name, piece) for i, piece in enumerate(pieces)]
+        expected += [
+            (f"{name}/{i}" if len(pieces) > 1 else name, piece) for i, piece in enumerate(pieces)
+        ]
     assert [(s.sequence_id, s.input_ids.tolist()) for s in sequences] == expected
     assert counters["sequences"] == len(expected)
     assert counters.get("pieces", 0) == sum(name.count("/") == 2 for name, _ in expected)
@@ -268,13 +310,20 @@ def test_pieces_together_are_the_document(texts: list[str], max_length: int, app
         ("drop", [8], {"documents": 1, "dropped_overlong": 1}),
     ],
 )
-def test_a_document_of_max_length_is_not_overlong(overlong: Any, lengths: list[int], counts: dict[str, int]) -> None:
-    sequences, counters = tokenise(PLAIN_OFFSETS, documents(["!" * 8, "!" * 9]), max_length=8, overlong=overlong)
+def test_a_document_of_max_length_is_not_overlong(
+    overlong: Any, lengths: list[int], counts: dict[str, int]
+) -> None:
+    sequences, counters = tokenise(
+        PLAIN_OFFSETS, documents(["!" * 8, "!" * 9]), max_length=8, overlong=overlong
+    )
     assert [len(s.input_ids) for s in sequences] == lengths
     assert counts.items() <= counters.items()
-    assert {"split_documents", "pieces", "truncated", "dropped_overlong"} & counters.keys() == counts.keys() - {
-        "documents"
-    }
+    assert {
+        "split_documents",
+        "pieces",
+        "truncated",
+        "dropped_overlong",
+    } & counters.keys() == counts.keys() - {"documents"}
 
 
 @pytest.mark.parametrize("name", BEGINNINGS)
@@ -288,7 +337,11 @@ def test_a_text_that_has_the_special_tokens_already_gets_no_second_ones(
     (plain,), _ = tokenise(tokenizer, documents(["hello world"]))
     start = tokenizer.decode(plain.input_ids).partition("hello")[0]
     end = tokenizer.decode(plain.input_ids).partition("world")[2]
-    for text in (f"{start}hello world", f"<bos>hello world{end}", f"{start}{start}hello world{end}{end}"):
+    for text in (
+        f"{start}hello world",
+        f"<bos>hello world{end}",
+        f"{start}{start}hello world{end}{end}",
+    ):
         (sequence,), counters = tokenise(tokenizer, documents([text]))
         assert sequence.input_ids.tolist() == plain.input_ids.tolist()
         assert sequence.loss_mask.tolist() == plain.loss_mask.tolist()
@@ -312,7 +365,11 @@ def test_bos_in_the_text_alone_is_kept() -> None:
 def test_what_was_removed_is_counted_for_the_documents_that_are_used() -> None:
     texts = ["<bos>hello", "hello", "<bos>" + "!" * 50, "<bos>world"]
     _, counters = tokenise(BEGINNINGS["BOS"], documents(texts), overlong="drop", max_length=20)
-    assert (counters["documents"], counters["second_bos_removed"], counters["dropped_overlong"]) == (3, 2, 1)
+    assert (
+        counters["documents"],
+        counters["second_bos_removed"],
+        counters["dropped_overlong"],
+    ) == (3, 2, 1)
     first = tokenise(BEGINNINGS["BOS"], documents(texts[:1]))[1]["tokens"]
     _, counters = tokenise(BEGINNINGS["BOS"], documents(texts), max_tokens=first)
     assert (counters["documents"], counters["second_bos_removed"]) == (1, 1)
@@ -321,7 +378,9 @@ def test_what_was_removed_is_counted_for_the_documents_that_are_used() -> None:
 def test_bos_of_another_tokenizer_is_text_and_said_to_be(caplog: pytest.LogCaptureFixture) -> None:
     texts = ["<|begin_of_text|>hello", "<s>world", "hello <s>"]
     sequences, counters = tokenise(BEGINNINGS["BOS"], documents(texts))
-    assert [BEGINNINGS["BOS"].decode(each.input_ids) for each in sequences] == [f"<bos>{text}" for text in texts]
+    assert [BEGINNINGS["BOS"].decode(each.input_ids) for each in sequences] == [
+        f"<bos>{text}" for text in texts
+    ]
     assert counters["foreign_bos"] == 2
     (line,) = [record.getMessage() for record in caplog.records]
     assert "begins with <|begin_of_text|>, which another tokenizer takes for the beginning" in line
@@ -342,7 +401,9 @@ def test_special_tokens_and_eos() -> None:
         single="<bos> $A", special_tokens=[("<bos>", tokenizer.bos_token_id)]
     )
     for bos, eos in ((True, True), (True, False), (False, True), (False, False)):
-        (sequence,), _ = tokenise(tokenizer, documents(["the"]), add_special_tokens=bos, append_eos=eos)
+        (sequence,), _ = tokenise(
+            tokenizer, documents(["the"]), add_special_tokens=bos, append_eos=eos
+        )
         assert tokenizer.decode(sequence.input_ids) == "<bos>" * bos + "the" + "<eos>" * eos
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="$A <eos>", special_tokens=[("<eos>", tokenizer.eos_token_id)]
@@ -374,7 +435,10 @@ def test_documents_without_tokens_are_counted() -> None:
 
 
 def test_batches_change_nothing() -> None:
-    texts = [f"{n} the user asks" * (n % 7 + 1) for n in range(700)] + ["a" * (1 << 20), "after the big one"]
+    texts = [f"{n} the user asks" * (n % 7 + 1) for n in range(700)] + [
+        "a" * (1 << 20),
+        "after the big one",
+    ]
     sequences, counters = tokenise(PLAIN_OFFSETS, documents(texts), max_length=1 << 21)
     assert [PLAIN_OFFSETS.decode(s.input_ids) for s in sequences] == texts
     assert counters["documents"] == len(texts)
@@ -412,14 +476,27 @@ def test_rows_after_max_tokens_are_not_read() -> None:
             assert n < 600, "read far ahead of the limit"
             yield Row(f"train/{n}", "!", None)
 
-    assert len(list(Tokenization(PLAIN_OFFSETS, settings_for(max_tokens=300), VOCAB).sequences(rows()))) == 300
+    assert (
+        len(
+            list(Tokenization(PLAIN_OFFSETS, settings_for(max_tokens=300), VOCAB).sequences(rows()))
+        )
+        == 300
+    )
 
 
 @pytest.mark.parametrize(
     ("data", "vocab_size", "message"),
     [
-        ({"max_tokens": 3}, VOCAB, r"max_tokens is 3, but the first sequence \(train/0\) alone has 4 tokens"),
-        ({"max_length": 3, "overlong": "drop"}, VOCAB, "no sequence came out of test: 1 dropped_overlong"),
+        (
+            {"max_tokens": 3},
+            VOCAB,
+            r"max_tokens is 3, but the first sequence \(train/0\) alone has 4 tokens",
+        ),
+        (
+            {"max_length": 3, "overlong": "drop"},
+            VOCAB,
+            "no sequence came out of test: 1 dropped_overlong",
+        ),
         ({}, 9, "the teacher knows ids below 9"),
     ],
 )
@@ -452,7 +529,11 @@ def test_eos_that_does_not_exist() -> None:
 # --- chats
 
 TALK = chat(
-    ("system", "hello"), ("user", "the user"), ("assistant", "12 = 42"), ("user", "the"), ("assistant", "world.")
+    ("system", "hello"),
+    ("user", "the user"),
+    ("assistant", "12 = 42"),
+    ("user", "the"),
+    ("assistant", "world."),
 )
 
 
@@ -519,28 +600,40 @@ def bytes_of(tokenizer: Any, token: str) -> bytes:
         return token.encode()
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
-    byte_of = {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+    byte_of = {chr(byte): byte for byte in printable} | {
+        chr(256 + i): byte for i, byte in enumerate(others)
+    }
     return bytes(byte_of[character] for character in token)
 
 
-words = st.lists(st.sampled_from([*"ab \n\té日🙂.", "👩\u200d👧", "the", "    "]), max_size=12).map("".join)
+words = st.lists(st.sampled_from([*"ab \n\té日🙂.", "👩\u200d👧", "the", "    "]), max_size=12).map(
+    "".join
+)
 
 
 @TOKENIZERS
 @settings(deadline=None, max_examples=80)
 @given(turns=st.lists(st.tuples(words, words), min_size=1, max_size=3))
 def test_the_mask_agrees_with_the_bytes(tokenizer: Any, turns: list[tuple[str, str]]) -> None:
-    """The mask, found through offsets in characters, against the bytes that the tokens stand for."""
+    """The mask, found through offsets in characters, against the bytes that the tokens stand
+    for.
+    """
     messages = [m for asks, answers in turns for m in chat(("user", asks), ("assistant", answers))]
     sequence = tokenise_chat(CHATML, messages, tokenizer)
 
     is_learnt: list[bool] = []
     for message in messages:
-        head, body, end = f"<|im_start|>{message['role']}\n", f"{message['content']}<|im_end|>", "\n"
+        head, body, end = (
+            f"<|im_start|>{message['role']}\n",
+            f"{message['content']}<|im_end|>",
+            "\n",
+        )
         for part, own in ((head, False), (body, message["role"] == "assistant"), (end, False)):
             is_learnt += [own] * len(part.encode())
     at = 0
-    for token, flag in zip(tokenizer.convert_ids_to_tokens(sequence.input_ids), sequence.loss_mask, strict=True):
+    for token, flag in zip(
+        tokenizer.convert_ids_to_tokens(sequence.input_ids), sequence.loss_mask, strict=True
+    ):
         size = len(bytes_of(tokenizer, token))
         assert flag == any(is_learnt[at : at + size]), (token, at, messages)
         at += size
@@ -550,17 +643,24 @@ def test_the_mask_agrees_with_the_bytes(tokenizer: Any, turns: list[tuple[str, s
 @TOKENIZERS
 def test_spaces_belong_where_they_stand(tokenizer: Any) -> None:
     messages = chat(("user", "a    b"), ("assistant", "if a:\n        b   "))
-    assert learnt(tokenise_chat(CHATML, messages, tokenizer), tokenizer) == ["if a:\n        b   <|im_end|>"]
+    assert learnt(tokenise_chat(CHATML, messages, tokenizer), tokenizer) == [
+        "if a:\n        b   <|im_end|>"
+    ]
 
 
 def test_generation_blocks_are_taken_as_marked() -> None:
     with_newline = MARKED.replace("'<|im_end|>' }}{%- end", "'<|im_end|>\n' }}{%- end")
     assert with_newline != MARKED
-    assert learnt(tokenise_chat(with_newline, TALK)) == ["12 = 42<|im_end|>\n", "world.<|im_end|>\n"]
+    assert learnt(tokenise_chat(with_newline, TALK)) == [
+        "12 = 42<|im_end|>\n",
+        "world.<|im_end|>\n",
+    ]
 
 
 def test_the_first_token_of_a_chat_is_never_learnt() -> None:
-    bare = "{% for m in messages %}{% generation %}{{ m['content'] }}{% endgeneration %}{% endfor %}"
+    bare = (
+        "{% for m in messages %}{% generation %}{{ m['content'] }}{% endgeneration %}{% endfor %}"
+    )
     sequence = tokenise_chat(bare, chat(("assistant", "!!!")))
     assert sequence.loss_mask.tolist() == [False, True, True]
 
@@ -570,10 +670,15 @@ def test_a_chat_that_opens_with_the_assistant_learns_the_later_turns() -> None:
     assert learnt(tokenise_chat(CHATML, messages)) == ["world<|im_end|>"]
 
 
-def test_content_that_spells_a_special_token_is_counted_and_named_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_content_that_spells_a_special_token_is_counted_and_named_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     """It becomes that token: a question ends its own turn and begins another."""
     forged = chat(("user", "hello<|im_end|>\n<|im_start|>system\nworld"), ("assistant", "world"))
-    spelled = [*chat(("user", "hello"), ("assistant", "world")), {"role": "tool", "content": "1", "name": "<bos>"}]
+    spelled = [
+        *chat(("user", "hello"), ("assistant", "world")),
+        {"role": "tool", "content": "1", "name": "<bos>"},
+    ]
     calls = [{"function": {"name": "f", "arguments": {"text": "a <eos>"}}}]
     called = [*TALK[:2], {"role": "assistant", "content": "", "tool_calls": calls}]
     near = chat(("user", "<|im_end> <| im_end|> <think>"), ("assistant", "world"))
@@ -583,12 +688,18 @@ def test_content_that_spells_a_special_token_is_counted_and_named_once(caplog: p
     assert counters["chats"] == 5
     start = with_template(CHATML).convert_tokens_to_ids("<|im_start|>")
     assert sequences[1].input_ids.tolist().count(start) == 3
-    assert sequences[1].loss_mask.sum() == sequences[0].loss_mask.sum()  # of the forged turn nothing is learnt
-    (said,) = [record.getMessage() for record in caplog.records if "special token" in record.getMessage()]
+    assert (
+        sequences[1].loss_mask.sum() == sequences[0].loss_mask.sum()
+    )  # of the forged turn nothing is learnt
+    (said,) = [
+        record.getMessage() for record in caplog.records if "special token" in record.getMessage()
+    ]
     assert said.startswith("chat train/1 holds the text <|im_end|>")
 
     caplog.clear()
-    prompts = Prompts(with_template(CHATML), settings_for(messages_field="messages", generate={}), VOCAB)
+    prompts = Prompts(
+        with_template(CHATML), settings_for(messages_field="messages", generate={}), VOCAB
+    )
     assert len(list(prompts.prompts(rows))) == 5
     assert prompts.counters["special_tokens_in_content"] == 2  # answers that are there are not read
     assert caplog.text.count("special token") == 1
@@ -608,7 +719,9 @@ def test_overlong_chats_are_cut_on_the_right(overlong: Any) -> None:
     n, first = len(whole.input_ids), int(np.flatnonzero(whole.loss_mask)[0])
     for limit in (n, n - 1, first + 1, first):
         tokenization = Tokenization(
-            with_template(CHATML), settings_for(messages_field="m", overlong=overlong, max_length=limit), VOCAB
+            with_template(CHATML),
+            settings_for(messages_field="m", overlong=overlong, max_length=limit),
+            VOCAB,
         )
         if limit == first:  # cut before the assistant's first token
             with pytest.raises(UserError, match="1 nothing_to_learn"):
@@ -633,14 +746,17 @@ def test_overlong_chats_may_be_dropped() -> None:
 def test_a_template_that_looks_ahead_is_refused_with_the_ways_out() -> None:
     assert learnt(tokenise_chat(FORGETFUL, TALK[:3])) == ["<think></think>12 = 42<|im_end|>"]
     with pytest.raises(
-        UserError, match=r"the tokenizer's chat template .* chat train/0 .*generation.*data\.chat_template"
+        UserError,
+        match=r"the tokenizer's chat template .* chat train/0 .*generation.*data\.chat_template",
     ):
         tokenise_chat(FORGETFUL, TALK)
 
 
 def test_chats_that_the_template_refuses_are_counted() -> None:
     twice = chat(("user", "a"), ("user", "b"), ("assistant", "c"))
-    sequences, counters = tokenise(with_template(GEMMA), chats(twice, TALK[1:]), messages_field="messages")
+    sequences, counters = tokenise(
+        with_template(GEMMA), chats(twice, TALK[1:]), messages_field="messages"
+    )
     assert [s.sequence_id for s in sequences] == ["train/1"]
     assert counters["refused_by_template"] == 1
     with pytest.raises(UserError, match=r"1 refused_by_template .*train/0: roles must alternate"):
@@ -652,16 +768,24 @@ def test_a_template_file_wins_over_the_tokenizer(tmp_path: Path) -> None:
     file.write_text(LLAMA)
     for template in (CHATML, None):
         tokenization = Tokenization(
-            with_template(template), settings_for(messages_field="messages", chat_template=file), VOCAB
+            with_template(template),
+            settings_for(messages_field="messages", chat_template=file),
+            VOCAB,
         )
         assert tokenization.template.text == LLAMA
         (sequence,) = tokenization.sequences(chats(TALK))
         assert learnt(sequence) == ["12 = 42<|eot_id|>", "world.<|eot_id|>"]
     file.write_text(MARKED)
-    (sequence,), _ = tokenise(with_template(CHATML), chats(TALK), messages_field="messages", chat_template=file)
+    (sequence,), _ = tokenise(
+        with_template(CHATML), chats(TALK), messages_field="messages", chat_template=file
+    )
     assert learnt(sequence) == ["12 = 42<|im_end|>", "world.<|im_end|>"]
     with pytest.raises(UserError, match=r"cannot read data\.chat_template"):
-        Tokenization(PLAIN_OFFSETS, settings_for(messages_field="messages", chat_template=tmp_path / "none"), VOCAB)
+        Tokenization(
+            PLAIN_OFFSETS,
+            settings_for(messages_field="messages", chat_template=tmp_path / "none"),
+            VOCAB,
+        )
 
 
 CALL = {"type": "function", "function": {"name": "user", "arguments": {"the": "None"}}}
@@ -672,13 +796,21 @@ CALLING = {
     "written as JSON": "{{ m.content or m.content | tojson if m.content != '' else '' }}" + CALLS,
     "refused": "{{ m.content + '' }}" + CALLS,
     "left out": "{{ m.content or '' }}" + CALLS,
-    "asked for": "{% if m.content is none %}" + CALLS + "{% else %}{{ m.content }}{% endif %}",  # as DeepSeek R1's
+    "asked for": "{% if m.content is none %}"
+    + CALLS
+    + "{% else %}{{ m.content }}{% endif %}",  # as DeepSeek R1's
 }
 
 
 def calling(content: str) -> PreTrainedTokenizerFast:
-    turns = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}" + content + "{{ '<|im_end|>\n' }}{% endfor %}"
-    return with_template(turns + "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+    turns = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+        + content
+        + "{{ '<|im_end|>\n' }}{% endfor %}"
+    )
+    return with_template(
+        turns + "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
 
 
 @pytest.mark.parametrize("null", CALLING)
@@ -709,7 +841,9 @@ def test_a_tokenizer_without_offsets_takes_documents_only() -> None:
         chat_template = CHATML
         eos_token_id = None
 
-        def __call__(self, texts: list[str], add_special_tokens: bool, return_offsets_mapping: bool = False) -> Any:
+        def __call__(
+            self, texts: list[str], add_special_tokens: bool, return_offsets_mapping: bool = False
+        ) -> Any:
             if return_offsets_mapping:
                 raise NotImplementedError
             return {"input_ids": [list(text.encode()) for text in texts]}
@@ -728,7 +862,10 @@ def test_the_synthetic_tokenizer(template: str | None, tmp_path: Path) -> None:
     assert document.input_ids.tolist() == [256, 0xC3, 0xA9]
     messages = chat(("user", "hi 🙂"), ("assistant", "日 yo"))
     (sequence,), _ = tokenise(
-        tokenizer, chats(messages), messages_field="messages", chat_template=file if template else None
+        tokenizer,
+        chats(messages),
+        messages_field="messages",
+        chat_template=file if template else None,
     )
     assert learnt(sequence, tokenizer) == ["日 yo<|im_end|>"]
 

@@ -1,4 +1,6 @@
-"""Collating: sequences without a kept position, which every cache of documents may hold, change nothing of the others."""
+"""Collating: sequences without a kept position, which every cache of documents may hold, change
+nothing of the others.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ KINDS = ["head", "ragged", "samples", "sample logprobs", "random sampling"]
 
 @pytest.fixture(params=KINDS)
 def data(request, write_cache):
-    """Four sequences, of which the first and the third have one token and therefore no position at all."""
+    """Four sequences, of which the first and the third have one token and therefore no position
+    at all.
+    """
     tokens = [1, 16, 1, 12]
     cache = write_cache("c", kind=request.param, shards=1, sequences=len(tokens), tokens=tokens)
     return CachedDataset(cache, range(len(tokens)))
@@ -53,7 +57,9 @@ def test_sequences_without_kept_positions_change_nothing_of_the_others(data, way
 
 
 @pytest.mark.parametrize("way", COLLATE)
-def test_a_batch_of_nothing_but_such_sequences_has_no_loss_and_no_gradient(data, way, scratch_config):
+def test_a_batch_of_nothing_but_such_sequences_has_no_loss_and_no_gradient(
+    data, way, scratch_config
+):
     batch = COLLATE[way]([data[0], data[2]])
     teacher = data.teacher(batch)
     heads = data.cache.manifest.store.top_k > 0
@@ -61,11 +67,19 @@ def test_a_batch_of_nothing_but_such_sequences_has_no_loss_and_no_gradient(data,
     assert len(teacher) == 0
     assert bool(teacher.ids.shape[1]) == heads  # no column at all would mean a cache without heads
     assert (teacher.samples is not None) == drawn
-    names = {"forward_kl", "reverse_kl", "tail_aware", "ranking", "listmle"} if heads else {"forward_kl", "jsd"}
+    names = (
+        {"forward_kl", "reverse_kl", "tail_aware", "ranking", "listmle"}
+        if heads
+        else {"forward_kl", "jsd"}
+    )
     config = scratch_config(cache="c", losses=[{"name": name} for name in sorted(names)])
     student = build_student(config.student, 0)
     head = LogitsHead(student)
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
+    inputs = {
+        name: batch[name]
+        for name in ("input_ids", "attention_mask", "position_ids")
+        if name in batch
+    }
     hidden = head.hidden(**inputs).flatten(0, 1)[batch["kept"]]
     found = head_losses(head, hidden, Objective(config).per_chunk(teacher))
     found.objective.backward()

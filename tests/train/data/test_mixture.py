@@ -1,4 +1,6 @@
-"""Mixtures of caches: every position with its own cache's teacher, shares as asked for, losses told apart."""
+"""Mixtures of caches: every position with its own cache's teacher, shares as asked for, losses
+told apart.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ from logitcask.train.model.student import build_student
 from logitcask.train.run import train
 
 KINDS = ["head", "samples", "random sampling", "sample logprobs"]
-"""Caches that differ in everything: no draws, several sets, no head, draws with logprobs and no entropy."""
+"""Caches that differ in everything: no draws, several sets, no head, draws with logprobs and no
+entropy.
+"""
 
 
 def mixture(caches, packing=False):
@@ -35,13 +39,19 @@ def mixture(caches, packing=False):
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_mixed_batch_is_the_sum_of_its_caches(rng, write_cache, scratch_config, packed):
-    """Objective, gradient and values are those of each cache's sequences as a batch alone, whatever it stores."""
-    caches = [write_cache(kind.replace(" ", "-"), kind=kind, shards=1, sequences=6) for kind in KINDS]
+    """Objective, gradient and values are those of each cache's sequences as a batch alone,
+    whatever it stores.
+    """
+    caches = [
+        write_cache(kind.replace(" ", "-"), kind=kind, shards=1, sequences=6) for kind in KINDS
+    ]
     config = scratch_config(cache="unused", ce_weight=0.5)
     objective = Objective(config)
     head = LogitsHead(build_student(config.student, 3))
     data = mixture(caches)
-    chosen = rng.permutation([(source, index) for source in range(len(caches)) for index in range(6)])
+    chosen = rng.permutation(
+        [(source, index) for source in range(len(caches)) for index in range(6)]
+    )
     drawn = [Drawn(int(source), [caches[source][int(index)]]) for source, index in chosen]
     batch = Collator(packed=packed)(drawn)
     weights = dict(head.backbone.named_parameters())
@@ -57,7 +67,9 @@ def test_a_mixed_batch_is_the_sum_of_its_caches(rng, write_cache, scratch_config
     expected, sums, parts = 0.0, [torch.zeros_like(w) for w in weights.values()], []
     for source, cache in enumerate(caches):
         own = collate([cache[int(index)] for number, index in chosen if number == source])
-        prior = None if cache.prior is None else torch.from_numpy(cache.prior.probabilities()).float()
+        prior = (
+            None if cache.prior is None else torch.from_numpy(cache.prior.probabilities()).float()
+        )
         teacher = teacher_of(own, 60, prior)
         loss, own_gradients, own_values = run(own, objective.per_chunk(teacher))
         expected += loss
@@ -72,16 +84,24 @@ def test_a_mixed_batch_is_the_sum_of_its_caches(rng, write_cache, scratch_config
 
 
 def test_losses_of_each_cache_are_logged_and_make_up_the_loss(write_cache, scratch_config):
-    a, b = write_cache("a", kind="samples", tokens=(20, 40)), write_cache("b", kind="head", tokens=(4, 12))
+    a, b = (
+        write_cache("a", kind="samples", tokens=(20, 40)),
+        write_cache("b", kind="head", tokens=(4, 12)),
+    )
     entries = [{"cache": a.path, "weight": 3.0}, {"cache": b.path, "weight": 1.0, "name": "short"}]
-    metrics, _ = train(scratch_config(cache=entries, training={"max_steps": 30, "per_device_train_batch_size": 16}))
+    metrics, _ = train(
+        scratch_config(cache=entries, training={"max_steps": 30, "per_device_train_batch_size": 16})
+    )
     history = json.loads((scratch_config(cache="c").output_dir / "log.json").read_text())
     records = [record for record in history if "loss" in record]
     shares = [
-        (record["loss"] - record["cache_short"]) / (record["cache_a"] - record["cache_short"]) for record in records
+        (record["loss"] - record["cache_short"]) / (record["cache_a"] - record["cache_short"])
+        for record in records
     ]
     for share, record in zip(shares, records, strict=True):
-        assert record["loss"] == pytest.approx(share * record["cache_a"] + (1 - share) * record["cache_short"])
+        assert record["loss"] == pytest.approx(
+            share * record["cache_a"] + (1 - share) * record["cache_short"]
+        )
         assert 0 < share < 1
     assert np.median(shares) == pytest.approx(0.75, abs=0.06)
     assert metrics["kl_tail"] == "ghost"  # the least that any of the caches has
@@ -93,7 +113,8 @@ def test_losses_of_each_cache_are_logged_and_make_up_the_loss(write_cache, scrat
 def test_held_out_sequences_come_from_all_caches(write_cache, scratch_config):
     a, b = write_cache("a"), write_cache("b", shards=1)
     config = scratch_config(
-        cache=[{"cache": a.path}, {"cache": b.path}], evaluation={"held_out": 0.3, "max_sequences": 8}
+        cache=[{"cache": a.path}, {"cache": b.path}],
+        evaluation={"held_out": 0.3, "max_sequences": 8},
     )
     data, held_out = open_data(config, [a, b], 0)
     there = [int(read_index(cache, 0.3).held_out.sum()) for cache in (a, b)]
@@ -103,7 +124,9 @@ def test_held_out_sequences_come_from_all_caches(write_cache, scratch_config):
     assert [s.sequence_id for s in held_out] == [
         part[i].sequence_id for part in held_out.parts for i in range(len(part))
     ]
-    used = {data.sources[n].cache[int(i)].sequence_id for n in range(2) for i in data.sources[n].indices}
+    used = {
+        data.sources[n].cache[int(i)].sequence_id for n in range(2) for i in data.sources[n].indices
+    }
     assert not used & {s.sequence_id for s in held_out}
     whole = list(data.plan.epoch(0))
     assert sorted(whole) == list(range(sum(len(source) for source in data.sources)))

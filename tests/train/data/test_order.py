@@ -1,4 +1,6 @@
-"""The order of training: every unit in its turn, neighbours near where they are to stay near, shares as they were asked for."""
+"""The order of training: every unit in its turn, neighbours near where they are to stay near,
+shares as they were asked for.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +68,10 @@ def test_grouped_batches_are_of_similar_length_for_all_processes_alike(rng):
     made = units(rng, 960)
     spread = {}
     for grouped in (False, True):
-        batches = [made.tokens[batch] for batch in Batches(plan([made]), 8, group_by_length=grouped, processes=3)]
+        batches = [
+            made.tokens[batch]
+            for batch in Batches(plan([made]), 8, group_by_length=grouped, processes=3)
+        ]
         spread[grouped] = sum(batch.max() * len(batch) for batch in batches) / made.tokens.sum()
         sums = np.array([batch.sum() for batch in batches]).reshape(-1, 3)
         if grouped:
@@ -91,7 +96,8 @@ def test_weights_are_shares_of_positions_and_nothing_repeats_too_soon(rng, epoch
         seen = [a + b for a, b in zip(seen, this, strict=True)]
         for counts in seen:
             assert counts.max() - counts.min() <= 1
-        # The cache that ends the epoch is drawn once; there is none smaller (or larger) for its weight.
+        # The cache that ends the epoch is drawn once; there is none smaller (or larger) for its
+        # weight.
         whole = [n for n, counts in enumerate(this) if counts.sum() == len(counts)]
         assert any((this[n] == 1).all() for n in whole)
         passes = [counts.sum() / len(counts) for counts in this]

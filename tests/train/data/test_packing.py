@@ -1,4 +1,6 @@
-"""Packed sequences are read as they are read apart: the same loss, the same gradient, and nothing shifts."""
+"""Packed sequences are read as they are read apart: the same loss, the same gradient, and
+nothing shifts.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,12 @@ from logitcask.train.run import train
 pytestmark = pytest.mark.random
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-SMALL |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 128}
+SMALL |= {
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "max_position_embeddings": 128,
+}
 STUDENTS = {
     "llama": {},
     "qwen2": {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 0},
@@ -36,7 +43,9 @@ def student(model_type, attention="sdpa", **fields):
 
 
 def objective_and_gradients(model, batch, vocab_size):
-    """Sum over kept positions of KL + ranking + CE, each position with a weight of its own, so that a mix-up shows."""
+    """Sum over kept positions of KL + ranking + CE, each position with a weight of its own, so
+    that a mix-up shows.
+    """
     head, teacher = LogitsHead(model), teacher_of(batch, vocab_size)
 
     def per_chunk(logits, rows):
@@ -47,14 +56,18 @@ def objective_and_gradients(model, batch, vocab_size):
         return weight * loss, {}
 
     inputs = {
-        n: v for n, v in batch.items() if n in ("input_ids", "attention_mask", "position_ids") or "_q" in n or "_k" in n
+        n: v
+        for n, v in batch.items()
+        if n in ("input_ids", "attention_mask", "position_ids") or "_q" in n or "_k" in n
     }
     inputs = {n: v for n, v in inputs.items() if not n.startswith("teacher")}
     hidden = head.hidden(**inputs).flatten(0, 1)[batch["kept"]]
     model.zero_grad()
     objective = head_losses(head, hidden, per_chunk, chunk_size=50).objective
     objective.backward()
-    return objective.item(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return objective.item(), {
+        n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None
+    }
 
 
 def assert_equal(found, expected):
@@ -78,7 +91,17 @@ def test_packed_equals_unpacked(rng, write_cache, model_type, attention):
     assert_equal(objective_and_gradients(model, packed, 60), expected)
 
 
-def varlen(module, query, key, value, attention_mask, scaling=None, cu_seq_lens_q=None, max_length_q=None, **kwargs):
+def varlen(
+    module,
+    query,
+    key,
+    value,
+    attention_mask,
+    scaling=None,
+    cu_seq_lens_q=None,
+    max_length_q=None,
+    **kwargs,
+):
     """What flash attention's varlen kernel computes, from the borders that it is given."""
     assert attention_mask is None
     groups = query.shape[1] // key.shape[1]
@@ -119,7 +142,8 @@ def test_nothing_shifts(rng, write_cache):
         tokens, kept = packed["input_ids"].flatten(), packed["kept"]
         assert torch.equal(tokens[kept + 1], packed["labels"])
         assert torch.equal(
-            packed["position_ids"].flatten()[kept], torch.cat([torch.from_numpy(s.positions) for s in sequences])
+            packed["position_ids"].flatten()[kept],
+            torch.cat([torch.from_numpy(s.positions) for s in sequences]),
         )
         apart = collate(sequences)
         for name in apart:
@@ -131,11 +155,15 @@ def broken_llama():
     """A Llama that reads its rows as one text."""
     model = student("llama")
     forward = model.model.forward
-    model.model.forward = lambda **inputs: forward(**{**inputs, "attention_mask": torch.ones_like(inputs["input_ids"])})
+    model.model.forward = lambda **inputs: forward(
+        **{**inputs, "attention_mask": torch.ones_like(inputs["input_ids"])}
+    )
     return model
 
 
-@pytest.mark.parametrize("make", [broken_llama, lambda: student("opt", ffn_dim=64, word_embed_proj_dim=32)])
+@pytest.mark.parametrize(
+    "make", [broken_llama, lambda: student("opt", ffn_dim=64, word_embed_proj_dim=32)]
+)
 def test_a_student_that_mixes_sequences_is_refused(make):
     with pytest.raises(UserError, match="does not keep packed sequences apart") as caught:
         check_isolation(LogitsHead(make()))
@@ -143,7 +171,9 @@ def test_a_student_that_mixes_sequences_is_refused(make):
 
 
 def test_recurrent_students_are_refused():
-    config = AutoConfig.for_model("mamba", vocab_size=64, hidden_size=32, num_hidden_layers=2, state_size=4)
+    config = AutoConfig.for_model(
+        "mamba", vocab_size=64, hidden_size=32, num_hidden_layers=2, state_size=4
+    )
     with pytest.raises(UserError, match="does not keep packed sequences apart"):
         check_isolation(LogitsHead(AutoModelForCausalLM.from_config(config)))
 
@@ -180,14 +210,20 @@ def test_packed_rows_keep_to_their_shard_where_they_must(rng, shuffle):
 
 
 def test_training_packed_is_training_unpacked(write_cache, scratch_config):
-    """All of a small cache as one batch: the same first loss and the same weights after a step, packed or not."""
+    """All of a small cache as one batch: the same first loss and the same weights after a step,
+    packed or not.
+    """
     cache = write_cache("c", shards=1, sequences=30)
     losses = []
     for packing in (False, True):
         config = scratch_config(
             cache=cache.path,
             data={"packing": packing},
-            training={"output_dir": f"{cache.path}-run-{packing}", "per_device_train_batch_size": 30, "max_steps": 3},
+            training={
+                "output_dir": f"{cache.path}-run-{packing}",
+                "per_device_train_batch_size": 30,
+                "max_steps": 3,
+            },
         )
         metrics, _ = train(config)
         losses.append((metrics["final_loss"], metrics["after"]["ce"], metrics["positions_trained"]))
@@ -196,7 +232,9 @@ def test_training_packed_is_training_unpacked(write_cache, scratch_config):
 
 def test_rows_too_short_are_refused_in_one_line(write_cache, scratch_config):
     cache = write_cache("c", shards=1)
-    with pytest.raises(UserError, match=r"data.row_tokens is 10, but .* has a sequence of \d\d tokens") as caught:
+    with pytest.raises(
+        UserError, match=r"data.row_tokens is 10, but .* has a sequence of \d\d tokens"
+    ) as caught:
         train(scratch_config(cache=cache.path, data={"packing": True, "row_tokens": 10}))
     assert "\n" not in str(caught.value)
 
@@ -207,7 +245,10 @@ def test_an_attention_that_is_not_there_is_one_line(write_cache, scratch_config)
         train(
             scratch_config(
                 cache=cache.path,
-                student={**scratch_config(cache="c").student.model_dump(), "attention": "no-such-attention"},
+                student={
+                    **scratch_config(cache="c").student.model_dump(),
+                    "attention": "no-such-attention",
+                },
             )
         )
     assert "\n" not in str(caught.value)
@@ -222,11 +263,16 @@ def test_a_restart_that_cannot_pack_removes_nothing(write_cache, scratch_config,
 
     monkeypatch.setattr("logitcask.train.loop.trainer.check_isolation", refuse)
     with pytest.raises(UserError, match="apart"):
-        train(scratch_config(cache=cache.path, data={"packing": True}, training={"max_steps": 1}), restart=True)
+        train(
+            scratch_config(cache=cache.path, data={"packing": True}, training={"max_steps": 1}),
+            restart=True,
+        )
     assert train(scratch_config(cache=cache.path, training={"max_steps": 1}))[1]
 
 
-def test_batches_larger_than_an_epoch_are_refused_where_the_last_is_dropped(write_cache, scratch_config):
+def test_batches_larger_than_an_epoch_are_refused_where_the_last_is_dropped(
+    write_cache, scratch_config
+):
     cache = write_cache("c", shards=1)
     training = {"per_device_train_batch_size": 500, "dataloader_drop_last": True}
     with pytest.raises(UserError, match=r"an epoch has \d+ sequences or rows"):

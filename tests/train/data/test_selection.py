@@ -1,4 +1,6 @@
-"""What is left in the loss: compared with a direct computation, sequence by sequence and position by position."""
+"""What is left in the loss: compared with a direct computation, sequence by sequence and
+position by position.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,9 @@ def test_positions_of_highest_entropy(rng, write_cache, kind):
         share = float(rng.uniform(0.05, 1))
         found = highest_entropy(sequence, share)
         count = math.ceil(share * len(sequence.positions))
-        ranked = sorted(range(len(sequence.positions)), key=lambda row: (-sequence.entropy[row], row))
+        ranked = sorted(
+            range(len(sequence.positions)), key=lambda row: (-sequence.entropy[row], row)
+        )
         rows = sorted(ranked[:count])
         for name in ("positions", "ids", "logprobs", "tail_logprob", "target_logprob", "entropy"):
             np.testing.assert_array_equal(getattr(found, name), getattr(sequence, name)[rows])
@@ -67,7 +71,10 @@ def test_a_batch_of_some_sequences_is_the_batch_of_those_alone(rng, write_cache)
     sequences = list(write_cache("c", shards=1))[:9]
     whole = Collator()([Drawn(0, [s]) for s in sequences])
     rows = sorted(rng.choice(9, int(rng.integers(1, 9)), replace=False).tolist())
-    found, expected = only_sequences(whole, rows), Collator()([Drawn(0, [sequences[row]]) for row in rows])
+    found, expected = (
+        only_sequences(whole, rows),
+        Collator()([Drawn(0, [sequences[row]]) for row in rows]),
+    )
     assert found.keys() == expected.keys()
     assert found["layout"] == expected["layout"]
     for name, value in expected.items():
@@ -84,18 +91,25 @@ def first_batches(config, caches, size, count):
     """The sequences of the first batches of training, in their order."""
     data, _ = open_data(config, caches, config.training["seed"])
     batches = iter(Batches(data.plan, size))
-    return [[s for unit in data.__getitems__(next(batches)) for s in unit.sequences] for _ in range(count)]
+    return [
+        [s for unit in data.__getitems__(next(batches)) for s in unit.sequences]
+        for _ in range(count)
+    ]
 
 
 def losses_of(student, sequences):
-    """For each sequence, by itself: the student's losses on the next tokens, the teacher's, and KL, [P] each."""
+    """For each sequence, by itself: the student's losses on the next tokens, the teacher's, and
+    KL, [P] each.
+    """
     found = []
     for sequence in sequences:
         batch = collate([sequence])
         with torch.no_grad():
             logits = student(input_ids=batch["input_ids"]).logits[0][batch["kept"]]
         ce = cross_entropy(logits, batch["labels"], reduction="none")
-        found.append((ce, -batch["teacher_target_logprob"], forward_kl(logits, teacher_of(batch, 60))))
+        found.append(
+            (ce, -batch["teacher_target_logprob"], forward_kl(logits, teacher_of(batch, 60)))
+        )
     return found
 
 
@@ -107,12 +121,18 @@ def logged(config):
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_the_most_learnable_sequences_are_trained_on(write_cache, scratch_config, accumulate):
-    """The first loss is that of the sequences with the largest mean gap in each larger batch, by a plain forward pass."""
+    """The first loss is that of the sequences with the largest mean gap in each larger batch, by
+    a plain forward pass.
+    """
     cache = write_cache("c", sequences=60)
     config = scratch_config(
         cache=cache.path,
         selection={"sequences": {"filter_ratio": 0.75}},
-        training={"per_device_train_batch_size": 4, "gradient_accumulation_steps": accumulate, "max_steps": 1},
+        training={
+            "per_device_train_batch_size": 4,
+            "gradient_accumulation_steps": accumulate,
+            "max_steps": 1,
+        },
     )
     student = build_student(config.student, 7).eval()
     total = count = 0.0
@@ -127,7 +147,9 @@ def test_the_most_learnable_sequences_are_trained_on(write_cache, scratch_config
     assert record["loss"] == pytest.approx(total / count, rel=1e-5)
 
 
-@pytest.mark.parametrize(("by", "packing"), [("gap", False), ("gap", True), ("entropy", False), ("entropy", True)])
+@pytest.mark.parametrize(
+    ("by", "packing"), [("gap", False), ("gap", True), ("entropy", False), ("entropy", True)]
+)
 def test_the_chosen_positions_are_trained_on(write_cache, scratch_config, by, packing):
     cache = write_cache("c", sequences=30)
     config = scratch_config(
@@ -141,7 +163,9 @@ def test_the_chosen_positions_are_trained_on(write_cache, scratch_config, by, pa
     total = count = 0.0
     for sequence, (ce, teacher, kl) in zip(sequences, losses_of(student, sequences), strict=True):
         value = ce - teacher if by == "gap" else torch.from_numpy(sequence.entropy)
-        rows = sorted(range(len(ce)), key=lambda row: -value[row].item())[: math.ceil(0.3 * len(ce))]
+        rows = sorted(range(len(ce)), key=lambda row: -value[row].item())[
+            : math.ceil(0.3 * len(ce))
+        ]
         total, count = total + (kl + 0.5 * ce)[rows].sum().item(), count + len(rows)
     record = logged(config)[0]
     assert record["positions"] == count

@@ -34,8 +34,12 @@ class Processes:
             check(cache, shard)
 
         monkeypatch.setattr(CacheReader, "check_shard", counted)
-        monkeypatch.setattr(logitcask.train.data.dataset, "processes", lambda: (self._rank.value, len(machines)))
-        monkeypatch.setattr(logitcask.train.data.dataset, "machine", lambda: (machines[self._rank.value], ""))
+        monkeypatch.setattr(
+            logitcask.train.data.dataset, "processes", lambda: (self._rank.value, len(machines))
+        )
+        monkeypatch.setattr(
+            logitcask.train.data.dataset, "machine", lambda: (machines[self._rank.value], "")
+        )
         monkeypatch.setattr(logitcask.train.data.dataset, "gathered", self._gathered)
 
     def _gathered(self, mine: Any) -> list[Any]:
@@ -79,11 +83,19 @@ def damage(cache: Path, shard: int) -> None:
         ("aaa", (0, 0, 0), [[0, 1, 2]]),
         ("aabb", (0, 0, 0, 0), [[0, 1], [2, 3]]),  # a file system that both see
         ("abab", (0, 1, 0, 1), [[0, 2], [1, 3]]),  # disks of their own, and ranks dealt out in turn
-        ("aaa", (0, 1, 0), [[0, 2], [1]]),  # containers of one machine, with other folders under one path
+        (
+            "aaa",
+            (0, 1, 0),
+            [[0, 2], [1]],
+        ),  # containers of one machine, with other folders under one path
     ],
 )
 def test_each_shard_is_read_once_where_it_is_the_same_file(
-    caches, monkeypatch: pytest.MonkeyPatch, machines: str, copies: tuple[int, ...], groups: list[list[int]]
+    caches,
+    monkeypatch: pytest.MonkeyPatch,
+    machines: str,
+    copies: tuple[int, ...],
+    groups: list[list[int]],
 ) -> None:
     together = Processes(machines, monkeypatch)
     readers = [CacheReader(caches[copy]) for copy in copies]
@@ -95,11 +107,15 @@ def test_each_shard_is_read_once_where_it_is_the_same_file(
         assert max(shares) - min(shares) <= 1
     before = [len(each) for each in together.reads]
     together.run(lambda rank: list(readers[rank]))
-    assert [len(each) for each in together.reads] == before, "they are checked again when they are read"
+    assert [len(each) for each in together.reads] == before, (
+        "they are checked again when they are read"
+    )
 
 
 @pytest.mark.parametrize("copy", [0, 1])
-def test_damage_on_any_node_ends_all_processes(caches, monkeypatch: pytest.MonkeyPatch, copy: int) -> None:
+def test_damage_on_any_node_ends_all_processes(
+    caches, monkeypatch: pytest.MonkeyPatch, copy: int
+) -> None:
     """Whoever finds it; nobody goes on to wait for those who have stopped."""
     damage(caches[copy], 3)
     together = Processes("aabb", monkeypatch)

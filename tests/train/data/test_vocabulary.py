@@ -1,4 +1,6 @@
-"""Teachers with more rows than the student: what is learnt is the dense distribution over the ids that both have."""
+"""Teachers with more rows than the student: what is learnt is the dense distribution over the
+ids that both have.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ TEACHER, STUDENT, TOKENS = 1216, 1152, 1100
 
 
 def cached(log_p, sizes, target_ids, draws=None, *, with_logprobs=True):
-    """What a cache holds of dense distributions float64[P, V], unrounded: heads of these sizes, and these draws [P, T, S]."""
+    """What a cache holds of dense distributions float64[P, V], unrounded: heads of these sizes,
+    and these draws [P, T, S].
+    """
     order = np.argsort(-log_p, axis=1, kind="stable")
     inside = np.arange(log_p.shape[1]) < np.asarray(sizes)[:, None]
     width, values = int(max(sizes)), np.take_along_axis(log_p, order, axis=1)
@@ -35,8 +39,12 @@ def cached(log_p, sizes, target_ids, draws=None, *, with_logprobs=True):
     target_logprob = np.take_along_axis(log_p, target_ids[:, None], axis=1)
     samples = None
     if draws is not None:
-        logprobs = np.take_along_axis(log_p, draws.reshape(len(draws), -1), axis=1).reshape(draws.shape)
-        samples = TailSamples(draws.astype(np.int32), logprobs.astype(np.float32) if with_logprobs else None)
+        logprobs = np.take_along_axis(log_p, draws.reshape(len(draws), -1), axis=1).reshape(
+            draws.shape
+        )
+        samples = TailSamples(
+            draws.astype(np.int32), logprobs.astype(np.float32) if with_logprobs else None
+        )
     with np.errstate(divide="ignore"):
         log_tail = np.log(tail)
     return CachedSequence(
@@ -62,7 +70,9 @@ def assert_same(found, expected):
     for name in ("ids", "target_rank", "positions"):
         np.testing.assert_array_equal(getattr(found, name), getattr(expected, name), err_msg=name)
     for name in ("logprobs", "tail_logprob", "target_logprob", "entropy"):
-        np.testing.assert_allclose(getattr(found, name), getattr(expected, name), rtol=2e-5, atol=2e-5, err_msg=name)
+        np.testing.assert_allclose(
+            getattr(found, name), getattr(expected, name), rtol=2e-5, atol=2e-5, err_msg=name
+        )
 
 
 @pytest.mark.parametrize(
@@ -81,21 +91,30 @@ def test_whole_heads_are_the_dense_distribution_over_the_common_ids(sizes, posit
     found = restricted(cached(log_p, [rows] * positions, targets), common, rows)
     expected = cached(dense, [common] * positions, targets)
     np.testing.assert_allclose(
-        left_out(cached(log_p, [rows] * positions, targets), common), np.exp(log_p[:, common:]).sum(1), rtol=1e-5
+        left_out(cached(log_p, [rows] * positions, targets), common),
+        np.exp(log_p[:, common:]).sum(1),
+        rtol=1e-5,
     )
     np.testing.assert_array_equal(np.isneginf(found.tail_logprob), True)
     assert_same(
-        found, dataclasses.replace(expected, ids=expected.ids[:, :common], logprobs=expected.logprobs[:, :common])
+        found,
+        dataclasses.replace(
+            expected, ids=expected.ids[:, :common], logprobs=expected.logprobs[:, :common]
+        ),
     )
 
     ours, truth = (teacher_of(collate([each]), common) for each in (found, expected))
     z = torch.from_numpy(dense + rng.normal(0, 1, dense.shape)).float()
     p, log_q = torch.from_numpy(dense).exp(), z.double().log_softmax(1)
-    assert LOSSES["forward_kl"](z, ours).numpy() == pytest.approx((p * (p.log() - log_q)).sum(1).numpy(), abs=2e-4)
+    assert LOSSES["forward_kl"](z, ours).numpy() == pytest.approx(
+        (p * (p.log() - log_q)).sum(1).numpy(), abs=2e-4
+    )
     for name in LOSSES if rows == TEACHER else ("forward_kl", "reverse_kl", "ranking"):
         both = [LOSSES[name](z.requires_grad_(), teacher) for teacher in (ours, truth)]
         torch.testing.assert_close(*both, rtol=1e-4, atol=2e-4, msg=name)
-        torch.testing.assert_close(*(torch.autograd.grad(v.sum(), z)[0] for v in both), rtol=1e-3, atol=1e-5, msg=name)
+        torch.testing.assert_close(
+            *(torch.autograd.grad(v.sum(), z)[0] for v in both), rtol=1e-3, atol=1e-5, msg=name
+        )
     assert all(map(torch.equal, rank_agreement(z, ours, 5), rank_agreement(z, truth, 5)))
     torch.testing.assert_close(rank_correlation(z, ours, 5), rank_correlation(z, truth, 5))
 
@@ -105,19 +124,26 @@ def test_heads_lose_their_padding_ids_and_tails_without_any_are_scaled():
     log_p = rng.normal(0, 2, (30, TEACHER))
     log_p[:, STUDENT:] = -200
     highest = -np.sort(-log_p, axis=1)[:, :3]
-    log_p[:, STUDENT + 3] = rng.uniform(highest[:, 2], highest[:, 0] + 1)  # in every head, somewhere
+    log_p[:, STUDENT + 3] = rng.uniform(
+        highest[:, 2], highest[:, 0] + 1
+    )  # in every head, somewhere
     log_p[::3, STUDENT + 9] = highest[::3, 0] + 2
     log_p = normalised(log_p)
     targets = rng.integers(0, TOKENS, 30)
     sequence = cached(log_p, rng.integers(5, 12, 30), targets)
     kept = (sequence.ids >= 0).sum(axis=1) - (sequence.ids >= STUDENT).sum(axis=1)
     assert (kept < (sequence.ids >= 0).sum(axis=1)).any()
-    assert_same(restricted(sequence, STUDENT, TEACHER), cached(normalised(log_p[:, :STUDENT]), kept, targets))
+    assert_same(
+        restricted(sequence, STUDENT, TEACHER),
+        cached(normalised(log_p[:, :STUDENT]), kept, targets),
+    )
 
 
 @pytest.mark.parametrize("name", ["forward_kl", "random_sampling", "jsd", "tvd", "skew_reverse_kl"])
 def test_draws_of_padding_ids_estimate_the_dense_loss_over_the_common_ids(name):
-    """5 standard errors; the same draws with the tail's mass as it was, or nothing scaled up, are further away."""
+    """5 standard errors; the same draws with the tail's mass as it was, or nothing scaled up,
+    are further away.
+    """
     rng = np.random.default_rng(20)
     positions, draws, size = 20_000, 8, 60
     log_p = rng.normal(0, 2, size)
@@ -129,10 +155,14 @@ def test_draws_of_padding_ids_estimate_the_dense_loss_over_the_common_ids(name):
     lost = tail[50:].sum()
     assert 0.005 < lost < 0.02
     drawn = rng.choice(size, (positions, 1, draws), p=tail / tail.sum())
-    whole = cached(np.tile(log_p, (positions, 1)), [5] * positions, np.zeros(positions, np.int64), drawn)
+    whole = cached(
+        np.tile(log_p, (positions, 1)), [5] * positions, np.zeros(positions, np.int64), drawn
+    )
     dense = normalised(log_p[None, :50])
     z = torch.from_numpy(np.tile(dense + np.linspace(-1.5, 1.5, 50), (positions, 1)))
-    truth = LOSSES[name](z[:1], teacher_of(collate([cached(dense, [50], np.zeros(1, np.int64))]), 50)).item()
+    truth = LOSSES[name](
+        z[:1], teacher_of(collate([cached(dense, [50], np.zeros(1, np.int64))]), 50)
+    ).item()
 
     def standard_errors(sequence):
         value = LOSSES[name](z, teacher_of(collate([sequence]), 50))
@@ -147,7 +177,9 @@ def test_draws_of_padding_ids_estimate_the_dense_loss_over_the_common_ids(name):
     assert standard_errors(found) < 5
     assert standard_errors(dataclasses.replace(found, tail_logprob=whole.tail_logprob)) > 5
     if name == "forward_kl":
-        guessed = restricted(dataclasses.replace(whole, samples=TailSamples(whole.samples.ids)), 50, size)
+        guessed = restricted(
+            dataclasses.replace(whole, samples=TailSamples(whole.samples.ids)), 50, size
+        )
         assert np.abs(guessed.entropy.mean() - found.entropy.mean()) < 0.05
 
 
@@ -186,7 +218,9 @@ def test_a_sequence_without_padding_ids_is_left_as_it_is():
 
 @pytest.fixture(scope="module")
 def pair(tiny_llama, tmp_path_factory):
-    """``pair(padding=...)``: the config of a cache by a teacher whose padding rows have logits of 0, times ``padding``."""
+    """``pair(padding=...)``: the config of a cache by a teacher whose padding rows have logits
+    of 0, times ``padding``.
+    """
     folder = tmp_path_factory.mktemp("pair")
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
     tokenizer.add_tokens([f"<unused{i}>" for i in range(TOKENS - len(tokenizer))])
@@ -209,7 +243,12 @@ def pair(tiny_llama, tmp_path_factory):
         settings = {
             "teacher": {"model": str(name), "backend": "transformers"},
             "data": {"path": "python-docs", "max_length": 32, "max_tokens": 1500},
-            "store": {"top_k": TEACHER, "min_probability": None, "tail_samples": 0, "logprob_step": 2**-10},
+            "store": {
+                "top_k": TEACHER,
+                "min_probability": None,
+                "tail_samples": 0,
+                "logprob_step": 2**-10,
+            },
             "audit": {"sequences": 0},
             "output": str(folder / f"cache-{padding}"),
         }
@@ -222,8 +261,18 @@ def pair(tiny_llama, tmp_path_factory):
 
 
 def student_config(scratch_config, cache, rows, tokenizer=None):
-    config = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
-    config |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "vocab_size": rows}
+    config = {
+        "model_type": "llama",
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+    }
+    config |= {
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "vocab_size": rows,
+    }
     return scratch_config(
         cache=str(cache),
         student={"config": config, "tokenizer": None if tokenizer is None else str(tokenizer)},
@@ -237,7 +286,11 @@ def test_a_pair_padded_differently_trains(pair, scratch_config, caplog):
     config = student_config(scratch_config, cache, STUDENT, folder)
     with caplog.at_level(logging.INFO):
         metrics, _ = train(config)
-    line = next(record.getMessage() for record in caplog.records if "their tokenizer has" in record.getMessage())
+    line = next(
+        record.getMessage()
+        for record in caplog.records
+        if "their tokenizer has" in record.getMessage()
+    )
     assert line.startswith(
         f"the student predicts {STUDENT:,} ids, the teacher {TEACHER:,}, their tokenizer has {TOKENS:,}"
     )
@@ -271,16 +324,15 @@ def test_a_student_without_rows_for_tokens_is_refused(pair, scratch_config):
     cache, _, folder = pair()
     for tokenizer in (folder, None):
         with pytest.raises(
-            UserError, match=rf"predicts {TOKENS - 1:,} ids, but the tokenizer of .* uses {TOKENS:,}; use"
+            UserError,
+            match=rf"predicts {TOKENS - 1:,} ids, but the tokenizer of .* uses {TOKENS:,}; use",
         ):
             train(student_config(scratch_config, cache, TOKENS - 1, tokenizer))
 
 
 def test_padding_rows_with_mass_on_them_are_refused(pair, scratch_config):
     cache, _, _ = pair(padding=2.0)
-    expected = (
-        rf"predicts {STUDENT:,} ids and the teacher {TEACHER:,}, but 0\.0\d+ of the teacher's mass .*expected padding"
-    )
+    expected = rf"predicts {STUDENT:,} ids and the teacher {TEACHER:,}, but 0\.0\d+ of the teacher's mass .*expected padding"
     with pytest.raises(UserError, match=expected) as caught:
         train(student_config(scratch_config, cache, STUDENT))
     assert "\n" not in str(caught.value)
@@ -297,6 +349,9 @@ def test_texts_with_tokens_that_the_student_lacks_are_left_out(write_cache, scra
     assert left
     assert re.search(rf"{left} of 40 sequences of .* ids from {rows} up", caplog.text)
     batch = collate([held_out[0]])
-    assert max(batch["teacher_ids"].max(), batch["teacher_samples"].max(), batch["input_ids"].max()) < rows
+    assert (
+        max(batch["teacher_ids"].max(), batch["teacher_samples"].max(), batch["input_ids"].max())
+        < rows
+    )
     assert held_out.parts[0].teacher(batch).vocab_size == rows
     assert CachedDataset(cache, [0]).vocab_size == 60

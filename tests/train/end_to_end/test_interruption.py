@@ -1,4 +1,6 @@
-"""What stops a training before its end, and what it goes on from: a scheduler's signal, a folder that has moved."""
+"""What stops a training before its end, and what it goes on from: a scheduler's signal, a folder
+that has moved.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ def cache(write_cache):
 
 
 def _signal_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sends SIGTERM at the end of a step; transformers then waits three seconds, which here pass at once."""
+    """Sends SIGTERM at the end of a step; transformers then waits three seconds, which here pass
+    at once.
+    """
     end_step = DistillationTrainer.end_step
 
     def end(self: DistillationTrainer) -> None:
@@ -37,14 +41,30 @@ def _signal_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(threading, "Timer", lambda wait, call: SimpleNamespace(start=call))
 
 
-def test_a_training_that_a_signal_stops_has_not_finished(cache, scratch_config, monkeypatch, tmp_path):
-    """Run again, it ends as if nothing had stopped it: weights (with dropout), positions, the last loss."""
-    training = {"enable_jit_checkpoint": True, "max_steps": 6, "logging_steps": 4, "save_total_limit": 1}
-    training |= {"eval_strategy": "steps", "eval_steps": 2, "save_steps": 2, "load_best_model_at_end": True}
+def test_a_training_that_a_signal_stops_has_not_finished(
+    cache, scratch_config, monkeypatch, tmp_path
+):
+    """Run again, it ends as if nothing had stopped it: weights (with dropout), positions, the
+    last loss.
+    """
+    training = {
+        "enable_jit_checkpoint": True,
+        "max_steps": 6,
+        "logging_steps": 4,
+        "save_total_limit": 1,
+    }
+    training |= {
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "save_steps": 2,
+        "load_best_model_at_end": True,
+    }
 
     def config(name):
         student = scratch(attention_dropout=0.2)
-        return scratch_config(cache=cache, student=student, training={**training, "output_dir": str(tmp_path / name)})
+        return scratch_config(
+            cache=cache, student=student, training={**training, "output_dir": str(tmp_path / name)}
+        )
 
     before = signal.getsignal(signal.SIGTERM)
     expected, _ = train(config("whole"))
@@ -55,22 +75,32 @@ def test_a_training_that_a_signal_stops_has_not_finished(cache, scratch_config, 
     assert signal.getsignal(signal.SIGTERM) == before
     output = tmp_path / "run"
     assert not (output / "metrics.json").exists()
-    assert json.loads((output / "checkpoint-3" / "trainer_state.json").read_text())["global_step"] == 3
+    assert (
+        json.loads((output / "checkpoint-3" / "trainer_state.json").read_text())["global_step"] == 3
+    )
     found, _ = train(config("run"))
     assert (found["steps"], found["positions_trained"]) == (6, expected["positions_trained"])
     assert found["after"] == expected["after"]
-    weights, whole = (load_file(Path(folder) / "model.safetensors") for folder in (output, tmp_path / "whole"))
+    weights, whole = (
+        load_file(Path(folder) / "model.safetensors") for folder in (output, tmp_path / "whole")
+    )
     assert all(weights[name].equal(whole[name]) for name in whole)
 
 
 @pytest.mark.parametrize("last", [6, 8], ids=["inside", "after the last step"])
-def test_the_best_student_is_found_in_a_folder_that_has_moved(cache, scratch_config, tmp_path, last):
+def test_the_best_student_is_found_in_a_folder_that_has_moved(
+    cache, scratch_config, tmp_path, last
+):
     """The largest KL counts as the best here, so that the first student is the best."""
     training = {"eval_strategy": "steps", "eval_steps": 2, "save_steps": 2, "max_steps": 8}
     training |= {"load_best_model_at_end": True, "greater_is_better": True}
     expected, _ = train(scratch_config(cache=cache, training=training))
     run, moved = tmp_path / "run", tmp_path / "moved"
-    best = Path(json.loads((run / "checkpoint-8" / "trainer_state.json").read_text())["best_model_checkpoint"]).name
+    best = Path(
+        json.loads((run / "checkpoint-8" / "trainer_state.json").read_text())[
+            "best_model_checkpoint"
+        ]
+    ).name
     assert best == "checkpoint-2"
     (run / "metrics.json").unlink()
     for step in range(last + 2, 10, 2):
@@ -78,7 +108,9 @@ def test_the_best_student_is_found_in_a_folder_that_has_moved(cache, scratch_con
     run.rename(moved)
     config = scratch_config(cache=cache, training={**training, "output_dir": str(moved)})
     (moved / best).rename(tmp_path / "aside")
-    with pytest.raises(UserError, match=f"saved in {best}, which is no complete checkpoint in .*moved; put it back"):
+    with pytest.raises(
+        UserError, match=f"saved in {best}, which is no complete checkpoint in .*moved; put it back"
+    ):
         train(config)
     (tmp_path / "aside").rename(moved / best)
     found, _ = train(config)

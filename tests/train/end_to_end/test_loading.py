@@ -1,4 +1,6 @@
-"""Interrupted and resumed, with any number of workers, or from far away: the same batches, each shard fetched once."""
+"""Interrupted and resumed, with any number of workers, or from far away: the same batches, each
+shard fetched once.
+"""
 
 from __future__ import annotations
 
@@ -37,11 +39,17 @@ def history(output):
 
 @pytest.mark.parametrize(
     "data",
-    [{}, {"packing": True, "row_tokens": 64}, {"group_by_length": True, "shuffle": "batches", "shuffle_window": 2}],
+    [
+        {},
+        {"packing": True, "row_tokens": 64},
+        {"group_by_length": True, "shuffle": "batches", "shuffle_window": 2},
+    ],
     ids=["unpacked", "packed", "grouped"],
 )
 def test_resumed_training_is_uninterrupted_training(write_cache, scratch_config, data, tmp_path):
-    """Bit-equal losses, whether interrupted inside an epoch or at its end, and with 0, 1 and 2 workers."""
+    """Bit-equal losses, whether interrupted inside an epoch or at its end, and with 0, 1 and 2
+    workers.
+    """
     cache = write_cache("c", shards=2, sequences=30)
 
     def config(output, workers):
@@ -56,7 +64,9 @@ def test_resumed_training_is_uninterrupted_training(write_cache, scratch_config,
         }
         dropout = {"attention_dropout": 0.1}
         base = scratch_config(cache="c").student.config
-        return scratch_config(cache=cache.path, data=data, student={"config": {**base, **dropout}}, training=training)
+        return scratch_config(
+            cache=cache.path, data=data, student={"config": {**base, **dropout}}, training=training
+        )
 
     train(config(tmp_path / "whole", 0))
     expected = history(tmp_path / "whole")
@@ -85,7 +95,9 @@ def test_skipped_batches_are_not_decoded(write_cache, scratch_config, monkeypatc
     shutil.rmtree(config.output_dir / "checkpoint-6")
     read = []
     plain = Mixture.__getitems__
-    monkeypatch.setattr(Mixture, "__getitems__", lambda self, units: read.append(units) or plain(self, units))
+    monkeypatch.setattr(
+        Mixture, "__getitems__", lambda self, units: read.append(units) or plain(self, units)
+    )
     train(config)
     assert len(read) <= 2  # the sixth batch, and one that accelerate fetches ahead
 
@@ -97,7 +109,9 @@ def test_workers_read_what_the_main_process_reads(write_cache, scratch_config, m
     data, _ = open_data(scratch_config(cache=cache.path), [cache], 0)
 
     def batches(**options):
-        loader = DataLoader(data, batch_sampler=Batches(data.plan, 7), collate_fn=Collator(), **options)
+        loader = DataLoader(
+            data, batch_sampler=Batches(data.plan, 7), collate_fn=Collator(), **options
+        )
         return list(loader)
 
     expected = batches()
@@ -114,7 +128,9 @@ def test_workers_read_what_the_main_process_reads(write_cache, scratch_config, m
 def test_streaming_fetches_each_shard_once_an_epoch(
     write_cache, scratch_config, monkeypatch, tmp_path, workers, packing
 ):
-    """A remote cache of 12 shards, room for 4 of them here: two windows of 2, each longer than what is fetched ahead."""
+    """A remote cache of 12 shards, room for 4 of them here: two windows of 2, each longer than
+    what is fetched ahead.
+    """
     local = write_cache("c", shards=12, sequences=30)
     url = f"memory://{tmp_path}"
     push(local.path, url)
@@ -128,7 +144,8 @@ def test_streaming_fetches_each_shard_once_an_epoch(
         return plain(filesystem, path, *args, **kwargs)
 
     monkeypatch.setattr(logitcask.cache_format.storage.files, "download", download)
-    # Shards that are open stay readable when they have gone from the disk; these few are of no help.
+    # Shards that are open stay readable when they have gone from the disk; these few are of no
+    # help.
     monkeypatch.setattr(logitcask.cache_format.reader, "OPEN_SHARDS", 2)
     room = 4 * max(shard.bytes for shard in local.manifest.shards)
 
@@ -137,7 +154,8 @@ def test_streaming_fetches_each_shard_once_an_epoch(
         shard_cache = ShardCache(tmp_path / f"{shuffle}-{workers}", room)
         cache = CacheReader(url, shard_cache=shard_cache)
         config = scratch_config(
-            cache=url, data=DataConfig(shuffle=shuffle, shuffle_window=2, packing=packing).model_dump()
+            cache=url,
+            data=DataConfig(shuffle=shuffle, shuffle_window=2, packing=packing).model_dump(),
         )
         log.write_text("")
         data, _ = open_data(config, [cache], 0)
@@ -146,14 +164,23 @@ def test_streaming_fetches_each_shard_once_an_epoch(
         for epoch in range(2):
             log.write_text("")
             batches.set_epoch(epoch)
-            # Fresh readers: what is open in one process is no longer on the disk, and is not fetched again.
+            # Fresh readers: what is open in one process is no longer on the disk, and is not
+            # fetched again.
             fresh = Mixture(
-                [CachedDataset(CacheReader(url, shard_cache=shard_cache), source.indices) for source in data.sources],
+                [
+                    CachedDataset(CacheReader(url, shard_cache=shard_cache), source.indices)
+                    for source in data.sources
+                ],
                 data.names,
                 data.units,
                 data.plan,
             )
-            for _ in DataLoader(fresh, batch_sampler=batches, collate_fn=Collator(packed=packing), num_workers=workers):
+            for _ in DataLoader(
+                fresh,
+                batch_sampler=batches,
+                collate_fn=Collator(packed=packing),
+                num_workers=workers,
+            ):
                 pass
             counts.append(Counter(log.read_text().split()))
         return counts

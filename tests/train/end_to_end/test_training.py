@@ -1,4 +1,6 @@
-"""From a cache to a student: what comes out, that nothing interrupts it for good, and that the teacher stays away."""
+"""From a cache to a student: what comes out, that nothing interrupts it for good, and that the
+teacher stays away.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,17 @@ def test_a_student_comes_closer_to_its_teacher(config, tiny_llama):
     assert (
         set(metrics["before"])
         == set(metrics["after"])
-        == {"kl", "reverse_kl", "ce", "perplexity", "top1_agreement", "mor@5", "cr@5", "spearman@5", "ece"}
+        == {
+            "kl",
+            "reverse_kl",
+            "ce",
+            "perplexity",
+            "top1_agreement",
+            "mor@5",
+            "cr@5",
+            "spearman@5",
+            "ece",
+        }
     )
     assert metrics["after"]["kl"] < 0.9 * metrics["before"]["kl"]
     assert metrics["after"]["mor@5"] > metrics["before"]["mor@5"]
@@ -45,9 +57,9 @@ def test_a_student_comes_closer_to_its_teacher(config, tiny_llama):
     assert student.config.num_hidden_layers == 1
     page = (output / "report.html").read_text()
     assert page.count("<svg") == 3
-    assert "http" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
-        "http://creativecommons.org", ""
-    )
+    assert "http" not in page.replace("http://www.w3.org", "").replace(
+        "http://purl.org", ""
+    ).replace("http://creativecommons.org", "")
     assert f"{metrics['after']['kl']:.3f} nats" in page
     assert f"forward_kl ({metrics['exactness']['forward_kl']})" in page
     assert "library_name: transformers" in (output / "README.md").read_text()
@@ -63,7 +75,9 @@ def test_a_student_comes_closer_to_its_teacher(config, tiny_llama):
 
 
 def test_the_saved_student_is_the_evaluated_one(config, cache):
-    """CE from the saved folder, by transformers' own loss on one sequence at a time, is the one in metrics.json."""
+    """CE from the saved folder, by transformers' own loss on one sequence at a time, is the one
+    in metrics.json.
+    """
     metrics, _ = train(config(training={"max_steps": 2}))
     student = AutoModelForCausalLM.from_pretrained(config().output_dir)
     reader = CacheReader(cache)
@@ -79,10 +93,14 @@ def test_the_saved_student_is_the_evaluated_one(config, cache):
 
 @pytest.fixture(scope="session")
 def uneven_cache(tiny_llama, tmp_path_factory):
-    """Documents of 2 to 120 characters; short ones all of one letter, so that loss and length go together."""
+    """Documents of 2 to 120 characters; short ones all of one letter, so that loss and length go
+    together.
+    """
     folder = tmp_path_factory.mktemp("uneven")
     texts = [
-        "zz" if i % 2 else f"{i}: it was the {i}th of its kind, and not the last one that they would see. " * 2
+        "zz"
+        if i % 2
+        else f"{i}: it was the {i}th of its kind, and not the last one that they would see. " * 2
         for i in range(60)
     ]
     (folder / "data.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
@@ -98,9 +116,11 @@ def uneven_cache(tiny_llama, tmp_path_factory):
 
 
 def test_accumulated_batches_equal_one_batch(config, tmp_path, uneven_cache):
-    """1 x 8 sequences and 8 x 1: the loss is a mean over the positions of the whole batch, however it is cut up.
+    """1 x 8 sequences and 8 x 1: the loss is a mean over the positions of the whole batch, however
+    it is cut up.
 
-    The sequences are of very different lengths, so that a mean of means would differ by far more than the tolerance.
+    The sequences are of very different lengths, so that a mean of means would differ by far more
+    than the tolerance.
     """
     logs = []
     for batch, accumulate in ((8, 1), (1, 8), (2, 4)):
@@ -119,7 +139,9 @@ def test_accumulated_batches_equal_one_batch(config, tmp_path, uneven_cache):
 
 def test_chunks_of_logits_change_nothing(config, tmp_path):
     whole, _ = train(config(training={"max_steps": 3, "output_dir": str(tmp_path / "a")}))
-    pieces, _ = train(config(training={"max_steps": 3, "output_dir": str(tmp_path / "b")}, logits_chunk=7))
+    pieces, _ = train(
+        config(training={"max_steps": 3, "output_dir": str(tmp_path / "b")}, logits_chunk=7)
+    )
     assert pieces["final_loss"] == pytest.approx(whole["final_loss"], abs=1e-4)
 
 
@@ -142,7 +164,9 @@ def student_process(config, tmp_path):
 
 
 def test_logs_seldom_written_say_the_same_after_a_resume(config, tmp_path):
-    """logging_steps that do not divide save_steps: the totals and the last loss do not depend on an interruption."""
+    """logging_steps that do not divide save_steps: the totals and the last loss do not depend on
+    an interruption.
+    """
     training = {"max_steps": 11, "save_steps": 4, "logging_steps": 5, "save_total_limit": 3}
     expected, _ = train(config(training={**training, "output_dir": str(tmp_path / "whole")}))
     train(config(training=training))
@@ -154,7 +178,11 @@ def test_logs_seldom_written_say_the_same_after_a_resume(config, tmp_path):
     assert not was_there
     assert found["positions_trained"] == expected["positions_trained"] > 0
     assert found["final_loss"] == pytest.approx(expected["final_loss"], abs=1e-5)
-    rare, _ = train(config(training={"max_steps": 3, "logging_steps": 500, "output_dir": str(tmp_path / "rare")}))
+    rare, _ = train(
+        config(
+            training={"max_steps": 3, "logging_steps": 500, "output_dir": str(tmp_path / "rare")}
+        )
+    )
     assert rare["positions_trained"] > 0
     assert rare["final_loss"] > 0
 
@@ -163,7 +191,12 @@ DIVERGED = r"the student has diverged: loss_\w+ is (nan|inf) at step \d+; lower 
 
 
 def diverging(config, **training):
-    settings = {"learning_rate": 1e30, "max_grad_norm": 0, "lr_scheduler_type": "constant", "max_steps": 20}
+    settings = {
+        "learning_rate": 1e30,
+        "max_grad_norm": 0,
+        "lr_scheduler_type": "constant",
+        "max_steps": 20,
+    }
     return config(training={**settings, "save_steps": 10, **training})
 
 
@@ -191,7 +224,9 @@ def test_a_restart_that_cannot_work_removes_nothing(config):
 
 @pytest.mark.parametrize("restart", [False, True])
 def test_files_that_are_not_a_runs_are_left_alone(config, restart):
-    """Foreign checkpoints are not gone on from, and a README or a model that lies there is not replaced."""
+    """Foreign checkpoints are not gone on from, and a README or a model that lies there is not
+    replaced.
+    """
     output = config().output_dir
     output.mkdir()
     for name in ("README.md", "config.json", "checkpoint-4"):
@@ -231,7 +266,8 @@ def test_killed_and_resumed_it_ends_the_same(config, tmp_path, rng):
     for _ in range(3):
         seen = {p.name for p in run.glob("checkpoint-*")}
         process = subprocess.Popen(slowly, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        # Wait until it saves something new, so that each run gets further, then a random moment more.
+        # Wait until it saves something new, so that each run gets further, then a random moment
+        # more.
         while process.poll() is None and {p.name for p in run.glob("checkpoint-*")} <= seen:
             time.sleep(0.02)
         time.sleep(rng.uniform(0, 0.3))
@@ -257,7 +293,12 @@ def test_every_path_of_a_run_is_taken_literally(config, cache, tiny_llama, tmp_p
     settings = config(
         cache=str(here / "cache"),
         student={"init_from": str(here / "model"), "keep_layers": [1]},
-        training={"output_dir": str(here / "run"), "max_steps": 4, "save_steps": 2, "save_total_limit": 2},
+        training={
+            "output_dir": str(here / "run"),
+            "max_steps": 4,
+            "save_steps": 2,
+            "save_total_limit": 2,
+        },
     )
     metrics, _ = train(settings)
     assert AutoModelForCausalLM.from_pretrained(here / "run").config.num_hidden_layers == 1
@@ -284,7 +325,9 @@ def test_a_checkpoint_cut_short_is_not_resumed_from(config):
 
 
 def test_the_teacher_stays_away(config, cache, tiny_llama, tmp_path):
-    """In a fresh process, with the teacher's folder gone: no engine is imported, and nothing of the teacher is needed."""
+    """In a fresh process, with the teacher's folder gone: no engine is imported, and nothing of
+    the teacher is needed.
+    """
     student = tmp_path / "student"
     shutil.copytree(tiny_llama, student)
     moved = tiny_llama.rename(tiny_llama.with_name("elsewhere"))
@@ -299,7 +342,9 @@ def test_the_teacher_stays_away(config, cache, tiny_llama, tmp_path):
             "found = {'vllm', 'pipeline'} & set(sys.modules)\n"
             "assert not found, found\n"
         )
-        done = subprocess.run([sys.executable, "-c", code, str(file)], capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(file)], capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stderr
     finally:
         moved.rename(tiny_llama)
@@ -339,7 +384,7 @@ def test_the_row_of_a_sequence(cache, sequence_id, row, made):
     assert row_of(sequence_id, CacheReader(cache).manifest.data.model_copy(update=made)) == row
 
 
-# --- what does not fit is refused, in one line -------------------------------------------------------------------------
+# --- what does not fit is refused, in one line ----------------------------------------------------
 
 
 def refused(config, match):
@@ -361,7 +406,12 @@ def test_another_tokenizer(config, tiny_llama, tmp_path):
 
 
 def scratch(**fields):
-    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    small = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     small |= {"num_key_value_heads": 1, "vocab_size": 384, "max_position_embeddings": 128}
     return {"config": {"model_type": "llama", **small, **fields}}
 
@@ -370,15 +420,21 @@ def test_a_student_from_scratch(config, tiny_llama):
     metrics, _ = train(config(student=scratch(), training={"max_steps": 3}))
     assert metrics["student"]["parameters"] < 50_000
     with pytest.raises(UserError, match="--restart"):
-        train(config(student={**scratch(), "tokenizer": str(tiny_llama)}, training={"max_steps": 3}))
+        train(
+            config(student={**scratch(), "tokenizer": str(tiny_llama)}, training={"max_steps": 3})
+        )
     metrics, _ = train(
-        config(student={**scratch(), "tokenizer": str(tiny_llama)}, training={"max_steps": 3}), restart=True
+        config(student={**scratch(), "tokenizer": str(tiny_llama)}, training={"max_steps": 3}),
+        restart=True,
     )
     assert (config().output_dir / "tokenizer.json").exists()
 
 
 def test_a_smaller_vocabulary(config):
-    refused(config(student=scratch(vocab_size=300)), "predicts 300 ids, but the tokenizer of .* uses 384")
+    refused(
+        config(student=scratch(vocab_size=300)),
+        "predicts 300 ids, but the tokenizer of .* uses 384",
+    )
 
 
 def test_too_few_positions(config):
@@ -415,7 +471,10 @@ def test_a_newer_cache(config, tmp_path, cache):
         ({"losses": [{"name": "ranking", "kk": 3}]}, "kk"),
         ({"losses": [{"name": "ranking", "k": 0}]}, "k is 0"),
         ({"losses": [{"name": "forward_kl"}, {"name": "forward_kl"}]}, "once"),
-        ({"student": {"config": {"model_type": "llama", "num_hiden_layers": 1}}}, "num_hidden_layers"),
+        (
+            {"student": {"config": {"model_type": "llama", "num_hiden_layers": 1}}},
+            "num_hidden_layers",
+        ),
         ({"training": {"save_only_model": True}}, "save_only_model"),
         ({"training": {"max_stepz": 3}}, "max_stepz"),
         ({"training": {"output_dir": "/proc/run"}}, "cannot write to"),
@@ -445,7 +504,9 @@ def test_keep_layers_takes_those_layers(tiny_llama):
     from logitcask.train.model.student import build_student
 
     teacher = AutoModelForCausalLM.from_pretrained(tiny_llama).state_dict()
-    student = build_student(StudentConfig(init_from=str(tiny_llama), keep_layers=[1]), seed=0).state_dict()
+    student = build_student(
+        StudentConfig(init_from=str(tiny_llama), keep_layers=[1]), seed=0
+    ).state_dict()
     for name, value in student.items():
         assert torch.equal(value, teacher[name.replace("layers.0.", "layers.1.")]), name
     with pytest.raises(UserError, match="keep_layers is"):
@@ -458,18 +519,30 @@ def test_every_config_that_comes_along_is_valid():
 
 
 def test_losses_that_move(config, tmp_path):
-    """Schedules and TAID's t over a kill and a resume: the run that was stopped is the run that was not."""
-    losses = [{"name": "taid", "alpha": 0.3}, {"name": "ranking", "weight": {"start": 0, "end": 2}, "k": 3}]
+    """Schedules and TAID's t over a kill and a resume: the run that was stopped is the run that
+    was not.
+    """
+    losses = [
+        {"name": "taid", "alpha": 0.3},
+        {"name": "ranking", "weight": {"start": 0, "end": 2}, "k": 3},
+    ]
     states = []
     for name in ("whole", "stopped"):
-        training = {"max_steps": 4, "save_steps": 2, "output_dir": str(tmp_path / name), "save_total_limit": None}
+        training = {
+            "max_steps": 4,
+            "save_steps": 2,
+            "output_dir": str(tmp_path / name),
+            "save_total_limit": None,
+        }
         train(config(losses=losses, training=training))
         if name == "stopped":
             shutil.rmtree(tmp_path / name / "checkpoint-4")
             for written in ("metrics.json", "log.json"):
                 (tmp_path / name / written).unlink()
             train(config(losses=losses, training=training))
-        states.append(json.loads((tmp_path / name / "checkpoint-4" / "trainer_state.json").read_text()))
+        states.append(
+            json.loads((tmp_path / name / "checkpoint-4" / "trainer_state.json").read_text())
+        )
     whole, stopped = states
     assert whole["stateful_callbacks"]["objective"]["taid"]["t"] > 0.5
     assert whole["stateful_callbacks"]["objective"] == stopped["stateful_callbacks"]["objective"]

@@ -44,7 +44,9 @@ def sequence(ids: list[int], mask: list[bool]) -> CachedSequence:
 )
 def test_where_the_prompt_ends(mask: str, prompt: int | None, reference: int | None) -> None:
     settings = AnswersConfig(max_new_tokens=8, prompt_tokens=5)
-    found = split_at_prompt(sequence(list(range(len(mask))), [each == "x" for each in mask]), settings)
+    found = split_at_prompt(
+        sequence(list(range(len(mask))), [each == "x" for each in mask]), settings
+    )
     if prompt is None:
         assert found is None
     else:
@@ -56,11 +58,15 @@ def test_where_the_prompt_ends(mask: str, prompt: int | None, reference: int | N
 
 @pytest.fixture
 def tiny(tiny_llama):
-    return AutoModelForCausalLM.from_pretrained(tiny_llama), AutoTokenizer.from_pretrained(tiny_llama)
+    return AutoModelForCausalLM.from_pretrained(tiny_llama), AutoTokenizer.from_pretrained(
+        tiny_llama
+    )
 
 
 def test_answers_are_the_students_greedy_ones(tiny, rng) -> None:
-    """Batched with prompts of other lengths, each is what the model gives alone; and the order is that of the data."""
+    """Batched with prompts of other lengths, each is what the model gives alone; and the order
+    is that of the data.
+    """
     model, tokenizer = tiny
     data = []
     for length in (9, 30, 14, 22, 5, 40, 11, 12, 13, 17):
@@ -76,8 +82,13 @@ def test_answers_are_the_students_greedy_ones(tiny, rng) -> None:
             if following == tokenizer.eos_token_id:
                 break
             prompt = torch.cat([prompt, following.view(1, 1)], 1)
-        assert answer.student == tokenizer.decode(prompt[0, start:], skip_special_tokens=True).strip()
-        assert answer.reference == tokenizer.decode(one.input_ids[start:], skip_special_tokens=True).strip()
+        assert (
+            answer.student == tokenizer.decode(prompt[0, start:], skip_special_tokens=True).strip()
+        )
+        assert (
+            answer.reference
+            == tokenizer.decode(one.input_ids[start:], skip_special_tokens=True).strip()
+        )
         assert 0 <= answer.rouge_l <= 1
 
 
@@ -126,7 +137,8 @@ def test_words_of_every_script(text: str, words: list[str]) -> None:
 
 def test_words_of_english_text_are_those_of_rouge_score() -> None:
     text = (
-        torch.nn.functional.cross_entropy.__doc__ + "it's snake_case, 3.14 and e-mails: running, flies! \t\n x^2 + 10%"
+        torch.nn.functional.cross_entropy.__doc__
+        + "it's snake_case, 3.14 and e-mails: running, flies! \t\n x^2 + 10%"
     )
     assert len(set(text)) > 60
     assert text.isascii()
@@ -135,7 +147,10 @@ def test_words_of_english_text_are_those_of_rouge_score() -> None:
 
 def test_references_without_words_are_left_out(tiny, caplog) -> None:
     model, tokenizer = tiny
-    ids = [tokenizer(text)["input_ids"] for text in ("the teacher reads", " ?! ...", " what the student")]
+    ids = [
+        tokenizer(text)["input_ids"]
+        for text in ("the teacher reads", " ?! ...", " what the student")
+    ]
     data = [sequence([*ids[0], *end], [False] * len(ids[0]) + [True] * len(end)) for end in ids[1:]]
     none, some = answers(model, tokenizer, data, AnswersConfig(max_new_tokens=4))
     assert none.rouge_l is None
@@ -168,8 +183,16 @@ def test_a_report_without_rouge_l(tmp_path) -> None:
         "held_out_sequences": 1,
         "held_out_positions": 1,
         "student": {"parameters": 1, "trained": 1, "architecture": "A"},
-        "cache": {"path": "c", "fingerprint": "f", "source": "s", "tokens": 1, "bytes_per_token": 1.0},
+        "cache": {
+            "path": "c",
+            "fingerprint": "f",
+            "source": "s",
+            "tokens": 1,
+            "bytes_per_token": 1.0,
+        },
     }
     assert "rouge-l          none" in summary(metrics)
-    write_report(tmp_path / "report.html", metrics, [], [], [Answer("p", "?!", "x", None)._asdict()])
+    write_report(
+        tmp_path / "report.html", metrics, [], [], [Answer("p", "?!", "x", None)._asdict()]
+    )
     assert "No Rouge-L" in (tmp_path / "report.html").read_text()

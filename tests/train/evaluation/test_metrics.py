@@ -9,14 +9,21 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
-from logitcask.train.evaluation.metrics import Calibration, rank_agreement, rank_correlation, top_k_overlap
+from logitcask.train.evaluation.metrics import (
+    Calibration,
+    rank_agreement,
+    rank_correlation,
+    top_k_overlap,
+)
 from logitcask.train.losses import SparseTeacher
 
 VOCAB = 30
 
 
 def cached(logits: np.ndarray, k: int, step: float) -> SparseTeacher:
-    """A cache's top-k: ordered by the exact values, which are rounded to ``step`` afterwards, so that many tie."""
+    """A cache's top-k: ordered by the exact values, which are rounded to ``step`` afterwards, so
+    that many tie.
+    """
     logprobs = torch.from_numpy(logits).log_softmax(1)
     ids = torch.from_numpy(np.argsort(-logits, axis=1))[:, :k]
     return SparseTeacher(
@@ -31,12 +38,19 @@ def cached(logits: np.ndarray, k: int, step: float) -> SparseTeacher:
 
 @pytest.mark.parametrize("k", [1, 3, 8])
 @pytest.mark.parametrize("stored", [8, VOCAB])
-def test_agreement_is_that_of_the_whole_distributions(rng: np.random.Generator, k: int, stored: int) -> None:
+def test_agreement_is_that_of_the_whole_distributions(
+    rng: np.random.Generator, k: int, stored: int
+) -> None:
     teacher = 2 * rng.standard_normal((300, VOCAB))
-    student = teacher + rng.choice([0.0, 0.02, 0.5], size=(300, 1)) * rng.standard_normal((300, VOCAB))
+    student = teacher + rng.choice([0.0, 0.02, 0.5], size=(300, 1)) * rng.standard_normal(
+        (300, VOCAB)
+    )
     found = rank_agreement(torch.from_numpy(student), cached(teacher, stored, step=0.5), k)
     for row in range(300):
-        ours, theirs = np.argsort(-student[row])[:k].tolist(), np.argsort(-teacher[row])[:k].tolist()
+        ours, theirs = (
+            np.argsort(-student[row])[:k].tolist(),
+            np.argsort(-teacher[row])[:k].tolist(),
+        )
         assert found.top_1[row].item() == (ours[0] == theirs[0])
         assert found.identical[row].item() == (ours == theirs)
         assert found.overlap[row].item() == pytest.approx(len(set(ours) & set(theirs)) / k)
@@ -74,9 +88,13 @@ def test_heads_shorter_than_k(rng: np.random.Generator) -> None:
 
 @pytest.mark.parametrize("k", [2, 5])
 def test_rank_correlation_is_spearmans_over_the_union(rng: np.random.Generator, k: int) -> None:
-    """Against scipy's, on ranks counted in plain loops; ids that the head lacks are tied below it."""
+    """Against scipy's, on ranks counted in plain loops; ids that the head lacks are tied below
+    it.
+    """
     teacher = 2 * rng.standard_normal((200, VOCAB))
-    student = teacher + rng.choice([0.1, 1.0, 3.0], size=(200, 1)) * rng.standard_normal((200, VOCAB))
+    student = teacher + rng.choice([0.1, 1.0, 3.0], size=(200, 1)) * rng.standard_normal(
+        (200, VOCAB)
+    )
     stored = 8
     found = rank_correlation(torch.from_numpy(student), cached(teacher, stored, step=1.0), k)
     for row in range(200):
@@ -88,7 +106,9 @@ def test_rank_correlation_is_spearmans_over_the_union(rng: np.random.Generator, 
 
 
 def test_calibration_error(rng: np.random.Generator) -> None:
-    """A model that is right as often as it says has almost none; one that is too sure by 0.2 has 0.2."""
+    """A model that is right as often as it says has almost none; one that is too sure by 0.2 has
+    0.2.
+    """
     confidence = torch.from_numpy(rng.uniform(0.2, 1.0, 200_000))
     luck = torch.from_numpy(rng.uniform(size=200_000))
     honest, boastful, empty = Calibration(), Calibration(), Calibration()

@@ -1,4 +1,6 @@
-"""The chunked head against the model's own logits, for several architectures, tiny and random in every run."""
+"""The chunked head against the model's own logits, for several architectures, tiny and random in
+every run.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,8 @@ SMALL = {
     "initializer_range": 0.5,
     "pad_token_id": 0,
 }
-# What an architecture does after its lm_head is set strong enough to be missed where it is left out.
+# What an architecture does after its lm_head is set strong enough to be missed where it is left
+# out.
 CONFIGS: dict[str, PreTrainedConfig] = {
     "llama": LlamaConfig(**SMALL),
     "llama-tied": LlamaConfig(**SMALL, tie_word_embeddings=True),
@@ -86,14 +89,21 @@ def teacher_of(positions: int, k: int = 12) -> SparseTeacher:
 
 
 def recipe(teacher: SparseTeacher, weights_P: Tensor) -> PerChunk:
-    """Everything a trainer puts together: KD terms, one of them weighted by overlap, hard labels, metrics."""
+    """Everything a trainer puts together: KD terms, one of them weighted by overlap, hard
+    labels, metrics.
+    """
 
     def per_chunk(logits: Tensor, rows: slice) -> tuple[Tensor, dict[str, Tensor]]:
         part = teacher[rows]
         kl, rank = LOSSES["forward_kl"](logits, part), LOSSES["ranking"](logits, part)
         ce = torch.nn.functional.cross_entropy(logits, part.target_ids, reduction="none")
         objective = weights_P[rows] * (top_k_overlap(logits, part, 5) * kl + 2 * rank + 0.5 * ce)
-        return objective, {"kl": kl, "ranking": rank, "ce": ce, "top_1": rank_agreement(logits, part, 5).top_1}
+        return objective, {
+            "kl": kl,
+            "ranking": rank,
+            "ce": ce,
+            "top_1": rank_agreement(logits, part, 5).top_1,
+        }
 
     return per_chunk
 
@@ -124,12 +134,16 @@ def test_halves_make_up_the_model(name: str) -> None:
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("chunk_size", [1, 7, 40, None])
 def test_equals_dense_logits(name: str, chunk_size: int | None) -> None:
-    """Values and the gradients of every parameter of the model, against its own forward and plain autograd."""
+    """Values and the gradients of every parameter of the model, against its own forward and
+    plain autograd.
+    """
     model = build(name)
     input_ids, kept = torch.randint(VOCAB, (2, 16)), torch.randperm(32)[:23].sort().values
     per_chunk = recipe(teacher_of(23), torch.rand(23, dtype=torch.float64))
 
-    objective, values = per_chunk(model(input_ids=input_ids).logits.flatten(0, 1)[kept], slice(None))
+    objective, values = per_chunk(
+        model(input_ids=input_ids).logits.flatten(0, 1)[kept], slice(None)
+    )
     (objective.sum() / 17).backward()
     expected = gradients(model)
 
@@ -146,7 +160,11 @@ def test_equals_dense_logits(name: str, chunk_size: int | None) -> None:
     assert found_gradients.keys() == expected.keys() == dict(model.named_parameters()).keys()
     for key, gradient in expected.items():
         torch.testing.assert_close(
-            found_gradients[key], gradient, rtol=1e-9, atol=1e-9, msg=lambda m, key=key: f"{key}: {m}"
+            found_gradients[key],
+            gradient,
+            rtol=1e-9,
+            atol=1e-9,
+            msg=lambda m, key=key: f"{key}: {m}",
         )
 
 
@@ -155,7 +173,9 @@ def test_accumulated_parts_equal_the_whole() -> None:
     model = build("llama-tied")
     head, input_ids, teacher = LogitsHead(model), torch.randint(VOCAB, (2, 10)), teacher_of(20)
     weights = torch.rand(20, dtype=torch.float64)
-    whole = head_losses(head, kept_hidden(head, input_ids, torch.arange(20)), recipe(teacher, weights), chunk_size=6)
+    whole = head_losses(
+        head, kept_hidden(head, input_ids, torch.arange(20)), recipe(teacher, weights), chunk_size=6
+    )
     (whole.objective / 20).backward()
     expected = gradients(model)
     for row in (0, 1):
@@ -200,7 +220,11 @@ def test_logits_of_all_positions_never_exist(name: str) -> None:
 
 def test_without_gradients_there_are_values_only() -> None:
     model = build("llama")
-    head, hidden, per_chunk = LogitsHead(model), torch.randn(9, HIDDEN).double(), recipe(teacher_of(9), torch.ones(9))
+    head, hidden, per_chunk = (
+        LogitsHead(model),
+        torch.randn(9, HIDDEN).double(),
+        recipe(teacher_of(9), torch.ones(9)),
+    )
     with torch.no_grad():
         found = head_losses(head, hidden, per_chunk, chunk_size=4)
     trained = head_losses(head, hidden, per_chunk, chunk_size=4)
@@ -232,7 +256,9 @@ def test_frozen_half_gets_no_gradient(frozen: str) -> None:
     per_chunk(model(input_ids=input_ids).logits[0], slice(None))[0].sum().backward()
     expected = gradients(model)
     assert 0 < len(expected) < len(dict(model.named_parameters()))
-    head_losses(head, kept_hidden(head, input_ids, torch.arange(8)), per_chunk, chunk_size=3).objective.backward()
+    head_losses(
+        head, kept_hidden(head, input_ids, torch.arange(8)), per_chunk, chunk_size=3
+    ).objective.backward()
     found = gradients(model)
     assert found.keys() == expected.keys()
     for key, gradient in expected.items():
@@ -248,7 +274,9 @@ def test_adapters_on_the_head() -> None:
     per_chunk(model(input_ids=input_ids).logits[0], slice(None))[0].sum().backward()
     expected = gradients(model)
     assert any("lm_head" in name for name in expected)
-    head_losses(head, kept_hidden(head, input_ids, torch.arange(8)), per_chunk, chunk_size=3).objective.backward()
+    head_losses(
+        head, kept_hidden(head, input_ids, torch.arange(8)), per_chunk, chunk_size=3
+    ).objective.backward()
     found = gradients(model)
     assert found.keys() == expected.keys()
     for key, gradient in expected.items():
@@ -257,7 +285,9 @@ def test_adapters_on_the_head() -> None:
 
 @pytest.mark.parametrize("mode", ["autocast", "bfloat16 weights"])
 def test_bfloat16(mode: str) -> None:
-    """Chunks in bfloat16 add up in float32: as near to the exact gradient as one bfloat16 product."""
+    """Chunks in bfloat16 add up in float32: as near to the exact gradient as one bfloat16
+    product.
+    """
     exact, model = build("llama"), build("llama")
     model.load_state_dict(exact.state_dict())
     model.to(torch.float32 if mode == "autocast" else torch.bfloat16)
@@ -267,7 +297,9 @@ def test_bfloat16(mode: str) -> None:
         return LOSSES["forward_kl"](logits, teacher[rows]), {}
 
     def weight_gradient(model: PreTrainedModel, hidden: Tensor, chunk_size: int) -> Tensor:
-        head_losses(LogitsHead(model), hidden, per_chunk, chunk_size=chunk_size).objective.backward()
+        head_losses(
+            LogitsHead(model), hidden, per_chunk, chunk_size=chunk_size
+        ).objective.backward()
         return gradients(model)["lm_head.weight"]
 
     expected = weight_gradient(exact, hidden.double(), 512)
@@ -280,7 +312,9 @@ def test_bfloat16(mode: str) -> None:
 
 
 class AddingInFloat32(TorchDispatchMode):
-    """CUDA's addition of a 16-bit product to a float32 matrix, as documented, on the CPU, where torch has none."""
+    """CUDA's addition of a 16-bit product to a float32 matrix, as documented, on the CPU, where
+    torch has none.
+    """
 
     def __init__(self, rounded: bool = False) -> None:
         super().__init__()
@@ -292,14 +326,23 @@ class AddingInFloat32(TorchDispatchMode):
             return func(*args, **(kwargs or {}))
         total, left, right, dtype = args
         assert total is kwargs["out"]
-        assert (total.dtype, dtype, left.dtype, right.dtype) == (torch.float32, dtype, torch.bfloat16, torch.bfloat16)
+        assert (total.dtype, dtype, left.dtype, right.dtype) == (
+            torch.float32,
+            dtype,
+            torch.bfloat16,
+            torch.bfloat16,
+        )
         self.products.append(left.double() @ right.double())
         added = total + left.float() @ right.float()
         return total.copy_(added.bfloat16() if self.rounded else added)
 
 
-def test_the_weight_gradient_is_added_in_one_kernel_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One addition a chunk, of products that are not rounded first; nor are those of a CPU that widens what it multiplies."""
+def test_the_weight_gradient_is_added_in_one_kernel_where_there_is_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One addition a chunk, of products that are not rounded first; nor are those of a CPU that
+    widens what it multiplies.
+    """
     model = build("llama", torch.bfloat16)
     hidden, teacher = (0.2 * torch.randn(64, HIDDEN)).bfloat16(), teacher_of(64)
 
@@ -316,7 +359,8 @@ def test_the_weight_gradient_is_added_in_one_kernel_where_there_is_one(monkeypat
     by_processor = []
     for widened in (False, True):
         monkeypatch.setattr(
-            "logitcask.train.head.chunked._multiplies_faster_in_float32", lambda device, widened=widened: widened
+            "logitcask.train.head.chunked._multiplies_faster_in_float32",
+            lambda device, widened=widened: widened,
         )
         by_processor.append(weight_sum())
     sliced, widened_first = by_processor

@@ -1,4 +1,6 @@
-"""The trainer's objective through the chunked head: gradients written over the logits, and what is never allocated."""
+"""The trainer's objective through the chunked head: gradients written over the logits, and what
+is never allocated.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import Gemma2Config, GraniteConfig, LlamaConfig, PhiConfig, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    Gemma2Config,
+    GraniteConfig,
+    LlamaConfig,
+    PhiConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.models.auto import AutoModelForCausalLM
 
 from logitcask.train.config import TrainConfig
@@ -74,7 +83,9 @@ def teacher(k: int = 12) -> SparseTeacher:
 
 def objective(recipe: str) -> Objective:
     fields = {"cache": "-", "student": {"init_from": "-"}, "training": {"output_dir": "-"}}
-    return Objective(TrainConfig.model_validate({**fields, "losses": RECIPES[recipe], "ce_weight": 0.5}))
+    return Objective(
+        TrainConfig.model_validate({**fields, "losses": RECIPES[recipe], "ce_weight": 0.5})
+    )
 
 
 def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
@@ -86,28 +97,40 @@ def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_gradients_written_over_logits_are_those_of_the_model(name: str, recipe: str) -> None:
-    """In float64: value and the gradient of every parameter, against the model's own logits and plain autograd."""
+    """In float64: value and the gradient of every parameter, against the model's own logits and
+    plain autograd.
+    """
     model, target, terms = build(name), teacher(), objective(recipe)
     input_ids = torch.randint(VOCAB, (1, POSITIONS))
     expected, _ = terms.per_chunk(target)(model(input_ids=input_ids).logits[0].clone(), slice(None))
     expected.sum().backward()
     dense = gradients(model)
     head = LogitsHead(model)
-    found = head_losses(head, head.hidden(input_ids=input_ids)[0], terms.per_chunk(target), chunk_size=7)
+    found = head_losses(
+        head, head.hidden(input_ids=input_ids)[0], terms.per_chunk(target), chunk_size=7
+    )
     found.objective.backward()
     torch.testing.assert_close(found.objective, expected.sum())
     chunked = gradients(model)
     assert chunked.keys() == dense.keys()
     for key, gradient in dense.items():
-        torch.testing.assert_close(chunked[key], gradient, rtol=1e-8, atol=1e-8, msg=lambda m, key=key: f"{key}: {m}")
+        torch.testing.assert_close(
+            chunked[key], gradient, rtol=1e-8, atol=1e-8, msg=lambda m, key=key: f"{key}: {m}"
+        )
 
 
 class Alive(TorchDispatchMode):
-    """The most memories that tensors of a shape hold at one time, those of ``apart`` not counted."""
+    """The most memories that tensors of a shape hold at one time, those of ``apart`` not
+    counted.
+    """
 
     def __init__(self, shape: tuple[int, ...], apart: torch.nn.Module) -> None:
         super().__init__()
-        self.shape, self.apart, self.most = shape, {p.untyped_storage().data_ptr() for p in apart.parameters()}, 0
+        self.shape, self.apart, self.most = (
+            shape,
+            {p.untyped_storage().data_ptr() for p in apart.parameters()},
+            0,
+        )
         self.seen: list[weakref.ref[Tensor]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -116,13 +139,19 @@ class Alive(TorchDispatchMode):
             if isinstance(tensor, Tensor) and tuple(tensor.shape) == self.shape:
                 # Weakly: autograd copies a gradient that someone else still holds.
                 self.seen.append(weakref.ref(tensor))
-        alive = {tensor.untyped_storage().data_ptr() for each in self.seen if (tensor := each()) is not None}
+        alive = {
+            tensor.untyped_storage().data_ptr()
+            for each in self.seen
+            if (tensor := each()) is not None
+        }
         self.most = max(self.most, len(alive - self.apart))
         return out
 
 
 def step(model: torch.nn.Module, shape: tuple[int, ...]) -> int:
-    """How many memories of ``shape`` a step holds at one time, the model's own parameters not counted."""
+    """How many memories of ``shape`` a step holds at one time, the model's own parameters not
+    counted.
+    """
     head, target = LogitsHead(model), teacher()
     hidden = torch.randn(POSITIONS, HIDDEN, requires_grad=True)
     terms = objective("overwritten").per_chunk(replace(target, prior=None))
@@ -132,7 +161,9 @@ def step(model: torch.nn.Module, shape: tuple[int, ...]) -> int:
 
 
 def test_the_heads_gradient_is_one_tensor() -> None:
-    """Summed where it is handed on to ``.grad``. Of logits there is the buffer, and the block that a pass works on."""
+    """Summed where it is handed on to ``.grad``. Of logits there is the buffer, and the block
+    that a pass works on.
+    """
     model = build("tied", torch.float32)
     assert step(model, (VOCAB + 3, HIDDEN)) == 1
     assert model.get_output_embeddings().weight.grad is not None

@@ -1,4 +1,6 @@
-"""The sum of losses: as the losses one by one, with weights that move, and states that survive a checkpoint."""
+"""The sum of losses: as the losses one by one, with weights that move, and states that survive a
+checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,13 @@ P, V, K, S = 10, 60, 12, 6
 
 def config(losses: list[dict[str, Any]], **changes: Any) -> TrainConfig:
     return TrainConfig.model_validate(
-        {"cache": "c", "student": {"model": "m"}, "losses": losses, "training": {"output_dir": "o"}, **changes}
+        {
+            "cache": "c",
+            "student": {"model": "m"},
+            "losses": losses,
+            "training": {"output_dir": "o"},
+            **changes,
+        }
     )
 
 
@@ -31,7 +39,9 @@ def config(losses: list[dict[str, Any]], **changes: Any) -> TrainConfig:
 def teacher(draw: torch.Generator) -> SparseTeacher:
     log_p = (2.5 * torch.randn(P, V, generator=draw)).log_softmax(1)
     top = log_p.topk(K)
-    samples = torch.multinomial(log_p.exp().scatter(1, top.indices, 0), S, replacement=True, generator=draw)
+    samples = torch.multinomial(
+        log_p.exp().scatter(1, top.indices, 0), S, replacement=True, generator=draw
+    )
     return SparseTeacher(
         ids=top.indices,
         logprobs=top.values,
@@ -53,12 +63,18 @@ def gradient_of(losses: Any, logits: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("tail", [None, "prior", "ghost"])
 def test_a_sum_is_the_sum(draw: torch.Generator, teacher: SparseTeacher, tail: str | None) -> None:
-    """All losses at once on shared work, in chunks: values and gradient of the losses one by one."""
+    """All losses at once on shared work, in chunks: values and gradient of the losses one by
+    one.
+    """
     if tail == "ghost":
         teacher = dataclasses.replace(teacher, samples=None, sample_logprobs=None, prior=None)
     names = [name for name in LOSSES if name != "random_sampling" or teacher.samples is not None]
     terms = [
-        {"name": name, "weight": 0.5 + i, **({"tail": tail} if tail and tail in SPECS[name].tails else {})}
+        {
+            "name": name,
+            "weight": 0.5 + i,
+            **({"tail": tail} if tail and tail in SPECS[name].tails else {}),
+        }
         for i, name in enumerate(names)
     ]
     objective = Objective(config(terms))
@@ -84,10 +100,17 @@ def test_a_sum_is_the_sum(draw: torch.Generator, teacher: SparseTeacher, tail: s
     torch.testing.assert_close(found, slope, rtol=1e-3, atol=1e-4)
 
 
-def test_the_gradient_takes_the_place_of_the_logits(draw: torch.Generator, teacher: SparseTeacher) -> None:
-    """Where all losses share one pass, nothing of the logits' size is made; a loss with its own pass keeps them."""
+def test_the_gradient_takes_the_place_of_the_logits(
+    draw: torch.Generator, teacher: SparseTeacher
+) -> None:
+    """Where all losses share one pass, nothing of the logits' size is made; a loss with its own
+    pass keeps them.
+    """
     logits = torch.randn(P, V, generator=draw)
-    for names, reused in ((["forward_kl", "ranking", "ce"], True), (["forward_kl", "alpha_beta"], False)):
+    for names, reused in (
+        (["forward_kl", "ranking", "ce"], True),
+        (["forward_kl", "alpha_beta"], False),
+    ):
         chunk = logits.clone().requires_grad_()
         objective = Objective(config([{"name": name} for name in names]))
         value, _ = objective.per_chunk(teacher)(chunk, slice(0, P))
@@ -98,7 +121,10 @@ def test_the_gradient_takes_the_place_of_the_logits(draw: torch.Generator, teach
 
 def test_dynamic_ranking_weighs_the_others(draw: torch.Generator, teacher: SparseTeacher) -> None:
     objective = Objective(
-        config([{"name": "forward_kl"}, {"name": "ranking", "weight": 2, "dynamic": True, "k": 4}], ce_weight=0.5)
+        config(
+            [{"name": "forward_kl"}, {"name": "ranking", "weight": 2, "dynamic": True, "k": 4}],
+            ce_weight=0.5,
+        )
     )
     logits = torch.randn(P, V, generator=draw)
     total, values = objective.per_chunk(teacher)(logits, slice(0, P))
@@ -111,7 +137,10 @@ def test_dynamic_ranking_weighs_the_others(draw: torch.Generator, teacher: Spars
     ("schedule", "expected"),
     [
         ({"start": 0, "end": 2}, [0, 0.2, 1, 2]),
-        ({"start": 1, "end": 0, "kind": "cosine", "ratio": 0.5}, [1, (1 + math.cos(math.pi / 5)) / 2, 0, 0]),
+        (
+            {"start": 1, "end": 0, "kind": "cosine", "ratio": 0.5},
+            [1, (1 + math.cos(math.pi / 5)) / 2, 0, 0],
+        ),
         ({"start": 3, "end": 1, "kind": "step", "steps": 50}, [3, 3, 1, 1]),
         ({"start": 3, "end": 1, "kind": "linear", "steps": 40}, [3, 2.5, 1, 1]),
         ({"start": 0.7, "kind": "constant"}, [0.7] * 4),
@@ -134,19 +163,37 @@ def test_schedules(
 @pytest.mark.parametrize(
     ("losses", "changes", "match"),
     [
-        ([{"name": "jsd", "alpha": 1}], {}, "jsd has no option 'alpha'; it has beta, temperature, tail"),
+        (
+            [{"name": "jsd", "alpha": 1}],
+            {},
+            "jsd has no option 'alpha'; it has beta, temperature, tail",
+        ),
         ([{"name": "ce", "k": 1}], {}, "it has none"),
         ([{"name": "taid", "t": 0.5}], {}, "it has t_start, t_end, alpha, beta, tail"),
         ([{"name": "ce"}], {"ce_weight": 1.0}, "set one of the two"),
         ([{"name": "tvd", "weight": -1}], {}, "greater than or equal to 0"),
         ([{"name": "tvd", "weight": {"start": 0}}], {}, "end is needed"),
-        ([{"name": "tvd", "weight": {"start": 0, "end": 1, "steps": 3, "ratio": 0.5}}], {}, "not both"),
-        ([{"name": "tvd", "weight": {"start": 0, "end": 1, "kind": "constant"}}], {}, "kind is constant"),
-        ([{"name": "tvd", "weight": {"start": 0, "end": 1, "kind": "square"}}], {}, "'step' or 'constant'"),
+        (
+            [{"name": "tvd", "weight": {"start": 0, "end": 1, "steps": 3, "ratio": 0.5}}],
+            {},
+            "not both",
+        ),
+        (
+            [{"name": "tvd", "weight": {"start": 0, "end": 1, "kind": "constant"}}],
+            {},
+            "kind is constant",
+        ),
+        (
+            [{"name": "tvd", "weight": {"start": 0, "end": 1, "kind": "square"}}],
+            {},
+            "'step' or 'constant'",
+        ),
         ([{"name": "tvd", "weight": float("nan")}], {}, "finite|greater"),
     ],
 )
-def test_configs_are_checked(losses: list[dict[str, Any]], changes: dict[str, Any], match: str) -> None:
+def test_configs_are_checked(
+    losses: list[dict[str, Any]], changes: dict[str, Any], match: str
+) -> None:
     with pytest.raises(ValidationError, match=match):
         config(losses, **changes)
 
@@ -159,7 +206,9 @@ def test_taid_moves_its_target(rng: np.random.Generator) -> None:
         state.update(float(value), step / 200)
         if previous is not None:
             momentum = 0.99 * momentum + 0.01 * (previous - value) / (previous + 1e-15)
-            t = min(1.0, max(0.4 + 0.6 * step / 200, t + 0.02 / (1 + math.exp(-momentum)) * (1 - t)))
+            t = min(
+                1.0, max(0.4 + 0.6 * step / 200, t + 0.02 / (1 + math.exp(-momentum)) * (1 - t))
+            )
         previous = value
         assert state.t == pytest.approx(t)
     assert state.t > 0.4 + 0.6 * 50 / 200
@@ -180,7 +229,9 @@ def test_states_go_on_from_a_checkpoint(teacher: SparseTeacher, draw: torch.Gene
     assert one.state_dict() == two.state_dict()
     logits = torch.randn(P, V, generator=draw)
     _, values = two.per_chunk(teacher)(logits, slice(0, P))
-    torch.testing.assert_close(values["taid"], LOSSES["taid"](logits, teacher, t=two.state_dict()["taid"]["t"]))
+    torch.testing.assert_close(
+        values["taid"], LOSSES["taid"](logits, teacher, t=two.state_dict()["taid"]["t"])
+    )
 
 
 def test_a_mean_is_that_of_the_whole_batch(teacher: SparseTeacher, draw: torch.Generator) -> None:
@@ -200,7 +251,10 @@ def test_what_the_losses_are_with_a_cache(teacher: SparseTeacher) -> None:
     whole = dataclasses.replace(ghost, tail_logprob=torch.full((P,), -math.inf))
     for given, expected in (
         (teacher, ("unbiased", "unbiased", "lower", "exact", "biased", "lower")),
-        (undated, ("unbiased", "lower", "lower", "exact", "biased", "lower")),  # the others take one cell
+        (
+            undated,
+            ("unbiased", "lower", "lower", "exact", "biased", "lower"),
+        ),  # the others take one cell
         (ghost, ("lower", "lower", "lower", "exact", "biased", "lower")),
         (whole, ("exact",) * 6),
     ):
@@ -208,7 +262,13 @@ def test_what_the_losses_are_with_a_cache(teacher: SparseTeacher) -> None:
     # listmle asks for ten; tail_aware, too; so few entries make another loss.
     short = Objective(config([*terms, {"name": "tail_aware"}])).exactness(teacher, 9)
     assert (short["listmle"], short["tail_aware"], short["tvd"]) == ("biased", "biased", "lower")
-    assert Objective(config([{"name": "tail_aware"}])).exactness(teacher, 10) == {"tail_aware": "unbiased"}
+    assert Objective(config([{"name": "tail_aware"}])).exactness(teacher, 10) == {
+        "tail_aware": "unbiased"
+    }
     # At its ends jsd is another loss.
-    assert Objective(config([{"name": "jsd", "beta": 1}])).exactness(teacher, 10) == {"jsd": "lower"}
-    assert Objective(config([{"name": "jsd", "beta": 0}])).exactness(undated, 10) == {"jsd": "unbiased"}
+    assert Objective(config([{"name": "jsd", "beta": 1}])).exactness(teacher, 10) == {
+        "jsd": "lower"
+    }
+    assert Objective(config([{"name": "jsd", "beta": 0}])).exactness(undated, 10) == {
+        "jsd": "unbiased"
+    }

@@ -14,7 +14,9 @@ DOCS = Path(__file__).parents[3] / "docs" / "losses.md"
 def test_the_tables_are_in_sync() -> None:
     assert sorted(_ORDER) == sorted(LOSSES)
     text = DOCS.read_text()
-    shown = text.partition("<!-- python -m logitcask.train.losses -->\n")[2].partition("<!-- end -->")[0]
+    shown = text.partition("<!-- python -m logitcask.train.losses -->\n")[2].partition(
+        "<!-- end -->"
+    )[0]
     assert shown.strip() == markdown().strip(), (
         "run python -m logitcask.train.losses and put its output into docs/losses.md"
     )

@@ -1,4 +1,6 @@
-"""The Triton kernels against the torch path: under Triton's interpreter on a CPU, compiled on CUDA."""
+"""The Triton kernels against the torch path: under Triton's interpreter on a CPU, compiled on
+CUDA.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +20,25 @@ DEVICE = "cpu" if kernels.INTERPRETED else "cuda"
 
 
 def test_under_the_interpreter() -> None:
-    """Triton decides at import whether it interprets, so this file runs itself again in a process where it does."""
+    """Triton decides at import whether it interprets, so this file runs itself again in a
+    process where it does.
+    """
     if kernels.INTERPRETED:
         pytest.skip("this is that process")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "not interpreter"]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "1"})
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        __file__,
+        "-k",
+        "not interpreter",
+    ]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "1"}
+    )
     assert done.returncode == 0, done.stdout[-4000:]
     assert " passed" in done.stdout
     assert "skipped" not in done.stdout.splitlines()[-1]
@@ -30,21 +46,29 @@ def test_under_the_interpreter() -> None:
 
 @pytest.fixture(autouse=True)
 def triton_there(request: pytest.FixtureRequest) -> None:
-    if "interpreter" not in request.node.name and not (kernels.INTERPRETED or torch.cuda.is_available()):
+    if "interpreter" not in request.node.name and not (
+        kernels.INTERPRETED or torch.cuda.is_available()
+    ):
         pytest.skip("no CUDA, and Triton does not interpret")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("size", "split"), [(9001, 9001), (5000, 4097), (300, 300), (300, 0), (4096, 4095)])
+@pytest.mark.parametrize(
+    ("size", "split"), [(9001, 9001), (5000, 4097), (300, 300), (300, 0), (4096, 4095)]
+)
 def test_kernels(dtype: torch.dtype, size: int, split: int) -> None:
-    """Rows of a wider buffer, of several blocks and of less than one; a part that is empty and one that is all -inf."""
+    """Rows of a wider buffer, of several blocks and of less than one; a part that is empty and
+    one that is all -inf.
+    """
     logits = (40 * torch.randn(4, size + 16, device=DEVICE)).to(dtype)[:, :size]
     logits[1, :split] = -torch.inf
     logits[2, ::2] = -torch.inf
     exact = logits.double()
     low, high = kernels.log_sums(logits, split)
     for found, part in ((low, exact[:, :split]), (high, exact[:, split:])):
-        expected = part.logsumexp(1) if part.shape[1] else torch.full((4,), -torch.inf, device=DEVICE)
+        expected = (
+            part.logsumexp(1) if part.shape[1] else torch.full((4,), -torch.inf, device=DEVICE)
+        )
         torch.testing.assert_close(found.double(), expected.double(), rtol=1e-6, atol=1e-5)
     slopes = torch.randn(2, 4, device=DEVICE)
     kernels.spread(logits, split, low, slopes[0], high, slopes[1])
@@ -52,7 +76,9 @@ def test_kernels(dtype: torch.dtype, size: int, split: int) -> None:
         (logits[:, :split], exact[:, :split], slopes[0]),
         (logits[:, split:], exact[:, split:], slopes[1]),
     ):
-        expected = (part.softmax(1) * slope.unsqueeze(1).double()).nan_to_num(0) if part.shape[1] else part
+        expected = (
+            (part.softmax(1) * slope.unsqueeze(1).double()).nan_to_num(0) if part.shape[1] else part
+        )
         rtol = 1e-4 if dtype is torch.float32 else 8e-3
         torch.testing.assert_close(found.double(), expected, rtol=rtol, atol=1e-6)
 
@@ -61,11 +87,17 @@ def test_kernels(dtype: torch.dtype, size: int, split: int) -> None:
 @pytest.mark.parametrize(
     ("dtype", "overwrite"), [(torch.float32, True), (torch.float32, False), (torch.bfloat16, True)]
 )
-def test_losses(tail: str, dtype: torch.dtype, overwrite: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forward KL + ranking through the kernels and without them: the same values, gradients, and logits left as they were."""
+def test_losses(
+    tail: str, dtype: torch.dtype, overwrite: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forward KL + ranking through the kernels and without them: the same values, gradients, and
+    logits left as they were.
+    """
     vocab, padded, k, rows = 5000, 5003, 12, 5
     start = 2 * torch.randn(rows, padded, device=DEVICE)
-    logprobs, ids = (3 * torch.randn(rows, vocab, device=DEVICE)).log_softmax(1).sort(1, descending=True)
+    logprobs, ids = (
+        (3 * torch.randn(rows, vocab, device=DEVICE)).log_softmax(1).sort(1, descending=True)
+    )
     head = ids[:, :k].clone()
     head[0, 4:] = -1
     logp = logprobs[:, :k].masked_fill(head < 0, -torch.inf)
@@ -96,7 +128,9 @@ def test_losses(tail: str, dtype: torch.dtype, overwrite: bool, monkeypatch: pyt
 def test_whole_heads(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is left beside the head: no tail, no unpredictable ids."""
     vocab, rows = 50, 3
-    logprobs, ids = (2 * torch.randn(rows, vocab, device=DEVICE)).log_softmax(1).sort(1, descending=True)
+    logprobs, ids = (
+        (2 * torch.randn(rows, vocab, device=DEVICE)).log_softmax(1).sort(1, descending=True)
+    )
     nothing = torch.full((rows,), -torch.inf, device=DEVICE)
     teacher = SparseTeacher(ids, logprobs, nothing, ids[:, 2], logprobs[:, 2], vocab)
     start, found = 2 * torch.randn(rows, vocab, device=DEVICE), []
@@ -111,12 +145,16 @@ def test_whole_heads(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_prior_is_added_before_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Near the optimum the softmax and the prior nearly cancel: rounded apart, bfloat16 would leave noise."""
+    """Near the optimum the softmax and the prior nearly cancel: rounded apart, bfloat16 would
+    leave noise.
+    """
     vocab, k, rows = 5000, 8, 3
     prior = torch.rand(vocab, device=DEVICE).mul(6).softmax(0)
     logprobs, ids = prior.log().expand(rows, -1).sort(1, descending=True)
     tail = (1 - logprobs[:, :k].exp().sum(1)).log()
-    teacher = SparseTeacher(ids[:, :k], logprobs[:, :k], tail, ids[:, 0], logprobs[:, 0], vocab, prior=prior)
+    teacher = SparseTeacher(
+        ids[:, :k], logprobs[:, :k], tail, ids[:, 0], logprobs[:, 0], vocab, prior=prior
+    )
     start = (prior.log() + 0.02 * torch.randn(rows, vocab, device=DEVICE)).bfloat16()
     gradients = []
     for dtype in (torch.bfloat16, torch.float32):
@@ -130,7 +168,9 @@ def test_the_prior_is_added_before_rounding(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.skipif(kernels.INTERPRETED, reason="interpreted functions cannot be compiled")
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_interpreter_or_not_they_compile_for_nvidia(dtype: str) -> None:
-    """Down to machine code for compute capability 9.0, which needs no GPU: interpreting proves nothing about that."""
+    """Down to machine code for compute capability 9.0, which needs no GPU: interpreting proves
+    nothing about that.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -143,7 +183,14 @@ def test_interpreter_or_not_they_compile_for_nvidia(dtype: str) -> None:
         if function is kernels._spread:
             fixed["PRIOR"] = True
         signature = {"logits": f"*{dtype}", "stride": "i32", **dict.fromkeys(vectors, "*fp32")}
-        signature |= {"split": "i32", "size": "i32", "scale": "fp32", **dict.fromkeys(fixed, "constexpr")}
+        signature |= {
+            "split": "i32",
+            "size": "i32",
+            "scale": "fp32",
+            **dict.fromkeys(fixed, "constexpr"),
+        }
         source = ASTSource(function, signature, fixed)
-        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": kernels._WARPS})
+        compiled = triton.compile(
+            source, target=GPUTarget("cuda", 90, 32), options={"num_warps": kernels._WARPS}
+        )
         assert len(compiled.asm["cubin"]) > 0

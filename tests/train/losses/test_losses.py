@@ -1,4 +1,6 @@
-"""The losses against dense formulas, other implementations and slow loops; inputs are fresh in every run."""
+"""The losses against dense formulas, other implementations and slow loops; inputs are fresh in
+every run.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +21,16 @@ from logitcask.train.losses import LOSSES, SparseTeacher, forward_kl, ranking
 from logitcask.train.losses.student_pass import _add_entries, _Pass
 
 
-def normal(draw: torch.Generator, *shape: int, scale: float = 3.0, dtype: torch.dtype = torch.float64) -> Tensor:
+def normal(
+    draw: torch.Generator, *shape: int, scale: float = 3.0, dtype: torch.dtype = torch.float64
+) -> Tensor:
     return scale * torch.randn(*shape, generator=draw, dtype=torch.float64).to(dtype)
 
 
 def teacher_of(logits_PV: Tensor, k: int | Tensor, *, width: int | None = None) -> SparseTeacher:
-    """What a cache would hold of these logits, unquantised; ``k`` may differ by position, ``width`` adds padding."""
+    """What a cache would hold of these logits, unquantised; ``k`` may differ by position,
+    ``width`` adds padding.
+    """
     positions, vocab = logits_PV.shape
     k_P1 = torch.as_tensor(k).expand(positions).unsqueeze(1)
     logprobs, ids = logits_PV.log_softmax(1).sort(1, descending=True)
@@ -32,10 +38,12 @@ def teacher_of(logits_PV: Tensor, k: int | Tensor, *, width: int | None = None) 
     width = width or int(k_P1.max())
     padding = max(0, width - vocab)
     return SparseTeacher(
-        ids=torch.nn.functional.pad(ids.masked_fill(~inside, -1), (0, padding), value=-1)[:, :width],
-        logprobs=torch.nn.functional.pad(logprobs.masked_fill(~inside, -math.inf), (0, padding), value=-math.inf)[
+        ids=torch.nn.functional.pad(ids.masked_fill(~inside, -1), (0, padding), value=-1)[
             :, :width
         ],
+        logprobs=torch.nn.functional.pad(
+            logprobs.masked_fill(~inside, -math.inf), (0, padding), value=-math.inf
+        )[:, :width],
         tail_logprob=logprobs.masked_fill(inside, -math.inf).logsumexp(1),
         target_ids=ids[:, 0],
         target_logprob=logprobs[:, 0],
@@ -43,19 +51,27 @@ def teacher_of(logits_PV: Tensor, k: int | Tensor, *, width: int | None = None) 
     )
 
 
-def with_draws(draw: torch.Generator, teacher: SparseTeacher, logits_PV: Tensor, count: int = 5) -> SparseTeacher:
+def with_draws(
+    draw: torch.Generator, teacher: SparseTeacher, logits_PV: Tensor, count: int = 5
+) -> SparseTeacher:
     """The same with ``count`` draws from each tail, their logprobs, and the entropies."""
     log_p = logits_PV.log_softmax(1)
     tail = log_p.exp().scatter(1, teacher.ids, 0)
     samples = torch.multinomial(tail, count, replacement=True, generator=draw)
     return dataclasses.replace(
-        teacher, samples=samples, sample_logprobs=log_p.gather(1, samples), entropy=-(log_p.exp() * log_p).sum(1)
+        teacher,
+        samples=samples,
+        sample_logprobs=log_p.gather(1, samples),
+        entropy=-(log_p.exp() * log_p).sum(1),
     )
 
 
 def dense_kl(teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
     """KL(p || q) over the teacher's vocabulary; the student may have more ids."""
-    log_p, log_q = teacher_logits.log_softmax(1), student_logits.log_softmax(1)[:, : teacher_logits.shape[1]]
+    log_p, log_q = (
+        teacher_logits.log_softmax(1),
+        student_logits.log_softmax(1)[:, : teacher_logits.shape[1]],
+    )
     return kl_div(log_q, log_p, log_target=True, reduction="none").sum(1)
 
 
@@ -85,10 +101,15 @@ def value_and_gradient(loss: Callable[[Tensor], Tensor], logits: Tensor) -> tupl
 
 
 def assert_same(
-    loss: Callable[[Tensor], Tensor], reference: Callable[[Tensor], Tensor], logits: Tensor, atol: float
+    loss: Callable[[Tensor], Tensor],
+    reference: Callable[[Tensor], Tensor],
+    logits: Tensor,
+    atol: float,
 ) -> None:
     """Equal values and gradients."""
-    for found, expected in zip(value_and_gradient(loss, logits), value_and_gradient(reference, logits), strict=True):
+    for found, expected in zip(
+        value_and_gradient(loss, logits), value_and_gradient(reference, logits), strict=True
+    ):
         torch.testing.assert_close(found, expected, rtol=0, atol=atol)
 
 
@@ -103,7 +124,9 @@ def test_public_contract(draw: torch.Generator) -> None:
         assert value.dtype == torch.float32
         assert torch.equal(loss(logits[2:5], teacher[2:5], **options), value[2:5])
         assert loss(logits[:0], teacher[:0], **options).shape == (0,)
-        assert all(p.kind is p.KEYWORD_ONLY for p in list(inspect.signature(loss).parameters.values())[2:])
+        assert all(
+            p.kind is p.KEYWORD_ONLY for p in list(inspect.signature(loss).parameters.values())[2:]
+        )
     assert LOSSES["forward_kl"](logits, teacher, temperature=1.0).shape == (6,)
 
 
@@ -115,25 +138,35 @@ def test_full_head_is_dense_kl(draw: torch.Generator, unpredictable: int) -> Non
     teacher_logits, logits = normal(draw, 20, 50), normal(draw, 20, 50 + unpredictable)
     teacher = teacher_of(teacher_logits, 50)
     assert teacher.tail_logprob.isneginf().all()
-    assert_same(lambda z: forward_kl(z, teacher), lambda z: dense_kl(teacher_logits, z), logits, atol=1e-12)
+    assert_same(
+        lambda z: forward_kl(z, teacher), lambda z: dense_kl(teacher_logits, z), logits, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("unpredictable", [0, 7])
 @pytest.mark.parametrize("step", [None, 1 / 16], ids=["exact", "quantised"])
 def test_cells_and_gradient(draw: torch.Generator, unpredictable: int, step: float | None) -> None:
-    """Ragged heads, heads that are everything, and a head mass that rounding has moved off 1 - m."""
+    """Ragged heads, heads that are everything, and a head mass that rounding has moved off 1 -
+    m.
+    """
     k = torch.randint(1, 41, (30,), generator=draw)
     k[0] = 40
     teacher = teacher_of(normal(draw, 30, 40), k, width=45)
     if step:
-        teacher = SparseTeacher(**{**vars(teacher), "logprobs": (teacher.logprobs / step).round() * step})
+        teacher = SparseTeacher(
+            **{**vars(teacher), "logprobs": (teacher.logprobs / step).round() * step}
+        )
     logits = normal(draw, 30, 40 + unpredictable)
-    assert_same(lambda z: forward_kl(z, teacher), lambda z: naive_ghost_kl(z, teacher), logits, atol=1e-12)
+    assert_same(
+        lambda z: forward_kl(z, teacher), lambda z: naive_ghost_kl(z, teacher), logits, atol=1e-12
+    )
 
 
 def test_gradcheck(draw: torch.Generator) -> None:
     teacher = teacher_of(normal(draw, 4, 9), torch.tensor([1, 4, 8, 9]), width=9)
-    assert torch.autograd.gradcheck(lambda z: forward_kl(z, teacher), normal(draw, 4, 11).requires_grad_())
+    assert torch.autograd.gradcheck(
+        lambda z: forward_kl(z, teacher), normal(draw, 4, 11).requires_grad_()
+    )
 
 
 def test_never_above_the_true_kl(draw: torch.Generator) -> None:
@@ -150,7 +183,9 @@ def test_exact_where_the_tails_are_proportional(draw: torch.Generator) -> None:
     teacher = teacher_of(teacher_logits, 6)
     logits = teacher_logits + normal(draw, 50, 1)
     logits.scatter_add_(1, teacher.ids, normal(draw, 50, 6))
-    torch.testing.assert_close(forward_kl(logits, teacher), dense_kl(teacher_logits, logits), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        forward_kl(logits, teacher), dense_kl(teacher_logits, logits), rtol=0, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("log_tail", [-16.0, -30.0, -80.0])
@@ -160,13 +195,17 @@ def test_float32_keeps_its_digits_in_tiny_tails(draw: torch.Generator, log_tail:
     logits = normal(draw, 30, 200, scale=1) + log_tail
     logits.scatter_add_(1, teacher.ids, torch.full((30, 20), -log_tail, dtype=torch.float64))
     value, gradient = value_and_gradient(lambda z: forward_kl(z.float(), teacher), logits.float())
-    expected, expected_gradient = value_and_gradient(lambda z: naive_ghost_kl(z, teacher), logits.float().double())
+    expected, expected_gradient = value_and_gradient(
+        lambda z: naive_ghost_kl(z, teacher), logits.float().double()
+    )
     torch.testing.assert_close(value.double(), expected, rtol=2e-6, atol=0)
     torch.testing.assert_close(gradient.double(), expected_gradient, rtol=1e-5, atol=1e-7)
 
 
 def test_padding_contributes_nothing(draw: torch.Generator) -> None:
-    """Id 0 is where padding could be mistaken for an entry: here it is in the head of some rows and in others' tail."""
+    """Id 0 is where padding could be mistaken for an entry: here it is in the head of some rows
+    and in others' tail.
+    """
     teacher_logits, logits = normal(draw, 60, 12), normal(draw, 60, 12, dtype=torch.float32)
     k = torch.randint(1, 12, (60,), generator=draw)
     tight, padded = teacher_of(teacher_logits, k), teacher_of(teacher_logits, k, width=30)
@@ -220,7 +259,8 @@ def test_half_precision_logits_are_computed_in_float32(
     assert value.dtype == torch.float32
     assert torch.equal(value, expected)
     if name == "alpha_beta":
-        # Two passes, whose gradients are rounded one by one and then as a sum, by eps/2 each; they may cancel at will.
+        # Two passes, whose gradients are rounded one by one and then as a sum, by eps/2 each; they
+        # may cancel at will.
         assert len(passes) == 2
         size = (passes[0].abs() + passes[1].abs()).max()
         assert (gradient.float() - expected_gradient).abs().max() <= torch.finfo(dtype).eps * size
@@ -260,14 +300,18 @@ def test_agrees_with_trl(draw: torch.Generator, temperature: float) -> None:
             z[None], teacher_logits[None], beta=0, temperature=temperature, reduction="none"
         )[0].sum(1)
 
-    assert_same(lambda z: forward_kl(z, teacher, temperature=temperature), theirs, logits, atol=1e-10)
+    assert_same(
+        lambda z: forward_kl(z, teacher, temperature=temperature), theirs, logits, atol=1e-10
+    )
 
 
 # ranking
 
 
 def separated(draw: torch.Generator, *shape: int) -> Tensor:
-    """Random order, no two values of a row nearer than 0.2: with a strength of 1e-3 every rank is hard."""
+    """Random order, no two values of a row nearer than 0.2: with a strength of 1e-3 every rank
+    is hard.
+    """
     order = torch.rand(*shape, generator=draw, dtype=torch.float64).argsort(1)
     return 0.3 * order + 0.1 * torch.rand(*shape, generator=draw, dtype=torch.float64)
 
@@ -275,11 +319,17 @@ def separated(draw: torch.Generator, *shape: int) -> Tensor:
 def slow_ranking(
     logits: Tensor, teacher: SparseTeacher, k: int, ranks: Callable[[np.ndarray], np.ndarray]
 ) -> np.ndarray:
-    """RLKD's loss with sets and loops. ``ranks``: values, falling importance, -> soft ranks, 1 the largest."""
+    """RLKD's loss with sets and loops. ``ranks``: values, falling importance, -> soft ranks, 1
+    the largest.
+    """
     out = []
-    for z, ids, logprobs in zip(logits.numpy(), teacher.ids.numpy(), teacher.logprobs.numpy(), strict=True):
+    for z, ids, logprobs in zip(
+        logits.numpy(), teacher.ids.numpy(), teacher.logprobs.numpy(), strict=True
+    ):
         stored = {int(i): float(v) for i, v in zip(ids, logprobs, strict=True) if i >= 0}
-        union = list(dict.fromkeys([*list(stored)[:k], *np.argsort(-z, kind="stable")[:k].tolist()]))
+        union = list(
+            dict.fromkeys([*list(stored)[:k], *np.argsort(-z, kind="stable")[:k].tolist()])
+        )
         bottom = min(stored.values(), default=0.0) - 1e3
         r_p = ranks(np.array([stored.get(i, bottom) for i in union]))
         r_q = ranks(np.array([float(z[i]) for i in union]))
@@ -300,7 +350,9 @@ def sigmoid_ranks(values: np.ndarray) -> np.ndarray:
 
 
 def l2_ranks(values: np.ndarray) -> np.ndarray:
-    """Pool adjacent violators, as torchsort does it: the nearest point to -values with sorted entries majorised by 1..n."""
+    """Pool adjacent violators, as torchsort does it: the nearest point to -values with sorted
+    entries majorised by 1..n.
+    """
     order = np.argsort(-values, kind="stable")
     w = -values[order]
     blocks: list[list[float]] = []
@@ -318,17 +370,25 @@ def l2_ranks(values: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("k", [1, 5, 15])
 @pytest.mark.parametrize("soft_rank", ["sigmoid", "l2"])
 def test_sharp_ranking_is_spearman(draw: torch.Generator, soft_rank: str, k: int) -> None:
-    """Ragged heads down to one entry, so that ids of the student's top-k are missing and tie at the bottom."""
+    """Ragged heads down to one entry, so that ids of the student's top-k are missing and tie at
+    the bottom.
+    """
     teacher = teacher_of(separated(draw, 200, 40), torch.randint(1, 30, (200,), generator=draw))
     logits = separated(draw, 200, 40)
     found = ranking(logits, teacher, k=k, soft_rank=soft_rank, strength=1e-3)
-    np.testing.assert_allclose(found.numpy(), slow_ranking(logits, teacher, k, hard_ranks), rtol=0, atol=1e-6)
+    np.testing.assert_allclose(
+        found.numpy(), slow_ranking(logits, teacher, k, hard_ranks), rtol=0, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize(("soft_rank", "reference"), [("sigmoid", sigmoid_ranks), ("l2", l2_ranks)])
 @pytest.mark.parametrize("strength", [1.0, 0.3])
-def test_soft_ranks(draw: torch.Generator, soft_rank: str, reference: Callable, strength: float) -> None:
-    teacher = teacher_of(normal(draw, 200, 40, scale=1), torch.randint(1, 30, (200,), generator=draw))
+def test_soft_ranks(
+    draw: torch.Generator, soft_rank: str, reference: Callable, strength: float
+) -> None:
+    teacher = teacher_of(
+        normal(draw, 200, 40, scale=1), torch.randint(1, 30, (200,), generator=draw)
+    )
     logits = normal(draw, 200, 40, scale=1)
     expected = slow_ranking(logits, teacher, 5, lambda values: reference(values / strength))
     found = ranking(logits, teacher, k=5, soft_rank=soft_rank, strength=strength)
@@ -362,7 +422,8 @@ def test_ranking_ignores_constants(draw: torch.Generator, soft_rank: str) -> Non
 def test_the_teacher_itself_is_the_optimum(draw: torch.Generator, soft_rank: str) -> None:
     teacher_logits = normal(draw, 50, 40)
     value, gradient = value_and_gradient(
-        lambda z: ranking(z, teacher_of(teacher_logits, 12), soft_rank=soft_rank), teacher_logits + 3
+        lambda z: ranking(z, teacher_of(teacher_logits, 12), soft_rank=soft_rank),
+        teacher_logits + 3,
     )
     assert value.abs().max() < 1e-12
     assert gradient.abs().max() < 1e-7
@@ -408,7 +469,9 @@ def test_l2_gives_no_gradient_to_such_a_pair() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("soft_rank", ["sigmoid", "l2"])
 def test_degenerate_unions(draw: torch.Generator, soft_rank: str, dtype: torch.dtype) -> None:
-    """Nothing to order gives 0; a student without an order gives 1 and a gradient that points the right way."""
+    """Nothing to order gives 0; a student without an order gives 1 and a gradient that points
+    the right way.
+    """
     logits = normal(draw, 4, 10, dtype=dtype)
     cases = {
         "one id": (teacher_of(logits, 4), logits, 1, 0.0),
@@ -418,8 +481,12 @@ def test_degenerate_unions(draw: torch.Generator, soft_rank: str, dtype: torch.d
         "tied student": (teacher_of(logits, 10), torch.zeros_like(logits), 10, 1.0),
     }
     for name, (teacher, z, k, expected) in cases.items():
-        value, gradient = value_and_gradient(lambda z, t=teacher, k=k: ranking(z, t, k=k, soft_rank=soft_rank), z)
-        torch.testing.assert_close(value, torch.full_like(value, expected), rtol=0, atol=1e-6, msg=name)
+        value, gradient = value_and_gradient(
+            lambda z, t=teacher, k=k: ranking(z, t, k=k, soft_rank=soft_rank), z
+        )
+        torch.testing.assert_close(
+            value, torch.full_like(value, expected), rtol=0, atol=1e-6, msg=name
+        )
         assert torch.isfinite(gradient).all(), name
         if name == "tied student" and soft_rank == "sigmoid":
             assert (gradient.argmin(1) == teacher.ids[:, 0]).all()
@@ -429,12 +496,18 @@ def test_degenerate_unions(draw: torch.Generator, soft_rank: str, dtype: torch.d
 
 
 def test_short_heads_rank_what_they_have(draw: torch.Generator) -> None:
-    """k above K: the rest of the union is the student's, tied at the bottom of the teacher's order."""
+    """k above K: the rest of the union is the student's, tied at the bottom of the teacher's
+    order.
+    """
     teacher_logits, logits = separated(draw, 100, 30), separated(draw, 100, 30)
     for width in (2, 9):
         teacher = teacher_of(teacher_logits, 2, width=width)
-        value, gradient = value_and_gradient(lambda z, t=teacher: ranking(z, t, k=5, strength=1e-3), logits)
-        np.testing.assert_allclose(value.numpy(), slow_ranking(logits, teacher, 5, hard_ranks), rtol=0, atol=1e-6)
+        value, gradient = value_and_gradient(
+            lambda z, t=teacher: ranking(z, t, k=5, strength=1e-3), logits
+        )
+        np.testing.assert_allclose(
+            value.numpy(), slow_ranking(logits, teacher, 5, hard_ranks), rtol=0, atol=1e-6
+        )
         assert torch.isfinite(gradient).all()
 
 
@@ -447,7 +520,9 @@ def test_ranking_options_are_checked(draw: torch.Generator) -> None:
 
 
 def test_what_falls_on_one_id_is_summed_before_it_is_rounded(rng: np.random.Generator) -> None:
-    """In half precision, entry by entry against a sum in float64; most ids are there several times."""
+    """In half precision, entry by entry against a sum in float64; most ids are there several
+    times.
+    """
     ids_PE = torch.from_numpy(rng.integers(0, 9, (7, 30)))
     entries_PE = torch.from_numpy(rng.normal(size=(7, 30))).float()
     before_PV = torch.from_numpy(rng.normal(size=(7, 12))).bfloat16()

@@ -1,4 +1,6 @@
-"""What stands for the tail in forward_kl: draws without bias, the prior exactly, and the best of what a cache has."""
+"""What stands for the tail in forward_kl: draws without bias, the prior exactly, and the best of
+what a cache has.
+"""
 
 from __future__ import annotations
 
@@ -31,12 +33,17 @@ def head_of(log_p: Tensor, k: int = K) -> SparseTeacher:
     )
 
 
-def with_draws(draw: torch.Generator, log_p: Tensor, teacher: SparseTeacher, count: int) -> SparseTeacher:
+def with_draws(
+    draw: torch.Generator, log_p: Tensor, teacher: SparseTeacher, count: int
+) -> SparseTeacher:
     """``count`` independent draws from each tail, their logprobs, and the entropies."""
     tail = log_p.exp().scatter(1, teacher.ids, 0)
     samples = torch.multinomial(tail, count, replacement=True, generator=draw)
     return dataclasses.replace(
-        teacher, samples=samples, sample_logprobs=log_p.gather(1, samples), entropy=-(log_p.exp() * log_p).sum(1)
+        teacher,
+        samples=samples,
+        sample_logprobs=log_p.gather(1, samples),
+        entropy=-(log_p.exp() * log_p).sum(1),
     )
 
 
@@ -45,14 +52,18 @@ def dense_kl(log_p: Tensor, logits: Tensor) -> Tensor:
 
 
 def biased(logits: Tensor, teacher: SparseTeacher) -> Tensor:
-    """The twin that a slip would give: the draws counted as if they made up the whole of the tail's mass but one draw's."""
+    """The twin that a slip would give: the draws counted as if they made up the whole of the
+    tail's mass but one draw's.
+    """
     less = teacher.tail_logprob + torch.log(torch.tensor((S - 1) / S))
     return forward_kl(logits, dataclasses.replace(teacher, tail_logprob=less))
 
 
 @pytest.mark.parametrize("known", ["entropy", "sample_logprobs"])
 def test_draws_make_value_and_gradient_unbiased(draw: torch.Generator, known: str) -> None:
-    """Over 2,000 fresh sets the mean lies within 4 standard errors of the dense value; a biased twin's does not."""
+    """Over 2,000 fresh sets the mean lies within 4 standard errors of the dense value; a biased
+    twin's does not.
+    """
     log_p, logits = peaked(draw), 2 * torch.randn(P, V, generator=draw, dtype=torch.float64)
     direction = torch.randn(P, V, generator=draw, dtype=torch.float64)
     teacher = head_of(log_p)
@@ -68,7 +79,9 @@ def test_draws_make_value_and_gradient_unbiased(draw: torch.Generator, known: st
             one = dataclasses.replace(
                 drawn,
                 samples=drawn.samples[:, part],
-                sample_logprobs=drawn.sample_logprobs[:, part] if known == "sample_logprobs" else None,
+                sample_logprobs=drawn.sample_logprobs[:, part]
+                if known == "sample_logprobs"
+                else None,
                 entropy=drawn.entropy if known == "entropy" else None,
             )
             student = logits.clone().requires_grad_()
@@ -81,7 +94,9 @@ def test_draws_make_value_and_gradient_unbiased(draw: torch.Generator, known: st
 
 
 def test_draws_of_every_id_are_the_dense_kl(draw: torch.Generator) -> None:
-    """No head, and each id drawn as often as its probability asks for: nothing is left to chance."""
+    """No head, and each id drawn as often as its probability asks for: nothing is left to
+    chance.
+    """
     counts = torch.randint(1, 5, (7, 20), generator=draw)
     log_p = (counts / counts.sum(1, keepdim=True)).double().log()
     most = int(counts.sum(1).max())
@@ -95,11 +110,15 @@ def test_draws_of_every_id_are_the_dense_kl(draw: torch.Generator) -> None:
         entropy=-(log_p.exp() * log_p).sum(1),
     )  # fmt: skip
     logits = torch.randn(7, 23, generator=draw, dtype=torch.float64)
-    torch.testing.assert_close(forward_kl(logits, teacher), dense_kl(log_p, logits), atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        forward_kl(logits, teacher), dense_kl(log_p, logits), atol=1e-6, rtol=0
+    )
 
 
 @pytest.mark.parametrize("unpredictable", [0, 9])
-def test_the_prior_is_the_dense_kl_to_the_reconstruction(draw: torch.Generator, unpredictable: int) -> None:
+def test_the_prior_is_the_dense_kl_to_the_reconstruction(
+    draw: torch.Generator, unpredictable: int
+) -> None:
     log_p = peaked(draw)
     prior = torch.rand(V, generator=draw, dtype=torch.float64).square()
     teacher = dataclasses.replace(head_of(log_p), prior=prior / prior.sum())
@@ -107,7 +126,9 @@ def test_the_prior_is_the_dense_kl_to_the_reconstruction(draw: torch.Generator, 
     spread = outside / outside.sum(1, keepdim=True) * teacher.tail_logprob.exp().unsqueeze(1)
     rebuilt = spread.scatter(1, teacher.ids, teacher.logprobs.exp()).log()
     logits = torch.randn(P, V + unpredictable, generator=draw, dtype=torch.float64)
-    torch.testing.assert_close(forward_kl(logits, teacher, tail="prior"), dense_kl(rebuilt, logits), atol=1e-12, rtol=0)
+    torch.testing.assert_close(
+        forward_kl(logits, teacher, tail="prior"), dense_kl(rebuilt, logits), atol=1e-12, rtol=0
+    )
     gradients = [
         torch.autograd.grad(loss(z).sum(), z)[0]
         for loss in (lambda z: forward_kl(z, teacher, tail="prior"), lambda z: dense_kl(rebuilt, z))
@@ -120,7 +141,9 @@ def test_the_prior_is_the_dense_kl_to_the_reconstruction(draw: torch.Generator, 
 def test_gradcheck(draw: torch.Generator, tail: str) -> None:
     log_p = peaked(draw, 4, 15)
     teacher = with_draws(draw, log_p, head_of(log_p, 3), 5)
-    teacher = dataclasses.replace(teacher, prior=torch.softmax(torch.randn(15, generator=draw), 0).double())
+    teacher = dataclasses.replace(
+        teacher, prior=torch.softmax(torch.randn(15, generator=draw), 0).double()
+    )
     teacher.samples[0, 3:] = -1
     logits = torch.randn(4, 17, generator=draw, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda z: forward_kl(z, teacher, tail=tail), logits)
@@ -132,10 +155,18 @@ def test_the_best_of_what_there_is(draw: torch.Generator) -> None:
     ghost = head_of(log_p)
     prior = dataclasses.replace(ghost, prior=torch.full((V,), 1 / V, dtype=torch.float64))
     samples = with_draws(draw, log_p, prior, S)
-    assert [tail_of(teacher) for teacher in (ghost, prior, samples)] == ["ghost", "ghost", "samples"]
+    assert [tail_of(teacher) for teacher in (ghost, prior, samples)] == [
+        "ghost",
+        "ghost",
+        "samples",
+    ]
     for teacher, tail in ((ghost, "ghost"), (prior, "ghost"), (samples, "samples")):
-        torch.testing.assert_close(forward_kl(logits, teacher), forward_kl(logits, teacher, tail=tail))
-        torch.testing.assert_close(forward_kl(logits, ghost), forward_kl(logits, teacher, tail="ghost"))
+        torch.testing.assert_close(
+            forward_kl(logits, teacher), forward_kl(logits, teacher, tail=tail)
+        )
+        torch.testing.assert_close(
+            forward_kl(logits, ghost), forward_kl(logits, teacher, tail="ghost")
+        )
     undated = dataclasses.replace(samples, entropy=None, sample_logprobs=None)
     assert tail_of(undated) == "ghost"
     for teacher, tail in ((ghost, "samples"), (ghost, "prior"), (undated, "samples")):
@@ -147,7 +178,9 @@ def test_the_best_of_what_there_is(draw: torch.Generator) -> None:
 
 def test_positions_are_independent(draw: torch.Generator) -> None:
     log_p, logits = peaked(draw), torch.randn(P, V, generator=draw)
-    teacher = dataclasses.replace(with_draws(draw, log_p, head_of(log_p), S), prior=torch.full((V,), 1 / V))
+    teacher = dataclasses.replace(
+        with_draws(draw, log_p, head_of(log_p), S), prior=torch.full((V,), 1 / V)
+    )
     for tail in ("samples", "prior"):
         whole = forward_kl(logits, teacher, tail=tail)
         torch.testing.assert_close(forward_kl(logits[3:7], teacher[3:7], tail=tail), whole[3:7])

@@ -1,7 +1,9 @@
-"""Every loss against its own definition over the whole vocabulary, written here a second time, in float64.
+"""Every loss against its own definition over the whole vocabulary, written here a second time, in
+float64.
 
-Whole heads give the definition's value and gradient; a prior gives those of the reconstruction; what is called a lower
-bound is never above; what is called unbiased has the right mean, and a twin that is off by one draw in eight has not.
+Whole heads give the definition's value and gradient; a prior gives those of the reconstruction;
+what is called a lower bound is never above; what is called unbiased has the right mean, and a twin
+that is off by one draw in eight has not.
 """
 
 from __future__ import annotations
@@ -27,8 +29,12 @@ def normal(draw: torch.Generator, *shape: int, scale: float = 2.5) -> Tensor:
     return scale * torch.randn(*shape, generator=draw, dtype=torch.float64)
 
 
-def teacher_of(log_p: Tensor, k: int | Tensor, draw: torch.Generator, *, width: int | None = None) -> SparseTeacher:
-    """What a cache would hold of these distributions, unrounded; the targets are drawn from them."""
+def teacher_of(
+    log_p: Tensor, k: int | Tensor, draw: torch.Generator, *, width: int | None = None
+) -> SparseTeacher:
+    """What a cache would hold of these distributions, unrounded; the targets are drawn from
+    them.
+    """
     k_P1 = torch.as_tensor(k).expand(len(log_p)).unsqueeze(1)
     values, ids = log_p.sort(dim=1, descending=True, stable=True)
     inside = torch.arange(log_p.shape[1]) < k_P1
@@ -47,7 +53,9 @@ def teacher_of(log_p: Tensor, k: int | Tensor, draw: torch.Generator, *, width: 
     )
 
 
-def with_draws(draw: torch.Generator, log_p: Tensor, teacher: SparseTeacher, count: int) -> SparseTeacher:
+def with_draws(
+    draw: torch.Generator, log_p: Tensor, teacher: SparseTeacher, count: int
+) -> SparseTeacher:
     tail = log_p.exp()
     for row, ids in zip(tail, teacher.ids, strict=True):
         row[ids[ids >= 0]] = 0
@@ -92,7 +100,9 @@ def total_variation(log_p: Tensor, z: Tensor, target: Tensor) -> Tensor:
     return (p - q).abs().sum(1) / 2
 
 
-def alpha_beta(log_p: Tensor, z: Tensor, target: Tensor, alpha: float = 0.2, beta: float = 0.7) -> Tensor:
+def alpha_beta(
+    log_p: Tensor, z: Tensor, target: Tensor, alpha: float = 0.2, beta: float = 0.7
+) -> Tensor:
     p, q = both(log_p, z)
     s = alpha + beta
     return -(p**alpha * q**beta - alpha / s * p**s - beta / s * q**s).sum(1) / (alpha * beta)
@@ -109,7 +119,12 @@ def adaptive(log_p: Tensor, z: Tensor, target: Tensor, threshold: float = 0.5) -
 
 
 def tail_aware(
-    log_p: Tensor, z: Tensor, target: Tensor, k: int = 10, beta: float = 2.0, mean_tail_mass: float | None = None
+    log_p: Tensor,
+    z: Tensor,
+    target: Tensor,
+    k: int = 10,
+    beta: float = 2.0,
+    mean_tail_mass: float | None = None,
 ) -> Tensor:
     p, q = both(log_p, z)
     order = p.argsort(dim=1, descending=True, stable=True)
@@ -127,7 +142,12 @@ def taid(log_p: Tensor, z: Tensor, target: Tensor, t: float = 0.4) -> Tensor:
 
 
 def self_evolution(
-    log_p: Tensor, z: Tensor, target: Tensor, ground_truth: float = 0.5, mix: float = 0.5, threshold: float = 1.0
+    log_p: Tensor,
+    z: Tensor,
+    target: Tensor,
+    ground_truth: float = 0.5,
+    mix: float = 0.5,
+    threshold: float = 1.0,
 ) -> Tensor:
     p, q = both(log_p, z)
     hard = torch.nn.functional.one_hot(target, z.shape[1]).double()
@@ -135,7 +155,9 @@ def self_evolution(
     return torch.where(kl(t, q) > threshold, kl(t, mix * t + (1 - mix) * q), kl(t, q))
 
 
-def listmle(log_p: Tensor, z: Tensor, target: Tensor, k: int = 10, temperature: float = 1.0) -> Tensor:
+def listmle(
+    log_p: Tensor, z: Tensor, target: Tensor, k: int = 10, temperature: float = 1.0
+) -> Tensor:
     order = log_p.argsort(dim=1, descending=True, stable=True)[:, :k]
     left, total = z / temperature, torch.zeros(len(z), dtype=z.dtype)
     for ids in order.unbind(1):
@@ -145,25 +167,44 @@ def listmle(log_p: Tensor, z: Tensor, target: Tensor, k: int = 10, temperature: 
 
 
 def pairwise(
-    log_p: Tensor, z: Tensor, target: Tensor, k: int = 10, temperature: float = 1.0, targets: str = "hard"
+    log_p: Tensor,
+    z: Tensor,
+    target: Tensor,
+    k: int = 10,
+    temperature: float = 1.0,
+    targets: str = "hard",
 ) -> Tensor:
     order = log_p.argsort(dim=1, descending=True, stable=True)
     total, pairs = torch.zeros(len(z), dtype=z.dtype), 0
     for i in range(k):
         for j in range(i + 1, k):
-            d, e = ((x.gather(1, order[:, [i]]) - x.gather(1, order[:, [j]])) / temperature for x in (z, log_p))
+            d, e = (
+                (x.gather(1, order[:, [i]]) - x.gather(1, order[:, [j]])) / temperature
+                for x in (z, log_p)
+            )
             share = torch.sigmoid(e) if targets == "soft" else torch.ones_like(e)
-            total = total - (share * torch.sigmoid(d).log() + (1 - share) * torch.sigmoid(-d).log()).squeeze(1)
+            total = total - (
+                share * torch.sigmoid(d).log() + (1 - share) * torch.sigmoid(-d).log()
+            ).squeeze(1)
             pairs += 1
     return total / pairs
 
 
-def bild(log_p: Tensor, z: Tensor, target: Tensor, k: int = 8, temperature: float = 3.0, sides: str = "both") -> Tensor:
+def bild(
+    log_p: Tensor,
+    z: Tensor,
+    target: Tensor,
+    k: int = 8,
+    temperature: float = 3.0,
+    sides: str = "both",
+) -> Tensor:
     total = torch.zeros(len(z), dtype=z.dtype)
     for led_by in (log_p, z)[: 2 if sides == "both" else 1]:
         ids = led_by.argsort(dim=1, descending=True, stable=True)[:, :k]
         i, j = np.triu_indices(k, 1)
-        d_p, d_q = ((x.gather(1, ids)[:, i] - x.gather(1, ids)[:, j]) / temperature for x in (log_p, z))
+        d_p, d_q = (
+            (x.gather(1, ids)[:, i] - x.gather(1, ids)[:, j]) / temperature for x in (log_p, z)
+        )
         total = total + kl(d_p.softmax(1), d_q.softmax(1))
     return total
 
@@ -174,7 +215,12 @@ def preference(log_p: Tensor, z: Tensor, target: Tensor, beta: float = 0.1) -> T
         log_p.argsort(dim=1, descending=True, stable=True)[:, :1],
         z.argmax(1, keepdim=True),
     )
-    margin = log_q.gather(1, best) - log_q.gather(1, ours) - log_p.gather(1, best) + log_p.gather(1, ours)
+    margin = (
+        log_q.gather(1, best)
+        - log_q.gather(1, ours)
+        - log_p.gather(1, best)
+        + log_p.gather(1, ours)
+    )
     return -torch.sigmoid(beta * margin).log().squeeze(1)
 
 
@@ -212,18 +258,26 @@ def test_every_loss_has_a_truth() -> None:
 def value_and_gradient(loss: Callable[[Tensor], Tensor], z: Tensor) -> tuple[Tensor, Tensor]:
     z = z.detach().clone().requires_grad_()
     value = loss(z)
-    (gradient,) = torch.autograd.grad((torch.linspace(0.5, 2, len(value)).double() * value).sum(), z)
+    (gradient,) = torch.autograd.grad(
+        (torch.linspace(0.5, 2, len(value)).double() * value).sum(), z
+    )
     return value.detach(), gradient
 
 
-def assert_same(loss: Callable[[Tensor], Tensor], truth: Callable[[Tensor], Tensor], z: Tensor, atol: float) -> None:
-    for found, expected in zip(value_and_gradient(loss, z), value_and_gradient(truth, z), strict=True):
+def assert_same(
+    loss: Callable[[Tensor], Tensor], truth: Callable[[Tensor], Tensor], z: Tensor, atol: float
+) -> None:
+    for found, expected in zip(
+        value_and_gradient(loss, z), value_and_gradient(truth, z), strict=True
+    ):
         torch.testing.assert_close(found, expected, rtol=1e-8, atol=atol)
 
 
 @pytest.mark.parametrize("unpredictable", [0, 6])
 @pytest.mark.parametrize(("name", "options"), CASES)
-def test_whole_heads(draw: torch.Generator, name: str, options: dict[str, Any], unpredictable: int) -> None:
+def test_whole_heads(
+    draw: torch.Generator, name: str, options: dict[str, Any], unpredictable: int
+) -> None:
     """Padded heads, tied logprobs in every other row; the student's vocabulary may be larger."""
     log_p, z = normal(draw, 30, V).log_softmax(1), normal(draw, 30, V + unpredictable)
     log_p[::2, :4] = log_p[::2, :1]
@@ -261,14 +315,18 @@ def test_draws_that_the_student_cannot_make(draw: torch.Generator, name: str) ->
     masked, low = (z.scatter(1, teacher.samples, value) for value in (-math.inf, -60.0))
     value, gradient = value_and_gradient(lambda x: LOSSES[name](x, teacher), masked)
     if name != "taid":  # a cross-entropy, which rises without end
-        torch.testing.assert_close(value, value_and_gradient(lambda x: LOSSES[name](x, teacher), low)[0])
+        torch.testing.assert_close(
+            value, value_and_gradient(lambda x: LOSSES[name](x, teacher), low)[0]
+        )
     assert value.isfinite().all()
     assert gradient.isfinite().all()
 
 
 @pytest.mark.parametrize("gap", [8.0, 12.0, 16.0, 40.0])
 @pytest.mark.parametrize("name", ["reverse_kl", "adaptive_kl"])
-def test_a_student_sure_of_what_the_teacher_does_not_know(draw: torch.Generator, name: str, gap: float) -> None:
+def test_a_student_sure_of_what_the_teacher_does_not_know(
+    draw: torch.Generator, name: str, gap: float
+) -> None:
     """In float32, against float64: nearly all mass on an id above the teacher's vocabulary."""
     log_p, z = normal(draw, 8, V).log_softmax(1), normal(draw, 8, V + 1, scale=0.1)
     z[:, V] = gap
@@ -280,7 +338,9 @@ def test_a_student_sure_of_what_the_teacher_does_not_know(draw: torch.Generator,
 
 
 @pytest.mark.parametrize("temperature", [0.7, 2.0])
-@pytest.mark.parametrize("name", [n for n, s in SPECS.items() if "temperature" in s.options and s.tails])
+@pytest.mark.parametrize(
+    "name", [n for n, s in SPECS.items() if "temperature" in s.options and s.tails]
+)
 def test_temperature(draw: torch.Generator, name: str, temperature: float) -> None:
     """Softens both sides of whole heads, alone or in a sum; refused on others."""
     log_p, z = normal(draw, 12, V).log_softmax(1), normal(draw, 12, V + 3)
@@ -291,7 +351,9 @@ def test_temperature(draw: torch.Generator, name: str, temperature: float) -> No
                 lambda x, first=first, teacher=teacher: LOSSES[name](
                     first(x, teacher), teacher, temperature=temperature
                 ),
-                lambda x: truth((log_p / temperature).log_softmax(1), x / temperature, plain.target_ids),
+                lambda x: truth(
+                    (log_p / temperature).log_softmax(1), x / temperature, plain.target_ids
+                ),
                 z,
                 atol=1e-8,
             )
@@ -303,7 +365,9 @@ def test_temperature(draw: torch.Generator, name: str, temperature: float) -> No
 
 @pytest.mark.parametrize("unpredictable", [0, 6])
 @pytest.mark.parametrize("name", [n for n, s in SPECS.items() if "prior" in s.tails])
-def test_the_prior_is_the_truth_of_the_reconstruction(draw: torch.Generator, name: str, unpredictable: int) -> None:
+def test_the_prior_is_the_truth_of_the_reconstruction(
+    draw: torch.Generator, name: str, unpredictable: int
+) -> None:
     log_p, z = normal(draw, 20, V).log_softmax(1), normal(draw, 20, V + unpredictable)
     teacher = teacher_of(log_p, torch.randint(10, V, (20,), generator=draw), draw, width=V + 3)
     teacher = dataclasses.replace(teacher, prior=normal(draw, V).softmax(0))
@@ -315,8 +379,11 @@ def test_the_prior_is_the_truth_of_the_reconstruction(draw: torch.Generator, nam
     )
     for row, ids, logprobs in zip(rebuilt, teacher.ids, teacher.logprobs, strict=True):
         row[ids[ids >= 0]] = logprobs[ids >= 0].exp()
-    # Where the prior puts more on an id than the head's last entry has, the reconstruction's order is not the head's.
-    options = {"k": 5} if name == "tail_aware" else {"threshold": 1e-3} if name == "adaptive_kl" else {}
+    # Where the prior puts more on an id than the head's last entry has, the reconstruction's order
+    # is not the head's.
+    options = (
+        {"k": 5} if name == "tail_aware" else {"threshold": 1e-3} if name == "adaptive_kl" else {}
+    )
     keep = rebuilt.argmax(1) == teacher.ids[:, 0]
     if name == "tail_aware":
         keep = (rebuilt.topk(5).indices == teacher.ids[:, :5]).all(1)
@@ -341,7 +408,9 @@ BOUNDS = [
 
 
 @pytest.mark.parametrize(("name", "options", "samples"), BOUNDS)
-def test_bounds_are_on_their_side(draw: torch.Generator, name: str, options: dict[str, Any], samples: bool) -> None:
+def test_bounds_are_on_their_side(
+    draw: torch.Generator, name: str, options: dict[str, Any], samples: bool
+) -> None:
     """10,000 cases, flat to peaked, near and far, head sizes from 1 to all but one."""
     cases, size = 10_000, 24
     scale = 6 * torch.rand(cases, 1, generator=draw, dtype=torch.float64)
@@ -351,12 +420,18 @@ def test_bounds_are_on_their_side(draw: torch.Generator, name: str, options: dic
     teacher = teacher_of(log_p, torch.randint(1, size, (cases,), generator=draw), draw)
     if samples:
         tail = log_p.exp()
-        tail = tail.scatter_reduce(1, teacher.ids.clamp_min(0), torch.where(teacher.ids < 0, 1.0, 0.0).double(), "amin")
+        tail = tail.scatter_reduce(
+            1, teacher.ids.clamp_min(0), torch.where(teacher.ids < 0, 1.0, 0.0).double(), "amin"
+        )
         drawn = torch.multinomial(tail.clamp_min(0), 4, replacement=True, generator=draw)
-        teacher = dataclasses.replace(teacher, samples=drawn, sample_logprobs=log_p.gather(1, drawn))
+        teacher = dataclasses.replace(
+            teacher, samples=drawn, sample_logprobs=log_p.gather(1, drawn)
+        )
     if name == "tail_aware":
         options = {"mean_tail_mass": 0.3, **options}
-    gap = TRUTHS[name][0](log_p, z, teacher.target_ids, **options) - LOSSES[name](z, teacher, **options)
+    gap = TRUTHS[name][0](log_p, z, teacher.target_ids, **options) - LOSSES[name](
+        z, teacher, **options
+    )
     assert gap.min() > -1e-7
     # The bound is not simply the truth.
     assert (gap > 1e-6).double().mean() > 0.05
@@ -366,7 +441,11 @@ def test_draws_bring_the_reverse_kl_closer(draw: torch.Generator) -> None:
     log_p, z = normal(draw, 2000, V).log_softmax(1), normal(draw, 2000, V)
     ghost = teacher_of(log_p, 5, draw)
     drawn = with_draws(draw, log_p, ghost, 8)
-    near, far, truth = LOSSES["reverse_kl"](z, drawn), LOSSES["reverse_kl"](z, ghost), reverse(log_p, z, None)
+    near, far, truth = (
+        LOSSES["reverse_kl"](z, drawn),
+        LOSSES["reverse_kl"](z, ghost),
+        reverse(log_p, z, None),
+    )
     assert (near >= far - 1e-9).all()
     assert (truth - near).mean() < 0.9 * (truth - far).mean()
 
@@ -376,7 +455,9 @@ P, S, SETS = 8, 8, 1500
 
 @pytest.mark.parametrize("name", [n for n, s in SPECS.items() if s.from_samples == "unbiased"])
 def test_unbiased_over_fresh_draws(draw: torch.Generator, name: str) -> None:
-    """Value and gradient (along a random direction): within 5 standard errors; a twin with one draw in eight amiss is not."""
+    """Value and gradient (along a random direction): within 5 standard errors; a twin with one
+    draw in eight amiss is not.
+    """
     size = 120
     log_p = normal(draw, P, size).log_softmax(1)
     z = (log_p + normal(draw, P, size, scale=1.5)).detach()
@@ -398,11 +479,17 @@ def test_unbiased_over_fresh_draws(draw: torch.Generator, name: str) -> None:
             if isinstance(getattr(base, f.name), Tensor)
         },
     )
-    teacher = dataclasses.replace(teacher, samples=samples, sample_logprobs=log_p[rows].gather(1, samples))
+    teacher = dataclasses.replace(
+        teacher, samples=samples, sample_logprobs=log_p[rows].gather(1, samples)
+    )
 
     def standard_errors(teacher: SparseTeacher) -> Tensor:
         x = z[rows].requires_grad_()
-        value = LOSSES[name](x, teacher, tail="samples", **options) if SPECS[name].tails else LOSSES[name](x, teacher)
+        value = (
+            LOSSES[name](x, teacher, tail="samples", **options)
+            if SPECS[name].tails
+            else LOSSES[name](x, teacher)
+        )
         (slope,) = torch.autograd.grad(value.sum(), x)
         found = torch.stack([value.detach(), (slope * direction[rows]).sum(1)]).reshape(2, P, SETS)
         return (found.mean(2).sum(1) - expected).abs() / (found.var(2).sum(1) / SETS).sqrt()
@@ -411,7 +498,9 @@ def test_unbiased_over_fresh_draws(draw: torch.Generator, name: str) -> None:
     fewer = dataclasses.replace(teacher)
     less = teacher.sample_weights * (S - 1) / S
     object.__setattr__(
-        fewer, "__class__", type("Twin", (SparseTeacher,), {"sample_weights": property(lambda self: less)})
+        fewer,
+        "__class__",
+        type("Twin", (SparseTeacher,), {"sample_weights": property(lambda self: less)}),
     )
     assert standard_errors(fewer)[0] > 5
 
@@ -429,7 +518,12 @@ def test_jsd_agrees_with_trl(draw: torch.Generator, beta: float, temperature: fl
         )[0].sum(1)
 
     # TRL's own beta is a float32.
-    assert_same(lambda x: LOSSES["jsd"](x, teacher, beta=beta, temperature=temperature), theirs, z, atol=1e-6)
+    assert_same(
+        lambda x: LOSSES["jsd"](x, teacher, beta=beta, temperature=temperature),
+        theirs,
+        z,
+        atol=1e-6,
+    )
 
 
 @pytest.mark.parametrize("add_tail", [True, False])
@@ -444,7 +538,10 @@ def test_sparse_jsd_agrees_with_trl(draw: torch.Generator, beta: float, add_tail
         log_q, logprobs = x.log_softmax(1).gather(1, teacher.ids), teacher.logprobs
         mask = torch.ones_like(log_q, dtype=torch.bool)
         if add_tail:
-            (log_q, both_mask), (logprobs, _) = trl._add_tail_bucket(log_q, mask), trl._add_tail_bucket(logprobs, mask)
+            (log_q, both_mask), (logprobs, _) = (
+                trl._add_tail_bucket(log_q, mask),
+                trl._add_tail_bucket(logprobs, mask),
+            )
         else:
             both_mask = mask
             log_q, logprobs = log_q.log_softmax(1), logprobs.log_softmax(1)
@@ -456,10 +553,15 @@ def test_sparse_jsd_agrees_with_trl(draw: torch.Generator, beta: float, add_tail
 
 @pytest.mark.parametrize("name", [n for n, s in SPECS.items() if s.tails])
 def test_small_tails_in_float32(draw: torch.Generator, name: str) -> None:
-    """Float32 against float64, on students with tails down to 1e-30 and heads that are padded; all is finite."""
+    """Float32 against float64, on students with tails down to 1e-30 and heads that are padded;
+    all is finite.
+    """
     log_p = normal(draw, 40, V).log_softmax(1)
     teacher = with_draws(
-        draw, log_p, teacher_of(log_p, torch.randint(10, 20, (40,), generator=draw), draw, width=25), 6
+        draw,
+        log_p,
+        teacher_of(log_p, torch.randint(10, 20, (40,), generator=draw), draw, width=25),
+        6,
     )
     z = normal(draw, 40, V + 2, scale=1)
     for row, (ids, lift) in enumerate(zip(teacher.ids, torch.linspace(0, 60, 40), strict=True)):
@@ -473,8 +575,12 @@ def test_small_tails_in_float32(draw: torch.Generator, name: str) -> None:
     )
     for tail in ("ghost", "samples"):
         options = {"tail": tail, **({"mean_tail_mass": 0.3} if name == "tail_aware" else {})}
-        found, slope = value_and_gradient(lambda x, o=options: LOSSES[name](x.float(), single, **o), z.float().double())
-        expected, gradient = value_and_gradient(lambda x, o=options: LOSSES[name](x, teacher, **o), z.float().double())
+        found, slope = value_and_gradient(
+            lambda x, o=options: LOSSES[name](x.float(), single, **o), z.float().double()
+        )
+        expected, gradient = value_and_gradient(
+            lambda x, o=options: LOSSES[name](x, teacher, **o), z.float().double()
+        )
         assert torch.isfinite(slope).all()
         torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(slope.double(), gradient, rtol=1e-3, atol=1e-3)
@@ -503,7 +609,15 @@ def test_options_out_of_range(draw: torch.Generator) -> None:
         with pytest.raises(UserError, match=match):
             LOSSES[name](z, teacher, **options)
     empty = teacher_of(log_p, 0, draw)
-    for name in ("adaptive_kl", "tail_aware", "listmle", "pairwise_logistic", "bild", "dpkd_token", "ranking"):
+    for name in (
+        "adaptive_kl",
+        "tail_aware",
+        "listmle",
+        "pairwise_logistic",
+        "bild",
+        "dpkd_token",
+        "ranking",
+    ):
         with pytest.raises(UserError, match="stores no heads"):
             LOSSES[name](z, empty)
     undated = dataclasses.replace(with_draws(draw, log_p, teacher, 4), sample_logprobs=None)
@@ -513,9 +627,13 @@ def test_options_out_of_range(draw: torch.Generator) -> None:
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_unfilled_rows(draw: torch.Generator, name: str) -> None:
-    """Positions without a head, or without draws, among others that have them: finite, and the others as they are."""
+    """Positions without a head, or without draws, among others that have them: finite, and the
+    others as they are.
+    """
     log_p, z = normal(draw, 6, V).log_softmax(1), normal(draw, 6, V + 2)
-    teacher = with_draws(draw, log_p, teacher_of(log_p, torch.tensor([0, 1, 2, 5, 12, 12]), draw, width=14), 5)
+    teacher = with_draws(
+        draw, log_p, teacher_of(log_p, torch.tensor([0, 1, 2, 5, 12, 12]), draw, width=14), 5
+    )
     teacher.samples[1] = -1
     teacher.sample_logprobs[1] = -math.inf
     options = {"mean_tail_mass": 0.3} if name == "tail_aware" else {}
@@ -528,7 +646,9 @@ def test_unfilled_rows(draw: torch.Generator, name: str) -> None:
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_student_that_prefers_what_does_not_exist(draw: torch.Generator, name: str) -> None:
-    """Its argmax is an id that the teacher cannot predict, with a tail and without: finite, and pushed down."""
+    """Its argmax is an id that the teacher cannot predict, with a tail and without: finite, and
+    pushed down.
+    """
     log_p, z = normal(draw, 8, V).log_softmax(1), normal(draw, 8, V + 3)
     z[:, -1] = z.amax(1) + 3
     for k in (12, V):
@@ -538,21 +658,34 @@ def test_a_student_that_prefers_what_does_not_exist(draw: torch.Generator, name:
         value, gradient = value_and_gradient(lambda x, t=teacher: LOSSES[name](x, t), z)
         assert torch.isfinite(value).all()
         assert torch.isfinite(gradient).all()
-        # pairwise_logistic looks at the teacher's top alone; the slopes of the other two depend on all other ids.
+        # pairwise_logistic looks at the teacher's top alone; the slopes of the other two depend on
+        # all other ids.
         if name not in ("pairwise_logistic", "ranking", "alpha_beta"):
             assert (gradient[:, -1] > 0).all()
 
 
 def test_what_the_student_looks_at(draw: torch.Generator) -> None:
-    """The one dense pass: its values by the definition, its gradient by finite differences, at any scale."""
+    """The one dense pass: its values by the definition, its gradient by finite differences, at
+    any scale.
+    """
     log_p, z = normal(draw, 5, 12, scale=1).log_softmax(1), normal(draw, 5, 15, scale=1)
-    teacher = with_draws(draw, log_p, teacher_of(log_p, torch.tensor([0, 1, 3, 8, 11]), draw, width=12), 3)
+    teacher = with_draws(
+        draw, log_p, teacher_of(log_p, torch.tensor([0, 1, 3, 8, 11]), draw, width=12), 3
+    )
     teacher = dataclasses.replace(teacher, prior=normal(draw, 12).softmax(0))
 
     def looks(x: Tensor) -> Tensor:
         s = Student(x, teacher, top_k=2, prior=True, scale=0.7)
         head, drawn = s.z_head.where(teacher.ids >= 0, 0), s.z_samples
-        return torch.cat([head, drawn, s.z_top, torch.stack([s.z_target, s.log_tail, s.log_others, s.prior_dot], 1)], 1)
+        return torch.cat(
+            [
+                head,
+                drawn,
+                s.z_top,
+                torch.stack([s.z_target, s.log_tail, s.log_others, s.prior_dot], 1),
+            ],
+            1,
+        )
 
     student = Student(z, teacher, top_k=2, prior=True, scale=0.7)
     for row, ids in enumerate(teacher.ids):

@@ -36,15 +36,24 @@ def test_the_cap_is_applied(tiny_gemma2: Path, fields: dict) -> None:
 
 
 def test_adapters_and_random_weights_have_it_too(tiny_gemma2: Path) -> None:
-    adapted = build_student(StudentConfig(model=str(tiny_gemma2), peft={"target_modules": ["q_proj"]}), seed=0)
+    adapted = build_student(
+        StudentConfig(model=str(tiny_gemma2), peft={"target_modules": ["q_proj"]}), seed=0
+    )
     assert adapted.config._attn_implementation == "eager"
     sizes = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
-    scratch = build_student(StudentConfig(config={"model_type": "gemma2", **sizes, **heads}), seed=0)
+    scratch = build_student(
+        StudentConfig(config={"model_type": "gemma2", **sizes, **heads}), seed=0
+    )
     assert scratch.config._attn_implementation == "eager"
 
 
 def test_attention_without_the_cap_is_refused(tiny_gemma2: Path, tiny_llama: Path) -> None:
-    with pytest.raises(UserError, match=r"student\.attention is 'sdpa', which leaves out .*soft cap.*use eager"):
+    with pytest.raises(
+        UserError, match=r"student\.attention is 'sdpa', which leaves out .*soft cap.*use eager"
+    ):
         build_student(StudentConfig(model=str(tiny_gemma2), attention="sdpa"), seed=0)
-    assert build_student(StudentConfig(model=str(tiny_llama)), seed=0).config._attn_implementation == "sdpa"
+    assert (
+        build_student(StudentConfig(model=str(tiny_llama)), seed=0).config._attn_implementation
+        == "sdpa"
+    )

@@ -1,4 +1,6 @@
-"""Half precision computes, and nothing else is in it: not the weights, not the teacher, not what is logged."""
+"""Half precision computes, and nothing else is in it: not the weights, not the teacher, not what
+is logged.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,12 @@ from logitcask.cache_format.errors import ConfigError
 from logitcask.train.data.batch import Place
 from logitcask.train.head.lm_head import LogitsHead
 from logitcask.train.loop.trainer import DistillationTrainer
-from logitcask.train.model.precision import check_attention, computing_dtype, shard_without_casts, warn_of_lost_steps
+from logitcask.train.model.precision import (
+    check_attention,
+    computing_dtype,
+    shard_without_casts,
+    warn_of_lost_steps,
+)
 from logitcask.train.model.unused import may_go_unused
 from logitcask.train.run import train
 
@@ -33,7 +40,9 @@ class Stopped(Exception):
 
 @pytest.fixture
 def trainer(write_cache, scratch_config, monkeypatch):
-    """The trainer of a small run of two caches, right before its first step; the losses are taid and ce."""
+    """The trainer of a small run of two caches, right before its first step; the losses are taid
+    and ce.
+    """
     made = []
 
     def stop(self, checkpoint):
@@ -48,12 +57,20 @@ def trainer(write_cache, scratch_config, monkeypatch):
 
 
 def test_ten_thousand_micro_batches_are_logged_right(trainer):
-    """As a float32 sum grows its steps do too: 10,000 times 37 positions of 3.33 nats would be logged as another number."""
-    values = {"taid": torch.full((37,), 3.33), "ce": torch.linspace(0.1, 2.7, 37), "objective": torch.full((37,), 1.7)}
+    """As a float32 sum grows its steps do too: 10,000 times 37 positions of 3.33 nats would be
+    logged as another number.
+    """
+    values = {
+        "taid": torch.full((37,), 3.33),
+        "ce": torch.linspace(0.1, 2.7, 37),
+        "objective": torch.full((37,), 1.7),
+    }
     expected = {name: value.double().mean().item() for name, value in values.items()}
     batch = {"layout": (Place(0, 40, 17, 17), Place(1, 40, 20, 20))}
     for _ in range(10_000):
-        trainer.compute_loss(lambda **_: (torch.tensor(61.6), dict(values)), batch, num_items_in_batch=37)
+        trainer.compute_loss(
+            lambda **_: (torch.tensor(61.6), dict(values)), batch, num_items_in_batch=37
+        )
     means = (trainer._step_totals.sums[:-1] / trainer._step_totals.sums[-1]).tolist()
     assert means == pytest.approx([expected["taid"]], rel=1e-9)
     logs = {"loss": 1.0}
@@ -61,7 +78,9 @@ def test_ten_thousand_micro_batches_are_logged_right(trainer):
     assert logs["positions"] == 370_000
     assert logs["loss_taid"] == pytest.approx(expected["taid"], rel=1e-9)
     assert logs["loss_ce"] == pytest.approx(expected["ce"], rel=1e-9)
-    assert [logs["cache_a"], logs["cache_b"]] == pytest.approx(2 * [expected["objective"]], rel=1e-9)
+    assert [logs["cache_a"], logs["cache_b"]] == pytest.approx(
+        2 * [expected["objective"]], rel=1e-9
+    )
 
 
 def test_under_fsdp2_only_weights_are_cast():
@@ -71,12 +90,17 @@ def test_under_fsdp2_only_weights_are_cast():
     plugin.set_mixed_precision("bf16")
     shard_without_casts(plugin)
     assert plugin.mixed_precision_policy == MixedPrecisionPolicy(
-        param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=None, cast_forward_inputs=False
+        param_dtype=torch.bfloat16,
+        reduce_dtype=torch.float32,
+        output_dtype=None,
+        cast_forward_inputs=False,
     )
 
 
 def test_sharding_is_fsdp2():
-    with pytest.raises(ConfigError, match=r"sharded by FSDP1; set training\.fsdp_config\.version .* to 2"):
+    with pytest.raises(
+        ConfigError, match=r"sharded by FSDP1; set training\.fsdp_config\.version .* to 2"
+    ):
         shard_without_casts(SimpleNamespace(fsdp_version=1, mixed_precision_policy=None))
 
 
@@ -96,7 +120,9 @@ def test_weights_that_are_trained_in_bfloat16_are_warned_of(caplog):
 
 
 def test_what_the_warning_says_is_so():
-    """AdamW at 2e-5, on weights as large as those of a model: most are where they were, in float32 none is."""
+    """AdamW at 2e-5, on weights as large as those of a model: most are where they were, in
+    float32 none is.
+    """
     start = torch.randn(1000, generator=torch.Generator().manual_seed(0)) * 0.02
     moved = {}
     for dtype in (torch.float32, torch.bfloat16):
@@ -113,7 +139,12 @@ def test_what_the_warning_says_is_so():
 
 @pytest.mark.parametrize(
     ("device", "mixed", "dtype"),
-    [("cpu", "no", None), ("cpu", "bf16", torch.bfloat16), ("cpu", "fp16", None), ("cuda", "fp16", torch.float16)],
+    [
+        ("cpu", "no", None),
+        ("cpu", "bf16", torch.bfloat16),
+        ("cpu", "fp16", None),
+        ("cuda", "fp16", torch.float16),
+    ],
 )
 def test_flash_attention_needs_half_precision(device, mixed, dtype):
     arguments = SimpleNamespace(device=torch.device(device), mixed_precision=mixed)
@@ -123,7 +154,8 @@ def test_flash_attention_needs_half_precision(device, mixed, dtype):
     model.config._attn_implementation = "flash_attention_2"
     if dtype is None:
         with pytest.raises(
-            ConfigError, match=r"attention is 'flash_attention_2', which does not .*; set training\.bf16"
+            ConfigError,
+            match=r"attention is 'flash_attention_2', which does not .*; set training\.bf16",
         ):
             check_attention(model, arguments)
     else:
@@ -149,7 +181,12 @@ class Routed(nn.Module):
 
 def test_ddp_looks_for_unused_parameters_only_in_students_that_may_have_some():
     mixture = {"num_local_experts": 4, "num_experts_per_tok": 1}
-    for model in (student(), student(tie_word_embeddings=True), student("gpt2"), student("mixtral", **mixture)):
+    for model in (
+        student(),
+        student(tie_word_embeddings=True),
+        student("gpt2"),
+        student("mixtral", **mixture),
+    ):
         model.train()
         assert not may_go_unused(LogitsHead(model)), type(model)
         assert all(weight.grad is None for weight in model.parameters())

@@ -1,4 +1,6 @@
-"""A student is saved at the end of a run, whatever comes after; what would keep it from that is found out before the run."""
+"""A student is saved at the end of a run, whatever comes after; what would keep it from that is
+found out before the run.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,13 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    TrainingArguments,
+)
 
 import logitcask.train.output.saving
 import logitcask.train.run
@@ -38,12 +46,16 @@ def sound_cache(write_cache):
 
 @pytest.fixture
 def student_folder(tiny_llama, tmp_path):
-    """``student_folder(**fields)``: the tiny Llama with these fields in its generation_config.json."""
+    """``student_folder(**fields)``: the tiny Llama with these fields in its
+    generation_config.json.
+    """
 
     def make(**fields):
         folder = tmp_path / "student"
         shutil.copytree(tiny_llama, folder)
-        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 0, 5], **fields}))
+        (folder / "generation_config.json").write_text(
+            json.dumps({"eos_token_id": [2, 0, 5], **fields})
+        )
         return folder
 
     return make
@@ -55,7 +67,10 @@ def student_folder(tiny_llama, tmp_path):
         ({"do_sample": False, "temperature": 0.6, "top_p": 0.9}, {"temperature", "top_p"}),
         ({"temperature": 0.6, "top_k": 20, "min_p": 0.1}, {"temperature", "top_k", "min_p"}),
         ({"pad_token_id": -1}, {"pad_token_id"}),
-        ({"num_beams": 1, "length_penalty": 0.5, "early_stopping": True}, {"length_penalty", "early_stopping"}),
+        (
+            {"num_beams": 1, "length_penalty": 0.5, "early_stopping": True},
+            {"length_penalty", "early_stopping"},
+        ),
         ({"output_scores": True}, {"output_scores"}),
         ({"use_cache": False, "cache_implementation": "static"}, {"cache_implementation"}),
         ({"do_sample": True, "temperature": 0.6, "repetition_penalty": 1.1}, set()),
@@ -121,13 +136,20 @@ def test_a_student_with_sampling_fields_is_trained_and_saved(config, student_fol
 
 
 def test_answers_are_greedy_whatever_the_student_prefers(tiny_llama):
-    student, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_llama), AutoTokenizer.from_pretrained(tiny_llama)
+    student, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(tiny_llama),
+        AutoTokenizer.from_pretrained(tiny_llama),
+    )
     from tests.train.evaluation.test_answers import sequence
 
     data = [sequence(list(range(3, 30)), [False] * 9 + [True] * 18)]
     (plain,) = answers(student, tokenizer, data, AnswersConfig(max_new_tokens=8))
-    adapted = get_peft_model(student, LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"]))
-    own = GenerationConfig(eos_token_id=[2], num_beams=3, num_return_sequences=2, repetition_penalty=5.0)
+    adapted = get_peft_model(
+        student, LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"])
+    )
+    own = GenerationConfig(
+        eos_token_id=[2], num_beams=3, num_return_sequences=2, repetition_penalty=5.0
+    )
     student.generation_config = own
     for each in (student, adapted):
         assert answers(each, tokenizer, data, AnswersConfig(max_new_tokens=8)) == [plain]
@@ -135,7 +157,9 @@ def test_answers_are_greedy_whatever_the_student_prefers(tiny_llama):
     assert adapted.get_base_model().generation_config is own
 
 
-def test_weights_that_cannot_be_saved_are_found_before_the_first_step(sound_cache, scratch_config, monkeypatch):
+def test_weights_that_cannot_be_saved_are_found_before_the_first_step(
+    sound_cache, scratch_config, monkeypatch
+):
     built = logitcask.train.run.build_student
 
     def shared(*arguments):
@@ -146,7 +170,9 @@ def test_weights_that_cannot_be_saved_are_found_before_the_first_step(sound_cach
 
     monkeypatch.setattr(logitcask.train.run, "build_student", shared)
     config = scratch_config(cache=sound_cache)
-    with pytest.raises(UserError, match=r"could not be saved after training \(RuntimeError: ") as caught:
+    with pytest.raises(
+        UserError, match=r"could not be saved after training \(RuntimeError: "
+    ) as caught:
         train_student(config)
     assert "\n" not in str(caught.value)
     assert not (config.output_dir / "run.json").exists()
@@ -163,7 +189,9 @@ def test_a_tokenizer_that_cannot_be_saved_is_found_before_the_first_step(config,
     assert not (config().output_dir / "run.json").exists()
 
 
-def test_a_disk_without_room_for_the_student_is_found_before_the_first_step(sound_cache, scratch_config, monkeypatch):
+def test_a_disk_without_room_for_the_student_is_found_before_the_first_step(
+    sound_cache, scratch_config, monkeypatch
+):
     def full(self, folder, **options):
         raise OSError(errno.ENOSPC, "No space left on device", str(folder))
 
@@ -179,14 +207,20 @@ def test_a_disk_without_room_for_the_student_is_found_before_the_first_step(soun
         {"target_modules": "all-linear", "use_dora": True},
         {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
         {"target_modules": ["q_proj"], "trainable_token_indices": [1, 2]},
-        {"peft_type": "IA3", "target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]},
+        {
+            "peft_type": "IA3",
+            "target_modules": ["k_proj", "down_proj"],
+            "feedforward_modules": ["down_proj"],
+        },
         {"peft_type": "LN_TUNING", "target_modules": ["input_layernorm"]},
     ],
     ids=lambda fields: "-".join(fields),
 )
 @pytest.mark.parametrize("tied", [False, True])
 def test_adapters_are_saved_by_themselves_and_merged(scratch_student, tmp_path, fields, tied):
-    """What is loaded from the output is what was trained, the head and the embedding tied before or not."""
+    """What is loaded from the output is what was trained, the head and the embedding tied before
+    or not.
+    """
     folder = scratch_student(tied=tied)
     adapted = build_student(StudentConfig(model=str(folder), peft=fields), seed=0).eval()
     try_saving(adapted, None, tmp_path)
@@ -194,7 +228,9 @@ def test_adapters_are_saved_by_themselves_and_merged(scratch_student, tmp_path, 
     with torch.no_grad():
         for parameter in adapted.parameters():
             if parameter.requires_grad:
-                parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+                parameter += 0.05 * torch.randn(
+                    parameter.shape, generator=torch.Generator().manual_seed(0)
+                )
     ids = torch.arange(3, 23)[None]
     expected = adapted(ids).logits
     trainer = SimpleNamespace(
@@ -207,22 +243,36 @@ def test_adapters_are_saved_by_themselves_and_merged(scratch_student, tmp_path, 
     save_student(trainer, tmp_path / "out")
     save_merged(trainer, tmp_path / "out")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
-    again = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), tmp_path / "out" / "adapter").eval()
+    again = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(folder), tmp_path / "out" / "adapter"
+    ).eval()
     for found in (merged, again):
         torch.testing.assert_close(found(ids).logits, expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("kept", [None, [1]], ids=["whole", "layers"])
-def test_weights_that_the_config_calls_one_are_saved_as_two(scratch_student, tmp_path, caplog, kept):
+def test_weights_that_the_config_calls_one_are_saved_as_two(
+    scratch_student, tmp_path, caplog, kept
+):
     """Who reads the saved config, as vLLM does, reads the lm_head too; tied students stay tied."""
 
     def saved(tied_in_config, folder):
         fields = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps({**fields, "tie_word_embeddings": tied_in_config}))
-        origin = {"model": str(folder)} if kept is None else {"init_from": str(folder), "keep_layers": kept}
+        (folder / "config.json").write_text(
+            json.dumps({**fields, "tie_word_embeddings": tied_in_config})
+        )
+        origin = (
+            {"model": str(folder)}
+            if kept is None
+            else {"init_from": str(folder), "keep_layers": kept}
+        )
         caplog.clear()
-        build_student(StudentConfig.model_validate(origin), seed=0).save_pretrained(tmp_path / "out")
-        assert ("two different weights for them" in caplog.text) == (tied_in_config and folder == apart)
+        build_student(StudentConfig.model_validate(origin), seed=0).save_pretrained(
+            tmp_path / "out"
+        )
+        assert ("two different weights for them" in caplog.text) == (
+            tied_in_config and folder == apart
+        )
         return json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"]
 
     apart, one = scratch_student(tied=False), scratch_student(tied=True)
@@ -261,7 +311,9 @@ def test_adapters_that_do_not_merge_are_refused(tiny_llama):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("peft", [None, {"r": 4, "target_modules": ["q_proj"]}], ids=["whole", "adapters"])
+@pytest.mark.parametrize(
+    "peft", [None, {"r": 4, "target_modules": ["q_proj"]}], ids=["whole", "adapters"]
+)
 def test_an_evaluation_that_fails_loses_no_weights(config, tiny_llama, monkeypatch, peft):
     """Without checkpoints, the saved student is all there is."""
     measure, calls = logitcask.train.run.evaluate, []
@@ -276,7 +328,9 @@ def test_an_evaluation_that_fails_loses_no_weights(config, tiny_llama, monkeypat
     changes = {"student": {"model": str(tiny_llama), "peft": peft}}
     with pytest.raises(RuntimeError, match="out of memory"):
         train_student(config(**changes, training={"max_steps": 1, "save_strategy": "no"}))
-    saved = config().output_dir / ("adapter/adapter_model.safetensors" if peft else "model.safetensors")
+    saved = config().output_dir / (
+        "adapter/adapter_model.safetensors" if peft else "model.safetensors"
+    )
     assert saved.stat().st_size > 1000
     assert not (config().output_dir / "metrics.json").exists()
 
@@ -312,16 +366,23 @@ def test_a_trial_that_was_killed_is_in_nobodys_way(tiny_llama, tmp_path):
     ],
 )
 def test_checkpoints_that_a_run_keeps(tmp_path, fields, count):
-    assert _checkpoints(TrainingArguments(output_dir=str(tmp_path), use_cpu=True, **fields), 35) == count
+    assert (
+        _checkpoints(TrainingArguments(output_dir=str(tmp_path), use_cpu=True, **fields), 35)
+        == count
+    )
 
 
 def test_a_disk_that_is_too_small_is_said(tiny_llama, tmp_path, monkeypatch, caplog):
     student = AutoModelForCausalLM.from_pretrained(tiny_llama)
     size = sum(parameter.nbytes for parameter in student.parameters())
-    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, save_steps=10, save_total_limit=2)
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), use_cpu=True, save_steps=10, save_total_limit=2
+    )
     for free, said in ((4 * size, False), (4 * size - 1, True)):
         monkeypatch.setattr(
-            logitcask.train.output.saving.shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free)
+            logitcask.train.output.saving.shutil,
+            "disk_usage",
+            lambda _, free=free: SimpleNamespace(free=free),
         )
         warn_of_a_small_disk(student, arguments, 40, tmp_path)
         assert ("weights of 3 checkpoint(s)" in caplog.text) == said

@@ -1,4 +1,5 @@
-"""The server backend against a server of the tests' own, which fails, lies and changes in every way that we know of.
+"""The server backend against a server of the tests' own, which fails, lies and changes in every way
+that we know of.
 
 A real vLLM server is in ``test_teachers_server_vllm.py``.
 """
@@ -33,7 +34,9 @@ Make = Callable[[str, list[int]], Sequence]
 
 
 class FakeServer:
-    """Speaks as much of vLLM's API as the teacher uses. Token i + 1 depends on token i alone, by a table of logprobs."""
+    """Speaks as much of vLLM's API as the teacher uses. Token i + 1 depends on token i alone, by
+    a table of logprobs.
+    """
 
     def __init__(self, seed: int) -> None:
         self.change_model(seed)
@@ -62,7 +65,14 @@ class FakeServer:
                 if fake.key and self.headers["Authorization"] != f"Bearer {fake.key}":
                     self.answer(401, {"error": "Unauthorized"})
                 elif self.path == "/v1/models":
-                    self.answer(200, {"data": [{"id": i, "root": r, "max_model_len": n} for i, r, n in fake.models]})
+                    self.answer(
+                        200,
+                        {
+                            "data": [
+                                {"id": i, "root": r, "max_model_len": n} for i, r, n in fake.models
+                            ]
+                        },
+                    )
                 elif self.path == "/version" and fake.version:
                     self.answer(200, {"version": fake.version})
                 else:
@@ -78,13 +88,20 @@ class FakeServer:
                     self.connection.close()
                     self.close_connection = True
                 elif failure is not None:
-                    status, message = failure if isinstance(failure, tuple) else (failure, "out of order")
+                    status, message = (
+                        failure if isinstance(failure, tuple) else (failure, "out of order")
+                    )
                     self.answer(status, {"error": {"message": message}})
                 elif request["prompt_logprobs"] > fake.max_logprobs:
                     message = f"Requested prompt logprobs of {request['prompt_logprobs']}, which is greater than max allowed: {fake.max_logprobs}"
                     self.answer(400, {"error": {"message": message}})
                 else:
-                    self.answer(200, fake.after(number, fake.completion(request["prompt"], request["prompt_logprobs"])))
+                    self.answer(
+                        200,
+                        fake.after(
+                            number, fake.completion(request["prompt"], request["prompt_logprobs"])
+                        ),
+                    )
 
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._http.daemon_threads = True
@@ -103,7 +120,10 @@ class FakeServer:
             top = np.argsort(-logprobs, kind="stable")[:k].tolist()
             row = {target: rank} | {each: i + 1 for i, each in enumerate(top)}
             rows.append(
-                {str(i): {"logprob": float(logprobs[i]), "rank": r, "decoded_token": '"1":{'} for i, r in row.items()}
+                {
+                    str(i): {"logprob": float(logprobs[i]), "rank": r, "decoded_token": '"1":{'}
+                    for i, r in row.items()
+                }
             )
         return {"choices": [{"index": 0, "finish_reason": "length", "prompt_logprobs": rows}]}
 
@@ -131,8 +151,16 @@ def start(fake: FakeServer, tiny_llama: Path) -> Iterator[Callable[..., Any]]:
     opened: list[Any] = []
 
     def open_on(top_k: int = 8, state: Path | None = None, **settings: Any) -> Any:
-        settings = {"url": fake.url, "model": "tiny", "concurrency": 4, "compare": "never", **settings}
-        config = TeacherConfig(model=str(tiny_llama), backend="server", dtype="float32", server=settings)
+        settings = {
+            "url": fake.url,
+            "model": "tiny",
+            "concurrency": 4,
+            "compare": "never",
+            **settings,
+        }
+        config = TeacherConfig(
+            model=str(tiny_llama), backend="server", dtype="float32", server=settings
+        )
         teacher = open_teacher(config, max_length=100, capture=Capture(top_k), state=state)
         opened.append(teacher)
         return teacher
@@ -151,7 +179,12 @@ def texts(rng: np.random.Generator, as_sequence: Make) -> list[Sequence]:
 
 @pytest.mark.parametrize("top_k", [1, 8, 64])
 def test_scores_are_the_servers_in_the_order_of_the_text(
-    fake: FakeServer, start: Any, texts: list[Sequence], assert_same_scores: Any, top_k: int, rng: np.random.Generator
+    fake: FakeServer,
+    start: Any,
+    texts: list[Sequence],
+    assert_same_scores: Any,
+    top_k: int,
+    rng: np.random.Generator,
 ) -> None:
     pauses = rng.uniform(0, 0.02, 100)
     fake.before = lambda number, prompt: time.sleep(pauses[number % 100])
@@ -160,14 +193,19 @@ def test_scores_are_the_servers_in_the_order_of_the_text(
     scored = list(teacher.score(iter(texts)))
     assert len(scored) == len(texts)
     for found, text in zip(scored, texts, strict=True):
-        assert_same_scores(found, fake.table[text.input_ids[:-1]], text.input_ids, 1e-6, Capture(top_k))
-    # The least that does it: nothing is sampled that is not asked for, no logprobs of the sampled token.
+        assert_same_scores(
+            found, fake.table[text.input_ids[:-1]], text.input_ids, 1e-6, Capture(top_k)
+        )
+    # The least that does it: nothing is sampled that is not asked for, no logprobs of the sampled
+    # token.
     assert {tuple(sorted(request)) for request in fake.requests} == {
         ("add_special_tokens", "max_tokens", "model", "prompt", "prompt_logprobs", "temperature")
     }
 
 
-def test_no_more_is_read_ahead_than_twice_the_concurrency(start: Any, texts: list[Sequence]) -> None:
+def test_no_more_is_read_ahead_than_twice_the_concurrency(
+    start: Any, texts: list[Sequence]
+) -> None:
     read = 0
 
     def counted() -> Iterator[Sequence]:
@@ -183,7 +221,11 @@ def test_no_more_is_read_ahead_than_twice_the_concurrency(start: Any, texts: lis
 
 @pytest.mark.parametrize("failure", [500, 503, 429, "drop", "slow"])
 def test_a_server_that_fails_for_a_while_is_waited_for(
-    fake: FakeServer, start: Any, texts: list[Sequence], failure: Any, caplog: pytest.LogCaptureFixture
+    fake: FakeServer,
+    start: Any,
+    texts: list[Sequence],
+    failure: Any,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     # Long enough that a busy machine does not add absences of its own.
     teacher = start(timeout=0.3 if failure == "slow" else 60)
@@ -198,23 +240,38 @@ def test_a_server_that_fails_for_a_while_is_waited_for(
     with caplog.at_level(logging.INFO):
         scored = list(teacher.score(texts))
     for found, text in zip(scored, texts, strict=True):
-        np.testing.assert_array_equal(found.target_logprob, fake.table[text.input_ids[:-1], text.input_ids[1:]])
-    waiting = [line for line in caplog.messages if line.startswith(f"waiting for the server at {fake.url} (")]
+        np.testing.assert_array_equal(
+            found.target_logprob, fake.table[text.input_ids[:-1], text.input_ids[1:]]
+        )
+    waiting = [
+        line
+        for line in caplog.messages
+        if line.startswith(f"waiting for the server at {fake.url} (")
+    ]
     # One line an absence: another begins only where a request came through between two that failed.
     assert 1 <= len(waiting) <= 1 + sum("answers again" in line for line in caplog.messages)
-    assert {500: "500 out of order", 503: "503", 429: "429", "drop": "isconnect", "slow": "no answer in 0.3 s"}[
-        failure
-    ] in waiting[0]
+    assert {
+        500: "500 out of order",
+        503: "503",
+        429: "429",
+        "drop": "isconnect",
+        "slow": "no answer in 0.3 s",
+    }[failure] in waiting[0]
 
 
 def test_patience_ends(fake: FakeServer, start: Any, texts: list[Sequence]) -> None:
     teacher = start(patience=0.5)
     fake.before = lambda number, prompt: 503
     began = time.monotonic()
-    with pytest.raises(UserError, match=r"has not answered for 0\.5 s \(503 out of order\); start it and run the same"):
+    with pytest.raises(
+        UserError,
+        match=r"has not answered for 0\.5 s \(503 out of order\); start it and run the same",
+    ):
         list(teacher.score(texts))
     assert time.monotonic() - began > 0.5
-    with pytest.raises(UserError, match=r"http://127\.0\.0\.1:9 has not answered for 0\.1 s \(.*refused|connect"):
+    with pytest.raises(
+        UserError, match=r"http://127\.0\.0\.1:9 has not answered for 0\.1 s \(.*refused|connect"
+    ):
         start(url="http://127.0.0.1:9", patience=0.1)
 
 
@@ -228,19 +285,28 @@ def test_a_refusal_is_final(fake: FakeServer, start: Any, texts: list[Sequence])
     teacher = start(patience=60)
     asked = len(fake.requests)
     fake.before = lambda number, prompt: 422 if len(prompt) == 100 else None
-    with pytest.raises(UserError, match=r"refuses to score \(422\): out of order; start it with: vllm serve"):
+    with pytest.raises(
+        UserError, match=r"refuses to score \(422\): out of order; start it with: vllm serve"
+    ):
         list(teacher.score(texts))
     assert [len(request["prompt"]) for request in fake.requests[asked:]].count(100) == 1
 
 
-def test_a_server_that_lost_the_model_is_refused(fake: FakeServer, start: Any, texts: list[Sequence]) -> None:
+def test_a_server_that_lost_the_model_is_refused(
+    fake: FakeServer, start: Any, texts: list[Sequence]
+) -> None:
     teacher = start()
     fake.before = lambda number, prompt: 404
-    with pytest.raises(UserError, match=r"no longer serves tiny \(out of order\): it was restarted with another model"):
+    with pytest.raises(
+        UserError,
+        match=r"no longer serves tiny \(out of order\): it was restarted with another model",
+    ):
         list(teacher.score(texts))
 
 
-def test_an_aborted_answer_is_asked_for_again(fake: FakeServer, start: Any, texts: list[Sequence]) -> None:
+def test_an_aborted_answer_is_asked_for_again(
+    fake: FakeServer, start: Any, texts: list[Sequence]
+) -> None:
     teacher = start()
     began = len(fake.requests)
 
@@ -322,7 +388,9 @@ def test_rows_in_any_order_of_keys(fake: FakeServer, rng: np.random.Generator) -
     dense = fake.table[ids[:-1]]
     np.testing.assert_array_equal(found_ids[:, 0], ids[1:])
     np.testing.assert_array_equal(logprobs[:, 1:], -np.sort(-dense, axis=1)[:, :8])
-    np.testing.assert_array_equal(np.take_along_axis(dense, found_ids.astype(np.int64), axis=1), logprobs)
+    np.testing.assert_array_equal(
+        np.take_along_axis(dense, found_ids.astype(np.int64), axis=1), logprobs
+    )
     # As vLLM counts, or the place among the most probable ones.
     assert (ranks <= (dense >= logprobs[:, :1]).sum(axis=1)).all()
     assert (ranks > (dense > logprobs[:, :1]).sum(axis=1)).all()
@@ -337,11 +405,23 @@ def test_rows_in_any_order_of_keys(fake: FakeServer, rng: np.random.Generator) -
             r"serves a, not .*start it with: vllm serve .*set teacher.server.model",
         ),
         ({"models": [("a", "/b/c", 200)]}, {}, "serves a, not tiny"),
-        ({"models": [("tiny", "x", 100)]}, {}, "takes 100 tokens, data.max_length is 100 .*--max-model-len 101"),
-        ({"max_logprobs": 5}, {}, r"max allowed: 5 \(store.top_k is 8\); start it with: .*--max-logprobs 8"),
+        (
+            {"models": [("tiny", "x", 100)]},
+            {},
+            "takes 100 tokens, data.max_length is 100 .*--max-model-len 101",
+        ),
+        (
+            {"max_logprobs": 5},
+            {},
+            r"max allowed: 5 \(store.top_k is 8\); start it with: .*--max-logprobs 8",
+        ),
         ({"version": None}, {}, "/version answers 404: .*expected a vLLM server"),
         ({"key": "secret"}, {}, r"wants another API key \(401\); set teacher.server.api_key_env"),
-        ({}, {"api_key_env": "NO_SUCH_KEY"}, "api_key_env is NO_SUCH_KEY, but no such environment variable is set"),
+        (
+            {},
+            {"api_key_env": "NO_SUCH_KEY"},
+            "api_key_env is NO_SUCH_KEY, but no such environment variable is set",
+        ),
         ({}, {"compare": "always"}, "does not say what .* says .*it serves another model"),
     ],
 )
@@ -356,17 +436,30 @@ def test_a_server_that_will_not_do_is_refused_at_the_start(
 
 
 @pytest.mark.parametrize("served", [("tiny", "/elsewhere/{}", 200), ("{}", None, None)])
-def test_a_model_goes_by_its_own_name(fake: FakeServer, start: Any, tiny_llama: Path, served: Any) -> None:
-    fake.models = [("another", "x", 1), tuple(x.format(tiny_llama.name) if isinstance(x, str) else x for x in served)]
+def test_a_model_goes_by_its_own_name(
+    fake: FakeServer, start: Any, tiny_llama: Path, served: Any
+) -> None:
+    fake.models = [
+        ("another", "x", 1),
+        tuple(x.format(tiny_llama.name) if isinstance(x, str) else x for x in served),
+    ]
     assert start(model=None)._served == fake.models[1][0]
 
 
-def test_a_server_that_reads_short_texts_as_long_ones(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_reads_short_texts_as_long_ones(
+    start: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It takes 200 tokens, more than data.max_length, and chooses RoPE factors by that."""
-    monkeypatch.setattr("logitcask.pipeline.teachers.model.longest_with_short_rope", lambda model: 200)
+    monkeypatch.setattr(
+        "logitcask.pipeline.teachers.model.longest_with_short_rope", lambda model: 200
+    )
     start()
-    monkeypatch.setattr("logitcask.pipeline.teachers.model.longest_with_short_rope", lambda model: 150)
-    with pytest.raises(UserError, match=r"takes 200 tokens .* start a server with --max-model-len 150"):
+    monkeypatch.setattr(
+        "logitcask.pipeline.teachers.model.longest_with_short_rope", lambda model: 150
+    )
+    with pytest.raises(
+        UserError, match=r"takes 200 tokens .* start a server with --max-model-len 150"
+    ):
         start()
 
 
@@ -376,14 +469,18 @@ def test_keys_are_sent(fake: FakeServer, start: Any, monkeypatch: pytest.MonkeyP
     start(api_key_env="SOME_KEY")
 
 
-def test_a_key_from_a_file_ends_with_its_newline(fake: FakeServer, start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_key_from_a_file_ends_with_its_newline(
+    fake: FakeServer, start: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fake.key = "secret"
     monkeypatch.setenv("SOME_KEY", " secret\n")
     start(api_key_env="SOME_KEY")
 
 
 @pytest.mark.parametrize("key", ["clé", "two\nlines"])
-def test_a_key_that_no_header_can_hold(start: Any, monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+def test_a_key_that_no_header_can_hold(
+    start: Any, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
     monkeypatch.setenv("SOME_KEY", key)
     with pytest.raises(UserError, match=r"SOME_KEY .*a key is printable ASCII") as error:
         start(api_key_env="SOME_KEY")
@@ -394,7 +491,10 @@ def test_a_key_that_no_header_can_hold(start: Any, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("shift", [5.0, -8.0])
 def test_logits_are_not_taken_for_logprobs(fake: FakeServer, start: Any, shift: float) -> None:
     fake.table += np.float32(shift)
-    with pytest.raises(UserError, match=r"does not send logprobs of whole distributions.*--logprobs-mode raw_logprobs"):
+    with pytest.raises(
+        UserError,
+        match=r"does not send logprobs of whole distributions.*--logprobs-mode raw_logprobs",
+    ):
         start()
 
 
@@ -402,7 +502,9 @@ def test_logits_are_not_taken_for_logprobs(fake: FakeServer, start: Any, shift: 
 def test_nan_is_named(nan: bytes) -> None:
     entry = b'{"7": {"logprob": ' + nan + b', "rank": 1, "decoded_token": null}}'
     body = b'{"choices": [{"prompt_logprobs": [null, ' + entry + b'], "finish_reason": "length"}]}'
-    with pytest.raises(UserError, match=r"logprobs are NaN in sequence 'x': .*float16.*weights are damaged"):
+    with pytest.raises(
+        UserError, match=r"logprobs are NaN in sequence 'x': .*float16.*weights are damaged"
+    ):
         parse_rows(body, np.array([3, 7], np.int32), 1, "x")
 
 
@@ -423,18 +525,23 @@ def test_stale_rows_of_a_prefix_cache_are_noticed(fake: FakeServer, start: Any) 
 
     fake.before = before
     with pytest.raises(
-        UserError, match=r"other logprobs when it reads the same text again .*--no-enable-prefix-caching"
+        UserError,
+        match=r"other logprobs when it reads the same text again .*--no-enable-prefix-caching",
     ):
         start()
 
 
-def test_another_model_is_refused_when_a_build_goes_on(fake: FakeServer, start: Any, tmp_path: Path) -> None:
+def test_another_model_is_refused_when_a_build_goes_on(
+    fake: FakeServer, start: Any, tmp_path: Path
+) -> None:
     start(state=tmp_path)
     fake.table += np.random.default_rng(0).normal(0, 0.001, fake.table.shape).astype(np.float32)
     start(state=tmp_path)
     fake.change_model(4)
     start()
-    with pytest.raises(UserError, match=r"something else than when this build began .*begin afresh with --restart"):
+    with pytest.raises(
+        UserError, match=r"something else than when this build began .*begin afresh with --restart"
+    ):
         start(state=tmp_path)
 
 
@@ -443,7 +550,9 @@ def test_another_model_is_refused_when_a_build_goes_on(fake: FakeServer, start: 
 def test_another_model_is_refused_in_the_middle(
     fake: FakeServer, start: Any, texts: list[Sequence], proxied: bool, becomes: str
 ) -> None:
-    """Nothing of the new one is handed out where its connections are new; behind a proxy, not all of a shard."""
+    """Nothing of the new one is handed out where its connections are new; behind a proxy, not
+    all of a shard.
+    """
     teacher = start(concurrency=2)
     began, before_it = len(fake.requests), fake.table
 
@@ -458,16 +567,24 @@ def test_another_model_is_refused_in_the_middle(
 
     fake.before = before
     handed_out = []
-    says = "something else than when this build began" if becomes == "another model" else r"is vLLM 0\.33\.0 now"
+    says = (
+        "something else than when this build began"
+        if becomes == "another model"
+        else r"is vLLM 0\.33\.0 now"
+    )
     with pytest.raises(UserError, match=rf"{says}.*start it as before, with: vllm serve"):
         handed_out.extend(teacher.score(texts))
     assert len(handed_out) < len(texts)
     if not proxied:
         for found, text in zip(handed_out, texts, strict=False):
-            np.testing.assert_array_equal(found.target_logprob, before_it[text.input_ids[:-1], text.input_ids[1:]])
+            np.testing.assert_array_equal(
+                found.target_logprob, before_it[text.input_ids[:-1], text.input_ids[1:]]
+            )
 
 
-def test_closing_does_not_wait_for_answers(fake: FakeServer, start: Any, texts: list[Sequence]) -> None:
+def test_closing_does_not_wait_for_answers(
+    fake: FakeServer, start: Any, texts: list[Sequence]
+) -> None:
     teacher, over = start(), threading.Event()
 
     def before(number: int, prompt: list[int]) -> None:
@@ -488,8 +605,14 @@ def test_closing_does_not_wait_for_answers(fake: FakeServer, start: Any, texts: 
     ("overrides", "says"),
     [
         ([], r"a server sends no draws .*store.tail_samples is 32\); set store.tail_samples=0"),
-        (["teacher.server=null", "store.tail_samples=0"], "set teacher.server.url=http://HOST:PORT"),
-        (["teacher.engine_args.x=1", "store.tail_samples=0"], "engine_args are for engines started here"),
+        (
+            ["teacher.server=null", "store.tail_samples=0"],
+            "set teacher.server.url=http://HOST:PORT",
+        ),
+        (
+            ["teacher.engine_args.x=1", "store.tail_samples=0"],
+            "engine_args are for engines started here",
+        ),
         (["scale.workers=2", "store.tail_samples=0"], "scale starts engines of its own"),
         (["teacher.server.url=host:8000"], "teacher.server.url: expected http://HOST:PORT"),
         (["teacher.server.url=ftp://host:8000"], "teacher.server.url: expected http://HOST:PORT"),
@@ -499,13 +622,18 @@ def test_closing_does_not_wait_for_answers(fake: FakeServer, start: Any, texts: 
         (["teacher.server.url=http://h:0"], "teacher.server.url: no server listens at port 0"),
         (["teacher.server.url=http://h:80a0"], "teacher.server.url: Port could not be cast"),
         (["teacher.server.url='http://[::1'"], "teacher.server.url: Invalid IPv6 URL"),
-        (["teacher.server.url='http://[host]:80'"], "teacher.server.url: 'host' does not appear to be"),
+        (
+            ["teacher.server.url='http://[host]:80'"],
+            "teacher.server.url: 'host' does not appear to be",
+        ),
         (["teacher.server.url='http://a b'"], "teacher.server.url: a URL holds no white space"),
         (["teacher.server.url='http://h/v1?x=1'"], "teacher.server.url: nothing may come after"),
         (["teacher.server.patients=3"], "did you mean patience"),
     ],
 )
-def test_mistakes_in_the_config_are_one_line(tmp_path: Path, overrides: list[str], says: str) -> None:
+def test_mistakes_in_the_config_are_one_line(
+    tmp_path: Path, overrides: list[str], says: str
+) -> None:
     file = tmp_path / "c.yaml"
     file.write_text(
         "teacher: {model: m, backend: server, server: {url: 'http://h:8000/v1/'}}\ndata: {path: python-docs}\noutput: o\n"
@@ -516,6 +644,8 @@ def test_mistakes_in_the_config_are_one_line(tmp_path: Path, overrides: list[str
     good = load_config(BuildConfig, file, ["store.tail_samples=0"])
     assert good.teacher.server is not None
     assert good.teacher.server.url == "http://h:8000"
-    bracketed = load_config(BuildConfig, file, ["store.tail_samples=0", "teacher.server.url='https://[::1]:80/x/v1'"])
+    bracketed = load_config(
+        BuildConfig, file, ["store.tail_samples=0", "teacher.server.url='https://[::1]:80/x/v1'"]
+    )
     assert bracketed.teacher.server is not None
     assert bracketed.teacher.server.url == "https://[::1]:80/x"

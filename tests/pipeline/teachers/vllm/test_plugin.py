@@ -14,6 +14,8 @@ from logitcask.pipeline.teachers.vllm.plugin import register
 register()
 print(*sorted(name for name in sys.modules if name.partition(".")[0] in ("logitcask", "numpy", "torch", "vllm")))
 """
-    loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
+    loaded = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    ).stdout.split()
     package = ["logitcask", "pipeline", "teachers", "vllm", "plugin"]
     assert loaded == [".".join(package[: n + 1]) for n in range(len(package))]

@@ -27,24 +27,35 @@ def test_causes_are_found_in_what_other_processes_printed() -> None:
 
 
 def test_an_old_error_that_did_no_harm_is_no_cause() -> None:
-    dead = RuntimeError("EngineCore encountered an issue. See stack trace (above) for the root cause.")
+    dead = RuntimeError(
+        "EngineCore encountered an issue. See stack trace (above) for the root cause."
+    )
     with tempfile.TemporaryFile("a+b") as log:
         log.write(b"ERROR 01-01 [cuda.py:9] ImportError: no module named 'deep_gemm'\n")
         harmless = log.tell()
-        log.write(b"ERROR 01-01 [core.py:9] torch.OutOfMemoryError: CUDA out of memory. Tried 2 GiB\n")
-        assert explain(dead, log, harmless) == "torch.OutOfMemoryError: CUDA out of memory. Tried 2 GiB"
+        log.write(
+            b"ERROR 01-01 [core.py:9] torch.OutOfMemoryError: CUDA out of memory. Tried 2 GiB\n"
+        )
+        assert (
+            explain(dead, log, harmless)
+            == "torch.OutOfMemoryError: CUDA out of memory. Tried 2 GiB"
+        )
         assert explain(dead, log, log.tell()) == str(dead)
 
 
 def test_a_package_that_a_model_needs_is_named() -> None:
     """vLLM looks at a model's class in a process of its own, and logs what that process printed."""
-    message = "Model architectures ['X'] failed to be inspected. Please check the logs for more details."
+    message = (
+        "Model architectures ['X'] failed to be inspected. Please check the logs for more details."
+    )
 
     def fail(self: Any) -> Any:
         raise ValueError(message)
 
     # While it validates its config: then pydantic has wrapped the error.
-    config = create_model("ModelConfig", __validators__={"fail": model_validator(mode="after")(fail)})
+    config = create_model(
+        "ModelConfig", __validators__={"fail": model_validator(mode="after")(fail)}
+    )
     with pytest.raises(ValidationError) as caught:
         config()
     with tempfile.TemporaryFile() as log:
