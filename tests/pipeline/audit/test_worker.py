@@ -27,7 +27,7 @@ from logitcask.pipeline.teachers.synthetic import SyntheticTeacher
 BUSY = """
 import os, sys, time
 sys.path[:] = sys.argv[1:]
-from logitcask.pipeline import audit_worker
+from logitcask.pipeline.audit import worker as audit_worker
 def busy(asked, on_sequence):
     with open(asked.path + ".pid", "w") as file:
         file.write(str(os.getpid()))
@@ -116,7 +116,7 @@ def test_a_build_that_is_killed_leaves_no_worker(asked: BuildAudit, tmp_path: Pa
     request = tmp_path / "request"
     request.write_bytes(pickle.dumps((asked, BUSY)))
     program = (
-        "import pickle, sys; from pathlib import Path; from logitcask.pipeline import audit_worker\n"
+        "import pickle, sys; from pathlib import Path; from logitcask.pipeline.audit import worker as audit_worker\n"
         "asked, audit_worker._WORKER = pickle.loads(Path(sys.argv[1]).read_bytes())\n"
         "audit_worker.audit_apart(asked, lambda: None)"
     )

@@ -136,14 +136,14 @@ def test_streaming_fetches_each_shard_once_an_epoch(
     push(local.path, url)
     log = tmp_path / "fetched"
     log.touch()
-    plain = logitcask.cache_format.storage.files.download
+    plain = logitcask.cache_format.storage.shard_cache.download
 
     def download(filesystem, path, *args, **kwargs):
         with log.open("a") as handle:
             handle.write(path.rpartition("/")[2] + "\n")
         return plain(filesystem, path, *args, **kwargs)
 
-    monkeypatch.setattr(logitcask.cache_format.storage.files, "download", download)
+    monkeypatch.setattr(logitcask.cache_format.storage.shard_cache, "download", download)
     # Shards that are open stay readable when they have gone from the disk; these few are of no
     # help.
     monkeypatch.setattr(logitcask.cache_format.reader, "OPEN_SHARDS", 2)
