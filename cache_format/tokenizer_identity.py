@@ -88,9 +88,8 @@ def _rules(state: dict[str, Any]) -> dict[str, Any]:
     vocabulary.
     """
     model = state["model"]
-    if isinstance(
-        model.get("vocab"), dict
-    ):  # a Unigram model keeps a list there, of tokens with their scores
+    # A Unigram model keeps a list there, of tokens with their scores.
+    if isinstance(model.get("vocab"), dict):
         model = {key: value for key, value in model.items() if key != "vocab"}
     ignored = {"special"} if state["normalizer"] else {"special", "normalized"}
     return {

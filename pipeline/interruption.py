@@ -21,9 +21,8 @@ def at_safe_points() -> Iterator[None]:
     """While this is entered, in the main thread, the first signal only makes ``safe_point``
     raise KeyboardInterrupt.
     """
-    if (
-        threading.current_thread() is not threading.main_thread()
-    ):  # the only one that may set handlers
+    # The only one that may set handlers.
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
 

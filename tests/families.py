@@ -191,9 +191,8 @@ def compare(family: str, parent: Path) -> dict[str, str]:
     ]
     import logitcask.pipeline.builder.lazy_teacher
 
-    logitcask.pipeline.builder.lazy_teacher.open_teacher = lambda *args, **kwargs: (
-        teacher
-    )  # the engine that runs already
+    # The engine that runs already.
+    logitcask.pipeline.builder.lazy_teacher.open_teacher = lambda *args, **kwargs: teacher
     return answer | {"largest": f"{max(differences):.1e}", "vllm": outcome("vllm")}
 
 

@@ -70,9 +70,8 @@ def train(config: TrainConfig, *, restart: bool = False) -> tuple[RunMetrics, bo
     kinds.
     """
     output = config.output_dir
-    arguments = training_arguments(
-        config
-    )  # from here on, processes that were started together know each other
+    # From here on, processes that were started together know each other.
+    arguments = training_arguments(config)
     with exclusive(output) if is_main() else nullcontext():
         caches = [CacheReader(entry.cache) for entry in config.caches]
         run = {"config": _identity(config), "cache": _caches_identity(config, caches)}
@@ -196,9 +195,8 @@ def _prepare(
         compat.check_vocabulary(source)
     objective, tail, exactness = try_objective(config, held_out)
     optimizer = check_optimizer(arguments, student)
-    student.to(
-        arguments.device
-    )  # before the trainer tries the student: flash attention needs its GPU for that
+    # Before the trainer tries the student: flash attention needs its GPU for that.
+    student.to(arguments.device)
     trainer = DistillationTrainer(
         student,
         arguments,

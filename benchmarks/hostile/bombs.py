@@ -140,9 +140,8 @@ def bomb_prefixes(case: Case, entry: dict[str, Any], data: bytes) -> None:
     changed = bytearray(data)
     for at in range(metadata_of(data)[1][1], len(data) - 8, 8):
         (value,) = struct.unpack_from("<q", data, at)
-        if (
-            0 < value < 1 << 20 and data[at + 8 : at + 12] == b"\x28\xb5\x2f\xfd"
-        ):  # zstd's magic number
+        # zstd's magic number.
+        if 0 < value < 1 << 20 and data[at + 8 : at + 12] == b"\x28\xb5\x2f\xfd":
             struct.pack_into(
                 "<q", changed, at, int(case.pick([1 << 20, 10 << 20, 20 << 20, 200 << 20]))
             )

@@ -287,9 +287,8 @@ class Store:
             except BaseException:
                 on_bytes(-done)
                 with suppress(Exception):
-                    self._filesystem.rm_file(
-                        path
-                    )  # closing has made a file of what was sent until then
+                    # Closing has made a file of what was sent until then.
+                    self._filesystem.rm_file(path)
                 raise
 
         retrying(attempt)

@@ -59,9 +59,8 @@ def audit_build(
     )
     total = min(settings.sequences, sum(shard.sequences for shard in shards))
     with tqdm(total=total, unit="seq", desc="audit", leave=False) as bar:
-        if (
-            header.teacher.backend == "vllm" and "vllm" in sys.modules
-        ):  # which may have changed transformers here
+        # Which may have changed transformers here.
+        if header.teacher.backend == "vllm" and "vllm" in sys.modules:
             from logitcask.pipeline.audit.worker import audit_apart
 
             found = audit_apart(asked, bar.update)

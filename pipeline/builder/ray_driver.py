@@ -101,9 +101,8 @@ def score_shards_on_ray(
                 if writer.begun:
                     _count(situation.done, progress, scale.workers)
                 for shard in situation.committed:
-                    if (
-                        shard not in writer.committed
-                    ):  # some are told twice: by an attempt taken for dead, and by the next
+                    # Some are told twice: by an attempt taken for dead, and by the next.
+                    if shard not in writer.committed:
                         _take_up(writer, shard, progress)
                 if row is not None and row["error"]:
                     raise _error(row["error"], row["message"])
@@ -247,9 +246,8 @@ def _cluster(ray: Any, scale: ScaleConfig) -> Iterator[None]:
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise UserError(f"there is no Ray cluster at {address}: {first_line(error)}") from error
         if threading.current_thread() is threading.main_thread():
-            signal.signal(
-                signal.SIGTERM, on_sigterm
-            )  # Ray would have it end the process with a code of its own
+            # Ray would have it end the process with a code of its own.
+            signal.signal(signal.SIGTERM, on_sigterm)
         log.info(
             "%d workers, in a Ray cluster %s",
             scale.workers,

@@ -131,9 +131,8 @@ class ShardWorker:
             task.path, task.run, compression_level=self._config.store.compression_level
         )
         with contextlib.suppress(OSError):
-            os.chdir(
-                task.folder
-            )  # what the config names by a relative path lies there, on this node, too
+            # What the config names by a relative path lies there, on this node, too.
+            os.chdir(task.folder)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
         shard, kind, message = int(batch["shard"][0]), "", ""

@@ -44,9 +44,8 @@ def reuse(config: BuildConfig, inputs: Inputs) -> Manifest:
         raise UserError(
             f"{config.output} holds a finished cache with other settings: {describe_difference(before, now)}; {ways_out}"
         )
-    if "template_date" not in manifest.config.get(
-        "data", {}
-    ):  # of a version that did not write it down
+    # Of a version that did not write it down.
+    if "template_date" not in manifest.config.get("data", {}):
         config = dated(config, {"data": {"template_date": manifest.created_at[:10]}})
     # A crash between manifest and clean-up leaves the build's state.
     if isinstance(config.output, Path):

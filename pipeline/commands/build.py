@@ -32,9 +32,8 @@ def build(
     from logitcask.pipeline.config import BuildConfig
 
     settings = load_config(BuildConfig, config, overrides or [])
-    signal.signal(
-        signal.SIGTERM, signal.default_int_handler
-    )  # what stops a job in a cluster is Ctrl-C, too
+    # What stops a job in a cluster is Ctrl-C, too.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     result = build_cache(settings, restart=restart)
     if result.reused:
         totals = result.manifest.statistics

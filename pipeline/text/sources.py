@@ -150,9 +150,8 @@ class Source:
         self._counters = Counter(rows_read=0)
         if self._files_left_out:
             self._counters["files_left_out"] = self._files_left_out
-        seen: set[int] = (
-            set()
-        )  # 8 bytes of hash per row: two ids of 10 million collide with probability 3e-6
+        # 8 bytes of hash per row: two ids of 10 million collide with probability 3e-6.
+        seen: set[int] = set()
         used = 0
         for index, record in enumerate(self._records()):
             self._counters["rows_read"] += 1
@@ -522,9 +521,8 @@ def _open_saved(config: DataConfig, folder: Path) -> Source:
         saved = saved[config.split]
     elif saved.split is not None:
         _check_split(config, [str(saved.split)])
-    saved = saved.with_format(
-        None
-    )  # tensors or frames of some of its columns, if that is how it was used last
+    # Tensors or frames of some of its columns, if that is how it was used last.
+    saved = saved.with_format(None)
 
     def read(fields: list[str]) -> Iterator[Mapping[str, Any]]:
         return iter(

@@ -35,9 +35,8 @@ from logitcask.train.data.selection import highest_entropy, share_of
 from logitcask.train.losses import SparseTeacher
 
 if TYPE_CHECKING:
-    from logitcask.train.head.chunked import (
-        PerChunk,
-    )  # imports transformers, which the workers of a loader do without
+    # Imports transformers, which the workers of a loader do without.
+    from logitcask.train.head.chunked import PerChunk
 
 
 log = logging.getLogger(__name__)

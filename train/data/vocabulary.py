@@ -130,9 +130,8 @@ def _entropy_outside(sequence: CachedSequence, rows: int, vocab_size: int) -> ND
     if sequence.samples is None:
         return total
     drawn, count = _draws(sequence.samples, rows)
-    share = np.exp(sequence.tail_logprob.astype(np.float64)) / np.maximum(
-        drawn, 1
-    )  # that a draw stands for
+    # That a draw stands for.
+    share = np.exp(sequence.tail_logprob.astype(np.float64)) / np.maximum(drawn, 1)
     if sequence.samples.logprobs is None:
         even = np.log(vocab_size - rows) - np.log(np.where(count > 0, share * count, 1))
         return np.asarray(total + share * count * even)

@@ -272,9 +272,8 @@ def _check_compilation(arguments: TrainingArguments) -> None:
                 backend=arguments.torch_compile_backend,
                 mode=arguments.torch_compile_mode,
             )
-            compiled(
-                torch.zeros(2, device=arguments.device)
-            )  # needs whatever the backend needs: a C++ compiler, Triton
+            # Needs whatever the backend needs: a C++ compiler, Triton.
+            compiled(torch.zeros(2, device=arguments.device))
         except Exception as error:  # every backend refuses in its own way
             raise ConfigError(f"training.torch_compile: {first_line(error)}") from error
 

@@ -88,10 +88,8 @@ class DistillationTrainer(Trainer):
         self._batches: Batches | None = None
         self.k = k
         self.logits_chunk = logits_chunk
-        self._totals, self._step_totals = (
-            LogTotals(train_data.names),
-            StepTotals(objective.stateful),
-        )
+        self._totals = LogTotals(train_data.names)
+        self._step_totals = StepTotals(objective.stateful)
         self._progress = Progress()
         batch_loss = BatchLoss(self.head, train_data, objective, logits_chunk)
         batch_loss.route(student)

@@ -83,9 +83,8 @@ def check(
         for term in config.losses
         if "k" in defaults[term.name]
     }
-    if (
-        manifest.store.top_k
-    ):  # without heads there are no metrics of them (logitcask.train.evaluation.evaluate)
+    # Without heads there are no metrics of them (logitcask.train.evaluation.evaluate)
+    if manifest.store.top_k:
         by_loss["evaluation.k"] = config.evaluation.k
     asked, wanted = max(by_loss.items(), key=lambda item: item[1], default=("", 0))
     if wanted > manifest.store.top_k:

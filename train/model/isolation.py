@@ -42,19 +42,14 @@ def check_isolation(head: LogitsHead) -> None:
         *(torch.randint(head.vocab_size, (n,), generator=generator) for n in (11, 7)),
         apart[2],
     ]
-    training = head.backbone.training
-    head.backbone.eval()
-    try:
+    with head.evaluated():
         expected = torch.cat([head.hidden(input_ids=ids[None].to(device))[0] for ids in apart])
         found = _hidden_packed(head, apart, device)
         leak = (_hidden_packed(head, other, device) - found)[-len(apart[2]) :].abs().max().item()
-    finally:
-        head.backbone.train(training)
     size, error = expected.abs().max().item(), (found - expected).abs().max().item()
     rounding = torch.finfo(expected.dtype).eps
-    if torch.is_autocast_enabled(
-        device.type
-    ):  # the last norm may widen what half precision has rounded
+    # The last norm may widen what half precision has rounded.
+    if torch.is_autocast_enabled(device.type):
         rounding = max(rounding, torch.finfo(torch.get_autocast_dtype(device.type)).eps)
     if not (leak <= rounding * size and error <= max(_MODEL_TOLERANCE, 8 * rounding) * size):
         raise UserError(

@@ -144,9 +144,8 @@ def _cut(config: PretrainedConfig, keep: list[int]) -> PretrainedConfig:
         fields["moe_layer_end_index"] = sum(layer <= end for layer in keep) - 1
     if shared := fields.get("num_kv_shared_layers"):
         fields["num_kv_shared_layers"] = sum(layer >= layers - shared for layer in keep)
-    if fields.get("attention_types") and hasattr(
-        text, "attention_layers"
-    ):  # GPT-Neo: kinds, and how often they repeat
+    # GPT-Neo: kinds, and how often they repeat.
+    if fields.get("attention_types") and hasattr(text, "attention_layers"):
         fields["attention_types"] = [[[text.attention_layers[layer]], 1] for layer in keep]
     # Every so many layers one is sparse, but for those named: all are, but for those named.
     if (period := fields.get("decoder_sparse_step", 1)) != 1 and "mlp_only_layers" in fields:
@@ -180,9 +179,8 @@ def _check_same(
                 and now == tuple(was[each] for each in keep)
             ):
                 was = now  # a list of every layer's setting
-            if type(was) is int and _LAYER_NUMBER.search(
-                attribute
-            ):  # another layer's, where it is not its own
+            # Another layer's, where it is not its own.
+            if type(was) is int and _LAYER_NUMBER.search(attribute):
                 was = now if was == old and now == new else new_number.get(was, was)
             if was != now and not (attribute == "store_full_length_kv" and not shared):
                 raise ConfigError(

@@ -39,9 +39,8 @@ def computing_dtype(arguments: TrainingArguments) -> torch.dtype | None:
 def like_training(student: nn.Module, arguments: TrainingArguments) -> AbstractContextManager[Any]:
     """Inside it, the student computes in the precision that training computes in."""
     dtype = computing_dtype(arguments)
-    if dtype is None or isinstance(
-        student, FSDPModule
-    ):  # which gathers its weights in that precision
+    # Which gathers its weights in that precision.
+    if dtype is None or isinstance(student, FSDPModule):
         return nullcontext()
     return torch.autocast(arguments.device.type, dtype=dtype)
 
@@ -82,9 +81,8 @@ def shard_without_casts(plugin: Any) -> None:
     gradients as they are summed. Here that would be the teacher's logprobs, the losses that are
     logged, and sums over micro-batches.
     """
-    if (
-        plugin.fsdp_version != 2
-    ):  # evaluation calls the student's halves, whose weights FSDP1 has flattened away
+    # Evaluation calls the student's halves, whose weights FSDP1 has flattened away.
+    if plugin.fsdp_version != 2:
         raise ConfigError(
             f"the student is to be sharded by FSDP{plugin.fsdp_version}; set training.fsdp_config.version (or the launcher's "
             "fsdp_version) to 2"

@@ -122,9 +122,8 @@ def _base(config: StudentConfig, seed: int) -> PreTrainedModel:
             f"the weights in {folder} are quantised ({method}), and transformers does not load them here "
             f"({first_line(error)}); {_PLAIN_WEIGHTS}"
         ) from error
-    quantizer = getattr(
-        student, "hf_quantizer", None
-    )  # none where transformers has dequantised them
+    # None where transformers has dequantised them.
+    quantizer = getattr(student, "hf_quantizer", None)
     if quantizer is not None and (config.peft is None or not quantizer.is_trainable):
         raise UserError(
             f"the weights in {folder} are quantised ({method}), and transformers does not train "

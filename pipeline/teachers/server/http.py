@@ -44,9 +44,8 @@ class PatientClient:
         self._settings = settings
         headers = {}
         if settings.api_key_env is not None:
-            key = os.environ.get(
-                settings.api_key_env, ""
-            ).strip()  # a key read from a file may end with its newline
+            # A key read from a file may end with its newline.
+            key = os.environ.get(settings.api_key_env, "").strip()
             if not key:
                 raise UserError(
                     f"teacher.server.api_key_env is {settings.api_key_env}, but no such environment variable is set; "

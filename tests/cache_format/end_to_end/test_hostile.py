@@ -229,9 +229,8 @@ def test_a_body_that_claims_more_than_the_file(hostile, case, laid_out, places):
     """Arrow allocates it before it looks when some columns are read alone."""
     mutated = case()
     entry, data = mutated.shard()
-    first, second = hostile.shards.metadata_of(data)[
-        2:4
-    ]  # after the footer and the schema: two record batches
+    # After the footer and the schema: two record batches.
+    first, second = hostile.shards.metadata_of(data)[2:4]
     body = (second[0] - first[1]).to_bytes(8, "little")
     assert data.count(body) >= 2, "in the message and in the footer"
     mutated.files[entry["path"]] = data.replace(body, (1 << 44).to_bytes(8, "little"), places)

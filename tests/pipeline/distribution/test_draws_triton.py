@@ -72,9 +72,8 @@ def triton_there(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     ):
         pytest.skip("no CUDA, and Triton does not interpret")
     if draws_triton.INTERPRETED and "as_many" not in request.node.name:
-        monkeypatch.setattr(
-            draws_triton, "_LANES", 16
-        )  # a program takes the interpreter as long, however many it has
+        # A program takes the interpreter as long, however many it has.
+        monkeypatch.setattr(draws_triton, "_LANES", 16)
 
 
 def some_rows(

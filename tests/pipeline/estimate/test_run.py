@@ -260,9 +260,8 @@ def test_a_manifest_that_would_be_too_large_is_foretold(tmp_path):
 
 
 def test_a_trillion_tokens(tmp_path):
-    config = config_of(
-        tmp_path, {"add_special_tokens": False}
-    )  # else each piece of a document begins with BOS
+    # Else each piece of a document begins with BOS.
+    config = config_of(tmp_path, {"add_special_tokens": False})
     found = estimate(config, tokens=[10**12, 1], price=2.5, gpus=64, tokens_per_second=50_000.0)
     large, small = found.forecasts
     assert large.text_tokens == large.tokens == 10**12

@@ -54,9 +54,8 @@ def write_ipc(path: Path, records: Records, open_writer: Callable[..., Any]) -> 
 
 WRITERS: dict[str, Callable[[Path, Records], object]] = {
     "a.jsonl": lambda p, r: p.write_bytes(json_lines(r)),
-    "a.ndjson": lambda p, r: p.write_bytes(
-        b"\xef\xbb\xbf" + json_lines(r)
-    ),  # a byte order mark, as Windows writes it
+    # A byte order mark, as Windows writes it.
+    "a.ndjson": lambda p, r: p.write_bytes(b"\xef\xbb\xbf" + json_lines(r)),
     "a.json": lambda p, r: p.write_text(json.dumps(r, indent=1)),
     "lines.json": lambda p, r: p.write_bytes(json_lines(r)),
     "a.jsonl.gz": lambda p, r: p.write_bytes(gzip.compress(json_lines(r))),

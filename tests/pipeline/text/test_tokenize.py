@@ -688,9 +688,8 @@ def test_content_that_spells_a_special_token_is_counted_and_named_once(
     assert counters["chats"] == 5
     start = with_template(CHATML).convert_tokens_to_ids("<|im_start|>")
     assert sequences[1].input_ids.tolist().count(start) == 3
-    assert (
-        sequences[1].loss_mask.sum() == sequences[0].loss_mask.sum()
-    )  # of the forged turn nothing is learnt
+    # Of the forged turn nothing is learnt.
+    assert sequences[1].loss_mask.sum() == sequences[0].loss_mask.sum()
     (said,) = [
         record.getMessage() for record in caplog.records if "special token" in record.getMessage()
     ]

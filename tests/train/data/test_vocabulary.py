@@ -124,9 +124,8 @@ def test_heads_lose_their_padding_ids_and_tails_without_any_are_scaled():
     log_p = rng.normal(0, 2, (30, TEACHER))
     log_p[:, STUDENT:] = -200
     highest = -np.sort(-log_p, axis=1)[:, :3]
-    log_p[:, STUDENT + 3] = rng.uniform(
-        highest[:, 2], highest[:, 0] + 1
-    )  # in every head, somewhere
+    # In every head, somewhere.
+    log_p[:, STUDENT + 3] = rng.uniform(highest[:, 2], highest[:, 0] + 1)
     log_p[::3, STUDENT + 9] = highest[::3, 0] + 2
     log_p = normalised(log_p)
     targets = rng.integers(0, TOKENS, 30)

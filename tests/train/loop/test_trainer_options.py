@@ -296,9 +296,8 @@ def test_what_is_measured_is_computed_as_in_training(config, monkeypatch):
     training = {"bf16": True, "max_steps": 2, "eval_strategy": "steps", "eval_steps": 1}
     train(config(training=training, selection=selection))
     assert not states[0][0]
-    assert (
-        len(states) == 11
-    )  # a check; 2 steps, each with a choice; 1 + 2 + 1 evaluations; examples twice
+    # A check; 2 steps, each with a choice; 1 + 2 + 1 evaluations; examples twice.
+    assert len(states) == 11
     assert set(states[1:]) == {(True, torch.bfloat16)}
     states.clear()
     train(config(training={"max_steps": 1}), restart=True)

@@ -68,9 +68,8 @@ def test_the_arithmetic_of_logits() -> None:
 
     assert gigabytes(QWEN) == pytest.approx(1.24, abs=0.01)  # one chunk and the next
     assert gigabytes(GEMMA, soft_capped=True) == pytest.approx(3.22, abs=0.01)
-    assert gigabytes(QWEN, draws=True) == pytest.approx(
-        0.62 + 1.07, abs=0.01
-    )  # the draws' own temporaries
+    # The draws' own temporaries.
+    assert gigabytes(QWEN, draws=True) == pytest.approx(0.62 + 1.07, abs=0.01)
     assert gigabytes(49_152, draws=True) == pytest.approx(5 * 0.201, abs=0.01)
     assert gigabytes(GEMMA, soft_capped=True, draws=True) == gigabytes(GEMMA, soft_capped=True)
     assert gigabytes(QWEN, tensor_parallel_size=2) == pytest.approx(1.24 + 1.5 * 0.62, abs=0.01)
@@ -126,9 +125,8 @@ def start_on_gpu(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
         def memory() -> int:
             if gib is None:
-                raise RuntimeError(
-                    "Not Supported"
-                )  # as NVML says of a GPU without memory of its own
+                # As NVML says of a GPU without memory of its own.
+                raise RuntimeError("Not Supported")
             return int(gib * GIB)
 
         platform = SimpleNamespace(is_cpu=lambda: False, get_device_total_memory=memory)
