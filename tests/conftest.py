@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import gc
 import hashlib
 import json
 import os
@@ -105,6 +106,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker("long")
     # With the longest modules first, no worker is left with one of them at the end.
     items.sort(key=place.__getitem__)
+
+
+def pytest_collection_finish() -> None:
+    """Whatever the imports made is not looked through again: accelerate and vLLM call the garbage
+    collector often, and in a process with so many modules each call takes half a second.
+    """
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """Triton's bindings call what is frozen at the exit a leak."""
+    gc.unfreeze()
 
 
 def _module(item: pytest.Item) -> str:

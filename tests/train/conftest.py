@@ -30,6 +30,20 @@ def _sequences():
 made = _sequences()
 
 
+@pytest.fixture(autouse=True)
+def _unprinted_figures(request, monkeypatch):
+    """Figures are made but not printed, which takes longer than the rest of a small run, unless a
+    test asks for ``printed_figures``.
+    """
+    if "printed_figures" not in request.fixturenames:
+        monkeypatch.setattr("logitcask.train.output.report._svg", lambda figure: "<svg></svg>")
+
+
+@pytest.fixture
+def printed_figures():
+    """The report's figures are real SVG."""
+
+
 @pytest.fixture
 def write_cache(tmp_path, rng):
     """``write_cache(name, kind=..., shards=..., sequences=..., tokens=(low, high))``: a cache of

@@ -31,6 +31,7 @@ from logitcask.train.run import rewrite_report, train
 STEPS = 12  # what the fixture `config` trains for
 
 
+@pytest.mark.usefixtures("printed_figures")
 def test_a_student_comes_closer_to_its_teacher(config, tiny_llama):
     metrics, found = train(config())
     output = config().output_dir
