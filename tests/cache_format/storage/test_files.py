@@ -374,7 +374,6 @@ def test_settings_come_from_the_environment(tmp_path, monkeypatch):
     monkeypatch.delenv("LOGITCASK_CACHE_BYTES")
     monkeypatch.delenv("LOGITCASK_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    monkeypatch.setattr("sys.platform", "linux")
     assert (ShardCache().folder, ShardCache().max_bytes) == (
         tmp_path / "xdg" / "logitcask",
         DEFAULT_CACHE_BYTES,
