@@ -17,8 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from logitcask.cache_format.cli.models_folder import cannot_write
-from logitcask.cache_format.errors import UserError, one_line_and_kind
+from logitcask.cache_format.errors import UserError, cannot_write, one_line_and_kind
 from logitcask.pipeline.config import DataConfig
 from logitcask.pipeline.text.file_formats import SUFFIXES, suffix_of
 
