@@ -158,7 +158,9 @@ class ShardCache:
 
 
 def shard_cache_folder() -> Path:
-    """``$LOGITCASK_CACHE``, or ``logitcask`` in the user's cache folder."""
+    """``$LOGITCASK_CACHE``, or ``logitcask`` in the user's cache folder. Raises RuntimeError for a
+    user without a home.
+    """
     # On Windows without the folders that an author and a cache get there by custom.
     return Path(
         os.environ.get("LOGITCASK_CACHE")
