@@ -15,6 +15,8 @@ Messages follow one pattern: what was found, what was expected, what to do.
 
 from __future__ import annotations
 
+import errno
+
 
 class LogitcaskError(Exception):
     """Base of all errors raised on purpose. ``exit_code`` is what a command exits with."""
@@ -75,3 +77,11 @@ def one_line_and_kind(error: BaseException) -> str:
     """
     said = " ".join(str(error).split())
     return f"{said} ({type(error).__name__})" if said else type(error).__name__
+
+
+def cannot_write(error: BaseException) -> bool:
+    """Whether ``error`` is that of a folder that cannot be written: a full disk, a read-only
+    file system, other people's.
+    """
+    denied = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR}
+    return isinstance(error, OSError) and error.errno in denied

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from logitcask.cache_format.errors import UserError
+from logitcask.cache_format.manifest import sha256_of_json
 
 _PROBE = "a"
 
@@ -48,8 +49,8 @@ def tokenizer_identity(tokenizer: Any, chat_template: str | None) -> dict[str, A
         ],
     }
     return {
-        "sha256": _sha256(content),
-        "vocab_sha256": _sha256(vocab),
+        "sha256": sha256_of_json(content),
+        "vocab_sha256": sha256_of_json(vocab),
         "vocab_size": len(tokenizer),
         "chat_template_sha256": None
         if chat_template is None
@@ -127,8 +128,3 @@ def _without_defaults(settings: dict[str, Any]) -> dict[str, Any]:
         for key, value in settings.items()
         if value is not None and value is not False and value != ""
     }
-
-
-def _sha256(value: Any) -> str:
-    text = json.dumps(value, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()

@@ -39,29 +39,13 @@ if TYPE_CHECKING:
     from logitcask.train.losses import LOSSES, SparseTeacher
 
 _FORMAT = "logitcask.cache_format"
-
 _HOMES = {
-    "CacheError": _FORMAT,
-    "CacheInUseError": _FORMAT,
-    "CacheNotFoundError": _FORMAT,
-    "CacheReader": _FORMAT,
-    "CacheWriter": _FORMAT,
     "CachedDataset": "logitcask.train.data.dataset",
-    "CachedSequence": _FORMAT,
-    "ConfigError": _FORMAT,
-    "DamagedCacheError": _FORMAT,
-    "IncompleteCacheError": _FORMAT,
     "LOSSES": "logitcask.train.losses",
-    "LogitcaskError": _FORMAT,
-    "Manifest": _FORMAT,
     "SparseTeacher": "logitcask.train.losses",
-    "TailSamples": _FORMAT,
-    "UnsupportedCacheError": _FORMAT,
-    "UserError": _FORMAT,
     "collate": "logitcask.train.data.batch",
-    "verify": _FORMAT,
 }
-"""The module that each public name is loaded from."""
+"""The modules that public names are loaded from, where it is not the format."""
 
 __all__ = [
     "LOSSES",
@@ -87,11 +71,11 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    if name not in _HOMES:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(_HOMES[name]), name)
+    value = globals()[name] = getattr(import_module(_HOMES.get(name, _FORMAT)), name)
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOMES})
+    return sorted({*globals(), *__all__})

@@ -176,6 +176,29 @@ def _no_shards_in_the_home_folder(tmp_path_factory: pytest.TempPathFactory) -> I
 
 
 @pytest.fixture(scope="session")
+def run_interpreted() -> Callable[[str], None]:
+    """``run_interpreted(__file__)``: a file of tests passes in a process where Triton interprets.
+
+    Triton decides at import whether it does, so the file's own process cannot. Its test that calls
+    this has "interpreter" in its name.
+    """
+
+    def run(file: str) -> None:
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+        done = subprocess.run(
+            [*command, file, "-k", "not interpreter"],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "TRITON_INTERPRET": "1"},
+        )
+        assert done.returncode == 0, done.stdout[-4000:]
+        assert " passed" in done.stdout
+        assert "skipped" not in done.stdout.splitlines()[-1]
+
+    return run
+
+
+@pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a random two-layer Llama with 384 ids, 256 positions and its own byte-level BPE
     tokenizer.

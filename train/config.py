@@ -361,9 +361,10 @@ class TrainConfig(_Config):
             raise ValueError(f"losses are {', '.join(names)}: each may stand there once")
         if "ce" in names and self.ce_weight != 0.0:
             raise ValueError("ce_weight is the weight of the loss ce; set one of the two")
-        dynamic = [term for term in self.losses if term.dynamic]
-        if any(term.name != "ranking" for term in dynamic) or len(dynamic) > 1:
-            raise ValueError("dynamic belongs to one loss, ranking")
+        dynamic = [term.name for term in self.losses if term.dynamic]
+        may_be = [name for name, spec in SPECS.items() if spec.dynamic]
+        if not set(dynamic) <= set(may_be) or len(dynamic) > 1:
+            raise ValueError(f"dynamic belongs to one loss, {' or '.join(may_be)}")
         return self
 
     @property

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 from pathlib import Path
@@ -42,11 +41,3 @@ def refuse_adapters(name: str, folder: Path) -> None:
         f"them first: peft.AutoPeftModelForCausalLM.from_pretrained({str(folder)!r}).merge_and_unload().save_pretrained(NEW), "
         "save the tokenizer there too, and name NEW"
     )
-
-
-def cannot_write(error: BaseException) -> bool:
-    """Whether ``error`` is that of a folder that cannot be written: a full disk, a read-only
-    file system, other people's.
-    """
-    denied = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR}
-    return isinstance(error, OSError) and error.errno in denied

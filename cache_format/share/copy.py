@@ -26,12 +26,12 @@ from logitcask.cache_format.share.destinations import (
     MAX_CARD_BYTES,
     MAX_MARK_BYTES,
     Folder,
-    OnBytes,
     Store,
     ignore,
     place_at,
 )
 from logitcask.cache_format.storage.files import (
+    OnBytes,
     local_folder,
     open_filesystem,
     reaching,

@@ -24,6 +24,8 @@ from logitcask.cache_format.errors import CacheError, CacheInUseError, DamagedCa
 from logitcask.cache_format.layout import BUILD_DIR, CARD, MANIFEST, PRIOR, PULL_DIR, PUSH_MARK
 from logitcask.cache_format.manifest import CacheFile
 from logitcask.cache_format.storage.files import (
+    OnBytes,
+    counted,
     download,
     has_content,
     is_local,
@@ -53,7 +55,6 @@ _FOLDERS = {
 }  # a file needs its folder first
 _RENAMES = {"sftp", "ssh"}  # a rename replaces a file in one step
 _CHEAP_TO_HASH = {"memory", "hf"}  # the hub keeps the sha256 of large files
-OnBytes = Callable[[int], object]
 
 
 def ignore(count: int) -> None:
@@ -118,10 +119,7 @@ class Folder:
 
     def read(self, name: str, limit: int) -> bytes | None:
         """A small file, or None."""
-        try:
-            return read_small(LocalFileSystem(), str(self._folder / name), limit)
-        except FileNotFoundError:
-            return None
+        return _small_file(LocalFileSystem(), str(self._folder / name), limit)
 
     def shards(self) -> list[str]:
         """The shards that lie there, of whatever cache."""
@@ -195,10 +193,7 @@ class Store:
             self._filesystem.makedirs(f"{self._root}/{folder}", exist_ok=True)
 
     def read(self, name: str, limit: int) -> bytes | None:
-        try:
-            return read_small(self._filesystem, f"{self._root}/{name}", limit)
-        except FileNotFoundError:
-            return None
+        return _small_file(self._filesystem, f"{self._root}/{name}", limit)
 
     def shards(self) -> list[str]:
         try:
@@ -277,15 +272,12 @@ class Store:
         path = f"{final}.tmp" if self._protocol in _RENAMES else final
 
         def attempt() -> None:
-            done = 0
             try:
-                with self._filesystem.open(path, "wb") as handle:
+                with counted(on_bytes) as count, self._filesystem.open(path, "wb") as handle:
                     for chunk in chunks():
                         handle.write(chunk)
-                        done += len(chunk)
-                        on_bytes(len(chunk))
+                        count(len(chunk))
             except BaseException:
-                on_bytes(-done)
                 with suppress(Exception):
                     # Closing has made a file of what was sent until then.
                     self._filesystem.rm_file(path)
@@ -380,6 +372,13 @@ class _Hub(Store):
             [CommitOperationAdd(self._folder + name, text) for name, text in texts.items()],
             "Complete the cache",
         )
+
+
+def _small_file(filesystem: fsspec.AbstractFileSystem, path: str, limit: int) -> bytes | None:
+    try:
+        return read_small(filesystem, path, limit)
+    except FileNotFoundError:
+        return None
 
 
 def _local_copy(source: fsspec.AbstractFileSystem, root: str, file: CacheFile) -> Path:

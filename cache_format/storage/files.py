@@ -52,6 +52,8 @@ _PERMANENT = (
     NotImplementedError,
 )
 _Result = TypeVar("_Result")
+OnBytes = Callable[[int], object]
+"""Is told how many bytes have come; a negative number takes back those of a failed attempt."""
 
 
 def open_filesystem(
@@ -279,29 +281,23 @@ def download(
     path: str,
     file: CacheFile,
     target: Path,
-    on_bytes: Callable[[int], object] = lambda _: None,
+    on_bytes: OnBytes = lambda _: None,
 ) -> None:
     """Puts ``file``, verified and flushed to disk, at ``target``, which is written in place; tries
     again on a bad line.
 
-    ``on_bytes`` is called with the length of each chunk, and with a negative number where an
-    attempt failed. Raises DamagedCacheError, CacheError where the network stays away, and UserError
-    where ``target`` cannot be written.
+    ``on_bytes`` is told the length of each chunk. Raises DamagedCacheError, CacheError where the
+    network stays away, and UserError where ``target`` cannot be written.
     """
 
     def attempt() -> None:
-        done = 0
         with room_for(target):
             handle.seek(0)
-        try:
+        with counted(on_bytes) as count:
             for chunk in verified_chunks(filesystem, path, file):
                 with room_for(target):
                     handle.write(chunk)
-                done += len(chunk)
-                on_bytes(len(chunk))
-        except BaseException:
-            on_bytes(-done)
-            raise
+                count(len(chunk))
 
     with room_for(target):
         target.touch()
@@ -311,6 +307,23 @@ def download(
                 retrying(attempt)
             handle.truncate(file.bytes)
             os.fsync(handle.fileno())
+
+
+@contextmanager
+def counted(on_bytes: OnBytes) -> Iterator[OnBytes]:
+    """Gives what one attempt tells its bytes; takes them back from ``on_bytes`` if it fails."""
+    done = 0
+
+    def count(received: int) -> None:
+        nonlocal done
+        done += received
+        on_bytes(received)
+
+    try:
+        yield count
+    except BaseException:
+        on_bytes(-done)
+        raise
 
 
 @contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import mmap
 import os
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import filelock
 import fsspec
+import platformdirs
 
 from logitcask.cache_format.errors import UserError
 from logitcask.cache_format.manifest import CacheFile
@@ -158,18 +158,14 @@ class ShardCache:
 
 
 def shard_cache_folder() -> Path:
-    """``$LOGITCASK_CACHE``, or ``logitcask`` in the user's cache folder."""
-    return Path(os.environ.get("LOGITCASK_CACHE") or _user_cache_folder())
-
-
-def _user_cache_folder() -> Path:
-    if sys.platform == "win32":
-        base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    else:
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "logitcask"
+    """``$LOGITCASK_CACHE``, or ``logitcask`` in the user's cache folder. Raises RuntimeError for a
+    user without a home.
+    """
+    # On Windows without the folders that an author and a cache get there by custom.
+    return Path(
+        os.environ.get("LOGITCASK_CACHE")
+        or platformdirs.user_cache_dir("logitcask", appauthor=False, opinion=False)
+    )
 
 
 def _bytes_from_environment() -> int:

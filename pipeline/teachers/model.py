@@ -17,11 +17,10 @@ from typing import Any
 from logitcask.cache_format.attention import attention_implementation
 from logitcask.cache_format.cli.models_folder import (
     ADAPTER_CONFIG,
-    cannot_write,
     local_model,
     refuse_adapters,
 )
-from logitcask.cache_format.errors import UserError, first_line
+from logitcask.cache_format.errors import UserError, cannot_write, first_line
 from logitcask.cache_format.tokenizer_identity import usable_tokenizer
 from logitcask.pipeline.teachers.built_in_model import BUILT_IN, prepare_built_in
 from logitcask.pipeline.teachers.weights import weight_files, weights_sha256

@@ -11,9 +11,9 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from logitcask.pipeline.config import DataConfig
+from logitcask.pipeline.text.data_files import find_files, is_saved
 from logitcask.pipeline.text.file_formats import locate, open_data, suffix_of
 from logitcask.pipeline.text.python_docs import BUILT_IN
-from logitcask.pipeline.text.sources import find_files, is_saved
 
 _HEAD_BYTES = 1 << 22
 _LINES = (".jsonl", ".ndjson", ".json", ".txt")

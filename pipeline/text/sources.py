@@ -1,35 +1,30 @@
 """From ``data.path`` to rows: where the text comes from, read as a stream.
 
 A built-in name (``python_docs``) needs no file. Everything else is named as for
-``datasets.load_dataset``: a file, a folder, a hub name. ``datasets`` finds the files of a split;
-``file_formats`` reads them, for three reasons:
+``datasets.load_dataset``: a file, a folder, a hub name. ``data_files`` finds the files of a split
+through ``datasets``; ``file_formats`` reads them, for three reasons:
 
-* its streaming Parquet reader may abort the process at exit when reading stops early, as it does at
-``max_tokens``
-  (https://github.com/huggingface/datasets/issues/7566);
+* the streaming Parquet reader of ``datasets`` may abort the process at exit when reading stops
+  early, as it does at ``max_tokens`` (https://github.com/huggingface/datasets/issues/7566);
 * its JSON reader infers types from the first 10 MB and fails later in the file when an unrelated
-column changes type; * without streaming it would write the whole data set a second time, as Arrow,
-although a plan reads it only once.
+  column changes type;
+* without streaming it would write the whole data set a second time, as Arrow, although a plan reads
+  it only once.
 """
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import logging
 import os
 import re
-import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from logitcask.cache_format.cli.models_folder import cannot_write
 from logitcask.cache_format.errors import LogitcaskError, UserError, one_line_and_kind
 from logitcask.pipeline.config import DataConfig
 from logitcask.pipeline.text.chat_rows import (
@@ -38,6 +33,16 @@ from logitcask.pipeline.text.chat_rows import (
     check_unicode,
     marked_messages,
     tool_definitions,
+)
+from logitcask.pipeline.text.data_files import (
+    check_split,
+    chosen,
+    find_files,
+    find_in_folder,
+    is_saved,
+    names_of,
+    nearest,
+    quiet_datasets,
 )
 from logitcask.pipeline.text.file_formats import (
     JSON_SUFFIXES,
@@ -50,22 +55,9 @@ from logitcask.pipeline.text.python_docs import BUILT_IN
 
 log = logging.getLogger(__name__)
 
-ALL = "all"
-"""The split of a folder that holds every data file below it, whatever its name; a split of that
-name goes first.
-"""
-
 _TOOLS = "tools"  # the column read beside chats unasked
 _CHAT_COLUMNS = ("messages", "conversations", "conversation", "chat")
 _COMMIT = re.compile(r"@([0-9a-f]{40})/")
-_SHOWN = 5  # names in a message
-_PATTERN = re.compile(r"[\[\]?*]|::")  # what `datasets` and fsspec do not take literally in a path
-_CARDS = (
-    "README.md",
-    ".huggingface.yaml",
-    "dataset_infos.json",
-)  # where a folder may name its splits
-_NOT_DATA = ("config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,15 +251,15 @@ def open_source(config: DataConfig) -> Source:
         return _open_built_in(config)
     local = Path(config.path).expanduser()
     if local.is_file():
-        _check_split(config, ["train"])
+        check_split(config, ["train"])
         return _open_files(config, [str(local)], local.parent)
     if is_saved(local):
         return _open_saved(config, local)
     if local.is_dir():
-        found = _find_in_folder(config, local)
+        found = find_in_folder(config, local)
         if found.left_out or found.elsewhere:
             log.log(
-                logging.WARNING if found.left_out else logging.INFO, "%s", _chosen(config, found)
+                logging.WARNING if found.left_out else logging.INFO, "%s", chosen(config, found)
             )
         return _open_files(config, found.files, local, len(found.left_out))
     if (
@@ -276,7 +268,7 @@ def open_source(config: DataConfig) -> Source:
         or suffix_of(config.path) in SUFFIXES
     ):
         raise UserError(
-            f"no data at {config.path!r}; expected a file, a folder, a hub name, or {_names(BUILT_IN)}"
+            f"no data at {config.path!r}; expected a file, a folder, a hub name, or {names_of(BUILT_IN)}"
         )
     return _open_files(config, find_files(config), None)
 
@@ -285,7 +277,7 @@ def open_source(config: DataConfig) -> Source:
 
 
 def _open_built_in(config: DataConfig) -> Source:
-    _check_split(config, ["train"])
+    check_split(config, ["train"])
     documents = BUILT_IN[config.path]
 
     def read(fields: list[str]) -> Iterator[dict[str, str]]:
@@ -311,7 +303,7 @@ def _open_files(
     """
     unknown = [file for file in files if suffix_of(file) not in SUFFIXES]
     if unknown:
-        raise UserError(f"cannot read {unknown[0]}: expected a file of type {_names(SUFFIXES)}")
+        raise UserError(f"cannot read {unknown[0]}: expected a file of type {names_of(SUFFIXES)}")
     columns = next(filter(None, map(read_columns, files)), [])  # of the first file with rows
 
     def read(fields: list[str]) -> Iterator[Mapping[str, Any]]:
@@ -337,169 +329,6 @@ def _fields_in(file: str, fields: list[str], config: DataConfig) -> list[str]:
     return [field for field in fields if field != _TOOLS or field in columns]
 
 
-def find_files(config: DataConfig) -> list[str]:
-    """The files of ``config.split``, in reading order: of a file, a folder, or a hub data set."""
-    local = Path(config.path).expanduser()
-    if local.is_file():
-        return [str(local)]
-    if local.is_dir():
-        return _find_in_folder(config, local).files
-    splits = _ask_datasets(config, config.path, None)
-    _check_split(config, list(splits))
-    return splits[config.split]
-
-
-class _Found(NamedTuple):
-    """What a folder has for a split; ``left_out`` are its data files that are in no split,
-    ``elsewhere`` other splits.
-    """
-
-    files: list[str]
-    listed: int
-    left_out: list[str]
-    elsewhere: list[str]
-
-
-def _find_in_folder(config: DataConfig, folder: Path) -> _Found:
-    """The files of one split by the rules of ``datasets`` (names, subfolders, card), or all of
-    them for ``ALL``.
-    """
-    listed = _data_files(folder)
-    everything = f"data.split={ALL} reads all {len(listed)} data files of the folder"
-    try:
-        splits = _splits_of_folder(config, folder)
-    except UserError as error:
-        if not listed:
-            raise
-        if config.split != ALL:
-            raise UserError(f"{error}; {everything}") from error
-        splits = {}
-    if config.split == ALL and ALL not in splits and listed:
-        return _Found([str(folder.resolve() / name) for name in listed], len(listed), [], [])
-    if config.split not in splits and listed:
-        raise UserError(f"{_no_such_split(config, list(splits))}; {everything}")
-    _check_split(config, list(splits))
-    base = folder.resolve()
-    used = {os.path.relpath(file, base) for files in splits.values() for file in files}
-    left_out = [name for name in listed if name not in used]
-    elsewhere = [split for split in splits if split != config.split]
-    return _Found(splits[config.split], len(listed), left_out, elsewhere)
-
-
-def _chosen(config: DataConfig, found: _Found) -> str:
-    """How many of which files are read and which are not, and how to read all."""
-    line = f"{config.path}: reading {len(found.files)} of {found.listed} data files, split {config.split!r}"
-    if found.elsewhere:
-        line += f" (other splits: {_names(found.elsewhere)})"
-    if not found.left_out:
-        return line
-    more = f" and {len(found.left_out) - _SHOWN} more" if len(found.left_out) > _SHOWN else ""
-    return (
-        f"{line}; left out, since the rules of `datasets` for names and file types put them into no split: "
-        f"{', '.join(found.left_out[:_SHOWN])}{more}; data.split={ALL} reads every file of the folder"
-    )
-
-
-def _data_files(folder: Path) -> list[str]:
-    """The data files below ``folder``, relative to it, sorted; hidden ones and what describes a
-    data set are none.
-    """
-    found: list[str] = []
-    base = os.path.realpath(folder)
-    entered: set[str] = set()
-    for here, folders, files in os.walk(folder, followlinks=True):
-        visible = sorted(name for name in folders if not name.startswith((".", "__")))
-        folders[:] = []
-        for name in visible:
-            path = os.path.join(here, name)
-            real = os.path.realpath(path)
-            if os.path.islink(path):
-                # It may lead back to where it lies, and what lies in the folder is found without
-                # it.
-                if real in entered or os.path.commonpath((real, base)) in (real, base):
-                    continue
-                entered.add(real)
-            folders.append(name)
-        data = (
-            name
-            for name in files
-            if suffix_of(name) in SUFFIXES and name not in _NOT_DATA and name[0] != "."
-        )
-        found.extend(os.path.relpath(os.path.join(here, name), folder) for name in data)
-    return sorted(found)
-
-
-def _splits_of_folder(config: DataConfig, folder: Path) -> dict[str, list[str]]:
-    """What ``datasets`` makes of a folder.
-
-    It takes names with ``*``, ``?``, ``[`` or ``::`` for patterns and reads other folders by them. So where there are any,
-    it is shown a folder of empty files with plain names instead: its rules are about names alone.
-    """
-    base = folder.resolve()
-    paths = [
-        os.path.join(here, name)
-        for here, folders, files in os.walk(base)
-        for name in (*folders, *files)
-    ]
-    script = base.suffix == ".py"  # a folder that passes for one
-    with tempfile.TemporaryDirectory() as temporary:
-        if not script and not any(_PATTERN.search(path) for path in (str(base), *paths)):
-            return _ask_datasets(config, str(base), temporary)
-        mirror = Path(temporary).resolve() / "data"
-        original: dict[str, str] = {}
-        for path in sorted(paths):
-            if not os.path.isfile(path):
-                continue
-            plain = mirror / _plain(os.path.relpath(path, base))
-            while str(plain) in original:
-                plain = plain.with_name(f"{plain.stem}x{plain.suffix}")
-            original[str(plain)] = path
-            plain.parent.mkdir(parents=True, exist_ok=True)
-            if plain.name in _CARDS:
-                shutil.copyfile(path, plain)
-            else:
-                plain.touch()
-        splits = _ask_datasets(config, str(mirror), temporary)
-    return {split: [original[file] for file in files] for split, files in splits.items()}
-
-
-def _plain(name: str) -> str:
-    """``name`` without special characters; a letter for each, since for the rules they are no
-    borders of words.
-    """
-    return re.sub(r"[\[\]?*:]", "x", name)
-
-
-def _ask_datasets(config: DataConfig, where: str, cache: str | None) -> dict[str, list[str]]:
-    """The files of every split of a folder or a hub data set, as ``datasets`` sees them, each once.
-
-    ``cache``: the folder that it makes its own in, which names need no cache for; None for the
-    user's.
-    """
-    with _quiet_datasets():
-        from datasets import load_dataset_builder
-
-        try:
-            builder = load_dataset_builder(
-                where, name=config.name, revision=config.revision, cache_dir=cache
-            )
-        except Exception as error:  # not found, no such configuration, gated, offline, ...
-            what = one_line_and_kind(error).replace(where, config.path)
-            if cannot_write(error):
-                what += "; set HF_HOME to a folder that can be written and has room"
-            raise UserError(f"cannot open data set {config.path!r}: {what}") from error
-    # A name may match several patterns of one split.
-    return {
-        str(split): list(dict.fromkeys(str(file) for file in files))
-        for split, files in (builder.config.data_files or {}).items()
-    }
-
-
-def is_saved(folder: Path) -> bool:
-    """Whether ``save_to_disk`` of ``datasets`` has written it."""
-    return (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
-
-
 def _open_saved(config: DataConfig, folder: Path) -> Source:
     """A folder written by ``save_to_disk``: already Arrow, so it is memory-mapped."""
     if "::" in str(folder.resolve()):
@@ -509,7 +338,7 @@ def _open_saved(config: DataConfig, folder: Path) -> Source:
         )
     from datasets import DatasetDict, load_from_disk
 
-    with _quiet_datasets():
+    with quiet_datasets():
         try:
             saved = load_from_disk(str(folder))
         except Exception as error:
@@ -517,10 +346,10 @@ def _open_saved(config: DataConfig, folder: Path) -> Source:
                 f"cannot open data set {config.path!r}: {one_line_and_kind(error)}"
             ) from error
     if isinstance(saved, DatasetDict):
-        _check_split(config, list(saved))
+        check_split(config, list(saved))
         saved = saved[config.split]
     elif saved.split is not None:
-        _check_split(config, [str(saved.split)])
+        check_split(config, [str(saved.split)])
     # Tensors or frames of some of its columns, if that is how it was used last.
     saved = saved.with_format(None)
 
@@ -543,37 +372,7 @@ def _stamp_of_files(files: list[Path], base: Path) -> str:
     return f"files:{hashlib.sha256(json.dumps(facts).encode()).hexdigest()}"
 
 
-@contextmanager
-def _quiet_datasets() -> Iterator[None]:
-    """Silences progress bars and warnings of ``datasets`` and the hub client; what goes wrong
-    becomes our one line.
-    """
-    from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-
-    bars_were_off, level = are_progress_bars_disabled(), logging.root.manager.disable
-    disable_progress_bars()
-    logging.disable(max(level, logging.WARNING))
-    try:
-        yield
-    finally:
-        logging.disable(level)
-        if not bars_were_off:
-            enable_progress_bars()
-
-
 # --- checks ---------------------------------------------------------------------------------------
-
-
-def _check_split(config: DataConfig, splits: list[str]) -> None:
-    if config.split not in splits:
-        raise UserError(_no_such_split(config, splits))
-
-
-def _no_such_split(config: DataConfig, splits: list[str]) -> str:
-    hint = _nearest(config.split, splits)
-    return (
-        f"data set {config.path!r} has no split {config.split!r}; expected {_names(splits)}{hint}"
-    )
 
 
 def _check_field(path: str, columns: list[str], field: str, setting: str) -> None:
@@ -581,19 +380,10 @@ def _check_field(path: str, columns: list[str], field: str, setting: str) -> Non
         return
     if not columns:
         raise UserError(f"empty data set: {path} has no rows")
-    hint = _nearest(field, columns)
+    hint = nearest(field, columns)
     chats = [column for column in _CHAT_COLUMNS if column in columns]
     if setting == "text_field" and not hint and chats:
         hint = f"; if {chats[0]!r} holds chats, set data.messages_field={chats[0]}"
     raise UserError(
         f"data set {path!r} has no column {field!r} (data.{setting}); it has {', '.join(columns)}{hint}"
     )
-
-
-def _nearest(wrong: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(wrong, known, n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
-
-
-def _names(known: Any) -> str:
-    return ", ".join(sorted(known)) or "one (it has none)"

@@ -21,9 +21,8 @@ class Objective:
     All losses of a chunk share one ``Student``, so that a sum costs about what its dearest term
     does.
 
-    With a dynamic ranking term (RLKD, equation 2) the other teacher losses of a position are
-    weighted by the overlap of the student's and the teacher's top k there, k being the ranking's
-    own.
+    With a dynamic term (the ranking of RLKD, equation 2) the other teacher losses of a position are
+    weighted by the overlap of the student's and the teacher's top k there, k being that term's own.
 
     Weights may follow the training, and some losses remember something from step to step. The
     trainer says where it is (``begin``) and, for those losses, what their means were (``end``), the
@@ -34,8 +33,8 @@ class Objective:
         self._weights = {term.name: term.weight for term in config.losses}
         if config.ce_weight != 0.0:
             self._weights["ce"] = config.ce_weight
-        dynamic = [term for term in config.losses if term.dynamic]
-        self._overlap_k: int | None = dynamic[0].options.get("k", 5) if dynamic else None
+        dynamic = [SPECS[term.name].top_k(term.options) for term in config.losses if term.dynamic]
+        self._overlap_k: int | None = dynamic[0] if dynamic else None
         self._options: dict[str, dict[str, Any]] = {name: {} for name in self._weights}
         self._states: dict[str, LossState] = {}
         for term in config.losses:

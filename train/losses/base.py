@@ -168,7 +168,9 @@ class LossSpec:
     same_as:      the name of the loss that it is with some of its options; None with all others.
     prior_product: with ``tail: prior`` the logits' product with the prior is enough; other losses
     take the logits whole.
-    by_overlap:   whether a dynamic ranking term scales it with the overlap of both top k.
+    dynamic:      whether its term may scale the others with the overlap of both top k, of its own
+                  ``top_k``.
+    by_overlap:   whether such a term scales it.
     """
 
     name: str
@@ -187,6 +189,7 @@ class LossSpec:
     prepare: Callable[[SparseTeacher, dict[str, Any]], dict[str, Any]] | None = None
     same_as: Callable[[dict[str, Any]], str | None] = lambda options: None
     prior_product: bool = False
+    dynamic: bool = False
     by_overlap: bool = True
 
     @property

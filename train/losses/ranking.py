@@ -36,6 +36,7 @@ _NO_VARIANCE = 1e-6
     use="beside a logits loss, with weight 2; makes the student's top tokens and their order the teacher's",
     top_k=lambda options: options.get("k", 5),
     masses=False,
+    dynamic=True,
     by_overlap=False,
 )
 def ranking(

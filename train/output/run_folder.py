@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 
 from logitcask.cache_format import UserError
 from logitcask.cache_format.differences import describe_difference
+from logitcask.cache_format.errors import cannot_write
 
 ADAPTER = "adapter"
 """Where the adapters of a student that has some lie, apart from the merged student."""
@@ -27,15 +28,6 @@ _WHAT_A_RUN_WRITES = (
     *("config.json", "generation_config.json", "model.safetensors"),
     "run.json",
 )
-_CANNOT_WRITE = {
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EROFS,
-    errno.EACCES,
-    errno.EPERM,
-    errno.ENOTDIR,
-    errno.ENOENT,
-}
 
 
 @contextmanager
@@ -62,7 +54,7 @@ def exclusive(output: Path) -> Iterator[None]:
             f"no space left for {output}; make room, then run the same command again"
         ) from error
     except OSError as error:
-        if error.errno not in _CANNOT_WRITE:
+        if not cannot_write(error) and error.errno != errno.ENOENT:
             raise
         raise UserError(
             f"cannot write to {error.filename or output}: {error.strerror or error}; make room or permit it, then run the "

@@ -22,7 +22,11 @@ from fsspec.implementations.local import LocalFileSystem
 from logitcask.cache_format import CacheError, DamagedCacheError, UserError
 from logitcask.cache_format.manifest import CacheFile
 from logitcask.cache_format.storage.files import download, open_filesystem, read_small
-from logitcask.cache_format.storage.shard_cache import DEFAULT_CACHE_BYTES, ShardCache
+from logitcask.cache_format.storage.shard_cache import (
+    DEFAULT_CACHE_BYTES,
+    ShardCache,
+    shard_cache_folder,
+)
 
 FORK = multiprocessing.get_context("fork")
 
@@ -374,11 +378,25 @@ def test_settings_come_from_the_environment(tmp_path, monkeypatch):
     monkeypatch.delenv("LOGITCASK_CACHE_BYTES")
     monkeypatch.delenv("LOGITCASK_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    monkeypatch.setattr("sys.platform", "linux")
     assert (ShardCache().folder, ShardCache().max_bytes) == (
         tmp_path / "xdg" / "logitcask",
         DEFAULT_CACHE_BYTES,
     )
+
+
+def test_a_user_without_a_home_has_no_cache_folder(tmp_path, monkeypatch):
+    """Containers often run as a user that the system does not know: no folder ``~`` is made."""
+
+    def unknown(uid):
+        raise KeyError(uid)
+
+    for name in ("LOGITCASK_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    with pytest.raises(RuntimeError, match="home"):
+        shard_cache_folder()
+    monkeypatch.setenv("LOGITCASK_CACHE", str(tmp_path))
+    assert shard_cache_folder() == tmp_path
 
 
 def read_many(folder, max_bytes, files, seed, failed):

@@ -6,9 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -40,29 +38,10 @@ CAPTURES = [
 ]
 
 
-def test_under_the_interpreter() -> None:
-    """Triton decides at import whether it interprets, so this file runs itself again in a
-    process where it does.
-    """
+def test_under_the_interpreter(run_interpreted: Callable[[str], None]) -> None:
     if draws_triton.INTERPRETED:
-        pytest.skip("this is that process")
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        __file__,
-        "-k",
-        "not interpreter",
-    ]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "1"}
-    )
-    assert done.returncode == 0, done.stdout[-4000:]
-    assert " passed" in done.stdout
-    assert "skipped" not in done.stdout.splitlines()[-1]
+        pytest.skip("this is the process that interprets")
+    run_interpreted(__file__)
 
 
 @pytest.fixture(autouse=True)

@@ -4,9 +4,7 @@ CUDA.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -19,29 +17,10 @@ pytest.importorskip("triton")
 DEVICE = "cpu" if kernels.INTERPRETED else "cuda"
 
 
-def test_under_the_interpreter() -> None:
-    """Triton decides at import whether it interprets, so this file runs itself again in a
-    process where it does.
-    """
+def test_under_the_interpreter(run_interpreted: Callable[[str], None]) -> None:
     if kernels.INTERPRETED:
-        pytest.skip("this is that process")
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        __file__,
-        "-k",
-        "not interpreter",
-    ]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "1"}
-    )
-    assert done.returncode == 0, done.stdout[-4000:]
-    assert " passed" in done.stdout
-    assert "skipped" not in done.stdout.splitlines()[-1]
+        pytest.skip("this is the process that interprets")
+    run_interpreted(__file__)
 
 
 @pytest.fixture(autouse=True)
