@@ -58,7 +58,7 @@ class TeacherIdentity(_Part):
     model: str = Field(description="As the user named it.")
     revision: str | None = Field(None, description="Commit of a hub model.")
     weights_sha256: str | None = Field(None, description="Of the weight files of a local model.")
-    backend: str = Field(description="vllm, transformers, synthetic or server.")
+    backend: str = Field(description="The engine, as build configs name it.")
     engine: str = Field(description="Engine and version, such as `vllm 0.32.0`.")
     dtype: str = Field(description="Weights and arithmetic; `auto` where a server has chosen it.")
     head_dtype: str | None = Field(None, description="Of the lm_head, where it differs.")
@@ -162,6 +162,11 @@ class StoreSettings(_Part):
         if self.sample_logprobs and self.tail_samples == 0:
             raise ValueError("sample_logprobs is set, but tail_samples is 0")
         return self
+
+    @property
+    def ragged(self) -> bool:
+        """Whether heads may differ in size."""
+        return self.top_p is not None or self.min_probability is not None
 
     @property
     def bytes_per_draw(self) -> int:

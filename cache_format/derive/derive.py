@@ -185,9 +185,8 @@ def _derived_settings(had: StoreSettings, options: DeriveOptions, source: str) -
             f"holds heads that end by {name} {bound}, not {wanted}",
         )
     least = min(changes.get("min_k", 0), changes.get("top_k", had.top_k))
-    bounded = had.min_probability is not None or had.top_p is not None
     refuse_if(
-        bounded and least > had.min_k, f"holds at least {had.min_k} entries a head, not {least}"
+        had.ragged and least > had.min_k, f"holds at least {had.min_k} entries a head, not {least}"
     )
     refuse_if(
         changes.get("logprob_step", 1) < had.logprob_step,

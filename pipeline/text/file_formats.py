@@ -243,7 +243,7 @@ def _csv_reader(file: IO[bytes], path: str) -> Any:
     csv.field_size_limit(2**31 - 1)  # the default refuses documents above 128 KiB
     return csv.reader(
         _text(file, path, newline=""),
-        delimiter="\t" if suffix_of(path) == ".tsv" else ",",
+        delimiter=DELIMITERS[suffix_of(path)],
         strict=True,
     )
 
@@ -352,12 +352,13 @@ def _require(fields: list[str], columns: list[str], path: str) -> None:
 
 _JSON = _Format(_json_columns, _json_rows)
 _CSV = _Format(_csv_columns, _csv_rows)
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
+"""Between the cells of a table, by the suffix of its file."""
 _FORMATS = {
     ".jsonl": _JSON,
     ".ndjson": _JSON,
     ".json": _JSON,
-    ".csv": _CSV,
-    ".tsv": _CSV,
+    **dict.fromkeys(DELIMITERS, _CSV),
     ".txt": _Format(_line_columns, _line_rows),
     ".parquet": _Format(_parquet_columns, _parquet_rows),
     ".arrow": _Format(_arrow_columns, _arrow_rows),

@@ -12,12 +12,17 @@ import pyarrow.parquet as pq
 
 from logitcask.pipeline.config import DataConfig
 from logitcask.pipeline.text.data_files import find_files, is_saved
-from logitcask.pipeline.text.file_formats import locate, open_data, suffix_of
+from logitcask.pipeline.text.file_formats import (
+    DELIMITERS,
+    JSON_SUFFIXES,
+    locate,
+    open_data,
+    suffix_of,
+)
 from logitcask.pipeline.text.python_docs import BUILT_IN
 
 _HEAD_BYTES = 1 << 22
-_LINES = (".jsonl", ".ndjson", ".json", ".txt")
-_TABLES = (".csv", ".tsv")
+_LINES = (*JSON_SUFFIXES, ".txt")
 
 
 def count_rows(config: DataConfig) -> float | None:
@@ -47,15 +52,15 @@ def _rows_per_byte(file: str, size: int) -> float | None:
     with open_data(file) as (stream, packed):
         if suffix == ".parquet":
             return pq.ParquetFile(stream).metadata.num_rows / size
-        if suffix not in (*_LINES, *_TABLES):
+        if suffix not in (*_LINES, *DELIMITERS):
             return None
         head = stream.read(_HEAD_BYTES)
         # Below a decompressor lies the file itself, which knows how far it has been read.
         consumed = size if len(head) < _HEAD_BYTES else packed.tell()
-    if suffix in _TABLES:
+    if suffix in DELIMITERS:
         records = csv.reader(
             io.StringIO(head.decode("utf-8", "replace"), newline=""),
-            delimiter="\t" if suffix == ".tsv" else ",",
+            delimiter=DELIMITERS[suffix],
         )
         return max(1, sum(1 for _ in records) - 1) / consumed
     if suffix != ".txt" and head.lstrip().startswith(b"["):

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 import logitcask.cache_format
-from logitcask.cache_format.manifest import Manifest
+from logitcask.cache_format.manifest import Manifest, check_step
 
 
 def test_the_exported_schema_is_in_step():
@@ -47,3 +49,9 @@ def test_public_names():
         "CachedSequence",
         "verify",
     }
+
+
+@pytest.mark.parametrize("step", [0, -1, 0.1, 2, 2.0**-17, float("nan")])
+def test_only_powers_of_two_are_steps(step):
+    with pytest.raises(ValueError, match="power of two"):
+        check_step(step)

@@ -32,8 +32,8 @@ CACHES = {
 
 def main() -> None:
     fixtures, minimal = (
-        _load(HERE.parent / "cache_format" / f"{name}.py")
-        for name in ("conftest", "minimal_reader")
+        _load(HERE.parent / "cache_format" / name)
+        for name in ("conftest.py", "end_to_end/minimal_reader.py")
     )
     for number, (name, about) in enumerate(CACHES.items()):
         rng = np.random.default_rng(number)

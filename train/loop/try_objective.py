@@ -55,8 +55,7 @@ def _try_on(objective: Objective, data: CachedDataset) -> tuple[Tail, dict[str, 
     tail = tail_of(teacher)
     log.info("beyond the heads stored in %s, KL uses %s", data.cache.path, _TAILS[tail])
     store = data.cache.manifest.store
-    ragged = store.min_probability is not None or store.top_p is not None
-    exactness = objective.exactness(teacher, store.min_k if ragged else store.top_k)
+    exactness = objective.exactness(teacher, store.min_k if store.ragged else store.top_k)
     for name, kind in exactness.items():
         log.info("with this cache, %s is %s", name, _KINDS[kind])
     return tail, exactness

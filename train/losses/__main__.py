@@ -4,37 +4,15 @@ of themselves.
 
 from __future__ import annotations
 
-from logitcask.train.losses import SPECS, LossSpec
+from logitcask.train.losses import LOSSES, SPECS, LossSpec
 
-_ORDER = (
-    *(
-        "forward_kl",
-        "random_sampling",
-        "ce",
-        "reverse_kl",
-        "jsd",
-        "skew_kl",
-        "skew_reverse_kl",
-        "tvd",
-        "alpha_beta",
-    ),
-    *(
-        "adaptive_kl",
-        "tail_aware",
-        "taid",
-        "self_evolution",
-        "ranking",
-        "listmle",
-        "pairwise_logistic",
-        "bild",
-    ),
-    "dpkd_token",
-)
+# Modules in the order of the tables; losses of one module in that of their definitions.
+_ORDER = ("forward_kl", "divergences", "alpha_beta", "adaptive", "ranking", "pairs")
 
 
 def markdown() -> str:
     """Two tables: what each loss is, and what it takes from a cache."""
-    specs = [SPECS[name] for name in _ORDER]
+    specs = [SPECS[name] for name in sorted(LOSSES, key=_place)]
     what: list[tuple[str, ...]] = [("loss", "source", "formula", "when")]
     what += [(f"`{s.name}`", s.source, f"`{s.formula}`", s.use) for s in specs]
     takes: list[tuple[str, ...]] = [
@@ -59,6 +37,12 @@ def markdown() -> str:
         for s in specs
     ]
     return "\n".join([*_table(what), "", *_table(takes), ""])
+
+
+def _place(name: str) -> int:
+    """Where the module of a loss stands in the tables: the last place for one not in ``_ORDER``."""
+    module = LOSSES[name].__module__.rpartition(".")[2]
+    return _ORDER.index(module) if module in _ORDER else len(_ORDER)
 
 
 def _options(spec: LossSpec) -> str:

@@ -7,7 +7,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -30,7 +29,6 @@ from logitcask.cache_format.manifest import (
     TokenizerIdentity,
 )
 from logitcask.cache_format.shards.prior import TailPrior
-from logitcask.pipeline.audit import figures as audit_figures
 from logitcask.pipeline.audit import reference as audit_reference
 from logitcask.pipeline.audit import run as audit_module
 from logitcask.pipeline.audit.run import audit, audit_summary, engine_limit
@@ -40,7 +38,7 @@ from logitcask.pipeline.config import StoreConfig, TeacherConfig
 from logitcask.pipeline.distribution.capture import Capture
 from logitcask.pipeline.distribution.draws import KEY_IDS, draw, no_draws
 from logitcask.pipeline.distribution.keep import keep
-from logitcask.pipeline.teachers.model import has_experts, resolve_model
+from logitcask.pipeline.teachers.model import resolve_model
 from logitcask.pipeline.teachers.synthetic import SyntheticTeacher
 from logitcask.pipeline.types import Scored, Sequence
 
@@ -510,32 +508,6 @@ def test_the_limit_is_that_of_the_arithmetic():
 
 
 @pytest.mark.parametrize(
-    ("engine_args", "bits"),
-    [
-        ({}, None),
-        ({"quantization": "fp8"}, 8),
-        ({"kv_cache_dtype": "fp8_e4m3"}, 8),
-        ({"kv_cache_dtype": "auto", "quantization": None}, None),
-        ({"quantization": "bitsandbytes"}, None),
-    ],
-)
-def test_an_engine_that_rounds_to_eight_bits_is_known_by_its_options(tiny_llama, engine_args, bits):
-    manifest = SimpleNamespace(config={"teacher": {"engine_args": engine_args}})
-    assert audit_reference._bits(manifest, resolve_model(str(tiny_llama))) == bits
-
-
-def test_experts_and_eight_bits_are_read_off_the_model(tiny_llama, tmp_path, monkeypatch):
-    from transformers import MixtralConfig
-
-    assert not has_experts(resolve_model(str(tiny_llama)))
-    MixtralConfig(num_local_experts=8).save_pretrained(tmp_path)
-    assert has_experts(resolve_model(str(tmp_path)))
-    manifest = SimpleNamespace(config={})
-    monkeypatch.setattr(audit_reference, "activation_bits", lambda model: 4)
-    assert audit_reference._bits(manifest, resolve_model(str(tmp_path))) == 4
-
-
-@pytest.mark.parametrize(
     ("host", "device", "words"),
     [
         (1, None, r"its teacher takes \S+ GB in float32, and 0\.0 GB are free here"),
@@ -562,19 +534,6 @@ def test_memory_is_looked_at_before_anything_is_loaded(
     monkeypatch.setattr(teachers, "TransformersTeacher", None)
     with pytest.raises(UserError, match=words):
         audit(cache.path)
-
-
-def test_the_approximate_p_values_are_near():
-    import torch
-
-    for freedom in (2, 5, 20):
-        for ratio in (0.3, 1.0, 2.0, 4.0):
-            exact = torch.special.gammaincc(
-                torch.tensor(freedom / 2).double(), torch.tensor(freedom * ratio / 2).double()
-            )
-            assert audit_figures._chi_square_p(freedom * ratio, freedom) == pytest.approx(
-                float(exact), rel=0.2, abs=2e-3
-            )
 
 
 def test_the_summary_fits_a_manifest(make, synthetic):

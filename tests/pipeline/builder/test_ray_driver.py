@@ -311,18 +311,6 @@ def test_a_worker_has_the_gpus_of_its_engine(tmp_path, teacher, gpus):
     )
 
 
-@pytest.mark.parametrize("stages", [0, "two", 1.5, True, None])
-def test_stages_of_a_pipeline_are_a_number(tmp_path, stages):
-    with pytest.raises(
-        ValueError, match=r"pipeline_parallel_size is .*; expected a whole number of 1 or more"
-    ):
-        BuildConfig.model_validate(
-            settings(
-                tmp_path, teacher={"model": "m", "engine_args": {"pipeline_parallel_size": stages}}
-            )
-        )
-
-
 def test_a_call_after_the_end_starts_no_second_cluster():
     """Seen on one busy core: the thread that reads results asked for one more after an
     interruption had shut Ray down.

@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +18,6 @@ import yaml
 
 import logitcask.pipeline.builder.plan
 from logitcask.cache_format import CacheReader, UserError, verify
-from logitcask.cache_format.cli.config_file import load_config
 from logitcask.pipeline.builder.run import build
 from logitcask.pipeline.config import BuildConfig
 from logitcask.pipeline.teachers.open import open_tokenizer
@@ -394,36 +392,6 @@ from logitcask.pipeline.config import BuildConfig
 logitcask.pipeline.builder.lazy_teacher.open_teacher = lambda *a, **k: os._exit(9)
 build(BuildConfig.model_validate_json(sys.argv[1]))
 """
-
-
-def test_every_config_that_comes_along_is_valid():
-    root = Path(__file__).parents[3]
-    for file in sorted((root / "pipeline" / "configs").glob("*.yaml")):
-        load_config(BuildConfig, file, [])
-
-
-def test_overrides(tmp_path):
-    file = tmp_path / "c.yaml"
-    file.write_text(yaml.safe_dump(synthetic(tmp_path).model_dump(mode="json")))
-    config = load_config(
-        BuildConfig,
-        file,
-        ["store.top_k=3", "data.max_tokens=null", "teacher.engine_args={a: [1, 2], b: 1e-4}"],
-    )
-    assert (config.store.top_k, config.data.max_tokens, config.teacher.engine_args) == (
-        3,
-        None,
-        {"a": [1, 2], "b": 1e-4},
-    )
-    for wrong in (
-        "store.top_k",
-        "=3",
-        "store.top_kk=3",
-        "store.top_k.x=3",
-        "store.top_k=[unclosed",
-    ):
-        with pytest.raises(UserError):
-            load_config(BuildConfig, file, [wrong])
 
 
 def test_inspect_shows_text_and_probabilities(tmp_path, lines):

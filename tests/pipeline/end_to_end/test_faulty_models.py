@@ -185,18 +185,6 @@ def test_own_code_that_is_trusted_runs_everywhere(own_code: Path, tmp_path: Path
         audit(str(asked.output))
 
 
-def test_trust_is_yes_or_no() -> None:
-    with pytest.raises(ValueError, match="trust_remote_code is 'no'; expected true or false"):
-        TeacherConfig(model="m", engine_args={"trust_remote_code": "no"})
-    served = TeacherConfig(
-        model="m",
-        backend="server",
-        server={"url": "http://h:1"},
-        engine_args={"trust_remote_code": True},
-    )
-    assert served.trust_remote_code
-
-
 def test_no_audit_is_not_a_passed_one(tmp_path: Path) -> None:
     asked = BuildConfig.model_validate(
         {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import math
 import re
 
 import pyarrow as pa
@@ -14,16 +13,14 @@ import typer
 import yaml
 from typer.testing import CliRunner
 
-from logitcask.cache_format import ConfigError, UserError
+from logitcask.cache_format import UserError
 from logitcask.cache_format.manifest import MAX_MANIFEST_BYTES, ShardEntry
 from logitcask.pipeline.builder.run import build
 from logitcask.pipeline.commands import estimate as estimate_cli
-from logitcask.pipeline.config import BuildConfig, StoreConfig
+from logitcask.pipeline.config import BuildConfig
 from logitcask.pipeline.estimate import run as estimates
 from logitcask.pipeline.estimate import speed as estimate_speed
 from logitcask.pipeline.estimate.run import Estimate, estimate
-from logitcask.pipeline.estimate.size import size_from_reference
-from logitcask.pipeline.teachers.model import ResolvedModel, activation_bits
 from logitcask.pipeline.text import row_count
 
 
@@ -163,62 +160,14 @@ def test_a_table_where_the_size_is_unknown(tmp_path, monkeypatch):
 
 # --- bytes ----------------------------------------------------------------------------------------
 
-FIXED = {"min_probability": None, "mass_per_sample": None}
-# Settings, and bytes per token of a whole cache of SmolLM2-135M over 29,810 tokens of python-docs,
-# all files counted.
-MEASURED = [
-    ({}, 40.5),
-    ({"sample_logprobs": True}, 50.5),
-    ({**FIXED, "top_k": 16, "min_k": 16, "tail_samples": 16}, 59.9),
-    ({**FIXED, "top_k": 8, "min_k": 8, "tail_samples": 0}, 21.7),
-    ({**FIXED, "top_k": 64, "min_k": 64, "tail_samples": 0}, 122.1),
-    ({**FIXED, "top_k": 64, "min_k": 64, "tail_samples": 0, "logprob_step": 1 / 64}, 133.4),
-    ({**FIXED, "top_k": 128, "min_k": 128, "tail_samples": 0, "logprob_step": 1 / 8}, 228.1),
-    ({"top_k": 256, "min_k": 1, "tail_samples": 0, "min_probability": 0.005}, 34.9),
-    (
-        {
-            "top_k": 16,
-            "min_k": 5,
-            "tail_samples": 16,
-            "min_probability": 0.05,
-            "mass_per_sample": 0.05,
-        },
-        27.0,
-    ),
-    ({**FIXED, "top_k": 0, "tail_samples": 50, "draws": "independent"}, 32.5),
-    ({**FIXED, "top_k": 0, "tail_samples": 50}, 34.2),
-    ({**FIXED, "top_k": 0, "tail_samples": 16}, 19.8),
-]
-
-
-@pytest.mark.parametrize(("store", "measured"), MEASURED)
-def test_bytes_are_those_of_measured_caches(store, measured):
-    size = size_from_reference(StoreConfig.model_validate(store), 49_152)
-    found = size.of(sequences=97, tokens=29_810, positions=29_713, shards=1).times(1 / 29_810)
-    assert found.likely == pytest.approx(measured, rel=0.08)
-    assert found.low < 0.9 * measured
-    assert found.high > 1.1 * measured
-
-
-def test_heads_and_draws_beyond_the_measured_ranks():
-    size = size_from_reference(
-        StoreConfig(top_k=2000, min_k=2000, min_probability=None, tail_samples=0), 5000
-    )
-    assert size.heads == 2000
-    one, three = (
-        size_from_reference(
-            StoreConfig(top_k=0, tail_samples=255, sample_sets=sets, mass_per_sample=None), 49_152
-        ).draws
-        for sets in (1, 3)
-    )
-    assert 1 < one < 255
-    assert three == pytest.approx(3 * one)
-    tiny = size_from_reference(StoreConfig(top_k=4, min_k=4), 300)
-    assert 0 < tiny.per_position.low < tiny.per_position.likely < tiny.per_position.high < math.inf
-
 
 @pytest.mark.parametrize(
-    "store", [{}, {**FIXED, "top_k": 16, "tail_samples": 0}, {"sample_logprobs": True}]
+    "store",
+    [
+        {},
+        {"min_probability": None, "mass_per_sample": None, "top_k": 16, "tail_samples": 0},
+        {"sample_logprobs": True},
+    ],
 )
 def test_a_probe_measures_the_bytes_of_a_build(tmp_path, store, monkeypatch):
     monkeypatch.setattr(estimate_speed, "_LONG_ENOUGH", 0.5)
@@ -349,93 +298,6 @@ def test_writing_counts_where_it_takes_longer_than_the_engine(real, monkeypatch)
     assert entries == [found.size.heads + found.size.draws]
 
 
-def _llama(width, inner, layers, heads, vocab_size=128_256):
-    from transformers import LlamaConfig
-
-    return LlamaConfig(
-        hidden_size=width, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=8, head_dim=128, vocab_size=vocab_size, tie_word_embeddings=False,
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("config", "arithmetic", "context", "published"),
-    [
-        # Tokens per second by GPU and number of them; docs/capture.md says where each comes from.
-        (_llama(4096, 14336, 32, 32), "fp8", 1088, {("h100", 1): 58_650, ("h200", 1): 60_146}),
-        (_llama(8192, 28672, 80, 64), "fp8", 1088, {("h100", 2): 12_954, ("h200", 1): 7_514}),
-        (_llama(16384, 53248, 126, 128), "fp8", 1088, {("h100", 8): 7_701, ("h200", 8): 7_752}),
-        (_llama(8192, 28672, 80, 64), "fp8", 2500, {("h100", 2): 12_292}),
-        (_llama(4096, 14336, 32, 32), "16 bits", 1500, {("h100", 4): 62_021}),
-    ],
-)
-def test_published_prefill_speeds_are_within_a_factor_of_one_and_a_half(
-    tmp_path, config, arithmetic, context, published
-):
-    config.save_pretrained(tmp_path)
-    shape = estimate_speed.shape_of(ResolvedModel("llama", str(tmp_path), None))
-    for (gpu, count), speed in published.items():
-        found = estimate_speed.seconds_per_token(
-            shape, estimate_speed.GPUS[gpu], context, arithmetic=arithmetic, tensor_parallel=count
-        )
-        assert 1 / 1.5 < 1 / found.prefill / speed < 1.5
-
-
-@pytest.mark.parametrize(
-    ("settings", "bits"),
-    [
-        (None, None),
-        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, 8),
-        ({"quant_method": "fbgemm_fp8"}, 8),
-        ({"quant_method": "modelopt", "quant_algo": "FP8"}, 8),
-        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, 4),
-        ({"quant_method": "awq", "bits": 4}, None),
-        ({"quant_method": "gptq", "bits": 8}, None),
-        ({"quant_method": "mxfp4"}, None),
-        (
-            {
-                "quant_method": "compressed-tensors",
-                "config_groups": {"group_0": {"input_activations": None}},
-            },
-            None,
-        ),
-        (
-            {
-                "quant_method": "compressed-tensors",
-                "config_groups": {
-                    "group_0": {"weights": {"num_bits": 8}, "input_activations": {"num_bits": 8}}
-                },
-            },
-            8,
-        ),
-    ],
-)
-def test_what_a_quantised_checkpoint_rounds_its_layers_inputs_to(
-    tiny_llama, tmp_path, settings, bits
-):
-    config = json.loads((tiny_llama / "config.json").read_text())
-    (tmp_path / "config.json").write_text(
-        json.dumps(config | ({"quantization_config": settings} if settings else {}))
-    )
-    assert activation_bits(ResolvedModel("tiny", str(tmp_path), None)) == bits
-
-
-def test_of_experts_only_those_that_a_token_meets_count(tmp_path):
-    from transformers import MixtralConfig
-
-    def shape(per_token):
-        config = MixtralConfig(
-            vocab_size=384, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=2,
-            num_key_value_heads=2, head_dim=32, num_local_experts=8, num_experts_per_tok=per_token,
-        )  # fmt: skip
-        config.save_pretrained(tmp_path)
-        return estimate_speed.shape_of(ResolvedModel("mixtral", str(tmp_path), None))
-
-    one, three = shape(1), shape(3)
-    assert three.weights - one.weights == pytest.approx(3 * 2 * 3 * 64 * 96)
-    assert one.all_weights - one.weights == pytest.approx(3 * 7 * 3 * 64 * 96)
-
-
 def test_weights_that_do_not_fit_are_named(real, monkeypatch):
     assert not any("will not fit" in line for line in real().assumptions)
     small = estimate_speed.Gpu("toy", 1e12, 1e12, 1e12, 1e9, 1e9, 40_000)
@@ -486,19 +348,6 @@ def test_mistakes(tmp_path, real):
         estimate(
             config_of(tmp_path, {"max_length": 1, "overlong": "drop", "add_special_tokens": False})
         )
-
-
-@pytest.mark.parametrize("text", ["", "x", "0", "-1", "0.5", "nan", "inf", "2e15"])
-def test_token_counts_that_are_none(text):
-    with pytest.raises(ConfigError, match="--tokens is"):
-        estimate_cli.count_of(text)
-
-
-@pytest.mark.parametrize(
-    ("text", "count"), [("1", 1), ("1_000", 1000), ("1e12", 10**12), ("2.5e3", 2500)]
-)
-def test_token_counts(text, count):
-    assert estimate_cli.count_of(text) == count
 
 
 @pytest.fixture

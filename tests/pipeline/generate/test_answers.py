@@ -429,42 +429,6 @@ def test_texts_are_continued_as_they_stand(tmp_path) -> None:
         assert SyntheticTokenizer().decode(sequence.input_ids[:begin].tolist()) == question
 
 
-MISTAKES = {
-    "prompts without generate": ({"prompt_field": "q"}, "prompt_field is set, but not generate"),
-    "nothing to answer": (
-        {"generate": {}},
-        "generate is set, but not what to answer; set prompt_field",
-    ),
-    "two of a kind": (
-        {"prompt_field": "q", "text_field": "t", "generate": {}},
-        "text_field and prompt_field are both",
-    ),
-    "no room": (
-        {"prompt_field": "q", "generate": {"max_new_tokens": 512}},
-        "leaves no room for a prompt",
-    ),
-    "an empty stop": (
-        {"prompt_field": "q", "generate": {"stop": ["", "x"]}},
-        "stop holds an empty string",
-    ),
-    "a system without a chat": (
-        {"text_field": "q", "generate": {"system_prompt": "x"}},
-        "use prompt_field",
-    ),
-    "less than greedy": (
-        {"prompt_field": "q", "generate": {"temperature": -1}},
-        "greater than or equal to 0",
-    ),
-}
-
-
-@pytest.mark.parametrize("what", MISTAKES)
-def test_configs_that_make_no_sense(what: str) -> None:
-    data, message = MISTAKES[what]
-    with pytest.raises(ValueError, match=message):
-        DataConfig.model_validate({"path": "x", **data})
-
-
 # --- from prompts to a cache
 
 

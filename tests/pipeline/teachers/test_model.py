@@ -18,7 +18,13 @@ from transformers.integrations.mistral import convert_tekken_tokenizer
 
 from logitcask.cache_format import UserError
 from logitcask.cache_format.tokenizer_identity import tokenizer_identity
-from logitcask.pipeline.teachers.model import _hub_commit, load_tokenizer, resolve_model
+from logitcask.pipeline.teachers.model import (
+    ResolvedModel,
+    _hub_commit,
+    activation_bits,
+    load_tokenizer,
+    resolve_model,
+)
 
 ADAPTERS = {"peft_type": "LORA", "base_model_name_or_path": "org/base", "r": 4}
 
@@ -141,3 +147,42 @@ def test_a_tekken_file_beside_a_tokenizer_changes_nothing(
     text = "in the other <s> thing"
     assert found(text, return_offsets_mapping=True)["offset_mapping"][0] == (0, 2)
     assert found(text)["input_ids"] == plain(text)["input_ids"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "bits"),
+    [
+        (None, None),
+        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, 8),
+        ({"quant_method": "fbgemm_fp8"}, 8),
+        ({"quant_method": "modelopt", "quant_algo": "FP8"}, 8),
+        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, 4),
+        ({"quant_method": "awq", "bits": 4}, None),
+        ({"quant_method": "gptq", "bits": 8}, None),
+        ({"quant_method": "mxfp4"}, None),
+        (
+            {
+                "quant_method": "compressed-tensors",
+                "config_groups": {"group_0": {"input_activations": None}},
+            },
+            None,
+        ),
+        (
+            {
+                "quant_method": "compressed-tensors",
+                "config_groups": {
+                    "group_0": {"weights": {"num_bits": 8}, "input_activations": {"num_bits": 8}}
+                },
+            },
+            8,
+        ),
+    ],
+)
+def test_what_a_quantised_checkpoint_rounds_its_layers_inputs_to(
+    tiny_llama, tmp_path, settings, bits
+):
+    config = json.loads((tiny_llama / "config.json").read_text())
+    (tmp_path / "config.json").write_text(
+        json.dumps(config | ({"quantization_config": settings} if settings else {}))
+    )
+    assert activation_bits(ResolvedModel("tiny", str(tmp_path), None)) == bits

@@ -151,33 +151,6 @@ def test_nothing_shifts(rng, write_cache):
                 assert torch.equal(packed[name], apart[name]), name
 
 
-def broken_llama():
-    """A Llama that reads its rows as one text."""
-    model = student("llama")
-    forward = model.model.forward
-    model.model.forward = lambda **inputs: forward(
-        **{**inputs, "attention_mask": torch.ones_like(inputs["input_ids"])}
-    )
-    return model
-
-
-@pytest.mark.parametrize(
-    "make", [broken_llama, lambda: student("opt", ffn_dim=64, word_embed_proj_dim=32)]
-)
-def test_a_student_that_mixes_sequences_is_refused(make):
-    with pytest.raises(UserError, match="does not keep packed sequences apart") as caught:
-        check_isolation(LogitsHead(make()))
-    assert "\n" not in str(caught.value)
-
-
-def test_recurrent_students_are_refused():
-    config = AutoConfig.for_model(
-        "mamba", vocab_size=64, hidden_size=32, num_hidden_layers=2, state_size=4
-    )
-    with pytest.raises(UserError, match="does not keep packed sequences apart"):
-        check_isolation(LogitsHead(AutoModelForCausalLM.from_config(config)))
-
-
 def test_rows_hold_every_sequence_once_and_are_nearly_full(rng):
     capacity = int(rng.integers(50, 600))
     tokens = rng.integers(2, capacity + 1, int(rng.integers(1, 2000)))

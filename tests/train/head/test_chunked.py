@@ -16,15 +16,13 @@ from transformers import (
     GPT2Config,
     GraniteConfig,
     LlamaConfig,
-    LlamaForCausalLM,
     PhiConfig,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
 )
-from transformers.models.auto import AutoModel, AutoModelForCausalLM
+from transformers.models.auto import AutoModelForCausalLM
 
-from logitcask.cache_format.errors import UserError
 from logitcask.train.evaluation.metrics import rank_agreement, top_k_overlap
 from logitcask.train.head.chunked import (
     PerChunk,
@@ -382,29 +380,3 @@ def test_whether_there_is_such_a_kernel_is_tried() -> None:
         assert _adds_rightly(device, torch.bfloat16)
     with AddingInFloat32(rounded=True):
         assert not _adds_rightly(device, torch.bfloat16)
-
-
-def test_unknown_treatment_of_logits_is_refused() -> None:
-    class TwistedForCausalLM(LlamaForCausalLM):
-        def forward(self, *args: Any, **kwargs: Any) -> Any:
-            out = super().forward(*args, **kwargs)
-            out.logits = out.logits * 1.01
-            return out
-
-    with pytest.raises(UserError, match="TwistedForCausalLM"):
-        LogitsHead(TwistedForCausalLM(CONFIGS["llama"]))
-    with pytest.raises(UserError, match="LlamaModel has no backbone"):
-        LogitsHead(AutoModel.from_config(CONFIGS["llama"]))
-
-
-def test_the_check_leaves_no_trace() -> None:
-    """Modes module by module, random state and gradients are as they were."""
-    model = build("gpt2-tied").train()
-    frozen = model.transformer.h[0]
-    frozen.eval()
-    modes = [module.training for module in model.modules()]
-    state = torch.get_rng_state()
-    LogitsHead(model)
-    assert [module.training for module in model.modules()] == modes
-    assert torch.equal(torch.get_rng_state(), state)
-    assert all(parameter.grad is None for parameter in model.parameters())
