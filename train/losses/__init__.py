@@ -16,7 +16,7 @@ from logitcask.train.losses.divergences import jsd, reverse_kl, skew_kl, skew_re
 from logitcask.train.losses.forward_kl import ce, forward_kl, random_sampling
 from logitcask.train.losses.pairs import bild, dpkd_token, listmle, pairwise_logistic
 from logitcask.train.losses.ranking import ranking
-from logitcask.train.losses.student_pass import Student
+from logitcask.train.losses.student_pass import StudentPass
 
 __all__ = [
     "LOSSES",
@@ -25,7 +25,7 @@ __all__ = [
     "LossSpec",
     "LossState",
     "SparseTeacher",
-    "Student",
+    "StudentPass",
     "adaptive_kl",
     "alpha_beta",
     "bild",

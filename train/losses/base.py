@@ -114,8 +114,8 @@ Loss = Callable[..., Tensor]
 """``loss(student_logits [P, V], teacher, **options) -> float32[P]``, nats: a pure function, one
 value per position.
 
-In place of the logits it takes a ``Student`` that was made of them and this teacher, which several
-losses can share.
+In place of the logits it takes a ``StudentPass`` that was made of them and this teacher, which
+several losses can share.
 """
 
 Exactness = Literal["exact", "unbiased", "lower", "biased"]

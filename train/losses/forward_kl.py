@@ -13,7 +13,7 @@ from torch import Tensor
 
 from logitcask.cache_format.errors import UserError
 from logitcask.train.losses.base import SparseTeacher, loss
-from logitcask.train.losses.student_pass import Student
+from logitcask.train.losses.student_pass import StudentPass
 from logitcask.train.losses.tails import Tail, TailOption, cells, choose_tail, softened, tail_of
 
 __all__ = ["Tail", "ce", "forward_kl", "random_sampling", "tail_of"]
@@ -32,7 +32,7 @@ _TAILS = ("samples", "ghost", "prior", "renormalised")
     prior_product=True,
 )
 def forward_kl(
-    student_logits: Tensor | Student,
+    student_logits: Tensor | StudentPass,
     teacher: SparseTeacher,
     *,
     temperature: float = 1.0,
@@ -79,7 +79,7 @@ def forward_kl(
     """
     student_logits, teacher = softened("forward_kl", student_logits, teacher, temperature)
     kind = choose_tail("forward_kl", teacher, tail, _TAILS)
-    student = Student.of(student_logits, teacher, prior=kind == "prior")
+    student = StudentPass.of(student_logits, teacher, prior=kind == "prior")
     if kind == "samples":
         return _cross_entropy(student, teacher) - entropy(teacher).to(student.dtype)
     if kind == "prior":
@@ -106,7 +106,7 @@ def entropy(teacher: SparseTeacher) -> Tensor:
     )
 
 
-def _cross_entropy(student: Student, teacher: SparseTeacher) -> Tensor:
+def _cross_entropy(student: StudentPass, teacher: SparseTeacher) -> Tensor:
     """-sum of p log q, the tail's share from the draws: [P]."""
     p_PK, weight_PS = (
         teacher.logprobs.exp().to(student.dtype),
@@ -120,7 +120,7 @@ def _cross_entropy(student: Student, teacher: SparseTeacher) -> Tensor:
     return total_P * student.lse - (p_PK * z_PK).sum(1) - (weight_PS * z_PS).sum(1)
 
 
-def _from_prior(student: Student, teacher: SparseTeacher) -> Tensor:
+def _from_prior(student: StudentPass, teacher: SparseTeacher) -> Tensor:
     assert teacher.prior is not None
     assert student.prior_dot is not None
     prior, ids_PK = teacher.prior, teacher.ids
@@ -161,7 +161,7 @@ def _p_log_p(p: Tensor, log_p: Tensor) -> Tensor:
     from_samples="unbiased",
     use="caches of draws without logprobs or entropy; the gradient of forward_kl",
 )
-def random_sampling(student_logits: Tensor | Student, teacher: SparseTeacher) -> Tensor:
+def random_sampling(student_logits: Tensor | StudentPass, teacher: SparseTeacher) -> Tensor:
     """Cross-entropy to what was drawn from the teacher, in nats per position (RS-KD, arXiv
     2503.16870).
 
@@ -183,7 +183,7 @@ def random_sampling(student_logits: Tensor | Student, teacher: SparseTeacher) ->
             )
         none = teacher.ids[:, :0]
         teacher = SparseTeacher(**{**vars(teacher), "samples": none, "sample_logprobs": None})
-    return _cross_entropy(Student.of(student_logits, teacher), teacher)
+    return _cross_entropy(StudentPass.of(student_logits, teacher), teacher)
 
 
 @loss(
@@ -195,10 +195,10 @@ def random_sampling(student_logits: Tensor | Student, teacher: SparseTeacher) ->
     use="beside a teacher loss (ce_weight is the same), or alone, as the baseline",
     by_overlap=False,
 )
-def ce(student_logits: Tensor | Student, teacher: SparseTeacher) -> Tensor:
+def ce(student_logits: Tensor | StudentPass, teacher: SparseTeacher) -> Tensor:
     """-log q of the target: cross-entropy with hard labels, in nats per position. **Exact**;
     nothing of the teacher is used.
 
     Args, returns: as ``forward_kl``.
     """
-    return -Student.of(student_logits, teacher).log_target
+    return -StudentPass.of(student_logits, teacher).log_target

@@ -2,7 +2,7 @@
 
 A dense pass over ``[P, V]`` logits is what a loss costs. What sparse losses need of it is small:
 the logits at the ids that the cache names (and at the student's own top), and how much mass lies
-elsewhere. ``Student`` makes that one pass; losses then work on tensors of some ``[P, K]``, by
+elsewhere. ``StudentPass`` makes that one pass; losses then work on tensors of some ``[P, K]``, by
 autograd, and however many of them share it, the gradient is one more pass. On CUDA both passes are
 kernels (``logitcask.train.losses.kernels``).
 
@@ -30,7 +30,7 @@ _SLAB_BYTES = {"cpu": 2 * 2**20}
 _SLAB_BYTES_ELSEWHERE = 128 * 2**20
 
 
-class Student:
+class StudentPass:
     """softmax(scale * logits) in the cells that a sparse teacher defines: head ids, the tail, and
     unpredictable ids.
 
@@ -93,14 +93,14 @@ class Student:
     @classmethod
     def of(
         cls,
-        student: Tensor | Student,
+        student: Tensor | StudentPass,
         teacher: SparseTeacher,
         *,
         top_k: int = 0,
         prior: bool = False,
         masses: bool = True,
         scale: float | None = None,
-    ) -> Student:
+    ) -> StudentPass:
         """``student`` if it has been made already and serves, else one made of the logits; its
         own scale is kept, or is 1.
         """

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from logitcask.cache_format.errors import UserError
 from logitcask.train.losses.base import SparseTeacher
-from logitcask.train.losses.student_pass import Student, slabs
+from logitcask.train.losses.student_pass import StudentPass, slabs
 
 Tail = Literal["samples", "ghost", "prior", "renormalised"]
 TailOption = Tail | Literal["auto"]
@@ -89,8 +89,8 @@ def choose_tail(
 
 
 def softened(
-    name: str, student: Tensor | Student, teacher: SparseTeacher, temperature: float
-) -> tuple[Tensor | Student, SparseTeacher]:
+    name: str, student: Tensor | StudentPass, teacher: SparseTeacher, temperature: float
+) -> tuple[Tensor | StudentPass, SparseTeacher]:
     """Both sides at another temperature. Raises UserError unless every head is the whole
     vocabulary.
     """
@@ -109,11 +109,11 @@ def softened(
         teacher, logprobs=torch.log_softmax(teacher.logprobs / temperature, dim=1), samples=None
     )
     logits = student if isinstance(student, Tensor) else student.logits
-    return Student(logits, softer, scale=1 / temperature), softer
+    return StudentPass(logits, softer, scale=1 / temperature), softer
 
 
 def cells(
-    student: Student, teacher: SparseTeacher, *, renormalised: bool = False
+    student: StudentPass, teacher: SparseTeacher, *, renormalised: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(log_p, log_q, log_u): the head and the ghost as cells, or the head alone, scaled up to 1."""
     log_p, log_q, log_u = teacher.logprobs.to(student.dtype), student.log_head, student.log_u
@@ -138,7 +138,7 @@ def as_cells(log_p: Tensor, log_q: Tensor, log_u: Tensor) -> tuple[Tensor, Tenso
 
 
 def over_the_prior(
-    divergence: Divergence, student: Tensor | Student, teacher: SparseTeacher
+    divergence: Divergence, student: Tensor | StudentPass, teacher: SparseTeacher
 ) -> Tensor:
     """``divergence`` with every id a cell, the tail spread by the prior: [P].
 
@@ -146,7 +146,7 @@ def over_the_prior(
     that is made; at another temperature than 1 there are the scaled logits, too.
     """
     logits = student if isinstance(student, Tensor) else student.logits
-    if isinstance(student, Student) and student.scale != 1.0:
+    if isinstance(student, StudentPass) and student.scale != 1.0:
         logits = logits * student.scale
     loss_P: Tensor = _Reconstruction.apply(logits, teacher, divergence)  # type: ignore[no-untyped-call]
     return loss_P
@@ -205,7 +205,7 @@ def tail_by_prior(teacher: SparseTeacher) -> Tensor:
     return log_r.scatter_reduce(1, teacher.ids.clamp_min(0), hit, "amin")
 
 
-def log_ratio(student: Student, teacher: SparseTeacher) -> Tensor:
+def log_ratio(student: StudentPass, teacher: SparseTeacher) -> Tensor:
     """[P, S]: log(q / p) at the draws, 0 for padding. Needs their logprobs."""
     assert teacher.samples is not None
     assert teacher.sample_logprobs is not None
@@ -215,7 +215,7 @@ def log_ratio(student: Student, teacher: SparseTeacher) -> Tensor:
 
 def over_the_draws(
     divergence: Divergence,
-    student: Student,
+    student: StudentPass,
     teacher: SparseTeacher,
     rest: Callable[[Tensor], Tensor],
     slope: float,
@@ -237,7 +237,7 @@ def over_the_draws(
     return value + estimate.sum(1)
 
 
-def refined(teacher: SparseTeacher, student: Student) -> tuple[Tensor, Tensor, Tensor]:
+def refined(teacher: SparseTeacher, student: StudentPass) -> tuple[Tensor, Tensor, Tensor]:
     """(log_p, log_q, log_u) with each drawn id a cell of its own beside the head, and a ghost for
     what is left.
 

@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 
-from logitcask.train.losses import LOSSES, SparseTeacher, Student, kernels
+from logitcask.train.losses import LOSSES, SparseTeacher, StudentPass, kernels
 
 pytestmark = pytest.mark.random
 
@@ -111,7 +111,9 @@ def test_losses(
     for enabled in (True, False):
         monkeypatch.setattr(kernels, "_ENABLED", enabled)
         logits = start.to(dtype, copy=True).requires_grad_()
-        student = Student(logits, teacher, top_k=5, prior=True, scale=0.7, may_overwrite=overwrite)
+        student = StudentPass(
+            logits, teacher, top_k=5, prior=True, scale=0.7, may_overwrite=overwrite
+        )
         loss = sum(LOSSES[name](student, teacher) for name in ("ranking", "ce"))
         loss = loss + 2 * LOSSES["forward_kl"](student, teacher, tail=tail)
         assert torch.equal(logits, start.to(dtype))

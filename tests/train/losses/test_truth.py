@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from logitcask.cache_format.errors import UserError
-from logitcask.train.losses import LOSSES, SPECS, SparseTeacher, Student
+from logitcask.train.losses import LOSSES, SPECS, SparseTeacher, StudentPass
 
 V = 40
 Truth = Callable[..., Tensor]
@@ -346,7 +346,7 @@ def test_temperature(draw: torch.Generator, name: str, temperature: float) -> No
     log_p, z = normal(draw, 12, V).log_softmax(1), normal(draw, 12, V + 3)
     plain, truth = teacher_of(log_p, V, draw, width=V + 2), TRUTHS[name][0]
     for teacher in (plain, dataclasses.replace(plain, prior=normal(draw, V).softmax(0))):
-        for first in (lambda x, _: x, lambda x, teacher: Student(x, teacher, top_k=2)):
+        for first in (lambda x, _: x, lambda x, teacher: StudentPass(x, teacher, top_k=2)):
             assert_same(
                 lambda x, first=first, teacher=teacher: LOSSES[name](
                     first(x, teacher), teacher, temperature=temperature
@@ -675,7 +675,7 @@ def test_what_the_student_looks_at(draw: torch.Generator) -> None:
     teacher = dataclasses.replace(teacher, prior=normal(draw, 12).softmax(0))
 
     def looks(x: Tensor) -> Tensor:
-        s = Student(x, teacher, top_k=2, prior=True, scale=0.7)
+        s = StudentPass(x, teacher, top_k=2, prior=True, scale=0.7)
         head, drawn = s.z_head.where(teacher.ids >= 0, 0), s.z_samples
         return torch.cat(
             [
@@ -687,7 +687,7 @@ def test_what_the_student_looks_at(draw: torch.Generator) -> None:
             1,
         )
 
-    student = Student(z, teacher, top_k=2, prior=True, scale=0.7)
+    student = StudentPass(z, teacher, top_k=2, prior=True, scale=0.7)
     for row, ids in enumerate(teacher.ids):
         outside = [v for v in range(12) if v not in ids.tolist()]
         assert student.log_tail[row] == pytest.approx((0.7 * z[row, outside]).logsumexp(0).item())
