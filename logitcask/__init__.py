@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     )
     from logitcask.train.data.batch import collate
     from logitcask.train.data.dataset import CachedDataset
-    from logitcask.train.losses import LOSSES, SparseTeacher
+    from logitcask.train.losses import LOSSES, SparseTeacher, TailDraws
 
 _FORMAT = "logitcask.cache_format"
 
@@ -55,6 +55,7 @@ _HOMES = {
     "LogitcaskError": _FORMAT,
     "Manifest": _FORMAT,
     "SparseTeacher": "logitcask.train.losses",
+    "TailDraws": "logitcask.train.losses",
     "TailSamples": _FORMAT,
     "UnsupportedCacheError": _FORMAT,
     "UserError": _FORMAT,
@@ -78,6 +79,7 @@ __all__ = [
     "LogitcaskError",
     "Manifest",
     "SparseTeacher",
+    "TailDraws",
     "TailSamples",
     "UnsupportedCacheError",
     "UserError",

@@ -99,7 +99,7 @@ class Objective:
         found: dict[str, str] = {}
         for name, options in self._options.items():
             spec = SPECS[SPECS[name].same_as(options) or name]
-            samples = teacher.samples is not None and spec.from_samples is not None
+            samples = teacher.draws is not None and spec.from_samples is not None
             if spec.tails:
                 tail = choose_tail(
                     name,

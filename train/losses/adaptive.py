@@ -270,8 +270,8 @@ def taid(
     if kind == "ghost":
         return divergence(*cells(student, teacher))
     log_p, log_q, _ = as_cells(teacher.logprobs.to(student.dtype), student.log_head, student.log_u)
-    log_w = teacher.sample_weights.to(student.dtype).log().clamp_min(NOTHING)
-    drawn = log_w + (1 - t) * log_ratio(student, teacher).detach()
+    weights = student.draws.weights(teacher.tail_logprob).to(student.dtype)
+    drawn = weights.log().clamp_min(NOTHING) + (1 - t) * log_ratio(student).detach()
     target = torch.cat([(1 - t) * log_q.detach() + t * log_p, drawn], 1).softmax(1)
     return -(target * torch.cat([log_q, student.log_samples.clamp_min(NOTHING)], 1)).sum(1)
 

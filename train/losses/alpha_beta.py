@@ -99,10 +99,8 @@ def _gap(alpha: float, beta: float, log_A: Tensor, log_B: Tensor) -> Tensor:
 def _drawn_tail(
     student: StudentPass, teacher: SparseTeacher, alpha: float, beta: float, log_B: Tensor
 ) -> Tensor:
-    assert teacher.samples is not None
-    assert teacher.sample_logprobs is not None
-    weight_PS = teacher.sample_weights.to(student.dtype)
-    log_p = teacher.sample_logprobs.to(student.dtype).masked_fill(teacher.samples < 0, 0)
+    weight_PS = student.draws.weights(teacher.tail_logprob).to(student.dtype)
+    log_p = student.draws.finite_logprobs.to(student.dtype)
     s = alpha + beta
     cross = (weight_PS * ((alpha - 1) * log_p + beta * student.log_samples).exp()).sum(1)
     own = (weight_PS * ((s - 1) * log_p).exp()).sum(1)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from logitcask.train.losses import kernels
-from logitcask.train.losses.base import SparseTeacher
+from logitcask.train.losses.base import SparseTeacher, TailDraws
 
 # Rows of logits worked on at a time: temporaries stay in a CPU's cache; on a GPU fewer launches
 # matter more.
@@ -48,6 +48,7 @@ class StudentPass:
             asked for ``logits``, which it may still need then.
 
     Attributes:
+        draws: the teacher's, or no columns of them.
         z_head, z_samples, z_target, z_top: scaled logits at head ids [P, K], draws [P, S], targets
         [P] and the student's
             top k [P, k], largest first; -inf for padding.
@@ -74,8 +75,9 @@ class StudentPass:
         self._logits, self._overwrite = logits, [may_overwrite]
         self.dtype = torch.promote_types(logits.dtype, torch.float32)
         self.top_ids = logits.detach().topk(top_k, dim=1).indices
-        samples = teacher.samples if teacher.samples is not None else teacher.ids[:, :0]
-        parts = [teacher.ids, samples, teacher.target_ids.unsqueeze(1), self.top_ids]
+        nothing = TailDraws(teacher.ids[:, :0], teacher.logprobs[:, :0])
+        self.draws = nothing if teacher.draws is None else teacher.draws
+        parts = [teacher.ids, self.draws.ids, teacher.target_ids.unsqueeze(1), self.top_ids]
         b = teacher.prior.to(self.dtype) if prior and teacher.prior is not None else None
         ids_PE = torch.cat(parts, 1)
         z_PE, self.log_tail, self.log_others, dot = _Pass.apply(  # type: ignore[no-untyped-call]
@@ -139,8 +141,7 @@ class StudentPass:
     @property
     def log_samples(self) -> Tensor:
         """[P, S] logprobs of the draws, 0 for padding."""
-        assert self.teacher.samples is not None
-        return (self.z_samples - self.lse.unsqueeze(1)).masked_fill(self.teacher.samples < 0, 0)
+        return (self.z_samples - self.lse.unsqueeze(1)).masked_fill(self.draws.ids < 0, 0)
 
     @property
     def log_target(self) -> Tensor:

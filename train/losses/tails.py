@@ -54,8 +54,8 @@ def tail_of(teacher: SparseTeacher, *, logprobs: bool = False) -> Tail:
 
     Samples need the teacher's entropy or their logprobs; with ``logprobs`` only the latter will do.
     """
-    if teacher.samples is not None and (
-        teacher.sample_logprobs is not None or (teacher.entropy is not None and not logprobs)
+    if teacher.draws is not None and (
+        teacher.draws.logprobs is not None or (teacher.entropy is not None and not logprobs)
     ):
         return "samples"
     return "ghost"
@@ -80,7 +80,7 @@ def choose_tail(
     if tail == "auto":
         return best
     if (tail == "samples" and best != "samples") or (tail == "prior" and teacher.prior is None):
-        undated = tail == "samples" and teacher.samples is not None
+        undated = tail == "samples" and teacher.draws is not None
         raise UserError(
             f"{name}: tail is {tail!r}, but the cache has no {'logprobs of its samples' if undated else tail} "
             f"(it allows {best})"
@@ -106,7 +106,7 @@ def softened(
             f"{teacher.vocab_size} ids and other temperatures need all of them; use temperature 1"
         )
     softer = replace(
-        teacher, logprobs=torch.log_softmax(teacher.logprobs / temperature, dim=1), samples=None
+        teacher, logprobs=torch.log_softmax(teacher.logprobs / temperature, dim=1), draws=None
     )
     logits = student if isinstance(student, Tensor) else student.logits
     return StudentPass(logits, softer, scale=1 / temperature), softer
@@ -205,12 +205,9 @@ def tail_by_prior(teacher: SparseTeacher) -> Tensor:
     return log_r.scatter_reduce(1, teacher.ids.clamp_min(0), hit, "amin")
 
 
-def log_ratio(student: StudentPass, teacher: SparseTeacher) -> Tensor:
+def log_ratio(student: StudentPass) -> Tensor:
     """[P, S]: log(q / p) at the draws, 0 for padding. Needs their logprobs."""
-    assert teacher.samples is not None
-    assert teacher.sample_logprobs is not None
-    log_p = teacher.sample_logprobs.to(student.dtype).masked_fill(teacher.samples < 0, 0)
-    return student.log_samples - log_p
+    return student.log_samples - student.draws.finite_logprobs.to(student.dtype)
 
 
 def over_the_draws(
@@ -231,9 +228,8 @@ def over_the_draws(
     )
     value = divergence(log_p, log_q, log_u) + slope * student.log_Q.exp()
     # Beyond e^60 and e^-80 the rest is at its limit, or its logarithm is; float32 ends at e^88.
-    estimate = teacher.sample_weights.to(student.dtype) * rest(
-        log_ratio(student, teacher).clamp(-80, 60)
-    )
+    weights = student.draws.weights(teacher.tail_logprob).to(student.dtype)
+    estimate = weights * rest(log_ratio(student).clamp(-80, 60))
     return value + estimate.sum(1)
 
 
@@ -245,12 +241,10 @@ def refined(teacher: SparseTeacher, student: StudentPass) -> tuple[Tensor, Tenso
     all of its tail keeps the plain ghost, because the mass that is left would be what rounding
     leaves of it.
     """
-    assert teacher.samples is not None
-    assert teacher.sample_logprobs is not None
-    ids_PS, order_PS = teacher.samples.sort(1)
+    ids_PS, order_PS = student.draws.ids.sort(1)
     first_PS = torch.ones_like(ids_PS, dtype=torch.bool)
     first_PS[:, 1:] = ids_PS[:, 1:] != ids_PS[:, :-1]
-    log_p_PS = teacher.sample_logprobs.to(student.dtype).gather(1, order_PS)
+    log_p_PS = student.draws.finite_logprobs.to(student.dtype).gather(1, order_PS)
     used_PS = first_PS & (ids_PS >= 0)
     m_P = teacher.tail_logprob.to(student.dtype).exp()
     covered_P = log_p_PS.exp().where(used_PS, 0).sum(1)

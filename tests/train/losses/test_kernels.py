@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 
-from logitcask.train.losses import LOSSES, SparseTeacher, StudentPass, kernels
+from logitcask.train.losses import LOSSES, SparseTeacher, StudentPass, TailDraws, kernels
 
 pytestmark = pytest.mark.random
 
@@ -104,7 +104,7 @@ def test_losses(
     tail_logprob = (-torch.expm1(logp.logsumexp(1))).clamp_min(1e-9).log()
     teacher = SparseTeacher(
         head, logp, tail_logprob, ids[:, 0], logprobs[:, 0], vocab,
-        samples=ids[:, 100:108], sample_logprobs=logprobs[:, 100:108],
+        draws=TailDraws(ids[:, 100:108], logprobs[:, 100:108]),
         prior=torch.rand(vocab, device=DEVICE).softmax(0),
     )  # fmt: skip
     found = []
