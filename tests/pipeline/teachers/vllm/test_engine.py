@@ -22,7 +22,7 @@ from logitcask.pipeline.audit.run import audit
 from logitcask.pipeline.config import BuildConfig, TeacherConfig
 from logitcask.pipeline.distribution.capture import Capture
 from logitcask.pipeline.distribution.draws import Draws, first_difference
-from logitcask.pipeline.teachers.model import load_tokenizer
+from logitcask.pipeline.teachers.model import load_tokenizer, resolve_model
 from logitcask.pipeline.teachers.open import open_teacher
 from logitcask.pipeline.teachers.rows import ColumnRequest, scored_rows
 from logitcask.pipeline.teachers.vllm import plugin as vllm_plugin
@@ -132,7 +132,7 @@ def texts(folder: Path, rng: np.random.Generator, make: Make, max_length: int) -
     """The shortest and the longest sequence there may be, text in several scripts, and ids at
     random.
     """
-    tokenizer = load_tokenizer(str(folder))
+    tokenizer = load_tokenizer(resolve_model(str(folder)))
     ids = tokenizer(TEXT, add_special_tokens=False)["input_ids"]
     start = int(rng.integers(0, len(ids) // 2))
     long = (ids * (1 + max_length // len(ids)) * 2)[start : start + max_length]
