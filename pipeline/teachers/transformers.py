@@ -317,11 +317,8 @@ def _summarise(logprobs: Tensor, input_ids: NDArray[np.int32], capture: Capture)
     return Scored(
         ids=top.indices[:, : capture.top_k].to(torch.int32).cpu().numpy(),
         logprobs=head,
-        head_size=draws.head_size,
         target_ids=input_ids[1:].astype(np.int32),
         target_logprob=target[:, 0].cpu().numpy(),
         target_rank=(logprobs > target).sum(dim=1, dtype=torch.int32).cpu().numpy(),
-        samples=draws.samples,
-        sample_logprobs=draws.sample_logprobs,
-        entropy=draws.entropy,
+        draws=draws,
     )
