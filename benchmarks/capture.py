@@ -188,12 +188,13 @@ class Bench:
     def of(cls, teacher: VllmTeacher, config: BuildConfig, work: Path) -> Bench:
         """With the data of ``config``."""
         with CacheWriter(config.output) as writer:
+            inputs = Inputs(config)
             plan = make_plan(
                 writer.build_dir,
                 config,
                 request_of(config),
-                Inputs(config),
-                LazyTeacher(config, writer.build_dir),
+                inputs,
+                LazyTeacher(config, inputs, writer.build_dir),
             )
             return cls(teacher, config, plan, list(read_sequences(writer.build_dir, 0)), work)
 

@@ -116,7 +116,9 @@ def _scalars(truth: Truth, logprobs: _Array, batch: int) -> dict[str, dict[str, 
     columns = {
         "target_logprob": -np.concatenate([s.target_logprob for s in truth.scored]),
         "tail_logprob": -np.log(np.maximum(1 - mass, TAIL_MASS_FLOOR)),
-        "entropy": np.concatenate([s.entropy for s in truth.scored if s.entropy is not None]),
+        "entropy": np.concatenate(
+            [s.draws.entropy for s in truth.scored if s.draws.entropy is not None]
+        ),
     }
     result: dict[str, dict[str, float]] = {}
     for name, values in columns.items():

@@ -10,7 +10,7 @@ Shapes: P positions, R of them with whole rows, V vocabulary, K head entries.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -75,13 +75,10 @@ class Truth:
             scored = Scored(
                 ids=full.ids[:, : capture.top_k],
                 logprobs=head,
-                head_size=drawn.head_size,
                 target_ids=full.target_ids,
                 target_logprob=full.target_logprob,
                 target_rank=full.target_rank,
-                samples=drawn.samples,
-                sample_logprobs=drawn.sample_logprobs,
-                entropy=full.entropy,
+                draws=replace(drawn, entropy=full.draws.entropy),
             )
             result.append(keep(sequence, scored, store))
         return result
@@ -185,17 +182,10 @@ def _read(folder: Path, draws: list[str]) -> Truth:
         sequences.append(Sequence(str(archive["names"][index]), input_ids, mask))
         own = {
             name: per_row[name][index]
-            for name in ("ids", "logprobs", "target_logprob", "target_rank", "entropy")
+            for name in ("ids", "logprobs", "target_logprob", "target_rank")
         }
-        scored.append(
-            Scored(
-                head_size=nothing,
-                target_ids=input_ids[1:],
-                samples=nothing,
-                sample_logprobs=nothing,
-                **own,
-            )
-        )
+        draws_of_none = Draws(nothing, nothing, nothing, per_row["entropy"][index])
+        scored.append(Scored(target_ids=input_ids[1:], draws=draws_of_none, **own))
     starts = np.concatenate([[0], np.cumsum(lengths - 1)])
     identities = json.loads((folder / "capture.json").read_text())
     return Truth(

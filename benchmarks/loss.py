@@ -39,7 +39,7 @@ from logitcask.train.config import TrainConfig
 from logitcask.train.head.chunked import head_losses
 from logitcask.train.head.lm_head import LogitsHead
 from logitcask.train.loop.objective import Objective
-from logitcask.train.losses import SparseTeacher
+from logitcask.train.losses import SparseTeacher, TailDraws
 
 RESULTS = Path(__file__).parent / "results" / "loss.json"
 SIZES = {
@@ -103,10 +103,9 @@ class Inputs:
             target_ids=self.target,
             target_logprob=logprobs[:, 0],
             vocab_size=self.V,
-            samples=samples,
-            sample_logprobs=None
+            draws=None
             if samples is None
-            else (tail - 6).unsqueeze(1).expand(samples.shape).contiguous(),
+            else TailDraws(samples, (tail - 6).unsqueeze(1).expand(samples.shape).contiguous()),
             prior=torch.rand(self.V, device=DEVICE).softmax(0) if kind == "prior" else None,
         )
 

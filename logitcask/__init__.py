@@ -36,13 +36,14 @@ if TYPE_CHECKING:
     )
     from logitcask.train.data.batch import collate
     from logitcask.train.data.dataset import CachedDataset
-    from logitcask.train.losses import LOSSES, SparseTeacher
+    from logitcask.train.losses import LOSSES, SparseTeacher, TailDraws
 
 _FORMAT = "logitcask.cache_format"
 _HOMES = {
     "CachedDataset": "logitcask.train.data.dataset",
     "LOSSES": "logitcask.train.losses",
     "SparseTeacher": "logitcask.train.losses",
+    "TailDraws": "logitcask.train.losses",
     "collate": "logitcask.train.data.batch",
 }
 """The modules that public names are loaded from, where it is not the format."""
@@ -62,6 +63,7 @@ __all__ = [
     "LogitcaskError",
     "Manifest",
     "SparseTeacher",
+    "TailDraws",
     "TailSamples",
     "UnsupportedCacheError",
     "UserError",

@@ -8,10 +8,13 @@ stores.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from logitcask.pipeline.distribution.draws import Draws
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -42,33 +45,30 @@ class Scored:
 
     ids:              int32[n-1, K], the teacher's K most probable ids, by falling logprob.
     logprobs:         float32[n-1, K], nats, at temperature 1.
-    head_size:        int32[n-1], how many of them form the head
-                      (``logitcask.pipeline.distribution.capture``); the tail is everything else.
     target_ids:       int32[n-1], the tokens the engine says it scored; must equal
                       ``input_ids[1:]``.
     target_logprob:   float32[n-1], nats.
     target_rank:      int32[n-1], how many ids have a higher logprob than the target (0 = the
                       argmax).
-    samples:          int32[n-1, T, S], ids drawn from the tail in proportion to their probability:
-                      T sets of up to S draws, padded at the end with -1; repeats are draws too. T
-                      and S are 0 where none were asked for.
-    sample_logprobs:  float32[n-1, T, S], their logprobs, padded with -inf.
-    entropy:          float32[n-1], nats, of the whole distribution; None where the engine was asked
-                      for no draws.
+    draws:            of n-1 rows, in numpy: how many of the ids form the head, what was drawn from
+                      the tail, and the entropy.
     positions:        int32[R], rising: the only rows that are here, where not all are.
                       ``target_ids`` has all n - 1 even so.
     """
 
     ids: NDArray[np.int32]
     logprobs: NDArray[np.float32]
-    head_size: NDArray[np.int32]
     target_ids: NDArray[np.int32]
     target_logprob: NDArray[np.float32]
     target_rank: NDArray[np.int32]
-    samples: NDArray[np.int32]
-    sample_logprobs: NDArray[np.float32]
-    entropy: NDArray[np.float32] | None = None
+    draws: Draws
     positions: NDArray[np.int32] | None = None
+
+    def arrays(self) -> dict[str, Any]:
+        """Its arrays by name, those of its draws included; None for what is not there."""
+        own = {field.name: getattr(self, field.name) for field in fields(self)}
+        draws = own.pop("draws")
+        return own | {field.name: getattr(draws, field.name) for field in fields(draws)}
 
 
 @dataclass(frozen=True, slots=True, eq=False)

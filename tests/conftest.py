@@ -18,7 +18,7 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -394,6 +394,21 @@ def as_sequence() -> Callable[[str, list[int]], Sequence]:
 
 
 @pytest.fixture(scope="session")
+def rolled() -> Callable[..., Scored]:
+    """``rolled(scored, names, by)``: row i of these arrays, its draws' among them, becomes row
+    i + ``by``.
+    """
+
+    def roll(scored: Scored, names: Iterable[str], by: int) -> Scored:
+        moved = {name: np.roll(scored.arrays()[name], by, axis=0) for name in names}
+        of_draws = {field.name for field in dataclasses.fields(Draws)} & moved.keys()
+        draws = dataclasses.replace(scored.draws, **{name: moved.pop(name) for name in of_draws})
+        return dataclasses.replace(scored, draws=draws, **moved)
+
+    return roll
+
+
+@pytest.fixture(scope="session")
 def assert_same_scores() -> Callable[..., None]:
     """``assert_same_scores(found, dense, input_ids, tolerance=4e-3)``: is ``found`` what ``dense``
     says of this text?
@@ -447,11 +462,13 @@ def assert_same_scores() -> Callable[..., None]:
             np.testing.assert_array_equal(
                 present, belongs, err_msg="an id that belongs in the head is missing"
             )
-        check_draws(found, dense, tolerance)
+        check_draws(found.ids, found.draws, dense, tolerance)
         if capture is not None:
             check_against_reference(found, dense, tolerance, capture)
 
-    def check_draws(found: Scored, dense: NDArray[np.floating], tolerance: float) -> None:
+    def check_draws(
+        head_ids: NDArray[np.int32], found: Draws, dense: NDArray[np.floating], tolerance: float
+    ) -> None:
         assert found.samples.shape == found.sample_logprobs.shape
         assert (found.samples.dtype, found.sample_logprobs.dtype, found.head_size.dtype) == (
             np.int32,
@@ -470,7 +487,7 @@ def assert_same_scores() -> Callable[..., None]:
             logprobs[real], named[real], atol=tolerance, rtol=0, err_msg="sample_logprobs"
         )
         assert np.isneginf(logprobs[~real]).all()
-        heads = np.where(np.arange(found.ids.shape[1]) < found.head_size[:, None], found.ids, -2)
+        heads = np.where(np.arange(head_ids.shape[1]) < found.head_size[:, None], head_ids, -2)
         assert not (flat[:, :, None] == heads[:, None]).any(), "a draw lies in the head"
         assert found.entropy is not None
         assert found.entropy.dtype == np.float32
@@ -481,7 +498,8 @@ def assert_same_scores() -> Callable[..., None]:
     def check_against_reference(
         found: Scored, dense: NDArray[np.floating], tolerance: float, capture: Capture
     ) -> None:
-        np.testing.assert_array_equal(found.head_size, head_sizes(found.logprobs, capture))
+        draws = found.draws
+        np.testing.assert_array_equal(draws.head_size, head_sizes(found.logprobs, capture))
         if not capture.samples:
             return
         # Head sizes and keys follow from what this engine said to the last bit.
@@ -499,7 +517,7 @@ def assert_same_scores() -> Callable[..., None]:
             highest = np.take_along_axis(exact, order.astype(np.int64), axis=1)
             sure = (np.diff(highest, axis=1) < -2 * tolerance).all(axis=1)
             sure &= np.abs(highest[:, 0] * 8 % 1 - 0.5) > 16 * tolerance
-        draws = Draws(*(getattr(found, field.name)[sure] for field in dataclasses.fields(Draws)))
+        draws = Draws(*(getattr(draws, field.name)[sure] for field in dataclasses.fields(Draws)))
         wrong = first_difference(
             draws, exact[sure], top_ids[sure], found.target_ids[sure], capture, tolerance
         )

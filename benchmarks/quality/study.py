@@ -312,8 +312,10 @@ class Study:
             path = self.folder / "caches" / "native" / name.replace(" ", "-")
             write_cache(path, ids, iter(scored[name]), store, vocab_size=vocab_size, model="strong")
             shards = sum(shard.stat().st_size for shard in (path / "data").iterdir())
-            heads = np.concatenate([s.head_size for s in scored[name]]).mean()
-            draws = np.concatenate([(s.samples >= 0).sum((1, 2)) for s in scored[name]]).mean()
+            heads = np.concatenate([s.draws.head_size for s in scored[name]]).mean()
+            draws = np.concatenate(
+                [(s.draws.samples >= 0).sum((1, 2)) for s in scored[name]]
+            ).mean()
             sizes[name] = {
                 "bytes_per_token": round(shards / ids.size, 2),
                 "head": round(float(heads), 1),

@@ -43,7 +43,7 @@ from logitcask.cache_format.manifest import (
 from logitcask.cache_format.shards.prior import TailPrior
 from logitcask.cache_format.writer import remove_cache
 from logitcask.pipeline.config import StoreConfig
-from logitcask.pipeline.distribution.draws import KEY_IDS, no_draws
+from logitcask.pipeline.distribution.draws import KEY_IDS, Draws, no_draws
 from logitcask.pipeline.distribution.draws_torch import draw, to_numpy
 from logitcask.pipeline.distribution.keep import keep
 from logitcask.pipeline.types import Scored, Sequence
@@ -201,13 +201,15 @@ def scored_rows(
             yield Scored(
                 ids=head_ids[at],
                 logprobs=head[at],
-                head_size=drawn.head_size[at],
                 target_ids=targets[at].int().numpy(),
                 target_logprob=target[at, 0].numpy(),
                 target_rank=rank[at],
-                samples=drawn.samples[at],
-                sample_logprobs=drawn.sample_logprobs[at],
-                entropy=None if drawn.entropy is None else drawn.entropy[at],
+                draws=Draws(
+                    head_size=drawn.head_size[at],
+                    samples=drawn.samples[at],
+                    sample_logprobs=drawn.sample_logprobs[at],
+                    entropy=None if drawn.entropy is None else drawn.entropy[at],
+                ),
             )
 
 

@@ -12,8 +12,8 @@ from typing import Any
 from logitcask.cache_format import UserError
 from logitcask.pipeline.config import BuildConfig, DataConfig, TeacherConfig
 from logitcask.pipeline.generate.prompts import Prompts
-from logitcask.pipeline.teachers.model import ResolvedModel, attention, check_context, resolve_model
-from logitcask.pipeline.teachers.open import open_tokenizer, vocab_size_of
+from logitcask.pipeline.teachers.model import ResolvedModel, attention, check_context
+from logitcask.pipeline.teachers.open import open_tokenizer, resolved, vocab_size_of
 from logitcask.pipeline.text.sources import Source, open_source
 from logitcask.pipeline.text.tokenize import Tokenization
 
@@ -35,25 +35,25 @@ class Inputs:
 
     @cached_property
     def tokenizer(self) -> Any:
-        return open_tokenizer(self.teacher)
+        return open_tokenizer(self.teacher, self.model)
 
     @cached_property
     def vocab_size(self) -> int:
-        return vocab_size_of(self.teacher)
+        return vocab_size_of(self.teacher, self.model)
 
     @cached_property
     def model(self) -> ResolvedModel | None:
         """None for the synthetic teacher."""
-        teacher = self.teacher
-        if teacher.is_synthetic:
-            return None
-        return resolve_model(
-            teacher.model, teacher.revision, trust_remote_code=teacher.trust_remote_code
-        )
+        return resolved(self.teacher)
 
     def reopen_source(self) -> None:
         """Has the data looked up again: some of its files may be gone."""
         self.__dict__.pop("source", None)
+
+    def forget_text(self) -> None:
+        """Frees what no more than a plan needs: a tokenizer is large."""
+        for name in ("source", "tokenizer"):
+            self.__dict__.pop(name, None)
 
     def tokenization(self, data: DataConfig) -> Tokenization:
         """A fresh one. ``data`` is that of this object, perhaps with the date of an earlier

@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 from typing import Self
 
+from logitcask.pipeline.builder.inputs import Inputs
 from logitcask.pipeline.config import BuildConfig
 from logitcask.pipeline.teachers.base import Sampling, Teacher
 from logitcask.pipeline.teachers.open import open_teacher
@@ -18,8 +19,8 @@ class LazyTeacher:
     scores.
     """
 
-    def __init__(self, config: BuildConfig, build_dir: Path) -> None:
-        self._config, self._build_dir = config, build_dir
+    def __init__(self, config: BuildConfig, inputs: Inputs, build_dir: Path) -> None:
+        self._config, self._inputs, self._build_dir = config, inputs, build_dir
         self._teacher: Teacher | None = None
 
     def start(self, sampling: Sampling | None = None) -> Teacher:
@@ -31,6 +32,7 @@ class LazyTeacher:
             )
             self._teacher = open_teacher(
                 config.teacher,
+                self._inputs.model,
                 max_length=config.data.max_length,
                 capture=config.store.capture(),
                 sampling=sampling,

@@ -90,7 +90,11 @@ def make_plan(
         prompts = inputs.prompts(config.data)
         request = with_date(request, prompts)
         sampling = sampling_of(
-            config.teacher, config.data.generate, prompts.tokenizer, prompts.template
+            config.teacher,
+            config.data.generate,
+            prompts.tokenizer,
+            prompts.template,
+            inputs.model,
         )
         answers = Generations(prompts, config, sampling, build_dir, request)
         answers.complete(source, engine.start)

@@ -67,7 +67,7 @@ def build(config: BuildConfig, *, restart: bool = False) -> BuildResult:
 
     with (
         _open_writer(config) as writer,
-        LazyTeacher(config, writer.build_dir) as engine,
+        LazyTeacher(config, inputs, writer.build_dir) as engine,
     ):
         plan = Plan.load(writer.build_dir)
         if plan is None:
@@ -86,7 +86,7 @@ def build(config: BuildConfig, *, restart: bool = False) -> BuildResult:
                     f"{describe_difference(before, now)}; go back to them, start afresh with --restart, "
                     "or choose another output"
                 )
-        del inputs  # all that follows is in the plan; a tokenizer is large
+        inputs.forget_text()  # all that follows is in the plan
         header, seconds, scored = _write_shards(writer, plan, config, engine)
         found = audit_build(config.output, header, writer.entries(), config.audit, config.teacher)
         manifest = writer.finish(header, len(plan.shards), audit=found)

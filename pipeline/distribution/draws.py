@@ -39,12 +39,15 @@ SET_STRIDE = 256
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Draws:
-    """The draws of R positions, as in ``logitcask.pipeline.types.Scored``; numpy arrays, or torch
+    """What an engine says of R positions beside their most probable ids; numpy arrays, or torch
     tensors inside an engine.
 
-    head_size:       int32[R].
-    samples:         int32[R, T, S], padded with -1.
-    sample_logprobs: float32[R, T, S], padded with -inf.
+    head_size:       int32[R], how many of the most probable ids form the head
+                     (``logitcask.pipeline.distribution.capture``); the tail is everything else.
+    samples:         int32[R, T, S], ids drawn from the tail in proportion to their probability: T
+                     sets of up to S draws, padded at the end with -1; repeats are draws too. T and
+                     S are 0 where none are asked for.
+    sample_logprobs: float32[R, T, S], their logprobs, padded with -inf.
     entropy:         float32[R], nats, of the whole distribution; None where no draws are asked for.
     """
 

@@ -86,15 +86,16 @@ def keep(sequence: Sequence, scored: Scored, store: StoreSettings) -> CachedSequ
     positions = sequence.positions()
     # Where the engine's rows are those of the kept positions already, they are taken as they are.
     rows = positions if scored.positions is None else np.searchsorted(scored.positions, positions)
-    size = scored.head_size[rows]
+    draws = scored.draws
+    size = draws.head_size[rows]
     width = int(size.max()) if len(size) else 0
     ids, logprobs = scored.ids[rows, :width], scored.logprobs[rows, :width]
     inside = (np.arange(width) < size[:, None]) & ~np.isneginf(logprobs)
     size = inside.sum(axis=1, dtype=np.int32)
     samples = None
     if store.tail_samples:
-        drawn = scored.sample_logprobs[rows] if store.sample_logprobs else None
-        samples = TailSamples(scored.samples[rows], drawn)
+        drawn = draws.sample_logprobs[rows] if store.sample_logprobs else None
+        samples = TailSamples(draws.samples[rows], drawn)
     return CachedSequence(
         sequence_id=sequence.sequence_id,
         input_ids=sequence.input_ids,
@@ -105,7 +106,7 @@ def keep(sequence: Sequence, scored: Scored, store: StoreSettings) -> CachedSequ
         tail_logprob=tail_logprob(logprobs, size, store.vocab_size),
         target_logprob=scored.target_logprob[rows],
         target_rank=scored.target_rank[rows],
-        entropy=scored.entropy[rows] if store.entropy and scored.entropy is not None else None,
+        entropy=draws.entropy[rows] if store.entropy and draws.entropy is not None else None,
         samples=samples,
     )
 

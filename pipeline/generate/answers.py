@@ -69,7 +69,7 @@ class GenerationState(BaseModel):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Written:
+class WrittenAnswer:
     """What the teacher wrote: int32[m], its end token included where one came, and why it ended
     there.
 
@@ -274,7 +274,7 @@ class Generations:
                 ) as bar,
             ):
                 for unit in missing:
-                    unit_answers: list[Written] = []
+                    unit_answers: list[WrittenAnswer] = []
                     for _ in self._asked(unit):
                         safe_point()
                         ids = next(answers)
@@ -300,7 +300,7 @@ class Generations:
             if close is not None:
                 close()
 
-    def _commit(self, unit: int, answers: list[Written]) -> None:
+    def _commit(self, unit: int, answers: list[WrittenAnswer]) -> None:
         sink = pa.BufferOutputStream()
         columns = [[answer.input_ids for answer in answers], [answer.finish for answer in answers]]
         with pa.ipc.new_file(sink, _ANSWERS) as out:
@@ -312,7 +312,7 @@ class Generations:
             )
         write_durably(self._answers_file(unit), sink.getvalue().to_pybytes())
 
-    def _written(self, unit: int) -> Iterator[tuple[str, Prompt, Written]]:
+    def _written(self, unit: int) -> Iterator[tuple[str, Prompt, WrittenAnswer]]:
         """Each answer of a unit with its id and prompt; nothing where it has no answers
         (``max_tokens`` came first).
         """
@@ -323,7 +323,11 @@ class Generations:
             for (sequence_id, prompt), answer, why in zip(
                 self._asked(unit), ids, finish, strict=True
             ):
-                yield sequence_id, prompt, Written(answer.values.to_numpy().copy(), why.as_py())
+                yield (
+                    sequence_id,
+                    prompt,
+                    WrittenAnswer(answer.values.to_numpy().copy(), why.as_py()),
+                )
 
     def _tokens(self, units: Iterable[int]) -> int:
         """Of the prompts and answers that these units hold."""
@@ -357,7 +361,7 @@ def cut(
     decode: Callable[[NDArray[np.int32]], str],
     *,
     include_stop: bool,
-) -> Written:
+) -> WrittenAnswer:
     """Where an answer ends: with its first end token, or at the first stop string, whichever comes
     first.
 
@@ -379,7 +383,7 @@ def cut(
         at = min(position for stop in sampling.stop if (position := text.find(stop)) >= 0)
         before = bisect_left(counts, True, key=lambda n: decode(ids[:n])[:at] == text[:at])
         ids, content, finish = ids[: through if include_stop else before], ids[:before], "stop"
-    return Written(ids, finish if len(content) else "empty")
+    return WrittenAnswer(ids, finish if len(content) else "empty")
 
 
 def answer_seed(seed: int, row_id: str, sample: int) -> int:

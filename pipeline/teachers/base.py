@@ -53,7 +53,7 @@ def answers(teacher: Teacher, sequences: Iterable[Sequence]) -> Iterator[Pending
 
 
 def _read(scored: Scored) -> PendingScores:
-    held = (scored.ids, scored.logprobs, scored.samples, scored.sample_logprobs)
+    held = (scored.ids, scored.logprobs, scored.draws.samples, scored.draws.sample_logprobs)
     return PendingScores(sum(each.nbytes for each in held), lambda: scored)
 
 

@@ -138,18 +138,15 @@ def prepare_model(name: str, revision: str | None = None) -> str:
     return resolve_model(name, revision).location
 
 
-def load_tokenizer(
-    name: str, revision: str | None = None, *, trust_remote_code: bool = False
-) -> Any:
+def load_tokenizer(model: ResolvedModel) -> Any:
     """The model's tokenizer, a ``transformers.PreTrainedTokenizerBase``. Raises UserError where
     there is none.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    model = resolve_model(name, revision, trust_remote_code=trust_remote_code)
     try:
         return usable_tokenizer(
-            name,
+            model.name,
             AutoTokenizer.from_pretrained(
                 model.location, revision=model.revision, trust_remote_code=model.trust_remote_code
             ),
@@ -166,7 +163,7 @@ def load_tokenizer(
                 "(a tokenizer.model needs the package sentencepiece or tiktoken)"
             )
         raise UserError(
-            f"the tokenizer of {name} cannot be loaded: {reason}; "
+            f"the tokenizer of {model.name} cannot be loaded: {reason}; "
             "a model folder needs the tokenizer's files beside the weights"
         ) from error
 

@@ -27,8 +27,18 @@ from logitcask.pipeline.text.chat_template import ChatTemplate
 logger = logging.getLogger(__name__)
 
 
+def resolved(config: TeacherConfig) -> ResolvedModel | None:
+    """The model that ``config`` names; None for the synthetic teacher. Raises as
+    ``resolve_model``.
+    """
+    if config.is_synthetic:
+        return None
+    return resolve_model(config.model, config.revision, trust_remote_code=config.trust_remote_code)
+
+
 def open_teacher(
     config: TeacherConfig,
+    model: ResolvedModel | None = None,
     *,
     max_length: int,
     capture: Capture,
@@ -38,6 +48,7 @@ def open_teacher(
     """Starts the engine that ``config`` names, ready to score: a ``Teacher``; with ``sampling`` a
     ``Generator`` too.
 
+    model:      that of ``config``, if it has been resolved already; here and below.
     max_length: longest sequence that will be scored, in tokens.
     capture:    what to return at every position; ``top_k`` is at most the vocabulary's size.
     sampling:   how it will write, if it will.
@@ -46,11 +57,11 @@ def open_teacher(
     Raises UserError where the model does not exist, or the engine cannot start with it or cannot
     draw.
     """
-    if config.is_synthetic:
+    model = model or resolved(config)
+    if model is None:
         from logitcask.pipeline.teachers.synthetic import SyntheticTeacher
 
         return SyntheticTeacher(config, capture, sampling)
-    model = _resolve(config)
     if config.backend == "server":
         from logitcask.pipeline.teachers.server.teacher import ServerTeacher
 
@@ -74,16 +85,17 @@ def open_teacher(
     )
 
 
-def open_tokenizer(config: TeacherConfig) -> Any:
+def open_tokenizer(config: TeacherConfig, model: ResolvedModel | None = None) -> Any:
     """The teacher's tokenizer: a transformers one, or the synthetic teacher's own.
 
     Raises UserError where the model does not exist or has no tokenizer.
     """
-    if config.is_synthetic:
+    model = model or resolved(config)
+    if model is None:
         from logitcask.pipeline.teachers.synthetic_tokenizer import SyntheticTokenizer
 
         return SyntheticTokenizer()
-    return load_tokenizer(config.model, config.revision, trust_remote_code=config.trust_remote_code)
+    return load_tokenizer(model)
 
 
 def sampling_of(
@@ -91,6 +103,7 @@ def sampling_of(
     settings: GenerateConfig,
     tokenizer: Any,
     template: ChatTemplate | None = None,
+    model: ResolvedModel | None = None,
 ) -> Sampling:
     """How the teacher is to write: by the settings, until one of its own end tokens.
 
@@ -100,7 +113,10 @@ def sampling_of(
     A stop string that is a special token of the tokenizer, which would not show in the text, counts
     as an end token.
     """
-    ends = {tokenizer.eos_token_id} if config.is_synthetic else _ends_of_turns(config, tokenizer)
+    model = model or resolved(config)
+    ends = {tokenizer.eos_token_id}
+    if model is not None:
+        ends = end_tokens(model) | (ends - {None})
     special = {
         str(token): index for index, token in getattr(tokenizer, "added_tokens_decoder", {}).items()
     }
@@ -124,17 +140,7 @@ def sampling_of(
     )
 
 
-def _ends_of_turns(config: TeacherConfig, tokenizer: Any) -> set[int]:
-    named = end_tokens(_resolve(config))
-    return named | ({tokenizer.eos_token_id} - {None})
-
-
-def vocab_size_of(config: TeacherConfig) -> int:
+def vocab_size_of(config: TeacherConfig, model: ResolvedModel | None = None) -> int:
     """How many ids the teacher can predict, known without loading its weights."""
-    if config.is_synthetic:
-        return config.vocab_size
-    return vocab_size(_resolve(config))
-
-
-def _resolve(config: TeacherConfig) -> ResolvedModel:
-    return resolve_model(config.model, config.revision, trust_remote_code=config.trust_remote_code)
+    model = model or resolved(config)
+    return config.vocab_size if model is None else vocab_size(model)

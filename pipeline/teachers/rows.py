@@ -70,13 +70,10 @@ def scored_rows(
     return Scored(
         ids=np.ascontiguousarray(ids[:, 1 : 1 + capture.top_k]),
         logprobs=head,
-        head_size=draws.head_size,
         target_ids=target_ids,
         target_logprob=target.copy(),
         target_rank=np.where(in_head, rank_in_head, ranks - 1).astype(np.int32),
-        samples=draws.samples,
-        sample_logprobs=draws.sample_logprobs,
-        entropy=draws.entropy,
+        draws=draws,
         positions=positions,
     )
 

@@ -107,13 +107,10 @@ class SyntheticTeacher:
             yield Scored(
                 ids=top_ids[:, :top_k],
                 logprobs=head,
-                head_size=draws.head_size,
                 target_ids=target_ids,
                 target_logprob=self._laws32[law, target_rank],
                 target_rank=target_rank.astype(np.int32),
-                samples=draws.samples,
-                sample_logprobs=draws.sample_logprobs,
-                entropy=draws.entropy,
+                draws=draws,
             )
 
     def generate(self, prompts: Iterable[Prompt]) -> Iterator[NDArray[np.int32]]:

@@ -60,7 +60,6 @@ class TransformersTeacher:
         sampling: Sampling | None = None,
         device: str | None = None,
     ) -> None:
-        self._config = config
         self._model = model
         self._sampling = sampling
         self._capture = capture
@@ -130,11 +129,7 @@ class TransformersTeacher:
         assert self._sampling is not None
         tokenizer = None
         if self._sampling.stop:
-            tokenizer = load_tokenizer(
-                self._config.model,
-                self._config.revision,
-                trust_remote_code=self._config.trust_remote_code,
-            )
+            tokenizer = load_tokenizer(self._model)
         prompts = iter(prompts)
         while group := list(itertools.islice(prompts, _ANSWERS_PER_GROUP)):
             answers: dict[int, NDArray[np.int32]] = {}
@@ -322,11 +317,8 @@ def _summarise(logprobs: Tensor, input_ids: NDArray[np.int32], capture: Capture)
     return Scored(
         ids=top.indices[:, : capture.top_k].to(torch.int32).cpu().numpy(),
         logprobs=head,
-        head_size=draws.head_size,
         target_ids=input_ids[1:].astype(np.int32),
         target_logprob=target[:, 0].cpu().numpy(),
         target_rank=(logprobs > target).sum(dim=1, dtype=torch.int32).cpu().numpy(),
-        samples=draws.samples,
-        sample_logprobs=draws.sample_logprobs,
-        entropy=draws.entropy,
+        draws=draws,
     )

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from logitcask.cache_format import CachedSequence
-from logitcask.train.losses import SparseTeacher
+from logitcask.train.losses import SparseTeacher, TailDraws
 
 
 def collate(sequences: list[CachedSequence]) -> dict[str, Tensor]:
@@ -42,10 +42,10 @@ def at_positions(sequences: list[CachedSequence]) -> dict[str, Tensor]:
 
     labels:    int64[P], the token that follows each kept position: the hard labels. Nothing shifts
                after this.
-    teacher_*: the fields of SparseTeacher, [P, ...]; all sets of tail samples pooled. A field that
-    only some sequences have
-               (they are of different caches) is padded for the others, an entropy with NaN: see
-               ``Mixture.teachers``.
+    teacher_*: the fields of SparseTeacher, [P, ...], and as teacher_samples and
+               teacher_sample_logprobs those of its draws, all sets pooled. A field that only some
+               sequences have (they are of different caches) is padded for the others, an entropy
+               with NaN: see ``Mixture.teachers``.
     """
     batch = {
         "labels": torch.cat([torch.from_numpy(s.target_ids).long() for s in sequences]),
@@ -105,6 +105,7 @@ def teacher_of(
     """The SparseTeacher of a collated batch; ``prior`` is the cache's, float32[vocab_size],
     where it has one.
     """
+    drawn = batch.get("teacher_samples")
     return SparseTeacher(
         ids=batch["teacher_ids"],
         logprobs=batch["teacher_logprobs"],
@@ -112,8 +113,7 @@ def teacher_of(
         target_ids=batch["labels"],
         target_logprob=batch["teacher_target_logprob"],
         vocab_size=vocab_size,
-        samples=batch.get("teacher_samples"),
-        sample_logprobs=batch.get("teacher_sample_logprobs"),
+        draws=None if drawn is None else TailDraws(drawn, batch.get("teacher_sample_logprobs")),
         entropy=batch.get("teacher_entropy"),
         prior=prior,
     )

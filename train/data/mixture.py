@@ -93,13 +93,11 @@ class Mixture(Dataset[Drawn]):
             stop = start + sum(place.kept for place in places)
             rows, data = slice(start, stop), self.sources[source]
             store, teacher = data.cache.manifest.store, data.teacher(batch)[rows]
-            teacher = replace(
-                teacher,
-                samples=teacher.samples if store.tail_samples else None,
-                sample_logprobs=teacher.sample_logprobs if store.sample_logprobs else None,
-                entropy=teacher.entropy if store.entropy else None,
-            )
-            found.append((rows, teacher))
+            draws = teacher.draws if store.tail_samples else None
+            if draws is not None and not store.sample_logprobs:
+                draws = replace(draws, logprobs=None)
+            entropy = teacher.entropy if store.entropy else None
+            found.append((rows, replace(teacher, draws=draws, entropy=entropy)))
             start = stop
         return found
 

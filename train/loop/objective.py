@@ -9,7 +9,7 @@ from torch import Tensor
 
 from logitcask.train.config import TrainConfig, WeightSchedule
 from logitcask.train.head.chunked import PerChunk
-from logitcask.train.losses import LOSSES, SPECS, LossState, SparseTeacher, Student
+from logitcask.train.losses import LOSSES, SPECS, LossState, SparseTeacher, StudentPass
 from logitcask.train.losses.ranking import top_k_overlap
 from logitcask.train.losses.tails import choose_tail
 
@@ -18,7 +18,7 @@ class Objective:
     """``weight * loss`` summed over the config's losses, plus ``ce_weight`` times the hard-label
     cross-entropy.
 
-    All losses of a chunk share one ``Student``, so that a sum costs about what its dearest term
+    All losses of a chunk share one ``StudentPass``, so that a sum costs about what its dearest term
     does.
 
     With a dynamic term (the ranking of RLKD, equation 2) the other teacher losses of a position are
@@ -98,7 +98,7 @@ class Objective:
         found: dict[str, str] = {}
         for name, options in self._options.items():
             spec = SPECS[SPECS[name].same_as(options) or name]
-            samples = teacher.samples is not None and spec.from_samples is not None
+            samples = teacher.draws is not None and spec.from_samples is not None
             if spec.tails:
                 tail = choose_tail(
                     name,
@@ -140,7 +140,7 @@ class Objective:
 
         def losses(logits_CV: Tensor, rows: slice) -> tuple[Tensor, dict[str, Tensor]]:
             part = teacher[rows]
-            student = Student(
+            student = StudentPass(
                 logits_CV,
                 part,
                 top_k=self._top_k,

@@ -11,12 +11,20 @@ from __future__ import annotations
 
 from logitcask.train.losses.adaptive import adaptive_kl, self_evolution, taid, tail_aware
 from logitcask.train.losses.alpha_beta import alpha_beta
-from logitcask.train.losses.base import LOSSES, SPECS, Loss, LossSpec, LossState, SparseTeacher
+from logitcask.train.losses.base import (
+    LOSSES,
+    SPECS,
+    Loss,
+    LossSpec,
+    LossState,
+    SparseTeacher,
+    TailDraws,
+)
 from logitcask.train.losses.divergences import jsd, reverse_kl, skew_kl, skew_reverse_kl, tvd
 from logitcask.train.losses.forward_kl import ce, forward_kl, random_sampling
 from logitcask.train.losses.pairs import bild, dpkd_token, listmle, pairwise_logistic
 from logitcask.train.losses.ranking import ranking
-from logitcask.train.losses.student_pass import Student
+from logitcask.train.losses.student_pass import StudentPass
 
 __all__ = [
     "LOSSES",
@@ -25,7 +33,8 @@ __all__ = [
     "LossSpec",
     "LossState",
     "SparseTeacher",
-    "Student",
+    "StudentPass",
+    "TailDraws",
     "adaptive_kl",
     "alpha_beta",
     "bild",

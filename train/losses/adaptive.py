@@ -18,7 +18,7 @@ from logitcask.cache_format.errors import UserError
 from logitcask.train.losses.base import SparseTeacher, loss
 from logitcask.train.losses.divergences import between, reverse_kl_of_cells
 from logitcask.train.losses.forward_kl import forward_kl, kl_of_cells
-from logitcask.train.losses.student_pass import Student
+from logitcask.train.losses.student_pass import StudentPass
 from logitcask.train.losses.tails import (
     NOTHING,
     TailOption,
@@ -50,7 +50,7 @@ def _needs_heads(name: str, teacher: SparseTeacher) -> None:
     needs_sample_logprobs=True,
 )
 def adaptive_kl(
-    student_logits: Tensor | Student,
+    student_logits: Tensor | StudentPass,
     teacher: SparseTeacher,
     *,
     threshold: float = 0.5,
@@ -92,7 +92,7 @@ def adaptive_kl(
 
     if kind == "prior":
         return over_the_prior(divergence, student_logits, teacher)
-    student = Student.of(student_logits, teacher)
+    student = StudentPass.of(student_logits, teacher)
     if kind == "samples":
         return divergence(*refined(teacher, student), forward_kl(student, teacher, tail="samples"))
     return divergence(*cells(student, teacher))
@@ -122,7 +122,7 @@ def _mean_tail_mass(teacher: SparseTeacher, options: dict[str, Any]) -> dict[str
     head_k=lambda options: options.get("k", 10),
 )
 def tail_aware(
-    student_logits: Tensor | Student,
+    student_logits: Tensor | StudentPass,
     teacher: SparseTeacher,
     *,
     k: int = 10,
@@ -150,7 +150,7 @@ def tail_aware(
     if not 0 <= beta < math.inf:
         raise UserError(f"tail_aware: beta is {beta}, expected a number from 0")
     kind = choose_tail("tail_aware", teacher, tail, ("samples", "ghost", "prior"))
-    student = Student.of(student_logits, teacher, prior=kind == "prior")
+    student = StudentPass.of(student_logits, teacher, prior=kind == "prior")
     mean = (
         _mean_tail_mass(teacher, {"k": k})["mean_tail_mass"]
         if mean_tail_mass is None
@@ -235,7 +235,7 @@ class TaidState:
     state=TaidState,
 )
 def taid(
-    student_logits: Tensor | Student,
+    student_logits: Tensor | StudentPass,
     teacher: SparseTeacher,
     *,
     t: float = 0.4,
@@ -266,12 +266,12 @@ def taid(
 
     if kind == "prior":
         return over_the_prior(divergence, student_logits, teacher)
-    student = Student.of(student_logits, teacher)
+    student = StudentPass.of(student_logits, teacher)
     if kind == "ghost":
         return divergence(*cells(student, teacher))
     log_p, log_q, _ = as_cells(teacher.logprobs.to(student.dtype), student.log_head, student.log_u)
-    log_w = teacher.sample_weights.to(student.dtype).log().clamp_min(NOTHING)
-    drawn = log_w + (1 - t) * log_ratio(student, teacher).detach()
+    weights = student.draws.weights(teacher.tail_logprob).to(student.dtype)
+    drawn = weights.log().clamp_min(NOTHING) + (1 - t) * log_ratio(student).detach()
     target = torch.cat([(1 - t) * log_q.detach() + t * log_p, drawn], 1).softmax(1)
     return -(target * torch.cat([log_q, student.log_samples.clamp_min(NOTHING)], 1)).sum(1)
 
@@ -285,7 +285,7 @@ def taid(
     use="noisy or hard data: the tokens that the student cannot follow yet pull less",
 )
 def self_evolution(
-    student_logits: Tensor | Student,
+    student_logits: Tensor | StudentPass,
     teacher: SparseTeacher,
     *,
     ground_truth: float = 0.5,
@@ -316,7 +316,7 @@ def self_evolution(
         raise UserError(
             f"self_evolution: threshold is {threshold}, expected a number of nats from 0"
         )
-    student = Student.of(student_logits, teacher)
+    student = StudentPass.of(student_logits, teacher)
     log_p, log_q, _ = _with_target(student, teacher)
     is_target = torch.zeros_like(log_p)
     hit = teacher.ids == teacher.target_ids.unsqueeze(1)
@@ -329,7 +329,7 @@ def self_evolution(
     return torch.where(difficulty > threshold, (target * (log_t - mixed)).sum(1), difficulty)
 
 
-def _with_target(student: Student, teacher: SparseTeacher) -> tuple[Tensor, Tensor, Tensor]:
+def _with_target(student: StudentPass, teacher: SparseTeacher) -> tuple[Tensor, Tensor, Tensor]:
     """(log_p, log_q, log_u) over the head, the target where the head lacks it, and the rest."""
     outside_P = ~(teacher.ids == teacher.target_ids.unsqueeze(1)).any(1)
     log_m, log_Q = teacher.tail_logprob.to(student.dtype), student.log_Q

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from logitcask.cache_format.errors import UserError
 from logitcask.train.losses.base import SparseTeacher, loss
-from logitcask.train.losses.student_pass import Student
+from logitcask.train.losses.student_pass import StudentPass
 from logitcask.train.losses.tails import (
     NOTHING,
     TailOption,
@@ -37,7 +37,7 @@ _TAILS = ("samples", "ghost", "prior")
     needs_sample_logprobs=True,
 )
 def alpha_beta(
-    student_logits: Tensor | Student,
+    student_logits: Tensor | StudentPass,
     teacher: SparseTeacher,
     *,
     alpha: float = 0.2,
@@ -67,8 +67,8 @@ def alpha_beta(
             )
     student_logits, teacher = softened("alpha_beta", student_logits, teacher, temperature)
     kind = choose_tail("alpha_beta", teacher, tail, _TAILS, logprobs=True)
-    student, s = Student.of(student_logits, teacher), alpha + beta
-    powers = Student(student.logits, teacher, scale=s * student.scale)
+    student, s = StudentPass.of(student_logits, teacher), alpha + beta
+    powers = StudentPass(student.logits, teacher, scale=s * student.scale)
     # log of the sums of q^s over the tail and over unpredictable ids; the latter have no p, so
     # theirs is all they add.
     log_B = (powers.log_tail - s * student.lse).clamp_min(NOTHING)
@@ -97,12 +97,10 @@ def _gap(alpha: float, beta: float, log_A: Tensor, log_B: Tensor) -> Tensor:
 
 
 def _drawn_tail(
-    student: Student, teacher: SparseTeacher, alpha: float, beta: float, log_B: Tensor
+    student: StudentPass, teacher: SparseTeacher, alpha: float, beta: float, log_B: Tensor
 ) -> Tensor:
-    assert teacher.samples is not None
-    assert teacher.sample_logprobs is not None
-    weight_PS = teacher.sample_weights.to(student.dtype)
-    log_p = teacher.sample_logprobs.to(student.dtype).masked_fill(teacher.samples < 0, 0)
+    weight_PS = student.draws.weights(teacher.tail_logprob).to(student.dtype)
+    log_p = student.draws.finite_logprobs.to(student.dtype)
     s = alpha + beta
     cross = (weight_PS * ((alpha - 1) * log_p + beta * student.log_samples).exp()).sum(1)
     own = (weight_PS * ((s - 1) * log_p).exp()).sum(1)

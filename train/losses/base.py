@@ -1,6 +1,6 @@
 """What a loss sees of the teacher, the shape every loss has, and what each says of itself.
 
-Shapes: P kept positions, K head entries per position (padded), V vocabulary, S tail samples
+Shapes: P kept positions, K head entries per position (padded), V vocabulary, S draws from the tail
 (padded).
 """
 
@@ -16,6 +16,34 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, eq=False)
+class TailDraws:
+    """Draws from the tails of P positions, as tensors on one device. Each of a position's draws
+    stands for an equal share of its tail.
+
+    ids:      int64[P, S], repeats included, padded with -1.
+    logprobs: None, or float32[P, S], nats, padded with -inf.
+    """
+
+    ids: Tensor
+    logprobs: Tensor | None = None
+
+    @property
+    def finite_logprobs(self) -> Tensor:
+        """float32[P, S], nats, 0 for padding. Raises ValueError where none are stored."""
+        if self.logprobs is None:
+            raise ValueError("these draws have no logprobs")
+        return self.logprobs.masked_fill(self.ids < 0, 0)
+
+    def weights(self, tail_logprob: Tensor) -> Tensor:
+        """float32[P, S]: the share of the whole distribution that each draw stands for, 0 for
+        padding; ``tail_logprob``, float32[P], is the teacher's.
+        """
+        drawn = self.ids >= 0
+        share = tail_logprob.exp() / drawn.sum(1).clamp_min(1)
+        return drawn * share.unsqueeze(1)
+
+
+@dataclass(frozen=True, eq=False)
 class SparseTeacher:
     """The teacher's sparse next-token distributions at P positions, as tensors on one device.
 
@@ -27,9 +55,7 @@ class SparseTeacher:
     target_logprob:  float32[P], the teacher's logprob of them.
     vocab_size:      ids the teacher can predict; the student's V may be larger, never smaller
                      (``logitcask.train.data.vocabulary``).
-    samples:         None, or int64[P, S] ids drawn from the tail, repeats included, padded with -1.
-                     Each of a position's draws stands for an equal share of its tail.
-    sample_logprobs: None, or float32[P, S], padded with -inf.
+    draws:           None, or what was drawn from the tails.
     entropy:         None, or float32[P], nats, of the whole distribution.
     prior:           None, or float32[vocab_size], probabilities: how a tail may be spread where
                      nothing is known of it.
@@ -41,8 +67,7 @@ class SparseTeacher:
     target_ids: Tensor
     target_logprob: Tensor
     vocab_size: int
-    samples: Tensor | None = None
-    sample_logprobs: Tensor | None = None
+    draws: TailDraws | None = None
     entropy: Tensor | None = None
     prior: Tensor | None = None
 
@@ -51,29 +76,11 @@ class SparseTeacher:
 
     def __getitem__(self, rows: slice) -> SparseTeacher:
         """The same teacher at some of the positions (a view)."""
-        return self._mapped(lambda name, value: value if name == "prior" else value[rows])
+        return _mapped(self, lambda name, tensor: tensor if name == "prior" else tensor[rows])
 
     def to(self, device: torch.device | str) -> SparseTeacher:
         """The same teacher on another device."""
-        return self._mapped(lambda name, value: value.to(device))
-
-    def _mapped(self, change: Callable[[str, Tensor], Tensor]) -> SparseTeacher:
-        tensors: dict[str, Any] = {
-            field.name: change(field.name, value)
-            for field in fields(self)
-            if isinstance(value := getattr(self, field.name), Tensor)
-        }
-        return replace(self, **tensors)
-
-    @property
-    def sample_weights(self) -> Tensor:
-        """float32[P, S]: the share of the whole distribution that each draw stands for, 0 for
-        padding. Needs samples.
-        """
-        assert self.samples is not None
-        drawn = self.samples >= 0
-        share = self.tail_logprob.exp() / drawn.sum(1).clamp_min(1)
-        return drawn * share.unsqueeze(1)
+        return _mapped(self, lambda name, tensor: tensor.to(device))
 
     def known(self, ids_Pk: Tensor) -> tuple[Tensor, Tensor]:
         """(logprobs [P, k], stored [P, k]): what the cache says of these ids, by head, target and
@@ -86,9 +93,9 @@ class SparseTeacher:
             [self.ids, self.target_ids.unsqueeze(1)],
             [self.logprobs, self.target_logprob.unsqueeze(1)],
         )
-        if self.samples is not None and self.sample_logprobs is not None:
-            ids.append(self.samples)
-            logprobs.append(self.sample_logprobs)
+        if self.draws is not None and self.draws.logprobs is not None:
+            ids.append(self.draws.ids)
+            logprobs.append(self.draws.logprobs)
         match_PkE = ids_Pk.unsqueeze(2) == torch.cat(ids, 1).unsqueeze(1)
         found_Pk = torch.where(match_PkE, torch.cat(logprobs, 1).unsqueeze(1), -torch.inf).amax(2)
         # Without a tail, an id that is not stored is one that the teacher cannot predict: below the
@@ -110,12 +117,29 @@ class SparseTeacher:
         )
 
 
+_Tensors = TypeVar("_Tensors", SparseTeacher, TailDraws)
+
+
+def _mapped(value: _Tensors, change: Callable[[str, Tensor], Tensor]) -> _Tensors:
+    """``value`` with ``change`` of a field's name and tensor in place of each tensor, those of its
+    draws included.
+    """
+    changed: dict[str, Any] = {}
+    for field in fields(value):
+        part = getattr(value, field.name)
+        if isinstance(part, Tensor):
+            changed[field.name] = change(field.name, part)
+        elif isinstance(part, TailDraws):
+            changed[field.name] = _mapped(part, change)
+    return replace(value, **changed)
+
+
 Loss = Callable[..., Tensor]
 """``loss(student_logits [P, V], teacher, **options) -> float32[P]``, nats: a pure function, one
 value per position.
 
-In place of the logits it takes a ``Student`` that was made of them and this teacher, which several
-losses can share.
+In place of the logits it takes a ``StudentPass`` that was made of them and this teacher, which
+several losses can share.
 """
 
 Exactness = Literal["exact", "unbiased", "lower", "biased"]

@@ -21,7 +21,7 @@ from torch.nn.functional import softplus
 from logitcask.cache_format.errors import UserError
 from logitcask.train.losses.base import SparseTeacher, loss
 from logitcask.train.losses.forward_kl import forward_kl
-from logitcask.train.losses.student_pass import Student
+from logitcask.train.losses.student_pass import StudentPass
 from logitcask.train.losses.tails import (
     Divergence,
     Tail,
@@ -49,7 +49,7 @@ def _by_tail(
     name: str,
     divergence: Divergence,
     draws: tuple[Callable[[Tensor], Tensor], float] | None,
-    student_logits: Tensor | Student,
+    student_logits: Tensor | StudentPass,
     teacher: SparseTeacher,
     temperature: float,
     tail: str,
@@ -61,7 +61,7 @@ def _by_tail(
     kind: Tail = choose_tail(name, teacher, tail, _TAILS, logprobs=True)
     if kind == "prior":
         return over_the_prior(divergence, student_logits, teacher)
-    student = Student.of(student_logits, teacher)
+    student = StudentPass.of(student_logits, teacher)
     if kind == "samples":
         if draws is None:
             return divergence(*refined(teacher, student))
@@ -92,7 +92,7 @@ def reverse_kl_of_cells(log_p: Tensor, log_q: Tensor, log_u: Tensor) -> Tensor:
     needs_sample_logprobs=True,
 )
 def reverse_kl(
-    student_logits: Tensor | Student,
+    student_logits: Tensor | StudentPass,
     teacher: SparseTeacher,
     *,
     temperature: float = 1.0,
@@ -131,7 +131,7 @@ def reverse_kl(
     same_as=lambda options: {0: "forward_kl", 1: "reverse_kl"}.get(options.get("beta", 0.5)),
 )
 def jsd(
-    student_logits: Tensor | Student,
+    student_logits: Tensor | StudentPass,
     teacher: SparseTeacher,
     *,
     beta: float = 0.5,
@@ -182,7 +182,7 @@ def jsd(
     needs_sample_logprobs=True,
 )
 def skew_kl(
-    student_logits: Tensor | Student,
+    student_logits: Tensor | StudentPass,
     teacher: SparseTeacher,
     *,
     alpha: float = 0.1,
@@ -220,7 +220,7 @@ def skew_kl(
     needs_sample_logprobs=True,
 )
 def skew_reverse_kl(
-    student_logits: Tensor | Student,
+    student_logits: Tensor | StudentPass,
     teacher: SparseTeacher,
     *,
     alpha: float = 0.1,
@@ -271,7 +271,7 @@ def _shortfall(log_p: Tensor, log_q: Tensor, log_u: Tensor) -> Tensor:
     needs_sample_logprobs=True,
 )
 def tvd(
-    student_logits: Tensor | Student,
+    student_logits: Tensor | StudentPass,
     teacher: SparseTeacher,
     *,
     temperature: float = 1.0,
@@ -288,7 +288,7 @@ def tvd(
     """
     softer_logits, softer = softened("tvd", student_logits, teacher, temperature)
     if choose_tail("tvd", softer, tail, _TAILS, logprobs=True) == "samples":
-        student = Student.of(softer_logits, softer)
+        student = StudentPass.of(softer_logits, softer)
         return over_the_draws(
             _shortfall, student, softer, lambda log_r: (1 - log_r.exp()).relu(), 0.0
         )

@@ -8,12 +8,14 @@ three ways not to: draws from the tail, a prior for it, or one cell of known mas
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from logitcask.cache_format.errors import UserError
-from logitcask.train.losses.base import SparseTeacher, loss
-from logitcask.train.losses.student_pass import Student
+from logitcask.train.losses.base import SparseTeacher, TailDraws, loss
+from logitcask.train.losses.student_pass import StudentPass
 from logitcask.train.losses.tails import Tail, TailOption, cells, choose_tail, softened, tail_of
 
 __all__ = ["Tail", "ce", "forward_kl", "random_sampling", "tail_of"]
@@ -32,7 +34,7 @@ _TAILS = ("samples", "ghost", "prior", "renormalised")
     prior_product=True,
 )
 def forward_kl(
-    student_logits: Tensor | Student,
+    student_logits: Tensor | StudentPass,
     teacher: SparseTeacher,
     *,
     temperature: float = 1.0,
@@ -79,9 +81,9 @@ def forward_kl(
     """
     student_logits, teacher = softened("forward_kl", student_logits, teacher, temperature)
     kind = choose_tail("forward_kl", teacher, tail, _TAILS)
-    student = Student.of(student_logits, teacher, prior=kind == "prior")
+    student = StudentPass.of(student_logits, teacher, prior=kind == "prior")
     if kind == "samples":
-        return _cross_entropy(student, teacher) - entropy(teacher).to(student.dtype)
+        return _cross_entropy(student, teacher) - _entropy(teacher, student.draws).to(student.dtype)
     if kind == "prior":
         return _from_prior(student, teacher)
     return kl_of_cells(*cells(student, teacher, renormalised=kind == "renormalised"))
@@ -94,23 +96,22 @@ def kl_of_cells(log_p: Tensor, log_q: Tensor, log_u: Tensor) -> Tensor:
     return (log_p.exp() * (log_p - log_q)).sum(1)
 
 
-def entropy(teacher: SparseTeacher) -> Tensor:
+def _entropy(teacher: SparseTeacher, draws: TailDraws) -> Tensor:
     """float32[P], nats: the stored entropy, or an unbiased estimate of it from the draws and
     their logprobs.
     """
     if teacher.entropy is not None:
         return teacher.entropy
-    assert teacher.sample_logprobs is not None
     return -_p_log_p(teacher.logprobs.exp(), teacher.logprobs) - _p_log_p(
-        teacher.sample_weights, teacher.sample_logprobs
+        draws.weights(teacher.tail_logprob), draws.finite_logprobs
     )
 
 
-def _cross_entropy(student: Student, teacher: SparseTeacher) -> Tensor:
+def _cross_entropy(student: StudentPass, teacher: SparseTeacher) -> Tensor:
     """-sum of p log q, the tail's share from the draws: [P]."""
     p_PK, weight_PS = (
         teacher.logprobs.exp().to(student.dtype),
-        teacher.sample_weights.to(student.dtype),
+        student.draws.weights(teacher.tail_logprob).to(student.dtype),
     )
     # By raw logits and one lse for all, so that a row has one large sum instead of many that
     # cancel.
@@ -120,7 +121,7 @@ def _cross_entropy(student: Student, teacher: SparseTeacher) -> Tensor:
     return total_P * student.lse - (p_PK * z_PK).sum(1) - (weight_PS * z_PS).sum(1)
 
 
-def _from_prior(student: Student, teacher: SparseTeacher) -> Tensor:
+def _from_prior(student: StudentPass, teacher: SparseTeacher) -> Tensor:
     assert teacher.prior is not None
     assert student.prior_dot is not None
     prior, ids_PK = teacher.prior, teacher.ids
@@ -161,7 +162,7 @@ def _p_log_p(p: Tensor, log_p: Tensor) -> Tensor:
     from_samples="unbiased",
     use="caches of draws without logprobs or entropy; the gradient of forward_kl",
 )
-def random_sampling(student_logits: Tensor | Student, teacher: SparseTeacher) -> Tensor:
+def random_sampling(student_logits: Tensor | StudentPass, teacher: SparseTeacher) -> Tensor:
     """Cross-entropy to what was drawn from the teacher, in nats per position (RS-KD, arXiv
     2503.16870).
 
@@ -175,15 +176,14 @@ def random_sampling(student_logits: Tensor | Student, teacher: SparseTeacher) ->
     Args, returns: as ``forward_kl``. Raises UserError where the cache has neither draws nor whole
     distributions.
     """
-    if teacher.samples is None:
+    if teacher.draws is None:
         if not bool(torch.isneginf(teacher.tail_logprob).all()):
             raise UserError(
                 "random_sampling: the cache has no tail samples, expected some; build it with store.tail_samples above 0, "
                 "or use forward_kl"
             )
-        none = teacher.ids[:, :0]
-        teacher = SparseTeacher(**{**vars(teacher), "samples": none, "sample_logprobs": None})
-    return _cross_entropy(Student.of(student_logits, teacher), teacher)
+        teacher = replace(teacher, draws=TailDraws(teacher.ids[:, :0]))
+    return _cross_entropy(StudentPass.of(student_logits, teacher), teacher)
 
 
 @loss(
@@ -195,10 +195,10 @@ def random_sampling(student_logits: Tensor | Student, teacher: SparseTeacher) ->
     use="beside a teacher loss (ce_weight is the same), or alone, as the baseline",
     by_overlap=False,
 )
-def ce(student_logits: Tensor | Student, teacher: SparseTeacher) -> Tensor:
+def ce(student_logits: Tensor | StudentPass, teacher: SparseTeacher) -> Tensor:
     """-log q of the target: cross-entropy with hard labels, in nats per position. **Exact**;
     nothing of the teacher is used.
 
     Args, returns: as ``forward_kl``.
     """
-    return -Student.of(student_logits, teacher).log_target
+    return -StudentPass.of(student_logits, teacher).log_target

@@ -14,7 +14,7 @@ from torch.nn.functional import softplus
 
 from logitcask.cache_format.errors import UserError
 from logitcask.train.losses.base import SparseTeacher, loss
-from logitcask.train.losses.student_pass import Student
+from logitcask.train.losses.student_pass import StudentPass
 from logitcask.train.losses.tails import NOTHING
 
 
@@ -37,7 +37,7 @@ def _checked(name: str, teacher: SparseTeacher, temperature: float) -> None:
     head_k=lambda options: options.get("k", 10),
 )
 def listmle(
-    student_logits: Tensor | Student,
+    student_logits: Tensor | StudentPass,
     teacher: SparseTeacher,
     *,
     k: int = 10,
@@ -57,7 +57,7 @@ def listmle(
         positive, or a cache without heads.
     """
     _checked("listmle", teacher, temperature)
-    student = Student.of(student_logits, teacher, scale=1 / temperature)
+    student = StudentPass.of(student_logits, teacher, scale=1 / temperature)
     stored = teacher.ids >= 0
     # Bounded before they are added: the gradient of logaddexp(-inf, -inf) is not a number.
     rest = torch.logaddexp(
@@ -85,7 +85,7 @@ def _pairs(width: int, device: torch.device) -> tuple[Tensor, Tensor]:
     masses=False,
 )
 def pairwise_logistic(
-    student_logits: Tensor | Student,
+    student_logits: Tensor | StudentPass,
     teacher: SparseTeacher,
     *,
     k: int = 10,
@@ -107,7 +107,7 @@ def pairwise_logistic(
     _checked("pairwise_logistic", teacher, temperature)
     if targets not in ("hard", "soft"):
         raise UserError(f"pairwise_logistic: targets is {targets!r}, expected hard or soft")
-    student = Student.of(student_logits, teacher, scale=1.0, masses=False)
+    student = StudentPass.of(student_logits, teacher, scale=1.0, masses=False)
     stored, z = teacher.ids[:, :k] >= 0, student.z_head[:, :k]
     i, j = _pairs(z.shape[1], z.device)
     valid = stored[:, j]
@@ -131,7 +131,7 @@ def pairwise_logistic(
     masses=False,
 )
 def bild(
-    student_logits: Tensor | Student,
+    student_logits: Tensor | StudentPass,
     teacher: SparseTeacher,
     *,
     k: int = 8,
@@ -156,7 +156,9 @@ def bild(
     if sides not in ("both", "teacher"):
         raise UserError(f"bild: sides is {sides!r}, expected both or teacher")
     both = sides == "both"
-    student = Student.of(student_logits, teacher, top_k=k if both else 0, scale=1.0, masses=False)
+    student = StudentPass.of(
+        student_logits, teacher, top_k=k if both else 0, scale=1.0, masses=False
+    )
     stored = teacher.ids[:, :k] >= 0
     value = _difference_kl(
         teacher.logprobs[:, :k].to(student.dtype), student.z_head[:, :k], stored, temperature
@@ -190,7 +192,7 @@ def _difference_kl(x_Pk: Tensor, y_Pk: Tensor, valid_Pk: Tensor, temperature: fl
     masses=False,
 )
 def dpkd_token(
-    student_logits: Tensor | Student, teacher: SparseTeacher, *, beta: float = 0.1
+    student_logits: Tensor | StudentPass, teacher: SparseTeacher, *, beta: float = 0.1
 ) -> Tensor:
     """Direct preference distillation of each next token: the teacher's argmax is preferred to the
     student's. [P], nats.
@@ -205,7 +207,7 @@ def dpkd_token(
     _checked("dpkd_token", teacher, 1.0)
     if not beta > 0:
         raise UserError(f"dpkd_token: beta is {beta}, expected a positive number")
-    student = Student.of(student_logits, teacher, top_k=1, scale=1.0, masses=False)
+    student = StudentPass.of(student_logits, teacher, top_k=1, scale=1.0, masses=False)
     log_ps = teacher.known(student.top_ids[:, :1])[0].squeeze(1).to(student.dtype)
     has_head = teacher.ids[:, 0] >= 0
     apart_q = student.z_head[:, 0].where(has_head, 0) - student.z_top[:, 0].where(has_head, 0)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from logitcask.cache_format.errors import UserError
 from logitcask.train.losses.base import SparseTeacher, loss
-from logitcask.train.losses.student_pass import Student
+from logitcask.train.losses.student_pass import StudentPass
 
 SoftRank = Literal["sigmoid", "l2"]
 
@@ -40,7 +40,7 @@ _NO_VARIANCE = 1e-6
     by_overlap=False,
 )
 def ranking(
-    student_logits: Tensor | Student,
+    student_logits: Tensor | StudentPass,
     teacher: SparseTeacher,
     *,
     k: int = 5,
@@ -100,7 +100,7 @@ def ranking(
         raise UserError(
             f"ranking: strength is {strength}, expected a positive number; 1 is the default"
         )
-    student = Student.of(student_logits, teacher, top_k=k, masses=False)
+    student = StudentPass.of(student_logits, teacher, top_k=k, masses=False)
     valid_PU, teacher_PU = _union(student.top_ids[:, :k], teacher, k)
     rank = _SOFT_RANKS[soft_rank]
     student_PU = torch.cat([student.z_head[:, :k], student.z_top[:, :k]], 1)
@@ -111,9 +111,9 @@ def ranking(
     return _one_minus_correlation(ranks_p, ranks_q, valid_PU)
 
 
-def top_k_overlap(student: Student, teacher: SparseTeacher, k: int) -> Tensor:
+def top_k_overlap(student: StudentPass, teacher: SparseTeacher, k: int) -> Tensor:
     """float32[P], no gradient: the share of both top-k that is the same
-    (``logitcask.train.evaluation.metrics.top_k_overlap`` of a Student).
+    (``logitcask.train.evaluation.metrics.top_k_overlap`` of a StudentPass).
     """
     return (student.top_ids[:, :k].unsqueeze(2) == teacher.ids[:, :k].unsqueeze(1)).sum(
         (1, 2)

@@ -2,7 +2,7 @@
 
 A dense pass over ``[P, V]`` logits is what a loss costs. What sparse losses need of it is small:
 the logits at the ids that the cache names (and at the student's own top), and how much mass lies
-elsewhere. ``Student`` makes that one pass; losses then work on tensors of some ``[P, K]``, by
+elsewhere. ``StudentPass`` makes that one pass; losses then work on tensors of some ``[P, K]``, by
 autograd, and however many of them share it, the gradient is one more pass. On CUDA both passes are
 kernels (``logitcask.train.losses.kernels``).
 
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from logitcask.train.losses import kernels
-from logitcask.train.losses.base import SparseTeacher
+from logitcask.train.losses.base import SparseTeacher, TailDraws
 
 # Rows of logits worked on at a time: temporaries stay in a CPU's cache; on a GPU fewer launches
 # matter more.
@@ -30,7 +30,7 @@ _SLAB_BYTES = {"cpu": 2 * 2**20}
 _SLAB_BYTES_ELSEWHERE = 128 * 2**20
 
 
-class Student:
+class StudentPass:
     """softmax(scale * logits) in the cells that a sparse teacher defines: head ids, the tail, and
     unpredictable ids.
 
@@ -48,6 +48,7 @@ class Student:
             asked for ``logits``, which it may still need then.
 
     Attributes:
+        draws: the teacher's, or no columns of them.
         z_head, z_samples, z_target, z_top: scaled logits at head ids [P, K], draws [P, S], targets
         [P] and the student's
             top k [P, k], largest first; -inf for padding.
@@ -74,8 +75,9 @@ class Student:
         self._logits, self._overwrite = logits, [may_overwrite]
         self.dtype = torch.promote_types(logits.dtype, torch.float32)
         self.top_ids = logits.detach().topk(top_k, dim=1).indices
-        samples = teacher.samples if teacher.samples is not None else teacher.ids[:, :0]
-        parts = [teacher.ids, samples, teacher.target_ids.unsqueeze(1), self.top_ids]
+        nothing = TailDraws(teacher.ids[:, :0], teacher.logprobs[:, :0])
+        self.draws = nothing if teacher.draws is None else teacher.draws
+        parts = [teacher.ids, self.draws.ids, teacher.target_ids.unsqueeze(1), self.top_ids]
         b = teacher.prior.to(self.dtype) if prior and teacher.prior is not None else None
         ids_PE = torch.cat(parts, 1)
         z_PE, self.log_tail, self.log_others, dot = _Pass.apply(  # type: ignore[no-untyped-call]
@@ -93,14 +95,14 @@ class Student:
     @classmethod
     def of(
         cls,
-        student: Tensor | Student,
+        student: Tensor | StudentPass,
         teacher: SparseTeacher,
         *,
         top_k: int = 0,
         prior: bool = False,
         masses: bool = True,
         scale: float | None = None,
-    ) -> Student:
+    ) -> StudentPass:
         """``student`` if it has been made already and serves, else one made of the logits; its
         own scale is kept, or is 1.
         """
@@ -139,8 +141,7 @@ class Student:
     @property
     def log_samples(self) -> Tensor:
         """[P, S] logprobs of the draws, 0 for padding."""
-        assert self.teacher.samples is not None
-        return (self.z_samples - self.lse.unsqueeze(1)).masked_fill(self.teacher.samples < 0, 0)
+        return (self.z_samples - self.lse.unsqueeze(1)).masked_fill(self.draws.ids < 0, 0)
 
     @property
     def log_target(self) -> Tensor:

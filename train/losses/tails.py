@@ -33,7 +33,7 @@ from torch import Tensor
 
 from logitcask.cache_format.errors import UserError
 from logitcask.train.losses.base import SparseTeacher
-from logitcask.train.losses.student_pass import Student, slabs
+from logitcask.train.losses.student_pass import StudentPass, slabs
 
 Tail = Literal["samples", "ghost", "prior", "renormalised"]
 TailOption = Tail | Literal["auto"]
@@ -54,8 +54,8 @@ def tail_of(teacher: SparseTeacher, *, logprobs: bool = False) -> Tail:
 
     Samples need the teacher's entropy or their logprobs; with ``logprobs`` only the latter will do.
     """
-    if teacher.samples is not None and (
-        teacher.sample_logprobs is not None or (teacher.entropy is not None and not logprobs)
+    if teacher.draws is not None and (
+        teacher.draws.logprobs is not None or (teacher.entropy is not None and not logprobs)
     ):
         return "samples"
     return "ghost"
@@ -80,7 +80,7 @@ def choose_tail(
     if tail == "auto":
         return best
     if (tail == "samples" and best != "samples") or (tail == "prior" and teacher.prior is None):
-        undated = tail == "samples" and teacher.samples is not None
+        undated = tail == "samples" and teacher.draws is not None
         raise UserError(
             f"{name}: tail is {tail!r}, but the cache has no {'logprobs of its samples' if undated else tail} "
             f"(it allows {best})"
@@ -89,8 +89,8 @@ def choose_tail(
 
 
 def softened(
-    name: str, student: Tensor | Student, teacher: SparseTeacher, temperature: float
-) -> tuple[Tensor | Student, SparseTeacher]:
+    name: str, student: Tensor | StudentPass, teacher: SparseTeacher, temperature: float
+) -> tuple[Tensor | StudentPass, SparseTeacher]:
     """Both sides at another temperature. Raises UserError unless every head is the whole
     vocabulary.
     """
@@ -106,14 +106,14 @@ def softened(
             f"{teacher.vocab_size} ids and other temperatures need all of them; use temperature 1"
         )
     softer = replace(
-        teacher, logprobs=torch.log_softmax(teacher.logprobs / temperature, dim=1), samples=None
+        teacher, logprobs=torch.log_softmax(teacher.logprobs / temperature, dim=1), draws=None
     )
     logits = student if isinstance(student, Tensor) else student.logits
-    return Student(logits, softer, scale=1 / temperature), softer
+    return StudentPass(logits, softer, scale=1 / temperature), softer
 
 
 def cells(
-    student: Student, teacher: SparseTeacher, *, renormalised: bool = False
+    student: StudentPass, teacher: SparseTeacher, *, renormalised: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(log_p, log_q, log_u): the head and the ghost as cells, or the head alone, scaled up to 1."""
     log_p, log_q, log_u = teacher.logprobs.to(student.dtype), student.log_head, student.log_u
@@ -138,7 +138,7 @@ def as_cells(log_p: Tensor, log_q: Tensor, log_u: Tensor) -> tuple[Tensor, Tenso
 
 
 def over_the_prior(
-    divergence: Divergence, student: Tensor | Student, teacher: SparseTeacher
+    divergence: Divergence, student: Tensor | StudentPass, teacher: SparseTeacher
 ) -> Tensor:
     """``divergence`` with every id a cell, the tail spread by the prior: [P].
 
@@ -146,7 +146,7 @@ def over_the_prior(
     that is made; at another temperature than 1 there are the scaled logits, too.
     """
     logits = student if isinstance(student, Tensor) else student.logits
-    if isinstance(student, Student) and student.scale != 1.0:
+    if isinstance(student, StudentPass) and student.scale != 1.0:
         logits = logits * student.scale
     loss_P: Tensor = _Reconstruction.apply(logits, teacher, divergence)  # type: ignore[no-untyped-call]
     return loss_P
@@ -205,17 +205,14 @@ def tail_by_prior(teacher: SparseTeacher) -> Tensor:
     return log_r.scatter_reduce(1, teacher.ids.clamp_min(0), hit, "amin")
 
 
-def log_ratio(student: Student, teacher: SparseTeacher) -> Tensor:
+def log_ratio(student: StudentPass) -> Tensor:
     """[P, S]: log(q / p) at the draws, 0 for padding. Needs their logprobs."""
-    assert teacher.samples is not None
-    assert teacher.sample_logprobs is not None
-    log_p = teacher.sample_logprobs.to(student.dtype).masked_fill(teacher.samples < 0, 0)
-    return student.log_samples - log_p
+    return student.log_samples - student.draws.finite_logprobs.to(student.dtype)
 
 
 def over_the_draws(
     divergence: Divergence,
-    student: Student,
+    student: StudentPass,
     teacher: SparseTeacher,
     rest: Callable[[Tensor], Tensor],
     slope: float,
@@ -231,13 +228,12 @@ def over_the_draws(
     )
     value = divergence(log_p, log_q, log_u) + slope * student.log_Q.exp()
     # Beyond e^60 and e^-80 the rest is at its limit, or its logarithm is; float32 ends at e^88.
-    estimate = teacher.sample_weights.to(student.dtype) * rest(
-        log_ratio(student, teacher).clamp(-80, 60)
-    )
+    weights = student.draws.weights(teacher.tail_logprob).to(student.dtype)
+    estimate = weights * rest(log_ratio(student).clamp(-80, 60))
     return value + estimate.sum(1)
 
 
-def refined(teacher: SparseTeacher, student: Student) -> tuple[Tensor, Tensor, Tensor]:
+def refined(teacher: SparseTeacher, student: StudentPass) -> tuple[Tensor, Tensor, Tensor]:
     """(log_p, log_q, log_u) with each drawn id a cell of its own beside the head, and a ghost for
     what is left.
 
@@ -245,12 +241,10 @@ def refined(teacher: SparseTeacher, student: Student) -> tuple[Tensor, Tensor, T
     all of its tail keeps the plain ghost, because the mass that is left would be what rounding
     leaves of it.
     """
-    assert teacher.samples is not None
-    assert teacher.sample_logprobs is not None
-    ids_PS, order_PS = teacher.samples.sort(1)
+    ids_PS, order_PS = student.draws.ids.sort(1)
     first_PS = torch.ones_like(ids_PS, dtype=torch.bool)
     first_PS[:, 1:] = ids_PS[:, 1:] != ids_PS[:, :-1]
-    log_p_PS = teacher.sample_logprobs.to(student.dtype).gather(1, order_PS)
+    log_p_PS = student.draws.finite_logprobs.to(student.dtype).gather(1, order_PS)
     used_PS = first_PS & (ids_PS >= 0)
     m_P = teacher.tail_logprob.to(student.dtype).exp()
     covered_P = log_p_PS.exp().where(used_PS, 0).sum(1)

@@ -195,8 +195,7 @@ def _wrong_draws(
 
 
 def _difference(a: Scored, b: Scored) -> str | None:
-    """Name of the first field that is not the same in both."""
-    names = [field.name for field in dataclasses.fields(Scored)]
-    return next(
-        (name for name in names if not np.array_equal(getattr(a, name), getattr(b, name))), None
-    )
+    """Name of the first array that is not the same in both."""
+    others = b.arrays()
+    differ = (name for name, one in a.arrays().items() if not np.array_equal(one, others[name]))
+    return next(differ, None)

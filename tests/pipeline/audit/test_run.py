@@ -76,13 +76,10 @@ def summarise(dense, input_ids, capture):
     return Scored(
         ids=top[:, : capture.top_k],
         logprobs=head,
-        head_size=draws.head_size,
         target_ids=targets,
         target_logprob=target,
         target_rank=(dense > target[:, None]).sum(axis=1, dtype=np.int32),
-        samples=draws.samples,
-        sample_logprobs=draws.sample_logprobs,
-        entropy=draws.entropy,
+        draws=draws,
     )
 
 
@@ -295,16 +292,12 @@ def test_the_engines_difference_is_told_from_rounding(make, llama, rng):
 
 @pytest.mark.parametrize("store", ["default", "top k", "random sampling"])
 @pytest.mark.parametrize("by", [1, -1])
-def test_a_shift_by_one_position_is_named(make, synthetic, store, by):
+def test_a_shift_by_one_position_is_named(make, synthetic, rolled, store, by):
     """Row i holds all that belongs in row i + by."""
 
     def shifted(said):
-        changes = {
-            field.name: np.roll(getattr(said, field.name), -by, axis=0)
-            for field in dataclasses.fields(said)
-            if field.name != "target_ids" and getattr(said, field.name) is not None
-        }
-        return dataclasses.replace(said, **changes)
+        there = (name for name, array in said.arrays().items() if array is not None)
+        return rolled(said, (name for name in there if name != "target_ids"), -by)
 
     result = audit(make(synthetic, STORES[store], scored=shifted).path)
     assert result.cause == "shift"
@@ -380,7 +373,10 @@ def test_permuted_ids_are_named(make, synthetic, rng):
 
 def without_the_most_probable(said):
     return dataclasses.replace(
-        said, ids=said.ids[:, 1:], logprobs=said.logprobs[:, 1:], head_size=said.head_size - 1
+        said,
+        ids=said.ids[:, 1:],
+        logprobs=said.logprobs[:, 1:],
+        draws=dataclasses.replace(said.draws, head_size=said.draws.head_size - 1),
     )
 
 
@@ -389,7 +385,8 @@ def ranks_from_one(said):
 
 
 def entropies_off(said):
-    return dataclasses.replace(said, entropy=said.entropy * np.float32(0.97))
+    less = dataclasses.replace(said.draws, entropy=said.draws.entropy * np.float32(0.97))
+    return dataclasses.replace(said, draws=less)
 
 
 def larger_tails(sequence):

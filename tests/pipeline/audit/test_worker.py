@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import pickle
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 import logitcask.pipeline.audit.at_build_end
@@ -22,6 +21,7 @@ from logitcask.pipeline.audit.worker import audit_apart
 from logitcask.pipeline.builder.run import build
 from logitcask.pipeline.config import BuildConfig
 from logitcask.pipeline.teachers.synthetic import SyntheticTeacher
+from logitcask.pipeline.types import Scored
 
 # A worker that has begun, says so in a file, and never ends by itself.
 BUSY = """
@@ -145,7 +145,10 @@ def _alive(pid: int) -> bool:
 
 
 def test_a_shifted_cache_is_not_completed(
-    asked: BuildAudit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    asked: BuildAudit,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    rolled: Callable[..., Scored],
 ) -> None:
     """As by a build whose teacher is vLLM: the whole way through the worker."""
     original = SyntheticTeacher.score
@@ -161,9 +164,7 @@ def test_a_shifted_cache_is_not_completed(
                 "samples",
                 "sample_logprobs",
             )
-            yield dataclasses.replace(
-                scored, **{name: np.roll(getattr(scored, name), 1, axis=0) for name in names}
-            )
+            yield rolled(scored, names, 1)
 
     monkeypatch.setattr(SyntheticTeacher, "score", shifted)
     monkeypatch.setattr(logitcask.pipeline.audit.at_build_end, "audit_here", audit_apart)

@@ -12,6 +12,8 @@ import pytest
 from logitcask.pipeline.builder import inputs
 from logitcask.pipeline.builder.run import build
 from logitcask.pipeline.config import BuildConfig
+from logitcask.pipeline.teachers import model
+from logitcask.pipeline.teachers import open as teachers
 
 OPENERS = ("open_source", "open_tokenizer", "vocab_size_of")
 
@@ -50,3 +52,44 @@ def test_a_build_opens_its_inputs_once(tmp_path: Path, monkeypatch: pytest.Monke
     build(config, restart=True)
     # What was removed may have been among the files of the source.
     assert opened == {"open_source": 2, "open_tokenizer": 1, "vocab_size_of": 1}
+
+
+@pytest.mark.parametrize("generate", [None, {"max_new_tokens": 4, "stop": ["e"]}])
+def test_a_build_resolves_its_model_once(
+    tmp_path: Path,
+    tiny_llama: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    generate: dict[str, Any] | None,
+) -> None:
+    """For its vocabulary, its tokenizer, its end tokens and its engine; and once again for a
+    reuse.
+    """
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps({"text": "the teacher reads the student"}) + "\n")
+    config = BuildConfig.model_validate(
+        {
+            "teacher": {"model": str(tiny_llama), "backend": "transformers"},
+            "data": {
+                "path": str(data),
+                "text_field": "text",
+                "max_length": 32,
+                "generate": generate,
+            },
+            "store": {"top_k": 8},
+            "audit": {"sequences": 0},
+            "output": str(tmp_path / "cache"),
+        }
+    )
+    found: list[model.ResolvedModel] = []
+
+    def counted(*arguments: Any, **options: Any) -> model.ResolvedModel:
+        found.append(model_of(*arguments, **options))
+        return found[-1]
+
+    model_of = model.resolve_model
+    for module in (model, teachers):
+        monkeypatch.setattr(module, "resolve_model", counted)
+    build(config)
+    assert [each.name for each in found] == [str(tiny_llama)]
+    assert build(config).reused
+    assert len(found) == 2

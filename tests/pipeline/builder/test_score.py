@@ -256,12 +256,13 @@ def test_a_subset_of_shards_is_the_same_in_another_process_or_order(tmp_path):
     whole = build(config_for(tmp_path)).manifest
     config = config_for(tmp_path, output=str(tmp_path / "parts"))
     with CacheWriter(config.output) as writer:
+        inputs = Inputs(config)
         plan = make_plan(
             writer.build_dir,
             config,
             request_of(config),
-            Inputs(config),
-            LazyTeacher(config, writer.build_dir),
+            inputs,
+            LazyTeacher(config, inputs, writer.build_dir),
         )
         teacher = SyntheticTeacher(config.teacher, config.store.capture())
         header = plan.header(teacher.identity(), config.store.settings(teacher.vocab_size))

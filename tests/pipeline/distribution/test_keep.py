@@ -41,13 +41,10 @@ def scored(rng):
         rows = Scored(
             ids=ids,
             logprobs=np.take_along_axis(dense, ids.astype(np.int64), axis=1),
-            head_size=draws.head_size,
             target_ids=targets,
             target_logprob=target,
             target_rank=(dense > target[:, None]).sum(axis=1).astype(np.int32),
-            samples=draws.samples,
-            sample_logprobs=draws.sample_logprobs,
-            entropy=draws.entropy,
+            draws=draws,
         )
         mask = np.ones(positions + 1, bool)
         mask[0] = False

@@ -172,7 +172,7 @@ def test_own_code_is_refused_at_once(own_code: Path, tmp_path: Path, backend: st
         build(config(own_code, tmp_path / "cache", backend=backend))
     assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match=refusal):
-        load_tokenizer(str(own_code))
+        load_tokenizer(resolve_model(str(own_code)))
 
 
 def test_own_code_that_is_trusted_runs_everywhere(own_code: Path, tmp_path: Path) -> None:

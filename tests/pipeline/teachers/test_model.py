@@ -125,7 +125,7 @@ def mistral(tmp_path: Path, write_tekken: Any) -> Path:
 
 def test_a_tekken_file_alone_is_refused_with_what_to_do(tmp_path: Path, write_tekken: Any) -> None:
     with pytest.raises(UserError) as caught:
-        load_tokenizer(str(mistral(tmp_path, write_tekken)))
+        load_tokenizer(resolve_model(str(mistral(tmp_path, write_tekken))))
     assert f"{tmp_path} has a tekken.json and no tokenizer.json" in str(caught.value)
     assert "convert_tekken_tokenizer" in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -139,7 +139,7 @@ def test_a_tekken_file_beside_a_tokenizer_changes_nothing(
     """
     folder = mistral(tmp_path, write_tekken)
     convert_tekken_tokenizer(str(folder / "tekken.json")).save_pretrained(folder)
-    found = load_tokenizer(str(folder))
+    found = load_tokenizer(resolve_model(str(folder)))
     (folder / "tekken.json").unlink()
     plain = AutoTokenizer.from_pretrained(folder)
     assert type(found) is type(plain)

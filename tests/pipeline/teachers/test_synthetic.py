@@ -50,7 +50,7 @@ def test_synthetic_is_normalised_and_matches_its_dense_truth(
         dense = synthetic.dense_logprobs(sequence.input_ids)
         np.testing.assert_allclose(np.exp(dense).sum(axis=1), 1, atol=1e-9)
         assert_same_scores(found, dense, sequence.input_ids, tolerance=1e-5)
-        np.testing.assert_array_equal(found.head_size, head_sizes(found.logprobs, capture))
+        np.testing.assert_array_equal(found.draws.head_size, head_sizes(found.logprobs, capture))
         exact_rank = (
             dense > np.take_along_axis(dense, found.target_ids[:, None].astype(np.int64), 1)
         ).sum(axis=1)
@@ -76,12 +76,12 @@ def test_synthetic_draws_come_up_as_often_as_they_should(
     tail = np.exp(teacher.dense_logprobs(sequence.input_ids))
     np.put_along_axis(tail, found.ids.astype(np.int64), 0, axis=1)
     if independent:
-        samples = found.samples.reshape(19, -1)
+        samples = found.draws.samples.reshape(19, -1)
         assert tail_p_value(samples, tail) > 1e-6
         assert tail_p_value(np.roll(samples, 1, axis=0), tail) < 1e-6
     else:
         counts = np.stack(
-            [[np.bincount(each, minlength=500) for each in sets] for sets in found.samples]
+            [[np.bincount(each, minlength=500) for each in sets] for sets in found.draws.samples]
         )
         expected = 255 * tail / tail.sum(axis=1, keepdims=True)
         assert (counts >= np.floor(expected - 1e-6)[:, None]).all()
@@ -127,7 +127,7 @@ def test_synthetic_needs_neither_torch_nor_transformers() -> None:
         "teacher = open_teacher(config, max_length=64, capture=Capture(8, samples=4))\n"
         "(scored,) = teacher.score([Sequence('a', ids, ids > 0)])\n"
         "assert scored.ids.shape == (len(ids) - 1, 8)\n"
-        "assert scored.samples.shape == (len(ids) - 1, 1, 4)\n"
+        "assert scored.draws.samples.shape == (len(ids) - 1, 1, 4)\n"
         "assert not {'torch', 'transformers', 'vllm'} & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -66,7 +66,7 @@ def test_a_batch_of_nothing_but_such_sequences_has_no_loss_and_no_gradient(
     drawn = data.cache.manifest.store.tail_samples > 0
     assert len(teacher) == 0
     assert bool(teacher.ids.shape[1]) == heads  # no column at all would mean a cache without heads
-    assert (teacher.samples is not None) == drawn
+    assert (teacher.draws is not None) == drawn
     names = (
         {"forward_kl", "reverse_kl", "tail_aware", "ranking", "listmle"}
         if heads

@@ -26,7 +26,7 @@ from logitcask.train.config import TrainConfig
 from logitcask.train.head.chunked import head_losses
 from logitcask.train.head.lm_head import LogitsHead
 from logitcask.train.loop.objective import Objective
-from logitcask.train.losses import SparseTeacher
+from logitcask.train.losses import SparseTeacher, TailDraws
 
 pytestmark = pytest.mark.random
 
@@ -75,8 +75,7 @@ def teacher(k: int = 12) -> SparseTeacher:
         target_ids=torch.randint(VOCAB, (POSITIONS,)),
         target_logprob=logprobs[:, 0],
         vocab_size=VOCAB,
-        samples=ids.gather(1, at),
-        sample_logprobs=logprobs.gather(1, at),
+        draws=TailDraws(ids.gather(1, at), logprobs.gather(1, at)),
         prior=torch.randn(VOCAB).softmax(0),
     )
 

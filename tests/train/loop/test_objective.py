@@ -17,7 +17,7 @@ from torch import Tensor
 from logitcask.train.config import TrainConfig, WeightSchedule
 from logitcask.train.evaluation.metrics import top_k_overlap
 from logitcask.train.loop.objective import Objective
-from logitcask.train.losses import LOSSES, SPECS, SparseTeacher
+from logitcask.train.losses import LOSSES, SPECS, SparseTeacher, TailDraws
 from logitcask.train.losses.adaptive import TaidState
 
 P, V, K, S = 10, 60, 12, 6
@@ -49,8 +49,7 @@ def teacher(draw: torch.Generator) -> SparseTeacher:
         target_ids=top.indices[:, 1],
         target_logprob=top.values[:, 1],
         vocab_size=V,
-        samples=samples,
-        sample_logprobs=log_p.gather(1, samples),
+        draws=TailDraws(samples, log_p.gather(1, samples)),
         entropy=-(log_p.exp() * log_p).sum(1),
         prior=torch.full((V,), 1 / V),
     )
@@ -67,8 +66,8 @@ def test_a_sum_is_the_sum(draw: torch.Generator, teacher: SparseTeacher, tail: s
     one.
     """
     if tail == "ghost":
-        teacher = dataclasses.replace(teacher, samples=None, sample_logprobs=None, prior=None)
-    names = [name for name in LOSSES if name != "random_sampling" or teacher.samples is not None]
+        teacher = dataclasses.replace(teacher, draws=None, prior=None)
+    names = [name for name in LOSSES if name != "random_sampling" or teacher.draws is not None]
     terms = [
         {
             "name": name,
@@ -246,8 +245,8 @@ def test_what_the_losses_are_with_a_cache(teacher: SparseTeacher) -> None:
     terms = [{"name": name} for name in names]
     terms[-1]["tail"] = "ghost"
     objective = Objective(config(terms))
-    undated = dataclasses.replace(teacher, sample_logprobs=None)
-    ghost = dataclasses.replace(undated, samples=None, prior=None)
+    undated = dataclasses.replace(teacher, draws=TailDraws(teacher.draws.ids))
+    ghost = dataclasses.replace(undated, draws=None, prior=None)
     whole = dataclasses.replace(ghost, tail_logprob=torch.full((P,), -math.inf))
     for given, expected in (
         (teacher, ("unbiased", "unbiased", "lower", "exact", "biased", "lower")),

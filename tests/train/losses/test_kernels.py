@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from logitcask.train.losses import LOSSES, SparseTeacher, Student, kernels
+from logitcask.train.losses import LOSSES, SparseTeacher, StudentPass, TailDraws, kernels
 
 pytestmark = pytest.mark.random
 
@@ -83,14 +83,16 @@ def test_losses(
     tail_logprob = (-torch.expm1(logp.logsumexp(1))).clamp_min(1e-9).log()
     teacher = SparseTeacher(
         head, logp, tail_logprob, ids[:, 0], logprobs[:, 0], vocab,
-        samples=ids[:, 100:108], sample_logprobs=logprobs[:, 100:108],
+        draws=TailDraws(ids[:, 100:108], logprobs[:, 100:108]),
         prior=torch.rand(vocab, device=DEVICE).softmax(0),
     )  # fmt: skip
     found = []
     for enabled in (True, False):
         monkeypatch.setattr(kernels, "_ENABLED", enabled)
         logits = start.to(dtype, copy=True).requires_grad_()
-        student = Student(logits, teacher, top_k=5, prior=True, scale=0.7, may_overwrite=overwrite)
+        student = StudentPass(
+            logits, teacher, top_k=5, prior=True, scale=0.7, may_overwrite=overwrite
+        )
         loss = sum(LOSSES[name](student, teacher) for name in ("ranking", "ce"))
         loss = loss + 2 * LOSSES["forward_kl"](student, teacher, tail=tail)
         assert torch.equal(logits, start.to(dtype))

