@@ -1,6 +1,4 @@
-"""``manifest.json``: the one document that makes shards a cache, and the identity under which
-the cache is known.
-"""
+"""``manifest.json``: the document that makes shards a cache, with the cache's identity."""
 
 from __future__ import annotations
 
@@ -34,8 +32,8 @@ _MAX_COUNT = 1 << 40
 
 
 def check_step(step: float, name: str = "logprob_step") -> float:
-    """``step`` (nats). Raises ValueError unless it is a power of two in [2^-16, 1]: then grid
-    points are exact in fp32.
+    """``step`` (nats). Raises ValueError unless it is a power of two in [2^-16, 1]. Multiples of a
+    power of two are exact in fp32.
     """
     if not (2.0**-16 <= step <= 1 and math.frexp(step)[0] == 0.5):
         raise ValueError(
@@ -282,12 +280,12 @@ class Header(_Part):
     derived_from: DerivedFrom | None = Field(None, description="Where it was made of other caches.")
 
     def content_identity(self, *, as_written: bool = False) -> dict[str, Any]:
-        """Everything that decides the content; what ``fingerprint`` hashes.
+        """Everything that decides the content. ``fingerprint`` is its hash.
 
-        ``as_written``: without fields that the document this came from does not have, such as those
-        of a later version.
+        ``as_written``: without fields that the original document does not have, such as those of a
+        later version.
         """
-        # The same weights are the same teacher wherever they lie; the route changes no number.
+        # The same weights in another place are the same teacher. The route changes no number.
         unnamed = {"route"} if self.teacher.weights_sha256 is None else {"route", "model"}
         identity = {
             "teacher": self.teacher.model_dump(
@@ -306,7 +304,7 @@ class Header(_Part):
         return identity
 
     def with_fingerprint(self) -> Header:
-        """A copy that carries the hash of its own content identity."""
+        """A copy with the hash of its own content identity."""
         return self.model_copy(update={"fingerprint": sha256_of_json(self.content_identity())})
 
 
@@ -353,8 +351,8 @@ class Manifest(Header):
         )
 
     def contradictions(self) -> list[str]:
-        """Which of ``statistics``, ``content_sha256`` and ``fingerprint`` are not what the rest
-        of the manifest gives.
+        """Those of ``statistics``, ``content_sha256`` and ``fingerprint`` that contradict the rest
+        of the manifest.
         """
         expected = summarise(self.shards, self.tail_prior).model_dump()
         statistics = self.statistics.model_dump(exclude_unset=True)
@@ -420,7 +418,7 @@ class Manifest(Header):
 
 
 def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object. Parsers differ in which of two equal keys they believe."""
+    """A JSON object without repeated keys, of which parsers use different values."""
     found = dict(pairs)
     if len(found) < len(pairs):
         raise ValueError("a key occurs twice in an object")
@@ -428,7 +426,7 @@ def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _same_number(one: Any, other: Any) -> bool:
-    """Equal, or floats that differ by how a sum was rounded."""
+    """Whether two numbers are equal, up to the rounding of a float sum."""
     return one == other or (
         isinstance(one, float) and isinstance(other, float) and math.isclose(one, other)
     )
@@ -463,9 +461,7 @@ def content_sha256(shards: tuple[ShardEntry, ...]) -> str:
 
 
 class DataHash:
-    """sha256 over (id, tokens, mask) of sequences in order: the identity of the data a teacher
-    was shown.
-    """
+    """sha256 over (id, tokens, mask) of sequences in order: the identity of the teacher's data."""
 
     def __init__(self) -> None:
         self._sha = hashlib.sha256()
@@ -503,9 +499,7 @@ class CacheFile(NamedTuple):
 
 
 def cache_files(manifest: Manifest) -> list[CacheFile]:
-    """Every file that ``manifest`` vouches for: the shards in order, then the tail prior where
-    there is one.
-    """
+    """Every file that ``manifest`` names: the shards in order, then the tail prior, if any."""
     prior = manifest.tail_prior
     parts: list[ShardEntry | TailPriorEntry] = [
         *manifest.shards,

@@ -1,4 +1,4 @@
-"""Which folders are models, so that the stage that runs them and the one that trains them agree."""
+"""The local models folder, which both stages use: pipeline to run models, train to train them."""
 
 from __future__ import annotations
 
@@ -19,17 +19,13 @@ def models_dir() -> Path:
 
 
 def local_model(name: str) -> Path | None:
-    """The folder of a model prepared under that name, or None. Folders appear there only when
-    finished.
-    """
+    """Folder of a prepared model of this name, or None. Unfinished folders are never there."""
     folder = models_dir() / name
     return folder if (folder / "config.json").is_file() else None
 
 
 def refuse_adapters(name: str, folder: Path) -> None:
-    """Raises UserError where ``folder``, of the model that the user calls ``name``, holds
-    adapters.
-    """
+    """Raises UserError if ``folder``, of the model that the user calls ``name``, holds adapters."""
     if not (folder / ADAPTER_CONFIG).is_file():
         return
     try:
@@ -45,8 +41,8 @@ def refuse_adapters(name: str, folder: Path) -> None:
 
 
 def cannot_write(error: BaseException) -> bool:
-    """Whether ``error`` is that of a folder that cannot be written: a full disk, a read-only
-    file system, other people's.
+    """Whether ``error`` means that a folder cannot be written: a full disk, a read-only file
+    system, another owner.
     """
     denied = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR}
     return isinstance(error, OSError) and error.errno in denied
