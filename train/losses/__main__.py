@@ -1,6 +1,4 @@
-"""``python -m logitcask.train.losses``: the tables of docs/losses.md, from what the losses say
-of themselves.
-"""
+"""``python -m logitcask.train.losses``: the tables of docs/losses.md, from the losses' specs."""
 
 from __future__ import annotations
 
@@ -33,7 +31,7 @@ _ORDER = (
 
 
 def markdown() -> str:
-    """Two tables: what each loss is, and what it takes from a cache."""
+    """Two tables: the definition of each loss, and the data that it needs from a cache."""
     specs = [SPECS[name] for name in _ORDER]
     what: list[tuple[str, ...]] = [("loss", "source", "formula", "when")]
     what += [(f"`{s.name}`", s.source, f"`{s.formula}`", s.use) for s in specs]
