@@ -1,6 +1,6 @@
-"""Teacher to cache: text becomes sequences, an engine scores them once, and what is kept goes into
-shards.
+"""Teacher to cache: text becomes sequences, an engine scores them once, and shards store the
+result.
 
-The way of the data: ``sources`` -> ``tokenize`` -> ``plan`` -> ``teachers`` -> ``estimator`` ->
+The path of the data: ``sources`` -> ``tokenize`` -> ``plan`` -> ``teachers`` -> ``estimator`` ->
 ``logitcask.cache_format.CacheWriter``.
 """
