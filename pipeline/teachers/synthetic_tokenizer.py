@@ -128,7 +128,7 @@ def _encode(text: str, add_special_tokens: bool) -> tuple[list[int], list[tuple[
             offsets.append((at, at + len(piece)))
         else:
             data = np.frombuffer(piece.encode(), dtype=np.uint8)
-            # Every byte that does not continue a character begins one.
+            # A byte that does not continue a character begins one.
             starts = at - 1 + np.cumsum((data & 0xC0) != 0x80)
             ids.extend(data.tolist())
             offsets.extend(zip(starts.tolist(), (starts + 1).tolist(), strict=True))
