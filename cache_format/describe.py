@@ -1,6 +1,4 @@
-"""Descriptions of a cache for people: its head, tail and audit, and the page of ``teacher-cache
-info``.
-"""
+"""Descriptions of a cache for people: its head, tail and audit, and a page on all of it."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ class _Part(BaseModel):
 
 
 class TeacherIdentity(_Part):
-    """What produced the numbers."""
+    """The source of the numbers."""
 
     model: str = Field(description="As the user named it.")
     revision: str | None = Field(None, description="Commit of a hub model.")
@@ -66,7 +66,7 @@ class TeacherIdentity(_Part):
 
 
 class TokenizerIdentity(_Part):
-    """Which tokenizer made the ids."""
+    """The tokenizer of the ids."""
 
     name: str
     sha256: str = Field(description="Of everything that maps text to ids.")
@@ -76,9 +76,7 @@ class TokenizerIdentity(_Part):
 
 
 class GenerationIdentity(_Part):
-    """How the teacher came to write the text; ``config`` has the settings, ``sha256`` covers the
-    text itself.
-    """
+    """The writing of the text by the teacher: settings in ``config``, ``sha256`` of the text."""
 
     prompts_sha256: str = Field(description="Over ids and tokens of all prompts.")
     end_tokens: tuple[int, ...] = Field(description="Ids that end an answer, and belong to it.")
@@ -88,7 +86,7 @@ class GenerationIdentity(_Part):
 
 
 class DataIdentity(_Part):
-    """Which text, and what became of it."""
+    """The text and its preparation."""
 
     source: str
     split: str
@@ -113,9 +111,7 @@ class DataIdentity(_Part):
 
 
 class StoreSettings(_Part):
-    """What was kept of each distribution: a head, the mass of the tail, perhaps draws from the
-    tail.
-    """
+    """The stored part of each distribution: a head, the tail's mass, perhaps draws from it."""
 
     vocab_size: int = Field(ge=2, le=MAX_VOCAB_SIZE)
     top_k: int = Field(ge=0, description="Head entries at most; 0: draws alone.")
@@ -181,7 +177,7 @@ class TailPriorEntry(_Part):
 
 
 class DerivedFrom(_Part):
-    """How a cache was made of others."""
+    """The making of a cache from others."""
 
     command: Literal["derive", "merge"]
     fingerprints: tuple[str, ...] = Field(description="Of the other caches, in order.")
@@ -189,9 +185,7 @@ class DerivedFrom(_Part):
 
 
 class AuditSummary(_Part):
-    """What comparing a sample of the cache with a dense reference found when it was built; means
-    over positions, nats.
-    """
+    """The comparison of a sample with a dense reference; means over positions, nats."""
 
     skipped: str | None = Field(
         None, description="Why there was no audit; everything else is null then."

@@ -126,17 +126,14 @@ class CacheReader:
             yield self._pack(file, shard, batch)
 
     def check_shard(self, shard: int) -> None:
-        """Raises DamagedCacheError, naming the shard, if its size or sha256 differs from the
-        manifest.
+        """Raises DamagedCacheError, naming the shard, if its size or sha256 is wrong.
 
         Raises CacheError if it cannot be reached or read.
         """
         self._check_file(self.manifest.shards[shard])
 
     def check_once(self, shard: int) -> None:
-        """Calls ``check_shard`` before a shard is first read, except for remote and ``checked``
-        ones.
-        """
+        """Calls ``check_shard`` at a shard's first use, except for remote and ``checked`` ones."""
         # The local cache of remote shards checks each shard when it arrives.
         if self.check and self._copies is None and shard not in self.checked:
             self.check_shard(shard)
@@ -175,9 +172,7 @@ class CacheReader:
             raise CacheError(f"{where} cannot be read: {error}") from error
 
     def _require_file(self, entry: ShardEntry | TailPriorEntry) -> None:
-        """Raises DamagedCacheError for a pipe, a device or a folder: reading one could block
-        forever.
-        """
+        """Raises DamagedCacheError for a pipe, a device or a folder, which could block forever."""
         path = f"{self._root}/{entry.path}"
         if self._copies is None and os.path.exists(path) and not os.path.isfile(path):
             raise DamagedCacheError(

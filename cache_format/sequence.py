@@ -67,9 +67,7 @@ class CachedSequence:
         return self.input_ids[self.positions + 1]
 
     def at(self, rows: slice | NDArray[np.integer]) -> CachedSequence:
-        """The sequence with some of its P positions (indices 0 to P - 1). Tokens and loss mask are
-        unchanged.
-        """
+        """The sequence with some of its P positions, by index; tokens and loss mask unchanged."""
         return replace(
             self,
             positions=self.positions[rows],

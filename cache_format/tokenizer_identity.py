@@ -84,9 +84,7 @@ def usable_tokenizer(name: str, tokenizer: Any, reload: Callable[[], Any]) -> An
 
 
 def _rules(state: dict[str, Any]) -> dict[str, Any]:
-    """The parts of a serialised backend (``tokenizer.json``) that decide ids, besides the
-    vocabulary.
-    """
+    """The parts of a backend's ``tokenizer.json`` that decide ids, besides the vocabulary."""
     model = state["model"]
     # A Unigram model has a list of tokens with their scores there.
     if isinstance(model.get("vocab"), dict):

@@ -1,6 +1,4 @@
-"""``verify``: compares a cache with its manifest and SPEC.md. Quick: sizes and hashes. Deep: every
-number.
-"""
+"""``verify``: compares a cache with its manifest and SPEC.md: hashes, or every number (deep)."""
 
 from __future__ import annotations
 
@@ -30,8 +28,7 @@ _PART_ENTRIES = 1 << 22
 def verify(
     path: str, *, deep: bool = False, on_shard: Callable[[str], None] = lambda _: None
 ) -> list[str]:
-    """One line per damaged or missing shard of the cache at ``path``; an empty list if there is
-    none.
+    """One line per damaged or missing shard of the cache at ``path``.
 
     ``deep`` also decodes every sequence and checks it against SPEC.md: lengths, ids in the
     vocabulary, descending logprobs, masses that add up to 1, agreement of target and head, unique

@@ -93,8 +93,7 @@ class CacheWorker:
         return load_state(Header, self._header_file, self.afresh)
 
     def join(self, header: Header) -> Header:
-        """Joins a build that has begun and returns its header, if ``header`` describes the same
-        content.
+        """Joins a build that has begun, if ``header`` has the same content; returns its header.
 
         Raises UserError naming the fields that differ.
         """
@@ -271,8 +270,7 @@ class CacheWriter(CacheWorker):
             file.unlink()
 
     def begin(self, header: Header, prior: TailPrior | None = None) -> Header:
-        """Fixes the header of the cache and the prior that ranks its ids. Call it before the first
-        shard.
+        """Fixes the header and the prior that ranks ids. Call it before the first shard.
 
         In a resumed build ``header`` must describe the same content as the first time, and the
         first prior is used. Returns the header with its fingerprint. Raises UserError naming the
@@ -301,9 +299,7 @@ class CacheWriter(CacheWorker):
         return tuple(self.committed[index] for index in sorted(self.committed))
 
     def finish(self, header: Header, shards: int, *, audit: AuditSummary | None = None) -> Manifest:
-        """Writes the manifest of a build of ``shards`` shards, which completes the cache, and
-        cleans up.
-        """
+        """Writes the manifest of ``shards`` shards, which completes the cache, and cleans up."""
         manifest = self._complete(header, shards, audit)
         with writing_to(self.path):
             _revoke(self.build_dir / "runs")
@@ -356,9 +352,7 @@ def refuse_other_files(path: Path) -> None:
 
 
 def may_be_cache(path: Path) -> bool:
-    """Whether a manifest there is that of a cache. A damaged one counts if the cache's card is
-    there.
-    """
+    """Whether a manifest there is a cache's; a damaged one counts if the cache's card is there."""
     return _is_cache(path) or ((path / MANIFEST).exists() and card.is_card(path / "README.md"))
 
 

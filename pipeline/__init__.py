@@ -1,5 +1,4 @@
-"""Teacher to cache: text becomes sequences, an engine scores them once, and shards store the
-result.
+"""Teacher to cache: text becomes sequences, an engine scores them once, shards store the result.
 
 The path of the data: ``sources`` -> ``tokenize`` -> ``plan`` -> ``teachers`` -> ``estimator`` ->
 ``logitcask.cache_format.CacheWriter``.

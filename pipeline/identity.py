@@ -25,9 +25,7 @@ class TextReader(Protocol):
 
 
 def check_unchanged(source: Source, stamp: str, config: BuildConfig) -> None:
-    """Raises UserError if the data has changed since ``stamp``, taken before its first row was
-    read.
-    """
+    """Raises UserError if the data has changed since ``stamp``, from before its first row."""
     try:
         now = source.stamp()
     except OSError:  # a file is gone

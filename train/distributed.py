@@ -62,9 +62,7 @@ def gathered(mine: T) -> list[T]:
 
 
 def machine() -> tuple[str, str]:
-    """Name of this machine with the id of its boot, if available, because two machines may have the
-    same name.
-    """
+    """Name of this machine and, since names may repeat, the id of its boot, if available."""
     try:
         return socket.gethostname(), Path("/proc/sys/kernel/random/boot_id").read_text()
     except OSError:
@@ -72,8 +70,7 @@ def machine() -> tuple[str, str]:
 
 
 def leave(code: int = 0) -> None:
-    """Ends a process that trained together with others, with exit code ``code``; returns if it
-    trained alone.
+    """Ends a process of a joint training with exit code ``code``; returns for a single process.
 
     Threads of torch that move tensors between processes exist until the process ends. DDP keeps
     them even after ``destroy_process_group``. If such a thread drops a Python tensor while the

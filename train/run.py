@@ -351,9 +351,7 @@ def _write(
     shown: list[dict[str, Any]],
     answered: list[Answer],
 ) -> None:
-    """Writes the other files of a finished run. ``metrics.json``, which marks it as finished, is
-    last.
-    """
+    """Writes the other files of a finished run, last ``metrics.json``, which marks its end."""
     told = [each._asdict() for each in answered]
     write_durably(output / "log.json", json.dumps(history, indent=1))
     write_durably(output / "examples.json", json.dumps(shown, indent=1, ensure_ascii=False))

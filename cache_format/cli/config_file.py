@@ -1,6 +1,4 @@
-"""Config files of both stages: YAML, then KEY=VALUE overrides by dotted path, then a strict
-pydantic model.
-"""
+"""Config files of both stages: YAML, KEY=VALUE overrides by path, a strict pydantic model."""
 
 from __future__ import annotations
 
@@ -20,8 +18,7 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 def load_config(model: type[Model], path: Path, overrides: list[str]) -> Model:
-    """Reads ``path``, applies overrides such as ``store.top_k=8`` or ``losses[0].weight=2``, and
-    validates.
+    """Reads ``path``, applies overrides such as ``losses[0].weight=2``, and validates.
 
     Override values are YAML (``null``, ``1e-4``, ``[1, 2]``). Raises ConfigError in one line: the
     place, the value found, the value expected.

@@ -34,7 +34,7 @@ _SMALL_FILES = 5_000
 
 
 class DeriveOptions(BaseModel):
-    """What ``derive`` changes; None leaves a setting as the source has it."""
+    """The changes of ``derive``; None leaves a setting of the source unchanged."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

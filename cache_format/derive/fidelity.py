@@ -17,8 +17,7 @@ from logitcask.cache_format.shards.prior import TailPrior
 def reconstruction_kl(
     sequence: CachedSequence, size: NDArray[np.int64], vocab_size: int, prior: TailPrior | None
 ) -> NDArray[np.float64]:
-    """float64[P], nats: KL of the teacher's whole distribution to its reconstruction from heads of
-    ``size`` entries.
+    """float64[P], nats: KL of the teacher to its reconstruction from heads of ``size`` entries.
 
     The reconstruction is the head, and the remaining mass distributed by ``prior``, or evenly if
     that is None. An even tail gives the KL exactly, up to rounding. With a prior, its value on the

@@ -1,6 +1,4 @@
-"""Common part of ``derive`` and ``merge``: writes sequences of one or several caches into a new
-one, resumably.
-"""
+"""Common part of ``derive`` and ``merge``: the resumable writing of a new cache."""
 
 from __future__ import annotations
 

@@ -144,9 +144,7 @@ class Codec:
         last_steps: _Array,
         columns: dict[str, pa.Array],
     ) -> None:
-        """Adds the sample columns: the sorted distinct ranks of each set as gaps, and the count of
-        each.
-        """
+        """Adds the sample columns: distinct ranks of each set as sorted gaps, and their counts."""
         sizes, gaps, counts, steps, entries = [], [], [], [], []
         nothing = np.int32(1 << 30)  # larger than every rank, so padding sorts to the end
         begin = 0
@@ -423,9 +421,7 @@ class PackedBatch:
         return ranks if self.codec.id_at is None else self.codec.id_at.take(ranks)
 
     def _steps(self, prefix: str, index: int, entries: int) -> _Array:
-        """int64[entries]: the steps of one row with its escapes; without escapes, the uint8 plane
-        itself.
-        """
+        """int64[entries]: one row's steps with escapes; without escapes, the uint8 plane itself."""
         plane = self._row(f"{prefix}_plane", index)
         escapes = self._row(f"{prefix}_escape", index)
         self._require(len(plane) == entries, index, f"its {prefix} and sizes disagree")
@@ -496,9 +492,7 @@ def _sums(values: _Array) -> NDArray[np.int64]:
 def _within(
     sums: NDArray[np.int64], starts: NDArray[np.int64], lengths: _Array
 ) -> NDArray[np.int64]:
-    """Running sums inside each run, including the value itself, from the ``_sums`` of all runs.
-    Overwrites ``sums``.
-    """
+    """Running sums inside each run, from the ``_sums`` of all runs, which it overwrites."""
     before = np.repeat(sums[starts], lengths)
     within = sums[1:]
     within -= before

@@ -1,5 +1,4 @@
-"""The tail prior: one coarse distribution over the vocabulary per cache, a byte per id before
-compression.
+"""The tail prior: one coarse distribution over the vocabulary per cache, a byte per id.
 
 It has two uses. Ids are stored as their ranks in the prior, so frequent ids have small numbers,
 which compress well. For reconstruction, a tail of known mass can be distributed over the ids in

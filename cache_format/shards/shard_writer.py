@@ -21,9 +21,7 @@ from logitcask.cache_format.shards.validation import validate
 
 
 class ShardWriter:
-    """Writer of one Arrow file. Every record batch except the last has the same number of
-    sequences.
-    """
+    """Writer of one Arrow file; all record batches but the last have equally many sequences."""
 
     def __init__(
         self,

@@ -14,8 +14,7 @@ from logitcask.cache_format.sequence import CachedSequence
 
 
 def validate(sequence: CachedSequence, store: StoreSettings, *, mass_slack: float = 1e-3) -> None:
-    """Raises UserError, naming the sequence and the problem, if it cannot be stored and read back
-    unchanged.
+    """Raises UserError, naming sequence and problem, if it cannot be stored and read unchanged.
 
     ``mass_slack``: the amount by which the head mass may exceed 1, because of fp32 rounding, or,
     for logprobs that were stored before, because of the grid.

@@ -95,8 +95,7 @@ def remove_remote_cache(url: str) -> None:
 
 
 class RemoteCacheWriter(CacheWriter):
-    """A ``CacheWriter`` of the cache at ``url``. Locally it needs space only for its plan and one
-    shard.
+    """A ``CacheWriter`` of the cache at ``url``, with local space for its plan and one shard.
 
     Opening takes a lock. On this machine it is the lock of the work folder. Against other machines
     it is the marker at the URL, which two machines that start at the same instant can both miss.

@@ -29,17 +29,14 @@ _Array = NDArray[Any]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Evidence:
-    """Positions of one sequence with a neighbour on both sides, and the float32[R, V] around them,
-    by offset.
-    """
+    """Positions of a sequence with two neighbours, and float32[R, V] around them, by offset."""
 
     part: CachedSequence
     dense: dict[int, NDArray[np.float32]]
 
 
 class _Suspects:
-    """Possible causes of a difference, each judged by the difference that remains after its
-    correction.
+    """Possible causes of a difference, each judged by the remainder after its correction.
 
     If the heads differ, they are compared, else the targets.
     """

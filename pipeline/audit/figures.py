@@ -87,9 +87,7 @@ class Sums:
         self._draws = _DrawSums(variance=2 if derived else 1) if store.tail_samples else None
 
     def add(self, part: CachedSequence, dense: NDArray[np.float32]) -> None:
-        """Adds positions of a sequence, with the reference's [R, V] logprobs there, none below
-        LEAST_LOGPROB.
-        """
+        """Adds positions with the reference's [R, V] logprobs, none below LEAST_LOGPROB."""
         in_head = part.ids >= 0
         ids = np.where(in_head, part.ids, 0).astype(np.int64)
         exact = np.take_along_axis(dense, ids, axis=1)

@@ -197,9 +197,7 @@ def free_memory() -> tuple[int, int | None]:
 
 
 def _eager_attention(manifest: Manifest) -> dict[str, object]:
-    """The engine option for eager attention if the teacher had it: other kinds may ignore parts of
-    the config.
-    """
+    """The teacher's engine option for eager attention; other kinds may ignore config fields."""
     return (
         {"attn_implementation": "eager"}
         if _option(manifest, "attn_implementation") == "eager"
@@ -208,9 +206,7 @@ def _eager_attention(manifest: Manifest) -> dict[str, object]:
 
 
 def _bits(manifest: Manifest, model: ResolvedModel) -> int | None:
-    """Bits to which the teacher rounded: those of a quantised checkpoint or of its engine's
-    quantisation.
-    """
+    """Bits to which the teacher rounded, by its quantised checkpoint or its engine."""
     asked = (_option(manifest, "quantization"), _option(manifest, "kv_cache_dtype"))
     found = [8] if any(str(one).startswith("fp8") for one in asked) else []
     found += [bits for bits in [activation_bits(model)] if bits is not None]

@@ -32,9 +32,7 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class Distance:
-    """Means over positions of the KL (nats) and of the total variation between two
-    distributions.
-    """
+    """Means over positions of the KL (nats) and the total variation of two distributions."""
 
     kl: float
     tv: float

@@ -130,8 +130,7 @@ def audit(
 def engine_limit(
     teacher: TeacherIdentity, *, bits: int | None = None, experts: bool = False
 ) -> float:
-    """Nats of mean absolute difference from the reference that the teacher's arithmetic explains
-    (docs/capture.md).
+    """Mean absolute difference in nats that the teacher's arithmetic explains (docs/capture.md).
 
     bits:    precision to which its layers round their inputs, if lower than that of its dtype.
     experts: whether a router chooses among experts.

@@ -54,9 +54,7 @@ class Inputs:
         self.__dict__.pop("source", None)
 
     def tokenization(self, data: DataConfig) -> Tokenization:
-        """A new Tokenization. ``data`` is that of this object, perhaps with the date of an earlier
-        start.
-        """
+        """A new Tokenization; ``data`` is this object's, perhaps with an earlier start's date."""
         return Tokenization(self.tokenizer, data, self.vocab_size)
 
     def prompts(self, data: DataConfig) -> Prompts:

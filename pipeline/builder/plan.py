@@ -48,9 +48,7 @@ class PlannedShard(BaseModel):
     positions: int
 
     def sequences_per_batch(self, entries: float) -> int:
-        """Rows per record batch of about BATCH_BYTES, with ``entries`` head entries and draws per
-        position.
-        """
+        """Rows per batch of about BATCH_BYTES, with ``entries`` entries and draws per position."""
         size = uncompressed_bytes(self.tokens, self.positions, round(entries * self.positions))
         return max(1, min(self.sequences, round(BATCH_BYTES * self.sequences / size)))
 
@@ -90,8 +88,7 @@ class Plan(BaseModel):
 def write_sequences(
     build_dir: Path, sequences: Iterable[Sequence], shard_tokens: int
 ) -> tuple[tuple[PlannedShard, ...], str]:
-    """Streams sequences to ``.build/plan/``, a new shard before the sequence that would exceed
-    ``shard_tokens``.
+    """Streams sequences to ``.build/plan/``; a shard ends before it exceeds ``shard_tokens``.
 
     Returns the shards and the data's sha256. Raises UserError for more shards than a manifest can
     list.

@@ -34,9 +34,7 @@ _RECENT = 12
 
 @dataclass
 class Counts:
-    """Counts since the start of this run, written by the engine's thread (first three) and the
-    writer's.
-    """
+    """Counts since the start of this run, by the engine's thread (first three) and the writer's."""
 
     tokens: int = 0
     scored_tokens: int = 0
@@ -108,9 +106,7 @@ class Progress:
         return time.monotonic() - self._started
 
     def answered(self, tokens: int, *, scored: bool, engine_seconds: float) -> None:
-        """Counts a sequence of ``tokens`` tokens, scored after a wait of ``engine_seconds`` or not
-        scored.
-        """
+        """Counts a sequence, scored after a wait of ``engine_seconds`` or not scored."""
         counts = self.counts
         counts.tokens += tokens
         counts.scored_tokens += tokens if scored else 0

@@ -1,5 +1,4 @@
-"""A build with many engines: Ray Data gives the shards of the plan to workers, which score and
-commit them.
+"""A build with many engines: Ray Data gives shards to workers, which score and commit them.
 
 The process that the user starts is the driver. It holds the lock, the plan and the progress bar,
 and begins and finishes the cache. A worker is a Ray actor with its own engine

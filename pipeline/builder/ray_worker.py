@@ -33,9 +33,7 @@ _REPORT_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class Task:
-    """The task of a worker: the config as JSON, the cache's absolute path, its run, and the
-    driver's folder.
-    """
+    """A worker's task: config as JSON, absolute path of the cache, its run, the driver's folder."""
 
     config: str
     path: str
@@ -45,9 +43,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Done:
-    """Progress of engines: tokens of all sequences and of the scored ones, and seconds waited for
-    engines.
-    """
+    """Progress of engines: tokens of all and of scored sequences, seconds of waiting."""
 
     tokens: int = 0
     scored_tokens: int = 0

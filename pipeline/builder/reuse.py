@@ -69,9 +69,7 @@ def reuse(config: BuildConfig, inputs: Inputs) -> Manifest:
 
 
 def _changed(manifest: Manifest, config: BuildConfig, inputs: Inputs) -> bool:
-    """Whether the source now gives other sequences, or, if the teacher wrote answers, other
-    prompts.
-    """
+    """Whether the source now gives other sequences, or, for written answers, other prompts."""
     if manifest.data.generation is not None:
         prompts = inputs.prompts(config.data).prompts(inputs.source)
         return prompts_sha256(prompts) != manifest.data.generation.prompts_sha256
@@ -82,9 +80,7 @@ def _changed(manifest: Manifest, config: BuildConfig, inputs: Inputs) -> bool:
 
 
 def _check_weights(manifest: Manifest, config: BuildConfig, ways_out: str) -> None:
-    """Raises UserError if the teacher's folder now has another model. Built-in and hub models are
-    pinned.
-    """
+    """Raises UserError if the teacher's folder has another model; other models are pinned."""
     folder = Path(config.teacher.model).expanduser()
     if (
         manifest.teacher.weights_sha256

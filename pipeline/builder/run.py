@@ -49,8 +49,7 @@ class BuildResult:
 
 
 def build(config: BuildConfig, *, restart: bool = False) -> BuildResult:
-    """Makes the cache that ``config`` describes, or reuses it. ``restart`` first removes the
-    existing one.
+    """Makes the cache that ``config`` describes, or reuses it; ``restart`` removes it first.
 
     Raises UserError (and its subclasses) for every problem that the user can fix.
     """

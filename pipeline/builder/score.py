@@ -40,8 +40,7 @@ def score_shard(
     progress: Progress | None = None,
     check: Callable[[], None] = safe_point,
 ) -> Iterator[Pair]:
-    """Each sequence of a shard with its scores, in order. Sequences without a kept position are not
-    scored.
+    """Each sequence of a shard with its scores, in order; those without kept positions unscored.
 
     The teacher gets the sequences of a window by descending length, so that the sequences of a
     batch are similar. The shard's plan is read twice at the same time, so the engine may read ahead
@@ -73,9 +72,7 @@ def score_shard(
 
 
 def estimate_prior(pairs: Iterator[Pair], store: StoreSettings) -> tuple[TailPrior, Iterator[Pair]]:
-    """The prior, from the first positions of ``pairs`` (those of shard 0), and an iterator over all
-    of ``pairs``.
-    """
+    """The prior, from the first positions of ``pairs`` (shard 0), and an iterator over all."""
     first: deque[Pair] = deque()
     positions = 0
     while positions < _PRIOR_POSITIONS and (pair := next(pairs, None)) is not None:
@@ -94,8 +91,7 @@ def score_shards(
     progress: Progress | None = None,
     begun: Mapping[int, Iterator[Pair]] | None = None,
 ) -> None:
-    """Scores and commits ``shards`` of the plan, which ``writer`` has not committed yet, one after
-    the other.
+    """Scores and commits ``shards`` of the plan that ``writer`` has not committed, in order.
 
     progress: hears of everything done here; of what ``score_shard`` does for ``begun``, if it was
     given the same.

@@ -1,6 +1,4 @@
-"""``teacher-cache estimate``: the forecasts of ``logitcask.pipeline.estimate.run`` as a page, or
-as JSON.
-"""
+"""``teacher-cache estimate``: the forecasts of ``logitcask.pipeline.estimate.run`` as a page."""
 
 from __future__ import annotations
 
@@ -134,9 +132,7 @@ def _between(span: Range, show: Callable[[float], str]) -> str:
 
 
 def _scaled(value: float, units: tuple[str, ...]) -> str:
-    """Three digits, with the largest unit (a power of a thousand) that gives a number of at least
-    1.
-    """
+    """Three digits with the largest unit, a power of a thousand, that gives at least 1."""
     at = 0
     while at + 1 < len(units) and value >= 999.5:
         value, at = value / 1000, at + 1

@@ -1,5 +1,4 @@
-"""``teacher-cache inspect``: one sequence as a table, token by token, with the teacher's
-predictions.
+"""``teacher-cache inspect``: one sequence as a table of tokens with the teacher's predictions.
 
 ``teacher-cache generations``: the teacher's answers as text.
 """

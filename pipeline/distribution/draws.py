@@ -91,9 +91,7 @@ def entropy(logprobs: NDArray[Any]) -> NDArray[np.float32]:
 
 
 def no_draws(head: NDArray[np.float32], capture: Capture) -> Draws:
-    """The ``Draws`` of a ``capture`` without draws: only the head sizes of float32[R, top_k]
-    logprobs.
-    """
+    """``Draws`` without draws: only the head sizes of float32[R, top_k] logprobs."""
     nothing = np.empty((len(head), 0, 0))
     return Draws(
         head_sizes(head, capture), nothing.astype(np.int32), nothing.astype(np.float32), None
@@ -115,8 +113,7 @@ def fractions(
     counts: NDArray[np.int64],
     capture: Capture,
 ) -> NDArray[np.float64]:
-    """float64[R, T, S] in [0, 1): the point of the tail's CDF of each of the first ``counts`` [R]
-    draws.
+    """float64[R, T, S] in [0, 1): the CDF's points of the first ``counts`` [R] draws.
 
     named: float32[R, 2], the logprobs of the top id and of the target. Other arguments as for
     ``draw``.
@@ -149,8 +146,7 @@ def padded(
 
 
 def mix(bits: Any) -> Any:
-    """One step of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014): a bijection of 64 bits without
-    visible patterns.
+    """One step of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014), a bijection of 64 bits.
 
     ``bits``: int64, a numpy array or a torch tensor. Both wrap around, and masks turn their
     arithmetic shifts into logical ones.

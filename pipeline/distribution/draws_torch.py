@@ -1,5 +1,4 @@
-"""Draws from the tail of a distribution, in torch, inside the engine: the algorithm of
-``logitcask.pipeline.distribution.draws``.
+"""Draws from the tail in torch, inside engines (``logitcask.pipeline.distribution.draws``).
 
 A search in two levels keeps it cheap: one pass sums the probabilities of blocks of ids, and only
 blocks with a draw are searched for the id. The main cost is one exponential per id, as much as the

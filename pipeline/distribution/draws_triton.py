@@ -41,9 +41,7 @@ _WARPS = {"norms": 8, "mark": 1, "tails": 8, "find": 8}
 
 
 def usable(scores: Tensor) -> bool:
-    """Whether the kernels support this tensor: on CUDA (or interpreted), contiguous rows, at most
-    float32.
-    """
+    """Whether the kernels support it: on CUDA or interpreted, rows contiguous, at most float32."""
     return (
         _ENABLED
         and (scores.is_cuda or INTERPRETED)
@@ -138,9 +136,7 @@ def tails(
 def find(
     scores_RV: Tensor, norms_R2: Tensor, tails: Tails, counts: Tensor, capture: Capture
 ) -> tuple[Tensor, Tensor]:
-    """The draws, int32[R, T, S], and their logprobs, float32[R, T, S]; -1 and -inf after the first
-    ``counts`` (int64[R]).
-    """
+    """Draws int32[R, T, S], logprobs float32[R, T, S]; padded after ``counts`` (int64[R])."""
     rows, size = scores_RV.shape
     blocks = tails.sums.shape[1]
     shape = (rows, capture.sets, capture.samples)

@@ -1,6 +1,4 @@
-"""The stored part of a teacher's rows: from ``Scored`` to ``CachedSequence``, with the check of
-alignment.
-"""
+"""The stored part of a teacher's rows: from ``Scored`` to ``CachedSequence``, alignment checked."""
 
 from __future__ import annotations
 
@@ -54,8 +52,7 @@ def check_numbers(scored: Scored, place: str) -> None:
 def tail_logprob(
     logprobs: NDArray[np.float32], size: NDArray[np.int32], vocab_size: int
 ) -> NDArray[np.float32]:
-    """float32[P]: log of the mass outside the first ``size`` entries of each row of ``logprobs``
-    [P, K].
+    """float32[P]: log of the mass outside the first ``size`` of ``logprobs`` [P, K].
 
     Clamped (SPEC.md section 5); -inf if the head is the whole vocabulary.
     """

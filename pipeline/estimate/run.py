@@ -220,9 +220,7 @@ def _head(source: Source) -> tuple[list[Row], int, bool]:
 
 
 def _total_text_tokens(config: DataConfig, sample: Sample) -> int | None:
-    """Tokens of the whole data set: its rows, estimated from sizes, times the tokens per row of the
-    head.
-    """
+    """Tokens of the data set: its rows, estimated from sizes, times the head's tokens per row."""
     if sample.whole:
         return sample.text_tokens
     rows = count_rows(config)
@@ -245,9 +243,7 @@ def _forecast(
     gpus: int,
     price: float | None,
 ) -> Forecast:
-    """The head of the data, scaled to ``text_tokens`` of text and cut at ``limit`` tokens of
-    sequences.
-    """
+    """The head of the data, scaled to ``text_tokens`` and cut at ``limit`` sequence tokens."""
     factor = text_tokens / sample.text_tokens
     if limit is not None and factor * sample.tokens > limit:
         factor = limit / sample.tokens
@@ -273,9 +269,7 @@ def _forecast(
 
 
 def _shards(tokens: int, length: float, shard_tokens: int) -> int:
-    """A shard ends before the sequence that would exceed ``shard_tokens``: on average half a
-    sequence early.
-    """
+    """Number of shards; a shard ends on average half a sequence before ``shard_tokens``."""
     if tokens <= shard_tokens:
         return 1
     return math.ceil(tokens / max(length, shard_tokens - length / 2))

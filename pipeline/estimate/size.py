@@ -208,9 +208,7 @@ class Range(BaseModel):
 
 
 class Size(BaseModel):
-    """Bytes of a cache as a linear function of its content. ``heads`` and ``draws``: means per kept
-    position.
-    """
+    """Bytes of a cache, linear in its content; ``heads``, ``draws``: means per kept position."""
 
     model_config = ConfigDict(frozen=True)
 

@@ -70,8 +70,7 @@ class GenerationState(BaseModel):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Written:
-    """The teacher's text, int32[m], including its end token if there is one, and the reason of its
-    end.
+    """The teacher's text, int32[m], with its end token, if any, and the reason of its end.
 
     ``stop``: an end token or a stop string; ``length``: the length limit; ``empty``: no content.
     """
@@ -81,8 +80,7 @@ class Written:
 
 
 class Generations:
-    """The answers to the prompts of one source, as sequences. Call ``complete`` before
-    ``sequences``.
+    """Answers to the prompts of one source, as sequences; ``complete`` before ``sequences``.
 
     ``counters`` are those of ``Prompts``, and of the latest ``sequences()``: ``generations``;
     ``generated_tokens``; ``finished_stop``, ``finished_length``, ``finished_empty`` (the teacher
@@ -136,8 +134,7 @@ class Generations:
         )
 
     def complete(self, source: Source, start: Callable[[Sampling], Any]) -> None:
-        """Writes the prompts and every missing answer to disk; ``start`` starts the engine if it is
-        needed.
+        """Writes prompts and missing answers to disk; ``start`` starts the engine if needed.
 
         Raises UserError for existing answers of other settings, another tokenizer or another
         teacher, and if the data changes while it is read.

@@ -62,8 +62,7 @@ class Prompts:
         return dict(self._counters)
 
     def prompts(self, rows: Iterable[Row]) -> Iterator[PromptRow]:
-        """Streams prompts, in order, until they alone, each with one token of answer, would exceed
-        ``max_tokens``.
+        """Streams prompts until they, with one token of answer each, would exceed ``max_tokens``.
 
         Raises UserError for an id outside the vocabulary, and if there is no prompt.
         """

@@ -102,9 +102,7 @@ class Generator(Protocol):
 
 
 def bounded_groups(sequences: Iterable[Sequence], tokens: int) -> Iterator[list[Sequence]]:
-    """Consecutive groups of at most ``tokens`` tokens, or of one sequence that is longer than
-    that.
-    """
+    """Consecutive groups of at most ``tokens`` tokens, or of one longer sequence."""
     group: list[Sequence] = []
     held = 0
     for sequence in sequences:

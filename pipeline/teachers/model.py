@@ -139,9 +139,7 @@ def prepare_model(name: str, revision: str | None = None) -> str:
 def load_tokenizer(
     name: str, revision: str | None = None, *, trust_remote_code: bool = False
 ) -> Any:
-    """The model's tokenizer, a ``transformers.PreTrainedTokenizerBase``. Raises UserError if there
-    is none.
-    """
+    """The model's ``transformers.PreTrainedTokenizerBase``. Raises UserError if there is none."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     model = resolve_model(name, revision, trust_remote_code=trust_remote_code)
@@ -269,9 +267,7 @@ def _rope_parameters(config: Any) -> list[dict[str, Any]]:
 
 
 def kv_bytes_per_token(model: ResolvedModel, value_bytes: int) -> int:
-    """Bytes that one token of context takes in a key-value cache of ``value_bytes`` bytes per
-    number.
-    """
+    """Bytes per token in a key-value cache of ``value_bytes`` bytes per number."""
     config = _config(model).get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_size = (
@@ -286,9 +282,7 @@ def is_quantised(model: ResolvedModel) -> bool:
 
 
 def auto_class(model: ResolvedModel) -> Any:
-    """The class of transformers that loads the model with its lm_head: one of two, for
-    multimodal models.
-    """
+    """The class of transformers that loads the model with its lm_head; two for multimodal."""
     from transformers import (
         MODEL_FOR_CAUSAL_LM_MAPPING,
         MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,

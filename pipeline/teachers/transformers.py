@@ -1,5 +1,4 @@
-"""The transformers teacher: whole distributions by a plain forward pass, the reference for other
-engines.
+"""The transformers teacher: whole distributions, the reference for other engines.
 
 It is also the engine if vLLM is not installed.
 """
@@ -236,8 +235,7 @@ def _cause(error: Exception) -> str:
 
 
 class _Noise(transformers.LogitsProcessor):
-    """Turns transformers' greedy choice into a draw: the argmax of logits with Gumbel noise is a
-    draw.
+    """Turns a greedy choice into a draw: the argmax of logits with Gumbel noise.
 
     Each row has its own generator, which transformers' sampling does not support, so an answer does
     not depend on its batch.

@@ -30,9 +30,7 @@ _SETTLED = 2_000_000_000
 
 
 class _Read(NamedTuple):
-    """State and digest of a file when it was read. Every change sets ``ctime``, which users cannot
-    set.
-    """
+    """State and digest of a read file. Every change sets ``ctime``, which users cannot set."""
 
     size: int
     mtime: int

@@ -80,8 +80,7 @@ def _by_marks(
 def _by_prefixes(
     template: ChatTemplate, messages: Messages, row: Row, learnt: list[int]
 ) -> tuple[str, list[Span]]:
-    """Spans from prefixes: turn ``i`` is the text of the chat up to it after the prompt that asks
-    for it.
+    """Spans from prefixes: turn ``i`` is the text of the chat up to it after its prompt.
 
     White space after the end-of-turn token separates turns and belongs to none. If a chat begins
     with the assistant, that turn has no prompt and is context.

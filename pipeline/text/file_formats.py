@@ -64,9 +64,7 @@ def read_rows(path: str, fields: list[str]) -> Iterator[dict[str, Any]]:
 
 
 def locate(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The file system of ``path`` and its name there. Without ``://`` it is a local path, taken
-    literally.
-    """
+    """The file system of ``path`` and its name there; without ``://`` a literal local path."""
     if "://" in path:
         found: tuple[fsspec.AbstractFileSystem, str] = fsspec.core.url_to_fs(path)
         return found
@@ -185,9 +183,7 @@ def _text(file: IO[bytes], path: str, newline: str | None = None) -> io.TextIOWr
 
 
 def _json_objects(file: IO[bytes], path: str) -> Iterator[dict[str, Any]]:
-    """One array, or an object per line; ``.json`` and ``.jsonl`` are used for both, so the first
-    character decides.
-    """
+    """Objects of one array or of lines, decided by the first character, not by the suffix."""
     text = _text(file, path, newline="\n")  # newline="\n": a lone \r does not end a line
     lines = enumerate(text, 1)
     first = next(((number, line) for number, line in lines if line.strip()), None)
@@ -301,9 +297,7 @@ def _parquet_rows(file: IO[bytes], path: str, fields: list[str]) -> Iterator[dic
 
 
 def _arrow_batches(file: IO[bytes]) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
-    """``.arrow`` is either the IPC file format, which starts with its magic, or the stream that
-    ``datasets`` writes.
-    """
+    """Batches of an ``.arrow`` file: the IPC format with its magic, or ``datasets``' stream."""
     magic = file.read(6)
     file.seek(0)
     if magic == b"ARROW1":

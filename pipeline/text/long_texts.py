@@ -1,5 +1,4 @@
-"""Texts too long to be tokenised in one call: a tokenizer needs a hundred or more bytes of memory
-per character.
+"""Texts too long for one call: a tokenizer needs a hundred bytes or more per character.
 
 A long text is read in overlapping windows. The tokens of two neighbouring windows are joined at a
 place where both have a border between the same two characters, as near to the middle of the overlap
@@ -33,8 +32,7 @@ Tokens = tuple[NDArray[np.int32], NDArray[np.int64]]
 
 
 def with_whole_offsets(tokenizer: Any) -> Any:
-    """A tokenizer with the same ids, without special tokens, and with the offsets of all
-    characters.
+    """A tokenizer with the same ids, no special tokens, and offsets of all characters.
 
     Without special tokens, a post-processor only trims white space from the offsets, as in many
     byte-level tokenizers. A token of spaces would then have no characters.
@@ -116,8 +114,7 @@ class LongTexts:
 
 
 def special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """The ids that the tokenizer puts in front of a text and behind it, found with a text of one
-    letter.
+    """The ids that the tokenizer adds at both ends of a text, found with one letter.
 
     Raises UserError if they cannot be separated from the text.
     """

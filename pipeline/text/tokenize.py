@@ -177,9 +177,7 @@ class Tokenization:
     def _document(
         self, row: Row, parts: Iterable[NDArray[np.int32]], found: tuple[str, ...]
     ) -> Iterator[_Counted]:
-        """``parts``: the ids of the document, read as far as needed. ``found``: counters of its
-        text.
-        """
+        """``parts``: ids of the document, read as far as needed. ``found``: its counters."""
         cut = pieces(parts, self._config.max_length)
         first, second = next(cut, None), next(cut, None)
         if first is None:

@@ -100,9 +100,7 @@ def _stacked(parts: list[NDArray[Any]], filler: float) -> Tensor:
 def teacher_of(
     batch: dict[str, Tensor], vocab_size: int, prior: Tensor | None = None
 ) -> SparseTeacher:
-    """The SparseTeacher of a collated batch; ``prior`` is the cache's, float32[vocab_size], or
-    None.
-    """
+    """The SparseTeacher of a batch; ``prior``: the cache's, float32[vocab_size], or None."""
     return SparseTeacher(
         ids=batch["teacher_ids"],
         logprobs=batch["teacher_logprobs"],

@@ -175,8 +175,7 @@ def by_source(
 def open_data(
     config: TrainConfig, caches: list[CacheReader], seed: int, rows: int | None = None
 ) -> tuple[Mixture, HeldOut]:
-    """Training data and held-out data, for a student of ``rows`` ids; None: it has all ids of the
-    teachers.
+    """Training and held-out data for a student of ``rows`` ids; None: all ids of the teachers.
 
     Raises UserError for data that cannot be used.
     """

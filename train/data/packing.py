@@ -84,8 +84,7 @@ def packed_units(single: Units, capacity: int, *, seed: tuple[int, ...], shuffle
 
 
 def collate_packed(rows: list[list[CachedSequence]], *, flat: bool = False) -> dict[str, Any]:
-    """R rows of sequences as one batch; the fields at kept positions are those of
-    ``logitcask.train.data.batch.collate``.
+    """R rows of sequences as one batch; kept positions as in ``collate``.
 
     input_ids, position_ids: int64[R, T]; position ids start at 0 in every sequence, and are 0 in
           the padding.
@@ -118,9 +117,7 @@ def collate_packed(rows: list[list[CachedSequence]], *, flat: bool = False) -> d
 
 
 def borders(lengths: list[int]) -> dict[str, Any]:
-    """The borders of sequences for flash attention's varlen kernels; without them every layer would
-    compute them.
-    """
+    """Borders of sequences for flash attention's varlen kernels, computed once for all layers."""
     borders = torch.tensor([0, *lengths]).cumsum(0).int()
     return {
         **dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), borders),

@@ -1,5 +1,4 @@
-"""Teachers with more ids than the student: the ids that the student lacks are removed from the
-distribution.
+"""Teachers with more ids than the student: ids that the student lacks are removed.
 
 An lm_head is padded to a round number of rows, and models of one family are padded differently:
 Qwen2.5-7B has 152,064 rows, Qwen2.5-0.5B 151,936, and their tokenizer uses 151,665 ids. No text has

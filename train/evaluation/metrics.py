@@ -71,8 +71,7 @@ def rank_correlation(student_logits: Tensor, teacher: SparseTeacher, k: int) -> 
 
 
 class Calibration:
-    """The expected calibration error of a model's most probable token (Guo et al. 2017, arXiv
-    1706.04599).
+    """Expected calibration error of the most probable token (Guo et al. 2017, arXiv 1706.04599).
 
     Positions are sorted into ``BINS`` bins by the probability of the model's most probable token.
     The error is the mean over positions of |share of correct tokens in the bin - mean probability

@@ -166,9 +166,7 @@ def _projection(
 
 
 class _LinearProjection:
-    """A plain ``nn.Linear`` with scale and soft cap: matrix products into buffers that all chunks
-    share.
-    """
+    """A plain ``nn.Linear`` with scale and soft cap: matrix products into shared buffers."""
 
     def __init__(self, head: LogitsHead, hidden_PH: Tensor, chunk_size: int) -> None:
         module = cast(nn.Linear, head.lm_head)

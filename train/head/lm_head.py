@@ -20,8 +20,7 @@ _T = TypeVar("_T")
 
 
 class LogitsHead:
-    """A causal language model in two halves: input -> last hidden states, and hidden states ->
-    logits.
+    """A causal language model in two halves: input to last hidden states, and these to logits.
 
     The second half includes the operations of an architecture after its lm_head: bias, Gemma's
     soft-capping, Granite's, Cohere's or Falcon-H1's scale. A check on a few random tokens compares
@@ -58,9 +57,7 @@ class LogitsHead:
         self._check(causal)
 
     def hidden(self, **inputs: Tensor) -> Tensor:
-        """Last hidden states [B, T, H] of ``input_ids`` [B, T] and other inputs of the model's
-        forward.
-        """
+        """Last hidden states [B, T, H] of ``input_ids`` [B, T] and the forward's other inputs."""
         hidden: Tensor = self.backbone(**inputs, use_cache=False).last_hidden_state
         return hidden
 
@@ -84,9 +81,7 @@ class LogitsHead:
         return _eval_mode(self.student)
 
     def parameters(self) -> list[nn.Parameter]:
-        """The trainable parameters between hidden states and logits (with tied weights, also the
-        embedding).
-        """
+        """Trainable parameters between hidden states and logits; if tied, also the embedding."""
         return [parameter for parameter in self.lm_head.parameters() if parameter.requires_grad]
 
     @torch.no_grad()

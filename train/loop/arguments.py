@@ -118,8 +118,7 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
 
 
 def check_optimizer(arguments: TrainingArguments, student: PreTrainedModel) -> Optimizer:
-    """Makes the optimizer on a dummy weight and returns it. Trainer makes its own at the first
-    step.
+    """Makes the optimizer on a dummy weight; Trainer makes its own at the first step.
 
     Raises ConfigError if ``training.optim`` needs a missing package or device, or if its numbers
     are invalid.

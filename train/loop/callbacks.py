@@ -46,8 +46,7 @@ def _may_save(args: TrainingArguments, control: TrainerControl) -> bool:
 
 
 class StopAfterSaving(TrainerCallback):
-    """After SIGTERM (``training.enable_jit_checkpoint``), saves at the end of a step and raises
-    KeyboardInterrupt.
+    """Saves at the end of a step after SIGTERM (``enable_jit_checkpoint``), then interrupts.
 
     transformers' own callback catches the signal. It would save inside a step, drop the losses
     since the last record, and treat the stopped training as finished.
@@ -93,9 +92,7 @@ class TellEpoch(TrainerCallback):
 
 
 class FindBest(TrainerCallback):
-    """Sets the path of the best student so far. Trainer forgets it if the recorded path no longer
-    exists.
-    """
+    """Sets the path of the best student, which Trainer forgets if the recorded path is gone."""
 
     def __init__(self, folder: str) -> None:
         self._folder = folder
@@ -107,9 +104,7 @@ class FindBest(TrainerCallback):
 
 
 class TellObjective(TrainerCallback):
-    """Tells the objective the current step. Its state is part of the checkpoints'
-    trainer_state.json.
-    """
+    """Tells the objective the current step, and saves its state in trainer_state.json."""
 
     def __init__(self, objective: Objective, end_step: Callable[[], None]) -> None:
         self._objective, self._end_step = objective, end_step

@@ -97,9 +97,7 @@ def best_checkpoint(recorded: str, output: Path) -> Path:
 
 
 def warn_of_other_batches(checkpoint: Path) -> None:
-    """Warns if ``checkpoint`` was made by another number of processes, which divided the data
-    differently.
-    """
+    """Warns if ``checkpoint`` is of another number of processes: they divided the data."""
     before = _stamp(_state(checkpoint) or {}).get("attributes", {}).get("processes")
     now = processes()[1]
     if before not in (None, now):

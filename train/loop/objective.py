@@ -15,8 +15,7 @@ from logitcask.train.losses.tails import choose_tail
 
 
 class Objective:
-    """``weight * loss`` summed over the config's losses, plus ``ce_weight`` times the hard-label
-    cross-entropy.
+    """The sum of ``weight * loss`` over the config's losses, plus ``ce_weight`` * hard-label loss.
 
     All losses of a chunk share one ``Student``, so a sum costs about as much as its most expensive
     term.
@@ -63,9 +62,7 @@ class Objective:
         }
 
     def end(self, means: dict[str, float], step: int, steps: int) -> None:
-        """Ends the ``step``-th optimizer step; ``means``: of the stateful losses over its
-        positions.
-        """
+        """Ends optimizer step ``step``; ``means``: of the stateful losses over its positions."""
         for name, state in self._states.items():
             state.update(means[name], step / max(1, steps))
 

@@ -17,8 +17,7 @@ from logitcask.train.model.precision import summed
 
 
 class LogTotals:
-    """Sums of this process's losses since the last record, and the totals of earlier runs of a
-    resumed training.
+    """Sums of this process's losses since the last record, and totals of earlier runs.
 
     names: names of the caches, by number.
     """

@@ -232,9 +232,7 @@ class DistillationTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Held-out metrics (``logitcask.train.evaluation.evaluate``), logged under
-        ``metric_key_prefix``.
-        """
+        """Metrics of ``logitcask.train.evaluation.evaluate``, logged with ``metric_key_prefix``."""
         began = time.monotonic()
         with self.precision():
             found = evaluate(
@@ -253,8 +251,7 @@ class DistillationTrainer(Trainer):
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the mean of each loss since the last record, and totals over all resumed runs, to
-        training records.
+        """Adds mean losses since the last record and totals over all runs to training records.
 
         Raises UserError if a mean is not finite, before such weights become a checkpoint (see
         ``LogWhenSaving``). ``Trainer`` itself would show the last finite loss and continue.
@@ -264,9 +261,7 @@ class DistillationTrainer(Trainer):
         super().log(logs, start_time)
 
     def end_step(self) -> None:
-        """Gives stateful losses their means over the positions of all processes in this optimizer
-        step.
-        """
+        """Gives stateful losses their means over all positions of this optimizer step."""
         means = self._step_totals.means(lambda sums: self.accelerator.reduce(sums, "sum"))
         if means is not None:
             self.objective.end(means, self.state.global_step, self.state.max_steps)

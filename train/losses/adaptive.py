@@ -1,5 +1,4 @@
-"""Losses whose target or weights depend on the student: AKL, tail-aware distillation, TAID,
-Self-Evolution KD.
+"""Losses whose target or weights depend on the student: AKL, TAD, TAID, Self-Evolution KD.
 
 These targets and weights never have a gradient. Shapes: P positions, K head entries (padded), N
 cells.
@@ -173,8 +172,7 @@ def tail_aware(
 
 @dataclass
 class TaidState:
-    """TAID's schedule of t, which rises faster while the loss falls (algorithm 1 and the authors'
-    defaults).
+    """TAID's schedule of t, faster while the loss falls (algorithm 1, the authors' defaults).
 
     t starts at ``t_start`` and never falls. It rises at least linearly over the training, and by
     ``alpha * sigmoid(momentum) * (1 - t)`` per step. The momentum, with decay ``beta``, is that of
@@ -241,8 +239,7 @@ def taid(
     t: float = 0.4,
     tail: TailOption = "auto",
 ) -> Tensor:
-    """Cross-entropy to a target between student and teacher, in nats per position; t = 1 is the
-    teacher's.
+    """Cross-entropy to a target between student (t = 0) and teacher (t = 1), in nats per position.
 
     The target's logits are (1 - t) times the student's, without gradient, plus t times the
     teacher's. From the head alone the tail is one cell of the same form, and its target is

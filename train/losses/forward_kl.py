@@ -92,9 +92,7 @@ def kl_of_cells(log_p: Tensor, log_q: Tensor, log_u: Tensor) -> Tensor:
 
 
 def entropy(teacher: SparseTeacher) -> Tensor:
-    """float32[P], nats: the stored entropy, or an unbiased estimate of it from the draws and
-    their logprobs.
-    """
+    """float32[P], nats: the stored entropy, or an unbiased estimate from the draws."""
     if teacher.entropy is not None:
         return teacher.entropy
     assert teacher.sample_logprobs is not None

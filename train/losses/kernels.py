@@ -34,9 +34,7 @@ _WARPS = 8
 
 
 def usable(logits: Tensor) -> bool:
-    """Whether the kernels support this tensor: on CUDA (or interpreted), contiguous rows, at most
-    float32.
-    """
+    """Whether the kernels support it: on CUDA or interpreted, rows contiguous, at most float32."""
     return (
         _ENABLED
         and (logits.is_cuda or INTERPRETED)

@@ -45,8 +45,7 @@ def ranking(
     soft_rank: SoftRank = "sigmoid",
     strength: float = 1.0,
 ) -> Tensor:
-    """1 - Spearman's correlation of soft ranks over the union of both top-k, per position;
-    dimensionless.
+    """1 - Spearman's correlation of soft ranks over both top-k, per position; dimensionless.
 
     ``1 - Cov(R_p, R_q) / (sd R_p * sd R_q)``, between 0 (same order) and 2 (reversed order). RLKD
     trains on ``2 * ranking + logits loss``; its dynamic form weights the logits loss of each

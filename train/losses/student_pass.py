@@ -31,8 +31,7 @@ _SLAB_BYTES_ELSEWHERE = 128 * 2**20
 
 
 class Student:
-    """softmax(scale * logits) in the cells that a sparse teacher defines: head ids, the tail, and
-    unpredictable ids.
+    """softmax(scale * logits) in a teacher's cells: head ids, tail, unpredictable ids.
 
     The unpredictable ids are those from ``teacher.vocab_size`` up (a padded student vocabulary).
 

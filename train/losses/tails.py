@@ -1,5 +1,4 @@
-"""Treatments of the tail: ways to compute a divergence over the whole vocabulary from a sparse
-teacher.
+"""Treatments of the tail: ways to compute a divergence over all ids from a sparse teacher.
 
 A divergence is written once, as a sum over cells. Each cell has a log-probability of the teacher
 and one of the student. There are four choices of cells:
@@ -94,9 +93,7 @@ def choose_tail(
 def softened(
     name: str, student: Tensor | Student, teacher: SparseTeacher, temperature: float
 ) -> tuple[Tensor | Student, SparseTeacher]:
-    """Both sides at another temperature. Raises UserError unless every head is the whole
-    vocabulary.
-    """
+    """Both sides at a temperature. Raises UserError unless heads are the whole vocabulary."""
     if temperature == 1.0:
         return student, teacher
     if not temperature > 0:

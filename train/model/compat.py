@@ -98,8 +98,7 @@ def check(
 
 
 def check_vocabulary(data: CachedDataset) -> None:
-    """Logs the teacher's mass on ids that the student lacks, measured on some sequences of
-    ``data``.
+    """Logs the teacher's mass on ids that the student lacks, on some sequences of ``data``.
 
     Raises UserError if it is more than padding rows explain.
     """

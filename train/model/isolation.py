@@ -22,9 +22,7 @@ the order of sums.
 
 
 def wants_flat(head: LogitsHead) -> bool:
-    """Whether the student's attention separates sequences only in a single row, as flash attention
-    does.
-    """
+    """Whether the student's attention separates sequences only in a single row (flash)."""
     return "flash" in (getattr(head.backbone.config, "_attn_implementation", None) or "")
 
 

@@ -199,9 +199,7 @@ def _check_same(
 
 
 def _traits(layer: nn.Module) -> dict[str, Any]:
-    """The traits of a layer by module and attribute: kinds of modules, shapes of weights, plain
-    settings.
-    """
+    """The traits of a layer by module and attribute: kinds, shapes, plain settings."""
     found: dict[str, Any] = {}
     for name, module in layer.named_modules():
         found[f"{name} class".strip()] = type(module).__name__

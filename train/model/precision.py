@@ -1,5 +1,4 @@
-"""The precision of training, for all code that runs the student: training, start-up checks,
-evaluation, answers.
+"""The precision of training, for all code that runs the student.
 
 With ``training.bf16`` (or ``fp16``) the optimizer updates weights in float32, and the student
 computes in half precision. In one process and under DDP, autocast does this: accelerate enters it
@@ -56,9 +55,7 @@ def as_exact_as_it_can(student: Any, arguments: TrainingArguments) -> AbstractCo
 
 
 def check_attention(student: Any, arguments: TrainingArguments) -> None:
-    """Raises ConfigError for flash attention in a float32 training: its kernels need half
-    precision.
-    """
+    """Raises ConfigError for flash attention in float32: its kernels need half precision."""
     attention = attention_of(student)
     if (
         "flash" in attention

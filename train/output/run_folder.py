@@ -69,9 +69,7 @@ def exclusive(output: Path) -> Iterator[None]:
 
 
 def refuse_other_files(output: Path) -> None:
-    """Raises UserError if a folder without a run of ours has files that a run would replace or
-    resume from.
-    """
+    """Raises UserError if a folder without a run of ours has files with the names of a run's."""
     if (output / "run.json").exists():
         return
     taken = [name for name in _WHAT_A_RUN_WRITES if (output / name).exists()]

@@ -1,5 +1,4 @@
-"""The teacher behind HTTP: a running vLLM server with the OpenAI API, which scores token ids sent
-to ``/v1/completions``.
+"""The teacher behind HTTP: a running vLLM server, which scores ids sent to ``/v1/completions``.
 
 It is for a model that is already served, or that is on a machine where nothing else may run. The
 server may stop and start again: requests are sent again until it answers (``http``), in the order
@@ -52,8 +51,7 @@ logger = logging.getLogger(__name__)
 
 
 class ServerTeacher:
-    """A model on a vLLM server. ``teacher.model`` names it, and gives the tokenizer and the size of
-    the vocabulary.
+    """A model on a vLLM server; ``teacher.model`` gives its name, tokenizer and vocabulary.
 
     state: a folder in which the first start stores the server's scores of a probe, for later starts
     to compare.

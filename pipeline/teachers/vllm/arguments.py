@@ -1,5 +1,4 @@
-"""The arguments of a vLLM engine: those that users may not set, and memory that vLLM does not
-count.
+"""The arguments of a vLLM engine that users may not set, and memory that vLLM does not count.
 
 A prompt's logits are float32[rows, vocabulary]. Model runner V2 computes them for 1,024 rows at a
 time, with any size of a step; V1 computes them for all rows of a request in the step. vLLM's

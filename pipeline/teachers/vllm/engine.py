@@ -195,8 +195,7 @@ class VllmTeacher:
         self._engine_log.close()
 
     def check_engine(self, max_length: int) -> None:
-        """Scores a short prompt without our changes: some kernels fail with a model only at their
-        first run.
+        """Scores a short prompt without our changes: some kernels fail only at their first run.
 
         Raises UserError with the kernel's message.
         """
@@ -238,8 +237,7 @@ class VllmTeacher:
         self._self_check(max_length).check_draws()
 
     def choose_route(self, max_length: int) -> Route:
-        """The route in ``teacher.route``, or the fastest that works (``self_check``). Raises
-        UserError.
+        """The route in ``teacher.route``, or the fastest that works (``self_check``).
 
         This is also the engine's warm-up: its first call compiles kernels, which would distort the
         figures of progress.

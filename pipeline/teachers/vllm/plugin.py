@@ -1,5 +1,4 @@
-"""The engine's side of the vLLM teacher: draws from the tail, made inside the engine, which has the
-whole distributions.
+"""The engine's side of the vLLM teacher: draws from the tail, made from whole distributions.
 
 vLLM returns only the most probable ids of a prompt's positions. The teacher therefore requests more
 columns than it needs, and the two functions here put other data into the additional columns: the
@@ -61,9 +60,7 @@ def _set(name: str, value: str, undo: contextlib.ExitStack) -> None:
 
 
 def register() -> None:
-    """vLLM calls this once in every process of every engine (entry point group
-    ``vllm.general_plugins``).
-    """
+    """vLLM's entry point (``vllm.general_plugins``), called once in every process."""
     if ENVIRONMENT in os.environ:
         from logitcask.pipeline.distribution.capture import Capture
         from logitcask.pipeline.teachers.rows import ColumnRequest
@@ -113,9 +110,7 @@ def _replace(
 def _with_draws(
     tensors: Any, scores: Any, target_ids: Any, capture: Capture, *, logits: bool
 ) -> Any:
-    """vLLM's ``LogprobsTensors``, its columns (target, then ``top``) followed by the draws and
-    the statistics.
-    """
+    """``LogprobsTensors`` with the target, then ``top``, the draws and the statistics."""
     import torch
 
     from logitcask.pipeline.distribution.draws_torch import draw
