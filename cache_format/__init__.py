@@ -1,5 +1,4 @@
-"""The Logitcask cache format: what is on disk, with no torch, no vLLM and no transformers. See
-SPEC.md.
+"""The Logitcask cache format (SPEC.md): files on disk, without torch, vLLM and transformers.
 
 from logitcask.cache_format import CacheReader
 cache = CacheReader("caches/quickstart")
@@ -47,7 +46,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    """Imports the writer when it is asked for: who reads a cache needs none of it."""
+    """Imports the writer on first use, because readers do not need it."""
     if name == "CacheWriter":
         from logitcask.cache_format.writer import CacheWriter
 

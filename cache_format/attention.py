@@ -1,9 +1,9 @@
-"""The attention implementation a model needs, told from its config, for both stages.
+"""The attention implementation that a model's config needs, for both stages.
 
 transformers picks ``sdpa`` for most models. ``sdpa`` ignores a soft cap of the attention scores, so
-the same weights become another function (a tiny Gemma 2: up to 7.5 nats off eager). ``eager``,
-``flex_attention`` and the flash kernels apply the cap. transformers itself keeps models with
-attention sinks (gpt-oss) from ``sdpa``; sliding windows and ALiBi are part of the mask.
+the same weights give another function (a tiny Gemma 2: up to 7.5 nats away from eager). ``eager``,
+``flex_attention`` and the flash kernels apply the cap. transformers itself does not offer ``sdpa``
+for models with attention sinks (gpt-oss). Sliding windows and ALiBi are part of the mask.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ _SOFT_CAP = "attn_logit_softcapping"
 def attention_implementation(config: Any, asked: Any, option: str) -> Any:
     """``attn_implementation`` to load a model with; None leaves the choice to transformers.
 
-    config: the model's transformers config; the text model in it decides.
+    config: the model's transformers config; only its text model matters.
     asked:  the value the user gave, or None.
     option: name of the user's option, for the message.
 
-    Raises UserError where ``asked`` is an implementation that leaves out what the config says.
+    Raises UserError if ``asked`` is an implementation that ignores a field of the config.
     """
     cap = getattr(config.get_text_config(), _SOFT_CAP, None)
     if cap is None:

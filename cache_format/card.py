@@ -1,6 +1,4 @@
-"""The dataset card that every cache carries, so that a hub or a colleague knows what the folder
-is.
-"""
+"""The dataset card of a cache, which explains the folder to people and hubs."""
 
 from __future__ import annotations
 
@@ -17,8 +15,8 @@ _TOP_BYTES = 4096
 
 
 def dataset_card(manifest: Manifest) -> str:
-    """README.md of a cache. The front matter names the shards, so that ``datasets`` does not
-    load the JSON instead.
+    """README.md of a cache. The front matter names the shards, so that ``datasets`` loads these and
+    not the JSON.
     """
     teacher, data, totals = manifest.teacher, manifest.data, manifest.statistics
     loss = "-" if totals.teacher_ce is None else f"{totals.teacher_ce:.3f} nats"

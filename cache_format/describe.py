@@ -1,6 +1,4 @@
-"""Descriptions of a cache for a person: its head, its tail, its audit, the page that
-``teacher-cache info`` prints.
-"""
+"""Descriptions of a cache for people: its head, tail and audit, and a page on all of it."""
 
 from __future__ import annotations
 
@@ -10,7 +8,7 @@ from logitcask.cache_format.manifest import AuditSummary, Manifest
 
 
 def describe_head(manifest: Manifest) -> str:
-    """One line: how large heads are, and what they hold."""
+    """One line: the size and the mass of heads."""
     store, totals = manifest.store, manifest.statistics
     if store.top_k == 0:
         return "none"
@@ -28,7 +26,7 @@ def describe_head(manifest: Manifest) -> str:
 
 
 def describe_tail(manifest: Manifest) -> str:
-    """One line: what is known of everything outside the head."""
+    """One line: the stored data about the ids outside the head."""
     store, mean = manifest.store, manifest.statistics.mean_draws or 0.0
     if not store.tail_samples:
         return "its mass; no samples"
@@ -40,7 +38,7 @@ _SHOWN_ELSEWHERE = ("sequences", "tokens", "kept_positions")
 
 
 def describe(manifest: Manifest, path: str | Path) -> str:
-    """A page for a person: what the cache at ``path`` is and how large."""
+    """The page of ``teacher-cache info`` on the cache at ``path``: its content and size."""
     teacher, data, store, totals = (
         manifest.teacher,
         manifest.data,
@@ -79,7 +77,7 @@ def describe(manifest: Manifest, path: str | Path) -> str:
 
 
 def describe_audit(audit: AuditSummary | None) -> str:
-    """What the audit at the end of the build found, in one line."""
+    """The result of the audit at the end of the build, in one line."""
     if audit is None:
         return "not audited: none was asked for"
     if audit.skipped is not None:

@@ -1,4 +1,4 @@
-"""Where two JSON values differ, in words."""
+"""Descriptions of the differences between two JSON values."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 
 
 def describe_difference(before: object, after: object, prefix: str = "") -> str:
-    """``a.b: 1 -> 2, c: 3 -> 4``: where two JSON values differ, by dotted path."""
+    """Differences of two JSON values by dotted path: ``a.b: 1 -> 2, c: 3 -> 4``."""
     if isinstance(before, dict) and isinstance(after, dict):
         return ", ".join(
             describe_difference(before.get(key), after.get(key), f"{prefix}{key}.")

@@ -1,5 +1,5 @@
-"""Files that survive a crash: written beside, flushed, renamed; and state files that may be
-damaged.
+"""Files that survive a crash: written to a temporary file, flushed, renamed. Also reads state
+files, which may be damaged.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ State = TypeVar("State", bound=BaseModel)
 
 
 def load_state(model: type[State], file: Path, afresh: str = RESTART) -> State:
-    """Reads a file of ``.build``. Raises UserError, advising ``afresh``, where it is not what
-    this version writes.
+    """Reads a file of ``.build``. Raises UserError with the advice ``afresh`` if this version did
+    not write it.
     """
     try:
         return model.model_validate_json(file.read_bytes())
@@ -34,8 +34,8 @@ def load_state(model: type[State], file: Path, afresh: str = RESTART) -> State:
 
 
 def write_durably(file: Path, content: str | bytes, *, scratch: Path | None = None) -> None:
-    """Temporary file, fsync, rename, fsync of the folder: afterwards ``file`` is there whole, or
-    as it was before.
+    """Writes a temporary file, fsync, rename, fsync of the folder. After a crash ``file`` is either
+    complete or unchanged.
     """
     temporary = (scratch or file.parent) / f"{file.name}.tmp"
     with open(temporary, "wb") as handle:
@@ -47,8 +47,8 @@ def write_durably(file: Path, content: str | bytes, *, scratch: Path | None = No
 
 
 def sync(path: Path) -> None:
-    """Makes a file's content, or the names in a folder, survive a power cut (Windows cannot open
-    folders: no-op there).
+    """Flushes a file's content, or the names in a folder, to disk. Windows cannot open folders, so
+    nothing happens for them there.
     """
     if os.name == "nt":
         return
@@ -61,9 +61,7 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def writing_to(path: Path) -> Iterator[None]:
-    """Turns the operating system's refusal to write into one line that says where and what to
-    do.
-    """
+    """Turns an OSError of writing into a one-line error with the place and the remedy."""
     try:
         yield
     except OSError as error:

@@ -19,13 +19,13 @@ import errno
 
 
 class LogitcaskError(Exception):
-    """Base of all errors raised on purpose. ``exit_code`` is what a command exits with."""
+    """Base of all errors raised on purpose. A command exits with ``exit_code``."""
 
     exit_code = 2
 
 
 class UserError(LogitcaskError):
-    """What was asked for cannot be done as asked; the message says what to change."""
+    """A request that cannot be fulfilled; the message says what to change."""
 
 
 class ConfigError(UserError):
@@ -37,11 +37,11 @@ class CacheError(UserError):
 
 
 class CacheNotFoundError(CacheError):
-    """There is no cache at that place."""
+    """No cache at that place."""
 
 
 class IncompleteCacheError(CacheError):
-    """A build was begun there and has not finished: there is no manifest yet."""
+    """An unfinished build at that place: it has no manifest yet."""
 
 
 class UnsupportedCacheError(CacheError):
@@ -59,22 +59,18 @@ class DamagedCacheError(CacheError):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what ``error`` says, at most 200 characters; its kind where it says
-    nothing.
-    """
+    """First line of the error's text, at most 200 characters; its class name if it has no text."""
     text = str(error).strip()
     return text.splitlines()[0][:200] if text else type(error).__name__
 
 
 def one_line(error: BaseException) -> str:
-    """All that ``error`` says, in one line; its kind where it says nothing."""
+    """The error's text in one line; its class name if it has no text."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
 def one_line_and_kind(error: BaseException) -> str:
-    """The same with its kind behind it: for errors of libraries, whose words alone may say
-    little.
-    """
+    """``one_line`` and the class name: for errors of libraries, whose text may be unclear."""
     said = " ".join(str(error).split())
     return f"{said} ({type(error).__name__})" if said else type(error).__name__
 

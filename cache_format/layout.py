@@ -1,5 +1,5 @@
-"""Names of files and folders in a cache, and of what lies beside them until it is finished
-(SPEC.md sections 2 and 7).
+"""Names of files and folders in a cache, and of the state files of an unfinished build (SPEC.md
+sections 2 and 7).
 """
 
 from __future__ import annotations

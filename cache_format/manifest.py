@@ -1,6 +1,4 @@
-"""``manifest.json``: the one document that makes shards a cache, and the identity under which
-the cache is known.
-"""
+"""``manifest.json``: the document that makes shards a cache, with the cache's identity."""
 
 from __future__ import annotations
 
@@ -34,8 +32,8 @@ _MAX_COUNT = 1 << 40
 
 
 def check_step(step: float, name: str = "logprob_step") -> float:
-    """``step`` (nats). Raises ValueError unless it is a power of two in [2^-16, 1]: then grid
-    points are exact in fp32.
+    """``step`` (nats). Raises ValueError unless it is a power of two in [2^-16, 1]. Multiples of a
+    power of two are exact in fp32.
     """
     if not (2.0**-16 <= step <= 1 and math.frexp(step)[0] == 0.5):
         raise ValueError(
@@ -53,7 +51,7 @@ class _Part(BaseModel):
 
 
 class TeacherIdentity(_Part):
-    """What produced the numbers."""
+    """The source of the numbers."""
 
     model: str = Field(description="As the user named it.")
     revision: str | None = Field(None, description="Commit of a hub model.")
@@ -68,7 +66,7 @@ class TeacherIdentity(_Part):
 
 
 class TokenizerIdentity(_Part):
-    """Which tokenizer made the ids."""
+    """The tokenizer of the ids."""
 
     name: str
     sha256: str = Field(description="Of everything that maps text to ids.")
@@ -78,9 +76,7 @@ class TokenizerIdentity(_Part):
 
 
 class GenerationIdentity(_Part):
-    """How the teacher came to write the text; ``config`` has the settings, ``sha256`` covers the
-    text itself.
-    """
+    """The writing of the text by the teacher: settings in ``config``, ``sha256`` of the text."""
 
     prompts_sha256: str = Field(description="Over ids and tokens of all prompts.")
     end_tokens: tuple[int, ...] = Field(description="Ids that end an answer, and belong to it.")
@@ -90,7 +86,7 @@ class GenerationIdentity(_Part):
 
 
 class DataIdentity(_Part):
-    """Which text, and what became of it."""
+    """The text and its preparation."""
 
     source: str
     split: str
@@ -115,9 +111,7 @@ class DataIdentity(_Part):
 
 
 class StoreSettings(_Part):
-    """What was kept of each distribution: a head, the mass of the tail, perhaps draws from the
-    tail.
-    """
+    """The stored part of each distribution: a head, the tail's mass, perhaps draws from it."""
 
     vocab_size: int = Field(ge=2, le=MAX_VOCAB_SIZE)
     top_k: int = Field(ge=0, description="Head entries at most; 0: draws alone.")
@@ -188,7 +182,7 @@ class TailPriorEntry(_Part):
 
 
 class DerivedFrom(_Part):
-    """How a cache was made of others."""
+    """The making of a cache from others."""
 
     command: Literal["derive", "merge"]
     fingerprints: tuple[str, ...] = Field(description="Of the other caches, in order.")
@@ -196,9 +190,7 @@ class DerivedFrom(_Part):
 
 
 class AuditSummary(_Part):
-    """What comparing a sample of the cache with a dense reference found when it was built; means
-    over positions, nats.
-    """
+    """The comparison of a sample with a dense reference; means over positions, nats."""
 
     skipped: str | None = Field(
         None, description="Why there was no audit; everything else is null then."
@@ -287,12 +279,12 @@ class Header(_Part):
     derived_from: DerivedFrom | None = Field(None, description="Where it was made of other caches.")
 
     def content_identity(self, *, as_written: bool = False) -> dict[str, Any]:
-        """Everything that decides the content; what ``fingerprint`` hashes.
+        """Everything that decides the content. ``fingerprint`` is its hash.
 
-        ``as_written``: without fields that the document this came from does not have, such as those
-        of a later version.
+        ``as_written``: without fields that the original document does not have, such as those of a
+        later version.
         """
-        # The same weights are the same teacher wherever they lie; the route changes no number.
+        # The same weights in another place are the same teacher. The route changes no number.
         unnamed = {"route"} if self.teacher.weights_sha256 is None else {"route", "model"}
         identity = {
             "teacher": self.teacher.model_dump(
@@ -311,7 +303,7 @@ class Header(_Part):
         return identity
 
     def with_fingerprint(self) -> Header:
-        """A copy that carries the hash of its own content identity."""
+        """A copy with the hash of its own content identity."""
         return self.model_copy(update={"fingerprint": sha256_of_json(self.content_identity())})
 
 
@@ -358,8 +350,8 @@ class Manifest(Header):
         )
 
     def contradictions(self) -> list[str]:
-        """Which of ``statistics``, ``content_sha256`` and ``fingerprint`` are not what the rest
-        of the manifest gives.
+        """Those of ``statistics``, ``content_sha256`` and ``fingerprint`` that contradict the rest
+        of the manifest.
         """
         expected = summarise(self.shards, self.tail_prior).model_dump()
         statistics = self.statistics.model_dump(exclude_unset=True)
@@ -425,7 +417,7 @@ class Manifest(Header):
 
 
 def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object. Parsers differ in which of two equal keys they believe."""
+    """A JSON object without repeated keys, of which parsers use different values."""
     found = dict(pairs)
     if len(found) < len(pairs):
         raise ValueError("a key occurs twice in an object")
@@ -433,7 +425,7 @@ def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _same_number(one: Any, other: Any) -> bool:
-    """Equal, or floats that differ by how a sum was rounded."""
+    """Whether two numbers are equal, up to the rounding of a float sum."""
     return one == other or (
         isinstance(one, float) and isinstance(other, float) and math.isclose(one, other)
     )
@@ -468,9 +460,7 @@ def content_sha256(shards: tuple[ShardEntry, ...]) -> str:
 
 
 class DataHash:
-    """sha256 over (id, tokens, mask) of sequences in order: the identity of the data a teacher
-    was shown.
-    """
+    """sha256 over (id, tokens, mask) of sequences in order: the identity of the teacher's data."""
 
     def __init__(self) -> None:
         self._sha = hashlib.sha256()
@@ -508,9 +498,7 @@ class CacheFile(NamedTuple):
 
 
 def cache_files(manifest: Manifest) -> list[CacheFile]:
-    """Every file that ``manifest`` vouches for: the shards in order, then the tail prior where
-    there is one.
-    """
+    """Every file that ``manifest`` names: the shards in order, then the tail prior, if any."""
     prior = manifest.tail_prior
     parts: list[ShardEntry | TailPriorEntry] = [
         *manifest.shards,

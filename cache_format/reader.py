@@ -1,4 +1,4 @@
-"""Reading a cache: random access by sequence, one record batch at a time, each shard's hash
+"""Reading a cache: random access by sequence, one record batch at a time. Each shard's hash is
 checked before its first use.
 """
 
@@ -44,16 +44,19 @@ OPEN_BYTES = 256 << 20
 class CacheReader:
     """The sequences of a finished cache, by index.
 
-    ``path`` is a folder or any fsspec URL; shards of a remote cache are fetched when they are first
-    touched and kept in a bounded local cache
+    ``path`` is a folder or any fsspec URL. Shards of a remote cache are fetched when they are first
+    used and kept in a bounded local cache
     (``logitcask.cache_format.storage.shard_cache.ShardCache``). Raises CacheNotFoundError,
-    IncompleteCacheError, UnsupportedCacheError, or DamagedCacheError. With ``check`` (the default)
-    the manifest has to agree with its own totals and hashes, and a local shard's sha256 with the
-    manifest when it is first touched; switch it off only after ``verify``. Remote shards are always
-    checked. ``manifest``: that of a build whose shards are all there and which is not finished yet.
+    IncompleteCacheError, UnsupportedCacheError, or DamagedCacheError.
 
-    ``checked``: the local shards whose sha256 is known to be the manifest's, and is not looked at
-    again; whoever checks them for several readers of the same files may add to it.
+    ``check`` (the default): the manifest must agree with its own totals and hashes, and a local
+    shard's sha256 must agree with the manifest at its first use. Switch it off only after
+    ``verify``. Remote shards are always checked.
+
+    ``manifest``: the manifest of a build that has all its shards but is not finished yet.
+
+    ``checked``: local shards whose sha256 is known to be right and is not checked again. A process
+    that checks shards for several readers of the same files may add to it.
 
     A reader may be pickled or forked: the copy in another process opens its own files.
     """
@@ -106,9 +109,7 @@ class CacheReader:
                     yield batch.decode(row)
 
     def iter_column(self, name: str) -> Iterator[pa.Array]:
-        """One Arrow array of a column per record batch, in order; no other column is
-        decompressed.
-        """
+        """One Arrow array of a column per record batch, in order. Other columns stay compressed."""
         index = self.codec.schema.get_field_index(name)
         for shard in range(len(self.manifest.shards)):
             self.check_once(shard)
@@ -117,7 +118,7 @@ class CacheReader:
                 yield self._get_batch(file, shard, batch).column(0)
 
     def iter_batches(self, shard: int) -> Iterator[PackedBatch]:
-        """The record batches of one shard, in order, opened for decoding; a local shard's hash
+        """The record batches of one shard, in order, opened for decoding. The hash of a local shard
         is not checked.
         """
         file = self._open(shard)
@@ -125,30 +126,25 @@ class CacheReader:
             yield self._pack(file, shard, batch)
 
     def check_shard(self, shard: int) -> None:
-        """Raises DamagedCacheError, naming the shard, unless its size and sha256 are those of the
-        manifest.
+        """Raises DamagedCacheError, naming the shard, if its size or sha256 is wrong.
 
-        Raises CacheError where it cannot be reached or read.
+        Raises CacheError if it cannot be reached or read.
         """
         self._check_file(self.manifest.shards[shard])
 
     def check_once(self, shard: int) -> None:
-        """``check_shard``, before a shard is first read; nothing for shards that are remote or
-        ``checked``.
-        """
-        # The local cache of remote shards checks on the way in.
+        """Calls ``check_shard`` at a shard's first use, except for remote and ``checked`` ones."""
+        # The local cache of remote shards checks each shard when it arrives.
         if self.check and self._copies is None and shard not in self.checked:
             self.check_shard(shard)
             self.checked.add(shard)
 
     def __getstate__(self) -> dict[str, Any]:
-        # Open files and Arrow readers do not travel to other processes.
+        # Open files and Arrow readers cannot be pickled.
         return {**self.__dict__, "_shards": OrderedDict(), "_batches": OrderedDict()}
 
     def _in_this_process(self) -> None:
-        """After a fork, lets go of what belongs to the parent: open files, and connections that
-        do not survive a fork.
-        """
+        """After a fork, drops open files of the parent and connections, which break in a fork."""
         if os.getpid() == self._process:
             return
         self._process = os.getpid()
@@ -176,9 +172,7 @@ class CacheReader:
             raise CacheError(f"{where} cannot be read: {error}") from error
 
     def _require_file(self, entry: ShardEntry | TailPriorEntry) -> None:
-        """Raises DamagedCacheError for a pipe, a device or a folder: reading one could wait for
-        ever.
-        """
+        """Raises DamagedCacheError for a pipe, a device or a folder, which could block forever."""
         path = f"{self._root}/{entry.path}"
         if self._copies is None and os.path.exists(path) and not os.path.isfile(path):
             raise DamagedCacheError(

@@ -1,6 +1,4 @@
-"""The Arrow schema of a shard and the constants of format version 1: the one home of both (see
-SPEC.md).
-"""
+"""The Arrow schema of a shard and the constants of format version 1 (see SPEC.md)."""
 
 from __future__ import annotations
 
@@ -48,7 +46,7 @@ one).
 
 
 def id_bytes(vocab_size: int) -> int:
-    """Bytes that an id of the vocabulary takes, 1 to 3."""
+    """Bytes per id of the vocabulary, 1 to 3."""
     return max(1, ((vocab_size - 1).bit_length() + 7) // 8)
 
 

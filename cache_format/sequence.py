@@ -1,4 +1,4 @@
-"""``CachedSequence``: what a reader returns and a writer takes, the same type both ways."""
+"""``CachedSequence``: the type that a reader returns and a writer takes."""
 
 from __future__ import annotations
 
@@ -10,15 +10,13 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TailSamples:
-    """Ids drawn from the tail of each of P positions, in proportion to their probability: T
-    independent sets.
+    """T independent sets of ids per position, drawn from the tail in proportion to probability.
 
-    In a set with S draws each stands for 1/S of the tail mass, so that ``tail mass / S * sum over
+    Each of the S draws of a set represents 1/S of the tail mass, so ``tail mass / S * sum over
     draws of f(id)`` is an unbiased estimate of the sum over the tail of ``p(id) f(id)``.
 
-    ids:      int32[P, T, S], padded at the end with -1; an id drawn more than once stands there as
-              often.
-    logprobs: float32[P, T, S], nats, padded with -inf; None where the cache does not store them.
+    ids:      int32[P, T, S], padded at the end with -1; an id drawn n times occurs n times.
+    logprobs: float32[P, T, S], nats, padded with -inf; None if the cache does not store them.
     """
 
     ids: NDArray[np.int32]
@@ -36,16 +34,15 @@ class CachedSequence:
     sequence_id:    stable, unique name.
     input_ids:      int32[n].
     loss_mask:      bool[n], by token.
-    positions:      int32[P], the kept positions, rising; position i predicts token i + 1.
-    ids:            int32[P, K], head ids by falling logprob, padded with -1; K is the largest k
-                    here.
+    positions:      int32[P], the kept positions, ascending; position i predicts token i + 1.
+    ids:            int32[P, K], head ids by descending logprob, padded with -1; K is the size of
+                    the largest head.
     logprobs:       float32[P, K], nats, padded with -inf.
-    tail_logprob:   float32[P], log of the mass outside the head; -inf where the head is everything.
+    tail_logprob:   float32[P], log of the mass outside the head; -inf if the head is everything.
     target_logprob: float32[P], the teacher's logprob of token i + 1.
     target_rank:    int32[P], 0 = the teacher's argmax.
-    entropy:        float32[P], nats, of the whole distribution; None where the cache does not store
-                    it.
-    samples:        None, or draws from the tail.
+    entropy:        float32[P], nats, of the whole distribution; None if not stored.
+    samples:        draws from the tail; None if there are none.
     """
 
     sequence_id: str
@@ -66,13 +63,11 @@ class CachedSequence:
 
     @property
     def target_ids(self) -> NDArray[np.int32]:
-        """int32[P]: the tokens that really follow the kept positions."""
+        """int32[P]: the tokens after the kept positions."""
         return self.input_ids[self.positions + 1]
 
     def at(self, rows: slice | NDArray[np.integer]) -> CachedSequence:
-        """The sequence at some of its P positions, by their number among them. Tokens and loss
-        mask stay those of all.
-        """
+        """The sequence with some of its P positions, by index; tokens and loss mask unchanged."""
         return replace(
             self,
             positions=self.positions[rows],

@@ -1,10 +1,10 @@
-"""Which tokenizer made the ids: hashes that both stages compute the same way, from a tokenizer
-object alone.
+"""The identity of a tokenizer: hashes that both stages compute from a tokenizer object.
 
-A teacher's distribution is over ids, so a student fits a cache where its ids mean the same tokens:
-``vocab_sha256``. ``sha256`` says more: the same text becomes the same ids. It is taken over what
-the tokenizer does, not over files, so that a model folder and a hub copy of one tokenizer agree. No
-import of transformers: whatever has the surface of its tokenizers will do.
+A teacher's distribution is over ids, so a student fits a cache if its ids mean the same tokens:
+``vocab_sha256`` is equal. Equality of ``sha256`` is stronger: the same text gives the same ids. It
+is computed from the tokenizer's rules, not from files, so a model folder and a hub copy of one
+tokenizer agree. transformers is not imported: any object with the interface of its tokenizers
+works.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def tokenizer_identity(tokenizer: Any, chat_template: str | None) -> dict[str, A
     chat_template_sha256: of ``chat_template``, the template in force; None for None.
 
     ``tokenizer`` needs ``get_vocab()``, ``len()`` and a call on a list of texts that gives
-    ``input_ids``. Without a ``backend_tokenizer`` (one that is not "fast"), the name of its class
-    stands for its rules.
+    ``input_ids``. If it has no ``backend_tokenizer`` (it is not "fast"), its class name is hashed
+    instead of its rules.
     """
     vocab = tokenizer.get_vocab()
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -43,7 +43,7 @@ def tokenizer_identity(tokenizer: Any, chat_template: str | None) -> dict[str, A
         "rules": {"class": type(tokenizer).__name__}
         if backend is None
         else _rules(json.loads(backend.to_str())),
-        # Seen from outside, because a template, a flag or a subclass may be what adds BOS or EOS.
+        # Found by a call, because a template, a flag or a subclass may add BOS or EOS.
         "specials": [
             tokenizer([_PROBE], add_special_tokens=add)["input_ids"][0] for add in (False, True)
         ],
@@ -59,14 +59,14 @@ def tokenizer_identity(tokenizer: Any, chat_template: str | None) -> dict[str, A
 
 
 def usable_tokenizer(name: str, tokenizer: Any, reload: Callable[[], Any]) -> Any:
-    """``tokenizer``, which transformers chose for the model called ``name``, or what ``reload``
-    gives in place of Mistral's.
+    """``tokenizer``, chosen by transformers for the model ``name``; the result of ``reload`` if it
+    is Mistral's own.
 
-    Where the package mistral-common is installed, transformers lets it read a model's tekken.json,
-    even beside a tokenizer.json. Its tokenizer gives no offsets, and what the ids are would depend
-    on what is installed. ``reload`` is to read the tokenizer.json.
+    If the package mistral-common is installed, transformers uses it to read a model's tekken.json,
+    even beside a tokenizer.json. Its tokenizer gives no offsets, and the ids would depend on the
+    installed packages. ``reload`` must read the tokenizer.json.
 
-    Raises UserError for a tekken.json alone: read without mistral-common it has no special tokens
+    Raises UserError if there is only a tekken.json: without mistral-common it has no special tokens
     and no chat template.
     """
     if type(tokenizer).__name__ == "MistralCommonBackend":
@@ -85,11 +85,9 @@ def usable_tokenizer(name: str, tokenizer: Any, reload: Callable[[], Any]) -> An
 
 
 def _rules(state: dict[str, Any]) -> dict[str, Any]:
-    """What of a serialised backend (the content of ``tokenizer.json``) decides ids, besides the
-    vocabulary.
-    """
+    """The parts of a backend's ``tokenizer.json`` that decide ids, besides the vocabulary."""
     model = state["model"]
-    # A Unigram model keeps a list there, of tokens with their scores.
+    # A Unigram model has a list of tokens with their scores there.
     if isinstance(model.get("vocab"), dict):
         model = {key: value for key, value in model.items() if key != "vocab"}
     ignored = {"special"} if state["normalizer"] else {"special", "normalized"}
@@ -105,8 +103,8 @@ def _rules(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def _plain(step: dict[str, Any] | None) -> Any:
-    """A normaliser or pre-tokenizer: nested sequences flattened, settings that only move offsets
-    left out.
+    """A normaliser or pre-tokenizer with nested sequences flattened, and without settings that
+    change only offsets.
     """
     steps = _flatten(step)
     return [{key: value for key, value in one.items() if key != "trim_offsets"} for one in steps]
@@ -122,7 +120,7 @@ def _flatten(step: dict[str, Any] | None) -> list[dict[str, Any]]:
 
 
 def _without_defaults(settings: dict[str, Any]) -> dict[str, Any]:
-    """Converters write "no such setting" as null, as "" or as false."""
+    """Settings without null, "" and false: converters write an absent setting as any of them."""
     return {
         key: value
         for key, value in settings.items()

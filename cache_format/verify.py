@@ -1,6 +1,4 @@
-"""``verify``: is this cache what its manifest and SPEC.md say? Quick: sizes and hashes. Deep:
-every number in it.
-"""
+"""``verify``: compares a cache with its manifest and SPEC.md: hashes, or every number (deep)."""
 
 from __future__ import annotations
 
@@ -30,15 +28,14 @@ _PART_ENTRIES = 1 << 22
 def verify(
     path: str, *, deep: bool = False, on_shard: Callable[[str], None] = lambda _: None
 ) -> list[str]:
-    """One line per damaged or missing shard of the cache at ``path``; an empty list means that all
-    is well.
+    """One line per damaged or missing shard of the cache at ``path``.
 
     ``deep`` also decodes every sequence and checks it against SPEC.md: lengths, ids in the
-    vocabulary, falling logprobs, masses that add up to 1, target and head in agreement, unique
-    sequence ids, and the manifest's totals. ``on_shard`` is called with each shard's path after it
-    was checked. Raises what opening the cache raises.
+    vocabulary, descending logprobs, masses that add up to 1, agreement of target and head, unique
+    sequence ids, and the manifest's totals. ``on_shard`` is called with the path of each checked
+    shard. Raises the errors of opening the cache.
     """
-    cache = CacheReader(path, check=False)  # here what is wrong is listed, not raised
+    cache = CacheReader(path, check=False)  # problems are listed, not raised
     seen: set[bytes] = set()
     problems = []
     for index, entry in enumerate(cache.manifest.shards):
@@ -64,7 +61,7 @@ def _check_content(cache: CacheReader, index: int, entry: ShardEntry, seen: set[
     head_mass = nll = 0.0
     for packed in cache.iter_batches(index):
         content.update(packed.batch)
-        # Decoded one at a time: rows that are small on disk may be large in memory.
+        # Decodes one row at a time: a row that is small on disk may be large in memory.
         for row in range(len(packed)):
             sequence = packed.decode(row)
             for part in _parts(sequence):
@@ -76,7 +73,7 @@ def _check_content(cache: CacheReader, index: int, entry: ShardEntry, seen: set[
             draws += 0 if sequence.samples is None else int((sequence.samples.ids >= 0).sum())
             head_mass -= float(np.expm1(sequence.tail_logprob.astype(np.float64)).sum())
             nll -= float(sequence.target_logprob.sum(dtype=np.float64))
-            # Eight bytes a sequence: enough that two of a billion ids collide with probability 3 %.
+            # Eight bytes per sequence: with a billion ids, the probability of a collision is 3 %.
             name = hashlib.blake2b(sequence.sequence_id.encode(), digest_size=8).digest()
             if name in seen:
                 raise DamagedCacheError(
@@ -104,9 +101,7 @@ def _check_content(cache: CacheReader, index: int, entry: ShardEntry, seen: set[
 
 
 def _parts(sequence: CachedSequence) -> Iterator[CachedSequence]:
-    """The sequence itself, or where its head is large the same with some of its positions at a
-    time.
-    """
+    """The sequence in one part, or, if its head is large, in parts of some positions each."""
     p, step = len(sequence.positions), max(1, _PART_ENTRIES // max(1, sequence.ids.shape[1]))
     if p <= step:
         yield sequence
@@ -143,7 +138,7 @@ def _check_sequence(sequence: CachedSequence, store: StoreSettings, where: str) 
         bool((sequence.target_rank[inside] < size[inside]).all()),
         "a target in the head has a rank beyond it",
     )
-    # A target that ranks inside the head but is not in it can only be tied with its last entry.
+    # If a target's rank is inside the head but its id is not, it is tied with the last entry.
     matters = inside | (sequence.target_rank < size)
     at = np.where(inside, is_target.argmax(axis=1) if ids.shape[1] else 0, size - 1)[matters]
     apart = np.abs(sequence.target_logprob[matters] - logprobs[np.flatnonzero(matters), at])
@@ -163,8 +158,8 @@ def _check_sequence(sequence: CachedSequence, store: StoreSettings, where: str) 
 def _entropy_is_possible(
     sequence: CachedSequence, size: NDArray[np.int64], store: StoreSettings
 ) -> bool:
-    """With head and tail mass given, it lies between that of a tail in one id and that of an
-    even tail.
+    """Whether the stored entropies are possible, given head and tail mass: the smallest possible
+    entropy has the whole tail in one id, the largest has an even tail.
     """
     assert sequence.entropy is not None
     cells = np.concatenate([sequence.logprobs, sequence.tail_logprob[:, None]], axis=1).astype(
@@ -186,7 +181,7 @@ def _check_samples(
     ids = sequence.samples.ids.reshape(len(sequence.positions), -1)
     distinct = np.where(ids[:, 1:] == ids[:, :-1], -1, ids[:, 1:])
     drawn = np.concatenate([ids[:, :1], distinct], axis=1)
-    # Head ids are distinct, and so are those of a set; whatever is in both makes a repetition.
+    # The ids of a head are distinct, and so are those of a set. An id in both is a repetition.
     for each in np.split(drawn, store.sample_sets, axis=1) if ids.shape[1] else []:
         require(_distinct(np.concatenate([sequence.ids, each], axis=1)), "a sample is in the head")
     most = sequence.samples.logprobs
@@ -200,6 +195,6 @@ def _check_samples(
 
 
 def _distinct(ids: NDArray[np.int32]) -> bool:
-    """Whether no row of ``ids`` has an id twice; negative ones do not count."""
+    """Whether no row of ``ids`` has an id twice; negative ids are ignored."""
     ordered = np.sort(np.where(ids >= 0, ids, -1 - np.arange(ids.shape[1])), axis=1)
     return bool((ordered[:, 1:] != ordered[:, :-1]).all())

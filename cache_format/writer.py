@@ -1,15 +1,13 @@
-"""Writing a cache so that a crash at any moment leaves it either incomplete or right (SPEC.md
-section 7).
+"""Writes a cache so that a crash at any moment leaves it incomplete or right (SPEC.md section 7).
 
 ``CacheWriter`` owns the folder, the lock and the manifest; ``CacheWorker`` writes and commits
 shards, in the same process or in others. Neither knows a teacher.
 
-What is unfinished lies in a folder of the run that writes it,
-``.build/runs/<run>/<shard>.<attempt>/``, and leaves it by renames alone. Whoever removes such a
-folder has stopped its writer for good, wherever that runs and whenever it wakes up: it finds
-nothing left to rename and nowhere to put more. So a new run first removes the folders of all
-earlier runs, a new attempt at a shard those of all earlier attempts, and only then do they look at
-what has been committed.
+Unfinished files are in a folder of the run that writes them,
+``.build/runs/<run>/<shard>.<attempt>/``. They leave it only by a rename. Removing such a folder
+stops its writer, on any machine and at any later time: the writer finds no file to rename and no
+folder for new files. A new run therefore first removes the folders of all earlier runs, and a new
+attempt at a shard those of all earlier attempts. Only then do they read the commit records.
 """
 
 from __future__ import annotations
@@ -48,21 +46,20 @@ from logitcask.cache_format.shards.prior import TailPrior
 from logitcask.cache_format.shards.shard_writer import ShardWriter
 
 _SHARD = re.compile(r"shard-\d{5,}\.arrow")
-# Seconds until a folder that cannot be removed is taken for one that somebody still writes to.
+# Seconds after which a folder that cannot be removed counts as in use by another process.
 _REVOKE_TIMEOUT = 60.0
 
 
 class CacheWorker:
-    """Writes shards of a build that has begun, beside other workers; a ``CacheWriter``, here or
-    elsewhere, holds its lock.
+    """Writes shards of a build that has begun, beside other workers. A ``CacheWriter`` in this or
+    another process holds the lock.
 
     path: the cache, on a file system that all workers share.
-    run:  what ``CacheWriter.run`` is there.
-    afresh: what messages advise where the build cannot go on.
+    run:  the ``CacheWriter.run`` of the process with the lock.
+    afresh: the advice in messages if the build cannot be resumed.
 
-    ``join`` comes first, then ``shard`` for every shard that this worker is given. Its methods
-    raise CacheInUseError once its run is over, or once the shard it writes has been given to
-    another worker.
+    Call ``join`` first, then ``shard`` for every shard of this worker. The methods raise
+    CacheInUseError if the run is over, or if the shard has been given to another worker.
     """
 
     def __init__(
@@ -88,7 +85,7 @@ class CacheWorker:
 
     @property
     def begun(self) -> bool:
-        """Whether it is fixed what this cache is."""
+        """Whether ``begin`` has fixed the header, now or in an earlier run."""
         return self._header_file.exists()
 
     def header(self) -> Header:
@@ -96,8 +93,7 @@ class CacheWorker:
         return load_state(Header, self._header_file, self.afresh)
 
     def join(self, header: Header) -> Header:
-        """Takes up a build that has begun, if ``header`` describes the same content; returns its
-        own header.
+        """Joins a build that has begun, if ``header`` has the same content; returns its header.
 
         Raises UserError naming the fields that differ.
         """
@@ -113,7 +109,7 @@ class CacheWorker:
 
     def _take_up(self, header: Header, prior: TailPrior | None) -> None:
         self._codec = Codec(header.store, prior)
-        # What comes from another cache has been rounded before.
+        # Logprobs from another cache have been rounded before.
         self._mass_slack = 1e-3 + (2 * header.store.rounding if header.derived_from else 0)
 
     def _load_prior(self, header: Header) -> TailPrior | None:
@@ -127,19 +123,16 @@ class CacheWorker:
         return TailPrior.from_bytes(data, header.store.vocab_size, str(self.path / PRIOR))
 
     def check(self) -> None:
-        """Raises CacheInUseError if what is being written can no longer be committed, so that
-        work on it is in vain.
-        """
+        """Raises CacheInUseError if the shard that is being written can no longer be committed."""
         if not (self._scratch or self._run_dir).is_dir():
             raise CacheInUseError(
                 f"{self.path} is being written by another process now; this one stops"
             )
 
     def adopt(self, index: int) -> bool:
-        """Takes shard ``index`` up into ``committed`` if a worker has committed it; returns whether
-        one has.
+        """Adds shard ``index`` to ``committed`` if a worker has committed it, and returns whether.
 
-        Raises DamagedCacheError where the shard is not what its commit record says.
+        Raises DamagedCacheError if the shard contradicts its commit record.
         """
         record = self._record(index)
         if not record.exists():
@@ -160,12 +153,12 @@ class CacheWorker:
     def shard(
         self, index: int, *, sequences_per_batch: Callable[[float], int] | None = None
     ) -> Iterator[ShardWriter]:
-        """Writes shard ``index`` of a cache that has begun: committed when the block ends, gone if
-        it raises.
+        """Writes shard ``index`` of a cache that has begun. It is committed when the block ends,
+        and removed if the block raises.
 
-        ``sequences_per_batch``: from entries (of heads and draws) per position to rows of each
-        record batch, for a caller who knows how long sequences will be; by default as many as the
-        first BATCH_BYTES hold.
+        ``sequences_per_batch``: a function from entries (of heads and draws) per position to rows
+        per record batch, for a caller who knows the lengths of the sequences. By default a batch
+        has as many rows as fit into the first BATCH_BYTES.
         """
         if self._codec is None:
             raise ValueError("begin or join comes before the first shard")
@@ -186,7 +179,7 @@ class CacheWorker:
             except BaseException:
                 writer.abort()
                 raise
-            # An earlier attempt may have got through just before it was stopped. What is committed
+            # An earlier attempt may have committed just before it was stopped. Then its shard
             # stays.
             if not self.adopt(index):
                 final = self.path / "data" / f"{_name(index)}.arrow"
@@ -197,18 +190,15 @@ class CacheWorker:
                 self._commit(index, entry)
 
     def _commit(self, index: int, entry: ShardEntry) -> None:
-        """What is done once a shard and its record are on disk."""
+        """Called when a shard and its record are on disk."""
         self.committed[index] = entry
 
     @contextmanager
     def _attempt(self, index: int) -> Iterator[Path]:
-        """A folder of this attempt at a shard, which ends all earlier ones, and is gone
-        afterwards.
-        """
+        """A folder for this attempt at a shard, removed at the end; ends all earlier attempts."""
         scratch = self._run_dir / f"{_name(index)}.{uuid.uuid4().hex}"
         try:
-            # Of two attempts at once, the one that makes its folder later is certain to see the
-            # other's.
+            # Of two simultaneous attempts, the one that makes its folder later sees the other's.
             scratch.mkdir()
             self._scratch = scratch
             for other in self._run_dir.glob(f"{_name(index)}.*"):
@@ -227,9 +217,9 @@ class CacheWriter(CacheWorker):
     """The exclusive writer of the cache in ``path``; use it as a context manager.
 
     Opening takes the lock (CacheInUseError if another process holds it), stops the workers of
-    earlier runs, removes what a crash left behind, and finds the shards that are committed already.
-    ``begin`` states what the cache is, ``shard`` writes one shard, ``finish`` makes the cache
-    complete. Raises UserError for a folder that cannot be written, and for a finished cache.
+    earlier runs, removes the remains of a crash, and finds the committed shards. ``begin`` fixes
+    the header of the cache, ``shard`` writes one shard, ``finish`` makes the cache complete. Raises
+    UserError for a folder that cannot be written, and for a finished cache.
     """
 
     def __init__(
@@ -269,7 +259,7 @@ class CacheWriter(CacheWorker):
             )
 
     def _recover(self) -> None:
-        """Reads the commit records and removes every file that none of them vouches for."""
+        """Reads the commit records and removes every file that belongs to none of them."""
         for record in sorted((self.build_dir / "commits").glob("*.json")):
             self.adopt(int(record.stem.removeprefix("shard-")))
         known = {self.path / entry.path for entry in self.committed.values()}
@@ -280,11 +270,10 @@ class CacheWriter(CacheWorker):
             file.unlink()
 
     def begin(self, header: Header, prior: TailPrior | None = None) -> Header:
-        """Fixes what this cache is, and the prior by which its ids are ranked. Comes before the
-        first shard.
+        """Fixes the header and the prior that ranks ids. Call it before the first shard.
 
-        On a resumed build ``header`` must describe the same content as the first time, and the
-        first prior stays. Returns the header with its fingerprint. Raises UserError naming the
+        In a resumed build ``header`` must describe the same content as the first time, and the
+        first prior is used. Returns the header with its fingerprint. Raises UserError naming the
         fields that differ.
         """
         if self.begun:
@@ -310,9 +299,7 @@ class CacheWriter(CacheWorker):
         return tuple(self.committed[index] for index in sorted(self.committed))
 
     def finish(self, header: Header, shards: int, *, audit: AuditSummary | None = None) -> Manifest:
-        """Writes the manifest of a build of ``shards`` shards, which makes the cache complete,
-        and cleans up.
-        """
+        """Writes the manifest of ``shards`` shards, which completes the cache, and cleans up."""
         manifest = self._complete(header, shards, audit)
         with writing_to(self.path):
             _revoke(self.build_dir / "runs")
@@ -332,9 +319,9 @@ class CacheWriter(CacheWorker):
 
 
 def remove_cache(path: Path) -> None:
-    """Removes a cache, finished or not, and nothing else that lies in its folder.
+    """Removes a cache, finished or not, and no other files in its folder.
 
-    Raises CacheInUseError while another process writes it, UserError where it cannot be removed.
+    Raises CacheInUseError while another process writes it, UserError if it cannot be removed.
     """
     if not path.exists():
         return
@@ -342,7 +329,7 @@ def remove_cache(path: Path) -> None:
         refuse_other_files(path)
     with writing_to(path), _locked(path):
         _revoke(path / BUILD_DIR / "runs")
-        # The manifest goes first: half a cache must never be taken for a whole one.
+        # The manifest is removed first, so that no reader takes the rest for a whole cache.
         for name in (MANIFEST, "README.md", PRIOR):
             (path / name).unlink(missing_ok=True)
         for shard in _shard_files(path):
@@ -353,8 +340,8 @@ def remove_cache(path: Path) -> None:
 
 
 def refuse_other_files(path: Path) -> None:
-    """Raises UserError where something that is not a cache has files of a cache's names, which a
-    build would replace.
+    """Raises UserError if ``path`` is not a cache but has files with the names of cache files: a
+    build would replace them.
     """
     taken = [name for name in ("data", "README.md", PRIOR, MANIFEST) if (path / name).exists()]
     if taken:
@@ -365,9 +352,7 @@ def refuse_other_files(path: Path) -> None:
 
 
 def may_be_cache(path: Path) -> bool:
-    """Whether a manifest there is that of a cache, or what damage has made of one: then there is
-    still the cache's card.
-    """
+    """Whether a manifest there is a cache's; a damaged one counts if the cache's card is there."""
     return _is_cache(path) or ((path / MANIFEST).exists() and card.is_card(path / "README.md"))
 
 
@@ -383,10 +368,10 @@ def _name(index: int) -> str:
 
 
 def _revoke(folder: Path) -> None:
-    """Removes a folder, so that nothing that is written there can be committed any more.
+    """Removes a folder, so that no file in it can be committed any more.
 
-    Raises CacheInUseError where it cannot be removed, since somebody keeps files in it open (which
-    matters on network file systems and on Windows).
+    Raises CacheInUseError if it cannot be removed because a process keeps files in it open (on
+    network file systems and on Windows).
     """
     give_up = time.monotonic() + _REVOKE_TIMEOUT
     while True:
@@ -408,8 +393,8 @@ def _shard_files(path: Path) -> list[Path]:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Holds the writer's lock on the cache at ``path``. Raises CacheInUseError at once if
-    another process has it.
+    """Holds the writer's lock on the cache at ``path``. Raises CacheInUseError if another process
+    has it, without waiting.
     """
     (path / BUILD_DIR).mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(path / BUILD_DIR / "lock")

@@ -1,6 +1,5 @@
-"""Teacher to cache: text becomes sequences, an engine scores them once, and what is kept goes into
-shards.
+"""Teacher to cache: text becomes sequences, an engine scores them once, shards store the result.
 
-The way of the data: ``sources`` -> ``tokenize`` -> ``plan`` -> ``teachers`` -> ``keep`` ->
+The path of the data: ``sources`` -> ``tokenize`` -> ``plan`` -> ``teachers`` -> ``keep`` ->
 ``logitcask.cache_format.CacheWriter``.
 """

@@ -1,4 +1,4 @@
-"""Identity of data, tokenizer and teacher: whether they are still those that a build began with."""
+"""Identity of data, tokenizer and teacher, to compare with those at the start of a build."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from logitcask.pipeline.text.sources import Source
 
 
 class TextReader(Protocol):
-    """A tokenizer with the chat template in force, None where texts are not chats."""
+    """A tokenizer with the chat template in force, None if texts are not chats."""
 
     @property
     def tokenizer(self) -> Any: ...
@@ -25,9 +25,7 @@ class TextReader(Protocol):
 
 
 def check_unchanged(source: Source, stamp: str, config: BuildConfig) -> None:
-    """Raises UserError where the data is no longer what ``stamp`` said before its first row was
-    read.
-    """
+    """Raises UserError if the data has changed since ``stamp``, from before its first row."""
     try:
         now = source.stamp()
     except OSError:  # a file is gone
@@ -47,7 +45,7 @@ def tokenizer_of(text: TextReader, config: BuildConfig) -> TokenizerIdentity:
 
 
 def tokenizer_changes(before: TokenizerIdentity, now: TokenizerIdentity) -> str:
-    """What of a tokenizer differs, for people; empty where nothing does."""
+    """Differences of two tokenizers, for people; empty if there are none."""
     parts = {
         "vocab_sha256": "its vocabulary",
         "sha256": "how it turns text into ids",
@@ -59,9 +57,7 @@ def tokenizer_changes(before: TokenizerIdentity, now: TokenizerIdentity) -> str:
 
 
 def check_teacher(build_dir: Path, teacher: TeacherIdentity) -> None:
-    """The teacher that scores answers is the one that wrote them: the first one is written down,
-    others are refused.
-    """
+    """Refuses a teacher other than the one that wrote the answers. The first call records it."""
     file = build_dir / "generations" / "teacher.json"
     if not file.exists():
         write_durably(file, teacher.model_dump_json(indent=2))

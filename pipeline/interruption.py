@@ -1,7 +1,7 @@
 """Ctrl-C and SIGTERM while a teacher scores: they take effect at the next safe point, not in the
 middle of an engine's step.
 
-Whoever works in steps calls ``safe_point`` between them. A second signal does not wait.
+Code that works in steps calls ``safe_point`` between them. A second signal takes effect at once.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ _asked = threading.Event()
 
 @contextlib.contextmanager
 def at_safe_points() -> Iterator[None]:
-    """While this is entered, in the main thread, the first signal only makes ``safe_point``
-    raise KeyboardInterrupt.
+    """A context, for the main thread, in which the first signal makes ``safe_point`` raise
+    KeyboardInterrupt and has no other effect.
     """
-    # The only one that may set handlers.
+    # Only the main thread may set handlers.
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -41,6 +41,6 @@ def at_safe_points() -> Iterator[None]:
 
 
 def safe_point() -> None:
-    """A safe point: raises KeyboardInterrupt if a signal has asked for it."""
+    """A safe point: raises KeyboardInterrupt if a signal has arrived."""
     if _asked.is_set():
         raise KeyboardInterrupt

@@ -1,17 +1,15 @@
-"""The C library's heap under an engine in this process, kept from growing with the length of a
-build.
+"""Settings of the C library's heap, which stop it from growing with the length of a build.
 
 A CPU engine allocates and frees a few tensors of 1 to 200 MiB for every prompt: rows of logits over
-the whole vocabulary. glibc maps large blocks apart from its heap and gives them back at once, but
-each one that is freed raises the size that counts as large, up to 32 MiB. From then on smaller
-tensors, as many sizes as there are lengths of prompts, go to the heap, where what is kept for
-longer soon lies between them: it never stops growing. A size set by hand stays as it is.
+the whole vocabulary. glibc maps large blocks outside its heap and releases them at once. But each
+freed block raises the size that counts as large, up to 32 MiB. Smaller tensors, in as many sizes as
+there are lengths of prompts, then go to the heap. Blocks that live longer lie between them, so the
+heap never stops growing. glibc does not change a size that was set by hand.
 
-Arrow's buffers go the same way, since the allocator it comes with keeps what it has had.
+Arrow's buffers use the same heap, because Arrow's own allocator keeps freed memory.
 
-A block that is mapped apart is new to the kernel every time, a fault for each page of 4 KiB, which
-costs more than the heap did; pages of 2 MiB, which torch asks for where it is told to, make it cost
-less.
+A mapped block has new pages every time, with a page fault per 4 KiB, which is slower than the heap.
+Pages of 2 MiB, which torch requests if it is told to, are faster.
 """
 
 from __future__ import annotations
@@ -24,37 +22,35 @@ import pyarrow as pa
 MMAP_THRESHOLD = 1 << 20
 """Bytes from which a block is mapped apart."""
 
-# Of malloc.h.
+# Constants of malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _USERS_OWN = ("MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
 
 
 def use_huge_pages() -> None:
-    """Has torch ask for pages of 2 MiB under its large CPU tensors. Counts only before torch
-    makes its first tensor.
+    """Makes torch request pages of 2 MiB for its large CPU tensors. It has an effect only before
+    torch makes its first tensor.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def map_large_blocks() -> None:
-    """Fixes the size from which this process maps blocks apart, unless the user has tuned glibc
-    or this is another C library.
+    """Fixes the size from which this process maps blocks outside the heap, unless the user has
+    tuned glibc or the C library is another one.
     """
     if any(name in os.environ for name in _USERS_OWN):
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, MMAP_THRESHOLD)
-        # Raised along with the other: what may stay free at the heap's end.
+        # glibc raises it together with the other: bytes that may stay free at the heap's end.
         mallopt(_M_TRIM_THRESHOLD, 2 * MMAP_THRESHOLD)
         if "ARROW_DEFAULT_MEMORY_POOL" not in os.environ:
             pa.set_memory_pool(pa.system_memory_pool())
 
 
 def give_back() -> None:
-    """Gives the kernel the pages that are free inside the heap, too: left alone, glibc gives
-    back only what is at its end.
-    """
+    """Releases free pages inside the heap. By default glibc releases only those at its end."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

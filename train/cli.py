@@ -43,7 +43,7 @@ def train_student(
     ] = False,
 ) -> None:
     """Trains the student that CONFIG describes; goes on where an interrupted run stopped."""
-    # Torch and transformers take seconds to import: not for --help.
+    # Torch and transformers take seconds to import, so they are not imported for --help.
     from logitcask.train.config import TrainConfig
 
     settings = load_config(TrainConfig, config, overrides or [])
@@ -63,7 +63,7 @@ def train_student(
 
 
 def summary(metrics: RunMetrics) -> str:
-    """The table that the command ends with: held-out metrics before and after."""
+    """The table at the end of the command: held-out metrics before and after."""
     after = metrics["after"]
     lines = [f"{'held out':16} {'before':>12} {'after':>12} {'teacher':>12}"]
     for name, before in metrics["before"].items():

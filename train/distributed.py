@@ -1,7 +1,7 @@
-"""What the processes of one training share: files are the first one's, sums are everyone's.
+"""Cooperation of the processes of one training: the first one writes files, sums include all.
 
-Processes are those that ``torchrun`` or ``accelerate launch`` started; ``TrainingArguments`` makes
-them know each other. With one process all of this does nothing.
+``torchrun`` or ``accelerate launch`` starts the processes, and ``TrainingArguments`` connects them.
+With one process the functions here do nothing.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 def processes() -> tuple[int, int]:
-    """(the number of this process, from 0; how many there are)."""
+    """(number of this process, from 0; number of processes)."""
     return (
         (dist.get_rank(), dist.get_world_size())
         if dist.is_available() and dist.is_initialized()
@@ -35,9 +35,7 @@ def is_main() -> bool:
 
 
 def on_main(work: Callable[[], T]) -> T:
-    """Calls ``work`` in the main process alone, and returns there and everywhere what it
-    returned; raises what it raised.
-    """
+    """Calls ``work`` in the main process only. All processes return its result or its error."""
     if processes()[1] == 1:
         return work()
     outcome: list[Any] = [None]
@@ -54,7 +52,7 @@ def on_main(work: Callable[[], T]) -> T:
 
 
 def gathered(mine: T) -> list[T]:
-    """``mine`` of every process, in their order, in every process."""
+    """A list of every process's ``mine``, in order, in every process."""
     count = processes()[1]
     if count == 1:
         return [mine]
@@ -64,9 +62,7 @@ def gathered(mine: T) -> list[T]:
 
 
 def machine() -> tuple[str, str]:
-    """Name of this machine and of what it has run since it was started, where it says: a name
-    may be given twice.
-    """
+    """Name of this machine and, since names may repeat, the id of its boot, if available."""
     try:
         return socket.gethostname(), Path("/proc/sys/kernel/random/boot_id").read_text()
     except OSError:
@@ -74,18 +70,17 @@ def machine() -> tuple[str, str]:
 
 
 def leave(code: int = 0) -> None:
-    """Ends a process that trained together with others, with exit code ``code``; returns if it
-    trained alone.
+    """Ends a process of a joint training with exit code ``code``; returns for a single process.
 
-    Threads of torch that move tensors between processes live as long as the process: DDP keeps them
-    even beyond ``destroy_process_group``. One that drops a Python tensor while the interpreter
-    shuts down cannot take its lock any more; CPython (3.13 and older) then ends the thread inside a
-    C++ destructor, and that aborts the process. The launcher would call a finished training failed.
-    So all that the interpreter does at its end for others is done here (threads joined, exit
-    handlers called, streams flushed), and then the process ends without a shutdown of the
-    interpreter.
+    Threads of torch that move tensors between processes exist until the process ends. DDP keeps
+    them even after ``destroy_process_group``. If such a thread drops a Python tensor while the
+    interpreter shuts down, it cannot take the interpreter's lock. CPython (3.13 and older) then
+    ends the thread inside a C++ destructor, which aborts the process, and the launcher reports a
+    finished training as failed. This function therefore does the work of the interpreter's shutdown
+    for others (joins threads, calls exit handlers, flushes streams), and then ends the process
+    without that shutdown.
 
-    Call it last, once everything is saved. With code 0 it waits until all processes have come here.
+    Call it last, after everything is saved. With code 0 it waits for all processes.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return

@@ -1,8 +1,8 @@
-"""``train-student``: cache -> student, from the first check to the report.
+"""``train-student``: from a cache to a student, from the first check to the report.
 
-What a run needs to go on after a crash stands in its output folder: ``run.json`` (which run this
-is, and how good the student was before it) and the Trainer's checkpoints. ``metrics.json`` is
-written last and says that it is finished.
+The output folder holds the state to resume a run after a crash: ``run.json`` (the identity of the
+run, and the metrics before it) and the Trainer's checkpoints. ``metrics.json`` is written last and
+marks the run as finished.
 """
 
 from __future__ import annotations
@@ -64,13 +64,13 @@ log = logging.getLogger(__name__)
 
 
 def train(config: TrainConfig, *, restart: bool = False) -> tuple[RunMetrics, bool]:
-    """Trains the student that ``config`` describes, or goes on with it, or finds it trained.
+    """Trains the student that ``config`` describes, resumes its training, or finds it finished.
 
-    Returns the content of metrics.json and whether it was there already. Raises UserError and its
-    kinds.
+    Returns the content of metrics.json, and whether the run was finished before. Raises UserError
+    and its subclasses.
     """
     output = config.output_dir
-    # From here on, processes that were started together know each other.
+    # From here on, the processes of a launcher can communicate.
     arguments = training_arguments(config)
     with exclusive(output) if is_main() else nullcontext():
         caches = [CacheReader(entry.cache) for entry in config.caches]
@@ -84,9 +84,7 @@ def train(config: TrainConfig, *, restart: bool = False) -> tuple[RunMetrics, bo
 def _found(
     output: Path, run: dict[str, Any], *, restart: bool
 ) -> tuple[dict[str, Any] | None, RunMetrics | None]:
-    """(what was measured before the first step, what metrics.json says) of this very run; None
-    for what there is not.
-    """
+    """(measurements before the first step, content of metrics.json) of this run, or None."""
     refuse_other_files(output)
     before = None if restart else begun(output, run)
     if before is None or not (output / "metrics.json").exists():
@@ -95,7 +93,7 @@ def _found(
 
 
 def rewrite_report(output: Path) -> Path:
-    """Writes ``report.html`` of a finished run again. Raises UserError where there is none."""
+    """Writes ``report.html`` of a finished run again. Raises UserError if there is no such run."""
     try:
         metrics, history, shown, answered = (
             json.loads((output / name).read_text(encoding="utf-8"))
@@ -120,7 +118,7 @@ def _train(
 ) -> RunMetrics:
     output = config.output_dir
     parts = _prepare(config, arguments, caches)
-    if restart:  # only now that nothing stands against a new run
+    if restart:  # only after all checks of the new run
         on_main(lambda: remove_run(output))
     trainer, examination = parts.trainer, _Examination(config, arguments, parts)
     fingerprints = tuple(cache.manifest.fingerprint for cache in caches)
@@ -128,13 +126,11 @@ def _train(
     if before is None:
         before = _measure_before(arguments, examination, run, output)
     checkpoint = _start_of(arguments, fingerprints, parts, output)
-    # Again: whether the evaluation above ran now or in an earlier start must not show in the
-    # training.
+    # Again: the training must not depend on whether the evaluation above ran now or earlier.
     set_seed(arguments.seed)
     trainer.run(None if checkpoint is None else str(checkpoint))
 
-    # Before anything else that can fail. Metrics are those of the student before its adapters are
-    # merged.
+    # Saved before anything else that can fail. Metrics are those before the adapters are merged.
     save_student(trainer, output)
     after = examination.measure()
     check_finite(after, "on held-out text after training")
@@ -153,8 +149,8 @@ def _train(
 class _Parts:
     """The parts of a run that its first step needs, all checked.
 
-    kl_tail: how much of the teacher's tail KL is computed with. exactness: of each loss. steps: of
-    the whole training. parameters, trained: counts of the student's, before its adapters are
+    kl_tail: the part of the teacher's tail that KL uses. exactness: of each loss. steps: of the
+    whole training. parameters, trained: numbers of the student's parameters before its adapters are
     merged.
     """
 
@@ -174,8 +170,8 @@ class _Parts:
 def _prepare(
     config: TrainConfig, arguments: TrainingArguments, caches: list[CacheReader]
 ) -> _Parts:
-    """Makes and checks the parts of a run. Raises UserError and its kinds, before anything
-    lasting is written.
+    """Makes and checks the parts of a run. Raises UserError and its subclasses before any lasting
+    file is written.
     """
     manifests = [cache.manifest for cache in caches]
     transformers_logging.disable_progress_bar()
@@ -195,7 +191,7 @@ def _prepare(
         compat.check_vocabulary(source)
     objective, tail, exactness = try_objective(config, held_out)
     optimizer = check_optimizer(arguments, student)
-    # Before the trainer tries the student: flash attention needs its GPU for that.
+    # Before the trainer tries the student, because flash attention needs its GPU.
     student.to(arguments.device)
     trainer = DistillationTrainer(
         student,
@@ -228,9 +224,7 @@ def _prepare(
 
 
 class _Examination:
-    """The student on held-out text, as it is when asked: its metrics, some positions, its
-    answers.
-    """
+    """The current student on held-out text: its metrics, some positions, its answers."""
 
     def __init__(self, config: TrainConfig, arguments: TrainingArguments, parts: _Parts) -> None:
         self._config, self._arguments, self._parts = config, arguments, parts
@@ -265,9 +259,7 @@ class _Examination:
 def _measure_before(
     arguments: TrainingArguments, examination: _Examination, run: dict[str, Any], output: Path
 ) -> dict[str, Any]:
-    """Measures the untrained student; ``run.json``, which is written then, says that the run has
-    begun.
-    """
+    """Measures the untrained student, then writes ``run.json``, which marks the run as begun."""
     measured: dict[str, Any] = {
         "metrics": examination.measure(),
         "examples": examination.show(),
@@ -285,9 +277,7 @@ def _measure_before(
 def _start_of(
     arguments: TrainingArguments, fingerprints: tuple[str, ...], parts: _Parts, output: Path
 ) -> Path | None:
-    """The checkpoint that the training goes on from: the run's last one, or else the one that is
-    named.
-    """
+    """The checkpoint from which the training resumes: the run's last one, else the named one."""
     checkpoint = on_main(lambda: last_checkpoint(output))
     if checkpoint is None and isinstance(arguments.resume_from_checkpoint, str):
         checkpoint = named_checkpoint(arguments.resume_from_checkpoint, fingerprints, parts.steps)
@@ -361,9 +351,7 @@ def _write(
     shown: list[dict[str, Any]],
     answered: list[Answer],
 ) -> None:
-    """Writes what a finished run leaves beside its student; ``metrics.json``, which says that it
-    is finished, last.
-    """
+    """Writes the other files of a finished run, last ``metrics.json``, which marks its end."""
     told = [each._asdict() for each in answered]
     write_durably(output / "log.json", json.dumps(history, indent=1))
     write_durably(output / "examples.json", json.dumps(shown, indent=1, ensure_ascii=False))
@@ -374,9 +362,9 @@ def _write(
 
 
 def _identity(config: TrainConfig) -> dict[str, Any]:
-    """What makes two runs the same run; where the cache and the output lie does not."""
+    """The identity of a run, without the places of the cache and the output."""
     identity = config.model_dump(mode="json", exclude={"cache", "cache_config"})
-    # How many workers fetch batches, and how, changes none of them.
+    # The settings of the workers do not change the batches.
     identity["training"] = {
         key: value
         for key, value in config.training.items()
@@ -387,8 +375,8 @@ def _identity(config: TrainConfig) -> dict[str, Any]:
 
 
 def _caches_identity(config: TrainConfig, caches: list[CacheReader]) -> Any:
-    """The fingerprint of the cache; for a mixture, of each with its weight and name, which seeds
-    and logs depend on.
+    """The fingerprint of the cache. For a mixture, each cache's fingerprint with its weight and
+    name, because seeds and logs depend on them.
     """
     if isinstance(config.cache, str):
         return caches[0].manifest.fingerprint
@@ -403,7 +391,7 @@ def _joined(names: Iterable[str]) -> str:
 
 
 def _caches_described(config: TrainConfig, manifests: list[Manifest]) -> CacheFacts:
-    """What reports say of the cache, or of all caches together."""
+    """The description of the cache, or of all caches together, for reports."""
     tokens = sum(manifest.statistics.tokens for manifest in manifests)
     size = sum(
         manifest.statistics.tokens * manifest.statistics.bytes_per_token for manifest in manifests

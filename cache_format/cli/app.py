@@ -1,5 +1,5 @@
-"""How both commands begin and end: logging to stderr, one line for a user's mistake, a traceback
-only with ``--debug``.
+"""Start and end of both commands: logging to stderr, and one line for a user's mistake. A traceback
+appears only with ``--debug``.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ def new_app(summary: str) -> typer.Typer:
 
 
 def run(app: typer.Typer, extra: str) -> None:
-    """Runs ``app`` on ``sys.argv``. Exit codes: 0, 2 for a user's mistake and where the operating
-    system refuses, 1 for damage, 130 after Ctrl-C.
+    """Runs ``app`` on ``sys.argv``. Exit codes: 0, 1 for damage, 2 for a user's mistake or an error
+    of the operating system, 130 after Ctrl-C.
 
-    ``extra`` is the optional part of the distribution that the command needs beyond reading caches.
+    ``extra`` is the extra of the distribution that the command needs.
     """
     debug = "--debug" in sys.argv
     if debug:
@@ -65,7 +65,7 @@ def run(app: typer.Typer, extra: str) -> None:
     except LogitcaskError as error:
         if debug:
             raise
-        # An error from a loader's worker process arrives with that process's traceback before it.
+        # The text of an error from a loader's worker process begins with that process's traceback.
         print(
             f"error: {str(error).strip().splitlines()[-1].removeprefix(_name_of(error))}",
             file=sys.stderr,
@@ -87,13 +87,13 @@ def run(app: typer.Typer, extra: str) -> None:
         print(f"error: {_refusal(error)}", file=sys.stderr)
         sys.exit(2)
     except SystemExit as stop:
-        if stop.code == 130:  # Typer has turned Ctrl-C into this
+        if stop.code == 130:  # Typer's exit code for Ctrl-C
             print("interrupted; run the same command again to go on", file=sys.stderr)
         raise
 
 
 def _refusal(error: OSError) -> str:
-    """What the operating system will not do, in one line."""
+    """An error of the operating system in one line."""
     said = " ".join((error.strerror or str(error)).split()) or type(error).__name__
     where = "" if error.filename is None else f"{error.filename}: "
     return (

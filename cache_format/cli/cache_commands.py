@@ -1,6 +1,4 @@
-"""The commands that need nothing but a cache: ``teacher-cache info`` and ``teacher-cache
-verify``.
-"""
+"""Commands that need only caches: ``teacher-cache info``, ``verify``, ``derive``, ``merge``."""
 
 from __future__ import annotations
 
@@ -74,7 +72,7 @@ def derive(
 
 
 def _options_of(model: type[BaseModel]) -> dict[str, Any]:
-    """Every field of ``model`` as the annotation of a Typer option that is None unless given."""
+    """Every field of ``model`` as the annotation of a Typer option with the default None."""
     return {
         name: Annotated[field.annotation, typer.Option(help=field.description, show_default=False)]
         for name, field in model.model_fields.items()

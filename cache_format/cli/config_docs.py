@@ -1,4 +1,4 @@
-"""The fields of a config as Markdown, from what its models say of themselves: docs/config.md."""
+"""The fields of a config as Markdown, from the descriptions in its models: docs/config.md."""
 
 from __future__ import annotations
 
@@ -13,9 +13,7 @@ from pydantic_core import PydanticUndefined
 
 
 def markdown(model: type[BaseModel]) -> str:
-    """A table for ``model``, and one for each model in its fields, under the first path that
-    leads there.
-    """
+    """A table for ``model`` and for each model in its fields, titled by the first path to it."""
     parts = []
     shown: set[type[BaseModel]] = set()
     for path, each in _models(model, ""):
@@ -40,7 +38,7 @@ def _models(model: type[BaseModel], path: str) -> Iterator[tuple[str, type[BaseM
 
 
 def _inner(annotation: Any, many: bool = False) -> Iterator[tuple[type[BaseModel], bool]]:
-    """The models in a type, and whether there is a list of each."""
+    """The models in a type, each with whether it is in a list."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation, many
     else:

@@ -1,6 +1,4 @@
-"""Config files: YAML, then KEY=VALUE overrides by dotted path, then a strict pydantic model. One
-behaviour for both stages.
-"""
+"""Config files of both stages: YAML, KEY=VALUE overrides by path, a strict pydantic model."""
 
 from __future__ import annotations
 
@@ -20,11 +18,10 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 def load_config(model: type[Model], path: Path, overrides: list[str]) -> Model:
-    """Reads ``path``, applies overrides such as ``store.top_k=8`` or ``losses[0].weight=2``, and
-    validates.
+    """Reads ``path``, applies overrides such as ``losses[0].weight=2``, and validates.
 
-    Override values are YAML (``null``, ``1e-4``, ``[1, 2]``). Raises ConfigError in one line:
-    where, what, what was expected.
+    Override values are YAML (``null``, ``1e-4``, ``[1, 2]``). Raises ConfigError in one line: the
+    place, the value found, the value expected.
     """
     try:
         config = OmegaConf.load(path)
@@ -43,7 +40,7 @@ def load_config(model: type[Model], path: Path, overrides: list[str]) -> Model:
                 f"override {override!r} is not of the form KEY=VALUE, such as training.max_steps=10"
             )
         try:
-            # Parsed as OmegaConf parses files, where 1e-4 is a number (to plain YAML 1.1 it is a
+            # Parsed like OmegaConf parses files: 1e-4 is a number (in plain YAML 1.1 it is a
             # string).
             OmegaConf.update(
                 config, key, OmegaConf.create(f"value: {value}")["value"], force_add=True
@@ -103,7 +100,7 @@ def _explain(model: type[BaseModel], error: Any) -> str:
 def _fields_at(model: Any, location: tuple[Any, ...]) -> list[str]:
     for part in location:
         field = getattr(model, "model_fields", {}).get(part)
-        # Of `Model | None`, the model.
+        # The model in `Model | None`.
         kinds = () if field is None else (field.annotation, *get_args(field.annotation))
         model = next((kind for kind in kinds if hasattr(kind, "model_fields")), None)
     return list(getattr(model, "model_fields", {}))

@@ -1,4 +1,4 @@
-"""Which folders are models, so that the stage that runs them and the one that trains them agree."""
+"""The local models folder, which both stages use: pipeline to run models, train to train them."""
 
 from __future__ import annotations
 
@@ -18,17 +18,13 @@ def models_dir() -> Path:
 
 
 def local_model(name: str) -> Path | None:
-    """The folder of a model prepared under that name, or None. Folders appear there only when
-    finished.
-    """
+    """Folder of a prepared model of this name, or None. Unfinished folders are never there."""
     folder = models_dir() / name
     return folder if (folder / "config.json").is_file() else None
 
 
 def refuse_adapters(name: str, folder: Path) -> None:
-    """Raises UserError where ``folder``, of the model that the user calls ``name``, holds
-    adapters.
-    """
+    """Raises UserError if ``folder``, of the model that the user calls ``name``, holds adapters."""
     if not (folder / ADAPTER_CONFIG).is_file():
         return
     try:

@@ -1,6 +1,4 @@
-"""``teacher-cache push`` and ``teacher-cache pull``: the copies of
-``logitcask.cache_format.share.copy`` with a bar in bytes.
-"""
+"""``teacher-cache push`` and ``pull``: ``logitcask.cache_format.share.copy`` with a bar."""
 
 from __future__ import annotations
 

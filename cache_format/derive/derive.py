@@ -34,7 +34,7 @@ _SMALL_FILES = 5_000
 
 
 class DeriveOptions(BaseModel):
-    """What ``derive`` changes; None leaves a setting as the source has it."""
+    """The changes of ``derive``; None leaves a setting of the source unchanged."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -106,11 +106,10 @@ def derive(
     shard_tokens: int = SHARD_TOKENS,
     on_tokens: OnTokens = lambda _: None,
 ) -> Manifest:
-    """Writes a smaller cache made of the one at ``source``, or goes on with it where it was
-    interrupted.
+    """Writes a smaller cache made from the one at ``source``; resumes an interrupted run.
 
-    Raises UserError where the source does not hold what is asked for or nothing of it would be
-    left, for a URL as output, and what opening and writing caches raise.
+    Raises UserError if the source does not hold the requested data, if no sequence would be left,
+    and for a URL as output. Also raises the errors of opening and writing caches.
     """
     output = local_folder(output, PUSH_IT)
     cache = CacheReader(source)
@@ -135,7 +134,7 @@ def _selection(options: DeriveOptions, total: int) -> Callable[[int, str], bool]
 
 
 def _slice(text: str) -> slice:
-    """Raises ValueError for anything but START:STOP or START:STOP:STEP."""
+    """The slice START:STOP or START:STOP:STEP. Raises ValueError for other texts."""
     try:
         parts = [int(part) if part.strip() else None for part in text.split(":")]
         if len(parts) in (2, 3) and 0 not in parts[2:]:
@@ -148,9 +147,7 @@ def _slice(text: str) -> slice:
 
 
 def _derived_settings(had: StoreSettings, options: DeriveOptions, source: str) -> StoreSettings:
-    """The settings of the new cache. Raises UserError where they ask for more than the source
-    holds.
-    """
+    """The settings of the new cache. Raises UserError if they need more than the source holds."""
     changes = {
         name: value
         for name, value in options.model_dump(exclude_none=True).items()
@@ -215,30 +212,30 @@ def _derived_settings(had: StoreSettings, options: DeriveOptions, source: str) -
 
 
 def _within_budget(part: Part, store: StoreSettings, options: DeriveOptions) -> StoreSettings:
-    """``store`` with the largest heads that meet the budget on some of the sequences: its
-    ``min_probability`` is chosen.
+    """``store`` with a chosen ``min_probability``: the heads that meet the budget on a sample of
+    the sequences, as large as ``max_bytes_per_token`` allows or as small as ``max_kl`` allows.
     """
     sample = spread([part])
     if not any(len(sequence.positions) for sequence in sample):
         raise UserError("no kept position is left to meet the budget with; choose more sequences")
     prior = TailPrior.estimate(sample, store.vocab_size)
-    # A prior made of the very draws that it is judged by would look better than it is.
+    # The prior for the KL comes from half of the sample, and the KL from the other half: measured
+    # on its own draws, a prior would look better than it is.
     apart = TailPrior.estimate(sample[::2], store.vocab_size)
-    # What all tokens share: the prior, the manifest, the card.
+    # Bytes per token of the files without shards: the prior, the manifest, the card.
     shared = (len(prior.to_bytes()) + _SMALL_FILES) / sum(
         len(ids) for _, _, ids, _ in part.chosen()
     )
 
-    # The larger the bound, the smaller the heads, the fewer bytes, and the farther from the
-    # teacher.
+    # Limits of the search. A larger bound on the probability gives smaller heads, fewer bytes, and
+    # a larger KL.
     floor = store.min_probability or 1e-7
     everything = math.log(floor)
     least = max(everything, math.log(0.5))
     judged = [sequence for sequence in sample[1::2] if len(sequence.positions)] or sample
 
     def at(log_bound: float) -> StoreSettings:
-        # No smaller than the source's, whatever it is rounded to: its heads do not have those
-        # entries.
+        # Rounded to 4 digits, but never below the source's bound: its heads lack such entries.
         bound = (
             floor if log_bound == everything else max(floor, float(f"{math.exp(log_bound):.4g}"))
         )
@@ -252,6 +249,8 @@ def _within_budget(part: Part, store: StoreSettings, options: DeriveOptions) -> 
     def distance(log_bound: float) -> float:
         return _mean_kl(judged, at(log_bound), apart)
 
+    # Small heads meet a budget of bytes, and large heads meet a budget of KL: ``good`` is the end
+    # of the search that meets the budget if any bound does.
     if options.max_bytes_per_token is not None:
         budget, measure, unit, good, bad = (
             options.max_bytes_per_token,
@@ -274,6 +273,7 @@ def _within_budget(part: Part, store: StoreSettings, options: DeriveOptions) -> 
         )
     if measure(bad) <= budget:
         good = bad
+    # Bisection in the log of the bound. ``good`` always meets the budget, ``bad`` never does.
     while abs(good - bad) > 0.005:
         middle = (good + bad) / 2
         good, bad = (middle, bad) if measure(middle) <= budget else (good, middle)
@@ -284,7 +284,7 @@ def _within_budget(part: Part, store: StoreSettings, options: DeriveOptions) -> 
 
 
 def _bytes_per_token(sample: list[CachedSequence], codec: Codec, source: str) -> float:
-    """What these sequences of the cache with fingerprint ``source`` take in a shard."""
+    """Bytes per token of these sequences, of the cache with fingerprint ``source``, in a shard."""
     small = [narrow(sequence, codec.store, source) for sequence in sample]
     sink = pa.BufferOutputStream()
     options = pa.ipc.IpcWriteOptions(compression=pa.Codec("zstd", compression_level=1))

@@ -1,7 +1,7 @@
-"""How near to the teacher a cache's distributions are, told from the cache itself.
+"""The KL between the teacher and a cache's distributions, computed from the cache itself.
 
-A cache that stores entropies knows the teacher's term of the KL exactly, so what cutting heads
-costs can be computed without the teacher, for the heads that are there and for any smaller ones.
+A cache with entropies has the teacher's term of the KL exactly. The KL from truncated heads can
+therefore be computed without the teacher, for the stored heads and for any smaller ones.
 """
 
 from __future__ import annotations
@@ -17,14 +17,13 @@ from logitcask.cache_format.shards.prior import TailPrior
 def reconstruction_kl(
     sequence: CachedSequence, size: NDArray[np.int64], vocab_size: int, prior: TailPrior | None
 ) -> NDArray[np.float64]:
-    """float64[P], nats: KL of the teacher's whole distribution to what a cache with heads of
-    ``size`` entries says of it.
+    """float64[P], nats: KL of the teacher to its reconstruction from heads of ``size`` entries.
 
-    That is the head, and the mass of the rest spread as ``prior`` says, or evenly where it is None.
-    Exact but for rounding where it is even; with a prior, its value on the stored tail is estimated
-    from the tail samples, without bias if they had no part in the prior (one made of all draws of
-    30 thousand tokens comes out 3 % too near). Raises UserError for a sequence without entropies,
-    or with a prior and without samples.
+    The reconstruction is the head, and the remaining mass distributed by ``prior``, or evenly if
+    that is None. An even tail gives the KL exactly, up to rounding. With a prior, its value on the
+    stored tail is estimated from the tail samples. The estimate is unbiased if the prior was not
+    made from these samples (with a prior from all draws of 30 thousand tokens, the KL is 3 % too
+    small). Raises UserError for a sequence without entropies, or with a prior and without samples.
     """
     if sequence.entropy is None or (prior is not None and sequence.samples is None):
         raise UserError(

@@ -22,13 +22,12 @@ def merge(
     shard_tokens: int = SHARD_TOKENS,
     on_tokens: OnTokens = lambda _: None,
 ) -> Manifest:
-    """Writes one cache with the sequences of several, in order, or goes on with it where it was
-    interrupted.
+    """Writes one cache with the sequences of several, in order; resumes an interrupted run.
 
     ``number_ids`` puts "0/" before the sequence ids of the first cache, "1/" before those of the
-    second, and so on. Raises UserError where teacher, tokenizer or store settings differ, naming
-    what does, where only some hold what the teacher wrote, for an id that occurs twice, and for a
-    URL as output.
+    second, and so on. Raises UserError if teacher, tokenizer or store settings differ, naming the
+    difference; if only some caches hold texts written by the teacher; for an id that occurs twice;
+    and for a URL as output.
     """
     output = local_folder(output, PUSH_IT)
     if len(sources) < 2:
@@ -43,7 +42,7 @@ def merge(
             )
         policies = [each.manifest.data.mask_policy for each in (caches[0], cache)]
         if policies[0] != policies[1] and "generated" in policies:
-            # Which sequences are held out together depends on it.
+            # It decides which sequences are held out together.
             raise UserError(
                 f"{sources[0]} and {source} do not belong together: data.mask_policy: {' -> '.join(policies)}; do not merge "
                 "what the teacher wrote with other text, but list both caches where you train"
@@ -62,7 +61,7 @@ def merge(
 
 
 def _common_ground(manifest: Manifest) -> dict[str, Any]:
-    """What caches must share to be merged."""
+    """The part of the headers that must be equal for a merge."""
     identity = manifest.content_identity()
     return {
         "teacher": identity["teacher"],

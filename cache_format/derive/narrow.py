@@ -1,8 +1,8 @@
-"""Keeping less of a sequence: smaller heads, fewer draws. No teacher is needed for it.
+"""Sequences with smaller heads and fewer draws, made without a teacher.
 
-What leaves a head joins the tail: its mass is added there, and new draws are taken from the entries
-that left and from the old draws, each of which stands for its share of the old tail. Draws of draws
-are draws: estimates stay unbiased.
+Entries that leave a head join the tail: their mass is added to it. New draws are taken from these
+entries and from the old draws, each of which has the weight of its share of the old tail. Estimates
+from such draws stay unbiased.
 
 Shapes: P kept positions, K head entries, T sets of S draws, C candidates for a new draw.
 """
@@ -20,12 +20,11 @@ from logitcask.cache_format.sequence import CachedSequence, TailSamples
 
 
 def narrow(sequence: CachedSequence, store: StoreSettings, source: str) -> CachedSequence:
-    """The sequence as a cache with the settings ``store`` holds it, which must not ask for more
-    than there is.
+    """The sequence with the settings ``store``, which must not need more than the sequence has.
 
-    ``source``: fingerprint of the cache that the sequence is of. New draws depend on it: were those
-    of two derivations in a row taken at the same points, the second would choose among what the
-    first had chosen there, which is biased.
+    ``source``: fingerprint of the sequence's cache. New draws depend on it. If two derivations in a
+    row used the same random points, the second would choose among the results of the same points,
+    which is biased.
     """
     ids, logprobs = sequence.ids, sequence.logprobs
     size = head_sizes(logprobs, store)
@@ -45,11 +44,11 @@ def narrow(sequence: CachedSequence, store: StoreSettings, source: str) -> Cache
 
 
 def head_sizes(logprobs: NDArray[np.float32], store: StoreSettings) -> NDArray[np.int64]:
-    """int64[P]: how many entries of each padded head [P, K] a cache with these settings keeps."""
+    """int64[P]: entries of each padded head [P, K] that a cache with these settings keeps."""
     stored = ~np.isneginf(logprobs)
     keep = stored & (np.arange(logprobs.shape[1]) < store.top_k)
     if store.min_probability is not None:
-        # Half a step of room: an entry that was above the bound before it was rounded stays.
+        # Half a step of tolerance: an entry that was above the bound before rounding is kept.
         keep &= logprobs >= np.log(store.min_probability) - store.logprob_step / 2
     if store.top_p is not None:
         mass = np.cumsum(np.exp(logprobs.astype(np.float64)), axis=1)
@@ -67,8 +66,8 @@ def _redraw(
     store: StoreSettings,
     source: str,
 ) -> TailSamples:
-    """Draws from the new tails. Where nothing left the head and as many draws are wanted as
-    there are, the old ones.
+    """Draws from the new tails. A position keeps its old draws if its head is unchanged and it
+    needs as many draws as before.
     """
     assert sequence.samples is not None
     old = sequence.samples.ids[:, : store.sample_sets]
@@ -135,11 +134,11 @@ def _draws_wanted(tail: NDArray[np.float64], store: StoreSettings) -> NDArray[np
 def _choose(
     weights: NDArray[np.float64], wanted: NDArray[np.int64], key: str, store: StoreSettings
 ) -> NDArray[np.int64]:
-    """int64[R, most]: indices into each row of ``weights`` [R, C], drawn in proportion to them; -1
-    where no more are wanted.
+    """int64[R, most]: indices into each row of ``weights`` [R, C], drawn in proportion to them, and
+    padded with -1.
 
-    By inverse CDF. The points it is taken at depend on ``key`` alone, so that a resumed run repeats
-    them.
+    The method is the inverse CDF. Its random points depend only on ``key``, so a resumed run
+    repeats them.
     """
     rows, count = weights.shape
     cdf = np.cumsum(weights, axis=1)
@@ -153,7 +152,7 @@ def _choose(
         points = random.random((rows, most))
     else:
         points = (number + random.random((rows, 1))) / np.maximum(wanted, 1)[:, None]
-    # One search in all rows at once: row r's CDF runs from r to r + 1.
+    # One search over all rows at once: the CDF of row r goes from r to r + 1.
     row = np.arange(rows)[:, None]
     flat = (cdf / np.where(total > 0, total, 1) + row).reshape(-1)
     at = np.searchsorted(

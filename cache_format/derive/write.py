@@ -1,6 +1,4 @@
-"""The common end of ``derive`` and ``merge``: sequences of one or several caches into a new one,
-resumable.
-"""
+"""Common part of ``derive`` and ``merge``: the resumable writing of a new cache."""
 
 from __future__ import annotations
 
@@ -38,9 +36,7 @@ OnTokens = Callable[[int], object]
 
 @dataclass(frozen=True)
 class Part:
-    """One source of a new cache: which of its sequences are kept, under what id, and what
-    becomes of each.
-    """
+    """One source of a new cache: its kept sequences, their new ids, and the change made to each."""
 
     cache: CacheReader
     keeps: Callable[[int, str], bool] = lambda index, sequence_id: True
@@ -48,9 +44,7 @@ class Part:
     change: Callable[[CachedSequence], CachedSequence] = lambda sequence: sequence
 
     def chosen(self) -> Iterator[tuple[int, str, NDArray[np.int32], NDArray[np.bool_]]]:
-        """(index, new id, input ids, loss mask) of every sequence that is kept; heads are not
-        decompressed.
-        """
+        """(index, new id, input ids, loss mask) of every kept sequence. Heads stay compressed."""
         index = 0
         columns = (
             self.cache.iter_column(name) for name in ("sequence_id", "input_ids", "loss_mask")
@@ -68,9 +62,7 @@ class Part:
 
 
 def spread(parts: list[Part]) -> list[CachedSequence]:
-    """Sequences of the sources, unchanged, evenly spread, with about _SAMPLE_POSITIONS positions
-    together.
-    """
+    """An even sample of the sources' sequences, with about _SAMPLE_POSITIONS positions."""
     kept = sum(1 for part in parts for _ in part.chosen())
     positions = sum(part.cache.manifest.statistics.positions for part in parts)
     sequences = sum(len(part.cache) for part in parts)
@@ -81,9 +73,9 @@ def spread(parts: list[Part]) -> list[CachedSequence]:
 
 
 def _data_sha256(parts: list[Part], shard_tokens: int) -> str:
-    """Of the new cache's sequences.
+    """sha256 of the new cache's data.
 
-    Raises UserError for an id that occurs twice, where there are no sequences, and for more shards
+    Raises UserError for an id that occurs twice, for a cache without sequences, and for more shards
     than a manifest can list.
     """
     digest, seen = DataHash(), set[str]()
@@ -135,7 +127,7 @@ def write(
         header = writer.begin(
             header, None if writer.begun else TailPrior.estimate(spread(parts), store.vocab_size)
         )
-        # Shards are filled in order, so what is committed is the beginning.
+        # Shards are filled in order, so the committed ones are the first ones.
         sequences = _sequences(parts, skip=sum(entry.sequences for entry in writer.entries()))
         shards = len(writer.committed)
         sequence = next(sequences, None)

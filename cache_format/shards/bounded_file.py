@@ -1,10 +1,9 @@
-"""Opening Arrow IPC files from people one does not know: nothing is allocated before it is known
-how much.
+"""Opens Arrow IPC files from untrusted sources: sizes are checked before memory is allocated.
 
-Arrow allocates what the eight bytes before a compressed buffer say. Here they are read first, by
-way of the file's own flatbuffers (arrow.apache.org/docs/format/Columnar.html, Footer, Message and
-RecordBatch), and refused beyond a limit. Nor does Arrow look at what it has decompressed: here
-offsets, lengths and text are validated before anything follows them.
+Arrow allocates as many bytes as the eight bytes before a compressed buffer say. This module reads
+these sizes first, through the file's own flatbuffers (arrow.apache.org/docs/format/Columnar.html,
+Footer, Message and RecordBatch), and refuses sizes above a limit. Arrow also does not validate
+decompressed data. This module validates offsets, lengths and text before they are used.
 """
 
 from __future__ import annotations
@@ -35,12 +34,12 @@ _STORED = -1
 
 
 class BoundedFile:
-    """An Arrow IPC file of one schema in memory or memory-mapped, without dictionaries, whose
-    batches are bounded in size.
+    """An Arrow IPC file of one schema, in memory or memory-mapped, without dictionaries and with
+    batches of bounded size.
 
-    Of a mapped file only the batch that is being read takes memory: what was read is given back to
-    the system. ``columns``: indices of those to read; by default all. Raises DamagedCacheError,
-    naming ``where``, for a file that is none or has another schema; so does every method.
+    A mapped file takes memory only for the batch that is being read; pages that were read are
+    released. ``columns``: indices of the columns to read; by default all. The constructor and every
+    method raise DamagedCacheError, naming ``where``, for an invalid file or another schema.
     """
 
     def __init__(
@@ -88,9 +87,7 @@ class BoundedFile:
             return batch
 
     def _give_back(self, index: int) -> None:
-        """Drops the mapped pages of a batch. Columns that were left uncompressed are mapped
-        again when they are touched.
-        """
+        """Drops the mapped pages of a batch. Uncompressed columns are mapped again on access."""
         if isinstance(self._data, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
             message, metadata, body_bytes = self._unpack(
                 "<qi4xq", self._blocks + _BLOCK_BYTES * index
@@ -101,9 +98,7 @@ class BoundedFile:
     @staticmethod
     @contextmanager
     def _named(where: str, what: str) -> Iterator[None]:
-        """Turns what Arrow and this class make of bad bytes into a DamagedCacheError; a lack of
-        memory is none.
-        """
+        """Turns errors from bad bytes into a DamagedCacheError. A lack of memory is not damage."""
         try:
             yield
         except MemoryError:
@@ -114,13 +109,13 @@ class BoundedFile:
             ) from error
 
     def _read_footer(self) -> tuple[int, int]:
-        """Where the list of record batches begins, and how many there are."""
+        """Start of the list of record batches, and their number."""
         if bytes(self._view[-6:]) != _MAGIC or len(self._view) < 24:
             raise ValueError("it is not an Arrow file")
         (size,) = self._unpack("<i", len(self._view) - 10)
         root = self._follow(len(self._view) - 10 - size)
         self._require_v5(root, _FOOTER_VERSION)
-        # Arrow would swap the bytes of every buffer before anybody has validated its offsets.
+        # Arrow would swap the bytes of every buffer before its offsets are validated.
         endianness = self._field(
             self._follow(self._field(root, _FOOTER_SCHEMA)), _SCHEMA_ENDIANNESS
         )
@@ -169,10 +164,9 @@ class BoundedFile:
         return total
 
     def _require_v5(self, table: int, number: int) -> None:
-        """Raises ValueError for metadata of another version than V5, which is Arrow's since 1.0.
+        """Raises ValueError for metadata of a version other than V5, Arrow's version since 1.0.
 
-        In V4, custom metadata may say that buffers are compressed although the record batch does
-        not.
+        In V4, custom metadata can declare buffers compressed although the record batch does not.
         """
         at = self._field(table, number)
         version = self._unpack("<h", at)[0] if at else 0
@@ -185,11 +179,11 @@ class BoundedFile:
         return struct.unpack_from(layout, self._view, at)
 
     def _follow(self, at: int) -> int:
-        """Where the offset stored at ``at`` points to."""
+        """Target of the offset stored at ``at``."""
         return at + self._unpack("<I", at)[0]
 
     def _field(self, table: int, number: int) -> int:
-        """Where a field of a flatbuffer table stands, 0 where it is left out."""
+        """Place of a field of a flatbuffer table; 0 if the field is absent."""
         vtable = table - self._unpack("<i", table)[0]
         (size,) = self._unpack("<H", vtable)
         if 4 + 2 * number + 2 > size:
@@ -198,7 +192,7 @@ class BoundedFile:
         return table + offset if offset else 0
 
     def _vector(self, at: int) -> tuple[int, int]:
-        """Where the elements of the vector referred to at ``at`` begin, and how many there are."""
+        """Start of the elements of the vector referred to at ``at``, and their number."""
         if not at:
             raise ValueError("a list is missing")
         start = self._follow(at)

@@ -1,8 +1,8 @@
-"""Sequences to Arrow record batches and back, byte for byte as SPEC.md sections 4 and 5 say.
+"""Conversion of sequences to Arrow record batches and back (SPEC.md sections 4 and 5).
 
-Heads are ragged and stored as byte planes in rank order, logprobs as differences on a grid; draws
-as gaps between sorted ranks; Arrow's zstd compression does the rest. All work is numpy over whole
-batches, no Python runs per token.
+Heads are ragged. Their ids are stored as byte planes of ranks, their logprobs as differences on a
+grid, and draws as gaps between sorted ranks. Arrow compresses these columns with zstd. All work is
+numpy over whole batches; no Python code runs per token.
 
 Shapes: P kept positions, K largest head, E = sum of head sizes, T sets of samples, S largest set.
 """
@@ -91,23 +91,23 @@ class Codec:
         return batch
 
     def open(self, batch: pa.RecordBatch, where: str) -> PackedBatch:
-        """Opens a record batch for decoding. Raises DamagedCacheError, naming ``where``, if it
-        cannot be one of this cache.
+        """Opens a record batch for decoding. Raises DamagedCacheError, naming ``where``, if it is
+        not a batch of this cache.
         """
         return PackedBatch(self, batch, where)
 
     def _encode_heads(
         self, sequences: Sequence[CachedSequence], kept: _Array, columns: dict[str, pa.Array]
     ) -> _Array:
-        """Adds the head columns; returns int32[sum of P], the last grid point of every head (0
-        where it is empty).
+        """Adds the head columns. Returns int32[sum of P]: the last grid point of every head, 0 for
+        an empty head.
         """
         sizes, ids, steps, last = [], [], [], []
         for sequence in sequences:
             stored = sequence.ids >= 0
             size = stored.sum(axis=1, dtype=np.int32)
-            # min(0): an engine's fp32 log-softmax may round a sure thing to +1e-7. A power of two
-            # as step: exact in fp32.
+            # Grid points. min(0): an engine's fp32 log-softmax may round a probability of 1 to
+            # +1e-7. The step is a power of two, so the product is exact in fp32.
             grid = np.rint(
                 np.minimum(sequence.logprobs, 0) * np.float32(-1 / self.store.logprob_step)
             )
@@ -118,13 +118,16 @@ class Codec:
                 raise UserError(
                     f"sequence {sequence.sequence_id!r} cannot be stored: a head logprob is below -2^31 steps"
                 )
+            # Differences between neighbouring entries of a head; the first stays absolute.
             whole = grid.astype(np.int32)
             difference = whole.copy()
             difference[:, 1:] -= whole[:, :-1]
+            # Padding is dropped: the entries of all positions follow each other.
             sizes.append(size)
             ids.append(sequence.ids.reshape(-1) if full else sequence.ids[stored])
             steps.append(difference.reshape(-1) if full else difference[stored])
             last.append(whole.max(axis=1, initial=0))
+        # Ids become ranks in the prior, ranks byte planes, differences a byte plane with escapes.
         entries = np.array([len(row) for row in ids], np.int64)
         columns["head_size"] = _lists(kept, _concatenate(sizes, np.int32))
         ranks = _concatenate(ids, np.int32)
@@ -141,19 +144,19 @@ class Codec:
         last_steps: _Array,
         columns: dict[str, pa.Array],
     ) -> None:
-        """Adds the sample columns: per set the distinct ranks, sorted, as gaps, and how often
-        each was drawn.
-        """
+        """Adds the sample columns: distinct ranks of each set as sorted gaps, and their counts."""
         sizes, gaps, counts, steps, entries = [], [], [], [], []
-        nothing = np.int32(1 << 30)  # above every rank, so that padding sorts to the end
+        nothing = np.int32(1 << 30)  # larger than every rank, so padding sorts to the end
         begin = 0
         for sequence, positions in zip(sequences, kept, strict=True):
             assert sequence.samples is not None
+            # Ids become ranks, sorted inside each set.
             ids = sequence.samples.ids
             ranks = ids if self.rank_of is None else self.rank_of.take(ids, mode="clip")
             ranks = np.where(ids < 0, nothing, ranks)
             order = np.argsort(ranks, axis=2, kind="stable")
             ranks = np.take_along_axis(ranks, order, axis=2)
+            # Gaps between neighbouring ranks. A gap of 0 is a repetition, and is not stored.
             gap = ranks.copy()
             gap[..., 1:] -= ranks[..., :-1]
             distinct = ranks < nothing
@@ -161,12 +164,13 @@ class Codec:
             distinct[..., 1:] &= gap[..., 1:] > 0
             sizes.append(distinct.sum(axis=2, dtype=np.int32).reshape(-1))
             gaps.append(gap[distinct])
-            # Padding is at the end of each set: between two distinct ranks lie only repeats of the
-            # first.
+            # Counts. Padding is at the end of each set, so only repetitions of a rank come between
+            # it and the next distinct rank.
             at = np.flatnonzero(distinct[ranks < nothing])
             counts.append(np.diff(at, append=drawn))
             entries.append(len(at))
             if sequence.samples.logprobs is not None:
+                # Steps below the last entry of the position's head.
                 logprobs = np.take_along_axis(sequence.samples.logprobs, order, axis=2)[distinct]
                 grid = np.rint(
                     np.minimum(logprobs, 0) * np.float32(-1 / self.store.logprob_step)
@@ -181,8 +185,8 @@ class Codec:
         self._put_id_planes("sample_gap", lengths, _concatenate(gaps, np.int32), columns)
         columns["sample_count_plane"] = _binary(lengths, _concatenate(counts, np.uint8))
         if self.store.sample_logprobs:
-            # A draw is less probable than the head's last entry, but for ties and the order of
-            # rounding.
+            # A draw is less probable than the head's last entry, except for ties and for the order
+            # of rounding.
             _put_steps(
                 "sample_step", lengths, np.maximum(_concatenate(steps, np.int64), 0), columns
             )
@@ -197,7 +201,7 @@ class Codec:
             )
 
     def _rounded(self, values: _Array) -> NDArray[np.float32]:
-        """Multiples of the scalar step where fp32 can tell them apart."""
+        """Values rounded to multiples of the scalar step, if fp32 can represent these exactly."""
         step = np.float32(self.store.scalar_step)
         return np.where(np.abs(values) < 2**13, np.rint(values / step) * step, values).astype(
             np.float32
@@ -211,17 +215,17 @@ class Codec:
 
 
 class PackedBatch:
-    """A valid record batch of the cache's schema, without nulls (``BoundedFile`` gives such),
-    opened for decoding rows of it.
+    """A record batch, opened for decoding its rows. It has the cache's schema, is valid and has no
+    nulls, as ``BoundedFile`` returns it.
 
-    Raises DamagedCacheError where its columns contradict each other.
+    Raises DamagedCacheError if its columns contradict each other.
     """
 
     def __init__(self, codec: Codec, batch: pa.RecordBatch, where: str) -> None:
         self.codec = codec
         self.where = where
         self.batch = batch
-        # A flag takes a bit there and a byte here.
+        # A flag takes a bit on disk and a byte in memory.
         if len(batch.column("loss_mask").values) > len(batch.column("input_ids").values):
             raise DamagedCacheError(f"{where} has more flags in its loss masks than tokens")
         self._ids = batch.column("sequence_id")
@@ -236,6 +240,7 @@ class PackedBatch:
     def decode(self, index: int) -> CachedSequence:
         """One sequence, decoded and checked."""
         store = self.codec.store
+        # Views of the row's columns, and checks that they agree.
         input_ids, loss_mask = self._row("input_ids", index), self._row("loss_mask", index)
         positions, target_logprob, target_rank, tail_step, size = (
             self._row(n, index) for n in POSITION_COLUMNS
@@ -254,13 +259,14 @@ class PackedBatch:
             index,
             "its positions are not those of its loss mask",
         )
-        # What is above 0 was rounded (see ``validation.validate``).
+        # A logprob slightly above 0 comes from rounding (see ``validation.validate``).
         finite = bool(np.isfinite(target_logprob).all() and (target_logprob <= 1e-3).all())
         self._require(finite, index, "a target logprob is above 0 or not finite")
         ranked = p == 0 or (
             int(target_rank.min()) >= 0 and int(target_rank.max()) < store.vocab_size
         )
         self._require(ranked, index, "a target rank is outside the vocabulary")
+        # The ragged head, padded; then the scalars, from steps to nats.
         ids, logprobs, last = self._decode_head(index, size)
         entropy = None
         if store.entropy:
@@ -271,7 +277,7 @@ class PackedBatch:
         tail_logprob[tail_step == NO_TAIL] = -np.inf
         return CachedSequence(
             sequence_id=self._ids[index].as_py(),
-            # Copies: what a reader returns may be written to, and keeps no record batch alive.
+            # Copies: the caller may write to them, and they keep no record batch in memory.
             input_ids=input_ids.copy(),
             loss_mask=loss_mask.copy(),
             positions=positions.copy(),
@@ -287,9 +293,10 @@ class PackedBatch:
     def _decode_head(
         self, index: int, size: _Array
     ) -> tuple[NDArray[np.int32], NDArray[np.float32], _Array]:
-        """int32[P, K], float32[P, K]: the padded head of one row; int64[P]: the last grid point
-        of each head.
+        """The padded head of one row, int32[P, K] and float32[P, K], and the last grid point of
+        each head, int64[P].
         """
+        # Sizes are checked before anything is allocated.
         store = self.codec.store
         p = len(size)
         width = int(size.max()) if p else 0
@@ -302,9 +309,11 @@ class PackedBatch:
             f"a head has {width} entries, more than the vocabulary",
         )
         self._require_room(index, "heads", 8 * p * width)
+        # Byte planes to ranks, ranks to ids; steps with their escapes.
         flat_ids = self._ranks("head_id", index, entries)
         flat_ids = self._ids_of(flat_ids, index)
         steps = self._steps("head_step", index, entries)
+        # All heads have one size: reshape, and sum the differences along each row.
         if entries == p * width:
             narrow = steps.dtype == np.uint8 and width < 2**22
             grid = np.cumsum(
@@ -315,10 +324,12 @@ class PackedBatch:
                 p == 0 or int(last.max()) < 2**31, index, "a logprob is below what the format holds"
             )
             return flat_ids.reshape(p, width), self._on_grid(grid), last
+        # Ragged heads: running sums over all entries, then the difference to the head's start.
         starts = _starts(size)
         total = _sums(steps)
         last = total[starts + size] - total[starts]
         self._require(int(last.max()) < 2**31, index, "a logprob is below what the format holds")
+        # Each entry goes to its place in the padded arrays.
         place = _places(size, width)
         ids = np.full(p * width, -1, np.int32)
         ids[place] = flat_ids
@@ -327,7 +338,8 @@ class PackedBatch:
         return ids.reshape(p, width), logprobs.reshape(p, width), last
 
     def _decode_samples(self, index: int, p: int, last: _Array) -> TailSamples:
-        """The draws of one row, each as often as it was drawn, by rising rank."""
+        """The draws of one row by ascending rank; an id drawn n times occurs n times."""
+        # Sizes and counts are checked before anything is allocated.
         store = self.codec.store
         size = self._row("sample_size", index)
         self._require(
@@ -339,12 +351,14 @@ class PackedBatch:
         counts = self._row("sample_count_plane", index)
         self._require(len(counts) == entries, index, "its samples and their counts disagree")
         self._require(entries == 0 or int(counts.min()) >= 1, index, "a sample was drawn 0 times")
+        # Draws of each set, repetitions included.
         starts = _starts(size)
         drawn_before = _sums(counts)
         draws = drawn_before[starts + size] - drawn_before[starts]
         most = int(draws.max()) if len(draws) else 0
         self._require(most <= MAX_DRAWS, index, f"a set of samples has {most} draws")
         self._require_room(index, "samples", store.bytes_per_draw * len(draws) * most)
+        # Gaps to ranks, inside each set; ranks to ids.
         ranks = _within(_sums(self._ranks("sample_gap", index, entries)), starts, size)
         self._require(
             entries == 0 or int(ranks.max()) < store.vocab_size,
@@ -352,13 +366,15 @@ class PackedBatch:
             "sample ids leave the vocabulary",
         )
         drawn_ids = self._ids_of(ranks.astype(np.int32), index)
-        del ranks  # 8 bytes an entry: what a large row takes is decided here
+        del ranks  # 8 bytes an entry: freed here, because memory peaks below
+        # Each id as often as it was drawn, in its place in the padded array.
         repeated = int(drawn_before[-1]) > entries
         shape = (p, store.sample_sets, most)
         place = _places(draws, most)
         ids = np.full(len(draws) * most, -1, np.int32)
         ids[place] = np.repeat(drawn_ids, counts) if repeated else drawn_ids
         logprobs = None
+        # Logprobs: steps below the last entry of the head of the draw's position.
         if store.sample_logprobs:
             steps = self._steps("sample_step", index, entries) + np.repeat(
                 np.repeat(last, store.sample_sets), size
@@ -375,7 +391,7 @@ class PackedBatch:
         return self._values[name][offsets[index] : offsets[index + 1]]
 
     def _ranks(self, prefix: str, index: int, entries: int) -> NDArray[np.int32]:
-        """int32[entries]: what the byte planes of one row add up to."""
+        """int32[entries]: the values of one row, put together from its byte planes."""
         planes = [
             self._row(f"{prefix}_plane_{b}", index)
             for b in range(id_bytes(self.codec.store.vocab_size))
@@ -387,6 +403,7 @@ class PackedBatch:
         )
         if len(planes) == 1:
             return planes[0].astype(np.int32)
+        # From the highest byte to the lowest.
         values = np.empty(entries, np.int32)
         np.left_shift(planes[-1], 8, out=values, dtype=np.int32)
         for plane in planes[-2:0:-1]:
@@ -404,9 +421,7 @@ class PackedBatch:
         return ranks if self.codec.id_at is None else self.codec.id_at.take(ranks)
 
     def _steps(self, prefix: str, index: int, entries: int) -> _Array:
-        """int64[entries]: the steps of one row, escapes put back; the plane itself, uint8, where
-        there are none.
-        """
+        """int64[entries]: one row's steps with escapes; without escapes, the uint8 plane itself."""
         plane = self._row(f"{prefix}_plane", index)
         escapes = self._row(f"{prefix}_escape", index)
         self._require(len(plane) == entries, index, f"its {prefix} and sizes disagree")
@@ -425,7 +440,7 @@ class PackedBatch:
     def _on_grid(self, grid: _Array) -> NDArray[np.float32]:
         logprobs = grid.astype(np.float32)
         logprobs *= np.float32(self.codec.store.logprob_step)
-        # Subtracted from 0 so that a sure thing reads 0.0, not -0.0.
+        # Subtracted from 0 so that a probability of 1 gives 0.0, not -0.0.
         return np.subtract(np.float32(0), logprobs, out=logprobs)
 
     def _require_room(self, index: int, what: str, size: int) -> None:
@@ -442,9 +457,7 @@ class PackedBatch:
 
 
 class ContentHash:
-    """sha256 over rows as SPEC.md section 8 defines it: equal for equal content, whatever the
-    compression.
-    """
+    """sha256 over rows (SPEC.md section 8): equal for equal content, with any compression."""
 
     def __init__(self) -> None:
         self._sha = hashlib.sha256()
@@ -470,7 +483,7 @@ def _concatenate(arrays: list[_Array], dtype: Any) -> _Array:
 
 
 def _sums(values: _Array) -> NDArray[np.int64]:
-    """int64[len(values) + 1]: what comes before each value, and all of them."""
+    """int64[len(values) + 1]: the sum of the values before each one, and the total."""
     sums = np.zeros(len(values) + 1, np.int64)
     np.cumsum(values, dtype=np.int64, out=sums[1:])
     return sums
@@ -479,9 +492,7 @@ def _sums(values: _Array) -> NDArray[np.int64]:
 def _within(
     sums: NDArray[np.int64], starts: NDArray[np.int64], lengths: _Array
 ) -> NDArray[np.int64]:
-    """Of the ``_sums`` of runs, those that begin anew with each run, at each of its values.
-    Overwrites ``sums``.
-    """
+    """Running sums inside each run, from the ``_sums`` of all runs, which it overwrites."""
     before = np.repeat(sums[starts], lengths)
     within = sums[1:]
     within -= before
@@ -489,15 +500,15 @@ def _within(
 
 
 def _starts(lengths: _Array) -> NDArray[np.int64]:
-    """Where each run begins in the concatenation of runs of these lengths."""
+    """Start of each run in the concatenation of runs of these lengths."""
     starts = np.zeros(len(lengths), np.int64)
     np.cumsum(lengths[:-1], out=starts[1:])
     return starts
 
 
 def _places(lengths: _Array, width: int) -> NDArray[np.int64]:
-    """Indices into a flattened [len(lengths), width] of the elements of runs of these lengths,
-    each run in its row.
+    """Indices of the elements of runs of these lengths in a flattened [len(lengths), width], one
+    run per row.
     """
     shift = np.arange(len(lengths), dtype=np.int64) * width - _starts(lengths)
     places: NDArray[np.int64] = np.repeat(shift, lengths)
@@ -537,9 +548,7 @@ def _put_steps(prefix: str, lengths: _Array, steps: _Array, columns: dict[str, p
 
 
 def _open_column(column: pa.Array) -> tuple[_Array, _Array]:
-    """Offsets int32[rows + 1] and the flat values of a list or binary column, as numpy views
-    where Arrow allows.
-    """
+    """Offsets int32[rows + 1] and flat values of a list or binary column, as views if possible."""
     if pa.types.is_binary(column.type):
         _, offsets, data = column.buffers()
         values: _Array = (

@@ -1,11 +1,10 @@
-"""The tail prior: one rough distribution over the vocabulary per cache, a byte an id before
-compression.
+"""The tail prior: one coarse distribution over the vocabulary per cache, a byte per id.
 
-It serves twice. Ids are stored by their rank in it, so that the common ones have small numbers,
-which compress well; and a tail of known mass can be spread over the ids as the prior says, for
-reconstruction.
+It has two uses. Ids are stored as their ranks in the prior, so frequent ids have small numbers,
+which compress well. For reconstruction, a tail of known mass can be distributed over the ids in
+proportion to the prior.
 
-It is the teacher's mean distribution to the power 0.75, estimated from what sequences store: the
+The prior is the teacher's mean distribution to the power 0.75, estimated from the stored data: the
 probabilities of heads, and ``tail mass / draws`` for every draw.
 """
 
@@ -25,7 +24,7 @@ from logitcask.cache_format.sequence import CachedSequence
 from logitcask.cache_format.shards.bounded_file import BoundedFile
 
 POWER = 0.75
-# Added to every mean probability: ids that were not met are unlikely, not impossible.
+# Added to every mean probability: ids that did not occur are unlikely, not impossible.
 _UNSEEN = 1e-7
 _SCHEMA = pa.schema([pa.field("step", pa.uint8(), nullable=False)])
 
@@ -38,7 +37,7 @@ class TailPrior:
 
     @classmethod
     def estimate(cls, sequences: Iterable[CachedSequence], vocab_size: int) -> TailPrior:
-        """From sequences of the cache to be, or some of them; without any, the uniform prior."""
+        """Estimate from some or all sequences of the new cache; without any, the uniform prior."""
         mass, positions = np.zeros(vocab_size), 0
         for sequence in sequences:
             stored = sequence.ids >= 0
@@ -87,7 +86,7 @@ class TailPrior:
 
     @classmethod
     def from_bytes(cls, data: bytes | mmap.mmap, vocab_size: int, where: str) -> TailPrior:
-        """Raises DamagedCacheError, naming ``where``, for anything but what ``to_bytes`` writes."""
+        """Inverse of ``to_bytes``. Raises DamagedCacheError, naming ``where``, for other bytes."""
         file = BoundedFile(data, where, _SCHEMA)
         batch = file.batch(0) if len(file) == 1 else None
         if batch is None or batch.num_rows != vocab_size:

@@ -1,7 +1,6 @@
-"""One shard in the making: sequences go in, a complete Arrow file and what a manifest says of it
-come out.
+"""Writes one shard: from sequences to a complete Arrow file and its entry in the manifest.
 
-Where the file lies, and when it counts, is the business of ``logitcask.cache_format.writer``.
+``logitcask.cache_format.writer`` decides the path of the file and commits it.
 """
 
 from __future__ import annotations
@@ -22,9 +21,7 @@ from logitcask.cache_format.shards.validation import validate
 
 
 class ShardWriter:
-    """One Arrow file in the making. Every record batch but the last has the same number of
-    sequences.
-    """
+    """Writer of one Arrow file; all record batches but the last have equally many sequences."""
 
     def __init__(
         self,
@@ -57,7 +54,7 @@ class ShardWriter:
         self._head_mass_sum = self._target_nll_sum = 0.0
 
     def append(self, sequence: CachedSequence) -> None:
-        """Adds one sequence. Raises UserError if it is not one (see ``validation.validate``)."""
+        """Adds one sequence. Raises UserError if it is invalid (see ``validation.validate``)."""
         validate(sequence, self.codec.store, mass_slack=self._mass_slack)
         self._waiting.append(sequence)
         self._entries += int((sequence.ids >= 0).sum())
@@ -93,13 +90,11 @@ class ShardWriter:
 
     @property
     def flushed_bytes(self) -> int:
-        """What has been given to the file, of complete record batches."""
+        """Bytes written to the file so far, in complete record batches."""
         return self._sink.size
 
     def close(self) -> dict[str, object]:
-        """Completes the file on disk (fsync) and returns the fields of its ShardEntry, but for
-        the path.
-        """
+        """Completes the file on disk (fsync). Returns its ShardEntry's fields except the path."""
         if self._per_batch is None:
             self._fix_rows()
         self._flush_full()
@@ -130,7 +125,7 @@ class ShardWriter:
 
 
 class _HashingFile:
-    """A file that hashes what passes through, so that no shard is read back for its sha256."""
+    """A file that hashes the written bytes, so that no shard is read back for its sha256."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
@@ -163,7 +158,7 @@ class _HashingFile:
 
 
 def uncompressed_bytes(tokens: int, positions: int, entries: int) -> int:
-    """About what sequences take in a record batch: ``tokens`` tokens, ``positions`` kept,
-    ``entries`` of heads and draws.
+    """Approximate bytes of a record batch with ``tokens`` tokens, ``positions`` kept positions and
+    ``entries`` entries of heads and draws.
     """
     return 5 * tokens + 20 * positions + 3 * entries

@@ -1,4 +1,4 @@
-"""What can be stored: the invariants of SPEC.md, checked on every sequence before it is encoded."""
+"""The invariants of SPEC.md, checked on every sequence before it is encoded."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ from logitcask.cache_format.sequence import CachedSequence
 
 
 def validate(sequence: CachedSequence, store: StoreSettings, *, mass_slack: float = 1e-3) -> None:
-    """Raises UserError, naming the sequence and what is wrong, unless it can be stored and read
-    back as it is.
+    """Raises UserError, naming sequence and problem, if it cannot be stored and read unchanged.
 
-    ``mass_slack`` is how far above 1 the head mass may be: fp32 rounding, or the grid for logprobs
-    that were stored.
+    ``mass_slack``: the amount by which the head mass may exceed 1, because of fp32 rounding, or,
+    for logprobs that were stored before, because of the grid.
     """
 
     def require(holds: Any, what: str) -> None:
@@ -79,7 +78,7 @@ def _validate_head(
         full = bool(stored.all())
         require(full or (stored[:, 1:] <= stored[:, :-1]).all(), "head padding is not at the end")
         require(int(ids.max()) < vocab_size, f"head ids outside the vocabulary of {vocab_size}")
-        # Padding is -inf, so that a rise anywhere in a row is a rise between stored entries.
+        # Padding is -inf at the end, so any rise in a row is a rise between stored entries.
         padded = logprobs if full else np.where(stored, logprobs, -np.inf)
         require(
             np.isfinite(logprobs if full else logprobs[stored]).all(),

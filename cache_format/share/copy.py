@@ -1,9 +1,8 @@
-"""``push`` and ``pull``: a finished cache copied to or from any place that fsspec reaches, every
-file by its hash.
+"""``push`` and ``pull``: copies of a finished cache to or from any fsspec place, checked by hash.
 
-Both do the same: send what is missing, then the card, then the manifest, so that half a copy is
-never taken for a cache. Only the place they copy to differs: a local folder, a store that takes
-files, or a data set on the Hugging Face Hub.
+Both copy the missing shards, then the card, then the manifest, so an incomplete copy never counts
+as a cache. They differ only in the destination: a local folder, a store that takes files, or a data
+set on the Hugging Face Hub.
 """
 
 from __future__ import annotations
@@ -42,9 +41,7 @@ from logitcask.cache_format.storage.files import (
 
 @dataclass(frozen=True)
 class Copied:
-    """What a push or a pull did. ``unchanged``: the very same cache was there, and nothing was
-    written.
-    """
+    """Result of a push or a pull. ``unchanged``: the place had the same cache already."""
 
     files_sent: int
     files_skipped: int
@@ -60,21 +57,20 @@ def push(
     on_total: OnBytes = ignore,
     on_bytes: OnBytes = ignore,
 ) -> Copied:
-    """Copies the finished cache at ``cache`` (folder or URL) to ``url``; goes on where an earlier
-    push stopped.
+    """Copies the finished cache at ``cache`` (folder or URL) to ``url``; resumes an earlier push.
 
-    Files that are there with the right size and sha256 are not sent again; a place that holds this
-    very cache is only looked over by size. ``force`` replaces another cache, an unfinished build,
-    whose builder then stops, and shards or a card that belong to no cache. ``on_total`` gets the
-    bytes of all files, ``on_bytes`` those done since its last call, or a negative number before an
-    attempt is repeated.
+    Files already there with the right size and sha256 are not sent again. If the place holds the
+    same cache, only sizes are checked. ``force`` replaces another cache, an unfinished build (its
+    builder then stops), and shards or a card that belong to no cache. ``on_total`` gets the bytes
+    of all files. ``on_bytes`` gets the bytes done since its last call, or a negative number before
+    an attempt is repeated.
 
-    On the hub (``hf://datasets/ORG/NAME[@BRANCH]``) a missing repository is created, private. That
-    branch is tested against a stand-in for the hub only.
+    On the hub (``hf://datasets/ORG/NAME[@BRANCH]``) a missing repository is created, private. This
+    part is tested only against a stand-in for the hub.
 
-    Raises UserError for a place that takes no files or holds something else, DamagedCacheError
-    naming a damaged source file, CacheError where a place cannot be reached, and what
-    ``storage.read_manifest`` raises.
+    Raises UserError for a place that takes no files or holds other files, DamagedCacheError naming
+    a damaged source file, CacheError if a place cannot be reached, and the errors of
+    ``storage.read_manifest``.
     """
     return _copy(str(cache), place_at(url), force, on_total, on_bytes)
 
@@ -87,13 +83,13 @@ def pull(
     on_total: OnBytes = ignore,
     on_bytes: OnBytes = ignore,
 ) -> Copied:
-    """Copies the finished cache at ``url`` into the local ``folder``; goes on where an earlier pull
-    stopped.
+    """Copies the finished cache at ``url`` into the local ``folder``; resumes an earlier pull.
 
-    Every file that counts was hashed here: on its way, or where it lay already; a damaged file of
-    the same cache is thus mended. ``force`` replaces another cache, but never files that are not a
-    cache's. Raises CacheInUseError while another process copies into the folder, UserError where
-    that holds something else, is a URL or cannot be written, and what ``push`` raises.
+    Every file is hashed, either during the copy or in the folder if it is already there, so a
+    damaged file of the same cache is replaced. ``force`` replaces another cache, but never files
+    that do not belong to a cache. Raises CacheInUseError while another process copies into the
+    folder, UserError if the folder holds other files, is a URL or cannot be written, and the errors
+    of ``push``.
     """
     place = Folder(local_folder(folder, "copy from one place to another with `teacher-cache push`"))
     return _copy(str(url), place, force, on_total, on_bytes)
@@ -121,7 +117,7 @@ def _copy(
         )
         if place.read(OWNER, MAX_MARK_BYTES) is not None:
             if force:
-                stale.append(OWNER)  # its builder finds out before it sends anything more
+                stale.append(OWNER)  # its builder notices this before it sends another shard
             elif found_text is None:
                 raise CacheInUseError(
                     f"{place.where} holds an unfinished build; finish it, choose another place, or replace it with --force"
@@ -142,7 +138,7 @@ def _copy(
         if missing or stale:
             if not begun:
                 begun = place.mark(mark)
-            # From here on there is no cache until all of it is there.
+            # From here on, the place has no manifest until every file has arrived.
             place.remove(stale if found_text is None else [MANIFEST, *stale])
         place.send(source, root, missing, on_bytes)
         place.finish({CARD: readme, MANIFEST: text})

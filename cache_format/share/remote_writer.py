@@ -1,10 +1,9 @@
-"""Building a cache in a place that is not a local folder: every shard goes there once it is
-committed.
+"""Builds of a cache at a URL: every shard is sent as soon as it is committed.
 
-The state of the build and the shard that is being written lie in a local work folder, which is
-named after the place, so that the same command finds it again after a crash. A shard is sent,
-checked and then removed here; the manifest goes last. While a build is unfinished, a marker in the
-place says who builds there.
+A local work folder holds the state of the build and the shard that is being written. Its name is
+made from the URL, so the same command finds it again after a crash. Each shard is sent, checked and
+then removed from the work folder. The manifest is sent last. While a build is unfinished, a marker
+at the URL names its owner.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ _CLAIM = "claim.json"
 
 
 class _Owner(BaseModel):
-    """Who builds in a place: the same in the place and in the build's own state."""
+    """Owner of a build, stored both at the URL and in the build's local state."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -51,9 +50,7 @@ class _Owner(BaseModel):
 
 
 def work_folder(url: str) -> Path:
-    """Where the build of the cache at ``url`` keeps its state on this machine:
-    ``builds/NAME-HASH`` beside cached shards.
-    """
+    """Local state folder of the build at ``url``: ``builds/NAME-HASH`` beside cached shards."""
     filesystem, root = open_filesystem(url)
     whole = filesystem.unstrip_protocol(root)
     name = root.rsplit("/", 1)[-1] or "cache"
@@ -65,15 +62,13 @@ def work_folder(url: str) -> Path:
 
 
 def holds_cache(url: str) -> bool:
-    """Whether there is a finished cache at ``url``. Raises CacheError where the place cannot be
-    reached.
-    """
+    """Whether ``url`` has a finished cache. Raises CacheError if the place cannot be reached."""
     with reaching(url):
         return _store(url).read(MANIFEST, MAX_MANIFEST_BYTES) is not None
 
 
 def remove_traces(url: str) -> None:
-    """Removes what a build leaves behind that was killed between its manifest and its clean-up."""
+    """Removes the files of a build that was killed between its manifest and its clean-up."""
     store = _store(url)
     with reaching(url):
         store.remove([OWNER])
@@ -81,11 +76,10 @@ def remove_traces(url: str) -> None:
 
 
 def remove_remote_cache(url: str) -> None:
-    """Removes the cache at ``url``, finished or not, its work folder here, and nothing else.
+    """Removes the cache at ``url``, finished or not, its local work folder, and nothing else.
 
-    Raises CacheInUseError while another process of this machine builds it, CacheError where the
-    place cannot be reached, and UserError where there are shards that no build, push or cache
-    accounts for.
+    Raises CacheInUseError while another process of this machine builds it, CacheError if the place
+    cannot be reached, and UserError if there are shards that belong to no build, push or cache.
     """
     _remove_work_folder(url)
     store = _store(url)
@@ -96,18 +90,17 @@ def remove_remote_cache(url: str) -> None:
             store.read(name, MAX_MARK_BYTES) is None for name in (OWNER, PUSH_MARK)
         ):
             store.refuse_strangers(shards, b"")
-        # The manifest goes first: half a cache must never be taken for a whole one.
+        # The manifest is removed first, so that no reader takes the rest for a whole cache.
         store.remove([MANIFEST, *shards, PRIOR, CARD, OWNER, PUSH_MARK])
 
 
 class RemoteCacheWriter(CacheWriter):
-    """A ``CacheWriter`` of the cache at ``url``, which takes no more room here than its plan and
-    the shard it writes.
+    """A ``CacheWriter`` of the cache at ``url``, with local space for its plan and one shard.
 
-    As there, opening takes a lock: on this machine that of the work folder; against others the
-    marker in the place, which two machines that start in the same instant can both miss. Raises
-    CacheInUseError, naming the other machine; UserError for a place that holds something else;
-    CacheError where it cannot be reached, and for a shard that did not arrive.
+    Opening takes a lock. On this machine it is the lock of the work folder. Against other machines
+    it is the marker at the URL, which two machines that start at the same instant can both miss.
+    Raises CacheInUseError, naming the other machine; UserError for a place with other files;
+    CacheError if the place cannot be reached, and for a shard that did not arrive.
     """
 
     def __init__(self, url: str, *, compression_level: int = 1) -> None:
@@ -130,7 +123,7 @@ class RemoteCacheWriter(CacheWriter):
         super()._recover()
 
     def _claim(self) -> None:
-        """Makes sure that this build, and no other, is the one that the place belongs to."""
+        """Makes this build the owner of the place, or raises if it has another owner."""
         file = self.build_dir / _CLAIM
         if file.exists():
             self._owner = load_state(_Owner, file)
@@ -153,7 +146,7 @@ class RemoteCacheWriter(CacheWriter):
             self._require_ours()
 
     def _require_ours(self) -> None:
-        """Raises CacheInUseError where the place belongs to another build."""
+        """Raises CacheInUseError if the place belongs to another build."""
         found = self._store.read(OWNER, MAX_MARK_BYTES)
         try:
             owner = None if found is None else _Owner.model_validate_json(found)
@@ -191,7 +184,7 @@ class RemoteCacheWriter(CacheWriter):
         self._deliver(entry)
 
     def _deliver(self, entry: ShardEntry) -> None:
-        """Sends a committed shard unless it is there, and removes it here once it is."""
+        """Sends a committed shard unless it has arrived, then removes the local file."""
         file = CacheFile(entry.path, entry.bytes, entry.sha256)
         local = self.path / entry.path
         if local.exists():

@@ -1,8 +1,8 @@
 """The audit that ends a build: a few sequences compared with the dense reference before the
-manifest makes the cache count.
+manifest completes the cache.
 
-A fault of an engine, of its arguments or of this program would otherwise be found by whoever trains
-from the cache. The shards are on disk by then, so a build that fails here loses nothing: it can be
+It finds faults of an engine, of its arguments or of this program before anybody trains from the
+cache. The shards are on disk at this point, so a build that fails here loses nothing and can be
 audited again.
 """
 
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class BuildAudit:
-    """All that the audit of a build needs to know."""
+    """The inputs of the audit of a build."""
 
     path: str
     header: Header
@@ -44,13 +44,12 @@ def audit_build(
     settings: AuditConfig,
     teacher: TeacherConfig,
 ) -> AuditSummary | None:
-    """The audit of a build whose shards are all committed, for its manifest; None where none is
-    asked for.
+    """The audit of a build whose shards are all committed, for its manifest; None if the config
+    turns it off.
 
-    Where there is no reference to compare with (the model does not fit into memory, or is not to be
-    had), it says so and the summary says why it was skipped. Raises DamagedCacheError where cache
-    and reference differ by more than they may, and where a shard is damaged; CacheError where one
-    cannot be read.
+    If there is no reference (the model does not fit into memory or cannot be found), a log line and
+    the summary give the reason. Raises DamagedCacheError if cache and reference differ by more than
+    the limits, and if a shard is damaged; CacheError if one cannot be read.
     """
     if not settings.sequences or not any(shard.positions for shard in shards):
         return None
@@ -59,7 +58,7 @@ def audit_build(
     )
     total = min(settings.sequences, sum(shard.sequences for shard in shards))
     with tqdm(total=total, unit="seq", desc="audit", leave=False) as bar:
-        # Which may have changed transformers here.
+        # vLLM may have changed transformers in this process.
         if header.teacher.backend == "vllm" and "vllm" in sys.modules:
             from logitcask.pipeline.audit.worker import audit_apart
 

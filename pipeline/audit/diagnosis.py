@@ -1,4 +1,4 @@
-"""Why an engine differs from the reference by more than its arithmetic explains: shift,
+"""The cause of a difference between engine and reference that arithmetic does not explain: shift,
 temperature, ids or weights.
 """
 
@@ -20,7 +20,7 @@ from logitcask.pipeline.audit.result import Audit
 from logitcask.pipeline.audit.sample import sample
 from logitcask.pipeline.distribution.draws import LEAST_LOGPROB
 
-# Logprobs and positions looked at, at most.
+# Largest numbers of logprobs and positions for the diagnosis.
 _EVIDENCE_VALUES = 1 << 23
 _EVIDENCE_POSITIONS = 256
 
@@ -29,19 +29,16 @@ _Array = NDArray[Any]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Evidence:
-    """Positions of one sequence that have a neighbour on either side, and float32[R, V] around
-    them, by offset.
-    """
+    """Positions of a sequence with two neighbours, and float32[R, V] around them, by offset."""
 
     part: CachedSequence
     dense: dict[int, NDArray[np.float32]]
 
 
 class _Suspects:
-    """Explanations of a cache that is not what the reference says, each judged by the difference it
-    leaves.
+    """Possible causes of a difference, each judged by the remainder after its correction.
 
-    By the heads where it is they that differ, else by the targets.
+    If the heads differ, they are compared, else the targets.
     """
 
     def __init__(self, evidence: list[_Evidence], store: StoreSettings, *, by_heads: bool) -> None:
@@ -50,7 +47,7 @@ class _Suspects:
         self._tally = head_tally(store) if by_heads else Tally(store.scalar_step)
 
     def shifted(self, by: int) -> float:
-        """Row i holds what belongs in row i + ``by``."""
+        """The remaining difference if row i belongs to row i + ``by``."""
         return self._left(lambda one: self._values(one, one.dense[by], by))
 
     def at_temperature(self, temperature: float) -> float:
@@ -59,7 +56,7 @@ class _Suspects:
         )
 
     def by_rank(self) -> float:
-        """The head's logprobs are right, its ids are not."""
+        """The remaining difference if only the head's ids are wrong."""
         if not self._by_heads:
             return math.inf
         return self._left(
@@ -67,7 +64,7 @@ class _Suspects:
         )
 
     def best_temperature(self) -> tuple[float, float]:
-        """(difference left, temperature), over a grid that narrows around its best point."""
+        """(remaining difference, temperature), from a grid that narrows around its best point."""
         best, width = 0.0, 0.25
         found = (math.inf, 1.0)
         points = np.arange(-6, 7) * width
@@ -82,7 +79,7 @@ class _Suspects:
         return found
 
     def _values(self, one: _Evidence, dense: _Array, offset: int) -> _Array:
-        """What the reference has where the cache has head logprobs, or where it has targets."""
+        """The reference's values at the cache's head ids or targets."""
         if self._by_heads:
             stored = one.part.ids >= 0
             ids = np.where(stored, one.part.ids, 0).astype(np.int64)

@@ -1,14 +1,13 @@
-"""The figures of an audit, added up a few positions at a time from what is stored and what the
-reference says.
+"""The figures of an audit, summed over a few positions at a time.
 
-Rounding hides most of what an engine differs by, but not its mean. Let Q round to the grid, and let
-the reference say x where the engine said x + d. Q(x + d) - Q(x) has the sign of d, and its mean is
-d where x lies anywhere between two grid points alike (dithered quantisation). So the mean of
-|stored - Q(x)| estimates that of |d| without bias, however coarse the grid. A cache that was
-rounded more than once does not have this property: there only what is beyond the bound of its
-rounding is counted, which is a lower bound of |d|.
+Rounding hides a single difference of an engine, but not the mean difference. Let Q round to the
+grid, let the reference's value be x and the engine's x + d. Q(x + d) - Q(x) has the sign of d, and
+its mean is d if x is uniform between two grid points (dithered quantisation). The mean of |stored -
+Q(x)| is therefore an unbiased estimate of the mean of |d| for any grid. A cache that was rounded
+more than once does not have this property. There only the part above the bound of its rounding is
+counted, which is a lower bound of |d|.
 
-Shapes: R positions looked at together, K head entries, V ids.
+Shapes: R positions processed together, K head entries, V ids.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from logitcask.pipeline.audit.result import Audit, Difference, Distance, DrawsAu
 from logitcask.pipeline.distribution.draws import LEAST_LOGPROB
 from logitcask.pipeline.distribution.keep import tail_logprob
 
-# Draws expected in each class of the chi-square test, at least.
+# Smallest expected number of draws in each class of the chi-square test.
 _LEAST_EXPECTED = 10
 
 _Array = NDArray[Any]
@@ -43,7 +42,7 @@ class Tally:
         self._largest = 0.0
 
     def add(self, stored: _Array, exact: _Array) -> None:
-        """``exact``: the reference's values, in the float32 that the engine's had."""
+        """``exact``: the reference's values, in float32 like the engine's."""
         if not len(stored):
             return
         stored = np.maximum(stored.astype(np.float64), LEAST_LOGPROB)
@@ -58,9 +57,7 @@ class Tally:
         self._largest = max(self._largest, float(apart.max()))
 
     def engine(self, stored: _Array, exact: _Array) -> _Array:
-        """|engine - exact|, of which single values mean nothing and only the mean counts (see
-        the module).
-        """
+        """|engine - exact|. Only its mean is meaningful, not a single value (see the module)."""
         if self._error > self._step / 2:
             return np.maximum(np.abs(stored - exact) - self._error, 0)
         return np.abs(stored - _on_grid(exact, self._step))
@@ -71,7 +68,7 @@ class Tally:
 
 
 class Sums:
-    """Adds up what ``Audit`` says, a few positions at a time."""
+    """Sums the figures of ``Audit``, a few positions at a time."""
 
     def __init__(
         self, store: StoreSettings, prior: TailPrior | None, near_tie: float, *, derived: bool
@@ -90,9 +87,7 @@ class Sums:
         self._draws = _DrawSums(variance=2 if derived else 1) if store.tail_samples else None
 
     def add(self, part: CachedSequence, dense: NDArray[np.float32]) -> None:
-        """Positions of a sequence, and the reference's distributions there: [R, V] logprobs,
-        none below LEAST_LOGPROB.
-        """
+        """Adds positions with the reference's [R, V] logprobs, none below LEAST_LOGPROB."""
         in_head = part.ids >= 0
         ids = np.where(in_head, part.ids, 0).astype(np.int64)
         exact = np.take_along_axis(dense, ids, axis=1)
@@ -135,7 +130,7 @@ class Sums:
     def _compare_cells(
         self, part: CachedSequence, in_head: _Array, exact: _Array, mass: _Array
     ) -> None:
-        """Heads and tail masses. With the tail spread alike in both, its shape plays no part."""
+        """Heads and tail masses. Both tails have the same form, so the form does not matter."""
         truth = np.concatenate(
             [np.where(in_head, np.exp(exact, dtype=np.float64), 0), mass[:, None]], axis=1
         )
@@ -148,7 +143,7 @@ class Sums:
     def _compare_tails(
         self, in_head: _Array, ids: _Array, dense: _Array, tail: _Array, mass: _Array
     ) -> None:
-        """The reference's tails beside the same mass spread evenly, or as the prior says."""
+        """The reference's tails, compared with an even tail and with the prior's."""
         log_mass = np.log(np.maximum(mass, 1e-300))
         p_log_p = np.einsum("rv,rv->r", tail, dense)
         outside = np.maximum(tail.shape[1] - in_head.sum(axis=1), 1)
@@ -201,8 +196,8 @@ class Sums:
 class _DrawSums:
     """Collects a ``DrawsAudit``.
 
-    ``variance``: of the draws, as a multiple of that of independent draws, at most. Draws that were
-    drawn from draws, as in a derived cache, have up to twice as much.
+    ``variance``: upper limit of the draws' variance, as a multiple of that of independent draws.
+    Draws from draws, as in a derived cache, have up to twice as much.
     """
 
     def __init__(self, *, variance: float) -> None:
@@ -241,8 +236,8 @@ class _DrawSums:
             self._variance[which] += (mass[at] ** 2 * np.maximum(spread, 0) / draws).sum()
 
     def _new(self, part: CachedSequence) -> NDArray[np.bool_]:
-        """bool[R]: positions unlike all before. Those that look alike share their draws
-        (``logitcask.pipeline.distribution.draws``): they count once.
+        """bool[R]: positions that differ from all earlier ones. Equal positions have the same draws
+        (``logitcask.pipeline.distribution.draws``), so they count once.
         """
         looks = zip(
             part.target_ids.tolist(),
@@ -295,12 +290,12 @@ def _on_grid(values: _Array, step: float) -> _Array:
 
 
 def head_tally(store: StoreSettings) -> Tally:
-    """Of the head's logprobs, as ``store`` keeps them."""
+    """A tally for the head's logprobs with the rounding of ``store``."""
     return Tally(store.logprob_step, store.rounding)
 
 
 def most_probable(dense: _Array, count: int) -> _Array:
-    """[R, count]: the largest values of each row, falling."""
+    """[R, count]: the largest values of each row, descending."""
     largest = np.partition(dense, dense.shape[1] - count, axis=1)[:, -count:]
     return -np.sort(-largest, axis=1)
 
@@ -309,7 +304,7 @@ def _cells_apart(truth: _Array, head: _Array, tail: _Array) -> _Array:
     """float64[2], sums over rows of the KL and the TV from ``truth`` [R, K + 1], the tail last, to
     head and tail logprobs.
 
-    Rounded masses do not add up to 1; both sides are normalised, as a reader does.
+    Rounded masses do not add up to 1, so both sides are normalised, as a reader does.
     """
     p = truth / truth.sum(axis=1, keepdims=True)
     q = np.exp(np.concatenate([head, tail[:, None]], axis=1), dtype=np.float64)

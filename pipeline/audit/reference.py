@@ -1,6 +1,4 @@
-"""What an audit compares a cache with: the teacher its manifest names, or another model, dense
-and in float32.
-"""
+"""The reference of an audit: the manifest's teacher, or another model, dense, in float32."""
 
 from __future__ import annotations
 
@@ -29,11 +27,11 @@ from logitcask.pipeline.teachers.model import (
 MAX_TOKENS = 2048
 """Of a sequence, from its start: what a causal teacher says of them does not depend on the rest."""
 
-# Logprobs in memory, of one sequence.
+# Number of logprobs of one sequence in memory.
 _SEQUENCE_VALUES = 1 << 28
 _FLOAT32_BYTES = 4
-# Of the memory at hand, what weights may take: the rest is for activations and one sequence's
-# logprobs.
+# Share of the free memory for weights. The rest is for activations and the logprobs of one
+# sequence.
 _SHARE_FOR_WEIGHTS = 0.7
 
 Dense = Callable[[NDArray[np.int32]], NDArray[np.floating]]
@@ -41,15 +39,15 @@ Dense = Callable[[NDArray[np.int32]], NDArray[np.floating]]
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """The dense reference of a cache, which is a teacher of its own.
+    """The dense reference of a cache.
 
     name:       for people.
     dense:      int32[n] ids to [n-1, V] logprobs at the cache's temperature, nats; row ``i``
                 predicts token ``i + 1``.
-    max_tokens: longest sequence it is given.
-    problems:   what its identity already says against the cache, a line each.
-    bits:       to which the layers of the cache's teacher rounded what they were given; None where
-                its dtype says all.
+    max_tokens: length of its longest input.
+    problems:   differences of its identity from the cache's teacher, one line each.
+    bits:       precision to which the layers of the cache's teacher rounded their inputs; None if
+                its dtype is the precision.
     experts:    whether a router of the model chooses among experts.
     """
 
@@ -67,10 +65,10 @@ def open_reference(
 ) -> Iterator[Reference]:
     """The teacher that ``manifest`` names, or the model ``name``, as a dense reference in float32.
 
-    Name, revision and eager attention, where the teacher had that, are taken from the manifest, and
-    nothing else: engine options of a stranger's cache, such as leave to run a model's own code, are
-    never passed on. Raises UserError where the model is not to be had, predicts other ids or does
-    not fit into memory, DamagedCacheError for a temperature that no distribution has.
+    Only the name, the revision and eager attention (if the teacher used it) come from the manifest.
+    Other engine options of a cache from a stranger, such as the permission to run a model's own
+    code, are never used. Raises UserError if the model cannot be found, predicts other ids or does
+    not fit into memory, and DamagedCacheError for an impossible temperature.
     """
     temperature = manifest.teacher.temperature
     if temperature <= 0:
@@ -155,16 +153,16 @@ def _transformers(manifest: Manifest, model: ResolvedModel, most: int) -> Any:
 
 
 def check_memory(model: ResolvedModel, tokens: int) -> None:
-    """Raises UserError where the model in float32 does not fit: into the GPU's memory, where there
-    is one, and what passes through the host's on the way, or else into the host's.
+    """Raises UserError if the model in float32 does not fit into the memory of the GPU and the
+    host, or, without a GPU, of the host.
 
-    Weights go to a GPU one by one, so the host holds a few of the largest, and the logprobs of a
-    sequence of ``tokens``.
+    Weights go to a GPU one by one, so the host only holds a few of the largest weights, and the
+    logprobs of a sequence of ``tokens``.
     """
     try:
         lm = empty_model(model)
     except UserError:
-        return  # whoever loads it says why there is no such model
+        return  # loading the model reports the reason
     weights = _FLOAT32_BYTES * lm.num_parameters()
     host, device = free_memory()
     if device is None:
@@ -190,9 +188,7 @@ def _fits(needed: int, free: int, where: str, how: str) -> None:
 
 
 def free_memory() -> tuple[int, int | None]:
-    """Bytes that are free in the host's memory, and in that of the GPU that a reference would
-    use.
-    """
+    """Free bytes of the host's memory, and of the memory of the GPU that a reference would use."""
     import psutil
     import torch
 
@@ -201,9 +197,7 @@ def free_memory() -> tuple[int, int | None]:
 
 
 def _eager_attention(manifest: Manifest) -> dict[str, object]:
-    """The engine option for eager attention, where the teacher had it: it may compute what other
-    kinds leave out.
-    """
+    """The teacher's engine option for eager attention; other kinds may ignore config fields."""
     return (
         {"attn_implementation": "eager"}
         if _option(manifest, "attn_implementation") == "eager"
@@ -212,9 +206,7 @@ def _eager_attention(manifest: Manifest) -> dict[str, object]:
 
 
 def _bits(manifest: Manifest, model: ResolvedModel) -> int | None:
-    """Bits that the teacher rounded to: those of a quantised checkpoint, or of what its engine
-    made of another one.
-    """
+    """Bits to which the teacher rounded, by its quantised checkpoint or its engine."""
     asked = (_option(manifest, "quantization"), _option(manifest, "kv_cache_dtype"))
     found = [8] if any(str(one).startswith("fp8") for one in asked) else []
     found += [bits for bits in [activation_bits(model)] if bits is not None]
@@ -222,14 +214,14 @@ def _bits(manifest: Manifest, model: ResolvedModel) -> int | None:
 
 
 def _option(manifest: Manifest, name: str) -> object:
-    """An engine option of the teacher, as its manifest has it."""
+    """An engine option of the teacher, from the manifest."""
     teacher = manifest.config.get("teacher")
     options = teacher.get("engine_args") if isinstance(teacher, dict) else None
     return options.get(name) if isinstance(options, dict) else None
 
 
 def _other_identity(cache: TeacherIdentity, reference: TeacherIdentity) -> Iterator[str]:
-    """How the reference is not the cache's teacher, as far as both say what they are."""
+    """Differences between the identities of the reference and the cache's teacher."""
     if (
         cache.weights_sha256
         and reference.weights_sha256
@@ -249,7 +241,7 @@ def _other_identity(cache: TeacherIdentity, reference: TeacherIdentity) -> Itera
 
 
 def at_temperature(logprobs: NDArray[Any], temperature: float) -> NDArray[Any]:
-    """[R, V] logprobs, sharpened or flattened and normalised again."""
+    """[R, V] logprobs at another temperature, normalised again."""
     scaled = logprobs / logprobs.dtype.type(temperature)
     scaled -= scaled.max(axis=1, keepdims=True)
     return scaled - np.log(np.exp(scaled).sum(axis=1, keepdims=True))

@@ -1,4 +1,4 @@
-"""What an audit says: the figures, what they mean, and what is wrong."""
+"""The result of an audit: figures with their meaning, and problems."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """Stored values beside the reference's, in nats.
+    """Differences between stored values and the reference's, in nats.
 
-    values:          how many were compared.
+    values:          number of compared values.
     mean:            of |stored - reference|; most of it is rounding.
-    rounding:        what ``mean`` would be if rounding were all: the mean of |rounded reference -
+    rounding:        the part of ``mean`` that rounding explains: the mean of |rounded reference -
                      reference|.
     largest:         of |stored - reference|.
-    largest_allowed: what rounding alone may make of it.
+    largest_allowed: the largest difference that rounding explains.
     signed:          mean of stored - reference, in which rounding averages out.
-    engine:          mean of |engine - reference|, rounding taken out: an estimate without bias, or
-                     a lower bound where the cache was rounded more than once (see
+    engine:          mean of |engine - reference| without rounding: an unbiased estimate, or a lower
+                     bound if the cache was rounded more than once (see
                      ``logitcask.pipeline.audit.figures``).
     """
 
@@ -32,9 +32,7 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class Distance:
-    """Means over positions of the KL (nats) and of the total variation between two
-    distributions.
-    """
+    """Means over positions of the KL (nats) and the total variation of two distributions."""
 
     kl: float
     tv: float
@@ -42,19 +40,17 @@ class Distance:
 
 @dataclass(frozen=True, slots=True)
 class DrawsAudit:
-    """Draws from the tail beside the reference's tails.
+    """Draws from the tail, compared with the reference's tails.
 
-    draws:     looked at.
-    in_head:   of them, lie in the head, where none may.
-    p_value:   of Pearson's chi-square for how many draws fall between 0 and 1 nat of surprise, 1
-               and 2, ... Systematic draws
-              vary less than independent ones, so it is rarely small. None where there are too few
-              draws.
-    z_logprob: estimated less true sum over the tail of ``p f``, over all positions, in standard
-    errors of independent draws;
-              ``f`` is the reference's logprob. None without spread.
-    z_id:      the same, ``f`` being the number of the id. (The cache's prior would not do: it was
-               estimated from the draws.)
+    draws:     number of compared draws.
+    in_head:   number of draws that are in the head, which must be 0.
+    p_value:   of Pearson's chi-square for the numbers of draws between 0 and 1 nat of surprise, 1
+               and 2, ... Systematic draws vary less than independent ones, so it is rarely small.
+               None if there are too few draws.
+    z_logprob: estimated minus true sum over the tail of ``p f``, over all positions, in standard
+               errors of independent draws; ``f`` is the reference's logprob. None without spread.
+    z_id:      the same with ``f`` the number of the id. (The cache's prior cannot be ``f``, because
+               it was estimated from the draws.)
     """
 
     draws: int
@@ -66,30 +62,29 @@ class DrawsAudit:
 
 @dataclass(frozen=True, slots=True)
 class Audit:
-    """What ``audit`` found. Every figure is a mean over the sampled positions unless it says
-    otherwise.
+    """The result of ``audit``. Figures are means over the sampled positions unless noted otherwise.
 
     reference:         model and arithmetic that the cache was compared with.
     limit:             nats, of ``target.engine`` and ``head.engine``.
     target, head:      logprobs of the targets and of the head's entries.
-    entropy:           None where the cache does not store it.
+    entropy:           None if the cache does not store it.
     tail_mass:         mean |stored - reference| of the mass outside the head.
     ids_outside:       share of head entries that are not among the reference's most probable ids,
-                       beyond near ties.
-    ranks_differ:      share of positions where the target's rank is not the reference's.
-    ranks_wrong:       the same, where no near tie explains it.
-    codec:             from the reference's own head and tail mass to the same after rounding, both
-                       with the tail spread alike.
+                       near ties excluded.
+    ranks_differ:      share of positions at which the target's rank differs from the reference's.
+    ranks_wrong:       the same, without ranks that a near tie explains.
+    codec:             from the reference's own head and tail mass to the same after rounding, with
+                       the same form of the tail.
     stored:            from the reference's own head and tail mass to the stored ones: codec and
                        engine together.
-    truncation_even:   from the reference's distribution to its own head and tail mass, the tail
-                       spread evenly.
-    truncation_prior:  the same, the tail spread as the cache's prior says; None without one.
-    draws:             None where the cache holds none.
+    truncation_even:   from the reference's distribution to its own head and tail mass, with an even
+                       tail.
+    truncation_prior:  the same with the tail distributed by the cache's prior; None without one.
+    draws:             None if the cache has none.
     cached_loss, reference_loss: mean -logprob of the targets, nats.
-    cause:             what explains an engine difference above the limit: "shift", "temperature",
-                       "ids" or "weights".
-    problems:          one line each; empty where cache and reference agree.
+    cause:             of an engine difference above the limit: "shift", "temperature", "ids" or
+                       "weights".
+    problems:          one line each; empty if cache and reference agree.
     """
 
     cache: str

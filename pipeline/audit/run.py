@@ -1,15 +1,12 @@
-"""``teacher-cache audit``: a sample of a finished cache, scored again by the dense reference, to
-see what each stage cost.
+"""``teacher-cache audit``: a sample of a finished cache, scored again by the dense reference.
 
-Three things stand between the teacher and what a cache says of it, and each has its own figures:
+A cache differs from the teacher in three ways, and each has its own figures:
 
-engine      what was captured is not bit for bit what transformers computes in float32 from the same weights;
-truncation  only a head was kept, and the mass of the rest;
-codec       both were rounded.
+engine      the engine's values differ from those of transformers in float32 with the same weights;
+truncation  the cache holds only a head, and the mass of the rest; codec       both are rounded.
 
-``audit_sample`` chooses what to look at, ``audit_reference`` scores it again, ``audit_figures``
-compares, and ``audit_diagnosis`` looks for the cause of an engine difference. What all this finds
-is an ``audit_result.Audit``.
+``sample`` chooses the positions, ``reference`` scores them again, ``figures`` compares, and
+``diagnosis`` searches for the cause of an engine difference. The result is a ``result.Audit``.
 """
 
 from __future__ import annotations
@@ -67,17 +64,17 @@ EXPERTS_LIMIT = 0.15
 another one by rounding.
 """
 
-# Logprobs in memory, of the positions measured together.
+# Number of logprobs in memory, of the positions compared together.
 _PART_VALUES = 1 << 22
 
-# Ids closer to each other than this many limits may come in any order.
+# Ids whose logprobs differ by less than this many limits may be in any order.
 _NEAR_TIE = 4
-# Head ids, or target ranks, that are wrong beyond near ties: up to this share, a few large
-# differences explain them.
+# Accepted share of head ids, or target ranks, that are wrong beyond near ties: a few large
+# differences explain so many.
 _WRONG_SHARE = 0.01
-# An entropy sums over many ids, each of which differs.
+# An entropy is a sum over many ids, each with a difference.
 _ENTROPY_FACTOR = 10
-# Draws of a sound cache miss these once in a million audits.
+# A correct cache exceeds these once in a million audits.
 _LEAST_P_VALUE = 1e-6
 _LARGEST_Z = 5.0
 
@@ -93,16 +90,14 @@ def audit(
 ) -> Audit:
     """Scores ``sequences`` sequences of ``cache`` (a folder, a URL or a reader) again and compares.
 
-    teacher:               the model, where the one that the manifest names is not to be had under
-                           that name.
-    max_engine_difference: nats, the mean above which cache and reference disagree; by default what
-    the teacher's dtype allows.
+    teacher:               the model, if it cannot be found under the name in the manifest.
+    max_engine_difference: nats, the mean above which cache and reference disagree; by default the
+                           limit of the teacher's dtype.
     trust_remote_code:     whether code that comes with the model may run.
     on_sequence:           called after each sequence.
 
-    The sample depends on the cache's fingerprint alone. Raises what opening the cache raises, and
-    UserError where there is nothing to compare: no such model, another vocabulary, no kept
-    position.
+    The sample depends only on the cache's fingerprint. Raises the errors of opening the cache, and
+    UserError if nothing can be compared: no such model, another vocabulary, no kept position.
     """
     reader = cache if isinstance(cache, CacheReader) else CacheReader(cache)
     manifest = reader.manifest
@@ -120,7 +115,7 @@ def audit(
             dense = reference.dense(sequence.input_ids)
             for part in parts(sequence, max(1, _PART_VALUES // manifest.store.vocab_size)):
                 sums.add(part, np.maximum(dense[part.positions], LEAST_LOGPROB).astype(np.float32))
-            del dense  # not two of them at a time
+            del dense  # frees it before the next one
             sums.sequences += 1
             on_sequence()
         result = sums.result(reader.path, len(reader), reference.name, limit)
@@ -135,11 +130,10 @@ def audit(
 def engine_limit(
     teacher: TeacherIdentity, *, bits: int | None = None, experts: bool = False
 ) -> float:
-    """Nats of mean absolute difference from the reference that the teacher's arithmetic explains
-    (docs/capture.md).
+    """Mean absolute difference in nats that the teacher's arithmetic explains (docs/capture.md).
 
-    bits:    to which its layers round what they are given, where that is fewer than its dtype has.
-    experts: whether a router chooses among them.
+    bits:    precision to which its layers round their inputs, if lower than that of its dtype.
+    experts: whether a router chooses among experts.
     """
     half = any(
         "16" in dtype or dtype == "auto" for dtype in (teacher.dtype, teacher.head_dtype or "")
@@ -154,7 +148,7 @@ def engine_limit(
 
 
 def audit_summary(result: Audit) -> AuditSummary:
-    """The figures that matter, of an audit that found no problem, for the manifest."""
+    """The summary for the manifest, of an audit without problems."""
     prior, draws = result.truncation_prior, result.draws
     return AuditSummary(
         reference=result.reference,
@@ -177,9 +171,7 @@ def audit_summary(result: Audit) -> AuditSummary:
 
 
 def _other_problems(result: Audit, manifest: Manifest) -> Iterator[str]:
-    """What else is not as it should be. Where the engine differs already, only what does not
-    follow from that.
-    """
+    """Other problems. If the engine differs, only problems that do not follow from that."""
     draws = result.draws
     if draws is not None and draws.in_head:
         yield f"{draws.in_head} of {draws.draws} draws from the tail lie in the head"
@@ -190,7 +182,7 @@ def _other_problems(result: Audit, manifest: Manifest) -> Iterator[str]:
         yield f"{result.ids_outside:.1%} of the head's ids are not among the reference's most probable ones"
     if result.ranks_wrong > _WRONG_SHARE:
         yield f"the target's rank is not the reference's at {result.ranks_wrong:.1%} of the positions"
-    # The mass of a tail that a derived cache enlarged is a sum of rounded ones.
+    # The tail's mass in a derived cache is a sum of rounded values.
     room = result.limit + store.scalar_step / 2 + (store.rounding if manifest.derived_from else 0)
     if result.tail_mass > room:
         yield f"the mass outside the head is {result.tail_mass:.2g} from the reference's on average; at most {room:.2g} is expected"

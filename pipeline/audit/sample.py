@@ -1,6 +1,4 @@
-"""What of a cache an audit looks at: the beginnings of some of its sequences, a few positions at
-a time.
-"""
+"""The sample of an audit: the beginnings of some sequences, a few positions at a time."""
 
 from __future__ import annotations
 
@@ -12,8 +10,8 @@ import numpy as np
 from logitcask.cache_format import CachedSequence, CacheReader, UserError
 from logitcask.pipeline.distribution.draws import mix
 
-# Sequences without a kept position among their first tokens are passed over, this many at most for
-# each one wanted.
+# Sequences without a kept position among their first tokens are skipped, at most this many per
+# sequence of the sample.
 _LOOKS = 16
 
 
@@ -21,7 +19,7 @@ def sample(reader: CacheReader, count: int, tokens: int) -> Iterator[CachedSeque
     """The beginnings, of at most ``tokens`` tokens, of ``count`` sequences with a kept position
     there, one at a time.
 
-    In the order of a hash of the cache's fingerprint and their index. Raises UserError where there
+    They are ordered by a hash of the cache's fingerprint and their index. Raises UserError if there
     is none.
     """
     seed = np.array([int(reader.manifest.fingerprint[:16], 16)], np.uint64).view(np.int64)

@@ -1,13 +1,12 @@
-"""The audit of a build in a process of its own.
+"""The audit of a build in a separate process.
 
-An engine changes what transformers makes in its process: vLLM, once it has run a model whose layers
-it takes from transformers (OLMo 2, SmolLM3, GPT-NeoX), leaves classes behind that work inside an
-engine only. A reference must come from a clean interpreter, so this one is started without anything
-of the build's process but its ``sys.path``.
+vLLM changes classes of transformers in its process: after a model whose layers it takes from
+transformers (OLMo 2, SmolLM3, GPT-NeoX), these classes work only inside an engine. A reference
+needs a clean interpreter, so this one gets only the ``sys.path`` of the build's process.
 
-The request goes to the worker's standard input; answers come back as lines of JSON, one for each
-sequence compared and one with the summary or the error. The input stays open: when it ends, so has
-the build, and the worker ends too.
+The request goes to the worker's standard input. The worker answers with lines of JSON, one for each
+compared sequence and one with the summary or the error. The input stays open. It ends with the
+build, and then the worker ends, too.
 """
 
 from __future__ import annotations
@@ -33,9 +32,9 @@ _WORKER = "import sys; sys.path[:] = sys.argv[1:]; from logitcask.pipeline.audit
 
 
 def audit_apart(asked: BuildAudit, on_sequence: Callable[[], object]) -> AuditSummary:
-    """``build_audit.audit_here`` in a fresh interpreter; raises what it raises.
+    """``at_build_end.audit_here`` in a new interpreter; raises its errors.
 
-    A worker that dies, as where memory runs out, is a reason for a skipped audit.
+    If the worker dies, for example because memory runs out, the audit is skipped with this reason.
     """
     with (
         tempfile.TemporaryFile() as printed,
@@ -44,13 +43,13 @@ def audit_apart(asked: BuildAudit, on_sequence: Callable[[], object]) -> AuditSu
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=printed,
-            start_new_session=True,  # Ctrl-C is for the build, which ends its worker
+            start_new_session=True,  # Ctrl-C goes to the build, which ends its worker
         ) as worker,
     ):
         assert worker.stdin is not None
         assert worker.stdout is not None
         try:
-            with contextlib.suppress(BrokenPipeError):  # it has died; its exit code says how
+            with contextlib.suppress(BrokenPipeError):  # it has died; see its exit code
                 worker.stdin.write(pickle.dumps(asked))
                 worker.stdin.flush()
             for line in worker.stdout:
@@ -80,9 +79,9 @@ def _death(code: int, printed: IO[bytes]) -> str:
 
 
 def main() -> None:
-    """The worker: reads the request, answers, ends with its parent."""
+    """The worker: reads the request, writes its answers, and ends with its parent."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what libraries print is no answer
+    os.dup2(2, 1)  # output of libraries must not mix with the answers
 
     def answer(**said: object) -> None:
         print(json.dumps(said), file=answers, flush=True)

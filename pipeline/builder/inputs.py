@@ -1,7 +1,6 @@
 """The inputs of a build: source, tokenizer, vocabulary and resolved model.
 
-Each is opened when it is first needed, so that the first thing to be wrong is the first to be
-named, and once.
+Each is opened once, when it is first needed, so that errors appear in the order of the steps.
 """
 
 from __future__ import annotations
@@ -19,10 +18,9 @@ from logitcask.pipeline.text.tokenize import Tokenization
 
 
 class Inputs:
-    """What the teacher and the data of a config give. ``teacher`` and ``data`` are those of the
-    config.
+    """The inputs from the sections ``teacher`` and ``data`` of a config.
 
-    Raises UserError, where something is first asked for, if it does not exist or cannot be read.
+    The first access to an input raises UserError if it does not exist or cannot be read.
     """
 
     def __init__(self, config: BuildConfig) -> None:
@@ -43,11 +41,11 @@ class Inputs:
 
     @cached_property
     def model(self) -> ResolvedModel | None:
-        """None for the synthetic teacher."""
+        """The resolved model; None for the synthetic teacher."""
         return resolved(self.teacher)
 
     def reopen_source(self) -> None:
-        """Has the data looked up again: some of its files may be gone."""
+        """Looks up the data again, because some of its files may be gone."""
         self.__dict__.pop("source", None)
 
     def forget_text(self) -> None:
@@ -56,13 +54,11 @@ class Inputs:
             self.__dict__.pop(name, None)
 
     def tokenization(self, data: DataConfig) -> Tokenization:
-        """A fresh one. ``data`` is that of this object, perhaps with the date of an earlier
-        start.
-        """
+        """A new Tokenization; ``data`` is this object's, perhaps with an earlier start's date."""
         return Tokenization(self.tokenizer, data, self.vocab_size)
 
     def prompts(self, data: DataConfig) -> Prompts:
-        """As ``tokenization``."""
+        """A new Prompts, as ``tokenization``."""
         return Prompts(self.tokenizer, data, self.vocab_size)
 
 
@@ -75,11 +71,11 @@ def check_top_k(config: BuildConfig, inputs: Inputs) -> None:
 
 
 def check_before_removing(config: BuildConfig, inputs: Inputs) -> None:
-    """Finds the mistakes that would make a restart fail at once: a cache is worth more than a
-    mistyped name.
+    """Finds the mistakes that would make a restart fail at once, before a cache is removed because
+    of a mistyped name.
 
-    Raises UserError, as what comes after the removal would: of the model, its tokenizer, the
-    template and the data, up to the first sequence or prompt that comes of it.
+    Raises the same UserError as the steps after the removal: those about the model, its tokenizer,
+    the template and the data, up to the first sequence or prompt.
     """
     check_top_k(config, inputs)
     _check_engine(config, inputs.model)
@@ -91,7 +87,7 @@ def check_before_removing(config: BuildConfig, inputs: Inputs) -> None:
 
 
 def _check_engine(config: BuildConfig, model: ResolvedModel | None) -> None:
-    """What an engine refuses before it reads the weights."""
+    """Raises the errors that an engine raises before it reads the weights."""
     teacher = config.teacher
     if model is None:
         return

@@ -1,4 +1,4 @@
-"""The teacher of a build, started when something first needs it."""
+"""The teacher of a build, started at its first use."""
 
 from __future__ import annotations
 
@@ -15,16 +15,14 @@ log = logging.getLogger(__name__)
 
 
 class LazyTeacher:
-    """The teacher, started when something first needs it, and once: what it wrote it also
-    scores.
-    """
+    """The teacher, started once, at its first use; one engine writes answers and scores them."""
 
     def __init__(self, config: BuildConfig, inputs: Inputs, build_dir: Path) -> None:
         self._config, self._inputs, self._build_dir = config, inputs, build_dir
         self._teacher: Teacher | None = None
 
     def start(self, sampling: Sampling | None = None) -> Teacher:
-        """The teacher, able to write by ``sampling`` if it is started here with one."""
+        """The teacher. If it is started here with ``sampling``, it can also write."""
         if self._teacher is None:
             config = self._config
             log.info(
@@ -47,7 +45,7 @@ class LazyTeacher:
         self.close()
 
     def close(self) -> None:
-        """Frees the teacher, for those that come after it."""
+        """Frees the teacher's memory and devices for later steps."""
         if self._teacher is not None:
             self._teacher.close()
             self._teacher = None

@@ -1,7 +1,7 @@
-"""Which sequence goes into which shard, decided and written down before the engine starts.
+"""The plan of a build: the sequences of each shard, written to disk before the engine starts.
 
-The tokenised data set is streamed to disk once, shard by shard, so a resumed build reads the same
-sequences in the same order whatever has happened to the source since, and no stage ever holds it in
+The tokenised data set is streamed to disk once, shard by shard. A resumed build reads the same
+sequences in the same order, even if the source has changed, and no stage holds the data set in
 memory.
 """
 
@@ -41,22 +41,20 @@ _ROWS_PER_BATCH = 64
 
 
 class PlannedShard(BaseModel):
-    """How much one shard holds."""
+    """Size of one shard."""
 
     sequences: int
     tokens: int
     positions: int
 
     def sequences_per_batch(self, entries: float) -> int:
-        """Rows per record batch, so that one with ``entries`` head entries and draws a position
-        takes about BATCH_BYTES.
-        """
+        """Rows per batch of about BATCH_BYTES, with ``entries`` entries and draws per position."""
         size = uncompressed_bytes(self.tokens, self.positions, round(entries * self.positions))
         return max(1, min(self.sequences, round(BATCH_BYTES * self.sequences / size)))
 
 
 class Plan(BaseModel):
-    """``.build/plan.json``; the sequences stand beside it in ``.build/plan/``."""
+    """``.build/plan.json``; the sequences are beside it in ``.build/plan/``."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -72,7 +70,7 @@ class Plan(BaseModel):
         return load_state(cls, file) if file.exists() else None
 
     def header(self, teacher: TeacherIdentity, store: StoreSettings) -> Header:
-        """The fixed part of the manifest of what comes of this plan."""
+        """The fixed part of the manifest of this plan's cache."""
         return Header(
             created_by=f"logitcask {version('logitcask')}",
             teacher=teacher,
@@ -83,15 +81,14 @@ class Plan(BaseModel):
         )
 
     def save(self, build_dir: Path) -> None:
-        """Makes the plan count: from here on a resumed build follows it."""
+        """Commits the plan: from here on a resumed build follows it."""
         write_durably(build_dir / "plan.json", self.model_dump_json(indent=2))
 
 
 def write_sequences(
     build_dir: Path, sequences: Iterable[Sequence], shard_tokens: int
 ) -> tuple[tuple[PlannedShard, ...], str]:
-    """Streams sequences to ``.build/plan/``, a new shard before the sequence that would exceed
-    ``shard_tokens``.
+    """Streams sequences to ``.build/plan/``; a shard ends before it exceeds ``shard_tokens``.
 
     Returns the shards and the data's sha256. Raises UserError for more shards than a manifest can
     list.

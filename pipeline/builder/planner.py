@@ -25,7 +25,7 @@ from logitcask.pipeline.types import Sequence
 
 
 class PlannedText(TextReader, Protocol):
-    """The sequences of a plan: text as the data has it, or answers that the teacher has written.
+    """The sequences of a plan: text of the data, or answers that the teacher has written.
 
     ``counters`` describes the latest ``sequences()``; ``stamp`` is that of the source before its
     first row was read.
@@ -39,14 +39,14 @@ class PlannedText(TextReader, Protocol):
     def sequences(self, rows: Iterable[Row]) -> Iterator[Sequence]: ...
 
     def check_source(self) -> None:
-        """Raises UserError where the data changed while ``sequences`` read it."""
+        """Raises UserError if the data changed while ``sequences`` read it."""
 
     def identity(self) -> GenerationIdentity | None:
-        """What a manifest says of the answers; None for text as the data has it."""
+        """The manifest's identity of the answers; None for text of the data."""
 
 
 class _GivenText:
-    """Text as the data has it, as a ``PlannedText``."""
+    """Text of the data as a ``PlannedText``."""
 
     def __init__(self, text: Tokenization, source: Source, stamp: str, config: BuildConfig) -> None:
         self.tokenizer = text.tokenizer
@@ -73,10 +73,10 @@ def make_plan(
     inputs: Inputs,
     engine: LazyTeacher,
 ) -> Plan:
-    """Writes the plan of a new build, which ``request`` describes; ``engine`` writes answers first,
-    if any are asked for.
+    """Writes the plan of a new build, which ``request`` describes. ``engine`` writes answers first
+    if the config asks for them.
 
-    Raises UserError for data, a tokenizer or a model that gives no plan, and where the data changes
+    Raises UserError for data, a tokenizer or a model that gives no plan, and if the data changes
     while it is read.
     """
     check_top_k(config, inputs)

@@ -1,10 +1,9 @@
-"""How far a build is and how fast it goes: a line on the terminal, and the same as JSON lines in a
-file.
+"""Progress and speed of a build: a line on the terminal, and JSON lines in a log file.
 
-Every record of the log has ``event`` and ``time`` (ISO 8601, UTC). ``start`` says what will be done
-and with which engine; ``progress`` comes every few seconds, ``shard`` with every commit; the last
-is ``finish``, ``interrupted`` or ``failed``. A build that was killed has none of these, and the
-next one goes on in the same file.
+Every record of the log has ``event`` and ``time`` (ISO 8601, UTC). ``start`` describes the work and
+the engine, ``progress`` comes every few seconds, and ``shard`` comes with every commit. The last
+event is ``finish``, ``interrupted`` or ``failed``. A build that was killed has no last event, and
+the next build appends to the same file.
 """
 
 from __future__ import annotations
@@ -29,15 +28,13 @@ from logitcask.cache_format.manifest import Header, ShardEntry
 log = logging.getLogger(__name__)
 
 EVERY_SECONDS = 5.0
-# The speed that the time left is told from is that of the last records.
+# The time left is computed from the speed of the last records.
 _RECENT = 12
 
 
 @dataclass
 class Counts:
-    """What was done since the start, in this run: written by the engine's thread (first three)
-    and by the writer's.
-    """
+    """Counts since the start of this run, by the engine's thread (first three) and the writer's."""
 
     tokens: int = 0
     scored_tokens: int = 0
@@ -50,11 +47,11 @@ class Counts:
 
 
 class Progress:
-    """Of a run that scores ``tokens`` tokens in ``shards`` shards; a context manager, which ends
-    the log as the run ends.
+    """Progress of a run that scores ``tokens`` tokens in ``shards`` shards. It is a context
+    manager, which writes the last event of the log.
 
-    bar: whether there is a line on the terminal. file: the log, appended to; None for none.
-    Raises UserError, on entering, where the log cannot be opened.
+    bar: whether there is a line on the terminal. file: the log to append to, or None. Raises
+    UserError, on entering, if the log cannot be opened.
     """
 
     def __init__(
@@ -109,9 +106,7 @@ class Progress:
         return time.monotonic() - self._started
 
     def answered(self, tokens: int, *, scored: bool, engine_seconds: float) -> None:
-        """The engine has answered a sequence of ``tokens`` tokens, waited for
-        ``engine_seconds``; or it was not scored.
-        """
+        """Counts a sequence, scored after a wait of ``engine_seconds`` or not scored."""
         counts = self.counts
         counts.tokens += tokens
         counts.scored_tokens += tokens if scored else 0
@@ -124,9 +119,7 @@ class Progress:
             self._bar.set_postfix_str(self._line(), refresh=False)
 
     def started(self, output: Path | str, header: Header, shards_done: int) -> None:
-        """It is known what the cache in ``output`` will be, of which ``shards_done`` shards were
-        done before this run.
-        """
+        """Logs the start of a build; ``shards_done`` shards come from earlier runs."""
         self.record(
             "start",
             output=str(output),
@@ -138,7 +131,7 @@ class Progress:
         )
 
     def committed(self, index: int, entry: ShardEntry) -> None:
-        """Shard ``index`` is on disk for good."""
+        """Logs that shard ``index`` is committed."""
         self.counts.shards += 1
         now = time.monotonic()
         self.record(
@@ -154,9 +147,7 @@ class Progress:
         self._bar.set_postfix_str(self._line(), refresh=False)
 
     def record(self, event: str, **fields: Any) -> None:
-        """Appends a line to the log. A log that can no longer be written is given up, the build
-        is not.
-        """
+        """Appends a line to the log. If that fails, the log ends, and the build continues."""
         if self._file is None:
             return
         line = {
@@ -194,7 +185,7 @@ class Progress:
         }
 
     def _line(self) -> str:
-        """What the bar does not say by itself: tokens, speed and time left are its own."""
+        """The figures that the bar does not show itself: it shows tokens, speed and time left."""
         figures = self._figures()
         size = (
             ""
@@ -208,6 +199,6 @@ class Progress:
 
 
 def _peak_rss() -> int:
-    """Bytes; Linux counts in KiB, macOS in bytes."""
+    """Peak resident memory in bytes; Linux counts in KiB, macOS in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak

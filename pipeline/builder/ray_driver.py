@@ -1,14 +1,13 @@
-"""A build by many engines at once: Ray Data hands the shards of the plan to workers, which score
-and commit them.
+"""A build with many engines: Ray Data gives shards to workers, which score and commit them.
 
-The process that the user has started, the driver, keeps the lock, the plan, the progress bar and
-the last word: it begins and finishes the cache. A worker is an actor of Ray's with an engine of its
-own (``logitcask.pipeline.builder.ray_worker``). What a shard holds depends on the plan alone, so it
-does not matter which worker writes it, nor how often it is tried.
+The process that the user starts is the driver. It holds the lock, the plan and the progress bar,
+and begins and finishes the cache. A worker is a Ray actor with its own engine
+(``logitcask.pipeline.builder.ray_worker``). The content of a shard depends only on the plan, not on
+the worker or on the number of attempts.
 
-Failures. A worker that dies is replaced by Ray, and its shard is tried again. A driver that dies
-takes its workers along, sooner or later; they commit what they have finished until the next driver
-locks them out (``logitcask.cache_format.writer``).
+Failures. If a worker dies, Ray replaces it, and its shard is tried again. If the driver dies, Ray
+ends its workers after some time. Until then they commit finished shards, unless the next driver
+stops them (``logitcask.cache_format.writer``).
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ from logitcask.pipeline.interruption import at_safe_points, safe_point
 log = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.25
-# What the environment says of this program and of the engine holds on other nodes, too.
+# Environment variables of this program and of the engine are copied to other nodes.
 _PASSED_ON = ("LOGITCASK_", "VLLM_", "OMP_NUM_THREADS")
 
 
@@ -49,8 +48,8 @@ def score_shards_on_ray(
     in a Ray cluster.
 
     Begins the cache if that has not been done. Returns its header, seconds, and the tokens of the
-    sequences scored. Raises UserError where Ray or what it needs is missing, and what a worker
-    raises.
+    scored sequences. Raises UserError if Ray or one of its requirements is missing, and the errors
+    of workers.
     """
     ray = _import_ray()
     scale = scale.model_copy(update={"workers": min(scale.workers, len(shards))})
@@ -83,8 +82,8 @@ def score_shards_on_ray(
             .iter_rows()
         )
         total = sum(plan.shards[shard].tokens for shard in shards)
-        # Ray swallows a KeyboardInterrupt now and then; a flag that is looked at between two polls
-        # is never lost.
+        # Ray sometimes swallows a KeyboardInterrupt. A flag that is checked between two polls is
+        # never lost.
         with (
             Progress(total, len(shards), bar=True, file=config.log_file()) as progress,
             at_safe_points(),
@@ -101,7 +100,8 @@ def score_shards_on_ray(
                 if writer.begun:
                     _count(situation.done, progress, scale.workers)
                 for shard in situation.committed:
-                    # Some are told twice: by an attempt taken for dead, and by the next.
+                    # Some shards are reported twice: by an attempt considered dead, and by the
+                    # next.
                     if shard not in writer.committed:
                         _take_up(writer, shard, progress)
                 if row is not None and row["error"]:
@@ -111,25 +111,21 @@ def score_shards_on_ray(
 
 
 def _error(kind: str, message: str) -> LogitcaskError:
-    """What a worker has raised, by the name of its class; one that this process does not know is
-    a user's mistake.
-    """
+    """The error of a worker, by the name of its class; an unknown class becomes a UserError."""
 
     def kinds(base: type[LogitcaskError]) -> Iterator[type[LogitcaskError]]:
         yield base
         for each in base.__subclasses__():
             yield from kinds(each)
 
-    # All that are loaded, not those of one module: MisalignedScoresError is the estimator's.
+    # All loaded classes, not only those of one module: MisalignedScoresError is defined elsewhere.
     return next((each for each in kinds(LogitcaskError) if each.__name__ == kind), UserError)(
         message
     )
 
 
 def _count(done: Done, progress: Progress, workers: int) -> None:
-    """Tells the bar and the log what engines have done. Where one has died, what it had done of
-    its shard is taken back.
-    """
+    """Updates the bar and the log; subtracts the progress of a shard whose engine has died."""
     counts = progress.counts
     waited = done.engine_seconds / workers - counts.engine_seconds
     progress.answered(done.scored_tokens - counts.scored_tokens, scored=True, engine_seconds=waited)
@@ -137,7 +133,7 @@ def _count(done: Done, progress: Progress, workers: int) -> None:
 
 
 def _begin(writer: CacheWriter, text: str, prior: bytes) -> None:
-    """Begins the build with what the first worker offers."""
+    """Begins the build with the offer of the first worker."""
     header = Header.model_validate_json(text)
     if header.data.generation is not None:
         check_teacher(writer.build_dir, header.teacher)
@@ -158,9 +154,7 @@ def _take_up(writer: CacheWriter, shard: int, progress: Progress) -> None:
 
 
 def _as_they_come(rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any] | None]:
-    """``rows`` as they arrive, and None every now and then, so that the caller can look after
-    other things.
-    """
+    """``rows`` as they arrive, and None at intervals, so that the caller can do other work."""
     arrived: queue.SimpleQueue[dict[str, Any] | BaseException | None] = queue.SimpleQueue()
 
     def drain() -> None:
@@ -168,7 +162,7 @@ def _as_they_come(rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any] | N
             for row in rows:
                 arrived.put(row)
             arrived.put(None)
-        except BaseException as error:  # of any kind: it belongs to the thread that waits
+        except BaseException as error:  # of any kind: the waiting thread raises it
             arrived.put(error)
 
     threading.Thread(target=drain, name="results", daemon=True).start()
@@ -186,10 +180,10 @@ def _as_they_come(rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any] | N
 
 
 def _import_ray() -> Any:
-    """Ray with Ray Data, quiet unless debugging. Raises UserError where it is not installed."""
-    # Ray reads these when it is imported or started. It would send statistics of use to its makers.
+    """Ray with Ray Data, quiet unless debugging. Raises UserError if it is not installed."""
+    # Ray reads these at import or start. By default it sends usage statistics to its makers.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # A thread that still reads results when the cluster is shut down would start another one.
+    # A thread that reads results during the shutdown of the cluster would start another one.
     os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
     if not _debugging():
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
@@ -212,16 +206,16 @@ def _import_ray() -> Any:
 
 @contextlib.contextmanager
 def _cluster(ray: Any, scale: ScaleConfig) -> Iterator[None]:
-    """Connects to the cluster that ``scale`` or RAY_ADDRESS names, or starts one on this machine
-    for as long as this lasts.
+    """Connects to the cluster of ``scale`` or RAY_ADDRESS, or starts one on this machine for the
+    duration of the context.
 
-    What Ray prints of workers that have died is not what a user wants to read, nor do they belong
-    on stdout.
+    Ray's messages about dead workers are hidden: users do not need them, and stdout must not have
+    them.
     """
     address = scale.address or os.environ.get("RAY_ADDRESS") or "local"
     options: dict[str, Any] = {}
     if address == "local":
-        # Logical cores only: as many workers as asked for are to start, whatever the machine has.
+        # Logical cores only: the requested number of workers starts on any machine.
         options = {
             "include_dashboard": False,
             "num_cpus": max(os.cpu_count() or 1, scale.workers * (scale.cpus_per_worker or 1)),
@@ -246,7 +240,7 @@ def _cluster(ray: Any, scale: ScaleConfig) -> Iterator[None]:
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise UserError(f"there is no Ray cluster at {address}: {first_line(error)}") from error
         if threading.current_thread() is threading.main_thread():
-            # Ray would have it end the process with a code of its own.
+            # Otherwise Ray would end the process with its own exit code.
             signal.signal(signal.SIGTERM, on_sigterm)
         log.info(
             "%d workers, in a Ray cluster %s",
@@ -260,9 +254,7 @@ def _cluster(ray: Any, scale: ScaleConfig) -> Iterator[None]:
 
 
 def _resources(ray: Any, scale: ScaleConfig, config: BuildConfig) -> tuple[float, float]:
-    """Cores and GPUs of each worker. Raises UserError where this machine has fewer GPUs than are
-    asked for.
-    """
+    """Cores and GPUs of each worker. Raises UserError if this machine has too few GPUs."""
     there = ray.cluster_resources()
     gpus_there = there.get("GPU", 0)
     gpus = scale.gpus_per_worker
@@ -283,7 +275,7 @@ def _resources(ray: Any, scale: ScaleConfig, config: BuildConfig) -> tuple[float
 
 @contextlib.contextmanager
 def _stderr_closed() -> Iterator[None]:
-    """What Ray's C++ prints to stderr as it starts goes nowhere."""
+    """A context that hides the output of Ray's C++ code on stderr during its start."""
     kept = os.dup(2)
     try:
         with open(os.devnull, "wb") as nowhere:
@@ -295,7 +287,7 @@ def _stderr_closed() -> Iterator[None]:
 
 
 class _Nowhere(io.TextIOBase):
-    """Takes what is printed and forgets it."""
+    """A stream that discards its input."""
 
     def write(self, text: str) -> int:
         return len(text)

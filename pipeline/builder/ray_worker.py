@@ -1,9 +1,8 @@
-"""What runs in the processes of a Ray cluster: workers, each with an engine of its own, and one
-coordinator.
+"""The processes of a Ray cluster: workers, each with its own engine, and one coordinator.
 
-Workers and driver meet at the cache's folder, which all of them see, and at the coordinator, which
-only passes on what is said. Nothing here imports Ray: ``logitcask.pipeline.builder.ray_driver``
-makes actors of these classes.
+Workers and driver share the cache's folder. They communicate through the coordinator, which only
+passes messages on. Nothing here imports Ray: ``logitcask.pipeline.builder.ray_driver`` makes actors
+of these classes.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from logitcask.pipeline.config import BuildConfig
 from logitcask.pipeline.teachers.base import Teacher
 from logitcask.pipeline.teachers.open import open_teacher
 
-# A shard at which so many workers have died is not tried again: the next one would die, too.
+# After so many dead workers a shard is not tried again, because the next one would die, too.
 MAX_ATTEMPTS = 5
 
 _REPORT_SECONDS = 1.0
@@ -34,9 +33,7 @@ _REPORT_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class Task:
-    """What every worker is told: the config as JSON, the cache's absolute path, its run, and the
-    driver's folder.
-    """
+    """A worker's task: config as JSON, absolute path of the cache, its run, the driver's folder."""
 
     config: str
     path: str
@@ -46,9 +43,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Done:
-    """What engines have answered: tokens of all sequences and of those they have scored, and
-    seconds waited for them.
-    """
+    """Progress of engines: tokens of all and of scored sequences, seconds of waiting."""
 
     tokens: int = 0
     scored_tokens: int = 0
@@ -62,8 +57,8 @@ class Done:
 
 @dataclass
 class Situation:
-    """What workers have told the coordinator: ``done`` since the start, shards and messages
-    since the driver last asked.
+    """Reports of workers to the coordinator: ``done`` since the start, shards and messages since
+    the driver's last call.
     """
 
     done: Done = Done()
@@ -74,7 +69,7 @@ class Situation:
 
 
 class Coordinator:
-    """Hears of all workers and is asked by the driver, on whose node it runs."""
+    """Collects the reports of all workers for the driver, on the driver's node."""
 
     def __init__(self) -> None:
         self._attempts: Counter[int] = Counter()
@@ -83,43 +78,42 @@ class Coordinator:
         self._seen: set[str] = set()
 
     def attempt(self, shard: int) -> int:
-        """Which attempt at ``shard`` begins now, from 1."""
+        """Number of the attempt at ``shard`` that begins now, from 1."""
         self._attempts[shard] += 1
         if self._attempts[shard] > 1:
             self.note(logging.WARNING, f"a worker died at shard {shard}; another one takes it over")
         return self._attempts[shard]
 
     def report(self, shard: int, done: Done) -> None:
-        """How far this attempt at ``shard`` is."""
+        """Reports the progress of this attempt at ``shard``."""
         self._done[shard] = done
 
     def committed(self, shard: int) -> None:
-        """``shard`` is on disk for good."""
+        """Reports that ``shard`` is committed."""
         self._situation.committed.append(shard)
 
     def offer(self, header: str, prior: bytes) -> None:
-        """What a worker would begin the build with. The first one counts."""
+        """Offers a header and a prior to begin the build with. The first offer counts."""
         self._situation.offer = self._situation.offer or (header, prior)
 
     def note(self, level: int, message: str) -> None:
-        """Something for the user to read, once however many workers say it."""
+        """Passes a message to the user, once for all workers that send it."""
         if message not in self._seen:
             self._seen.add(message)
             self._situation.messages.append((level, message))
 
     def situation(self) -> Situation:
-        """Since the last call; an offer stays."""
+        """The reports since the last call; an offer is kept."""
         now, self._situation = self._situation, Situation(offer=self._situation.offer)
         now.done = Done(*map(sum, zip(*map(astuple, [Done(), *self._done.values()]), strict=True)))
         return now
 
 
 class ShardWorker:
-    """Scores and commits the shards that it is given, one a call, with an engine that the first
-    call starts.
+    """Scores and commits shards, one per call, with an engine that the first call starts.
 
-    A mistake of the user's comes back in the row instead of being raised, so that it arrives
-    without Ray's traceback.
+    A user's mistake is returned in the row instead of raised, so that it arrives without Ray's
+    traceback.
     """
 
     def __init__(self, task: Task, coordinator: Any) -> None:
@@ -131,7 +125,7 @@ class ShardWorker:
             task.path, task.run, compression_level=self._config.store.compression_level
         )
         with contextlib.suppress(OSError):
-            # What the config names by a relative path lies there, on this node, too.
+            # Relative paths of the config are relative to this folder, also on this node.
             os.chdir(task.folder)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
@@ -156,9 +150,9 @@ class ShardWorker:
             )
         if self._teacher is None:
             self._start()
-        if not self._worker.adopt(shard):  # by an attempt that was taken for dead
+        if not self._worker.adopt(shard):  # committed by an attempt that was considered dead
             self._score(shard)
-        # Before the row says that it is done.
+        # Reported before the row returns.
         ray.get(self._coordinator.committed.remote(shard))
 
     def _score(self, shard: int) -> None:
@@ -184,7 +178,7 @@ class ShardWorker:
         self._coordinator.report.remote(shard, Done.of(progress))
 
     def _start(self) -> None:
-        """Starts the engine and joins the build, or has it begun if no worker has before."""
+        """Starts the engine and joins the build. If no worker has begun it, offers to begin it."""
         config, worker = self._config, self._worker
         logging.getLogger("logitcask.pipeline").addHandler(_ToDriver(self._coordinator))
         self._check_shared()
@@ -198,8 +192,8 @@ class ShardWorker:
             self._teacher.identity(), config.store.settings(self._teacher.vocab_size)
         )
         if not worker.begun:
-            # Every worker that comes this early would wait for the first one, so it may as well do
-            # the same.
+            # A worker that starts this early would wait for the first one, so it does the same
+            # work.
             prior, _ = estimate_prior(score_shard(self._teacher, worker.build_dir, 0), header.store)
             self._coordinator.offer.remote(header.model_dump_json(), prior.to_bytes())
             while not worker.begun:
@@ -217,7 +211,7 @@ class ShardWorker:
 
 
 class _ToDriver(logging.Handler):
-    """What the pipeline has to say in a worker is said by the driver."""
+    """Sends the log messages of a worker to the driver."""
 
     def __init__(self, coordinator: Any) -> None:
         super().__init__(logging.INFO)

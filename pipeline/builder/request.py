@@ -1,6 +1,6 @@
-"""The request of a build: the part of its config that decides what the cache holds.
+"""The request of a build: the part of its config that decides the content of the cache.
 
-It is written down with the cache, and compared where a build is resumed or a cache reused.
+It is stored with the cache, and compared when a build is resumed or a cache reused.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _NOT_CONTENT: dict[str, Any] = {
 
 
 def request_of(config: BuildConfig) -> dict[str, Any]:
-    """Everything in a config that decides what the cache holds, a template file by its content."""
+    """The fields of a config that decide the cache's content; a template file by its content."""
     request = config.model_dump(mode="json", exclude=_NOT_CONTENT)
     template = config.data.chat_template
     if template is not None and template.is_file():
@@ -35,9 +35,7 @@ def request_of(config: BuildConfig) -> dict[str, Any]:
 
 
 def dated(config: BuildConfig, written: dict[str, Any]) -> BuildConfig:
-    """With the date for the chat template that is written down in an earlier request, unless the
-    config has its own.
-    """
+    """The config with the template's date of an earlier request, unless it has its own."""
     day = written.get("data", {}).get("template_date")
     if day is None or config.data.template_date is not None:
         return config
@@ -50,7 +48,7 @@ def as_of_today(request: dict[str, Any], config: BuildConfig) -> dict[str, Any]:
     it no longer parses.
     """
     try:
-        # Which server scored is not part of a request.
+        # The server is not part of a request.
         teacher = {**request["teacher"], "server": config.teacher.server}
         return request_of(
             BuildConfig.model_validate({**request, "teacher": teacher, "output": config.output})
@@ -60,9 +58,7 @@ def as_of_today(request: dict[str, Any], config: BuildConfig) -> dict[str, Any]:
 
 
 def with_date(request: dict[str, Any], text: TextReader) -> dict[str, Any]:
-    """The request with the day that the chat template writes, if it writes one: what is resumed
-    or compared later has it.
-    """
+    """The request with the date that the chat template writes, if any, for later runs to use."""
     if text.template is None or text.template.date is None:
         if request["data"].get("template_date") is not None:
             log.warning(

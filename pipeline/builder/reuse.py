@@ -1,4 +1,4 @@
-"""A finished cache in the output's place, reused if it is the one that the config asks for."""
+"""Reuse of a finished cache in the output's place, if it matches the config."""
 
 from __future__ import annotations
 
@@ -29,9 +29,7 @@ def is_finished(output: Path | str) -> bool:
 
 
 def reuse(config: BuildConfig, inputs: Inputs) -> Manifest:
-    """The finished cache in the way, if it is the one asked for; UserError naming what differs
-    if it is not.
-    """
+    """The existing cache if it matches the config; else UserError naming the difference."""
     manifest = CacheReader(config.output).manifest
     ways_out = "choose another output, or replace the cache with --restart"
     if manifest.derived_from is not None:
@@ -44,7 +42,7 @@ def reuse(config: BuildConfig, inputs: Inputs) -> Manifest:
         raise UserError(
             f"{config.output} holds a finished cache with other settings: {describe_difference(before, now)}; {ways_out}"
         )
-    # Of a version that did not write it down.
+    # From a version that did not record it.
     if "template_date" not in manifest.config.get("data", {}):
         config = dated(config, {"data": {"template_date": manifest.created_at[:10]}})
     # A crash between manifest and clean-up leaves the build's state.
@@ -57,8 +55,8 @@ def reuse(config: BuildConfig, inputs: Inputs) -> Manifest:
     try:
         source = inputs.source
     except UserError as error:
-        # A cache outlives its source: it may have come from elsewhere, or its data may be out of
-        # reach for now.
+        # A cache may outlive its source: it may come from another place, or its data may be
+        # unavailable now.
         log.warning("whether the data has changed since cannot be checked: %s", error)
         return manifest
     if source.stamp() != manifest.data.stamp:
@@ -71,9 +69,7 @@ def reuse(config: BuildConfig, inputs: Inputs) -> Manifest:
 
 
 def _changed(manifest: Manifest, config: BuildConfig, inputs: Inputs) -> bool:
-    """Whether the source now gives other sequences; other prompts, where the teacher wrote what
-    came of them.
-    """
+    """Whether the source now gives other sequences, or, for written answers, other prompts."""
     if manifest.data.generation is not None:
         prompts = inputs.prompts(config.data).prompts(inputs.source)
         return prompts_sha256(prompts) != manifest.data.generation.prompts_sha256
@@ -84,9 +80,7 @@ def _changed(manifest: Manifest, config: BuildConfig, inputs: Inputs) -> bool:
 
 
 def _check_weights(manifest: Manifest, config: BuildConfig, ways_out: str) -> None:
-    """Raises UserError where the teacher's folder now holds another model. Built-in and hub
-    models are pinned anyway.
-    """
+    """Raises UserError if the teacher's folder has another model; other models are pinned."""
     folder = Path(config.teacher.model).expanduser()
     if (
         manifest.teacher.weights_sha256
@@ -101,9 +95,7 @@ def _check_weights(manifest: Manifest, config: BuildConfig, ways_out: str) -> No
 def _check_tokenizer(
     manifest: Manifest, config: BuildConfig, inputs: Inputs, ways_out: str
 ) -> None:
-    """Raises UserError where the teacher's folder now holds another tokenizer or chat template,
-    as ``_check_weights``.
-    """
+    """Raises UserError if the teacher's folder now has another tokenizer or chat template."""
     folder = Path(config.teacher.model).expanduser()
     if config.teacher.is_synthetic or not folder.is_dir():
         return

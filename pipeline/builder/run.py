@@ -1,7 +1,7 @@
-"""The stops of a build, in order: source -> plan -> teacher -> shards -> manifest.
+"""The steps of a build, in order: source -> plan -> teacher -> shards -> manifest.
 
-Each stop is written down before the next one starts, so a build can be killed anywhere and run
-again. A finished cache is reused; an unfinished one goes on at the first shard without a commit
+Each step is on disk before the next one starts, so a build can be killed at any moment and run
+again. A finished cache is reused. An unfinished one is resumed at the first shard without a commit
 record.
 """
 
@@ -40,9 +40,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class BuildResult:
-    """What ``build`` did: the manifest, whether the cache was there already, and seconds spent
-    scoring.
-    """
+    """Result of ``build``: the manifest, whether the cache existed, and seconds spent scoring."""
 
     manifest: Manifest
     reused: bool
@@ -51,10 +49,9 @@ class BuildResult:
 
 
 def build(config: BuildConfig, *, restart: bool = False) -> BuildResult:
-    """Makes the cache that ``config`` describes, or finds it made. ``restart`` removes what is
-    there first.
+    """Makes the cache that ``config`` describes, or reuses it; ``restart`` removes it first.
 
-    Raises UserError (and its kinds) for anything the user can mend: see each stop.
+    Raises UserError (and its subclasses) for every problem that the user can fix.
     """
     inputs = Inputs(config)
     if restart:
@@ -74,7 +71,7 @@ def build(config: BuildConfig, *, restart: bool = False) -> BuildResult:
             written = Generations.request_in(writer.build_dir)
             config = dated(config, written)
             request = request_of(config)
-            # Prompts of a version that knew fewer fields are compared as they were written.
+            # Prompts of a version with fewer fields are compared as they were written.
             same = bool(written) and as_of_today(written, config) == request
             plan = make_plan(writer.build_dir, config, written if same else request, inputs, engine)
         else:
@@ -86,7 +83,7 @@ def build(config: BuildConfig, *, restart: bool = False) -> BuildResult:
                     f"{describe_difference(before, now)}; go back to them, start afresh with --restart, "
                     "or choose another output"
                 )
-        inputs.forget_text()  # all that follows is in the plan
+        inputs.forget_text()  # the next steps need only the plan
         header, seconds, scored = _write_shards(writer, plan, config, engine)
         found = audit_build(config.output, header, writer.entries(), config.audit, config.teacher)
         manifest = writer.finish(header, len(plan.shards), audit=found)
@@ -126,12 +123,12 @@ def _write_shards(
             return _score_here(writer, plan, config, pending, engine)
         from logitcask.pipeline.builder.ray_driver import score_shards_on_ray
 
-        engine.close()  # the workers have engines of their own
+        engine.close()  # the workers have their own engines
         log.info("starting the teachers: %s with %s", config.teacher.model, config.teacher.backend)
         return score_shards_on_ray(writer, plan, config, config.scale, pending)
     except KeyboardInterrupt:
         for index in pending:
-            writer.adopt(index)  # workers may have committed more than they have told
+            writer.adopt(index)  # workers may have committed more than they have reported
         log.info(
             "%s: %d of %d shards are done and kept",
             config.output,

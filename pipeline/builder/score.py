@@ -1,9 +1,8 @@
 """Scoring planned shards: teacher -> estimator -> codec -> committed shards.
 
-Everything here works on the shards it is given, with a teacher that is open and a ``CacheWriter``
-that has begun or a ``CacheWorker`` that has joined. So one process may do all shards of a plan, or
-many processes some of them each: what the teacher is given, and in which order, is decided by the
-shard alone.
+The functions take shards, an open teacher, and a ``CacheWriter`` that has begun or a
+``CacheWorker`` that has joined. One process may score all shards of a plan, or several processes
+some of them each. The teacher's inputs and their order depend only on the shard.
 """
 
 from __future__ import annotations
@@ -25,10 +24,11 @@ from logitcask.pipeline.memory import give_back
 from logitcask.pipeline.teachers.base import Teacher, answers, bounded_groups
 from logitcask.pipeline.types import PendingScores, Sequence
 
-# The prior settles within some ten thousand positions; they are held in memory until it is known.
+# Positions for the estimate of the prior, which changes little after some ten thousand. They are
+# held in memory until it is known.
 _PRIOR_POSITIONS = 16_384
 
-# Sequences are put in order of length within so many tokens; answers wait for those before them in
+# Tokens within which sequences are sorted by length. Results wait for the sequences before them in
 # the plan.
 _WINDOW_TOKENS = 16_384
 
@@ -40,12 +40,11 @@ def score_shard(
     progress: Progress | None = None,
     check: Callable[[], None] = safe_point,
 ) -> Iterator[Pair]:
-    """Each sequence of a shard with what the teacher says of it, in order. What has nothing to
-    learn is never scored.
+    """Each sequence of a shard with its scores, in order; those without kept positions unscored.
 
-    The teacher gets them by falling length within a window, so that what it batches is alike. The
-    shard's plan is read twice side by side, so that the engine may take as much ahead as it likes.
-    ``check`` is called at every answer, and may raise.
+    The teacher gets the sequences of a window by descending length, so that the sequences of a
+    batch are similar. The shard's plan is read twice at the same time, so the engine may read ahead
+    without a limit. ``check`` is called at every result, and may raise.
     """
     progress = progress or Progress()
     given = (window[at] for window in _windows(build_dir, shard) for at in _by_length(window))
@@ -73,9 +72,7 @@ def score_shard(
 
 
 def estimate_prior(pairs: Iterator[Pair], store: StoreSettings) -> tuple[TailPrior, Iterator[Pair]]:
-    """The prior, from the first positions of ``pairs`` (those of shard 0), and all of ``pairs``
-    again, still to be used.
-    """
+    """The prior, from the first positions of ``pairs`` (shard 0), and an iterator over all."""
     first: deque[Pair] = deque()
     positions = 0
     while positions < _PRIOR_POSITIONS and (pair := next(pairs, None)) is not None:
@@ -94,16 +91,15 @@ def score_shards(
     progress: Progress | None = None,
     begun: Mapping[int, Iterator[Pair]] | None = None,
 ) -> None:
-    """Scores and commits ``shards`` of the plan, which ``writer`` has not committed yet, one after
-    the other.
+    """Scores and commits ``shards`` of the plan that ``writer`` has not committed, in order.
 
     progress: hears of everything done here; of what ``score_shard`` does for ``begun``, if it was
     given the same.
     begun:    pairs of shards of which some have been scored already, as ``estimate_prior`` returns
               them.
 
-    Raises whatever the teacher or the writer does, as soon as it does, and KeyboardInterrupt as
-    ``logitcask.pipeline.interruption`` says.
+    Raises errors of the teacher and the writer at once, and KeyboardInterrupt at safe points
+    (``logitcask.pipeline.interruption``).
     """
     begun, progress = begun or {}, progress or Progress()
     with WriterThread(writer, plan, writer.header().store, progress) as behind:
@@ -115,7 +111,7 @@ def score_shards(
                 ):
                     behind.append(pair)
         except Exception:
-            # Engines in processes of their own die of the same Ctrl-C.
+            # The same Ctrl-C kills engines in other processes.
             safe_point()
             raise
 
@@ -125,13 +121,13 @@ def _windows(build_dir: Path, shard: int) -> Iterator[list[Sequence]]:
 
 
 def _by_length(window: list[Sequence]) -> list[int]:
-    """Indices of the sequences that are scored, by falling length."""
+    """Indices of the sequences that are scored, by descending length."""
     scored = (at for at, sequence in enumerate(window) if sequence.loss_mask.any())
     return sorted(scored, key=lambda at: -len(window[at].input_ids))
 
 
 def _emptying(pairs: deque[Pair]) -> Iterator[Pair]:
-    # ``chain`` would hold a deque, and all that is in it, until the whole shard has been scored.
+    # ``chain`` would hold a deque and its content until the whole shard has been scored.
     while pairs:
         yield pairs.popleft()
 

@@ -1,8 +1,8 @@
-"""What is done behind the engine: reading its answers, choosing what to keep, encoding, writing,
-committing.
+"""The writer thread: reads the engine's scores, keeps what the store asks for, encodes and commits
+shards while the engine runs.
 
-All of it runs in one thread of its own, shard after shard, so that the engine never waits for a
-codec or a disk unless these are slower than it is; then it waits at a queue bounded in bytes.
+The engine waits only if the codec or the disk is slower than the engine. It then waits at a queue
+that is bounded in bytes.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ from logitcask.pipeline.distribution.keep import keep, keep_nothing
 from logitcask.pipeline.interruption import safe_point
 from logitcask.pipeline.types import PendingScores, Sequence
 
-# A sequence with what the teacher says of it; None where nothing of it is kept, so that it was not
-# scored.
+# A sequence with its scores; None if it has no kept position and was not scored.
 Pair = tuple[Sequence, PendingScores | None]
 
 QUEUE_BYTES = 32 << 20
@@ -32,15 +31,14 @@ _POLL_SECONDS = 0.2
 
 
 class _Abandoned(Exception):
-    """Ends the thread where the engine's side has failed or was interrupted."""
+    """Ends the thread if the engine's side has failed or was interrupted."""
 
 
 class WriterThread:
-    """Writes the pairs of one shard after another; a context manager, which commits all of them, or
-    those that are complete if the engine's side fails.
+    """Writes the pairs of one shard after another. It is a context manager, which commits all
+    shards, or, if the engine's side fails, the complete ones.
 
-    ``begin_shard`` comes before a shard's pairs. What fails in the thread is raised by the next
-    call here.
+    Call ``begin_shard`` before a shard's pairs. The next call here raises an error of the thread.
     """
 
     def __init__(
@@ -69,7 +67,7 @@ class WriterThread:
             if error is None:
                 self._queue.append(None)
             else:
-                # Shards of which everything is here are still committed.
+                # Shards whose pairs have all arrived are still committed.
                 complete = max(
                     (at for at, item in enumerate(self._queue) if isinstance(item, int)), default=-1
                 )
@@ -82,15 +80,15 @@ class WriterThread:
             raise self._error
 
     def begin_shard(self, index: int) -> None:
-        """What comes from now on belongs to shard ``index``; the one before is complete."""
+        """Begins shard ``index`` for the next pairs; the one before is complete."""
         self._put(index)
 
     def append(self, pair: Pair) -> None:
-        """Hands a pair over, waiting while the queue is full."""
+        """Adds a pair, waiting while the queue is full."""
         self._put(pair)
 
     def check(self) -> None:
-        """A safe point; also raises what has failed in the thread, if something has."""
+        """A safe point; also raises an error of the thread."""
         safe_point()
         if self._error is not None:
             raise self._error
@@ -98,7 +96,7 @@ class WriterThread:
     def _put(self, item: int | Pair) -> None:
         size = _size(item)
         with self._changed:
-            # One answer larger than the whole queue must pass too.
+            # A result larger than the whole queue must pass, too.
             while self._held and self._held + size > QUEUE_BYTES and self._error is None:
                 self._changed.wait(_POLL_SECONDS)
                 safe_point()
@@ -140,7 +138,7 @@ class WriterThread:
                 self._changed.notify_all()
 
     def _write_shard(self, index: int) -> int | None:
-        """Writes and commits a shard; returns what comes after its last pair."""
+        """Writes and commits a shard; returns the item after its last pair."""
         counts = self._progress.counts
         tokens, size = counts.written_tokens, counts.written_bytes
         rows = self._plan.shards[index].sequences_per_batch
@@ -159,7 +157,7 @@ class WriterThread:
 
 
 def kept(pair: Pair, store: StoreSettings) -> CachedSequence:
-    """What is stored of a sequence."""
+    """The stored form of a sequence."""
     sequence, answer = pair
     return (
         keep_nothing(sequence, store) if answer is None else keep(sequence, answer.scored(), store)

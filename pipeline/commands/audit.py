@@ -1,6 +1,4 @@
-"""``teacher-cache audit``: the comparison of ``logitcask.pipeline.audit.run`` as a page for a
-person, or as JSON.
-"""
+"""``teacher-cache audit``: the comparison of ``logitcask.pipeline.audit.run`` as a page or JSON."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ def build(
     from logitcask.pipeline.config import BuildConfig
 
     settings = load_config(BuildConfig, config, overrides or [])
-    # What stops a job in a cluster is Ctrl-C, too.
+    # Clusters stop jobs with this signal, so it is treated like Ctrl-C.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     result = build_cache(settings, restart=restart)
     if result.reused:

@@ -1,6 +1,4 @@
-"""``teacher-cache estimate``: the forecasts of ``logitcask.pipeline.estimate.run`` as a page, or
-as JSON.
-"""
+"""``teacher-cache estimate``: the forecasts of ``logitcask.pipeline.estimate.run`` as a page."""
 
 from __future__ import annotations
 
@@ -80,8 +78,8 @@ def estimate(
 
 
 def count_of(text: str) -> int:
-    """Tokens: ``1000000``, ``1_000_000`` or ``1e6``. Raises ConfigError for anything else, and
-    outside 1 to 10^15.
+    """Tokens: ``1000000``, ``1_000_000`` or ``1e6``. Raises ConfigError for other texts and for
+    numbers outside 1 to 10^15.
     """
     try:
         count = float(text)
@@ -134,9 +132,7 @@ def _between(span: Range, show: Callable[[float], str]) -> str:
 
 
 def _scaled(value: float, units: tuple[str, ...]) -> str:
-    """Three digits and the largest unit, each a thousand times the one before, that leaves a
-    number of 1 or more.
-    """
+    """Three digits with the largest unit, a power of a thousand, that gives at least 1."""
     at = 0
     while at + 1 < len(units) and value >= 999.5:
         value, at = value / 1000, at + 1

@@ -1,7 +1,6 @@
-"""``teacher-cache inspect``: one sequence as a table, token by token, with what the teacher
-expected at each.
+"""``teacher-cache inspect``: one sequence as a table of tokens with the teacher's predictions.
 
-``teacher-cache generations``: what the teacher wrote, as text.
+``teacher-cache generations``: the teacher's answers as text.
 """
 
 from __future__ import annotations
@@ -25,10 +24,10 @@ _DRAWS_SHOWN = 3
 
 
 def token_text(cache: CacheReader, tokenizer: str | None) -> Callable[[int], str]:
-    """Id -> readable text, by the tokenizer of the cache's teacher or the one named; by ids alone
-    where it is not here.
+    """A function from ids to readable text, by the tokenizer of the cache's teacher or the named
+    one; without a tokenizer it shows ids.
 
-    Raises UserError for a named tokenizer that is not to be had or has other ids.
+    Raises UserError for a named tokenizer that cannot be found or has other ids.
     """
     try:
         found = _tokenizer_of(cache, tokenizer)
@@ -41,11 +40,11 @@ def token_text(cache: CacheReader, tokenizer: str | None) -> Callable[[int], str
 
 
 class _NotHere(UserError):
-    """The tokenizer cannot be had."""
+    """The tokenizer cannot be found."""
 
 
 def _tokenizer_of(cache: CacheReader, name: str | None) -> Any:
-    """Raises _NotHere where it cannot be had, UserError where it has other ids than the cache's."""
+    """The tokenizer. Raises _NotHere if it cannot be found, UserError if its ids differ."""
     manifest = cache.manifest
     backend = "synthetic" if manifest.teacher.backend == "synthetic" else "transformers"
     name = name or manifest.tokenizer.name
@@ -61,14 +60,14 @@ def _tokenizer_of(cache: CacheReader, name: str | None) -> Any:
 
 
 def generations(cache: CacheReader, tokenizer: str | None) -> Iterator[dict[str, Any]]:
-    """Every answer of a cache whose text the teacher wrote: its id, prompt, answer, tokens, and why
-    it ended.
+    """Every answer of a cache whose text the teacher wrote: id, prompt, answer, tokens, and the
+    reason of its end.
 
-    ``prompt`` is what the teacher read, special tokens included; ``answer`` is what it wrote,
-    without them. ``finish`` is ``stop`` or ``length``; None where the cache no longer says what
-    ends an answer (it was merged).
+    ``prompt`` is the teacher's input with special tokens, and ``answer`` its text without them.
+    ``finish`` is ``stop`` or ``length``, or None if the cache no longer names the end tokens (it
+    was merged).
 
-    Raises UserError for a cache of other text, and where its tokenizer is not to be had.
+    Raises UserError for a cache of other text, and if its tokenizer cannot be found.
     """
     data = cache.manifest.data
     if data.mask_policy != "generated":
@@ -99,8 +98,8 @@ def table(sequence: CachedSequence, text: Callable[[int], str], top: int) -> Tab
     """A row per token: its text, the teacher's probability and rank of it, and the ``top`` most
     probable tokens there.
 
-    Tokens outside the loss mask are dim; the token that really follows is green where the teacher
-    lists it. Beside the mass of the tail stand the first draws from it.
+    Tokens outside the loss mask are dim. The next token of the text is green if the teacher lists
+    it. The first draws from the tail are shown beside its mass.
     """
     shown = Table(
         title=f"{sequence.sequence_id}: {len(sequence)} tokens, {len(sequence.positions)} kept positions"

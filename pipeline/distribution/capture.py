@@ -1,6 +1,4 @@
-"""What a teacher is asked to return at every position: how large a head, how many draws from the
-tail.
-"""
+"""The request to a teacher for every position: the size of the head, the draws from the tail."""
 
 from __future__ import annotations
 
@@ -12,20 +10,18 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True, slots=True)
 class Capture:
-    """The request that every backend answers in the same way.
+    """The request, which every backend fulfils in the same way.
 
-    top_k:           entries of the head at most; 0 asks for draws alone (random-sampling
+    top_k:           largest number of entries of a head; 0 means only draws (random-sampling
                      distillation).
-    min_k:           entries that a head keeps whatever the two rules below say (never more than
-                     ``top_k``).
+    min_k:           entries that a head always keeps, regardless of the next two rules (never more
+                     than ``top_k``).
     top_p:           a head ends with the entry at which its mass reaches this.
     min_probability: a head ends before the first entry less probable than this.
     samples:         draws from the tail in each set; 0 for none. At most 255.
     sets:            independent sets of draws.
-    mass_per_sample: probability that one draw should stand for: a tail of mass m gets ceil(m /
-    mass_per_sample) draws
-                     per set, at least 1 and at most ``samples``. None: ``samples`` draws
-                     everywhere.
+    mass_per_sample: probability per draw: a tail of mass m gets ceil(m / mass_per_sample) draws per
+                     set, at least 1 and at most ``samples``. None: always ``samples`` draws.
     independent:     draws are independent of each other; else systematic: evenly spaced points of
                      the tail's CDF.
     seed:            of the draws.
@@ -53,11 +49,11 @@ class Capture:
 
 
 def head_sizes(logprobs: NDArray[np.float32], capture: Capture) -> NDArray[np.int32]:
-    """int32[R]: how many of the first entries of each row of ``logprobs`` [R, top_k] (falling,
-    nats) form the head.
+    """int32[R]: number of first entries of each row of ``logprobs`` [R, top_k] (descending, nats)
+    that form the head.
 
-    The engine's own copy of this rule (``logitcask.pipeline.distribution.draws``) must come to the
-    same sizes from the same float32 values.
+    The engine's copy of this rule (``logitcask.pipeline.distribution.draws_torch``) must give the
+    same sizes for the same float32 values.
     """
     rows, width = logprobs.shape
     size = np.full(rows, width, np.int32)

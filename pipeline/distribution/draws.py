@@ -1,6 +1,6 @@
 """Draws from the tail of a distribution: the algorithm, in numpy.
-``logitcask.pipeline.distribution.draws_torch`` is its twin inside engines, and
-``logitcask.pipeline.distribution.draws_triton`` on GPUs.
+``logitcask.pipeline.distribution.draws_torch`` is the same for engines, and
+``logitcask.pipeline.distribution.draws_triton`` for GPUs.
 
 The head of a position is its most probable ids (``logitcask.pipeline.distribution.capture``), the
 tail everything else, with mass ``m``. Draw ``d`` of ``S`` is the id at which the tail's cumulative
@@ -11,11 +11,11 @@ systematic   fraction = (d + u) / S with one u per set: each id comes up the flo
              (Madow 1949), and what is estimated from the draws varies less.
 independent  fraction = u, one u per draw.
 
-``u`` is a hash of what the position looks like and not of where it stands, so that scoring a text
-again gives the same draws whatever it is batched with: the target, the four most probable ids, and
-the logprobs of the target and of the top id in eighths of a nat. Engines round differently from
-batch to batch, so a draw may still differ where two of those ids are tied, a logprob lies between
-two eighths, or a fraction falls just where one id ends and the next begins.
+``u`` is a hash of the position's content and not of its place, so scoring a text again gives the
+same draws in any batch. The content is the target, the four most probable ids, and the logprobs of
+the target and of the top id in eighths of a nat. Engines round differently from batch to batch. A
+draw may therefore differ if two of these ids are tied, if a logprob is halfway between two eighths,
+or if a fraction is at the border of two ids.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from numpy.typing import NDArray
 
 from logitcask.pipeline.distribution.capture import Capture, head_sizes
 
-# How many of the most probable ids enter the hash.
+# Number of most probable ids in the hash.
 KEY_IDS = 4
-# Logprobs are raised to this before they are hashed, and before they are multiplied by a
-# probability that is 0 there.
+# Smaller logprobs are raised to this before they are hashed, and before they are multiplied by
+# their probability of 0.
 LEAST_LOGPROB = -200.0
-# Draws in a set are numbered below this.
+# Numbers of draws in a set are below this.
 SET_STRIDE = 256
 
 
@@ -42,13 +42,13 @@ class Draws:
     """What an engine says of R positions beside their most probable ids; numpy arrays, or torch
     tensors inside an engine.
 
-    head_size:       int32[R], how many of the most probable ids form the head
+    head_size:       int32[R], number of the most probable ids that form the head
                      (``logitcask.pipeline.distribution.capture``); the tail is everything else.
     samples:         int32[R, T, S], ids drawn from the tail in proportion to their probability: T
                      sets of up to S draws, padded at the end with -1; repeats are draws too. T and
-                     S are 0 where none are asked for.
-    sample_logprobs: float32[R, T, S], their logprobs, padded with -inf.
-    entropy:         float32[R], nats, of the whole distribution; None where no draws are asked for.
+                     S are 0 if none are asked for.
+    sample_logprobs: float32[R, T, S], the logprobs of the draws, padded with -inf.
+    entropy:         float32[R], nats, of the whole distribution; None without draws.
     """
 
     head_size: Any
@@ -63,11 +63,11 @@ def draw(
     target_ids: NDArray[np.int32],
     capture: Capture,
 ) -> Draws:
-    """The draws that ``capture`` asks for: the reference for every other way of making them.
+    """The draws of ``capture``: the reference for all other implementations.
 
     logprobs:   float32[R, V], whole distributions, nats; -inf is allowed.
-    top_ids:    int32[R, K], K >= max(top_k, KEY_IDS): the most probable ids, by falling logprob.
-    target_ids: int32[R], the tokens that follow.
+    top_ids:    int32[R, K], K >= max(top_k, KEY_IDS): the most probable ids, by descending logprob.
+    target_ids: int32[R], the next tokens.
     """
     head_ids = top_ids[:, : capture.top_k].astype(np.int64)
     head_size = head_sizes(np.take_along_axis(logprobs, head_ids, axis=1), capture)
@@ -75,8 +75,8 @@ def draw(
     mass = ends[:, -1]
     counts = set_sizes(mass, capture)
     points = fractions(_named(logprobs, top_ids, target_ids), top_ids, target_ids, counts, capture)
-    # Kept below the end of the tail whatever is rounded on the way, so that an id with some
-    # probability is found.
+    # Kept below the end of the tail in spite of rounding, so that an id with some probability is
+    # found.
     points = np.minimum(points * mass[:, None, None], np.nextafter(mass, 0)[:, None, None])
     found = [np.searchsorted(*each, side="right") for each in zip(ends, points, strict=True)]
     ids = np.minimum(np.array(found, np.int64).reshape(points.shape), logprobs.shape[1] - 1)
@@ -94,9 +94,7 @@ def entropy(logprobs: NDArray[Any]) -> NDArray[np.float32]:
 
 
 def no_draws(head: NDArray[np.float32], capture: Capture) -> Draws:
-    """What a ``capture`` without draws says of R positions: the sizes of their heads, float32[R,
-    top_k] logprobs.
-    """
+    """``Draws`` without draws: only the head sizes of float32[R, top_k] logprobs."""
     nothing = np.empty((len(head), 0, 0))
     return Draws(
         head_sizes(head, capture), nothing.astype(np.int32), nothing.astype(np.float32), None
@@ -104,9 +102,7 @@ def no_draws(head: NDArray[np.float32], capture: Capture) -> Draws:
 
 
 def set_sizes(tail_mass: NDArray[np.float64], capture: Capture) -> NDArray[np.int64]:
-    """int64[R]: draws per set at positions whose tails have these masses; none where there is no
-    tail.
-    """
+    """int64[R]: draws per set at positions whose tails have these masses; 0 without a tail."""
     if capture.mass_per_sample is None:
         return np.where(tail_mass > 0, capture.samples, 0)
     wanted = np.ceil(tail_mass / capture.mass_per_sample).clip(1, capture.samples)
@@ -120,8 +116,7 @@ def fractions(
     counts: NDArray[np.int64],
     capture: Capture,
 ) -> NDArray[np.float64]:
-    """float64[R, T, S] in [0, 1): the point of the tail's CDF that each of the first ``counts`` [R]
-    draws looks for.
+    """float64[R, T, S] in [0, 1): the CDF's points of the first ``counts`` [R] draws.
 
     named: float32[R, 2], the logprobs of the top id and of the target. Other arguments as for
     ``draw``.
@@ -154,11 +149,10 @@ def padded(
 
 
 def mix(bits: Any) -> Any:
-    """One step of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014): a bijection of 64 bits that leaves
-    no pattern.
+    """One step of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014), a bijection of 64 bits.
 
-    ``bits``: int64, a numpy array or a torch tensor. Both wrap around; masks make their arithmetic
-    shifts logical.
+    ``bits``: int64, a numpy array or a torch tensor. Both wrap around, and masks turn their
+    arithmetic shifts into logical ones.
     """
     bits = bits + (0x9E3779B97F4A7C15 - (1 << 64))
     bits = (bits ^ (bits >> 30 & (1 << 34) - 1)) * (0xBF58476D1CE4E5B9 - (1 << 64))
@@ -179,7 +173,7 @@ def hashed(columns: list[Any], cells: Any, seed: int) -> Any:
 
 
 def hashed_seed(seed: int) -> int:
-    """Where ``hashed`` begins: 64 bits, signed."""
+    """The start value of ``hashed``: 64 bits, signed."""
     return int(mix(np.array([seed % 2**64], np.uint64).view(np.int64))[0])
 
 
@@ -191,12 +185,12 @@ def first_difference(
     capture: Capture,
     tolerance: float = 1e-3,
 ) -> str | None:
-    """Why ``found`` cannot be what ``draw`` gives for ``logprobs``, in a few words; None where it
-    can.
+    """The reason, in a few words, why ``found`` cannot be the result of ``draw`` for ``logprobs``;
+    None if it can.
 
-    Arguments as for ``draw``. Engines round differently from run to run: ``tolerance`` bounds the
-    difference of any two logprobs, in nats, and with it how far a draw may fall from its point of
-    the CDF, as a part of the tail.
+    Arguments as for ``draw``. Engines round differently from run to run. ``tolerance`` is the
+    largest difference of two logprobs, in nats. It also limits the distance of a draw from its
+    point of the CDF, as a part of the tail.
     """
     if found.samples.shape != (len(logprobs), capture.sets, capture.samples):
         return f"draws of shape {found.samples.shape} came"
@@ -231,8 +225,8 @@ def first_difference(
     above, room = points - ends[row, ids], tolerance * mass[row]
     if ((above > room) | (above < -tail[row, ids] - room)).any():
         return "other ids were drawn"
-    # The derivative of -p log p is at most a few units at any p worth the name, and the errors of
-    # many ids add up.
+    # The derivative of -p log p is at most a few units for all relevant p, and the errors of many
+    # ids add up.
     if not np.allclose(found.entropy, entropy(logprobs), atol=20 * tolerance, rtol=0):
         return "the entropy is wrong"
     return None
@@ -241,8 +235,8 @@ def first_difference(
 def _tail(
     logprobs: NDArray[np.float32], head_ids: NDArray[np.int64], head_size: NDArray[np.int32]
 ) -> NDArray[np.float64]:
-    """float64[R, V]: probabilities, 0 in the head. Exponentials in float32, so that what
-    underflows is the same everywhere.
+    """float64[R, V]: probabilities, 0 in the head. Exponentials are float32, so that the same
+    values underflow everywhere.
     """
     probabilities = np.exp(logprobs)
     outside = np.arange(head_ids.shape[1]) >= head_size[:, None]

@@ -1,11 +1,10 @@
-"""Draws from the tail of a distribution, in torch: what ``logitcask.pipeline.distribution.draws``
-says, where the distributions are.
+"""Draws from the tail in torch, inside engines (``logitcask.pipeline.distribution.draws``).
 
-A search in two levels keeps it cheap: one pass sums the probabilities of blocks of ids, and only in
-the blocks that are hit are ids looked at. The costly part is one exponential per id, which is as
-much as the engine's own log-softmax takes. A GPU spends longer on being told of an operation than
-on a small one, so what takes many small ones (the hash) is done once for all rows; where Triton is
-there, kernels do the rest (``logitcask.pipeline.distribution.draws_triton``).
+A search in two levels keeps it cheap: one pass sums the probabilities of blocks of ids, and only
+blocks with a draw are searched for the id. The main cost is one exponential per id, as much as the
+engine's own log-softmax. On a GPU the launch of a small operation takes longer than the operation,
+so the hash, which has many small ones, is computed once for all rows. If Triton is available,
+kernels do the rest (``logitcask.pipeline.distribution.draws_triton``).
 """
 
 from __future__ import annotations
@@ -27,25 +26,24 @@ logger = logging.getLogger(__name__)
 _BLOCK = 256
 # Floats in a temporary: small enough for a CPU's cache, large enough to fill a GPU.
 _CHUNK = {"cpu": 1 << 20, "gpu": 1 << 26}
-# Rows on which the kernels are compared with what torch draws, and the part of the draws that
-# rounding may change.
+# Rows for the comparison of the kernels with torch, and the part of the draws that rounding may
+# change.
 _COMPARED, _ROUNDED = 8, 0.2
-# Whether the kernels draw as torch does, by what they are compiled for.
+# Whether the kernels agree with torch, by the parameters of their compilation.
 _kernels_agree: dict[tuple[Any, ...], bool] = {}
 
 
 def draw(
     scores: Tensor, top_ids: Tensor, target_ids: Tensor, capture: Capture, *, logits: bool = False
 ) -> Draws:
-    """The draws that ``capture`` asks for, as tensors, in chunks of positions so that memory stays
-    bounded.
+    """The draws of ``capture``, as tensors, in chunks of positions for bounded memory.
 
-    On a GPU by Triton kernels, once they have given for some rows what torch gives.
+    On a GPU they are made by Triton kernels, if these have given the same as torch for some rows.
 
-    scores:     float[R, V], R >= 1: logprobs in nats (-inf is allowed), or with ``logits`` anything
-                a constant apart.
-    top_ids:    int64[R, K], K >= max(top_k, KEY_IDS): the most probable ids, by falling logprob.
-    target_ids: int64[R], the tokens that follow.
+    scores:     float[R, V], R >= 1: logprobs in nats (-inf is allowed), or with ``logits`` the
+                same plus a constant per row.
+    top_ids:    int64[R, K], K >= max(top_k, KEY_IDS): the most probable ids, by descending logprob.
+    target_ids: int64[R], the next tokens.
     """
     if not (scores.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"):
         return _by_torch(scores, top_ids, target_ids, capture, logits)
@@ -67,9 +65,7 @@ def draw(
 
 
 def _why_not(few: tuple[Tensor, Tensor, Tensor, Capture, bool]) -> str | None:
-    """Why the kernels are not to be used, told from a few rows; None where they draw what torch
-    does.
-    """
+    """The reason not to use the kernels, from a few rows; None if they agree with torch."""
     try:
         found = _by_triton(*few)
         expected = _by_torch(*few)
@@ -84,7 +80,7 @@ def _why_not(few: tuple[Tensor, Tensor, Tensor, Capture, bool]) -> str | None:
             and torch.allclose(found.entropy, expected.entropy, atol=1e-2, rtol=0)
         ):
             return "they draw other ids"
-    except Exception as error:  # whatever a compiler or a driver raises
+    except Exception as error:  # compilers and drivers may raise anything
         return one_line(error)[:200]
     return None
 
@@ -119,8 +115,8 @@ def _by_torch(
         scores, logits = scores.log_softmax(dim=1, dtype=torch.float32), False
 
     def logprobs_of(chunk: slice) -> Tensor:
-        """Made twice, since those of all rows would not fit; each time with the same bits, which
-        the hash depends on.
+        """Logprobs of a chunk. They are computed twice, because those of all rows need too much
+        memory. Both times give the same bits, on which the hash depends.
         """
         return scores[chunk].log_softmax(dim=1, dtype=torch.float32) if logits else scores[chunk]
 
@@ -146,7 +142,7 @@ def _by_torch(
 
 
 def to_numpy(draws: Draws) -> Draws:
-    """The same on the host, as numpy arrays."""
+    """The same draws as numpy arrays on the host."""
     return Draws(
         head_size=draws.head_size.cpu().numpy(),
         samples=draws.samples.cpu().numpy(),
@@ -158,8 +154,8 @@ def to_numpy(draws: Draws) -> Draws:
 def _draw_chunk(
     logprobs: Tensor, head_ids: Tensor, outside: Tensor, uniforms: Tensor, capture: Capture
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The ids [R, T * S] that are drawn and their logprobs, how many of each set count,
-    int64[R], the entropy, float32[R].
+    """The drawn ids [R, T * S] and their logprobs, the number of valid draws per set, int64[R], and
+    the entropy, float32[R].
     """
     rows, vocab_size = logprobs.shape
     blocks = math.ceil(vocab_size / _BLOCK)
@@ -175,12 +171,12 @@ def _draw_chunk(
     points = _fractions(uniforms, counts[:, :, None], capture).flatten(1) * mass
     points = torch.minimum(points, _just_below(mass))
     block = torch.searchsorted(ends, points, right=True).clamp_max_(blocks - 1)
-    # What lies before a block: the end of the one in front of it.
+    # The CDF before a block is the end of the block before it.
     points -= torch.nn.functional.pad(ends, (1, 0)).gather(1, block)
     first = torch.arange(0, rows * blocks, blocks, device=logprobs.device)[:, None]
     hit = padded.view(-1, _BLOCK).index_select(0, (block + first).flatten()).double().cumsum(dim=1)
-    # A block's sum is rounded in float32, so a point may lie beyond its end; it must find an id
-    # that is there.
+    # A block's sum is rounded in float32, so a point may be beyond its end. It must still find an
+    # id with some probability.
     points = torch.minimum(points.reshape(-1, 1), _just_below(hit[:, -1:])).clamp_min_(0)
     within = torch.searchsorted(hit, points, right=True).view_as(block)
     ids = within.add_(block, alpha=_BLOCK).clamp_max_(vocab_size - 1)

@@ -1,13 +1,15 @@
-"""Draws from the tail as Triton kernels: what ``logitcask.pipeline.distribution.draws_torch`` does,
-without its temporaries and its many launches.
+"""Draws from the tail as Triton kernels: the same as
+``logitcask.pipeline.distribution.draws_torch`` with fewer temporaries and launches.
 
-The scores are read twice (once where they are logprobs) and nothing as large is written. One
-program a row finds the log-sum; one sums the probabilities of each block of ids and the entropy,
-and hashes what the position looks like; one for a few draws finds the block of each, and then the
-id in it. The bits of the hash are those of ``logitcask.pipeline.distribution.draws``.
+The scores are read twice (once if they are logprobs), and no tensor of their size is written. One
+program per row computes the log-sum. One program per row sums the probabilities of each block of
+ids and the entropy, and hashes the position. One program per few draws finds the block of each
+draw, and then the id in it. The bits of the hash are those of
+``logitcask.pipeline.distribution.draws``.
 
-Used for CUDA tensors; ``LOGITCASK_TRITON=0`` turns them off. With ``TRITON_INTERPRET=1``, set
-before triton is first imported, they run on the CPU, slowly: that is how they are tested.
+The kernels are used for CUDA tensors. ``LOGITCASK_TRITON=0`` turns them off. With
+``TRITON_INTERPRET=1``, set before triton is first imported, they run slowly on the CPU. The tests
+use this.
 
 Shapes: R positions, V vocabulary, B blocks of ids, T sets of S draws.
 """
@@ -39,9 +41,7 @@ _WARPS = {"norms": 8, "mark": 1, "tails": 8, "find": 8}
 
 
 def usable(scores: Tensor) -> bool:
-    """Whether the kernels take this tensor: on CUDA (or interpreted), rows contiguous, at most
-    float32.
-    """
+    """Whether the kernels support it: on CUDA or interpreted, rows contiguous, at most float32."""
     return (
         _ENABLED
         and (scores.is_cuda or INTERPRETED)
@@ -53,8 +53,8 @@ def usable(scores: Tensor) -> bool:
 def norms(scores_RV: Tensor) -> Tensor:
     """float32[R, 2]: each row's highest score, and the log of the sum of exp(score - highest).
 
-    Scores less the one and then the other are logprobs, as ``log_softmax`` has them: less their sum
-    they would be rounded more.
+    The scores minus the first and then minus the second are logprobs, as in ``log_softmax``.
+    Subtracting their sum would round more.
     """
     out = scores_RV.new_empty((len(scores_RV), 2), dtype=torch.float32)
     _norms[(len(out),)](
@@ -69,11 +69,11 @@ def norms(scores_RV: Tensor) -> Tensor:
 
 
 class Tails(NamedTuple):
-    """What a pass over the scores leaves of them.
+    """The results of a pass over the scores.
 
     sums:    float32[R, B], the probability of each block of ids outside the head.
-    bits:    int32[R, B * 8], the head, a bit an id.
-    keys:    int64[R], the hash of what the position looks like.
+    bits:    int32[R, B * 8], the head, one bit per id.
+    keys:    int64[R], the hash of the position.
     entropy: float32[R], nats.
     """
 
@@ -136,9 +136,7 @@ def tails(
 def find(
     scores_RV: Tensor, norms_R2: Tensor, tails: Tails, counts: Tensor, capture: Capture
 ) -> tuple[Tensor, Tensor]:
-    """The draws, int32[R, T, S], and their logprobs, float32[R, T, S]; -1 and -inf behind the
-    first ``counts`` (int64[R]).
-    """
+    """Draws int32[R, T, S], logprobs float32[R, T, S]; padded after ``counts`` (int64[R])."""
     rows, size = scores_RV.shape
     blocks = tails.sums.shape[1]
     shape = (rows, capture.sets, capture.samples)
@@ -176,7 +174,7 @@ if triton is not None:
         # 64 bits: there may be more than 2**31 scores.
         row = scores + at.to(tl.int64) * stride
         columns = tl.arange(0, TILE)
-        # One running maximum and sum per lane, so that lanes meet only once, at the end.
+        # One running maximum and sum per lane; lanes are combined once, at the end.
         highest = tl.full((TILE,), float("-inf"), tl.float32)
         total = tl.zeros((TILE,), tl.float32)
         for first in range(0, size, TILE):
@@ -203,8 +201,8 @@ if triton is not None:
 
     @triton.jit
     def _mix(bits):  # type: ignore[no-untyped-def]
-        """``logitcask.pipeline.distribution.draws.mix``: its constants, less 2**64, and its
-        masks in full.
+        """``logitcask.pipeline.distribution.draws.mix`` with its constants minus 2**64 and its full
+        masks.
         """
         bits = bits + (-7046029254386353131)
         bits = (bits ^ ((bits >> 30) & 17179869183)) * (-4658895280553007687)
@@ -259,7 +257,7 @@ if triton is not None:
             logprob = (
                 tl.load(row + (top if k == 0 else target)).to(tl.float32) - highest - log_total
             )
-            # In eighths, rounded to even: which float32 does where its last bit is worth 1.
+            # In eighths, rounded to even: float32 does this if its last bit has the value 1.
             eighths = (tl.maximum(logprob, LEAST) * 8 + 12582912.0) - 12582912.0
             key = _mix(eighths.to(tl.int64) + key)
         tl.store(keys + at, key)
@@ -293,16 +291,15 @@ if triton is not None:
         count = tl.load(counts + at)
         wanted = (cell < cells) & (step < count)
 
-        # Where in the tail's CDF to look.
+        # The point of the tail's CDF.
         key = _mix(tl.load(keys + at) + which * STRIDE + (step if INDEPENDENT else 0))
-        # Powers of two are exact in every float type that a constant may be taken for; 1 - 2**-53
-        # is not.
+        # Powers of two are exact in every float type of a constant; 1 - 2**-53 is not.
         fraction = ((key >> 11) & 9007199254740991).to(tl.float64) * 1.1102230246251565e-16
         if not INDEPENDENT:
             fraction = (step.to(tl.float64) + fraction) / tl.maximum(count, 1).to(tl.float64)
 
-        # The block. Sums of a scan are rounded each in its own way, so that alone they might name
-        # an empty one.
+        # The block. The sums of a scan are rounded differently, so alone they might give an empty
+        # block.
         block = tl.arange(0, BLOCKS)
         each = tl.load(sums + at * blocks + block, mask=block < blocks, other=0.0).to(tl.float64)
         mass = tl.sum(each, 0)
@@ -322,7 +319,7 @@ if triton is not None:
         )
         word = tl.load(bits + at * blocks * (BLOCK // 32) + (ids >> 5), mask=ids < size, other=0)
         p = tl.where(((word >> (ids & 31)) & 1) == 0, p, 0.0).to(tl.float64)
-        # The block's sum was rounded in float32, so the point may lie beyond its end.
+        # The block's sum was rounded in float32, so the point may be beyond its end.
         end = tl.sum(p, 1)
         point = tl.minimum(tl.maximum(point, 0.0), end - end * 1.1102230246251565e-16)
         behind = (tl.cumsum(p, 1) > point[:, None]) & (p > 0)

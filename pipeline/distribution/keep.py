@@ -1,6 +1,4 @@
-"""What to keep of a teacher's rows: from ``Scored`` to ``CachedSequence``. Alignment is checked
-here, once.
-"""
+"""The stored part of a teacher's rows: from ``Scored`` to ``CachedSequence``, alignment checked."""
 
 from __future__ import annotations
 
@@ -14,7 +12,7 @@ from logitcask.pipeline.types import Scored, Sequence
 
 
 class MisalignedScoresError(LogitcaskError):
-    """The engine did not score the tokens it was given; nothing of it may be stored."""
+    """The engine did not score the given tokens, so its rows must not be stored."""
 
     exit_code = 1
 
@@ -38,9 +36,7 @@ def check_alignment(sequence: Sequence, scored: Scored) -> None:
 
 
 def not_a_number(place: str) -> UserError:
-    """The error for a teacher whose logits are NaN, or infinite, at ``place``: what makes them
-    so, and the ways out.
-    """
+    """The error for a teacher with NaN or infinite logits at ``place``: causes and remedies."""
     return UserError(
         f"the teacher's logprobs are NaN {place}: its arithmetic overflows, as that of models made for bfloat16 does in float16 "
         "(set teacher.dtype to bfloat16 or float32), or its weights are damaged (fetch them again)"
@@ -48,9 +44,7 @@ def not_a_number(place: str) -> UserError:
 
 
 def check_numbers(scored: Scored, place: str) -> None:
-    """Raises UserError where a logprob in ``scored`` is NaN. One logit that is NaN makes its
-    whole row so.
-    """
+    """Raises UserError if a logprob in ``scored`` is NaN. One NaN logit makes its whole row NaN."""
     if np.isnan(scored.target_logprob).any() or np.isnan(scored.logprobs).any():
         raise not_a_number(place)
 
@@ -58,17 +52,16 @@ def check_numbers(scored: Scored, place: str) -> None:
 def tail_logprob(
     logprobs: NDArray[np.float32], size: NDArray[np.int32], vocab_size: int
 ) -> NDArray[np.float32]:
-    """float32[P]: log of the mass outside the first ``size`` entries of each row of ``logprobs``
-    [P, K].
+    """float32[P]: log of the mass outside the first ``size`` of ``logprobs`` [P, K].
 
-    Clamped as SPEC.md section 5 says; -inf where the head is the whole vocabulary.
+    Clamped (SPEC.md section 5); -inf if the head is the whole vocabulary.
     """
     inside = np.arange(logprobs.shape[1]) < size[:, None]
     head = np.where(inside, logprobs, -np.inf).astype(np.float64)
     with np.errstate(divide="ignore"):
         mass = np.maximum(-np.expm1(np.log(np.exp(head).sum(axis=1))), TAIL_MASS_FLOOR)
-        # No id of the tail is more probable than the head's last; without a head there is no such
-        # bound.
+        # No id of the tail is more probable than the head's last entry; without a head there is no
+        # such bound.
         last = head.min(axis=1, where=inside, initial=0)
         tail = np.minimum(
             np.log(mass), np.where(size == vocab_size, -np.inf, np.log(vocab_size - size) + last)
@@ -77,14 +70,14 @@ def tail_logprob(
 
 
 def keep(sequence: Sequence, scored: Scored, store: StoreSettings) -> CachedSequence:
-    """The kept positions of ``scored``: the heads, the mass of the rest, and the draws from it.
+    """The kept positions of ``scored``: the heads, the mass of the tail, and the draws from it.
 
     Entries of probability 0 (ids that the engine masks) are never part of a head.
     """
     check_alignment(sequence, scored)
     check_numbers(scored, f"in sequence {sequence.sequence_id[:100]!r}")
     positions = sequence.positions()
-    # Where the engine's rows are those of the kept positions already, they are taken as they are.
+    # If the engine's rows are already those of the kept positions, they are used unchanged.
     rows = positions if scored.positions is None else np.searchsorted(scored.positions, positions)
     draws = scored.draws
     size = draws.head_size[rows]

@@ -1,9 +1,8 @@
-"""``teacher-cache estimate``: what a build will take, before anything runs: tokens, bytes, engine
-hours, money.
+"""``teacher-cache estimate``: a forecast of a build's tokens, bytes, engine hours and cost.
 
-The head of the data is tokenised as a build does it, and the rest is taken to be like it. Bytes
-come from ``size``, speed from ``speed``. No engine is started and no weights are read unless a
-probe is asked for. The answer includes the assumptions behind every number.
+The head of the data is tokenised as in a build, and the rest is assumed to be similar. Bytes come
+from ``size``, speed from ``speed``. No engine is started and no weights are read, unless the user
+asks for a probe. The result includes the assumptions behind every number.
 """
 
 from __future__ import annotations
@@ -24,12 +23,12 @@ from logitcask.pipeline.text.sources import Row, Source, open_source
 from logitcask.pipeline.text.tokenize import Tokenization
 from logitcask.pipeline.types import Sequence
 
-# The head of the data that is tokenised: the first of these that is reached. English has some 4
-# characters to a token.
+# Limits of the head of the data that is tokenised; the first one reached counts. English has some 4
+# characters per token.
 _ROWS = 2_000
 _CHARACTERS = 1_000_000
-# An int32 id, a bit of the mask and the name: the plan of a build, which lies beside the cache
-# until it is finished.
+# Bytes per token of a build's plan, which exists until the cache is finished: an int32 id, a bit of
+# the mask, the name.
 _PLAN_BYTES_PER_TOKEN = 4.2
 _TABLE = tuple(10**power for power in range(6, 13))
 
@@ -39,7 +38,7 @@ class _Model(BaseModel):
 
 
 class Sample(_Model):
-    """The head of the data, tokenised as a build does it."""
+    """The head of the data, tokenised as in a build."""
 
     rows: int = Field(description="Rows read, those without usable text included.")
     whole: bool = Field(description="Whether these are all rows.")
@@ -55,7 +54,7 @@ class Sample(_Model):
 
 
 class Forecast(_Model):
-    """What a build over ``text_tokens`` tokens of text takes. Sizes in bytes, times in seconds."""
+    """Forecast of a build over ``text_tokens`` tokens of text. Sizes in bytes, times in seconds."""
 
     text_tokens: int = Field(description="Before max_length and data.overlong are applied.")
     tokens: int = Field(description="In the cache.")
@@ -73,7 +72,7 @@ class Forecast(_Model):
 
 
 class Estimate(_Model):
-    """The answer of ``teacher-cache estimate``."""
+    """The result of ``teacher-cache estimate``."""
 
     sample: Sample
     total_text_tokens: int | None = Field(
@@ -97,20 +96,20 @@ def estimate(
     tokens_per_second: float | None = None,
     measure: bool = False,
 ) -> Estimate:
-    """What the build of ``config`` takes.
+    """The forecast for the build of ``config``.
 
-    tokens:            of text, to answer for; None: those of the data set up to
-                       ``data.max_tokens``, or, where nobody can say how many there are, powers of
-                       ten from 10^6 to 10^12.
+    tokens:            of text, for the forecast; None: those of the data set up to
+                       ``data.max_tokens``, or, if their number is unknown, powers of ten from 10^6
+                       to 10^12.
     price:             of a GPU for an hour, in any currency.
-    gpus:              at work together; None: those of one engine.
-    gpu:               whose peak figures count (a key of ``speed.GPUS``).
-    tokens_per_second: of one engine, where it is known; replaces the figures of ``gpu``.
+    gpus:              number of GPUs in use; None: those of one engine.
+    gpu:               the GPU whose peak figures are used (a key of ``speed.GPUS``).
+    tokens_per_second: of one engine, if known; replaces the figures of ``gpu``.
     measure:           start the engine and measure speed and bytes on the head of the data; a given
-                       speed still counts.
+                       speed takes precedence.
 
-    Raises UserError: anything ``build`` would find wrong with data or model before its engine
-    starts, and ``gpus`` that do not make up whole engines.
+    Raises UserError for every problem with data or model that ``build`` finds before its engine
+    starts, and for ``gpus`` that are not a multiple of one engine's.
     """
     vocab_size = vocab_size_of(config.teacher)
     if config.store.top_k > vocab_size:
@@ -204,7 +203,7 @@ def _sample(config: BuildConfig) -> tuple[Sample, list[Sequence]]:
 
 
 def _head(source: Source) -> tuple[list[Row], int, bool]:
-    """The first usable rows, how many rows were read for them, and whether they are all."""
+    """The first usable rows, the number of rows read for them, and whether they are all rows."""
     rows: list[Row] = []
     characters = 0
     stream = iter(source)
@@ -221,9 +220,7 @@ def _head(source: Source) -> tuple[list[Row], int, bool]:
 
 
 def _total_text_tokens(config: DataConfig, sample: Sample) -> int | None:
-    """Tokens of the whole data set: the rows there are, told from sizes, times the tokens per
-    row of the head.
-    """
+    """Tokens of the data set: its rows, estimated from sizes, times the head's tokens per row."""
     if sample.whole:
         return sample.text_tokens
     rows = count_rows(config)
@@ -246,9 +243,7 @@ def _forecast(
     gpus: int,
     price: float | None,
 ) -> Forecast:
-    """The head of the data, enlarged to ``text_tokens`` of text and cut at ``limit`` tokens of
-    sequences.
-    """
+    """The head of the data, scaled to ``text_tokens`` and cut at ``limit`` sequence tokens."""
     factor = text_tokens / sample.text_tokens
     if limit is not None and factor * sample.tokens > limit:
         factor = limit / sample.tokens
@@ -274,9 +269,7 @@ def _forecast(
 
 
 def _shards(tokens: int, length: float, shard_tokens: int) -> int:
-    """A shard ends before the sequence that would exceed ``shard_tokens``: on average half a
-    sequence early.
-    """
+    """Number of shards; a shard ends on average half a sequence before ``shard_tokens``."""
     if tokens <= shard_tokens:
         return 1
     return math.ceil(tokens / max(length, shard_tokens - length / 2))
@@ -293,7 +286,7 @@ def _assumptions(
     *,
     limited: bool,
 ) -> Iterator[str]:
-    """What the numbers rest on, a line each."""
+    """The assumptions behind the numbers, one line each."""
     data, store = config.data, config.store
     part = (
         "all of the data"

@@ -1,8 +1,7 @@
-"""How many bytes a cache will take: measured on what a probe scored, or told from a teacher that
-was measured.
+"""The size of a cache in bytes: measured on a probe, or computed from a reference teacher.
 
-The second way has two parts: how many head entries and draws a config keeps of the reference
-teacher's distributions, and what each of them takes once it is packed. The constants are of
+The computation has two parts: the numbers of head entries and draws that a config keeps of the
+reference teacher's distributions, and the packed size of each. The constants are those of
 SmolLM2-135M-Instruct (49,152 ids) in float32 over 29,713 positions of `python-docs`, max_length
 512, and of the 45 caches in ``benchmarks/results/format.json``, whose sizes they give to within 5
 %.
@@ -193,7 +192,7 @@ _PROBE_ERROR = 0.1
 
 
 class Range(BaseModel):
-    """A number and how far off it may be."""
+    """A number and its possible range."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -209,9 +208,7 @@ class Range(BaseModel):
 
 
 class Size(BaseModel):
-    """Bytes of a cache as a linear function of what is in it. ``heads`` and ``draws`` are means
-    per kept position.
-    """
+    """Bytes of a cache, linear in its content; ``heads``, ``draws``: means per kept position."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -236,16 +233,16 @@ class Size(BaseModel):
 
     @property
     def most_shards(self) -> int:
-        """About how many shards a manifest can name."""
+        """Approximate number of shards that a manifest can name."""
         return MAX_MANIFEST_BYTES // _MANIFEST_ENTRY
 
 
 def size_from_reference(store: StoreConfig, vocab_size: int) -> Size:
-    """What ``store`` would keep of the reference teacher.
+    """Size with the reference teacher's distributions in ``store``.
 
-    The range is that of a teacher that is surer (without the three tenths of highest entropy) or
-    less sure (without the three of lowest), and 15 % more either way for what packs differently:
-    ids, vocabulary, text.
+    The range is that of a sharper teacher (without the three tenths of highest entropy) and a
+    flatter one (without the three of lowest entropy), with 15 % more on both sides for differences
+    in packing: ids, vocabulary, text.
     """
     capture = store.capture()
     heads, draws = reference_entries(capture, vocab_size)
@@ -267,10 +264,10 @@ def size_from_reference(store: StoreConfig, vocab_size: int) -> Size:
 
 
 def size_from_probe(store: StoreConfig, vocab_size: int, kept: Seq[CachedSequence]) -> Size:
-    """What the codec makes of sequences that the real teacher scored.
+    """Size from sequences that the real teacher scored, packed by the codec.
 
-    Packed with a prior of their own, as a build's first sequences are; on 2,000 tokens of the
-    reference this came 2 % above the whole text's bytes per token.
+    They are packed with their own prior, as the first sequences of a build. On 2,000 tokens of the
+    reference, the result was 2 % above the bytes per token of the whole text.
     """
     settings = store.settings(vocab_size)
     prior = TailPrior.estimate(kept, vocab_size)
@@ -279,7 +276,7 @@ def size_from_probe(store: StoreConfig, vocab_size: int, kept: Seq[CachedSequenc
     tokens, positions = sum(map(len, kept)), sum(len(sequence.positions) for sequence in kept)
     packed = _shard_bytes(codec, kept, store) - empty
     per_position = (packed - _SEQUENCE * len(kept) - _TOKEN * tokens) / positions
-    # The error is one of all bytes, which sequences and tokens are part of.
+    # The error is that of all bytes, including those of sequences and tokens.
     error = _PROBE_ERROR * packed / positions
     return Size(
         source="probe",
@@ -302,9 +299,8 @@ def reference_entries(
     """float64[10] each: head entries per position of every tenth, and distinct ids among its draws,
     over all sets.
 
-    Of systematic draws id v comes up at least once with probability ``min(1, S p_v / m)``, of
-    independent ones with about ``1 - exp(-S p_v / m)``, S being the draws of a set and m the tail's
-    mass.
+    Systematic draws contain id v with probability ``min(1, S p_v / m)``, and independent draws with
+    about ``1 - exp(-S p_v / m)``, with S the draws of a set and m the tail's mass.
     """
     probabilities = _curves(max(_RANKS[-1], capture.top_k))[:, :vocab_size]
     heads = head_sizes(
@@ -345,13 +341,13 @@ def _curves(width: int) -> NDArray[np.float64]:
     slope = (known[:, -1] - known[:, -2]) / (at[-1] - at[-2])
     beyond = np.maximum(ranks - at[-1], 0)
     result: NDArray[np.float64] = curves * np.exp(slope[:, None] * beyond)
-    # The law ends where nothing is left.
+    # The power law ends when no mass is left.
     room = np.maximum(1 - (result.cumsum(axis=1) - result), 1e-12)
     return np.minimum(result, room)
 
 
 def _shard_bytes(codec: Codec, sequences: Seq[CachedSequence], store: StoreConfig) -> int:
-    """Size of one shard of them, as a build writes it."""
+    """Size of one shard with these sequences, written as in a build."""
     with tempfile.TemporaryDirectory() as folder:
         writer = ShardWriter(
             Path(folder) / "shard", codec, store.compression_level, None, mass_slack=1e-3

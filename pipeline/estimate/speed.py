@@ -1,4 +1,4 @@
-"""How fast a teacher scores: measured for some seconds, given by the user, or told from the
+"""The speed of a teacher: measured for some seconds, given by the user, or computed from the
 figures of a GPU.
 """
 
@@ -32,10 +32,10 @@ class Gpu:
     """Peak figures of NVIDIA's data sheets, without sparsity.
 
     tensor:    FLOP/s of the tensor cores in bfloat16, summed in float32.
-    fp8:       the same in FP8; as ``tensor`` where they do not have it.
+    fp8:       the same in FP8; as ``tensor`` if the tensor cores do not have it.
     float32:   FLOP/s outside the tensor cores.
     bandwidth: bytes per second of its memory.
-    link:      bytes per second to its neighbours, in one direction: NVLink where the board has it,
+    link:      bytes per second to its neighbours, in one direction: NVLink if the board has it,
                else PCIe.
     memory:    bytes.
     """
@@ -62,13 +62,13 @@ GPUS = {
     "rtx-3090": Gpu("RTX 3090", 71e12, 71e12, 35.6e12, 0.936e12, 32e9, 24e9),
 }
 
-# Part of the peak that reading long batches of text reaches, all else within a GPU (norms,
-# launches, waiting) included.
+# Part of the peak that long batches of text reach, including all other work in a GPU (norms,
+# launches, waiting).
 _UTILISATION = Range(low=0.2, likely=0.4, high=0.6)
 # Part of a link's figure that collectives over several GPUs reach.
 _LINK_UTILISATION = 0.65
-# How often the float32 logprobs of a position are read or written: softmax, top k, ranks, the CDF
-# that is drawn from.
+# Number of reads and writes of a position's float32 logprobs: softmax, top k, ranks, the CDF for
+# draws.
 _PASSES = 20
 # Seconds of one CPU core, to make arrays of what the engine returns, choose what is kept, pack,
 # hash and write it: of a token, and of an entry kept of it. The vocabulary's size does not matter:
@@ -82,14 +82,12 @@ _SYNTHETIC = 3e5
 
 _FIRST_PART = 512
 _LONG_ENOUGH = 8.0
-# What a probe keeps for the codec: as much as a build's prior is made of.
+# Positions that a probe keeps for the codec: as many as for a build's prior.
 _KEPT_TOKENS = 32_768
 
 
 class Speed(BaseModel):
-    """Tokens per second of one engine, which holds ``gpus_per_engine`` GPUs; ``notes`` say where
-    that comes from.
-    """
+    """Tokens per second of one engine with ``gpus_per_engine`` GPUs; ``notes`` give the source."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -110,11 +108,11 @@ def given_speed(config: BuildConfig, tokens_per_second: float) -> Speed:
 
 
 def probe(config: BuildConfig, sequences: Iterable[Sequence]) -> tuple[list[CachedSequence], Speed]:
-    """Starts the engine and scores some of ``sequences``: what a cache would keep of them, and how
-    fast that went.
+    """Starts the engine and scores some of ``sequences``. Returns their cached form, and the speed.
 
-    Parts twice as long each time, until one takes some seconds; the largest counts, so that warming
-    up does not. Raises UserError as ``open_teacher``, and where no sequence has anything to learn.
+    The parts double in length until one takes some seconds. Only the longest part counts, so the
+    warm-up is excluded. Raises UserError as ``open_teacher``, and if no sequence has a kept
+    position.
     """
     teacher = open_teacher(
         config.teacher, max_length=config.data.max_length, capture=config.store.capture()
@@ -160,7 +158,7 @@ def probe(config: BuildConfig, sequences: Iterable[Sequence]) -> tuple[list[Cach
 
 
 def writing_seconds(entries: float) -> float:
-    """Of one CPU core per token, ``entries`` of which are kept on average."""
+    """Seconds of one CPU core per token, with ``entries`` kept entries on average."""
     return _WRITING + _WRITING_AN_ENTRY * entries
 
 
@@ -172,10 +170,10 @@ def speed_from_hardware(
     context: mean number of tokens before a token.
     entries: head entries and draws kept of a token on average.
 
-    An engine is as fast as its slowest stage (``seconds_per_token``) or, if that takes longer, as
-    the CPU core that writes meanwhile: on GPUs the engine has a process of its own.
+    The speed is that of the slowest stage (``seconds_per_token``) or, if that is slower, of the CPU
+    core that writes at the same time: on GPUs the engine has its own process.
 
-    Raises UserError for an unknown GPU, and for a model whose shape transformers cannot tell.
+    Raises UserError for an unknown GPU, and for a model whose shape transformers does not know.
     """
     if config.teacher.is_synthetic:
         note = f"speed: {_SYNTHETIC:,.0f} tokens/s, what a build with the synthetic teacher reaches on a CPU core; no GPU is involved"
@@ -255,7 +253,7 @@ Arithmetic = Literal["float32", "16 bits", "fp8"]
 
 @dataclass(frozen=True, slots=True)
 class Seconds:
-    """What a token costs the slowest stage of an engine.
+    """Seconds per token of the slowest stage of an engine.
 
     layers:  its share of the layers and of attention.
     sharing: sums over the GPUs of a layer.
@@ -272,7 +270,7 @@ class Seconds:
 
     @property
     def prefill(self) -> float:
-        """Without what is asked of every position: what engines call prefill."""
+        """Seconds without the work for logprobs, as in the prefill of engines."""
         return self.layers + self.sharing
 
     @property
@@ -282,9 +280,9 @@ class Seconds:
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Of a model. ``weights``: those of the layers that one token meets; ``attention``: layers x
-    heads x head size; ``stream``: layers x width; ``head``: vocabulary x width; ``all_weights``: of
-    the layers, experts included.
+    """Shape of a model. ``weights``: those of the layers that one token uses; ``attention``: layers
+    x heads x head size; ``stream``: layers x width; ``head``: vocabulary x width; ``all_weights``:
+    of the layers, experts included.
     """
 
     weights: float
@@ -306,20 +304,19 @@ def seconds_per_token(
     stages: int = 1,
     utilisation: float = _UTILISATION.likely,
 ) -> Seconds:
-    """What reading a token costs.
+    """Seconds of a forward pass per token.
 
-    Layers: 2 x weights that a token meets + 4 x layers x heads x head size x context FLOP (Kaplan
-    et al., arXiv 2001.08361, section 2.1; attention without what causality saves would be twice as
-    much). They are shared by all GPUs. Everything that follows them is the work of the last stage
-    alone.
+    Layers: 2 x weights that a token uses + 4 x layers x heads x head size x context FLOP (Kaplan et
+    al., arXiv 2001.08361, section 2.1; attention without the savings of causality would be twice as
+    much). All GPUs share them. The other terms are the work of the last stage only.
 
     Two sums over the GPUs of a layer, after attention and after the MLP: a GPU sends 2 (T - 1) / T
     of the width each time.
 
-    Head: 2 x vocabulary x width FLOP on tensor cores, also where its logits are float32: vLLM
-    multiplies 16-bit factors and keeps the float32 sums (``torch.mm(...,
-    out_dtype=torch.float32)``). The vocabulary is shared by the GPUs of a layer, and each of them
-    then receives the logits of the others, and makes all passes over all of them.
+    Head: 2 x vocabulary x width FLOP on tensor cores, also for float32 logits: vLLM multiplies
+    16-bit factors and keeps the float32 sums (``torch.mm(..., out_dtype=torch.float32)``). The GPUs
+    of a layer share the vocabulary. Each of them then receives the logits of the others, and makes
+    all passes over all logits.
     """
     gpus = tensor_parallel * stages
     matrices = 2 * shape.weights / _layer_peak(gpu, arithmetic)
@@ -341,7 +338,7 @@ def _layer_peak(gpu: Gpu, arithmetic: Arithmetic) -> float:
 
 
 def shape_of(model: ResolvedModel) -> Shape:
-    """Read off a model without weights."""
+    """The shape, read from a model without weights."""
     try:
         lm = empty_model(model)
     except UserError as error:
@@ -367,15 +364,15 @@ def shape_of(model: ResolvedModel) -> Shape:
 
 
 def _share_of_experts(config: Any) -> float:
-    """Experts that one token meets, as a part of all routed ones; 1 where the config names none."""
+    """Share of the routed experts that one token uses; 1 if the config has none."""
     used = getattr(config, "num_experts_per_tok", None)
     all_of_them = next(filter(None, (getattr(config, name, None) for name in EXPERTS)), None)
     return used / all_of_them if used and all_of_them else 1.0
 
 
 def _float32_head(config: BuildConfig, model: ResolvedModel) -> bool:
-    """Whether vLLM multiplies by the output head in float32 on a GPU, as
-    ``logitcask.pipeline.teachers.vllm.engine`` has it.
+    """Whether vLLM multiplies by the output head in float32 on a GPU (see
+    ``logitcask.pipeline.teachers.vllm.engine``).
     """
     teacher = config.teacher
     if teacher.backend != "vllm" or teacher.dtype == "float32" or is_quantised(model):

@@ -1,14 +1,14 @@
-"""``data.generate``: the teacher's own answers, written down before anything is made of them.
+"""``data.generate``: the teacher's own answers, committed to disk before they are used.
 
 Rows become prompts, prompts become answers, and a prompt with its answer is a sequence like any
-other: planned, scored by prefill, stored. What is learnt is what the teacher wrote, token for token
-as it was sampled; no text is tokenised again.
+other: planned, scored by prefill, stored. The sampled tokens of the teacher are learnt. Text is
+never tokenised again.
 
-Everything lies in ``.build/generations/``. The prompts are streamed there first, in units of a few
-hundred answers; a unit counts once the file with its answers is there (``write_durably``), and is
-never written twice. So a build that was killed goes on at the first unit without answers, and what
-was committed is what ends up in the cache, whether or not the engine would sample the same again:
-engines round differently in other batches, which may turn a token.
+All files are in ``.build/generations/``. The prompts are streamed there first, in units of a few
+hundred answers. A unit is committed when the file with its answers exists (``write_durably``), and
+is never written again. A build that was killed resumes at the first unit without answers, and the
+cache is made from the committed answers. This holds even if the engine would now sample other
+tokens, because engines round differently in other batches.
 """
 
 from __future__ import annotations
@@ -64,17 +64,15 @@ class GenerationState(BaseModel):
     counters: dict[str, int]
     stamp: str
     prompts_sha256: str
-    # None where an earlier version has written this.
+    # None if an earlier version wrote this file.
     tokenizer: TokenizerIdentity | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class WrittenAnswer:
-    """What the teacher wrote: int32[m], its end token included where one came, and why it ended
-    there.
+    """The teacher's text, int32[m], with its end token, if any, and the reason of its end.
 
-    ``stop``: at an end token or a stop string; ``length``: it may not be longer; ``empty``: at
-    once.
+    ``stop``: an end token or a stop string; ``length``: the length limit; ``empty``: no content.
     """
 
     input_ids: NDArray[np.int32]
@@ -82,8 +80,7 @@ class WrittenAnswer:
 
 
 class Generations:
-    """The answers to the prompts of one source, as sequences; ``complete`` comes before
-    ``sequences``.
+    """Answers to the prompts of one source, as sequences; ``complete`` before ``sequences``.
 
     ``counters`` are those of ``Prompts``, and of the latest ``sequences()``: ``generations``;
     ``generated_tokens``; ``finished_stop``, ``finished_length``, ``finished_empty`` (the teacher
@@ -117,19 +114,17 @@ class Generations:
 
     @property
     def stamp(self) -> str:
-        """Of the source when the prompts were read."""
+        """Stamp of the source at the time when the prompts were read."""
         return self._state().stamp
 
     @staticmethod
     def request_in(build_dir: Path) -> dict[str, Any]:
-        """What was asked for when the prompts in ``build_dir`` were written; empty where there
-        are none.
-        """
+        """The request of the prompts in ``build_dir``; empty if there are none."""
         file = build_dir / "generations" / "prompts.json"
         return load_state(GenerationState, file).request if file.exists() else {}
 
     def check_source(self) -> None:
-        """Nothing is read here: it was checked when the prompts were read, perhaps days ago."""
+        """Does nothing: the source was checked when the prompts were read, perhaps days ago."""
 
     def identity(self) -> GenerationIdentity:
         return GenerationIdentity(
@@ -139,11 +134,10 @@ class Generations:
         )
 
     def complete(self, source: Source, start: Callable[[Sampling], Any]) -> None:
-        """Writes down the prompts and every answer that is missing; ``start`` starts the engine, if
-        one is needed.
+        """Writes prompts and missing answers to disk; ``start`` starts the engine if needed.
 
-        Raises UserError for answers that are there already but were written under other settings,
-        with another tokenizer or by another teacher; and where the data changes while it is read.
+        Raises UserError for existing answers of other settings, another tokenizer or another
+        teacher, and if the data changes while it is read.
         """
         with writing_to(self._config.folder):
             state = self._state() if self._state_file.exists() else self._write_prompts(source)
@@ -260,8 +254,8 @@ class Generations:
     # --- answers
 
     def _answer(self, generator: Generator, missing: list[int], total: int, written: int) -> None:
-        """Writes the answers of the missing units, in order, until there is text enough:
-        ``written`` tokens are there.
+        """Writes the answers of the missing units, in order, until there is enough text;
+        ``written``: tokens that exist already.
         """
         started, sampled = time.monotonic(), 0
         answers = generator.generate(prompt for unit in missing for _, prompt in self._asked(unit))
@@ -313,8 +307,8 @@ class Generations:
         write_durably(self._answers_file(unit), sink.getvalue().to_pybytes())
 
     def _written(self, unit: int) -> Iterator[tuple[str, Prompt, WrittenAnswer]]:
-        """Each answer of a unit with its id and prompt; nothing where it has no answers
-        (``max_tokens`` came first).
+        """Each answer of a unit with its id and prompt; none if the unit has no answers, because
+        ``max_tokens`` was reached before.
         """
         if not self._answers_file(unit).exists():
             return
@@ -330,7 +324,7 @@ class Generations:
                 )
 
     def _tokens(self, units: Iterable[int]) -> int:
-        """Of the prompts and answers that these units hold."""
+        """Number of tokens of the prompts and answers of these units."""
         each = (written for unit in units for written in self._written(unit))
         return sum(len(prompt.input_ids) + len(answer.input_ids) for _, prompt, answer in each)
 
@@ -362,12 +356,11 @@ def cut(
     *,
     include_stop: bool,
 ) -> WrittenAnswer:
-    """Where an answer ends: with its first end token, or at the first stop string, whichever comes
-    first.
+    """The end of an answer: its first end token or its first stop string, whichever comes first.
 
-    Without ``include_stop``, the tokens are cut off that hold nothing but the stop string and what
-    follows it; one in which the answer ends and the stop string begins stays whole, as it was
-    sampled. With it, the answer goes on through the token that completes the stop string.
+    Without ``include_stop``, tokens that hold only text of the stop string or text behind it are
+    removed. A token in which the answer ends and the stop string begins is kept whole. With
+    ``include_stop``, the answer ends behind the token that completes the stop string.
     """
     ended = np.flatnonzero(np.isin(input_ids, sampling.end_tokens))
     ids = input_ids[: ended[0] + 1] if len(ended) else input_ids
@@ -387,13 +380,13 @@ def cut(
 
 
 def answer_seed(seed: int, row_id: str, sample: int) -> int:
-    """63 bits that belong to one answer, wherever and whenever it is sampled."""
+    """63 bits for one answer, the same in every place and at every time of sampling."""
     name = f"{seed}\0{row_id}\0{sample}".encode("utf-8", "surrogatepass")
     return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little") >> 1
 
 
 def prompts_sha256(prompts: Iterable[PromptRow]) -> str:
-    """What the prompts of a source hash to now; to be compared with a manifest's."""
+    """sha256 of the current prompts of a source, to compare with that in a manifest."""
     digest = DataHash()
     for row in prompts:
         digest.update(row.row_id, row.input_ids, np.zeros(0, np.bool_))

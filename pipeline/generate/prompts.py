@@ -1,9 +1,8 @@
-"""From rows to prompts: what the teacher reads before it writes an answer.
+"""From rows to prompts, the texts that the teacher answers.
 
-A chat, or a single question, is rendered with the chat template up to the point where the assistant
-speaks; what the assistant says there already is taken off, since the teacher is asked for its own
-words. A text is continued as it stands. A prompt is never cut: one that leaves no room for an
-answer is left out, and counted.
+A chat, or a single question, is rendered with the chat template up to the assistant's turn. An
+existing answer there is removed, because the teacher writes its own. A text is continued unchanged.
+A prompt is never cut. If it leaves no room for an answer, it is left out and counted.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ class Prompts:
     with a text that spells a special token); ``without_prompt`` (chats in which nobody asks);
     ``without_tokens``; ``refused_by_template``.
 
-    Raises UserError if the tokenizer has no chat template where one is needed.
+    Raises UserError if the tokenizer lacks a chat template that is needed.
     """
 
     def __init__(self, tokenizer: Any, config: DataConfig, vocab_size: int) -> None:
@@ -63,10 +62,9 @@ class Prompts:
         return dict(self._counters)
 
     def prompts(self, rows: Iterable[Row]) -> Iterator[PromptRow]:
-        """Streams prompts, in order, until they alone, each with one token of answer, would exceed
-        ``max_tokens``.
+        """Streams prompts until they, with one token of answer each, would exceed ``max_tokens``.
 
-        Raises UserError for an id outside the vocabulary, and where there is no prompt at all.
+        Raises UserError for an id outside the vocabulary, and if there is no prompt.
         """
         self._counters = Counter(prompts=0)
         self._refusal = ""
@@ -113,14 +111,14 @@ class Prompts:
         for row_id, text in texts.items():
             if len(text) <= LONG:
                 ids = next(encoded)
-            else:  # no more than shows that it is too long
+            else:  # only as much as shows that it is too long
                 ids = next(
                     pieces(
                         self._long_texts.ids(text, add_special_tokens=special),
                         self._config.max_length + 2,
                     )
                 ).tolist()
-            # Some tokenizers end every text with EOS; one that is to go on has not ended.
+            # Some tokenizers end every text with EOS, but this text will be continued.
             yield (
                 row_id,
                 ids[:-1] if documents and ids and ids[-1] == self.tokenizer.eos_token_id else ids,

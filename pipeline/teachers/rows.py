@@ -1,8 +1,8 @@
-"""vLLM's answer in columns: what a teacher asks for, and its way from there to ``Scored``.
+"""The columns of vLLM's results: the request for them, and their conversion to ``Scored``.
 
-Shared by the engine in this process and the server behind HTTP, which answer in the same columns:
-the token that really follows, the most probable ids by falling logprob, and, where draws are asked
-for, the draws and one column of statistics.
+The engine in this process and the server behind HTTP give the same columns: the next token in the
+text, the most probable ids by descending logprob, and, if draws are requested, the draws and one
+column of statistics.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ Rows = tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.int64]]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ColumnRequest:
-    """What the teacher asks vLLM for.
+    """The teacher's request to vLLM.
 
-    capture: what it wants.
-    top:     columns of most probable ids; at least the few that key the draws, even if ``top_k`` is
-             less.
+    capture: the data to return per position.
+    top:     columns of most probable ids; at least those in the key of the draws, even if ``top_k``
+             is less.
     columns: prompt logprobs to ask for: ``top``, then the draws of each set, then the statistics
              (id: head size, logprob: entropy).
     """
@@ -39,7 +39,7 @@ class ColumnRequest:
         if not capture.samples:
             return cls(capture, capture.top_k)
         request = cls(capture, max(capture.top_k, KEY_IDS))
-        # A request for the whole vocabulary must never look like one for draws.
+        # A request for the whole vocabulary must differ from one for draws.
         return dataclasses.replace(request, top=request.top + (request.columns == vocab_size))
 
     @property
@@ -50,14 +50,14 @@ class ColumnRequest:
 def scored_rows(
     rows: Rows, request: ColumnRequest, positions: NDArray[np.int32] | None = None
 ) -> Scored:
-    """A sequence's rows as ``Scored``. Column 0 is the token that follows, then the likeliest ids.
+    """A sequence's rows as ``Scored``. Column 0 is the next token, then come the most probable ids.
 
-    positions: what to convert; all rows where it is None.
+    positions: rows to convert; all if None.
 
-    vLLM's rank counts the ids whose logprob is at least the target's, itself included, so ids tied
-    with the target push it down. Inside the head the right rank is counted here; below the head it
-    is vLLM's, less one, which still counts tied ids as higher. In float32 ties are rare; a 16-bit
-    head has many.
+    vLLM's rank is the number of ids whose logprob is at least the target's, including the target,
+    so it counts tied ids as higher. Inside the head the right rank is computed here. Below the head
+    it is vLLM's minus one, which still counts tied ids as higher. In float32 ties are rare; a
+    16-bit head has many.
     """
     capture, (ids, logprobs, ranks) = request.capture, rows
     target_ids = ids[:, 0].copy()

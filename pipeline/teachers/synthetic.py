@@ -1,14 +1,13 @@
 """A teacher without a model: known, seeded distributions in closed form.
 
 With it the whole pipeline can be tried, tested and timed in seconds, and every number in a cache
-can be checked against the truth. It needs numpy alone, and scores more than a million tokens a
+can be checked against the truth. It needs only numpy, and scores more than a million tokens per
 second.
 
-The distribution. A hash of the last two tokens picks one of 16 Zipf laws (from flat to peaked) and
+The distribution: a hash of the last two tokens picks one of 16 Zipf laws (from flat to peaked) and
 a permutation ``rank -> id`` of the vocabulary, ``id = (multiplier * rank + shift) mod V`` with a
-multiplier coprime to V. The head is then a row of a table, the rank of any id follows from the
-inverse of the multiplier, and draws from the tail are made among the ranks, of which each law has
-one CDF.
+multiplier coprime to V. The head is then a row of a table, and the rank of any id follows from the
+inverse of the multiplier. Draws from the tail are made among the ranks, with one CDF per law.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ from logitcask.pipeline.distribution.draws import (
 from logitcask.pipeline.teachers.base import Prompt, Sampling
 from logitcask.pipeline.types import Scored, Sequence
 
-# Part of the teacher's identity: a change to any number it gives is a new version.
+# Part of the teacher's identity: a change of any of its numbers needs a new version.
 VERSION = 1
 
 _ANSWERS_AT_ONCE = 256
@@ -45,9 +44,7 @@ _MULTIPLIERS = 64
 
 
 class SyntheticTeacher:
-    """Scores with distributions that depend on the last two tokens, ``seed`` and ``vocab_size``,
-    and nothing else.
-    """
+    """A teacher whose distributions depend only on two tokens, ``seed`` and ``vocab_size``."""
 
     def __init__(
         self, config: TeacherConfig, capture: Capture, sampling: Sampling | None = None
@@ -114,7 +111,7 @@ class SyntheticTeacher:
             )
 
     def generate(self, prompts: Iterable[Prompt]) -> Iterator[NDArray[np.int32]]:
-        """Answers by inverse CDF, exactly the same in any batch: token ``t`` takes the ``t``-th
+        """Answers by inverse CDF, exactly the same in any batch: token ``t`` uses the ``t``-th
         number of its seed.
         """
         assert self._sampling is not None
@@ -163,7 +160,7 @@ class SyntheticTeacher:
         return dense
 
     def close(self) -> None:
-        """Nothing to free."""
+        """Does nothing."""
 
     def _draw(
         self,
@@ -205,7 +202,7 @@ class SyntheticTeacher:
     ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
         """Law, multiplier and shift, int64[n-1] each, of every position."""
         last = input_ids[:-1].astype(np.int64)
-        # No token is V: it stands for "before the first token".
+        # V is not a token: it means "before the first token".
         return self._after(
             last, np.concatenate([np.array([self.vocab_size], dtype=np.int64), last[:-1]])
         )
@@ -213,7 +210,7 @@ class SyntheticTeacher:
     def _after(
         self, last: NDArray[np.int64], before: NDArray[np.int64]
     ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-        """Law, multiplier and shift of what follows two tokens."""
+        """Law, multiplier and shift after two tokens."""
         seed = np.array([self._seed % 2**64], np.uint64).view(np.int64)
         bits = mix(mix(mix(seed + last) + before)).view(np.uint64)
         law = bits % np.uint64(_LAWS)
@@ -223,9 +220,7 @@ class SyntheticTeacher:
 
 
 def _sampling_cdf(laws: NDArray[np.float64], sampling: Sampling) -> NDArray[np.float64]:
-    """float64[laws, V]: the CDF over ranks that ``sampling`` makes of each law; its last step
-    reaches above 1.
-    """
+    """float64[laws, V]: the CDF over ranks of each law with ``sampling``; it ends above 1."""
     if sampling.temperature == 0:
         return np.full(laws.shape, 2.0)
     probabilities = np.exp((laws - laws[:, :1]) / sampling.temperature)

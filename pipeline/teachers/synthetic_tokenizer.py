@@ -62,8 +62,7 @@ class SyntheticTokenizer:
         return_offsets_mapping: bool = False,
         **_: Any,
     ) -> dict[str, Any]:
-        """Ids, and the characters [start, end) of each token; BOS in front if special tokens are
-        added.
+        """Ids, and the characters [start, end) of each token; BOS in front if requested.
 
         Lists of lists for a list of texts, plain lists for one text, as in transformers.
         """
@@ -103,9 +102,7 @@ class SyntheticTokenizer:
         tokenize: bool = True,
         **variables: Any,
     ) -> Any:
-        """A chat of {role, content} as text (``tokenize=False``) or ids; ChatML without a
-        template.
-        """
+        """A chat as text (``tokenize=False``) or ids; ChatML without a template."""
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
         template = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(
@@ -128,7 +125,7 @@ def _encode(text: str, add_special_tokens: bool) -> tuple[list[int], list[tuple[
             offsets.append((at, at + len(piece)))
         else:
             data = np.frombuffer(piece.encode(), dtype=np.uint8)
-            # Every byte that does not continue a character begins one.
+            # A byte that does not continue a character begins one.
             starts = at - 1 + np.cumsum((data & 0xC0) != 0x80)
             ids.extend(data.tolist())
             offsets.extend(zip(starts.tolist(), (starts + 1).tolist(), strict=True))

@@ -1,7 +1,6 @@
-"""The transformers teacher: the whole distribution by a plain forward pass, the reference other
-engines are held to.
+"""The transformers teacher: whole distributions, the reference for other engines.
 
-It is also the engine where vLLM is not installed.
+It is also the engine if vLLM is not installed.
 """
 
 from __future__ import annotations
@@ -35,19 +34,18 @@ from logitcask.pipeline.teachers.model import (
 )
 from logitcask.pipeline.types import Scored, Sequence
 
-# Sequences are batched with others of like length out of this many batches' worth, which keeps
-# padding small.
+# Batches' worth of sequences that are sorted by length together, which keeps padding small.
 _BATCHES_PER_GROUP = 8
 _ANSWERS_PER_GROUP = 256
 _BYTES_OF_A_CHARACTER = 4
 
 
 class TransformersTeacher:
-    """A causal language model of transformers, in this process: on ``device``, or the GPU where
-    there is one, else the CPU.
+    """A causal language model of transformers, in this process: on ``device``, else on the GPU, if
+    any, else on the CPU.
 
-    Raises UserError, in one line with the cause, where the model cannot be loaded or is made for
-    shorter text.
+    Raises UserError, in one line with the cause, if the model cannot be loaded or supports only
+    shorter texts.
     """
 
     def __init__(
@@ -77,11 +75,11 @@ class TransformersTeacher:
         if (chosen := attention(model, config.engine_args.get("attn_implementation"))) is not None:
             arguments["attn_implementation"] = chosen
         if self._device.type != "cpu":
-            # Weights go where they belong one by one; read into host memory first they would have
-            # to fit there, too.
+            # Weights are loaded onto the device one by one; otherwise they would have to fit into
+            # host memory, too.
             arguments.setdefault("device_map", {"": self._device})
-        # The bar for loading weights would run through the command's own progress, a report of what
-        # is wrong over pages.
+        # Hides transformers' progress bar, which would disturb the command's own, and its long
+        # error reports.
         logging = transformers.utils.logging
         bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
         logging.disable_progress_bar()
@@ -90,7 +88,7 @@ class TransformersTeacher:
             self._lm = auto_class(model).from_pretrained(
                 model.location, revision=model.revision, **arguments
             )
-        except Exception as error:  # whatever reading a checkpoint may raise
+        except Exception as error:  # reading a checkpoint may raise any error
             raise UserError(f"transformers cannot load {model.name}: {_cause(error)}") from error
         finally:
             logging.set_verbosity(verbosity)
@@ -123,9 +121,7 @@ class TransformersTeacher:
                 yield scored.pop(index)
 
     def generate(self, prompts: Iterable[Prompt]) -> Iterator[NDArray[np.int32]]:
-        """Answers in batches of prompts of like length. Each answer draws from a generator of
-        its own.
-        """
+        """Answers in batches of prompts of similar length. Each answer has its own generator."""
         assert self._sampling is not None
         tokenizer = None
         if self._sampling.stop:
@@ -141,7 +137,7 @@ class TransformersTeacher:
                     len(group[index].input_ids) + group[index].max_tokens > self._longest_short
                     for index in by_length[:rows]
                 ):
-                    rows = 1  # as in _batches; when an answer grows long depends on what it says
+                    rows = 1  # as in _batches; the length of an answer is not known before
                 batch, by_length = by_length[:rows], by_length[rows:]
                 written = self._write([group[index] for index in batch], self._sampling, tokenizer)
                 answers.update(zip(batch, written, strict=True))
@@ -152,9 +148,7 @@ class TransformersTeacher:
     def _write(
         self, batch: list[Prompt], sampling: Sampling, tokenizer: Any
     ) -> list[NDArray[np.int32]]:
-        """One answer per prompt. Padding goes to the left, so that all answers begin in one
-        column.
-        """
+        """One answer per prompt. Padding is on the left, so all answers begin in one column."""
         width = max(len(prompt.input_ids) for prompt in batch)
         input_ids = torch.zeros((len(batch), width), dtype=torch.int64)
         attention_mask = torch.zeros((len(batch), width), dtype=torch.int64)
@@ -163,7 +157,7 @@ class TransformersTeacher:
                 prompt.input_ids.astype(np.int64)
             )
             attention_mask[row, width - len(prompt.input_ids) :] = 1
-        # The model's own defaults (penalties, a temperature) are none of ours.
+        # The model's own defaults (penalties, a temperature) are not used.
         self._lm.generation_config = transformers.GenerationConfig(
             do_sample=False, pad_token_id=0, eos_token_id=list(sampling.end_tokens) or None
         )
@@ -187,11 +181,11 @@ class TransformersTeacher:
         del self._lm
 
     def _batches(self, group: list[Sequence]) -> Iterator[list[int]]:
-        """Indices into ``group``, by falling length, in batches of at most ``batch_tokens`` padded
-        tokens (or of one).
+        """Indices into ``group``, by descending length, in batches of at most ``batch_tokens``
+        padded tokens, or of one sequence.
 
-        transformers chooses RoPE factors by the longest text of a batch, so short texts are in no
-        batch with long ones.
+        transformers chooses RoPE factors by the longest text of a batch, so texts above and below
+        the limit are never in one batch.
         """
         by_length = sorted(range(len(group)), key=lambda index: -len(group[index].input_ids))
         while by_length:
@@ -207,9 +201,7 @@ class TransformersTeacher:
 
     @torch.inference_mode()
     def _logprobs(self, batch: list[NDArray[np.int32]]) -> Iterator[Tensor]:
-        """float32[n-1, V] per sequence. Padding goes to the right, where causal attention never
-        looks.
-        """
+        """float32[n-1, V] per sequence. Padding is on the right, invisible to causal attention."""
         width = max(map(len, batch))
         input_ids = torch.zeros((len(batch), width), dtype=torch.int64)
         attention_mask = torch.zeros((len(batch), width), dtype=torch.int64)
@@ -228,7 +220,7 @@ class TransformersTeacher:
 
 
 def _cause(error: Exception) -> str:
-    """In one line, and with a way out where the message has none."""
+    """The cause in one line, with a remedy if the message has none."""
     cause = first_line(error)
     if "ignore_mismatched_sizes" in cause:
         return "its weights do not have the shapes that its config.json says; put the files of one model together"
@@ -238,11 +230,10 @@ def _cause(error: Exception) -> str:
 
 
 class _Noise(transformers.LogitsProcessor):
-    """Turns the greedy choice that follows into a draw: the argmax of logits and Gumbel noise is
-    one.
+    """Turns a greedy choice into a draw: the argmax of logits with Gumbel noise.
 
-    Each row has a generator of its own, which transformers' sampling does not offer, so that an
-    answer does not depend on the batch that it is written in.
+    Each row has its own generator, which transformers' sampling does not support, so an answer does
+    not depend on its batch.
     """
 
     def __init__(self, seeds: list[int]) -> None:
@@ -256,9 +247,7 @@ class _Noise(transformers.LogitsProcessor):
 
 
 class _Ends(transformers.StoppingCriteria):
-    """Ends each row at its own ``max_tokens``, or once a stop string is complete; ``lengths``
-    says where that was.
-    """
+    """Ends each row at its ``max_tokens`` or at a complete stop string; ``lengths``: the ends."""
 
     def __init__(
         self, width: int, max_tokens: list[int], stop: tuple[str, ...], tokenizer: Any
@@ -298,13 +287,13 @@ def _processors(sampling: Sampling, seeds: list[int]) -> Any:
 
 
 def _until_end(ids: NDArray[np.int32], end_tokens: tuple[int, ...]) -> NDArray[np.int32]:
-    """Without what pads a row behind its end token."""
+    """A row without the padding behind its end token."""
     ended = np.flatnonzero(np.isin(ids, end_tokens))
     return ids[: ended[0] + 1] if len(ended) else ids
 
 
 def _summarise(logprobs: Tensor, input_ids: NDArray[np.int32], capture: Capture) -> Scored:
-    """What an engine keeps of float32[n-1, V] logprobs."""
+    """The scores of float32[n-1, V] logprobs."""
     target_ids = torch.from_numpy(input_ids[1:].astype(np.int64)).to(logprobs.device)
     target = logprobs.gather(1, target_ids[:, None])
     top = logprobs.topk(max(capture.top_k, KEY_IDS), dim=1)

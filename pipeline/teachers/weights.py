@@ -1,9 +1,9 @@
-"""Identity of a model's weights on disk: one sha256 over all of them, remembered from run to run.
+"""Identity of a model's weights on disk: one sha256 over all of them, stored between runs.
 
-Reading them takes minutes where a model has hundreds of gigabytes, and GPUs would wait for it, in
-every engine of a machine. So the digest of each file is kept in the user's cache folder, and taken
-for what it is only while the file has the size, the times and the inode that it had. Engines that
-start together wait for the first one to read.
+Reading a model of hundreds of gigabytes takes minutes, and GPUs would wait for it, in every engine
+of a machine. The digest of each file is therefore stored in the user's cache folder. It is valid
+only as long as the size, the times and the inode of the file are unchanged. If several engines
+start together, the first one reads and the others wait.
 """
 
 from __future__ import annotations
@@ -24,15 +24,13 @@ from logitcask.cache_format.durable import write_durably
 from logitcask.cache_format.errors import UserError
 from logitcask.cache_format.storage.shard_cache import shard_cache_folder
 
-# A file that was changed less than this before it was read may change again without new times, on a
-# coarse clock; in ns.
+# In ns. If a file was changed less than this before it was read, a coarse clock may give a later
+# change the same times.
 _SETTLED = 2_000_000_000
 
 
 class _Read(NamedTuple):
-    """What a file was when it was read, and what was in it. A change of any kind sets ``ctime``,
-    which nobody else can.
-    """
+    """State and digest of a read file. Every change sets ``ctime``, which users cannot set."""
 
     size: int
     mtime: int
@@ -49,8 +47,8 @@ def weights_sha256(folder: Path) -> str:
     """sha256 over the (name, sha256) pairs of the weight files of a model folder, in order of name,
     and its config.
 
-    The config decides as much as the weights (RoPE, norms); what it says of its own origin does not
-    count. Raises UserError where there are no weights.
+    The config is included because it changes the results, too (RoPE, norms); its fields about its
+    own origin are not. Raises UserError if there are no weights.
     """
     files = weight_files(folder.resolve())
     if not files:
@@ -73,12 +71,12 @@ def file_sha256(file: Path) -> str:
 
 
 def _digests(files: list[Path]) -> list[str]:
-    """The sha256 of each of the weight files of a folder, read only where that is not known."""
+    """The sha256 of each weight file of a folder. Files are read only if it is not known."""
     note = _note(files[0].parent)
     known = _recall(note)
     if not all(_unchanged(file, known) for file in files):
         with _alone(note) as may_write:
-            known = _recall(note)  # somebody else may have read them since
+            known = _recall(note)  # another process may have read them since
             with ThreadPoolExecutor(max_workers=8) as pool:
                 found = dict(
                     zip(
@@ -99,8 +97,8 @@ def _digests(files: list[Path]) -> list[str]:
 
 
 def _note(folder: Path) -> Path | None:
-    """Where the digests of this folder are written down; None for a user without a home."""
-    # By inode too: nodes that share the user's folder may have other models under the same path.
+    """The file with the digests of this folder; None for a user without a home."""
+    # Also by inode: nodes that share the user's folder may have other models under the same path.
     name = hashlib.sha256(f"{folder}\0{folder.stat().st_ino}".encode()).hexdigest()[:32]
     try:
         return shard_cache_folder() / "weights" / f"{name}.json"
@@ -115,8 +113,8 @@ def _read(file: Path, known: dict[str, _Read]) -> _Read:
         before = _stamp(os.fstat(handle.fileno()))
         digest = hashlib.file_digest(handle, "sha256").hexdigest()
         size, mtime, ctime, inode = _stamp(os.fstat(handle.fileno()))
-    # Of a file that was written while it was read this may be a digest of no state it was in: not
-    # to be used again.
+    # If a file was written while it was read, this digest may match no state of it, so it is not
+    # stored.
     settled = (size, mtime, ctime, inode) == before
     return _Read(size, mtime, ctime if settled else -1, inode, digest)
 
@@ -130,7 +128,7 @@ def _stamp(status: os.stat_result) -> tuple[int, int, int, int]:
 
 
 def _recall(note: Path | None) -> dict[str, _Read]:
-    """What is remembered, by path. A note that cannot be read says nothing."""
+    """The stored digests by path; empty if the file cannot be read."""
     if note is None:
         return dict(_known)
     try:
@@ -146,9 +144,7 @@ def _recall(note: Path | None) -> dict[str, _Read]:
 
 @contextlib.contextmanager
 def _alone(note: Path | None) -> Iterator[bool]:
-    """While this is entered nobody else reads these files or writes the note; gives whether it
-    can be written at all.
-    """
+    """A lock on reading these files and writing the digests; yields whether they can be written."""
     if note is None:
         yield False
         return
@@ -159,7 +155,7 @@ def _alone(note: Path | None) -> Iterator[bool]:
     except (
         OSError,
         NotImplementedError,
-    ):  # a folder that is not ours, or a file system without locks
+    ):  # another user's folder, or a file system without locks
         yield False
         return
     try:

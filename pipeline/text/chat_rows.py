@@ -1,9 +1,8 @@
-"""Chats and tool definitions as a row holds them, turned into the one form that templates are
-given.
+"""Chats and tool definitions of rows, converted to one form for templates.
 
-Many tools have written such rows: content in parts or beside calls, arguments as text, marks for
-turns that are not learnt, keys that Arrow has filled with None. A row that cannot be used raises
-``Skipped`` with the reason.
+Rows come from many tools and have many forms: content in parts or beside calls, arguments as text,
+marks for turns that are not learnt, keys that Arrow has filled with None. A row that cannot be used
+raises ``Skipped`` with the reason.
 """
 
 from __future__ import annotations
@@ -16,18 +15,18 @@ SYSTEM_ROLES = ("system", "developer")
 
 
 class Skipped(Exception):
-    """Why a row cannot be used; the end of a key of ``Source.counters``."""
+    """The reason why a row cannot be used; the end of a key of ``Source.counters``."""
 
 
 def marked_messages(value: object) -> list[tuple[dict[str, Any], bool]]:
-    """A chat as a template takes it, and whether each message may be learnt: ``content`` is one
+    """A chat in the form for templates, and whether each message may be learnt. ``content`` is one
     string, or None beside tool calls, whose arguments are objects.
 
-    Arrow fills keys that other messages, calls or parts have with None; those are taken out again
-    at every depth, in all formats, so that a chat is the same whichever file it was in.
+    Arrow adds the keys of other messages, calls or parts with the value None. Such keys are removed
+    at every depth, in all formats, so that a chat is the same in every kind of file.
 
-    A string is read as JSON: that is how a chat fits into a CSV column, and how ``datasets`` stores
-    uneven structures.
+    A string is read as JSON, because CSV columns hold chats so, and ``datasets`` stores uneven
+    structures so.
     """
     try:
         if isinstance(value, str):
@@ -37,7 +36,7 @@ def marked_messages(value: object) -> list[tuple[dict[str, Any], bool]]:
         if not value:
             raise Skipped("empty")
         return [_message(message) for message in value]
-    except (ValueError, RecursionError):  # no JSON, or nested too deeply
+    except (ValueError, RecursionError):  # not JSON, or nested too deeply
         raise Skipped("not_a_chat") from None
 
 
@@ -52,7 +51,7 @@ def _message(filled: dict[str, Any]) -> tuple[dict[str, Any], bool]:
     calls = bool(message.get("tool_calls"))
     if "role" not in message and {"from", "value"} <= message.keys():
         raise Skipped("sharegpt")
-    if "function_call" in message:  # what OpenAI had before tool_calls; no template renders it
+    if "function_call" in message:  # OpenAI's form before tool_calls; no template renders it
         raise Skipped("function_call")
     if "role" not in message or not ("content" in message or calls):
         raise Skipped("not_a_chat")
@@ -78,17 +77,17 @@ OpenAI and axolotl.
 
 
 def _is_learnt(mark: str, value: object) -> bool:
-    """Raises Skipped for a value that is neither yes nor no: half a weight has no meaning here."""
+    """Whether a message is learnt. Raises Skipped for a value other than yes or no, such as 0.5."""
     if value not in (0, 1):
         raise Skipped(f"{mark}_not_0_or_1")
     return bool(value) is not _MARKS[mark]
 
 
 def _calls(calls: object) -> list[Any]:
-    """Calls with their arguments as objects, which OpenAI's API has as JSON text. Empty text: no
-    arguments.
+    """Calls with their arguments as objects, which OpenAI's API gives as JSON text. Empty text
+    means no arguments.
 
-    Raises Skipped for text that is not a JSON object: templates would quote it once more.
+    Raises Skipped for text that is not a JSON object, because templates would quote it again.
     """
     if not isinstance(calls, list):
         raise Skipped("not_a_chat")
@@ -118,11 +117,12 @@ def _no_constant(name: str) -> None:
 
 
 def tool_definitions(value: object) -> list[dict[str, Any]] | None:
-    """Tool definitions as a template takes them; None for none.
+    """Tool definitions in the form for templates; None if there are none.
 
     The list, or each of its elements, may be JSON text.
 
-    Without keys that hold None, as in messages: Arrow gives each tool the parameters of all.
+    Keys with the value None are removed, as in messages: Arrow gives each tool the parameters of
+    all tools.
     """
     try:
         tools = json.loads(value.strip() or "null") if isinstance(value, str) else value
@@ -140,16 +140,15 @@ def tool_definitions(value: object) -> list[dict[str, Any]] | None:
 
 
 def _is_text(part: object) -> bool:
-    """Whether it is a text part of a content list, as OpenAI's API has them."""
+    """Whether ``part`` is a text part of a content list, as in OpenAI's API."""
     return (
         isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
     )
 
 
 def _unfilled(value: Any) -> Any:
-    """Without the keys that hold None. Raises Skipped if a string of it is no Unicode text.
-
-    Any of them may be rendered.
+    """The value without keys that hold None. Raises Skipped if one of its strings is not Unicode
+    text, because any of them may be rendered.
     """
     if isinstance(value, dict):
         return {_unfilled(key): _unfilled(item) for key, item in value.items() if item is not None}

@@ -1,9 +1,9 @@
-"""A chat template, and chats in the form it takes.
+"""A chat template, and chats in the form that it accepts.
 
 Rows hold chats in one form (``chat_rows``): arguments of calls as objects, content None beside
-calls, the role ``developer`` as it was found. Templates differ in what they take of it, so each is
-asked once, with small chats of our own. The date of a template that writes one is given to it, so
-that all of a build, on whichever day, has the same.
+calls, the role ``developer`` unchanged. Templates accept different forms, so each is tested once
+with small chats of our own. If a template writes a date, it gets a fixed one, so that all chats of
+a build have the same date.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ _NULL = re.compile(r"None|null")
 _DEVELOPER = re.compile(r"""["']developer["']""")
 _CLOCK = re.compile(r"\bstrftime_now\b")
 
-# The template's own clock in Jinja, since transformers lets no function through. The newline ends
-# the block, as transformers trims it, so that the template begins on a line of its own.
+# The template's clock, written in Jinja because transformers passes no functions on. transformers
+# trims the newline after the block, so the template begins on its own line.
 _FIXED_CLOCK = (
     "{%- macro strftime_now(format) %}{% set ns = namespace(text=format) %}"
     "{% for directive, value in logitcask_date %}{% set ns.text = ns.text.replace(directive, value) %}{% endfor %}"
@@ -95,13 +95,11 @@ class ChatTemplate:
 
     @property
     def marks_answers(self) -> bool:
-        """Whether it says itself what the assistant wrote, in ``{% generation %}`` blocks."""
+        """Whether the template marks the assistant's text itself (``{% generation %}`` blocks)."""
         return _GENERATION.search(self.text) is not None
 
     def prepared(self, messages: Messages, tools: Tools | None = None) -> Messages:
-        """A chat of a row in the form this template takes. Raises nothing: what it refuses,
-        ``render`` refuses.
-        """
+        """A row's chat in the form that this template accepts. Raises nothing; ``render`` does."""
         if any(message["role"] == "developer" for message in messages) and not _DEVELOPER.search(
             self.text
         ):
@@ -115,7 +113,7 @@ class ChatTemplate:
     def render(
         self, messages: Messages, tools: Tools | None = None, *, add_generation_prompt: bool = False
     ) -> str:
-        """A prepared chat as text. Raises Refused where the template does."""
+        """A prepared chat as text. Raises Refused if the template raises."""
         return self._text(
             self._with_parts(messages), tools, add_generation_prompt=add_generation_prompt
         )
@@ -123,13 +121,13 @@ class ChatTemplate:
     def render_marked(
         self, messages: Messages, tools: Tools | None = None
     ) -> tuple[str, list[Span]]:
-        """A prepared chat as text, and the characters of each ``{% generation %}`` block, rising,
-        end exclusive.
+        """A prepared chat as text, and the characters of each ``{% generation %}`` block,
+        ascending, end exclusive.
 
-        Not ``apply_chat_template(return_assistant_tokens_mask=True)``: where the last character of
-        a block has no token (trimmed offsets), that masks in the rest of the chat.
+        ``apply_chat_template(return_assistant_tokens_mask=True)`` is not used: if the last
+        character of a block has no token (trimmed offsets), its mask includes the rest of the chat.
 
-        Raises Refused where the template does.
+        Raises Refused if the template raises.
         """
         from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -145,8 +143,8 @@ class ChatTemplate:
         return texts[0], [(start, end) for start, end in spans[0]]
 
     def end_of_turn(self) -> str:
-        """The text behind the last answer of a chat, white space aside; empty where there is
-        none, or it cannot be told.
+        """The text behind the last answer of a chat, without white space; empty if there is none or
+        it cannot be found.
         """
         try:
             text = self.render([_QUESTION, {"role": "assistant", "content": "logitcask"}])
@@ -155,10 +153,10 @@ class ChatTemplate:
         return text.rpartition("logitcask")[2].strip()
 
     def special_token_in(self, row_id: str, messages: Messages, tools: Tools | None) -> bool:
-        """Whether a text of the chat spells a special token, which it becomes; said once, of the
-        first such chat.
+        """Whether a text of the chat contains a special token's string and so becomes that token.
+        Warns once, about the first such chat.
 
-        A tokenizer cannot tell what the template wrote from what was in the data.
+        A tokenizer cannot distinguish the template's text from the data's.
         """
         found = None if self._specials is None else _first_match(self._specials, [messages, tools])
         if found is not None and not self._warned_of_specials:
@@ -182,8 +180,8 @@ class ChatTemplate:
         )
 
     def check_tools(self, row_id: str, messages: Messages, tools: Tools | None) -> None:
-        """Says so, once each, if the template leaves out tool definitions, or calls: asked of
-        the first chat with some.
+        """Warns once each if the template leaves out tool definitions or calls; tested with the
+        first chat that has them.
         """
         without = dict[str, tuple[Messages, Tools | None]]()
         if tools is not None and "tools" not in self._asked:
@@ -206,11 +204,11 @@ class ChatTemplate:
 
     @cached_property
     def _takes_strings(self) -> bool:
-        """Whether calls need arguments as JSON text: objects it refuses, leaves out, or writes as
-        Python does.
+        """Whether calls need arguments as JSON text, because the template refuses objects, leaves
+        them out, or writes them as Python does.
 
-        Some templates ask for content, or for an answer of the tool, for reasons of their own: one
-        of the chats tried has to come out right.
+        Some templates also need content or an answer of the tool, so it is enough if one of the
+        test chats is rendered correctly.
         """
         call = {
             "id": "call00001",
@@ -233,8 +231,8 @@ class ChatTemplate:
 
     @cached_property
     def _takes_parts(self) -> bool:
-        """Whether content has to be a list of parts: text alone it refuses or leaves out, as
-        image models' templates may.
+        """Whether content must be a list of parts: templates of image models may refuse or leave
+        out plain text.
         """
 
         def renders(content: object) -> bool:
@@ -279,11 +277,11 @@ class ChatTemplate:
         return _ARGUMENTS["k"] in text and str(_ARGUMENTS) not in text
 
     def _without_null_content(self, messages: Messages, tools: Tools | None) -> Messages:
-        """A chat in which content that is None (beside tool calls) is rendered as nothing.
+        """A chat in which the content None (beside tool calls) is rendered as an empty text.
 
-        Many templates write "None" or "null" for it, which would be learnt, or raise (Gemma 3's);
-        others write calls only beside None (DeepSeek R1's distilled models). So it becomes the
-        empty string, unless the template then leaves out more than that word.
+        Many templates write "None" or "null" for it, which would be learnt, or raise (Gemma 3's).
+        Others write calls only beside None (DeepSeek R1's distilled models). None therefore becomes
+        the empty string, unless the template then leaves out more than that word.
         """
         if all(message.get("content", "") is not None for message in messages):
             return messages
@@ -306,10 +304,10 @@ def today() -> date:
 
 
 def _directives(day: date) -> list[tuple[str, str]]:
-    """What becomes of each directive of ``strftime``, in an order in which a literal percent sign
-    is none's beginning.
+    """The replacement of each directive of ``strftime``, ordered so that a literal percent sign
+    never begins another directive.
 
-    The time is midnight: no template should tell the hour in which a cache was built.
+    The time is midnight, because a cache should not depend on the hour of its build.
     """
     midnight = datetime(day.year, day.month, day.day)
     names = [f"%{directive}" for directive in _DIRECTIVES]
@@ -325,7 +323,7 @@ def _directives(day: date) -> list[tuple[str, str]]:
 
 
 def _first_match(pattern: re.Pattern[str], value: Any) -> str | None:
-    """What ``pattern`` finds first in the strings of ``value``, at any depth; keys and values."""
+    """The first match of ``pattern`` in the strings of ``value``, keys included, at any depth."""
     if isinstance(value, str):
         match = pattern.search(value)
         return match[0] if match else None
@@ -366,7 +364,7 @@ def _with_string_argument(call: Any) -> Any:
 
 
 def _same_but_for_null(first: str, second: str) -> bool:
-    """White space aside, which templates put around content."""
+    """Whether two texts are equal except for null, ignoring white space around content."""
     bare, other = ("".join(_NULL.sub("", text).split()) for text in (first, second))
     return bare == other
 
@@ -374,14 +372,12 @@ def _same_but_for_null(first: str, second: str) -> bool:
 def _or_refused(render: Callable[[], Any]) -> Any:
     try:
         return render()
-    except Exception as error:  # a template is a program that runs on the user's data
+    except Exception as error:  # a template is a program, so it may raise anything
         raise Refused(one_line(error)) from error
 
 
 def _template_of(tokenizer: Any, config: DataConfig) -> str:
-    """The text of the template in force. Raises UserError where there is none, or it cannot be
-    read.
-    """
+    """The text of the template in force. Raises UserError if there is none or it cannot be read."""
     if config.chat_template is not None:
         try:
             return config.chat_template.expanduser().read_text("utf-8")
@@ -390,7 +386,7 @@ def _template_of(tokenizer: Any, config: DataConfig) -> str:
                 f"cannot read data.chat_template {config.chat_template}: {error}"
             ) from error
     template = getattr(tokenizer, "chat_template", None)
-    if isinstance(template, dict):  # several by name, as apply_chat_template chooses
+    if isinstance(template, dict):  # several templates by name: the choice of apply_chat_template
         template = template.get("default")
     if not template:
         field = "messages_field" if config.messages_field else "prompt_field"

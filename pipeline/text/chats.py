@@ -1,7 +1,7 @@
-"""Rendered chats, and the characters in them that the assistant wrote.
+"""Rendered chats, and the characters of the assistant in them.
 
-A template may mark answers itself (``{% generation %}``). With any other, the chat is rendered up
-to each turn: the turn is what the chat has more than the prompt that asks for it.
+A template may mark answers itself (``{% generation %}``). For other templates, the chat is rendered
+up to each turn, and the turn is the text after the prompt that asks for it.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from logitcask.pipeline.text.chat_rows import SYSTEM_ROLES
 from logitcask.pipeline.text.chat_template import ChatTemplate, Messages, Refused, Span
 from logitcask.pipeline.text.sources import Row
 
-_MANY_TURNS = 8  # from which on a chat is rendered in windows
+_MANY_TURNS = 8  # a chat with so many turns is rendered in windows
 
 
 def render(
     template: ChatTemplate, messages: Messages, row: Row, learnt: list[int]
 ) -> tuple[str, list[Span]]:
-    """The chat as text, and the characters of its turns ``learnt``, rising, end exclusive.
+    """The chat as text, and the characters of its turns ``learnt``, ascending, end exclusive.
 
     messages: those of ``row`` as ``template`` has prepared them.
 
@@ -47,11 +47,11 @@ def tokens_in(spans: list[Span], offsets: NDArray[np.int64]) -> NDArray[np.bool_
 def _by_marks(
     template: ChatTemplate, messages: Messages, row: Row, learnt: list[int]
 ) -> tuple[str, list[Span]]:
-    """By the template's own ``{% generation %}`` blocks: its author's word counts.
+    """Spans from the template's own ``{% generation %}`` blocks.
 
-    A block is a turn's if it is in the chat up to that turn, at the same place, and not in the chat
-    before. A template that looks ahead has no such places; there the order tells, if there is one
-    block for each turn.
+    A block belongs to a turn if the chat up to that turn has it at the same place and the chat
+    before does not have it. A template that depends on later turns has no such places. Its blocks
+    are matched by order if there is one block per turn.
     """
     text, spans = template.render_marked(messages, row.tools)
     turns = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
@@ -80,11 +80,10 @@ def _by_marks(
 def _by_prefixes(
     template: ChatTemplate, messages: Messages, row: Row, learnt: list[int]
 ) -> tuple[str, list[Span]]:
-    """The assistant's turn ``i`` is what the chat up to it has more than the prompt that asks for
-    it.
+    """Spans from prefixes: turn ``i`` is the text of the chat up to it after its prompt.
 
-    White space after the end-of-turn token separates turns and is nobody's. A chat that opens with
-    the assistant has no prompt for that turn: it is context.
+    White space after the end-of-turn token separates turns and belongs to none. If a chat begins
+    with the assistant, that turn has no prompt and is context.
     """
     text = template.render(messages, row.tools)
     if len(learnt) >= _MANY_TURNS:
@@ -108,11 +107,11 @@ def _by_prefixes(
 def _by_windows(
     template: ChatTemplate, text: str, messages: Messages, row: Row, learnt: list[int]
 ) -> list[Span] | None:
-    """The spans of ``_by_prefixes`` at a cost linear in turns; None where it cannot be told so.
+    """The spans of ``_by_prefixes`` at a cost linear in turns; None if this way fails.
 
-    A chat is a row of rounds, each rendered behind the system prompt and the round before it
-    instead of behind the whole chat. It counts only if all that the rounds add makes up ``text``,
-    to the character.
+    A chat is a series of rounds. Each is rendered with only the system prompt and the round before
+    it instead of the whole chat. The result counts only if the added texts of all rounds equal
+    ``text``, character by character.
     """
     lead = next(
         (i for i, message in enumerate(messages) if message["role"] not in SYSTEM_ROLES),
@@ -133,7 +132,7 @@ def _by_windows(
         try:
             begun = template.render(before, row.tools) if number else ""
             whole = template.render(window, row.tools)
-            # What the round adds to its window has to be what comes next in the text of the whole
+            # The text that the round adds to its window must come next in the text of the whole
             # chat.
             if not (whole.startswith(begun) and text.startswith(whole[len(begun) :], at)):
                 return None
@@ -145,7 +144,7 @@ def _by_windows(
                 )
                 if not (whole.startswith(through) and through.startswith(prompt)):
                     return None
-                shift = at - len(begun)  # from characters of the window to those of the text
+                shift = at - len(begun)  # from positions in the window to positions in the text
                 spans.append((shift + len(prompt), shift + max(len(prompt), len(through.rstrip()))))
         except Refused:
             return None
@@ -154,7 +153,7 @@ def _by_windows(
 
 
 def _rounds(messages: Messages, lead: int) -> list[int]:
-    """Starts of rounds behind the system prompt: questions, and the assistant after a tool."""
+    """Starts of rounds after the system prompt: questions, and the assistant after a tool."""
     starts = [lead]
     for index in range(lead + 1, len(messages)):
         before, role = messages[index - 1]["role"], messages[index]["role"]
@@ -164,7 +163,7 @@ def _rounds(messages: Messages, lead: int) -> list[int]:
 
 
 def _question(messages: Messages, start: int) -> Messages:
-    """The question that a round is about, for one that begins with the assistant."""
+    """The question of a round that begins with the assistant."""
     if messages[start]["role"] == "user":
         return []
     asked = next(

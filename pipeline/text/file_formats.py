@@ -1,14 +1,12 @@
-"""Rows out of one data file, as a stream: the formats people keep text in, and nothing else about
-the data.
+"""Rows of one data file in a common text format, as a stream.
 
-A local path, taken literally, or an fsspec URL. Memory: one record batch of a Parquet or Arrow
-file, one line of the others; only a JSON file that is one big array is held whole. ``.gz``,
-``.bz2``, ``.xz`` and ``.zst`` behind a text suffix are unpacked on the way. Text is UTF-8, with or
-without a byte order mark.
+The file is a local path, taken literally, or an fsspec URL. Memory holds one record batch of a
+Parquet or Arrow file, or one line of other files; only a JSON file that is one big array is held
+whole. ``.gz``, ``.bz2``, ``.xz`` and ``.zst`` behind a text suffix are unpacked while reading. Text
+is UTF-8, with or without a byte order mark.
 
-A row is a dict with at least the fields asked for; a field that a JSON object or a short CSV line
-lacks is None. Each line of a ``.txt`` file is a row with the one field ``text``, as in
-``datasets``.
+A row is a dict with at least the requested fields. A field that a JSON object or a short CSV line
+lacks is None. Each line of a ``.txt`` file is a row with the field ``text``, as in ``datasets``.
 """
 
 from __future__ import annotations
@@ -40,21 +38,19 @@ _ZSTD_WINDOW = 1 << 31  # what `zstd --long=31` writes
 
 
 def suffix_of(path: str) -> str:
-    """The suffix that names the format: ``.jsonl`` for ``a/b.JSONL.gz``."""
+    """The suffix of the format: ``.jsonl`` for ``a/b.JSONL.gz``."""
     name = PurePosixPath(path.lower())
     return name.with_suffix("").suffix if name.suffix in _UNPACKERS else name.suffix
 
 
 def read_columns(path: str) -> list[str]:
-    """The names of the fields. Raises UserError for content that is not what the suffix says."""
+    """The names of the fields. Raises UserError for content that contradicts the suffix."""
     with _naming(path), open_data(path) as (file, _):
         return _FORMATS[suffix_of(path)].columns(file, path)
 
 
 def read_rows(path: str, fields: list[str]) -> Iterator[dict[str, Any]]:
-    """Every row of the file, in order. Raises UserError for content that is not what the suffix
-    says.
-    """
+    """Every row of the file, in order. Raises UserError for content that contradicts the suffix."""
     count = 0
     with open_data(path) as (file, _):
         rows = _FORMATS[suffix_of(path)].rows(file, path, fields)
@@ -68,9 +64,7 @@ def read_rows(path: str, fields: list[str]) -> Iterator[dict[str, Any]]:
 
 
 def locate(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The file system of ``path`` and its name there. Without ``://`` it is a local path,
-    whatever characters it has.
-    """
+    """The file system of ``path`` and its name there; without ``://`` a literal local path."""
     if "://" in path:
         found: tuple[fsspec.AbstractFileSystem, str] = fsspec.core.url_to_fs(path)
         return found
@@ -81,7 +75,7 @@ def locate(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
 def open_data(path: str) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
     """The content of ``path``, unpacked, and the file itself, which knows how far it was read.
 
-    Raises UserError where a package to unpack it is missing, and what the file system raises.
+    Raises UserError if a package to unpack it is missing, and the errors of the file system.
     """
     filesystem, name = locate(path)
     with open(name, "rb") if "://" not in path else filesystem.open(name, "rb") as file:
@@ -106,9 +100,7 @@ def _unpack_zstd(file: IO[bytes]) -> IO[bytes]:
 
 
 class _Frames(io.RawIOBase):
-    """All frames of a zstd file, one after the other; zstandard's own reader takes a file that
-    was cut off for whole.
-    """
+    """All frames of a zstd file in order; zstandard's own reader ignores a truncated end."""
 
     def __init__(self, file: IO[bytes], decompressor: Any) -> None:
         self._file, self._decompressor = file, decompressor
@@ -146,7 +138,7 @@ _UNPACKERS: dict[str, Callable[[IO[bytes]], Any]] = {
 
 @contextmanager
 def _naming(path: str, rows: int = 0) -> Iterator[None]:
-    """Turns whatever a file system, a decoder or the network raises into a line about ``path``."""
+    """Turns errors of file systems, decoders and the network into one line about ``path``."""
     try:
         yield
     except LogitcaskError:
@@ -159,8 +151,8 @@ def _naming(path: str, rows: int = 0) -> Iterator[None]:
 
 
 def _undecodable(path: str, error: UnicodeDecodeError) -> str:
-    """Where ``path`` stops being UTF-8, found by reading it again: a decoder knows the place in
-    its buffer only.
+    """The first place where ``path`` is not UTF-8, found by reading it again, because a decoder
+    knows only the place in its buffer.
     """
     with open_data(path) as (file, _):
         for number, line in enumerate(file, 1):
@@ -191,17 +183,15 @@ def _text(file: IO[bytes], path: str, newline: str | None = None) -> io.TextIOWr
 
 
 def _json_objects(file: IO[bytes], path: str) -> Iterator[dict[str, Any]]:
-    """One array, or an object per line; ``.json`` and ``.jsonl`` are used for both, so the first
-    character decides.
-    """
+    """Objects of one array or of lines, decided by the first character, not by the suffix."""
     text = _text(file, path, newline="\n")  # newline="\n": a lone \r does not end a line
     lines = enumerate(text, 1)
     first = next(((number, line) for number, line in lines if line.strip()), None)
     if first is None:
         return
     if first[1].lstrip().startswith("["):
-        # No seek to the start, which a zstd stream refuses. Empty lines for those that were read
-        # keep the parser's count.
+        # A zstd stream cannot seek to the start. Empty lines replace those already read, so that
+        # the parser's line numbers stay right.
         array = _parse("\n" * (first[0] - 1) + first[1] + text.read(), path)
         yield from (_object(value, f"{path}, element {index}") for index, value in enumerate(array))
         return
@@ -249,7 +239,7 @@ def _csv_reader(file: IO[bytes], path: str) -> Any:
 
 
 def _csv_records(reader: Any, path: str) -> Iterator[list[str]]:
-    """The lines that hold something, as lists of cells."""
+    """The non-empty lines, as lists of cells."""
     while True:
         try:
             cells = next(reader, None)
@@ -298,7 +288,7 @@ def _parquet_columns(file: IO[bytes], path: str) -> list[str]:
 
 
 def _parquet_rows(file: IO[bytes], path: str, fields: list[str]) -> Iterator[dict[str, Any]]:
-    # ParquetFile and not pyarrow.dataset: a scan that is left early may abort the process at exit
+    # ParquetFile and not pyarrow.dataset: an unfinished scan may abort the process at exit
     # (https://github.com/apache/arrow/issues/45214).
     table = pq.ParquetFile(file)
     _require(fields, table.schema_arrow.names, path)
@@ -307,9 +297,7 @@ def _parquet_rows(file: IO[bytes], path: str, fields: list[str]) -> Iterator[dic
 
 
 def _arrow_batches(file: IO[bytes]) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
-    """``.arrow`` is either the IPC file format, which starts with its magic, or the stream that
-    ``datasets`` writes.
-    """
+    """Batches of an ``.arrow`` file: the IPC format with its magic, or ``datasets``' stream."""
     magic = file.read(6)
     file.seek(0)
     if magic == b"ARROW1":
@@ -331,8 +319,8 @@ def _arrow_rows(file: IO[bytes], path: str, fields: list[str]) -> Iterator[dict[
 
 
 def _objects_in(batch: pa.RecordBatch) -> list[dict[str, Any]]:
-    """The rows of ``batch``. Maps, which Spark writes for objects, are dicts. Raises KeyError
-    for a key that occurs twice.
+    """The rows of ``batch``. Maps, which Spark writes for objects, become dicts. Raises KeyError
+    for a repeated key.
     """
     return batch.to_pylist(maps_as_pydicts="strict")
 

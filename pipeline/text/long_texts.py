@@ -1,12 +1,11 @@
-"""Texts too long to be tokenised in one call: a tokenizer keeps a hundred bytes and more for every
-character it reads.
+"""Texts too long for one call: a tokenizer needs a hundred bytes or more per character.
 
-A long text is read in windows that overlap, and the tokens of two neighbours are joined where both
-have a border between the same two characters, in the middle of the overlap if there is one. Away
-from its edges a window is tokenised as the whole text would be, so the result is that of one call;
-what a tokenizer does at the start of a text (a space in front, say) happens in the first window
-only. In a run that is one word for the tokenizer and longer than an overlap (a megabyte of ``z``),
-words of two windows may be split otherwise than one call would; they are the same characters still.
+A long text is read in overlapping windows. The tokens of two neighbouring windows are joined at a
+place where both have a border between the same two characters, as near to the middle of the overlap
+as possible. Away from its edges a window is tokenised like the whole text, so the result equals
+that of one call. Changes of a tokenizer at the start of a text (such as a space in front) happen
+only in the first window. If a run is one word for the tokenizer and longer than an overlap (a
+megabyte of ``z``), it may be split differently from one call, but into the same characters.
 """
 
 from __future__ import annotations
@@ -20,12 +19,12 @@ from numpy.typing import NDArray
 
 from logitcask.cache_format.errors import UserError
 
-# Characters. Texts up to LONG are tokenised whole, whatever happens to the other two.
+# Characters. Texts up to LONG are tokenised whole, with any values of the other two.
 LONG = 1 << 20
 _WINDOW = 1 << 18
 _OVERLAP = 1 << 12
-# Windows in one call, for the tokenizer's threads; the first goes alone, since it is all that a
-# limit may need.
+# Windows in one call, for the tokenizer's threads. The first window is tokenised alone, because a
+# limit may need only that one.
 _AT_ONCE = 4
 
 Tokens = tuple[NDArray[np.int32], NDArray[np.int64]]
@@ -33,15 +32,12 @@ Tokens = tuple[NDArray[np.int32], NDArray[np.int64]]
 
 
 def with_whole_offsets(tokenizer: Any) -> Any:
-    """A tokenizer that gives the same ids without special tokens, and the offsets of all their
-    characters.
+    """A tokenizer with the same ids, no special tokens, and offsets of all characters.
 
-    Without special tokens to add, all that a post-processor still does is to trim white space off
-    the offsets, as those of many byte-level tokenizers do; a token of spaces would then belong to
-    nobody.
+    Without special tokens, a post-processor only trims white space from the offsets, as in many
+    byte-level tokenizers. A token of spaces would then have no characters.
 
-    Raises NotImplementedError, KeyError or TypeError, as the tokenizer does, where it has no
-    offsets.
+    Raises NotImplementedError, KeyError or TypeError, as the tokenizer does, if it has no offsets.
     """
     if hasattr(tokenizer, "backend_tokenizer"):
         tokenizer = copy.deepcopy(tokenizer)
@@ -53,7 +49,7 @@ def with_whole_offsets(tokenizer: Any) -> Any:
 class LongTexts:
     """Tokenises long texts as a stream of int32 arrays, in bounded memory.
 
-    A tokenizer without offsets, as those written in Python are, reads a text whole.
+    A tokenizer without offsets (one written in Python) reads a text whole.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -65,7 +61,7 @@ class LongTexts:
             self._offset_tokenizer = None
 
     def ids(self, text: str, *, add_special_tokens: bool) -> Iterator[NDArray[np.int32]]:
-        """The ids of ``text``, in parts, with what the tokenizer adds in front and behind."""
+        """The ids of ``text``, in parts, with the tokens that the tokenizer adds at both ends."""
         if self._offset_tokenizer is None:
             whole = self._tokenizer([text], add_special_tokens=add_special_tokens, **self._quiet)[
                 "input_ids"
@@ -96,7 +92,7 @@ class LongTexts:
                 middle, known = start + _OVERLAP // 2, _borders(held)
                 common = np.intersect1d(known, _borders(window), assume_unique=True)
                 cut = _nearest(common if len(common) else known, middle)
-                if not len(common):  # go on behind a token of the window before
+                if not len(common):  # continue behind a token of the window before
                     (window,) = self._encode(text, [(cut, min(start + _WINDOW, len(text)))])
                 yield _where(held, held[1][:, 0] < cut)
                 held = _where(window, window[1][:, 0] >= cut)
@@ -118,12 +114,11 @@ class LongTexts:
 
 
 def special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """The ids that the tokenizer puts in front of a text and behind it, told from what it does to a
-    text of one letter.
+    """The ids that the tokenizer adds at both ends of a text, found with one letter.
 
-    Raises UserError where they cannot be told from the text.
+    Raises UserError if they cannot be separated from the text.
     """
-    for letter in "aA0":  # of small alphabets, such as that of DNA, not every letter is a token
+    for letter in "aA0":  # with small alphabets, such as that of DNA, not every letter is a token
         plain = tokenizer([letter], add_special_tokens=False)["input_ids"][0]
         whole = tokenizer([letter], add_special_tokens=True)["input_ids"][0]
         for before in range(len(whole) if plain else 0):
@@ -136,7 +131,7 @@ def special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
 
 
 def pieces(parts: Iterable[NDArray[np.int32]], length: int) -> Iterator[NDArray[np.int32]]:
-    """The same ids in arrays of ``length``, the last of them shorter; nothing for no ids."""
+    """The same ids in arrays of ``length``, the last one shorter; no array without ids."""
     waiting: list[NDArray[np.int32]] = []
     held = 0
     for part in parts:
@@ -168,7 +163,7 @@ def head(parts: Iterable[Tokens], length: int) -> Tokens:
 
 
 def _borders(tokens: Tokens) -> NDArray[np.int64]:
-    """Characters at which a token starts and before which all earlier ones end, in rising order."""
+    """Characters at which a token starts and all earlier tokens have ended, ascending."""
     offsets = tokens[1]
     ended = np.maximum.accumulate(offsets[:-1, 1])
     starts = offsets[1:, 0]
@@ -176,9 +171,7 @@ def _borders(tokens: Tokens) -> NDArray[np.int64]:
 
 
 def _nearest(places: NDArray[np.int64], wanted: int) -> int:
-    """The nearest of ``places``; ``wanted`` itself where there is none, as in text that makes no
-    tokens.
-    """
+    """The nearest of ``places``; ``wanted`` itself if there is none (a text without tokens)."""
     return int(places[np.abs(places - wanted).argmin()]) if len(places) else wanted
 
 

@@ -16,8 +16,8 @@ _HEADING = re.compile(r"^\S.*\n([*=\-~^\"'#+])\1{2,} *$", re.MULTILINE)
 def _python_docs() -> tuple[tuple[str, str], ...]:
     """(id, text) of the language reference that ships with Python, one document per section.
 
-    PSF licence, about 465 kB. In the order of sha256(id), so that any prefix is a fair sample. The
-    text belongs to the Python version; the stamp tells versions apart.
+    PSF licence, about 465 kB. The order is that of sha256(id), so any prefix is a fair sample. The
+    text depends on the Python version, and so does the stamp.
     """
     from pydoc_data.topics import topics
 

@@ -1,6 +1,4 @@
-"""About how many rows a data set has, told from sizes: nothing is read but the start of one
-file.
-"""
+"""An estimate of the number of rows of a data set from sizes and the start of one file."""
 
 from __future__ import annotations
 
@@ -26,9 +24,7 @@ _LINES = (*JSON_SUFFIXES, ".txt")
 
 
 def count_rows(config: DataConfig) -> float | None:
-    """About how many rows there are; None where sizes do not say. Of files only the first is
-    opened.
-    """
+    """Approximate number of rows; None if sizes do not give it. Opens only the first file."""
     if config.path in BUILT_IN:
         return len(BUILT_IN[config.path]())
     local = Path(config.path).expanduser()
@@ -41,13 +37,13 @@ def count_rows(config: DataConfig) -> float | None:
     try:
         sizes = [filesystem.size(path) for filesystem, path in map(locate, files)]
         density = _rows_per_byte(files[0], sizes[0]) if all(sizes) else None
-    except OSError:  # a server that has been asked enough; the answer does without
+    except OSError:  # the server refuses more requests; the estimate works without them
         return None
     return None if density is None else density * sum(sizes)
 
 
 def _rows_per_byte(file: str, size: int) -> float | None:
-    """Rows per byte on disk: Parquet says it; of text the first megabytes are counted."""
+    """Rows per byte on disk: from Parquet's metadata, or counted in the first megabytes of text."""
     suffix = suffix_of(file)
     with open_data(file) as (stream, packed):
         if suffix == ".parquet":
@@ -55,7 +51,7 @@ def _rows_per_byte(file: str, size: int) -> float | None:
         if suffix not in (*_LINES, *DELIMITERS):
             return None
         head = stream.read(_HEAD_BYTES)
-        # Below a decompressor lies the file itself, which knows how far it has been read.
+        # The file below a decompressor knows how far it has been read.
         consumed = size if len(head) < _HEAD_BYTES else packed.tell()
     if suffix in DELIMITERS:
         records = csv.reader(

@@ -1,18 +1,18 @@
-"""From rows to sequences: which tokens the teacher reads, and which of them a student will learn.
+"""From rows to sequences: the tokens that the teacher reads, and those that a student learns.
 
-Documents: every token but the first is learnt. One above ``max_length`` may be cut into consecutive
-pieces; each piece is scored on its own, so its teacher has not read the pieces before it. What the
-tokenizer puts in front of a text (BOS, usually) is put in front of every piece, as a teacher
-trained with it predicts badly without; it is repeated context, learnt by nobody. Where there is no
-such token, a piece's first token of text is learnt by nobody. A text that has the special tokens
-already, as one that another tool has rendered does, gets no second ones.
+Documents: every token except the first is learnt. A document above ``max_length`` may be cut into
+consecutive pieces. Each piece is scored on its own, without the pieces before it. The tokens that
+the tokenizer puts in front of a text (usually BOS) are put in front of every piece, because a
+teacher trained with them predicts badly without them. They are context and are not learnt. Without
+such tokens, the first token of a piece is not learnt. A text that already has the special tokens,
+for example because another tool has rendered it, gets no second ones.
 
-Chats: rendered once as a whole with the chat template and tokenised once. What the assistant wrote
-is learnt, its end-of-turn token included: its characters are found in the rendered text
-(``chats``), and a token is the assistant's if it holds at least one of them.
+Chats: a chat is rendered once as a whole with the chat template and tokenised once. The text of the
+assistant is learnt, including its end-of-turn token. Its characters are found in the rendered text
+(``chats``). A token is the assistant's if it holds at least one of them.
 
-A text above a million characters is tokenised in parts (``long_texts``), and no further than
-``max_length`` asks for where the rest is cut off or the text left out.
+A text above a million characters is tokenised in parts (``long_texts``). If the rest is cut off or
+the text is left out, it is tokenised only as far as ``max_length`` needs.
 """
 
 from __future__ import annotations
@@ -51,8 +51,7 @@ log = logging.getLogger(__name__)
 _BATCH_ROWS = 256
 _BATCH_CHARACTERS = 1 << 20
 _PIECE_LIKE = re.compile(r"/\d+$")
-# BOS of widely used tokenizers. Text that begins with another tokenizer's was rendered for that
-# one.
+# BOS of common tokenizers. A text that begins with another tokenizer's BOS was rendered for it.
 _KNOWN_BOS = (
     "<s>",
     "<bos>",
@@ -69,8 +68,9 @@ _Counted = tuple[Sequence, tuple[str, ...]]
 
 @dataclass(frozen=True, slots=True)
 class _Rendered:
-    """A chat as text; ``spans`` are the characters of its assistant turns that are learnt, rising,
-    end exclusive; the others are ``unlearnt`` in number."""
+    """A chat as text. ``spans``: characters of its learnt assistant turns, ascending, end
+    exclusive. ``unlearnt``: number of the other assistant turns.
+    """
 
     row_id: str
     text: str
@@ -109,8 +109,7 @@ class Tokenization:
         self._vocab_size = vocab_size
         self._counters: Counter[str] = Counter()
         self._refusal = ""
-        # transformers warns about texts above the model's length, which is what the cutting here is
-        # for.
+        # transformers warns about texts above the model's length, but here they are cut.
         self._quiet = {"verbose": False} if hasattr(tokenizer, "model_max_length") else {}
         if config.append_eos and tokenizer.eos_token_id is None:
             raise UserError(
@@ -128,7 +127,7 @@ class Tokenization:
         """Streams the sequences of ``rows`` up to ``max_tokens``; ids are ``row_id``, or
         ``row_id/piece`` for pieces.
 
-        Rows are read in batches, so a source may have read a few more than there are sequences for.
+        Rows are read in batches, so a source may have read a few more rows than were used.
 
         Raises UserError: an id outside the vocabulary, two sequences of one id, a template whose
         assistant turns cannot be found, the first sequence alone above ``max_tokens``, a document
@@ -178,9 +177,7 @@ class Tokenization:
     def _document(
         self, row: Row, parts: Iterable[NDArray[np.int32]], found: tuple[str, ...]
     ) -> Iterator[_Counted]:
-        """``parts``: the ids of the document, read as far as they are needed; ``found``:
-        counters of its text.
-        """
+        """``parts``: ids of the document, read as far as needed. ``found``: its counters."""
         cut = pieces(parts, self._config.max_length)
         first, second = next(cut, None), next(cut, None)
         if first is None:
@@ -208,7 +205,7 @@ class Tokenization:
                 )
 
     def _ended(self, parts: Iterable[NDArray[np.int32]]) -> Iterator[NDArray[np.int32]]:
-        """With EOS behind them, unless there is one or there is nothing to end."""
+        """The ids with EOS at the end, unless they have one or are empty."""
         eos, last = self.tokenizer.eos_token_id, None
         for part in parts:
             last = part[-1] if len(part) else last
@@ -218,9 +215,7 @@ class Tokenization:
 
     @cached_property
     def _beginning(self) -> NDArray[np.int32]:
-        """What the tokenizer puts in front of a document; n = 0 for one that adds nothing, or is
-        told not to.
-        """
+        """Ids that the tokenizer puts in front of a document; n = 0 if it adds none."""
         return np.asarray(
             special_tokens(self.tokenizer)[0] if self._config.add_special_tokens else [], np.int32
         )
@@ -256,9 +251,7 @@ class Tokenization:
                 yield Sequence(chat.row_id, ids[:limit], mask[:limit]), kinds
 
     def _tokens(self, texts: list[str]) -> Iterator[Tokens]:
-        """The tokens of rendered chats; of long ones as many as show that they are longer than
-        ``max_length``.
-        """
+        """The tokens of rendered chats; of long chats, only enough to exceed ``max_length``."""
         short = [text for text in texts if len(text) <= LONG]
         if short:
             encoded = self._offset_tokenizer(
@@ -310,8 +303,8 @@ class Tokenization:
 
     def _check(self, sequence: Sequence, used: set[int]) -> None:
         check_ids(sequence.input_ids, self._vocab_size, f"sequence {sequence.sequence_id}")
-        # Row ids are unique; only one that looks like a piece ("book/0") can meet a piece of
-        # another row ("book").
+        # Row ids are unique. Only an id that looks like a piece ("book/0") can equal that of a
+        # piece of another row ("book").
         if self._config.id_field is not None and _PIECE_LIKE.search(sequence.sequence_id):
             digest = int.from_bytes(
                 hashlib.blake2b(sequence.sequence_id.encode(), digest_size=8).digest()
@@ -347,7 +340,7 @@ class AddedTokens:
         self._warned = False
 
     def once(self, text: str) -> tuple[str, tuple[str, ...]]:
-        """``text`` without them, and the counters of ``Tokenization`` that go up."""
+        """``text`` without these tokens, and the counters of ``Tokenization`` to increase."""
         beginnings, ends = self._strings
         found = []
         cleaned = text
@@ -374,21 +367,21 @@ class AddedTokens:
 
     @cached_property
     def _strings(self) -> tuple[list[str], list[str]]:
-        """How a text spells what is added in front, or the last of it, and behind, or the first
-        of it; longest first.
+        """The strings of the tokens that are added in front (or of the last of them) and behind (or
+        of the first of them); longest first.
         """
         if not self._adds:
             return [], []
         try:
             before, after = special_tokens(self._tokenizer)
-        except UserError:  # what is added cannot be told from the text
+        except UserError:  # the added tokens cannot be separated from the text
             return [], []
         beginnings = [self._spelled(before[at:]) for at in range(len(before))]
         ends = [self._spelled(after[:at]) for at in range(len(after), 0, -1)]
         return [each for each in beginnings if each], [each for each in ends if each]
 
     def _spelled(self, ids: list[int]) -> str:
-        """The text that gives special tokens ``ids``; empty where there is none."""
+        """The text of the special tokens ``ids``; empty if there is none."""
         if not set(ids) <= {
             *self._tokenizer.all_special_ids,
             *getattr(self._tokenizer, "added_tokens_decoder", {}),
@@ -405,8 +398,8 @@ class AddedTokens:
 
 
 def _learnt(sequence_id: str, ids: NDArray[np.int32], given: int = 1) -> Sequence:
-    """A sequence of which all is learnt but the first ``given`` tokens, at least one: nothing
-    predicts the very first.
+    """A sequence whose tokens are learnt, except the first ``given``, at least one: the very first
+    token has no prediction.
     """
     mask = np.ones(len(ids), np.bool_)
     mask[:given] = False
@@ -414,9 +407,7 @@ def _learnt(sequence_id: str, ids: NDArray[np.int32], given: int = 1) -> Sequenc
 
 
 def batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
-    """Rows to tokenise in one call: enough for the tokenizer's threads, few enough that long
-    documents fit.
-    """
+    """Rows to tokenise in one call: enough for the tokenizer's threads, few enough for memory."""
     batch: list[Row] = []
     characters = 0
     for row in rows:

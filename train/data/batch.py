@@ -16,8 +16,7 @@ from logitcask.train.losses import SparseTeacher, TailDraws
 
 
 def collate(sequences: list[CachedSequence]) -> dict[str, Tensor]:
-    """Pads B sequences to the longest, T tokens; P is the number of kept positions of all of them
-    together.
+    """Pads B sequences to the longest, T tokens. P is the total number of their kept positions.
 
     input_ids, attention_mask: int64[B, T].
     kept:                      int64[P], indices into the flattened [B * T] positions.
@@ -38,14 +37,14 @@ def collate(sequences: list[CachedSequence]) -> dict[str, Tensor]:
 
 
 def at_positions(sequences: list[CachedSequence]) -> dict[str, Tensor]:
-    """What a batch holds of each of its P kept positions, sequence after sequence.
+    """The fields of a batch at each of its P kept positions, sequence by sequence.
 
-    labels:    int64[P], the token that follows each kept position: the hard labels. Nothing shifts
+    labels:    int64[P], the token after each kept position: the hard labels. Nothing is shifted
                after this.
-    teacher_*: the fields of SparseTeacher, [P, ...], and as teacher_samples and
-               teacher_sample_logprobs those of its draws, all sets pooled. A field that only some
-               sequences have (they are of different caches) is padded for the others, an entropy
-               with NaN: see ``Mixture.teachers``.
+    teacher_*: the fields of SparseTeacher, [P, ...]; teacher_samples and teacher_sample_logprobs
+               are those of its draws, with all sets pooled. If only some sequences have a field
+               (they come from different caches), it is padded for the others, an entropy with NaN
+               (see ``Mixture.teachers``).
     """
     batch = {
         "labels": torch.cat([torch.from_numpy(s.target_ids).long() for s in sequences]),
@@ -81,8 +80,8 @@ def at_positions(sequences: list[CachedSequence]) -> dict[str, Tensor]:
 
 
 def _pooled(sets: NDArray[Any]) -> NDArray[Any]:
-    """[P, T, S] -> [P, T * S]: all sets as one. Every set of a position has as many draws, so
-    their mean is the pool's.
+    """[P, T, S] -> [P, T * S]: all sets as one. The sets of a position have the same size, so the
+    mean of the sets is the mean of the pool.
     """
     positions, count, draws = sets.shape  # any of them may be 0
     return sets.reshape(positions, count * draws)
@@ -102,9 +101,7 @@ def _stacked(parts: list[NDArray[Any]], filler: float) -> Tensor:
 def teacher_of(
     batch: dict[str, Tensor], vocab_size: int, prior: Tensor | None = None
 ) -> SparseTeacher:
-    """The SparseTeacher of a collated batch; ``prior`` is the cache's, float32[vocab_size],
-    where it has one.
-    """
+    """The SparseTeacher of a batch; ``prior``: the cache's, float32[vocab_size], or None."""
     drawn = batch.get("teacher_samples")
     return SparseTeacher(
         ids=batch["teacher_ids"],
@@ -121,13 +118,13 @@ def teacher_of(
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """One sequence of a batch, as known without asking the device that the batch lies on.
+    """Sizes of one sequence of a batch, known without a transfer from the batch's device.
 
-    No tuple: what moves batches to devices and through wrappers takes tuples apart, and leaves this
-    alone.
+    It is not a tuple, because the code that moves batches to devices and through wrappers takes
+    tuples apart.
 
-    source: number of its cache. tokens, kept: its tokens and kept positions. chosen: how many of
-    the latter are in the loss.
+    source: number of its cache. tokens, kept: numbers of its tokens and kept positions. chosen:
+    number of kept positions in the loss.
     """
 
     source: int

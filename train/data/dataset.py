@@ -1,4 +1,4 @@
-"""The cache as a map-style data set, and the split into what is trained on and what is held out."""
+"""The cache as a map-style data set, and its held-out sequences."""
 
 from __future__ import annotations
 
@@ -23,9 +23,8 @@ from logitcask.train.losses import SparseTeacher
 class CachedDataset(Dataset[CachedSequence]):
     """Some sequences of a cache, by their index there.
 
-    rows: ids that the student predicts; those of the teacher beyond them are left out
-    (``logitcask.train.data.vocabulary``). None: the
-        student has all of the teacher's.
+    rows: number of ids that the student predicts; other ids of the teacher are left out
+        (``logitcask.train.data.vocabulary``). None: the student has all of the teacher's ids.
     """
 
     def __init__(
@@ -54,15 +53,11 @@ class CachedDataset(Dataset[CachedSequence]):
         )
 
     def left_out(self, item: int) -> NDArray[np.float64]:
-        """float64[P]: the share of the teacher's mass that a sequence has lost, being on ids
-        that the student lacks.
-        """
+        """float64[P]: the share of the teacher's mass on ids that the student lacks."""
         return left_out(self.cache[int(self.indices[item])], self.vocab_size)
 
     def __getitems__(self, items: list[int]) -> list[CachedSequence]:
-        """Several, read in the order in which they are stored, so that what lies together is
-        decoded once.
-        """
+        """Several sequences, read in stored order, so that each record batch is decoded once."""
         found = {
             item: self[item] for item in sorted(items, key=lambda item: int(self.indices[item]))
         }
@@ -74,7 +69,7 @@ class CachedDataset(Dataset[CachedSequence]):
         prior = None if self._prior is None else self._prior.to(device)
         store = self.cache.manifest.store
         if store.top_k and not batch["teacher_ids"].shape[1]:
-            # All heads of this batch are empty. No column at all would mean a cache without heads.
+            # All heads of this batch are empty. Zero columns would mean a cache without heads.
             empty = batch["teacher_ids"].new_full((len(batch["labels"]), 1), -1)
             batch = {
                 **batch,
@@ -92,7 +87,7 @@ class CachedDataset(Dataset[CachedSequence]):
 
 
 class HeldOut(Dataset[CachedSequence]):
-    """The held-out sequences of one cache after the other; ``parts`` are those of each."""
+    """The held-out sequences of all caches, one cache after the other; ``parts``: one per cache."""
 
     def __init__(self, parts: list[CachedDataset]) -> None:
         self.parts = parts
@@ -109,11 +104,11 @@ class HeldOut(Dataset[CachedSequence]):
 
 
 def check_shards(caches: list[CacheReader]) -> None:
-    """Checks the sha256 of local shards once a machine, where several processes train together.
+    """Checks the sha256 of local shards once per machine if several processes train together.
 
-    Processes of one machine that see the same folders share them out: each checks its part and
-    takes the others' word for theirs. Raises, in every process, what the first of them that found
-    something wrong has raised. A process that trains alone checks shards as it reads them.
+    The processes of one machine that see the same folders divide the shards among them, and each
+    relies on the checks of the others. If a shard is damaged, every process raises the error of the
+    first process that found one. A single process checks shards when it reads them.
     """
     rank, count = processes()
     if count == 1:
@@ -136,7 +131,7 @@ def check_shards(caches: list[CacheReader]) -> None:
 
 
 def _folder(cache: CacheReader) -> tuple[int, int] | None:
-    """Which folder of this machine a cache lies in, whatever its path; None for a remote one."""
+    """Identity of a cache's folder on this machine, independent of its path; None if remote."""
     filesystem, root = open_filesystem(cache.path)
     if not is_local(filesystem):
         return None

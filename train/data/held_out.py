@@ -1,6 +1,4 @@
-"""The split of a cache's sequences: trained on or held out, by the row of the data that each was
-made of.
-"""
+"""The split of a cache's sequences into training and held-out ones, by their row of the data."""
 
 from __future__ import annotations
 
@@ -16,21 +14,21 @@ from logitcask.cache_format.manifest import DataIdentity
 
 
 def is_held_out(sequence_id: str, data: DataIdentity, share: float) -> bool:
-    """Whether a sequence is held out: by what ``row_of`` says, so that it is in every run, order
-    and subset of the data.
+    """Whether a sequence is held out. It depends only on ``row_of``, so it is the same in every
+    run, order and subset of the data.
     """
-    # Salted, since data may well lie in the order of some hash of its ids.
+    # Salted, because data may be ordered by a hash of its ids.
     digest = hashlib.sha256(f"held out\0{row_of(sequence_id, data)}".encode()).digest()
     return int.from_bytes(digest[:8], "big") < share * 2**64
 
 
 def row_of(sequence_id: str, data: DataIdentity) -> str:
-    """The row of the data that a sequence was made of: pieces of one document and answers to one
-    prompt have the same.
+    """The row of the data from which a sequence was made. Pieces of one document and answers to one
+    prompt have the same row.
 
-    Such sequences are called ``row/number``. Answers are known to be; pieces are told by their
-    rows, which are called ``split/number``, or end in ``#number``, unless the data has ids of its
-    own: then each piece counts as a row.
+    The ids of such sequences are ``row/number``. For answers this is always so. Pieces are
+    recognised by their rows, whose ids are ``split/number`` or end in ``#number``. If the data has
+    ids of its own, each piece counts as a row.
     """
     if data.mask_policy == "generated":
         return sequence_id.rpartition("/")[0]
@@ -41,10 +39,10 @@ def row_of(sequence_id: str, data: DataIdentity) -> str:
 
 @dataclass(frozen=True, eq=False)
 class CacheIndex:
-    """What is known of a cache's N sequences before any is decoded.
+    """The data about a cache's N sequences that is read before any is decoded.
 
     held_out: bool[N]. tokens: int32[N]. kept: int32[N], kept positions. largest: int32[N], the
-    largest id of its tokens.
+    largest token id of each.
     """
 
     held_out: NDArray[np.bool_]
@@ -54,8 +52,8 @@ class CacheIndex:
 
 
 def read_index(cache: CacheReader, share: float) -> CacheIndex:
-    """Reads three columns of the whole cache, once, shard after shard; ``share`` of the data's
-    rows are held out.
+    """Reads three columns of the whole cache once, shard by shard. ``share``: the part of the
+    data's rows that is held out.
     """
     data = cache.manifest.data
     held_out: list[bool] = []
@@ -65,7 +63,7 @@ def read_index(cache: CacheReader, share: float) -> CacheIndex:
         held_out += [is_held_out(sequence_id, data, share) for sequence_id in ids.to_pylist()]
         tokens.append(inputs.value_lengths().to_numpy())
         kept.append(positions.value_lengths().to_numpy())
-        # One 0 more, so that every start is the index of something.
+        # One 0 more, so that every start is a valid index.
         ids, starts = (
             np.append(inputs.flatten().to_numpy(), np.int32(0)),
             np.cumsum(tokens[-1]) - tokens[-1],

@@ -1,10 +1,10 @@
-"""One or several caches as what is trained on: units drawn by a plan, collated, and each cache's
-teacher kept its own.
+"""The training data from one or several caches: units drawn by a plan, collated, with a separate
+teacher for each cache.
 
-Caches may differ in what they store: heads of other sizes, draws or none, a prior or none. In a
-batch the kept positions of one cache therefore stand together, and the objective meets them as a
-SparseTeacher of that cache alone: a loss treats every position as it would in training on its cache
-only, and never sees a padded field that stands for nothing.
+Caches may store different data: heads of other sizes, draws or none, a prior or none. In a batch
+the kept positions of one cache are therefore neighbours, and the objective gets them as a
+SparseTeacher of that cache. A loss treats every position as in a training on its cache alone, and
+never gets a padded field without content.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from logitcask.train.data.selection import highest_entropy, share_of
 from logitcask.train.losses import SparseTeacher
 
 if TYPE_CHECKING:
-    # Imports transformers, which the workers of a loader do without.
+    # Imports transformers, which the workers of a loader do not need.
     from logitcask.train.head.chunked import PerChunk
 
 
@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 
 
 class Drawn(NamedTuple):
-    """One unit: sequences of one cache, a single one unless they are packed into a row."""
+    """One unit: a sequence of a cache, or several packed into a row."""
 
     source: int
     sequences: list[CachedSequence]
@@ -64,9 +64,7 @@ class Mixture(Dataset[Drawn]):
         return self.__getitems__([unit])[0]
 
     def __getitems__(self, units: list[int]) -> list[Drawn]:
-        """Units by the plan's numbers; each cache's sequences are read together, in the order in
-        which they are stored.
-        """
+        """Units by the plan's numbers. A cache's sequences are read together, in stored order."""
         places = [self.plan.locate(unit) for unit in units]
         members = [self.units[source][unit] for source, unit in places]
         read: list[dict[int, CachedSequence]] = []
@@ -84,8 +82,8 @@ class Mixture(Dataset[Drawn]):
         ]
 
     def teachers(self, batch: dict[str, Any]) -> list[tuple[slice, SparseTeacher]]:
-        """For each cache in a batch: which of the P positions are its own, and their teacher,
-        with what its store holds.
+        """For each cache in a batch: its part of the P positions, and their teacher, with the
+        fields of its store.
         """
         found = []
         start = 0
@@ -103,10 +101,10 @@ class Mixture(Dataset[Drawn]):
 
 
 class Collator:
-    """Units to a batch: what ``collate`` or ``collate_packed`` makes, and ``layout``, a Place for
-    each sequence.
+    """From units to a batch: the fields of ``collate`` or ``collate_packed``, and ``layout``, a
+    Place for each sequence.
 
-    The units of one cache stand together. ``flat``: one row without padding instead of one for each
+    The units of one cache are neighbours. ``flat``: one row without padding instead of one row per
     packed unit.
     """
 
@@ -144,7 +142,7 @@ def by_source(
 ) -> PerChunk:
     """The losses of a batch of several caches, each position's with its own cache's teacher.
 
-    ``values`` has ``objective`` besides, what is minimised, at each position.
+    ``values`` also has ``objective``, the minimised value at each position.
     """
     parts = [(rows, per_chunk(teacher)) for rows, teacher in teachers]
 
@@ -156,8 +154,8 @@ def by_source(
             if start < stop:
                 chunk = logits_CV[start - rows.start : stop - rows.start]
                 if len(chunk) < len(logits_CV):
-                    # The objective may write gradients where its logits were: not into what others
-                    # share.
+                    # The objective may write gradients over its logits, so it must not get a shared
+                    # tensor.
                     chunk = chunk.clone()
                 objective, reported = function(chunk, slice(start - own.start, stop - own.start))
                 objectives.append(objective)
@@ -175,10 +173,9 @@ def by_source(
 def open_data(
     config: TrainConfig, caches: list[CacheReader], seed: int, rows: int | None = None
 ) -> tuple[Mixture, HeldOut]:
-    """What is trained on and what is held out, for a student of ``rows`` ids; None: it has all of
-    the teachers'.
+    """Training and held-out data for a student of ``rows`` ids; None: all ids of the teachers.
 
-    Raises UserError for data that cannot be used so.
+    Raises UserError for data that cannot be used.
     """
     entries = config.caches
     check_shards(caches)
@@ -230,7 +227,7 @@ def open_data(
 
 
 def _readable(path: str, index: CacheIndex, rows: int | None) -> NDArray[np.bool_]:
-    """bool[N]: the sequences of which the student has every token; says so where it lacks some.
+    """bool[N]: the sequences whose tokens the student has. Logs the number of the others.
 
     A teacher that writes the text itself may draw the id of a padding row.
     """
@@ -247,7 +244,7 @@ def _readable(path: str, index: CacheIndex, rows: int | None) -> NDArray[np.bool
 
 
 def _warn_of_thrashing(cache: CacheReader, shuffle: str) -> None:
-    """Says so where a shuffle over all of a remote cache would fetch shards again and again."""
+    """Warns if a shuffle over a whole remote cache would fetch shards again and again."""
     if shuffle != "all" or is_local(open_filesystem(cache.path)[0]):
         return
     size, room = sum(shard.bytes for shard in cache.manifest.shards), ShardCache().max_bytes
@@ -262,7 +259,7 @@ def _warn_of_thrashing(cache: CacheReader, shuffle: str) -> None:
 
 
 def _shares(weights: list[float], held_out: list[CachedDataset]) -> list[float]:
-    """How the held-out sequences are shared out among caches: by weight, else by their number."""
+    """Number of held-out sequences per cache: by weight, or by size without weights."""
     sizes = weights or [float(len(data)) for data in held_out]
     return [size / sum(sizes) for size in sizes]
 

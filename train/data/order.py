@@ -1,10 +1,9 @@
-"""In which order training draws its data: seeded, the same on every machine, and known without
-reading any of it.
+"""The order of the training data: seeded, the same on every machine, known without reading data.
 
-What is drawn is a *unit*: a sequence, or a row of several packed ones. The order of an epoch
-follows from the seed, the epoch's number and the units' sizes and places alone. So a run that goes
-on in the middle of an epoch jumps to its place without decoding what it skips, and workers, whose
-number changes nothing, are handed finished lists.
+A *unit* is a sequence, or a row of several packed sequences. The order of an epoch depends only on
+the seed, the epoch's number, and the sizes and places of the units. A run that resumes in the
+middle of an epoch therefore continues at its place without decoding the skipped units. Workers get
+finished lists, so their number changes nothing.
 
 Shapes: U units of one cache, M sequences in them (each once).
 """
@@ -33,12 +32,12 @@ moves a sequence.
 class Units:
     """The units of one cache.
 
-    first:   int64[U + 1], where each unit's members start.
-    members: int64[M], the sequences, by their number in the data set that they are drawn from.
+    first:   int64[U + 1], start of each unit in ``members``.
+    members: int64[M], the sequences, by their number in their data set.
     tokens:  int64[U].
     kept:    int64[U], kept positions.
-    shard:   int32[U], the shard that a unit lies in (of its first sequence).
-    block:   int32[U], the run of record batches that it lies in; blocks of different shards differ.
+    shard:   int32[U], the shard of a unit's first sequence.
+    block:   int32[U], its run of record batches; blocks of different shards have different numbers.
     """
 
     first: Ints
@@ -57,19 +56,18 @@ class Units:
 
 
 def single_units(tokens: Ints, kept: Ints, shard: Ints, block: Ints) -> Units:
-    """Every sequence a unit of its own."""
+    """One unit per sequence."""
     numbers = np.arange(len(tokens) + 1, dtype=np.int64)
     return Units(numbers, numbers[:-1], tokens, kept, shard, block)
 
 
 class CacheOrder:
-    """The endless stream of one cache's units: pass after pass over all of them, each in an order
-    of its own.
+    """The endless stream of one cache's units: pass after pass over all units, each in a new order.
 
-    ``shuffle`` is ``all``, ``none``, or keeps neighbours near: with ``shards`` the shards come in
-    random order and the units of ``window`` shards at a time are mixed; with ``batches`` the blocks
-    inside such a window are shuffled too, and only the units of one block are mixed, so that each
-    record batch is decoded once.
+    ``shuffle: all`` is a random order, and ``none`` the stored order. With ``shards`` the shards
+    come in random order, and the units of ``window`` shards at a time are mixed. With ``batches``
+    the blocks inside such a window are shuffled too, and only the units of one block are mixed, so
+    each record batch is decoded once.
     """
 
     def __init__(self, units: Units, seed: tuple[int, ...], shuffle: Shuffle, window: int) -> None:
@@ -104,20 +102,21 @@ class CacheOrder:
 
 
 def _ranks(labels: Ints, rng: np.random.Generator) -> Ints:
-    """int64[U]: for each label its place in a random order of all labels that occur."""
+    """int64[U]: the place of each label in a random order of all labels that occur."""
     found, number = np.unique(labels, return_inverse=True)
     return rng.permutation(len(found))[number]
 
 
 class Plan:
-    """Which units each epoch draws from one or several caches, and in which order.
+    """The units of each epoch, drawn from one or several caches, and their order.
 
-    Without weights an epoch is every unit once. With weights, shares of the kept positions, it
-    draws from every cache in proportion, as much as the first (``epoch="first"``) or the last
-    (``"all"``) of them to be gone through has. Each cache is a stream that the next epoch takes up
-    where the last one stopped: every unit comes once before any comes twice, and so on.
+    Without weights, an epoch is every unit once. With weights, which are shares of the kept
+    positions, an epoch draws from every cache in proportion, until the first cache
+    (``epoch="first"``) or the last one (``"all"``) is exhausted. Each cache is a stream, and an
+    epoch continues it at the place where the last one stopped, so every unit comes once before any
+    comes twice.
 
-    Units of all caches are numbered through, those of cache c from ``first_unit[c]``.
+    The units of all caches have consecutive numbers; those of cache c begin at ``first_unit[c]``.
     """
 
     def __init__(
@@ -151,12 +150,12 @@ class Plan:
         return sum(self.counts)
 
     def locate(self, unit: int) -> tuple[int, int]:
-        """(cache, its unit) of a unit numbered through all caches."""
+        """(cache, unit in the cache) of a unit's number among all caches."""
         cache = int(np.searchsorted(self.first_unit, unit, side="right")) - 1
         return cache, unit - int(self.first_unit[cache])
 
     def epoch(self, number: int) -> Ints:
-        """int64[len(self)]: the units of an epoch in the order in which they are drawn."""
+        """int64[len(self)]: the units of an epoch in order."""
         drawn = [
             order.take(number * count, count) + first
             for order, count, first in zip(
@@ -165,8 +164,8 @@ class Plan:
         ]
         if len(drawn) == 1:
             return drawn[0]
-        # Evenly spread, each somewhere in its stretch: every batch comes close to the wanted
-        # shares.
+        # The n units of a cache divide the epoch into n intervals, and each unit gets a random time
+        # in its interval. Every batch then comes close to the shares of the weights.
         rng = np.random.default_rng([self.seed, 2, number])
         wobble = (
             np.full(len(each), 0.5) if self.shuffle == "none" else rng.random(len(each))
@@ -179,12 +178,12 @@ class Plan:
 
 
 class Batches(BatchSampler):
-    """The batches of one epoch after the other, each a list of units; ``set_epoch`` says which.
+    """The batches of an epoch, each a list of units; ``set_epoch`` sets the epoch.
 
-    With ``processes`` > 1 these are the batches of all of them in turn, and accelerate hands every
-    process its own. With ``group_by_length`` the units of a batch, and of the batches that the
-    processes work on at the same time, are of similar length, and such groups come in random order;
-    sorted are GROUPED_BATCHES groups at a time.
+    With ``processes`` > 1 these are the batches of all processes in turn, and accelerate gives
+    every process its own. With ``group_by_length`` the units of a batch, and of the batches that
+    the processes compute at the same time, have similar lengths. Such groups come in random order.
+    GROUPED_BATCHES groups at a time are sorted.
     """
 
     def __init__(
@@ -222,11 +221,14 @@ class Batches(BatchSampler):
         together = self.batch_size * self.processes
         grouped = []
         for start in range(0, len(units), GROUPED_BATCHES * together):
+            # Sort a window by length, longest first.
             window = units[start : start + GROUPED_BATCHES * together]
             window = window[np.argsort(-self.plan.tokens[window], kind="stable")]
+            # Cut it into whole groups, one per step of all processes, and shuffle the groups.
             full = len(window) // together
             groups = window[: full * together].reshape(full, together)[rng.permutation(full)]
-            # Dealt out in turn: each process gets as many long ones as the others.
+            # Distribute the units of a group in turn, so that every process gets as many long ones.
             dealt = groups.reshape(full, self.batch_size, self.processes).transpose(0, 2, 1)
+            # The rest of the window is an incomplete group at its end.
             grouped += [dealt.reshape(-1), window[full * together :]]
         return np.concatenate(grouped)

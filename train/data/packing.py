@@ -1,10 +1,10 @@
-"""Several sequences in one row, none of which sees another: less padding, and exactly the loss of
-the sequences apart.
+"""Packing: several sequences in one row that do not attend to each other. It needs less padding and
+gives the same loss as the separate sequences.
 
-Transformers tells packed sequences apart by position ids that start again (given no attention
-mask): eager, sdpa and flex attention then get a block-diagonal mask, flash attention the lengths.
-Not every architecture does it: recurrent states flow on, and some compute positions of their own.
-So it is tried on the student before training.
+If there is no attention mask, transformers separates packed sequences by position ids that restart.
+Eager, sdpa and flex attention then get a block-diagonal mask, and flash attention the lengths. Some
+architectures do not support this: recurrent models carry state from one sequence to the next, and
+others compute their own positions. The student is therefore tested before training.
 
 Shapes: R rows, T tokens of the longest row, D sequences (documents).
 """
@@ -29,10 +29,10 @@ keep neighbours near.
 
 
 def fill_rows(tokens: Ints, capacity: int) -> list[list[int]]:
-    """Puts sequences into rows of at most ``capacity`` tokens, best fit first, the longest first;
-    indices into ``tokens``.
+    """Puts sequences into rows of at most ``capacity`` tokens: the longest first, each into the row
+    that it fits best. Returns indices into ``tokens``.
 
-    Raises ValueError for a sequence that no row can hold.
+    Raises ValueError for a sequence that is longer than a row.
     """
     if len(tokens) and tokens.max() > capacity:
         raise ValueError(f"a sequence of {tokens.max()} tokens for rows of {capacity}")
@@ -53,10 +53,10 @@ def fill_rows(tokens: Ints, capacity: int) -> list[list[int]]:
 
 
 def packed_units(single: Units, capacity: int, *, seed: tuple[int, ...], shuffle: Shuffle) -> Units:
-    """Rows made of ``single``'s sequences, once for all epochs, so that every epoch has as many.
+    """Rows of ``single``'s sequences, made once, so every epoch has the same number of rows.
 
-    Companions are random under ``shuffle: all``, and lie in the same shard or block where
-    neighbours are to stay near.
+    With ``shuffle: all`` a row has random sequences. With ``shards`` or ``batches`` they come from
+    the same shard or block.
     """
     count = len(single)
     order = (
@@ -84,13 +84,13 @@ def packed_units(single: Units, capacity: int, *, seed: tuple[int, ...], shuffle
 
 
 def collate_packed(rows: list[list[CachedSequence]], *, flat: bool = False) -> dict[str, Any]:
-    """R rows of sequences as one batch; what belongs to kept positions is as in
-    ``logitcask.train.data.batch.collate``.
+    """R rows of sequences as one batch; kept positions as in ``collate``.
 
-    input_ids, position_ids: int64[R, T]; position ids start at 0 with every sequence, and are 0 in
-    the padding. flat: one row [1, all tokens] without any padding instead, for flash attention,
-    with the borders of sequences in
-          cu_seq_lens_q = cu_seq_lens_k, int32[D + 1], and max_length_q = max_length_k, int.
+    input_ids, position_ids: int64[R, T]; position ids start at 0 in every sequence, and are 0 in
+          the padding.
+    flat: one row [1, all tokens] without padding instead, for flash attention, with the borders of
+          sequences in cu_seq_lens_q = cu_seq_lens_k, int32[D + 1], and max_length_q = max_length_k,
+          int.
     """
     if flat:
         rows = [[sequence for row in rows for sequence in row]]
@@ -117,9 +117,7 @@ def collate_packed(rows: list[list[CachedSequence]], *, flat: bool = False) -> d
 
 
 def borders(lengths: list[int]) -> dict[str, Any]:
-    """What transformers passes on to flash attention's varlen kernels; without it every layer
-    would work it out.
-    """
+    """Borders of sequences for flash attention's varlen kernels, computed once for all layers."""
     borders = torch.tensor([0, *lengths]).cumsum(0).int()
     return {
         **dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), borders),

@@ -1,9 +1,8 @@
-"""What of the data counts at a step: the sequences, and the positions of each, from which there is
-most to learn.
+"""Selection of the data of a step: the sequences and positions from which there is most to learn.
 
-Everything here needs of the teacher what a cache stores of every position: the target's logprob,
-and the entropy. Sequences are chosen by the student as it is, so the choice is part of training; it
-draws no random numbers, and ties go to what comes first, so that a resumed run chooses alike.
+The selection uses the data that a cache stores at every position: the target's logprob and the
+entropy. It also depends on the current student, so it is part of training. It uses no random
+numbers, and the first of several equal candidates wins, so a resumed run selects the same.
 
 Shapes: B sequences of a batch, P kept positions of all of them, Q chosen ones.
 """
@@ -24,28 +23,26 @@ from logitcask.train.data.batch import Place
 
 
 def share_of(positions: int, share: float) -> int:
-    """How many of a sequence's positions are kept: the share rounded up, so at least one."""
+    """Number of a sequence's positions to keep: the share rounded up, so at least one."""
     return math.ceil(positions * share - 1e-9)
 
 
 def highest_entropy(sequence: CachedSequence, share: float) -> CachedSequence:
-    """The sequence with only those kept positions where the teacher's entropy is highest. Needs
-    stored entropies.
-    """
+    """The sequence with only the kept positions of highest stored entropy of the teacher."""
     assert sequence.entropy is not None
     order = np.argsort(-sequence.entropy, kind="stable")
     return sequence.at(np.sort(order[: share_of(len(order), share)]))
 
 
 def largest_gaps(gap_P: Tensor, layout: Sequence[Place]) -> Tensor:
-    """int64[Q], rising: of each sequence the ``chosen`` positions with the largest gap. Nothing
-    waits for the device.
+    """int64[Q], ascending: the ``chosen`` positions of each sequence with the largest gap. Does not
+    wait for the device.
     """
     sequence_P = torch.repeat_interleave(
         torch.arange(len(layout)), torch.tensor([place.kept for place in layout])
     )
-    # Sorted by sequence, and inside each by falling gap; where each sequence starts is known
-    # beforehand.
+    # Sorted by sequence, and inside each by descending gap. The start of each sequence is known
+    # from the counts.
     order = torch.argsort(gap_P, descending=True, stable=True)
     order = order[torch.argsort(sequence_P.to(gap_P.device)[order], stable=True)]
     starts = np.cumsum([0, *(place.kept for place in layout)])
@@ -59,9 +56,9 @@ def learnability(gap_P: Tensor, layout: Sequence[Place]) -> NDArray[np.float64]:
     """float64[B], nats: mean over each sequence's positions of student loss minus teacher loss on
     the next tokens.
 
-    ACID (arXiv 2411.18674) keeps the examples where it is largest: not learnt yet by the student,
-    and known to be learnable, since the teacher has learnt them. For next-token losses joint
-    sampling of a batch falls apart into choosing singly.
+    ACID (arXiv 2411.18674) keeps the examples with the largest value. The student has not learnt
+    them yet, and they can be learnt, because the teacher has learnt them. For next-token losses the
+    joint sampling of a batch is the same as choosing each example on its own.
     """
     kept = np.array([place.kept for place in layout])
     starts = np.cumsum([0, *kept[:-1]])

@@ -1,15 +1,14 @@
-"""Teachers whose lm_head has more rows than the student's: ids that the student lacks are left out
-of the distribution.
+"""Teachers with more ids than the student: ids that the student lacks are removed.
 
 An lm_head is padded to a round number of rows, and models of one family are padded differently:
 Qwen2.5-7B has 152,064 rows, Qwen2.5-0.5B 151,936, and their tokenizer uses 151,665 ids. No text has
-the id of a padding row, and a trained teacher gives such ids next to nothing; but an engine stores
-what it is asked for, so heads and draws may name them.
+the id of a padding row, and a trained teacher gives such ids almost no mass. But heads and draws
+may contain them.
 
-With C the ids that both models have and e the teacher's mass elsewhere, a position keeps p / (1 -
-e) on C. Every loss and metric is then the one between dense distributions over C. e is known from
-the head; the tail's share of it is estimated by the draws, as every sum over the tail is. Without
-draws the tail counts as part of C.
+Let C be the ids that both models have, and e the teacher's mass on the others. A position then has
+p / (1 - e) on C. Every loss and metric is that between dense distributions over C. The part of e in
+the head is known. The part in the tail is estimated from the draws. Without draws the whole tail
+counts as part of C.
 
 Shapes: P positions, K head entries (padded), T sets of S draws (padded).
 """
@@ -37,7 +36,7 @@ def rows_of(student: Any) -> int:
 
 
 def left_out(sequence: CachedSequence, rows: int) -> NDArray[np.float64]:
-    """float64[P]: the share of the teacher's mass on ids from ``rows`` up, by head and draws."""
+    """float64[P]: the share of the teacher's mass on ids from ``rows`` up, from head and draws."""
     outside = np.exp(sequence.logprobs.astype(np.float64)).sum(axis=1, where=sequence.ids >= rows)
     if sequence.samples is not None:
         drawn, lost = _draws(sequence.samples, rows)
@@ -46,16 +45,16 @@ def left_out(sequence: CachedSequence, rows: int) -> NDArray[np.float64]:
 
 
 def _draws(samples: TailSamples, rows: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """int64[P] each: the draws of a position, and those of them that are ids from ``rows`` up."""
+    """int64[P] each: numbers of all draws of a position, and of its draws from ``rows`` up."""
     return (samples.ids >= 0).sum(axis=(1, 2)), (samples.ids >= rows).sum(axis=(1, 2))
 
 
 def restricted(sequence: CachedSequence, rows: int, vocab_size: int) -> CachedSequence:
-    """The sequence with the teacher's distributions over ids below ``rows`` alone, of
-    ``vocab_size`` that it predicts.
+    """The sequence with the teacher's distributions restricted to ids below ``rows``; the teacher
+    predicts ``vocab_size`` ids.
 
-    A target's rank falls by the ids above it that the head loses; those in the tail are not known.
-    ``input_ids`` must be below ``rows``.
+    A target's rank is reduced by the removed head ids above it. Removed ids in the tail are
+    unknown. ``input_ids`` must be below ``rows``.
     """
     in_samples = sequence.samples is not None and bool((sequence.samples.ids >= rows).any())
     if not in_samples and not (sequence.ids >= rows).any():
@@ -67,11 +66,11 @@ def restricted(sequence: CachedSequence, rows: int, vocab_size: int) -> CachedSe
     samples, tail_share = sequence.samples, np.ones_like(tail)
     if samples is not None:
         drawn, lost = _draws(samples, rows)
-        # A tail of which every draw was lost is small, not empty: as a cell beside the student's it
-        # must have some mass.
+        # If every draw of a tail was removed, the tail is small but not empty: as a cell it must
+        # have some mass.
         tail_share = np.where(drawn > 0, np.maximum(drawn - lost, 0.5) / np.maximum(drawn, 1), 1)
-    # 1 - e. Where e is most of the mass a difference has no digits: there it is summed from what is
-    # left.
+    # 1 - e. If e is most of the mass, the difference would lose all digits, so the remaining mass
+    # is summed instead.
     outside = left_out(sequence, rows)
     inside = np.exp(logprobs.astype(np.float64)).sum(axis=1) + tail * tail_share
     log_inside = np.where(
@@ -111,7 +110,7 @@ def restricted(sequence: CachedSequence, rows: int, vocab_size: int) -> CachedSe
 def _dropped(
     ids: NDArray[np.int32], logprobs: NDArray[np.float32] | None, lost: NDArray[np.bool_]
 ) -> tuple[NDArray[np.int32], Any]:
-    """Both [..., N] without the entries that are lost; the others move up, and padding follows."""
+    """Both [..., N] without the removed entries; the others move up, followed by padding."""
     order = np.argsort(lost | (ids < 0), axis=-1, kind="stable")
     kept = np.take_along_axis(np.where(lost, -1, ids), order, axis=-1)
     if logprobs is None:
@@ -120,7 +119,7 @@ def _dropped(
 
 
 def _entropy_outside(sequence: CachedSequence, rows: int, vocab_size: int) -> NDArray[np.float64]:
-    """float64[P], nats: what ids from ``rows`` up add to the entropy, -p log p.
+    """float64[P], nats: the contribution of ids from ``rows`` up to the entropy, -p log p.
 
     Draws without logprobs count as if their mass were spread evenly over all these ids.
     """
@@ -130,7 +129,7 @@ def _entropy_outside(sequence: CachedSequence, rows: int, vocab_size: int) -> ND
     if sequence.samples is None:
         return total
     drawn, count = _draws(sequence.samples, rows)
-    # That a draw stands for.
+    # The mass that a draw represents.
     share = np.exp(sequence.tail_logprob.astype(np.float64)) / np.maximum(drawn, 1)
     if sequence.samples.logprobs is None:
         even = np.log(vocab_size - rows) - np.log(np.where(count > 0, share * count, 1))

@@ -1,14 +1,13 @@
-"""What the student answers, beside what the cache holds as the answer: text a person can read, and
-Rouge-L over it.
+"""Answers of the student, compared with the answers in the cache: readable text, and Rouge-L.
 
-Teacher-forced metrics look at one token at a time; here the student has to live with its own. A
-prompt is what comes before the first kept token of a held-out sequence, and the reference the kept
-tokens that follow it: the teacher's own answer where the cache was made with ``data.generate``.
-Documents have no such border: there the first tokens are the prompt.
+Teacher-forced metrics predict one token at a time. Here the student continues its own tokens. The
+prompt consists of the tokens before the first kept token of a held-out sequence, and the reference
+of the kept tokens after it: the teacher's own answer if the cache was made with ``data.generate``.
+Documents have no such border, so their first tokens are the prompt.
 
-Rouge-L counts words. rouge_score's own tokenizer knows those of ``a-z`` and ``0-9`` only, so that
-two equal answers in Chinese or Arabic score 0; ``Words`` finds the same ones in English text and
-those of every other script besides.
+Rouge-L counts words. rouge_score's own tokenizer finds only words of ``a-z`` and ``0-9``, so two
+equal answers in Chinese or Arabic score 0. ``Words`` finds the same words in English text, and also
+those of every other script.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ from logitcask.train.data.dataset import HeldOut
 log = logging.getLogger(__name__)
 
 _BATCH = 8
-# A prompt that ends within so many tokens asks nothing: the sequence is a document.
+# If a prompt is shorter than this number of tokens, the sequence counts as a document.
 _LEAST_PROMPT = 4
 _UNSPACED = (
     r"\p{scx=Hani}\p{scx=Hira}\p{scx=Kana}\p{scx=Bopo}\p{scx=Yiii}\p{scx=Thai}\p{scx=Laoo}\p{scx=Khmr}\p{scx=Mymr}"
@@ -45,8 +44,8 @@ _UNSPACED = (
 )
 """Scripts whose words are not set apart, by Unicode's Script_Extensions."""
 _LETTER = r"[\p{L}\p{N}]"
-# A letter of these with its marks; elsewhere a run of letters, digits and marks, which may hold
-# joiners (Persian, Hindi).
+# One letter of these scripts with its marks; in other scripts a run of letters, digits and marks,
+# which may contain joiners (Persian, Hindi).
 _WORD = regex.compile(
     rf"[{_LETTER}&&[{_UNSPACED}]]\p{{M}}*|"
     rf"[{_LETTER}--[{_UNSPACED}]][[\p{{L}}\p{{N}}\p{{M}}\u200c\u200d]--[{_UNSPACED}]]*",
@@ -55,19 +54,19 @@ _WORD = regex.compile(
 
 
 class Words(Tokenizer):  # type: ignore[misc]
-    """Words of any script, in lower case, compatible characters (full width, ligatures) as their
-    plain forms.
+    """Words of any script, in lower case, with compatible characters (full width, ligatures) in
+    their plain forms.
 
-    Scripts that write no spaces between words (Han, kana, Thai, Lao, Khmer, Burmese and the like)
-    give one word a character. Words of ASCII letters are stemmed as rouge_score stems them: text in
-    ASCII has the words it has there.
+    Scripts without spaces between words (Han, kana, Thai, Lao, Khmer, Burmese and similar ones)
+    give one word per character. Words of ASCII letters are stemmed as in rouge_score, so ASCII text
+    has the same words as there.
     """
 
     def __init__(self) -> None:
         self._stemmer = PorterStemmer()
 
     def tokenize(self, text: str) -> list[str]:
-        """The words, in order; none where there are no letters and no digits."""
+        """The words, in order; empty without letters and digits."""
         words = _WORD.findall(unicodedata.normalize("NFKC", text).lower())
         return [
             self._stemmer.stem(word) if len(word) > 3 and word.isascii() else word for word in words
@@ -77,8 +76,8 @@ class Words(Tokenizer):  # type: ignore[misc]
 class Answer(NamedTuple):
     """prompt, reference, student: text.
 
-    rouge_l: F1 of the longest common subsequence of ``Words``, 0 to 1; None where the reference has
-    no words.
+    rouge_l: F1 of the longest common subsequence of ``Words``, 0 to 1; None for a reference without
+    words.
     """
 
     prompt: str
@@ -93,10 +92,10 @@ def answers(
     data: HeldOut,
     settings: AnswersConfig,
 ) -> list[Answer]:
-    """The student's greedy answers to the prompts of the first ``settings.sequences`` sequences
-    that have one.
+    """The student's greedy answers to the first ``settings.sequences`` prompts.
 
-    Prompts that fill the student's context are left out, and no answer goes on beyond it.
+    Sequences without a prompt and prompts that fill the student's context are left out. No answer
+    exceeds the context.
     """
     context = getattr(student.config.get_text_config(), "max_position_embeddings", None) or math.inf
     pairs = [
@@ -108,7 +107,7 @@ def answers(
     words = Words()
     scorer = RougeScorer(["rougeL"], tokenizer=words)
     found: dict[int, Answer] = {}
-    # Prompts of like length together: less padding.
+    # Prompts of similar length share a batch, for less padding.
     order = sorted(range(len(pairs)), key=lambda index: len(pairs[index][0]))
     for start in tqdm(
         range(0, len(order), _BATCH), desc="answer", unit="batch", leave=False, dynamic_ncols=True
@@ -132,9 +131,7 @@ def answers(
 
 
 def mean_rouge_l(found: list[Answer]) -> float | None:
-    """Over all answers that can be compared, which is said where it is not all of them; None
-    where there are none.
-    """
+    """Mean over all comparable answers; None if there are none. Logs the number of the others."""
     scores = [answer.rouge_l for answer in found if answer.rouge_l is not None]
     if len(scores) < len(found):
         log.warning(
@@ -148,7 +145,7 @@ def mean_rouge_l(found: list[Answer]) -> float | None:
 def split_at_prompt(
     sequence: CachedSequence, settings: AnswersConfig
 ) -> tuple[NDArray[np.int32], NDArray[np.int32]] | None:
-    """(prompt, reference) of a sequence, int32 ids; None where nothing follows the prompt."""
+    """(prompt, reference) of a sequence, int32 ids; None if no token follows the prompt."""
     mask = sequence.loss_mask
     start = int(mask.argmax())
     if start < _LEAST_PROMPT:
@@ -202,8 +199,8 @@ def _generate(
 
 @contextmanager
 def _only(config: GenerationConfig, student: PreTrainedModel) -> Iterator[None]:
-    """Keeps the student's own config (beams, penalties, several answers) out of ``generate``,
-    which would fill in from it.
+    """Hides the student's own config (beams, penalties, several answers) from ``generate``, which
+    would take defaults from it.
     """
     unwrap = getattr(student, "get_base_model", None)
     models = [student, unwrap()] if unwrap else [student]

@@ -1,4 +1,4 @@
-"""How close a student is to the teacher and to the text, on held-out sequences."""
+"""Held-out metrics: the distance of a student from the teacher and from the text."""
 
 from __future__ import annotations
 
@@ -39,31 +39,31 @@ SHOWN = 5
 def evaluate(
     head: LogitsHead, data: HeldOut, *, k: int, batch_size: int, logits_chunk: int | None
 ) -> dict[str, float]:
-    """Means over the kept positions of ``data``, in the order in which they are to be shown.
+    """Means over the kept positions of ``data``, in the order of the report.
 
     kl: KL(teacher || student), nats, see KL_KIND. reverse_kl: KL(student || teacher) with
     everything outside the head as one cell, nats: a lower bound. ce, perplexity: of the data's own
     next tokens (nats, and exp of it). top1_agreement, mor@k, cr@k, spearman@k, ece: see
     ``logitcask.train.evaluation.metrics``; ece is of the data's own next tokens.
 
-    What compares with the teacher's most probable ids (reverse_kl, top1_agreement, mor, cr,
-    spearman) is left out where a cache of ``data`` has no heads.
+    The metrics that use the teacher's most probable ids (reverse_kl, top1_agreement, mor, cr,
+    spearman) are left out if a cache of ``data`` has no heads.
 
-    Processes share the batches among them, and all get the same result.
+    The batches are divided among the processes, and all processes get the same result.
     """
     sums: dict[str, float] = {}
     calibration = Calibration()
     positions = 0
     heads = all(cached.cache.manifest.store.top_k for cached in data.parts)
-    # Each cache has batches of its own: a SparseTeacher is of one.
+    # A SparseTeacher belongs to one cache, so each cache has its own batches.
     batches = [
         (cached, range(start, min(start + batch_size, len(cached))))
         for cached in data.parts
         for start in range(0, len(cached), batch_size)
     ]
     process, processes = distributed.processes()
-    # Sharded models compute together, so every process takes as many; what is one too many does not
-    # count.
+    # Sharded models compute together, so every process takes the same number of batches. A surplus
+    # batch does not count.
     rounds = range(process, -(-len(batches) // processes) * processes, processes)
     for at in tqdm(
         rounds,
@@ -137,7 +137,7 @@ def _measured(
 
 
 def _confidence(logits_CV: Tensor, target_ids_C: Tensor) -> dict[str, Tensor]:
-    """The probability of the most probable token, and whether it is the one that follows."""
+    """The probability of the most probable token, and whether it is the next token."""
     highest, at = logits_CV.float().max(1)
     return {
         "confidence": (highest - logits_CV.float().logsumexp(1)).exp(),
@@ -146,12 +146,12 @@ def _confidence(logits_CV: Tensor, target_ids_C: Tensor) -> dict[str, Tensor]:
 
 
 def teacher_reference(data: HeldOut) -> dict[str, float]:
-    """What the teacher itself reaches on the same positions, from the cache: ce (nats), perplexity,
-    ece; and positions.
+    """The teacher's own metrics on the same positions, from the cache: ce (nats), perplexity, ece;
+    and the number of positions.
 
-    A cache without heads does not say what the teacher's most probable token was: no ece then.
-    ``left_out``, where the student has fewer ids than a teacher: the mean share of the teacher's
-    mass on ids that it lacks.
+    There is no ece for a cache without heads, because it lacks the teacher's most probable token.
+    ``left_out`` (if the student has fewer ids than a teacher): the mean share of the teacher's mass
+    on ids that the student lacks.
     """
     total, positions = 0.0, 0
     calibration, heads = Calibration(), False
@@ -183,7 +183,7 @@ def teacher_reference(data: HeldOut) -> dict[str, float]:
 def examples(
     head: LogitsHead, data: HeldOut, tokenizer: Any, *, count: int = 10
 ) -> list[dict[str, Any]]:
-    """Some held-out positions with what both models expect there.
+    """Some held-out positions with the predictions of both models.
 
     Each has ``context`` (the text before), ``target`` (the token that follows) and, as lists of
     (token, probability), ``teacher`` and ``student``.

@@ -1,9 +1,8 @@
-"""How far the student orders the teacher's peaks as the teacher does, and how well its
-probabilities are calibrated.
+"""Metrics of a student: agreement with the teacher's order of the top ids, and calibration.
 
-Top-1, CR@k, MOR@k (arXiv 2409.12545) and the rank correlation are exact from a cache wherever the
-head holds at least k entries. The teacher's order is the stored order, which was fixed before
-anything was quantised; equal stored logprobs are no ties.
+Top-1, CR@k, MOR@k (arXiv 2409.12545) and the rank correlation are exact from a cache if the head
+holds at least k entries. The teacher's order is the stored order, which was fixed before rounding,
+so equal stored logprobs are not ties.
 """
 
 from __future__ import annotations
@@ -40,8 +39,8 @@ class RankAgreement(NamedTuple):
 def rank_agreement(student_logits: Tensor, teacher: SparseTeacher, k: int) -> RankAgreement:
     """Compares both top-k at each position; student_logits [P, V], 1 <= k <= V, no gradient.
 
-    Where a head holds fewer than k ids, ``overlap`` is a lower bound and ``identical`` is False;
-    without a head all are 0.
+    If a head holds fewer than k ids, ``overlap`` is a lower bound and ``identical`` is False.
+    Without a head all are 0.
     """
     student_Pk, teacher_Pk = student_logits.topk(k, dim=1).indices, teacher.ids[:, :k]
     shared_P = (student_Pk.unsqueeze(2) == teacher_Pk.unsqueeze(1)).sum((1, 2))
@@ -56,28 +55,27 @@ def rank_agreement(student_logits: Tensor, teacher: SparseTeacher, k: int) -> Ra
 
 @no_grad()
 def rank_correlation(student_logits: Tensor, teacher: SparseTeacher, k: int) -> Tensor:
-    """float32[P]: Spearman's correlation over the union of both top-k, between -1 and 1: RLKD's
-    loss with hard ranks.
+    """float32[P]: Spearman's correlation over the union of both top-k, between -1 and 1 (RLKD's
+    loss with hard ranks).
 
-    Ids of the student's top-k that the head does not hold share the ranks below it; without a head
-    it is 0.
+    Ids of the student's top-k outside the head share the ranks below it. Without a head the
+    correlation is 0.
     """
     order = -torch.arange(
         teacher.ids.shape[1], device=teacher.ids.device, dtype=teacher.logprobs.dtype
     )
     ordered = replace(teacher, logprobs=torch.where(teacher.ids >= 0, order, -torch.inf))
-    # Differences of logits are far above this strength, but for exact ties, which share a rank.
+    # Differences of logits are far above this strength. Exact ties share a rank.
     correlation = 1 - ranking(student_logits, ordered, k=k, strength=1e-6)
     return correlation.where((teacher.ids >= 0).any(1), 0)
 
 
 class Calibration:
-    """The expected calibration error of a model's most probable token (Guo et al. 2017, arXiv
-    1706.04599).
+    """Expected calibration error of the most probable token (Guo et al. 2017, arXiv 1706.04599).
 
-    Positions are sorted into ``BINS`` bins by the probability that the model gives its most
-    probable token; the error is the mean over positions of |share of the bin that is right - mean
-    probability in the bin|. 0 for a model that is right as often as it says.
+    Positions are sorted into ``BINS`` bins by the probability of the model's most probable token.
+    The error is the mean over positions of |share of correct tokens in the bin - mean probability
+    in the bin|. It is 0 for a calibrated model.
     """
 
     def __init__(self) -> None:
@@ -85,7 +83,7 @@ class Calibration:
 
     @no_grad()
     def add(self, confidence: Tensor, right: Tensor) -> None:
-        """Some positions: float[P] probabilities and bool[P]."""
+        """Adds positions: float[P] probabilities, and bool[P], whether the token is correct."""
         confidence = confidence.double().cpu()
         at = (confidence * BINS).long().clamp(0, BINS - 1)
         parts = torch.stack([torch.ones_like(confidence), confidence, right.double().cpu()])
@@ -93,20 +91,20 @@ class Calibration:
 
     @classmethod
     def merged(cls, parts: Iterable[Calibration]) -> Calibration:
-        """One of all that was added to any of ``parts``."""
+        """A calibration with the positions of all ``parts``."""
         whole = cls()
         for part in parts:
             whole._sums += part._sums
         return whole
 
     def error(self) -> float:
-        """Between 0 and 1; 0 where nothing was added."""
+        """Between 0 and 1; 0 without positions."""
         count, confidence, right = self._sums
         return float((right - confidence).abs().sum() / count.sum().clamp_min(1))
 
 
 def top_k_overlap(student_logits: Tensor, teacher: SparseTeacher, k: int) -> Tensor:
-    """float32[P], no gradient: the share of the top-k that student and teacher have in common.
+    """float32[P], no gradient: the common share of the student's and the teacher's top-k.
 
     RLKD's dynamic form multiplies the logits loss of each position by it.
     """
@@ -114,5 +112,5 @@ def top_k_overlap(student_logits: Tensor, teacher: SparseTeacher, k: int) -> Ten
 
 
 def perplexity(cross_entropy: float) -> float:
-    """exp of nats per token, capped where a float would overflow."""
+    """exp of nats per token, capped so that it does not overflow."""
     return math.exp(min(cross_entropy, 700.0))

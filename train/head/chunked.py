@@ -1,10 +1,10 @@
-"""From hidden states to per-position losses without ever holding the logits of all positions.
+"""Per-position losses from hidden states, without the logits of all positions in memory.
 
-The logits of a batch, positions times vocabulary, are the largest tensor of a fine-tuning step,
-several times over once losses upcast them. Here only ``chunk_size`` positions have logits at any
-time. The gradient of a chunk is taken as soon as its losses are known, so logits are computed once,
-as in plain training, and not again in the backward pass; they live in one buffer for all chunks,
-which the gradient in them may take over, and the head's gradient is summed in place.
+The logits of a batch, positions times vocabulary, are the largest tensor of a fine-tuning step, and
+exist several times if losses upcast them. Here only ``chunk_size`` positions have logits at any
+time. The gradient of a chunk is computed directly after its losses, so logits are computed once, as
+in plain training, and not again in the backward pass. All chunks share one buffer for logits, the
+gradient may be written over it, and the head's gradient is summed in place.
 
 Shapes: P kept positions, C positions of one chunk, H hidden size, V student vocabulary.
 """
@@ -21,13 +21,13 @@ from torch import Tensor, nn
 
 from logitcask.train.head.lm_head import LogitsHead, as_forward_of
 
-# Logits of one chunk. A GPU needs large ones to have enough to do. On a CPU they gain nothing
-# beyond so many positions, but with fewer the products take longer, since each chunk reads the head
-# and reads and writes its gradient (docs/speed.md).
+# Bytes of logits of one chunk. A GPU needs large chunks to be busy. On a CPU larger chunks gain
+# nothing, and smaller ones are slower, because each chunk reads the head and reads and writes its
+# gradient (docs/speed.md).
 _CHUNK_BYTES = {"cpu": 96 * 2**20}
 _CHUNK_BYTES_ELSEWHERE = 512 * 2**20
 _CHUNK_AT_LEAST = 512
-# Rows of the head's gradient that are summed at a time where no kernel adds 16-bit products to
+# Rows of the head's gradient that are summed at a time if no kernel adds 16-bit products to
 # float32.
 _SLICE = 8192
 
@@ -56,29 +56,28 @@ class HeadLosses(NamedTuple):
 def head_losses(
     head: LogitsHead, hidden_PH: Tensor, per_chunk: PerChunk, *, chunk_size: int | None = None
 ) -> HeadLosses:
-    """Losses of all positions, a chunk of logits at a time, with the gradient taken on the way.
+    """Losses of all positions, a chunk of logits at a time, with the gradient in the same pass.
 
-    The gradient in the hidden states and in the head's parameters is exact and ready when this
-    returns; the backward pass only multiplies it by the (scalar) gradient of the objective, once.
-    Hence the objective has to be complete here: what depends on the logits of other positions needs
-    a first pass (``chosen_head_losses``).
+    The gradients of the hidden states and of the head's parameters are exact and ready when this
+    returns. The backward pass only multiplies them once by the (scalar) gradient of the objective.
+    The objective must therefore be complete here. A loss that depends on the logits of other
+    positions needs a first pass (``chosen_head_losses``).
 
-    Besides one chunk of logits (two, where losses do not write their gradient over them or where
-    logits are soft-capped), memory holds the gradients: [P, H], and one tensor the size of each
-    trainable parameter of the head, summed over chunks in at least float32 and handed on to
-    ``.grad`` as it is. Under ``torch.no_grad`` there are only values.
+    Memory holds one chunk of logits (two if losses do not write their gradient over them, or if
+    logits are soft-capped) and the gradients: [P, H], and one tensor of the size of each trainable
+    parameter of the head, summed over chunks in at least float32 and passed on to ``.grad`` without
+    a copy. Under ``torch.no_grad`` there are only values.
 
-    All of it happens inside a call of the lm_head's module. So its hooks run once, and where FSDP2
-    shards it, it is gathered once for all chunks.
+    All chunks run inside one call of the lm_head's module. Its hooks run once, and FSDP2 gathers it
+    once for all chunks.
 
     Args:
         head: the model's second half.
         hidden_PH: hidden states at the kept positions; P may be 0.
         per_chunk: the losses; see ``PerChunk``.
-        chunk_size: the most positions with logits at any time; by default as many as make 96 MiB
-        (on GPUs 512 MiB) of
-            float32 logits, or 512 where that is more. Chunks are of equal size, as far as that
-            goes.
+        chunk_size: the largest number of positions with logits at any time; by default as many as
+            give 96 MiB (on GPUs 512 MiB) of float32 logits, but at least 512. Chunks have nearly
+            equal sizes.
     """
     return _in_head(
         head, hidden_PH, lambda hidden_PH, losses: losses(hidden_PH, per_chunk), chunk_size
@@ -93,12 +92,12 @@ def chosen_head_losses(
     *,
     chunk_size: int | None = None,
 ) -> HeadLosses:
-    """``head_losses`` of those positions on which a first pass without gradient decides.
+    """``head_losses`` of positions that are chosen by a first pass without gradient.
 
     Args:
-        measure: what the first pass computes at all P positions; only its values count.
-        choose: of these values, float32[P] by name, the Q positions (int64[Q]) and the losses
-        there.
+        measure: the losses of the first pass at all P positions; only its values are used.
+        choose: from these values, float32[P] by name, to the Q chosen positions (int64[Q]) and the
+            losses there.
     """
 
     def passes(hidden_PH: Tensor, losses: _Losses) -> tuple[Tensor, dict[str, Tensor]]:
@@ -116,9 +115,9 @@ def _in_head(
     work: Callable[[Tensor, _Losses], tuple[Tensor, dict[str, Tensor]]],
     chunk_size: int | None,
 ) -> HeadLosses:
-    """Calls ``work`` in one call of the lm_head's module, with what computes losses chunk by chunk.
+    """Calls ``work`` in one call of the lm_head's module, with a function for losses by chunks.
 
-    One, whatever ``work`` does: FSDP2 takes a second call for the beginning of another forward, and
+    There must be only one call: FSDP2 treats a second one as the beginning of another forward, and
     in the backward pass would free the parameters of the norm before the head while they are
     needed.
     """
@@ -142,8 +141,8 @@ def _chunk_size(head: LogitsHead, hidden_PH: Tensor, most: int | None) -> int:
 
 
 class _Projection(Protocol):
-    """Hidden states to logits, and the gradient in logits to those in hidden states and
-    parameters, chunk by chunk.
+    """Hidden states to logits, and gradients of logits to those of hidden states and parameters,
+    chunk by chunk.
     """
 
     parameters: list[nn.Parameter]
@@ -152,7 +151,7 @@ class _Projection(Protocol):
         """[C, V], detached; valid until the next call."""
 
     def backward(self, grad_CV: Tensor) -> Tensor:
-        """Gradient [C, H] of the chunk whose logits came last; may overwrite ``grad_CV``."""
+        """Gradient [C, H] of the chunk of the last ``logits`` call; may overwrite ``grad_CV``."""
 
     def sums(self) -> list[Tensor]:
         """The gradients of ``parameters`` over all chunks."""
@@ -167,9 +166,7 @@ def _projection(
 
 
 class _LinearProjection:
-    """A plain ``nn.Linear`` with what follows it: matrix products into buffers that all chunks
-    share.
-    """
+    """A plain ``nn.Linear`` with scale and soft cap: matrix products into shared buffers."""
 
     def __init__(self, head: LogitsHead, hidden_PH: Tensor, chunk_size: int) -> None:
         module = cast(nn.Linear, head.lm_head)
@@ -181,8 +178,7 @@ class _LinearProjection:
         )
         self.parameters = head.parameters()
         self._weight_VH = module.weight.detach().to(dtype)
-        # scale * (h W + b) = (scale h) W + scale b, and products with h are far smaller than those
-        # with logits.
+        # scale * (h W + b) = (scale h) W + scale b. Scaling h is far cheaper than scaling logits.
         self._scale, self._softcap = head.scale, head.softcap
         self._bias_V = None if module.bias is None else module.bias.detach().to(dtype) * self._scale
         self._buffer_CV = hidden_PH.new_empty(chunk_size, len(self._weight_VH), dtype=dtype)
@@ -207,8 +203,9 @@ class _LinearProjection:
         return logits_CV
 
     def backward(self, grad_CV: Tensor) -> Tensor:
-        # Detached: where it was written over the logits it still is the leaf that they were.
+        # Detached: if the gradient was written over the logits, it is still their leaf tensor.
         grad_CV = grad_CV.detach().to(self._weight_VH.dtype)
+        # Through the soft cap; then the gradients of weight, bias and hidden states.
         if self._slope_CV is not None:
             grad_CV.mul_(self._slope_CV)
         if self._train_weight:
@@ -221,15 +218,15 @@ class _LinearProjection:
     def _add_to_weight(self, grad_CV: Tensor) -> None:
         if self._weight_sum is None:
             self._weight_sum = self._weight_VH.new_zeros(self._weight_VH.shape, dtype=self._wide())
-        # Sums over many chunks lose digits in bfloat16, and so does a product that is rounded
-        # before it is added.
+        # In bfloat16, sums over many chunks lose digits, and so does a product that is rounded
+        # before the addition.
         if self._weight_sum.dtype == grad_CV.dtype:
             self._weight_sum.addmm_(grad_CV.t(), self._hidden_CH)
             return
         if _adds_to_float32(grad_CV.device, grad_CV.dtype):
             _add_product(self._weight_sum, grad_CV.t(), self._hidden_CH)
             return
-        # By slices, so that what is added, or widened for it, stays small.
+        # By slices, so that the products and the widened factors stay small.
         widened = _multiplies_faster_in_float32(grad_CV.device)
         hidden_CH = self._hidden_CH.float() if widened else self._hidden_CH
         for start in range(0, len(self._weight_sum), _SLICE):
@@ -253,9 +250,7 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 @functools.cache
 def _adds_to_float32(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether ``_add_product`` works here. Only CUDA has it, from one version of torch on or
-    another: so it is tried.
-    """
+    """Whether ``_add_product`` works; tried, since it needs CUDA and some version of torch."""
     return device.type == "cuda" and _adds_rightly(device, dtype)
 
 
@@ -270,14 +265,14 @@ def _adds_rightly(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def _multiplies_faster_in_float32(device: torch.device) -> bool:
-    """Whether a CPU multiplies 16-bit matrices slower than float32 ones: on AVX2, which has
-    nothing for them, ten times.
+    """Whether a CPU multiplies 16-bit matrices slower than float32 ones: ten times slower on AVX2,
+    which has no instructions for them.
     """
     return device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
 
 
 class _AnyProjection:
-    """Any module (adapters on the lm_head, say), by autograd from its logits on."""
+    """Any module (for example adapters on the lm_head), by autograd from its logits on."""
 
     def __init__(self, head: LogitsHead, forward: Callable[[Tensor], Tensor]) -> None:
         self._after, self._forward, self.parameters = head._after, forward, head.parameters()
@@ -316,7 +311,7 @@ def _all_chunks(
     wanted = torch.is_grad_enabled()
     hidden_grad = torch.empty_like(hidden_PH) if wanted else hidden_PH
     # An empty batch is one empty chunk, so that the names are reported and the objective stays
-    # connected.
+    # connected to the graph.
     for start in range(0, max(len(hidden_PH), 1), chunk_size):
         rows = slice(start, start + chunk_size)
         logits_CV = projection.logits(hidden_PH[rows]).requires_grad_(wanted)
@@ -340,9 +335,7 @@ def _all_chunks(
 
 
 class _Precomputed(torch.autograd.Function):
-    """A scalar whose gradients in ``inputs`` are already known, and are given away in its one
-    backward pass.
-    """
+    """A scalar with known gradients in ``inputs``, which its only backward pass returns."""
 
     @staticmethod
     def forward(ctx: Any, objective: Tensor, gradients: list[Tensor], *inputs: Tensor) -> Tensor:

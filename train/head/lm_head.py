@@ -20,16 +20,15 @@ _T = TypeVar("_T")
 
 
 class LogitsHead:
-    """A causal language model in two halves: input -> last hidden states, and hidden states ->
-    logits.
+    """A causal language model in two halves: input to last hidden states, and these to logits.
 
-    The second half includes what an architecture does to logits after its lm_head: bias, Gemma's
-    soft-capping, Granite's, Cohere's or Falcon-H1's scale. Whether the halves make up the whole is
-    checked once, by comparing with the model's own logits on a few random tokens.
+    The second half includes the operations of an architecture after its lm_head: bias, Gemma's
+    soft-capping, Granite's, Cohere's or Falcon-H1's scale. A check on a few random tokens compares
+    the two halves with the model's own logits.
 
     The halves are the model's own modules, so training them trains the model. They bypass
-    ``model.forward``: under DDP or FSDP2, call them from inside the wrapped module's forward, where
-    hooks are armed.
+    ``model.forward``. Under DDP or FSDP2, call them from inside the wrapped module's forward, where
+    hooks are active.
 
     Args:
         model: a causal language model of transformers, with or without PEFT adapters.
@@ -58,9 +57,7 @@ class LogitsHead:
         self._check(causal)
 
     def hidden(self, **inputs: Tensor) -> Tensor:
-        """Last hidden states [B, T, H] of ``input_ids`` [B, T] and what else the model's forward
-        takes.
-        """
+        """Last hidden states [B, T, H] of ``input_ids`` [B, T] and the forward's other inputs."""
         hidden: Tensor = self.backbone(**inputs, use_cache=False).last_hidden_state
         return hidden
 
@@ -76,19 +73,15 @@ class LogitsHead:
         return logits
 
     def inside(self, work: Callable[[], _T]) -> _T:
-        """Calls ``work`` where the model's forward would run: there FSDP2 has the parameters of
-        both halves at hand.
-        """
+        """Calls ``work`` instead of the model's forward, where FSDP2 has gathered both halves."""
         return as_forward_of(self.student, work)
 
     def evaluated(self) -> AbstractContextManager[None]:
-        """Inside it, the whole model is in evaluation mode: no dropout, in adapters neither."""
+        """A context with the whole model in evaluation mode: no dropout, also in adapters."""
         return _eval_mode(self.student)
 
     def parameters(self) -> list[nn.Parameter]:
-        """The trainable parameters between hidden states and logits (shared with the embedding
-        where tied).
-        """
+        """Trainable parameters between hidden states and logits; if tied, also the embedding."""
         return [parameter for parameter in self.lm_head.parameters() if parameter.requires_grad]
 
     @torch.no_grad()
@@ -101,9 +94,9 @@ class LogitsHead:
             expected = causal(input_ids=input_ids, use_cache=False).logits
             found = self.logits(self.hidden(input_ids=input_ids))
         error, size = (found - expected).abs().max().item(), expected.abs().max().item()
-        # Same hidden states, maybe in another order of rounding; a missing scale or cap is far
-        # beyond this. Under autocast the lm_head computes in half precision, whatever the model
-        # widens its logits to.
+        # The hidden states may be rounded in another order; a missing scale or cap is a far larger
+        # difference. Under autocast the lm_head computes in half precision, even if the model
+        # widens its logits.
         rounding = max(torch.finfo(logits.dtype).eps for logits in (expected, found))
         if not error <= max(8 * rounding, 1e-4) * size:
             raise UserError(
@@ -113,9 +106,7 @@ class LogitsHead:
 
 
 def _after_lm_head(config: Any) -> tuple[float, float | None]:
-    """(scale, softcap): what follows the lm_head, from the fields by which transformers' configs
-    name it.
-    """
+    """(scale, softcap): the operations after the lm_head, from the fields of the config."""
     scale = 1.0
     for field in ("logit_scale", "lm_head_multiplier", "output_multiplier"):
         scale *= getattr(config, field, None) or 1.0
@@ -130,7 +121,7 @@ def _after_lm_head(config: Any) -> tuple[float, float | None]:
 
 @contextmanager
 def _eval_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, restored module by module: some may be in it for good (frozen parts)."""
+    """Evaluation mode, restored module by module, because frozen parts may always be in it."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -141,9 +132,7 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def as_forward_of(module: nn.Module, work: Callable[..., _T], *args: Any) -> _T:
-    """``work(*args)`` in the place of the module's own forward, with the hooks that stand around
-    it.
-    """
+    """Calls ``work(*args)`` instead of the module's own forward, with the module's hooks."""
     own = vars(module).get("forward")
     module.forward = work  # type: ignore[method-assign]
     try:

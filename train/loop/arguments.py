@@ -1,5 +1,5 @@
-"""``training:`` of a config as ``transformers.TrainingArguments``, and what of them a cache
-cannot serve.
+"""``training:`` of a config as ``transformers.TrainingArguments``, without the options that do not
+work with a cache.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ _LIGER_HEAD = "fused_linear_cross_entropy"
 
 
 def training_arguments(config: TrainConfig) -> TrainingArguments:
-    """Raises ConfigError, in one line, for a field that transformers does not know or that makes
-    no sense here.
+    """The arguments of a config. Raises ConfigError, in one line, for a field that transformers
+    does not know or that does not work here.
     """
-    # Batches hold fields that no model signature knows; trackers are opted into, as everything that
-    # leaves the machine. Without a GPU, pinned memory is a warning and nothing else, and workers
-    # take cores from the training.
+    # Batches have fields that no model's signature has. Trackers are off by default, like
+    # everything that sends data elsewhere. Without a GPU, pinned memory only gives a warning, and
+    # workers take cores from the training.
     gpu = torch.cuda.is_available()
     defaults = {
         "report_to": "none",
@@ -81,7 +81,7 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
     try:
         arguments = TrainingArguments(**fields)
         if arguments.device.type == "cuda" and arguments.n_gpu > 1:
-            # Left alone, Trainer would wrap the student in nn.DataParallel, which cannot cut up
+            # By default Trainer would wrap the student in nn.DataParallel, which cannot split
             # cached batches.
             log.info("training on one of %d GPUs", arguments.n_gpu)
             arguments._n_gpu = 1
@@ -118,26 +118,25 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
 
 
 def check_optimizer(arguments: TrainingArguments, student: PreTrainedModel) -> Optimizer:
-    """Makes the optimizer on a weight of no meaning, and returns it; Trainer makes its own at the
-    first step.
+    """Makes the optimizer on a dummy weight; Trainer makes its own at the first step.
 
-    Raises ConfigError where ``training.optim`` needs what is not here, or where its numbers make no
-    sense.
+    Raises ConfigError if ``training.optim`` needs a missing package or device, or if its numbers
+    are invalid.
     """
     weight = [nn.Parameter(torch.zeros(2, 2, device=arguments.device))]
     optim = f"training.optim is {arguments.optim.value!r}"
     try:
         kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments, student)
-        # Optimizers of other kinds take the model, or layers of it, and may leave hooks in it.
+        # Other optimizers need the model or its layers, and may leave hooks in it.
         if (
             not (isinstance(kind, type) and issubclass(kind, Optimizer))
             or options.keys() & _OF_THE_MODEL
         ):
             return torch.optim.SGD(weight, lr=arguments.learning_rate)
         optimizer = kind(weight, **options)
-    except Exception as error:  # every optimizer refuses in its own way
+    except Exception as error:  # every optimizer raises its own error
         raise ConfigError(f"{optim}: {first_line(error)}") from error
-    # transformers drops those that it does not look for.
+    # transformers ignores arguments that it does not know.
     given = [
         pair.partition("=")[0].strip()
         for pair in (arguments.optim_args or "").split(",")
@@ -152,10 +151,11 @@ def check_optimizer(arguments: TrainingArguments, student: PreTrainedModel) -> O
 
 
 def check_schedule(arguments: TrainingArguments, optimizer: Optimizer, steps: int) -> None:
-    """Raises ConfigError where ``training.lr_scheduler_kwargs`` do not fit the scheduler; asks it
-    for rates of some steps.
+    """Raises ConfigError if ``training.lr_scheduler_kwargs`` do not fit the scheduler. Computes the
+    rates of some steps.
 
-    ``optimizer`` is one of no meaning (``check_optimizer``), ``steps`` how many the training makes.
+    ``optimizer`` is the dummy of ``check_optimizer``, ``steps`` the number of steps of the
+    training.
     """
     try:
         warmup = arguments.get_warmup_steps(steps)
@@ -174,7 +174,7 @@ def check_schedule(arguments: TrainingArguments, optimizer: Optimizer, steps: in
                     raise ValueError(
                         f"the learning rate of step {step} is {factor} times training.learning_rate"
                     )
-    except Exception as error:  # every scheduler refuses in its own way
+    except Exception as error:  # every scheduler raises its own error
         raise ConfigError(
             f"training.lr_scheduler_kwargs is {arguments.lr_scheduler_kwargs or {}}, with lr_scheduler_type "
             f"{str(arguments.lr_scheduler_type.value)!r}: {first_line(error)}"
@@ -182,9 +182,7 @@ def check_schedule(arguments: TrainingArguments, optimizer: Optimizer, steps: in
 
 
 def check_best(arguments: TrainingArguments, measured: dict[str, float]) -> None:
-    """Raises ConfigError where ``training.metric_for_best_model`` is not among what was measured
-    on this cache.
-    """
+    """Raises ConfigError if ``training.metric_for_best_model`` is not a metric of this cache."""
     wanted = arguments.metric_for_best_model
     if wanted is not None and wanted.removeprefix("eval_") not in measured:
         raise ConfigError(
@@ -193,8 +191,8 @@ def check_best(arguments: TrainingArguments, measured: dict[str, float]) -> None
 
 
 def _best(fields: dict[str, Any], k: int) -> dict[str, Any]:
-    """Which metric tells the best student, and whether a larger one is better; transformers'
-    guesses are for a loss.
+    """The metric that selects the best student, and whether larger is better. transformers' own
+    guess assumes a loss.
     """
     choosing = (
         fields.get("load_best_model_at_end")
@@ -240,9 +238,7 @@ def _check_numbers(fields: dict[str, Any]) -> None:
 
 
 def _check_trackers(arguments: TrainingArguments) -> None:
-    """Starts each tracker's callback once: that is how transformers finds out whether its
-    package is there.
-    """
+    """Starts each tracker's callback once, because transformers checks its package only then."""
     try:
         for callback in get_reporting_integration_callbacks(arguments.report_to):
             callback()
@@ -272,18 +268,16 @@ def _check_compilation(arguments: TrainingArguments) -> None:
                 backend=arguments.torch_compile_backend,
                 mode=arguments.torch_compile_mode,
             )
-            # Needs whatever the backend needs: a C++ compiler, Triton.
+            # Needs the backend's own requirements: a C++ compiler, Triton.
             compiled(torch.zeros(2, device=arguments.device))
-        except Exception as error:  # every backend refuses in its own way
+        except Exception as error:  # every backend raises its own error
             raise ConfigError(f"training.torch_compile: {first_line(error)}") from error
 
 
 def _check_hub(arguments: TrainingArguments) -> None:
     try:
         HfApi(token=arguments.hub_token).whoami()
-    except (
-        Exception
-    ) as error:  # no token, a wrong one, no network: each is raised by another library
+    except Exception as error:  # a missing or wrong token, no network
         raise ConfigError(
             f"training.push_to_hub is set, and the hub does not know you ({first_line(error)}); run `hf auth login`, or "
             "remove it"
@@ -291,7 +285,7 @@ def _check_hub(arguments: TrainingArguments) -> None:
 
 
 def _liger_without_head(config: dict[str, bool]) -> dict[str, bool]:
-    """Liger's kernels for everything below the lm_head, whose losses are computed here."""
+    """Liger's kernels for the layers below the lm_head. The losses are our own."""
     if config.get(_LIGER_HEAD):
         raise ConfigError(
             f"training.liger_kernel_config.{_LIGER_HEAD} computes its own loss in place of the cache's; remove it"

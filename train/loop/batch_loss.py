@@ -28,9 +28,9 @@ MODEL_INPUTS = (
 
 
 class BatchLoss:
-    """The objective of cached batches by the student that ``head`` is of.
+    """The objective of cached batches for the student of ``head``.
 
-    logits_chunk: positions whose logits are held at a time; None: as many as suit the device.
+    logits_chunk: number of positions with logits at a time; None: a number that suits the device.
     """
 
     def __init__(
@@ -41,14 +41,13 @@ class BatchLoss:
         self._read: Callable[..., Tensor] = head.hidden
 
     def compile(self, **options: Any) -> None:
-        """Compiles the way to the hidden states, with options of ``torch.compile``."""
+        """Compiles the backbone, with options of ``torch.compile``."""
         self._read = torch.compile(self._head.hidden, **options)
 
     def route(self, student: PreTrainedModel) -> None:
         """Sends cached batches through the student's own ``forward``.
 
-        DDP and FSDP arm their hooks there and nowhere else, so the loss has to be computed inside
-        it.
+        DDP and FSDP run their hooks only there, so the loss must be computed inside it.
         """
         plain = student.forward
 
@@ -109,7 +108,7 @@ def chosen_positions(batch: dict[str, Any]) -> int:
 
 
 def _next_token_loss(batch: dict[str, Any]) -> PerChunk:
-    """The student's loss on each next token, in nats; nothing to minimise."""
+    """The student's loss on each next token, in nats, as a value that is not minimised."""
 
     def measure(logits_CV: Tensor, rows: slice) -> tuple[Tensor, dict[str, Tensor]]:
         loss = cross_entropy(logits_CV.float(), batch["labels"][rows], reduction="none")

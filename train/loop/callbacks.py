@@ -1,6 +1,4 @@
-"""Callbacks of the trainer: each tells one part of a training that a step, an epoch or a save
-has come.
-"""
+"""Callbacks of the trainer, which notify parts of a training of steps, epochs and saves."""
 
 from __future__ import annotations
 
@@ -23,8 +21,8 @@ from logitcask.train.loop.objective import Objective
 
 
 class LogWhenSaving(TrainerCallback):
-    """Closes the window of averaged losses at every checkpoint and at the end, so that a resumed
-    log is the same log.
+    """Writes the averaged losses to the log at every checkpoint and at the end, so that a resumed
+    log equals an uninterrupted one.
     """
 
     def on_step_end(
@@ -41,20 +39,17 @@ class LogWhenSaving(TrainerCallback):
 
 
 def _may_save(args: TrainingArguments, control: TrainerControl) -> bool:
-    # Whether a student is the best so far is known only once it is evaluated, which comes after
-    # logging.
+    # Only the evaluation, which comes after logging, shows whether a student is the best so far.
     return control.should_save or (
         args.save_strategy == SaveStrategy.BEST and control.should_evaluate
     )
 
 
 class StopAfterSaving(TrainerCallback):
-    """After SIGTERM (``training.enable_jit_checkpoint``), saves at the end of a step and raises
-    KeyboardInterrupt.
+    """Saves at the end of a step after SIGTERM (``enable_jit_checkpoint``), then interrupts.
 
-    The signal is caught by transformers' own callback, which would save inside a step, drop the
-    losses since the last record, and let a training that has stopped pass for one that has
-    finished.
+    transformers' own callback catches the signal. It would save inside a step, drop the losses
+    since the last record, and treat the stopped training as finished.
     """
 
     def __init__(self, catching: JITCheckpointCallback) -> None:
@@ -75,7 +70,7 @@ class StopAfterSaving(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if self._asked:
-            self._catching.on_train_end(args, state, control)  # which gives the signal back
+            self._catching.on_train_end(args, state, control)  # restores the signal's handler
             raise KeyboardInterrupt
 
     def on_train_end(
@@ -85,7 +80,7 @@ class StopAfterSaving(TrainerCallback):
 
 
 class TellEpoch(TrainerCallback):
-    """Tells the order of the data which epoch begins, in the middle of it or not."""
+    """Sets the epoch of the data's order, also if the training resumes inside an epoch."""
 
     def __init__(self, tell: Callable[[DataLoader], None]) -> None:
         self._tell = tell
@@ -97,9 +92,7 @@ class TellEpoch(TrainerCallback):
 
 
 class FindBest(TrainerCallback):
-    """Tells where the best student so far is. Trainer forgets it if its path at the checkpoint's
-    time no longer exists.
-    """
+    """Sets the path of the best student, which Trainer forgets if the recorded path is gone."""
 
     def __init__(self, folder: str) -> None:
         self._folder = folder
@@ -111,9 +104,7 @@ class FindBest(TrainerCallback):
 
 
 class TellObjective(TrainerCallback):
-    """Tells the objective where the training is. What it remembers is part of the checkpoints'
-    trainer_state.json.
-    """
+    """Tells the objective the current step, and saves its state in trainer_state.json."""
 
     def __init__(self, objective: Objective, end_step: Callable[[], None]) -> None:
         self._objective, self._end_step = objective, end_step
@@ -136,7 +127,7 @@ class TellObjective(TrainerCallback):
 
 
 class Progress(TrainerCallback):
-    """One bar for the whole training, with the newest losses beside it."""
+    """One progress bar for the whole training, with the newest losses."""
 
     def __init__(self) -> None:
         self._bar: tqdm | None = None

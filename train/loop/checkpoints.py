@@ -1,8 +1,8 @@
-"""Which cache a checkpoint belongs to, and which checkpoint a run goes on from.
+"""The cache of a checkpoint, and the checkpoint from which a run resumes.
 
-The fingerprints stand inside ``trainer_state.json``, the file that Trainer writes last, so a
-checkpoint that is whole always says whose it is: optimiser states and data orders of one cache mean
-nothing for another.
+``trainer_state.json``, the last file that Trainer writes, holds the fingerprints of the caches, so
+every complete checkpoint has them. They are needed because optimiser states and data orders are
+valid only for their own cache.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class CacheStamp(TrainerCallback, ExportableState):
         self._fingerprints = fingerprints
 
     def state(self) -> dict[str, Any]:
-        """What Trainer saves under this class's name in ``stateful_callbacks``."""
+        """The state that Trainer saves under this class's name in ``stateful_callbacks``."""
         return {
             "args": {"fingerprints": list(self._fingerprints)},
             "attributes": {"processes": processes()[1]},
@@ -39,9 +39,7 @@ class CacheStamp(TrainerCallback, ExportableState):
 
 
 def last_checkpoint(output: Path) -> Path | None:
-    """The newest checkpoint in ``output`` that was written to its end; any that was not is
-    removed.
-    """
+    """The newest complete checkpoint in ``output``. Removes incomplete ones."""
     last: tuple[int, Path] | None = None
     for folder in output.glob("checkpoint-*"):
         state = _state(folder)
@@ -55,8 +53,8 @@ def last_checkpoint(output: Path) -> Path | None:
 def named_checkpoint(name: str, fingerprints: tuple[str, ...], steps: int) -> Path:
     """The checkpoint that ``training.resume_from_checkpoint`` names, of a run on the same caches.
 
-    Raises UserError where it is none, or one of another cache, or has made this run's ``steps``
-    already.
+    Raises UserError if it is not a checkpoint, if it belongs to another cache, or if it has already
+    made this run's ``steps``.
     """
     folder = Path(name).expanduser()
     state = _state(folder)
@@ -84,10 +82,10 @@ def named_checkpoint(name: str, fingerprints: tuple[str, ...], steps: int) -> Pa
 
 
 def best_checkpoint(recorded: str, output: Path) -> Path:
-    """Where the best student so far lies, whose path at the time of saving is ``recorded``; the run
-    may have moved since.
+    """Path of the best student so far. ``recorded`` is its path at the time of saving; the run may
+    have moved since then.
 
-    Raises UserError where it is gone: going on would end with another student than the best.
+    Raises UserError if it is missing, because the run would end with another student.
     """
     for folder in (output / Path(recorded).name, Path(recorded)):
         if _state(folder) is not None:
@@ -99,9 +97,7 @@ def best_checkpoint(recorded: str, output: Path) -> Path:
 
 
 def warn_of_other_batches(checkpoint: Path) -> None:
-    """Says so where as many processes as now did not make ``checkpoint``: each takes its part of
-    what comes next.
-    """
+    """Warns if ``checkpoint`` is of another number of processes: they divided the data."""
     before = _stamp(_state(checkpoint) or {}).get("attributes", {}).get("processes")
     now = processes()[1]
     if before not in (None, now):
@@ -119,7 +115,7 @@ def _stamp(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def _state(folder: Path) -> dict[str, Any] | None:
-    """The content of trainer_state.json, if the checkpoint was written to its end."""
+    """The content of trainer_state.json; None for an incomplete checkpoint."""
     try:
         state = json.loads((folder / _STATE).read_text())
         return state if "global_step" in state else None

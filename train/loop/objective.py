@@ -1,4 +1,4 @@
-"""The weighted sum of losses that a config asks for, as one function of a chunk of logits."""
+"""The weighted sum of a config's losses, as one function of a chunk of logits."""
 
 from __future__ import annotations
 
@@ -15,18 +15,17 @@ from logitcask.train.losses.tails import choose_tail
 
 
 class Objective:
-    """``weight * loss`` summed over the config's losses, plus ``ce_weight`` times the hard-label
-    cross-entropy.
+    """The sum of ``weight * loss`` over the config's losses, plus ``ce_weight`` * hard-label loss.
 
-    All losses of a chunk share one ``StudentPass``, so that a sum costs about what its dearest term
-    does.
+    All losses of a chunk share one ``StudentPass``, so a sum costs about as much as its most
+    expensive term.
 
     With a dynamic term (the ranking of RLKD, equation 2) the other teacher losses of a position are
-    weighted by the overlap of the student's and the teacher's top k there, k being that term's own.
+    weighted by the overlap of the student's and the teacher's top k there, with that term's k.
 
-    Weights may follow the training, and some losses remember something from step to step. The
-    trainer says where it is (``begin``) and, for those losses, what their means were (``end``), the
-    same on all processes.
+    Weights may have a schedule, and some losses have a state. The trainer gives the current step
+    (``begin``) and, for stateful losses, their means (``end``), which are the same on all
+    processes.
     """
 
     def __init__(self, config: TrainConfig) -> None:
@@ -52,31 +51,27 @@ class Objective:
 
     @property
     def stateful(self) -> list[str]:
-        """The losses whose means ``end`` wants."""
+        """The losses whose means ``end`` needs."""
         return list(self._states)
 
     def begin(self, step: int, steps: int) -> None:
-        """``step`` of all ``steps`` optimizer steps have been made, and the next begins."""
+        """Begins the optimizer step after ``step`` of all ``steps`` steps."""
         self._now = {
             name: weight.at(step, steps) if isinstance(weight, WeightSchedule) else weight
             for name, weight in self._weights.items()
         }
 
     def end(self, means: dict[str, float], step: int, steps: int) -> None:
-        """An optimizer step has been made, the ``step``-th; ``means`` of the stateful losses
-        over all its positions.
-        """
+        """Ends optimizer step ``step``; ``means``: of the stateful losses over its positions."""
         for name, state in self._states.items():
             state.update(means[name], step / max(1, steps))
 
     def state_dict(self) -> dict[str, dict[str, float | None]]:
-        """What has to be the same after a checkpoint as before; empty without stateful losses.
-        Numbers alone.
-        """
+        """The state of stateful losses for a checkpoint, as numbers; empty without such losses."""
         return {name: state.state_dict() for name, state in self._states.items()}
 
     def load_state_dict(self, states: dict[str, dict[str, float | None]]) -> None:
-        """Goes on from ``state_dict``."""
+        """Restores ``state_dict``."""
         for name, state in self._states.items():
             state.load_state_dict(states[name])
 
@@ -88,10 +83,10 @@ class Objective:
         ]
 
     def exactness(self, teacher: SparseTeacher, shortest_head: int) -> dict[str, str]:
-        """What each loss is with a cache like ``teacher``: exact, unbiased, lower or biased
-        (``logitcask.train.losses.base.Exactness``).
+        """The exactness of each loss with a cache like ``teacher``: exact, unbiased, lower or
+        biased (``logitcask.train.losses.base.Exactness``).
 
-        ``shortest_head``: how many entries the cache's heads have at least.
+        ``shortest_head``: smallest number of entries of the cache's heads.
         """
         if bool(torch.isneginf(teacher.tail_logprob).all()):
             return dict.fromkeys(self._weights, "exact")
@@ -119,11 +114,11 @@ class Objective:
         return found
 
     def per_chunk(self, teacher: SparseTeacher) -> PerChunk:
-        """The function ``logitcask.train.head.chunked.head_losses`` calls; its values are the
+        """The function for ``logitcask.train.head.chunked.head_losses``; its values are the
         unweighted terms, by name.
 
-        ``teacher`` is that of the whole batch: what a loss wants to know of all its positions is
-        found out here.
+        ``teacher`` is that of the whole batch, because some losses need a value of all its
+        positions.
         """
         options = dict(self._options)
         for name, own in self._options.items():

@@ -1,6 +1,4 @@
-"""Running sums of a training: since the last record of the log, and since the last optimizer
-step.
-"""
+"""Running sums of a training, since the last log record and since the last optimizer step."""
 
 from __future__ import annotations
 
@@ -19,10 +17,9 @@ from logitcask.train.model.precision import summed
 
 
 class LogTotals:
-    """Sums of this process's losses since the last record, and what earlier runs of a resumed
-    training had reached.
+    """Sums of this process's losses since the last record, and totals of earlier runs.
 
-    names: those of the caches, by number.
+    names: names of the caches, by number.
     """
 
     def __init__(self, names: list[str]) -> None:
@@ -33,11 +30,11 @@ class LogTotals:
         self.start()
 
     def start(self) -> None:
-        """The training begins now."""
+        """Begins the time of the training."""
         self._started = self._last_record = time.monotonic()
 
     def resume(self, history: list[dict[str, float]]) -> None:
-        """Goes on from the last training record in the log of a checkpoint."""
+        """Continues from the last training record in the log of a checkpoint."""
         records = [record for record in history if "positions" in record]
         if records:
             self._positions_trained = int(records[-1]["positions"])
@@ -50,7 +47,7 @@ class LogTotals:
         self._positions += positions
 
     def add_by_cache(self, layout: tuple[Place, ...], objective: Tensor) -> None:
-        """Adds what was minimised at each position to the sums of its cache."""
+        """Adds the minimised value at each position to the sums of its cache."""
         start = 0
         for source, places in groupby(layout, lambda place: place.source):
             stop = start + sum(place.chosen for place in places)
@@ -65,12 +62,12 @@ class LogTotals:
         self._waited += seconds
 
     def leave_out(self, seconds: float) -> None:
-        """Leaves out time that is no part of the time in which data is waited for."""
+        """Excludes time from the total in which waiting for data is measured."""
         self._last_record += seconds
 
     def record(self, step: int) -> dict[str, float]:
-        """Means over all processes since the last record, which begin afresh, and totals over all
-        resumed runs.
+        """Means over all processes since the last record, and totals over all resumed runs. Resets
+        the sums of the means.
 
         Empty if nothing was added. Raises UserError if a mean is not finite.
         """
@@ -119,8 +116,8 @@ class LogTotals:
 
 
 class StepTotals:
-    """Sums of the losses called ``names`` since the last optimizer step; ``sums`` ends with the
-    number of positions.
+    """Sums of the losses ``names`` since the last optimizer step. The last element of ``sums`` is
+    the number of positions.
     """
 
     def __init__(self, names: list[str]) -> None:
@@ -136,8 +133,8 @@ class StepTotals:
         self.sums = sums if self.sums is None else self.sums + sums
 
     def means(self, reduced: Callable[[Tensor], Tensor]) -> dict[str, float] | None:
-        """Means over all processes, whose sums ``reduced`` adds; None if nothing was added. The
-        next step begins afresh.
+        """Means over all processes; None if nothing was added. ``reduced`` adds sums over
+        processes. Resets the sums.
         """
         if self.sums is None:
             return None

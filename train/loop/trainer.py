@@ -59,7 +59,7 @@ class DistillationTrainer(Trainer):
     """Trains a causal language model on batches of cached sequences.
 
     The loss is the objective summed over kept positions and divided by their number in the whole
-    (accumulated, global) batch, so that neither padding nor how a batch is cut up changes it.
+    (accumulated, global) batch. It does not depend on padding or on the division of the batch.
     """
 
     def __init__(
@@ -122,8 +122,8 @@ class DistillationTrainer(Trainer):
         )
         dynamo = self.accelerator.state.dynamo_plugin
         if dynamo.backend != DynamoBackend.NO:
-            # accelerate would compile all of the student's forward, the losses' buffers and
-            # hand-made gradients included.
+            # accelerate would compile the student's whole forward, including the buffers and custom
+            # gradients of the losses.
             options = {
                 name: value
                 for name, value in dynamo.to_dict().items()
@@ -131,7 +131,7 @@ class DistillationTrainer(Trainer):
             }
             batch_loss.compile(**options)
             self.accelerator.state.dynamo_plugin = TorchDynamoPlugin(backend="no")
-        # Batches carry one label per kept position, shifted already; Trainer counts them for the
+        # Batches have one label per kept position, already shifted. Trainer counts them for the
         # mean.
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = False
@@ -153,22 +153,20 @@ class DistillationTrainer(Trainer):
             num_items_in_batch if num_items_in_batch is not None else max(1, positions)
         )
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            # DDP takes the mean of gradients over processes; the divisor above counts the positions
-            # of all of them.
+            # DDP averages gradients over processes, but the divisor above counts the positions of
+            # all processes.
             loss = loss * self.accelerator.num_processes
         return (loss, None) if return_outputs else loss
 
     def precision(self) -> AbstractContextManager[None]:
-        """Inside it, the student computes as it does in training, though not called through its
-        wrapped forward.
-        """
+        """A context with training's precision, for calls outside the student's wrapped forward."""
         return like_training(self.model, self.args)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | int | None]:
-        """Trainer's own, with the time that it waits for data measured, and with what
-        ``selection`` leaves out gone.
+        """Trainer's own batches, without the data that ``selection`` leaves out. Measures the time
+        of waiting for data.
         """
         asked = time.monotonic()
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -190,8 +188,8 @@ class DistillationTrainer(Trainer):
         return only_sequences(batch, most_learnable(scores, kept))
 
     def get_train_dataloader(self) -> DataLoader:
-        """Batches in the plan's order. Which they are is known beforehand: skipping costs
-        nothing, workers change nothing.
+        """Batches in the plan's order. They are known beforehand, so skipping costs nothing, and
+        workers change nothing.
         """
         size = self._train_batch_size
         if self.selection.sequences is not None:
@@ -221,7 +219,7 @@ class DistillationTrainer(Trainer):
         return cast(DataLoader, self.accelerator.prepare(loader))
 
     def tell_epoch(self, loader: DataLoader) -> None:
-        """Sets the epoch whose order comes next. Trainer's own call misses samplers that
+        """Sets the epoch of the data's order. Trainer's own call does not reach samplers that
         accelerate has wrapped twice.
         """
         assert self._batches is not None
@@ -234,9 +232,7 @@ class DistillationTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Held-out metrics (``logitcask.train.evaluation.evaluate``), logged under
-        ``metric_key_prefix``.
-        """
+        """Metrics of ``logitcask.train.evaluation.evaluate``, logged with ``metric_key_prefix``."""
         began = time.monotonic()
         with self.precision():
             found = evaluate(
@@ -255,20 +251,17 @@ class DistillationTrainer(Trainer):
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds, to training records, the mean of each loss since the last one, and totals over all
-        resumed runs.
+        """Adds mean losses since the last record and totals over all runs to training records.
 
-        Raises UserError where a mean is not finite, before such weights become a checkpoint (see
-        ``LogWhenSaving``). ``Trainer`` shows the last finite loss in its place and goes on.
+        Raises UserError if a mean is not finite, before such weights become a checkpoint (see
+        ``LogWhenSaving``). ``Trainer`` itself would show the last finite loss and continue.
         """
         if "loss" in logs:
             logs |= self._totals.record(self.state.global_step)
         super().log(logs, start_time)
 
     def end_step(self) -> None:
-        """Tells losses that remember something their means over the positions of all processes
-        in this optimizer step.
-        """
+        """Gives stateful losses their means over all positions of this optimizer step."""
         means = self._step_totals.means(lambda sums: self.accelerator.reduce(sums, "sum"))
         if means is not None:
             self.objective.end(means, self.state.global_step, self.state.max_steps)
@@ -282,8 +275,8 @@ class DistillationTrainer(Trainer):
         return math.ceil(self.args.num_train_epochs * per_epoch)
 
     def run(self, checkpoint: str | None) -> None:
-        """Trains from the start, or on from a checkpoint; ``positions`` and ``seconds`` of the
-        log go on where it stopped.
+        """Trains from the start or from a checkpoint. ``positions`` and ``seconds`` of the log
+        continue from the checkpoint.
         """
         self._totals.start()
         try:
@@ -302,7 +295,7 @@ class DistillationTrainer(Trainer):
             best = str(best_checkpoint(state.best_model_checkpoint, Path(self.args.output_dir)))
             self.add_callback(FindBest(best))
         if state.global_step >= self.total_steps():
-            # Killed after the last step. Trainer itself would take one step more.
+            # Killed after the last step. Trainer itself would make one more step.
             self._load_from_checkpoint(best or checkpoint)
             self.state = state
             return

@@ -1,4 +1,4 @@
-"""The trial of the objective on a few positions of every cache, before a run writes anything."""
+"""A trial of the objective on a few positions of every cache, before a run writes anything."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ _KINDS = {
 def try_objective(config: TrainConfig, data: HeldOut) -> tuple[Objective, Tail, dict[str, str]]:
     """Makes the objective and tries it on a few positions of every cache.
 
-    Returns it, how much of the teacher's tail there is for them, and what each loss is with it
-    (exact, unbiased, ...): the least that any of the caches allows. Raises UserError or ConfigError
-    for loss options that a cache cannot serve, before anything is written.
+    Returns the objective, the available part of the teacher's tail, and the exactness of each loss
+    (exact, unbiased, ...); of several caches, the weakest one counts. Raises UserError or
+    ConfigError for loss options that a cache cannot serve, before anything is written.
     """
     try:
         objective = Objective(config)

@@ -1,10 +1,10 @@
 """Distillation losses on a sparse teacher.
 
-A loss is a pure function ``loss(student_logits, teacher, **options) -> float32[P]``: it sees the
-student's logits at P kept positions and what the cache stored there, and returns one value per
-position. It never reduces: weights, masks and means are the trainer's. ``LOSSES`` maps the names
-that configs use to the functions, ``SPECS`` to what they say of themselves; docs/losses.md is the
-table of both.
+A loss is a pure function ``loss(student_logits, teacher, **options) -> float32[P]``. It gets the
+student's logits at P kept positions and the stored teacher there, and returns one value per
+position. It never reduces: the trainer applies weights, masks and means. ``LOSSES`` maps the names
+in configs to the functions, and ``SPECS`` maps them to their descriptions. docs/losses.md has both
+in tables.
 """
 
 from __future__ import annotations

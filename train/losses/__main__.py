@@ -1,6 +1,4 @@
-"""``python -m logitcask.train.losses``: the tables of docs/losses.md, from what the losses say
-of themselves.
-"""
+"""``python -m logitcask.train.losses``: the tables of docs/losses.md, from the losses' specs."""
 
 from __future__ import annotations
 
@@ -11,7 +9,7 @@ _ORDER = ("forward_kl", "divergences", "alpha_beta", "adaptive", "ranking", "pai
 
 
 def markdown() -> str:
-    """Two tables: what each loss is, and what it takes from a cache."""
+    """Two tables: the definition of each loss, and the data that it needs from a cache."""
     specs = [SPECS[name] for name in sorted(LOSSES, key=_place)]
     what: list[tuple[str, ...]] = [("loss", "source", "formula", "when")]
     what += [(f"`{s.name}`", s.source, f"`{s.formula}`", s.use) for s in specs]

@@ -1,8 +1,7 @@
-"""Losses whose target or weights follow the student: AKL, tail-aware distillation, TAID,
-Self-Evolution KD.
+"""Losses whose target or weights depend on the student: AKL, TAD, TAID, Self-Evolution KD.
 
-What follows the student is always taken without gradient. Shapes: P positions, K head entries
-(padded), N cells.
+These targets and weights never have a gradient. Shapes: P positions, K head entries (padded), N
+cells.
 """
 
 from __future__ import annotations
@@ -59,13 +58,13 @@ def adaptive_kl(
 ) -> Tensor:
     """w KL(p || q) + (1 - w) KL(q || p) in nats per position.
 
-    The region of peaks is the top id and those whose cumulative p, from the top, is at most
-    ``threshold``; w is its share of the sum of abs(p - q), without gradient. A region that ends
-    outside the stored head ends with it.
+    The region of peaks is the top id and the ids whose cumulative p, from the top, is at most
+    ``threshold``. w is its share of the sum of abs(p - q), without gradient. The region never goes
+    beyond the stored head.
 
-    **Biased** from a sparse head: both KLs are lower bounds then (with samples, forward KL is
-    unbiased and the other bound closer), and w sees the tail as one cell (with samples, as
-    several). With the prior exact for the reconstruction; **exact** where the head is everything.
+    **Biased** from a sparse head: both KLs are lower bounds (with samples, forward KL is unbiased
+    and the other bound closer), and w treats the tail as one cell (with samples, as several). With
+    the prior exact for the reconstruction; **exact** if the head is everything.
 
     Args, returns, raises: as ``forward_kl``; UserError for a threshold not between 0 and 1, or a
     cache without heads.
@@ -130,18 +129,18 @@ def tail_aware(
     mean_tail_mass: float | None = None,
     tail: TailOption = "auto",
 ) -> Tensor:
-    """Tail-aware distillation in nats per position: forward KL, taken apart at the top k, with more
+    """Tail-aware distillation in nats per position: forward KL, split at the top k, with more
     weight below it.
 
     KL(p || q) is the KL on k + 1 cells (the top k, and m_k, the mass of all others) plus m_k times
-    the KL of what is below, scaled up to 1 on both sides. Here that second weight is beta m_k /
-    mean m_k. Reconstructed from the paper's text.
+    the KL below the top k, with both sides scaled to a mass of 1. Here the second weight is beta
+    m_k / mean m_k. Reconstructed from the paper's text.
 
-    The mean is over the whole batch of a forward pass on one process, whatever the chunks; or give
-    it as ``mean_tail_mass``, and then nothing depends on how a batch is put together. The KL below
-    the top k is what ``forward_kl`` takes it for: with samples **unbiased**, with the ghost a
-    **lower bound**, with the prior exact for the reconstruction; **exact** where the head is
-    everything. A head of less than k entries takes apart at its end (**biased**).
+    The mean is over the whole batch of a forward pass on one process, with any chunks. If
+    ``mean_tail_mass`` gives it, the loss does not depend on the composition of a batch. The KL
+    below the top k is that of ``forward_kl``: with samples **unbiased**, with the ghost a **lower
+    bound**, with the prior exact for the reconstruction; **exact** if the head is everything. A
+    head of less than k entries is split at its end (**biased**).
 
     Args, returns, raises: as ``forward_kl``; UserError for a negative beta, or a cache without
     heads.
@@ -164,7 +163,7 @@ def tail_aware(
         student.log_u,
     )
     whole, coarse = forward_kl(student, teacher, tail=kind), kl_of_cells(log_p, log_q, log_u)
-    # whole - coarse is m_k times the KL of the tails; where there is no tail, it is rounding.
+    # whole - coarse is m_k times the KL of the tails; without a tail it is rounding error.
     inside = torch.where(torch.isneginf(log_m), 0, whole - coarse)
     return coarse + inside * beta / torch.as_tensor(
         mean, dtype=inside.dtype, device=inside.device
@@ -173,12 +172,11 @@ def tail_aware(
 
 @dataclass
 class TaidState:
-    """TAID's schedule of t, which moves faster while the loss falls (algorithm 1 and the authors'
-    defaults).
+    """TAID's schedule of t, faster while the loss falls (algorithm 1, the authors' defaults).
 
-    t starts at ``t_start`` and never falls; it rises with the training at least linearly, and by
-    ``alpha * sigmoid(momentum) * (1 - t)`` a step. The momentum, with decay ``beta``, is that of
-    the loss's relative fall.
+    t starts at ``t_start`` and never falls. It rises at least linearly over the training, and by
+    ``alpha * sigmoid(momentum) * (1 - t)`` per step. The momentum, with decay ``beta``, is that of
+    the relative decrease of the loss.
     """
 
     t_start: float = 0.4
@@ -241,18 +239,17 @@ def taid(
     t: float = 0.4,
     tail: TailOption = "auto",
 ) -> Tensor:
-    """Cross-entropy to a target between student and teacher, in nats per position; t = 1 is the
-    teacher's.
+    """Cross-entropy to a target between student (t = 0) and teacher (t = 1), in nats per position.
 
     The target's logits are (1 - t) times the student's, without gradient, plus t times the
-    teacher's. From the head alone the tail is one cell of the same form; its target is shared out
-    as the student does. **Biased** then: the cell is larger than the sum it stands for (Hölder).
-    With samples the target's sums are estimated by the draws and scaled to 1, which is **biased**,
-    too, but consistent, and at t = 1 unbiased. With the prior exact for the reconstruction;
-    **exact** where the head is everything.
+    teacher's. From the head alone the tail is one cell of the same form, and its target is
+    distributed as the student distributes its tail. This is **biased**: the cell is larger than the
+    sum that it replaces (Hölder). With samples the target's sums are estimated from the draws and
+    scaled to 1, which is **biased**, too, but consistent, and unbiased at t = 1. With the prior
+    exact for the reconstruction; **exact** if the head is everything.
 
-    In training, t comes from ``TaidState``, whose options (t_start, t_end, alpha, beta) stand
-    beside this loss's own.
+    In training, t comes from ``TaidState``, whose options (t_start, t_end, alpha, beta) are given
+    with this loss's own.
 
     Args, returns, raises: as ``forward_kl``; UserError for a t outside 0 to 1.
     """
@@ -293,16 +290,16 @@ def self_evolution(
     threshold: float = 1.0,
 ) -> Tensor:
     """Self-Evolution KD in nats per position. **A reconstruction**: the paper's formulas and values
-    were not at hand.
+    were not available.
 
     The target t mixes the data's token y (share ``ground_truth``) with p. A position's difficulty
-    is KL(t || q). Where it is above ``threshold`` nats, the target is mixed into the student (share
+    is KL(t || q). If it is above ``threshold`` nats, the target is mixed into the student (share
     ``mix``) as prior knowledge before the two are compared. (Mixing the student into the target
     without gradient would only scale the gradient by ``mix``.)
 
     The cells are the head's ids, y, and one for the rest. Each of the two forms is then a lower
-    bound; since a bound may also choose the other form, the loss is **biased**. **Exact** where the
-    head, with y, is everything.
+    bound. A bound may also select the other form, so the loss is **biased**. **Exact** if the head
+    and y are everything.
 
     Args, returns: as ``forward_kl``. Raises UserError for shares outside 0 to 1 (``mix``: below 1)
     or a negative threshold.
@@ -330,13 +327,13 @@ def self_evolution(
 
 
 def _with_target(student: StudentPass, teacher: SparseTeacher) -> tuple[Tensor, Tensor, Tensor]:
-    """(log_p, log_q, log_u) over the head, the target where the head lacks it, and the rest."""
+    """(log_p, log_q, log_u) over the head, the target if the head lacks it, and the rest."""
     outside_P = ~(teacher.ids == teacher.target_ids.unsqueeze(1)).any(1)
     log_m, log_Q = teacher.tail_logprob.to(student.dtype), student.log_Q
     log_py = torch.minimum(teacher.target_logprob.to(student.dtype), log_m)
 
     def without(log_all: Tensor, log_one: Tensor) -> Tensor:
-        # A difference of masses keeps its digits down to about a millionth of them.
+        # A difference of masses has no digits below about a millionth of them.
         left = log_all + torch.log1p(-(log_one - log_all).exp().clamp_max(1 - 1e-6))
         return torch.where(outside_P, left, log_all)
 

@@ -1,5 +1,4 @@
-"""The alpha-beta divergence (ABKD, arXiv 2505.04560), which sums powers of probabilities and so
-needs more than masses.
+"""The alpha-beta divergence (ABKD, arXiv 2505.04560): a sum of powers of probabilities.
 
 Shapes: P positions, N cells.
 """
@@ -49,11 +48,11 @@ def alpha_beta(
 
     With s = alpha + beta, the student's own sum of q^s over the tail is exact, from a second pass
     over the logits. With samples **unbiased**: draws weighted by 1/p estimate the sums of p^alpha
-    q^beta and p^s. It is no f-divergence, so merging the tail into one cell bounds nothing; instead
-    (``ghost``) the smallest value that the tail can have is taken, by Hölder's inequality and the
-    range that m and the head's last entry leave to the sum of p^s: a **lower bound**, equal to the
-    ghost's at s = 1. With the prior exact for the reconstruction; **exact** where the head is
-    everything.
+    q^beta and p^s. It is not an f-divergence, so the tail as one cell gives no bound. Instead
+    (``ghost``) the loss uses the smallest value that the tail can have, by Hölder's inequality and
+    the range that m and the head's last entry allow for the sum of p^s. This is a **lower bound**,
+    equal to the ghost's at s = 1. With the prior exact for the reconstruction; **exact** if the
+    head is everything.
 
     Args, returns, raises: as ``forward_kl``; UserError for an alpha or beta that is not above 0
     (forward_kl and
@@ -69,8 +68,8 @@ def alpha_beta(
     kind = choose_tail("alpha_beta", teacher, tail, _TAILS, logprobs=True)
     student, s = StudentPass.of(student_logits, teacher), alpha + beta
     powers = StudentPass(student.logits, teacher, scale=s * student.scale)
-    # log of the sums of q^s over the tail and over unpredictable ids; the latter have no p, so
-    # theirs is all they add.
+    # log of the sums of q^s over the tail and over unpredictable ids. The latter have p = 0, so
+    # this sum is their whole contribution.
     log_B = (powers.log_tail - s * student.lse).clamp_min(NOTHING)
     others = (powers.log_others - s * student.lse).exp() / (alpha * s)
 
@@ -108,8 +107,8 @@ def _drawn_tail(
 
 
 def _least_tail(teacher: SparseTeacher, alpha: float, beta: float, log_B: Tensor) -> Tensor:
-    """The least that the tail can add: A, the teacher's sum of p^s there, is as near to B as m
-    and the largest p allow.
+    """The smallest contribution of the tail: A, the teacher's sum of p^s there, is as near to B as
+    m and the largest p allow.
     """
     s, log_m = alpha + beta, teacher.tail_logprob.to(log_B.dtype)
     count = (teacher.vocab_size - (teacher.ids >= 0).sum(1)).clamp_min(1)

@@ -1,10 +1,9 @@
-"""Divergences between teacher and student that weigh both: reverse KL, JSD, the skewed KLs, total
-variation.
+"""Divergences between teacher and student: reverse KL, JSD, the skewed KLs, total variation.
 
-Each is written once, over cells (``logitcask.train.losses.tails``), and where it grows at most
-linearly in r = q/p also as what draws from the tail estimate. In all of them u is the student's
-mass on ids that the teacher does not know (a padded student vocabulary): p = 0 there, and u is
-pushed down. Options and their meaning follow TRL where TRL has them.
+Each is written once, over cells (``logitcask.train.losses.tails``). A divergence that grows at most
+linearly in r = q/p also has a form for draws from the tail. In all of them u is the student's mass
+on ids that the teacher lacks (a padded student vocabulary). There p = 0, so the loss reduces u.
+Options and their meaning follow TRL if TRL has them.
 
 Shapes: P positions, N cells.
 """
@@ -54,8 +53,8 @@ def _by_tail(
     temperature: float,
     tail: str,
 ) -> Tensor:
-    """``divergence`` by the way that ``tail`` names; ``draws`` is (rest, slope) of
-    ``over_the_draws``, None for finer cells.
+    """``divergence`` with the treatment ``tail``; ``draws`` is (rest, slope) of ``over_the_draws``,
+    or None for finer cells.
     """
     student_logits, teacher = softened(name, student_logits, teacher, temperature)
     kind: Tail = choose_tail(name, teacher, tail, _TAILS, logprobs=True)
@@ -71,8 +70,8 @@ def _by_tail(
 
 def reverse_kl_of_cells(log_p: Tensor, log_q: Tensor, log_u: Tensor) -> Tensor:
     """KL(q' || p) - log(1 - u), where q' is q without u: [P]."""
-    # log(1 - u). Where u is most of the mass, a difference has no digits: there it is summed from
-    # what is left.
+    # log(1 - u). If u is most of the mass, the difference would lose all digits, so the remaining
+    # mass is summed instead.
     by_difference = torch.log1p(-log_u.exp().clamp_max(0.9)).unsqueeze(1)
     log_known = torch.where(
         log_u.unsqueeze(1) < -1, by_difference, log_q.logsumexp(1, keepdim=True)
@@ -100,17 +99,17 @@ def reverse_kl(
 ) -> Tensor:
     """KL(q || p) in nats per position.
 
-    From a sparse head it is a **lower bound** in every form but the prior's: what the teacher says
-    of the ids that a student wrongly likes was not stored, and estimates from its own draws have no
-    finite variance to speak of.
+    From a sparse head it is a **lower bound** in every form except the prior's: the teacher's
+    probabilities of the ids that only the student prefers were not stored, and estimates from the
+    teacher's draws have no useful finite variance.
 
         ghost     sum over K of q log(q / p)  +  Q log(Q / m)
         samples   the same with each drawn id a cell of its own: still a bound, a closer one
         prior     sum over all ids, the tail spread by the prior: **exact for the reconstruction**
 
-    **Exact** where the head is everything. Unpredictable ids have p = 0 and would make it infinite:
-    there q is taken without their mass u, and -log(1 - u) is added, which is also what they add to
-    forward KL.
+    **Exact** if the head is everything. Unpredictable ids have p = 0 and would make it infinite.
+    Therefore q is used without their mass u, and -log(1 - u) is added, which is also their
+    contribution to forward KL.
 
     Args, returns, raises: as ``forward_kl``.
     """
@@ -140,11 +139,11 @@ def jsd(
 ) -> Tensor:
     """Generalised Jensen-Shannon divergence in nats per position, beta as in TRL.
 
-    ``beta KL(p || M) + (1 - beta) KL(q || M)`` with M = beta p + (1 - beta) q; at 0 it is
-    ``forward_kl``, at 1 ``reverse_kl`` (what it would tend to is 0). With samples and 0 < beta < 1
-    **unbiased**: the part linear in q/p is known exactly, (1 - beta) log(1 / (1 - beta)) Q, and
-    what is left to the draws varies little. With the ghost a **lower bound**; with the prior exact
-    for the reconstruction; **exact** where the head is everything.
+    ``beta KL(p || M) + (1 - beta) KL(q || M)`` with M = beta p + (1 - beta) q. At beta 0 it is
+    defined as ``forward_kl`` and at 1 as ``reverse_kl`` (its limit would be 0). With samples and 0
+    < beta < 1 **unbiased**: the part linear in q/p is known exactly, (1 - beta) log(1 / (1 - beta))
+    Q, and the part estimated from the draws has a small variance. With the ghost a **lower bound**;
+    with the prior exact for the reconstruction; **exact** if the head is everything.
 
     Args, returns, raises: as ``forward_kl``; UserError for a beta outside 0 to 1.
     """
@@ -191,9 +190,9 @@ def skew_kl(
 ) -> Tensor:
     """KL(p || alpha p + (1 - alpha) q) in nats per position, between 0 and log(1 / alpha).
 
-    With samples **unbiased**; with the ghost a **lower bound**, the tail's true share lying between
-    that and m log(1 / alpha); with the prior exact for the reconstruction; **exact** where the head
-    is everything.
+    With samples **unbiased**; with the ghost a **lower bound** (the tail's true part is between the
+    ghost's and m log(1 / alpha)); with the prior exact for the reconstruction; **exact** if the
+    head is everything.
 
     Args, returns, raises: as ``forward_kl``; UserError for an alpha not between 0 and 1.
     """
@@ -229,10 +228,10 @@ def skew_reverse_kl(
 ) -> Tensor:
     """KL(q || (1 - alpha) p + alpha q) in nats per position, between 0 and log(1 / alpha).
 
-    With samples **unbiased**: where q is far above p the sum is log(1 / alpha) Q, which is known
-    exactly, and the draws estimate the rest. With the ghost a **lower bound**, the tail's true
-    share lying between that and Q log(1 / alpha); with the prior exact for the reconstruction;
-    **exact** where the head is everything.
+    With samples **unbiased**: for q far above p the sum is log(1 / alpha) Q, which is known
+    exactly, and the draws estimate the rest. With the ghost a **lower bound** (the tail's true part
+    is between the ghost's and Q log(1 / alpha)); with the prior exact for the reconstruction;
+    **exact** if the head is everything.
 
     Args, returns, raises: as ``forward_kl``; UserError for an alpha not between 0 and 1.
     """
@@ -279,10 +278,10 @@ def tvd(
 ) -> Tensor:
     """Total variation distance, half the sum of abs(p - q), per position: between 0 and 1.
 
-    With samples **unbiased**: it is the sum of max(0, p - q), of which the draws estimate the
-    tail's share as m max(0, 1 - q/p), never above m. With the ghost a **lower bound**, at most (m +
-    Q - abs(m - Q)) / 2 below the truth; with the prior exact for the reconstruction; **exact**
-    where the head is everything.
+    With samples **unbiased**: it is the sum of max(0, p - q), and the draws estimate the tail's
+    part as m max(0, 1 - q/p), which is never above m. With the ghost a **lower bound**, at most (m
+    + Q - abs(m - Q)) / 2 below the true value; with the prior exact for the reconstruction;
+    **exact** if the head is everything.
 
     Args, returns, raises: as ``forward_kl``.
     """

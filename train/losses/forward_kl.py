@@ -1,8 +1,7 @@
-"""Losses whose target is fixed: forward KL from what a cache holds, its form for random samples,
-and the hard labels.
+"""Losses with a fixed target: forward KL from a cache, its form for random samples, hard labels.
 
-Dropping the tail and renormalising the head would teach the student to be over-confident. There are
-three ways not to: draws from the tail, a prior for it, or one cell of known mass
+A renormalised head without the tail would make the student over-confident. There are three ways to
+avoid this: draws from the tail, a prior for it, or one cell of known mass
 (``logitcask.train.losses.tails``).
 """
 
@@ -49,35 +48,35 @@ def forward_kl(
         prior     sum over K of p log(p / q)  +  sum outside K of r log(r / q),   r = m b / (1 - sum over K of b)
         ghost     sum over K of p log(p / q)  +  m log(m / Q)
 
-    ``samples`` is **unbiased**, and so is its gradient: over fresh draws its mean is the KL of the
-    whole distribution. A single value may be negative. Where the cache has the draws' logprobs but
-    no entropy, their own share of H is estimated from the draws. ``prior`` is **exact for the
+    ``samples`` is **unbiased**, and so is its gradient: its mean over fresh draws is the KL of the
+    whole distribution. A single value may be negative. If the cache has the draws' logprobs but no
+    entropy, the tail's part of H is estimated from the draws. ``prior`` is **exact for the
     reconstruction**, which is not the teacher. ``ghost`` is a **lower bound** (data processing
-    inequality), tight where q is proportional to p outside the head. All three are **exact** where
-    the head is everything. ``renormalised`` compares the heads alone, both scaled up to 1, and is
-    there for comparison.
+    inequality), tight if q is proportional to p outside the head. All three are **exact** if the
+    head is everything. ``renormalised`` compares the heads alone, both scaled to a mass of 1. It
+    exists for comparisons.
 
     Ids from ``teacher.vocab_size`` up, which the teacher cannot predict (a padded student
-    vocabulary), have p = 0. They are no part of the tail, so mass put on them is always pushed
-    down.
+    vocabulary), have p = 0. They are not part of the tail, so the loss always reduces their mass.
 
     Args:
-        student_logits: [P, V], any floating dtype; arithmetic is float32, or float64 for float64
-        logits. teacher: the sparse teacher; padded entries contribute nothing, and k may differ by
-        position. temperature: both distributions are softened by it (TRL's convention: the result
-        is not scaled by its square).
-            Anything but 1 needs every logit of the teacher, so every head must be everything.
-        tail: ``"auto"`` takes samples where the cache has them, else the ghost.
+        student_logits: [P, V], any floating dtype. The loss computes in float32, or in float64 for
+            float64 logits.
+        teacher: the sparse teacher. Padded entries contribute nothing, and k may differ by
+            position.
+        temperature: softens both distributions (TRL's convention: the result is not scaled by its
+            square). A value other than 1 needs every logit of the teacher, so every head must be
+            everything.
+        tail: ``"auto"`` uses the samples if the cache has them, else the ghost.
 
     Returns:
-        float32[P] (float64 for float64 logits). The gradient in a logit is ``M q - p``, p being
-        what stands for the teacher there and M its sum, which quantisation may move off 1; for the
-        ghost it is ``M q - m q / Q`` in the tail.
+        float32[P] (float64 for float64 logits). The gradient in a logit is ``M q - p``, with p the
+        teacher's value at this id and M the sum of p, which may differ from 1 after quantisation.
+        For the ghost it is ``M q - m q / Q`` in the tail.
 
     Raises:
-        UserError: a temperature other than 1 on a teacher whose tail was not stored, or one that is
-        not positive; a
-            ``tail`` that is unknown or that the cache has nothing for.
+        UserError: a temperature other than 1 for a teacher whose tail was not stored; a temperature
+            that is not positive; a ``tail`` that is unknown or that the cache cannot serve.
     """
     student_logits, teacher = softened("forward_kl", student_logits, teacher, temperature)
     kind = choose_tail("forward_kl", teacher, tail, _TAILS)
@@ -90,16 +89,12 @@ def forward_kl(
 
 
 def kl_of_cells(log_p: Tensor, log_q: Tensor, log_u: Tensor) -> Tensor:
-    """sum of p log(p/q) over cells: [P]. Mass on unpredictable ids shows in that q does not sum
-    to 1.
-    """
+    """Sum of p log(p/q) over cells: [P]. Mass on unpredictable ids is missing in the sum of q."""
     return (log_p.exp() * (log_p - log_q)).sum(1)
 
 
 def _entropy(teacher: SparseTeacher, draws: TailDraws) -> Tensor:
-    """float32[P], nats: the stored entropy, or an unbiased estimate of it from the draws and
-    their logprobs.
-    """
+    """float32[P], nats: the stored entropy, or an unbiased estimate from the draws."""
     if teacher.entropy is not None:
         return teacher.entropy
     return -_p_log_p(teacher.logprobs.exp(), teacher.logprobs) - _p_log_p(
@@ -113,7 +108,7 @@ def _cross_entropy(student: StudentPass, teacher: SparseTeacher) -> Tensor:
         teacher.logprobs.exp().to(student.dtype),
         student.draws.weights(teacher.tail_logprob).to(student.dtype),
     )
-    # By raw logits and one lse for all, so that a row has one large sum instead of many that
+    # Uses raw logits and one lse for all ids, so a row has one large sum instead of many that
     # cancel.
     z_PK = student.z_head.masked_fill(teacher.ids < 0, 0)
     z_PS = student.z_samples.masked_fill(weight_PS == 0, 0)
@@ -163,17 +158,15 @@ def _p_log_p(p: Tensor, log_p: Tensor) -> Tensor:
     use="caches of draws without logprobs or entropy; the gradient of forward_kl",
 )
 def random_sampling(student_logits: Tensor | StudentPass, teacher: SparseTeacher) -> Tensor:
-    """Cross-entropy to what was drawn from the teacher, in nats per position (RS-KD, arXiv
-    2503.16870).
+    """Cross-entropy to draws from the teacher, in nats per position (RS-KD, arXiv 2503.16870).
 
-    ``- sum over K of p log q - m/S * sum over s of log q_s``. In the paper there are only draws: 50
-    of them at T = 1, each of weight 1/50, which is this with an empty head (``store.top_k: 0``).
-    What a head holds needs no draws; it only takes variance away. **Unbiased** for the
-    cross-entropy -sum p log q, which is forward KL plus the teacher's entropy, a constant: the
-    gradients are the same. **Exact** where the head is everything. Without draws the tail is left
-    out.
+    ``- sum over K of p log q - m/S * sum over s of log q_s``. The paper has only draws: 50 at T =
+    1, each of weight 1/50, which is this loss with an empty head (``store.top_k: 0``). A head needs
+    no draws for its ids, and reduces the variance. **Unbiased** for the cross-entropy -sum p log q,
+    which is forward KL plus the teacher's entropy. The entropy is constant, so the gradients are
+    the same. **Exact** if the head is everything. Without draws the tail is left out.
 
-    Args, returns: as ``forward_kl``. Raises UserError where the cache has neither draws nor whole
+    Args, returns: as ``forward_kl``. Raises UserError if the cache has neither draws nor whole
     distributions.
     """
     if teacher.draws is None:
@@ -196,8 +189,8 @@ def random_sampling(student_logits: Tensor | StudentPass, teacher: SparseTeacher
     by_overlap=False,
 )
 def ce(student_logits: Tensor | StudentPass, teacher: SparseTeacher) -> Tensor:
-    """-log q of the target: cross-entropy with hard labels, in nats per position. **Exact**;
-    nothing of the teacher is used.
+    """-log q of the target: cross-entropy with hard labels, in nats per position. **Exact**; does
+    not use the teacher.
 
     Args, returns: as ``forward_kl``.
     """

@@ -1,14 +1,15 @@
 """The two passes over a chunk of logits as Triton kernels: each row's log-sums, and the gradient
 written in place.
 
-``logitcask.train.losses.student_pass`` holds the same in plain torch, the reference, which runs
-elsewhere. There every operation is a pass over the logits, several of them with a float32 copy;
-here the first pass reads the logits once (the online logsumexp of Milakov and Gimelshein, arXiv
-1805.02867) and the second reads and writes them once, in their own dtype, with float32 arithmetic
-in registers.
+``logitcask.train.losses.student_pass`` has the same in plain torch, as the reference and for other
+devices. In torch every operation is a pass over the logits, and several make a float32 copy. Here
+the first pass reads the logits once (the online logsumexp of Milakov and Gimelshein, arXiv
+1805.02867). The second reads and writes them once. Both keep the dtype of the logits and compute in
+float32 in registers.
 
-Used for CUDA tensors; ``LOGITCASK_TRITON=0`` turns them off. With ``TRITON_INTERPRET=1``, set
-before triton is first imported, they run on the CPU, slowly: that is how they are tested.
+The kernels are used for CUDA tensors. ``LOGITCASK_TRITON=0`` turns them off. With
+``TRITON_INTERPRET=1``, set before triton is first imported, they run slowly on the CPU. The tests
+use this.
 
 Shapes: C positions, V vocabulary.
 """
@@ -33,9 +34,7 @@ _WARPS = 8
 
 
 def usable(logits: Tensor) -> bool:
-    """Whether the kernels take this tensor: on CUDA (or interpreted), rows contiguous, at most
-    float32.
-    """
+    """Whether the kernels support it: on CUDA or interpreted, rows contiguous, at most float32."""
     return (
         _ENABLED
         and (logits.is_cuda or INTERPRETED)
@@ -46,8 +45,8 @@ def usable(logits: Tensor) -> bool:
 
 
 def log_sums(logits_CV: Tensor, split: int, scale: float = 1.0) -> tuple[Tensor, Tensor]:
-    """float32[C] each: logsumexp of scale * a row's columns below ``split`` and from it up; -inf
-    for nothing but -inf.
+    """float32[C] each: logsumexp of scale * a row's columns below ``split`` and from it up; -inf if
+    all columns are -inf.
     """
     low, high = logits_CV.new_empty((2, len(logits_CV)), dtype=torch.float32)
     _log_sums[(len(logits_CV),)](
@@ -79,9 +78,9 @@ def spread(
     """Overwrites logits: ``exp(scale * z - low) * slope_low`` in columns below ``split``, likewise
     ``high`` from it up.
 
-    With ``low`` and ``high`` from ``log_sums`` that is each part's softmax times a slope by row;
+    With ``low`` and ``high`` from ``log_sums`` this is each part's softmax times a slope per row,
     float32[C] each. With ``prior``, float32[split], ``prior * slope_prior`` is added below
-    ``split``, before anything is rounded and but where z is -inf.
+    ``split`` before rounding, except where z is -inf.
     """
     b, slope_b = (
         (prior, slope_prior) if prior is not None and slope_prior is not None else (low, low)
@@ -109,7 +108,7 @@ if triton is not None:
     @triton.jit
     def _log_sum_of(row, start, end, scale, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
         columns = tl.arange(0, BLOCK)
-        # One running maximum and sum per lane, so that lanes meet only once, at the end.
+        # One running maximum and sum per lane; lanes are combined once, at the end.
         highest = tl.full((BLOCK,), float("-inf"), tl.float32)
         total = tl.zeros((BLOCK,), tl.float32)
         for at in range(start, end, BLOCK):

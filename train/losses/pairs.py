@@ -1,7 +1,7 @@
 """Losses of order and of differences: they compare the logits of a few ids with each other.
 
-They are the ones a cache serves best: which ids stand at the top, in which order, and how far
-apart, is stored as it is. Shapes: P positions, K head entries (padded), k ids compared.
+A cache stores all that they need: the top ids, their order and their differences. Shapes: P
+positions, K head entries (padded), k ids compared.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ def listmle(
     nats per position.
 
     The student draws without replacement from softmax(z / temperature) (Plackett-Luce). **Exact**:
-    the list is the whole vocabulary, and of what is not stored it only matters that it ranks below.
-    Equal stored logprobs keep their stored order, which is that before rounding. Any temperature
-    can be honoured, because it softens the student alone; another than 1 costs a pass of its own.
+    the list is the whole vocabulary, and the ids that are not stored only have to rank below. Equal
+    stored logprobs keep their stored order, which is the order before rounding. Any temperature is
+    possible, because it softens only the student. A temperature other than 1 costs its own pass.
 
-    A head of less than k entries makes a shorter list, a loss of its own (**biased**).
+    A head of less than k entries makes a shorter list, which is a different loss (**biased**).
 
     Args, returns: as ``forward_kl``. Raises UserError for a temperature that is not
         positive, or a cache without heads.
@@ -59,7 +59,7 @@ def listmle(
     _checked("listmle", teacher, temperature)
     student = StudentPass.of(student_logits, teacher, scale=1 / temperature)
     stored = teacher.ids >= 0
-    # Bounded before they are added: the gradient of logaddexp(-inf, -inf) is not a number.
+    # Clamped before the addition: the gradient of logaddexp(-inf, -inf) is not a number.
     rest = torch.logaddexp(
         student.log_tail.clamp_min(NOTHING), student.log_others.clamp_min(NOTHING)
     ).unsqueeze(1)
@@ -96,9 +96,9 @@ def pairwise_logistic(
     over pairs: [P], nats.
 
     ``hard``: log(1 + exp(-(z_i - z_j) / T)) for i above j. ``soft``: cross-entropy to the teacher's
-    own sigmoid((log p_i - log p_j) / T), as in RankNet; it is least where the differences are
-    equal, and asks nothing of ties. **Exact** for k up to the head's length; shorter heads have
-    fewer pairs (**biased**), and a head of one id has none (loss 0).
+    own sigmoid((log p_i - log p_j) / T), as in RankNet. It is smallest if the differences are
+    equal, and a tie gives no preference. **Exact** for k up to the head's length. Shorter heads
+    have fewer pairs (**biased**), and a head of one id has none (loss 0).
 
     Args, returns: as ``forward_kl``. Raises UserError for unknown ``targets``, a temperature that
     is not positive, or a
@@ -140,12 +140,12 @@ def bild(
 ) -> Tensor:
     """Bi-directional logits difference in nats per position.
 
-    All k (k - 1) / 2 differences of logits, higher less lower, among the teacher's top k ids make
-    one distribution of the teacher and one of the student, at ``temperature``; their KL is t-LD.
-    The same among the student's top k is s-LD. Constants cancel, so logprobs serve as logits and
-    **any temperature is exact**. t-LD (``sides: teacher``) is **exact** for k up to the head's
-    length. s-LD is so where the head has the student's ids; for one that was not stored, the
-    highest logprob that it can have stands in, hence **biased**, rarely if the head is several
+    The k (k - 1) / 2 differences of logits, higher minus lower, among the teacher's top k ids give
+    one distribution for the teacher and one for the student, at ``temperature``. Their KL is t-LD.
+    The same among the student's top k is s-LD. Constants cancel, so logprobs can replace logits,
+    and **any temperature is exact**. t-LD (``sides: teacher``) is **exact** for k up to the head's
+    length. s-LD is exact if the head has the student's ids. An id that was not stored gets the
+    highest logprob that it can have, so the loss is **biased**. This is rare if the head is several
     times as long as k.
 
     Args, returns: as ``forward_kl``. Raises UserError for unknown ``sides``, a temperature that is
@@ -177,7 +177,7 @@ def _difference_kl(x_Pk: Tensor, y_Pk: Tensor, valid_Pk: Tensor, temperature: fl
     valid = valid_Pk[:, i] & valid_Pk[:, j]
     x, y = x_Pk.where(valid_Pk, 0) / temperature, y_Pk.where(valid_Pk, 0) / temperature
     log_x, log_y = ((v[:, i] - v[:, j]).masked_fill(~valid, NOTHING).log_softmax(1) for v in (x, y))
-    # Where no pair is valid, all are equal on both sides: 0.
+    # Without a valid pair, all values are equal on both sides: the loss is 0.
     return (log_x.exp() * (log_x - log_y)).where(valid, 0).sum(1)
 
 
@@ -197,9 +197,9 @@ def dpkd_token(
     """Direct preference distillation of each next token: the teacher's argmax is preferred to the
     student's. [P], nats.
 
-    **Exact** where the cache has the student's argmax (in the head, as target or as draw);
-    elsewhere the highest logprob that it can have stands in, and the loss is a **lower bound**.
-    Where both have the same argmax it is log 2, without gradient.
+    **Exact** if the cache has the student's argmax (in the head, as target or as draw). Otherwise
+    the argmax gets the highest logprob that it can have, and the loss is a **lower bound**. If both
+    have the same argmax, the loss is log 2, without gradient.
 
     Args, returns: as ``forward_kl``. Raises UserError for a beta that is not positive, or a cache
     without heads.

@@ -1,9 +1,8 @@
-"""The ranking loss of RLKD (arXiv 2409.12545): the student should order the teacher's peaks as the
-teacher does.
+"""The ranking loss of RLKD (arXiv 2409.12545): the student learns the teacher's order of top ids.
 
-Spearman's correlation over the union of both top-k, made differentiable by soft ranks. A cache
-serves it well: ranks need no tail mass, and adding a constant to all logits changes nothing, so
-stored logprobs stand in for logits.
+It is Spearman's correlation over the union of both top-k, made differentiable by soft ranks. Ranks
+need no tail mass, and a constant added to all logits does not change them. Stored logprobs can
+therefore replace logits.
 
 Shapes: P positions, K head entries (padded), V student vocabulary, U = 2k slots for the union
 (padded).
@@ -23,7 +22,7 @@ from logitcask.train.losses.student_pass import StudentPass
 
 SoftRank = Literal["sigmoid", "l2"]
 
-# Variances of ranks below this count as none. Hard ranks of two ids have variance 1/4.
+# Smaller variances of ranks count as 0. Hard ranks of two ids have variance 1/4.
 _NO_VARIANCE = 1e-6
 
 
@@ -47,46 +46,47 @@ def ranking(
     soft_rank: SoftRank = "sigmoid",
     strength: float = 1.0,
 ) -> Tensor:
-    """1 - Spearman's correlation of soft ranks over the union of both top-k, per position;
-    dimensionless.
+    """1 - Spearman's correlation of soft ranks over both top-k, per position; dimensionless.
 
     ``1 - Cov(R_p, R_q) / (sd R_p * sd R_q)``, between 0 (same order) and 2 (reversed order). RLKD
     trains on ``2 * ranking + logits loss``; its dynamic form weights the logits loss of each
-    position by ``logitcask.train.evaluation.metrics.top_k_overlap``, which is the trainer's to do.
+    position by ``logitcask.train.evaluation.metrics.top_k_overlap``. The trainer applies this
+    weight.
 
-    Both sides get soft ranks, as in the paper. Then the loss is 0 where the student's logits equal
-    the teacher's up to a constant, and among other ids a near-tie of the teacher (within
-    quantisation, say) asks for a near-tie and not for an order. Hard teacher ranks would go on
-    pulling near-ties apart for ever, against any KL loss beside them.
+    Both sides get soft ranks, as in the paper. The loss is then 0 if the student's logits equal the
+    teacher's up to a constant. A near-tie of the teacher (for example within the quantisation)
+    trains the student towards a near-tie and not towards an order. Hard teacher ranks would always
+    separate near-ties, against any KL loss beside them.
 
-    **Exact** where the head holds the student's top-k. Ids of it that were not stored rank below
-    all that were, and share those ranks: two of them count as tied, and their distance from the
-    head's ids, on which soft ranks depend, is taken to be large. Hence **biased**, rarely if the
-    head is several times as long as k.
+    **Exact** if the head holds the student's top-k. Ids of the student's top-k that were not stored
+    rank below all stored ids and share these ranks: two of them count as tied, and their distance
+    from the head's ids, on which soft ranks depend, is assumed to be large. The loss is then
+    **biased**. This is rare if the head is several times as long as k.
 
     Args:
-        student_logits: [P, V], any floating dtype; arithmetic is float32, or float64 for float64
-        logits. teacher: the sparse teacher; the first k entries of a head are the teacher's top-k,
-        ties in the stored order.
-            Shorter heads make the union smaller.
-        k: how many ids each side brings; 1 <= k <= V. The paper: 5 mixed with a logits loss, 10 to
-        15 alone. soft_rank: ``"sigmoid"``: r_i = 1 + sum over j of sigmoid((z_j - z_i) / strength),
-        at strength 1 the expected
-            rank if each pair is settled by a draw from its two probabilities. ``"l2"``: torchsort's
-            soft rank (Blondel et al., arXiv 2002.08871), which the paper's authors use; it equals
-            the hard rank, and its gradient is **zero**, wherever neighbouring logits are at least
-            ``strength`` apart, so badly mis-ordered peaks learn nothing from it. Hence the default.
-        strength: the difference of logits (nats) over which ranks change; towards 0 ranks become
-        hard.
+        student_logits: [P, V], any floating dtype. The loss computes in float32, or in float64 for
+            float64 logits.
+        teacher: the sparse teacher. The first k entries of a head are the teacher's top-k, with
+            ties in the stored order. Shorter heads make the union smaller.
+        k: number of ids from each side; 1 <= k <= V. The paper uses 5 with a logits loss, and 10 to
+            15 alone.
+        soft_rank: ``"sigmoid"``: r_i = 1 + sum over j of sigmoid((z_j - z_i) / strength). At
+            strength 1 this is the expected rank if each pair is ordered by a draw from its two
+            probabilities. ``"l2"``: torchsort's soft rank (Blondel et al., arXiv 2002.08871), which
+            the paper's authors use. If neighbouring logits are at least ``strength`` apart, it
+            equals the hard rank and its gradient is **zero**, so badly ordered ids learn nothing
+            from it. The default is therefore ``"sigmoid"``.
+        strength: the difference of logits (nats) over which ranks change. Towards 0 ranks become
+            hard.
 
     Returns:
-        float32[P] (float64 for float64 logits). A position where the teacher states no order (fewer
-        than two ids in the union, or all of them tied) has loss 0 and gradient 0. Where the
-        student's ids are all tied the loss is 1.
+        float32[P] (float64 for float64 logits). If the teacher gives no order at a position (fewer
+        than two ids in the union, or all of them tied), loss and gradient are 0. If the student's
+        ids are all tied, the loss is 1.
 
     Raises:
         UserError: an unknown ``soft_rank``, a ``strength`` that is not positive, or a cache without
-        heads.
+            heads.
     """
     if soft_rank not in _SOFT_RANKS:
         raise UserError(
@@ -112,8 +112,8 @@ def ranking(
 
 
 def top_k_overlap(student: StudentPass, teacher: SparseTeacher, k: int) -> Tensor:
-    """float32[P], no gradient: the share of both top-k that is the same
-    (``logitcask.train.evaluation.metrics.top_k_overlap`` of a StudentPass).
+    """float32[P], no gradient: the common share of both top-k
+    (``logitcask.train.evaluation.metrics.top_k_overlap`` for a StudentPass).
     """
     return (student.top_ids[:, :k].unsqueeze(2) == teacher.ids[:, :k].unsqueeze(1)).sum(
         (1, 2)
@@ -123,8 +123,8 @@ def top_k_overlap(student: StudentPass, teacher: SparseTeacher, k: int) -> Tenso
 def _union(ours_Pk: Tensor, teacher: SparseTeacher, k: int) -> tuple[Tensor, Tensor]:
     """(valid, teacher logprobs), each [P, U], of both top-k side by side, the teacher's first.
 
-    An id counts once, so the student's are invalid where the teacher has them; -inf where the head
-    lacks the id.
+    An id counts once: a student's id is invalid if the teacher has it, too. The logprob is -inf if
+    the head lacks the id.
     """
     theirs_Pk, theirs_logprob = teacher.ids[:, :k], teacher.logprobs[:, :k]
     repeated_Pk = (ours_Pk.unsqueeze(2) == theirs_Pk.unsqueeze(1)).any(2)
@@ -136,14 +136,14 @@ def _union(ours_Pk: Tensor, teacher: SparseTeacher, k: int) -> tuple[Tensor, Ten
 
 
 def _sink(values_PU: Tensor, known_PU: Tensor, strength: float) -> Tensor:
-    """The known values less their mean, and all others at one value so far below that no soft
-    rank mixes them up.
+    """The known values minus their mean. All others get one value, so far below that their soft
+    ranks stay separate.
     """
     count_P1 = known_PU.sum(1, keepdim=True).clamp_min(1)
     mean_P1 = values_PU.detach().where(known_PU, 0).sum(1, keepdim=True) / count_P1
     centred = (values_PU - mean_P1).where(known_PU, 0)
-    # l2 keeps blocks apart that differ by twice the number of items; a sigmoid has no digits left
-    # beyond 20.
+    # l2 separates blocks that differ by twice the number of items; a sigmoid has no digits beyond
+    # 20.
     gap = strength * (20 + 2 * values_PU.shape[1])
     return centred.where(known_PU, centred.detach().amin(1, keepdim=True) - gap)
 
@@ -151,7 +151,7 @@ def _sink(values_PU: Tensor, known_PU: Tensor, strength: float) -> Tensor:
 def _rank_sigmoid(values_PU: Tensor, valid_PU: Tensor, strength: float) -> Tensor:
     """r_i = 1 + sum over valid j != i of sigmoid((v_j - v_i) / strength); 1 is the largest."""
     above_PUU = torch.sigmoid((values_PU.unsqueeze(1) - values_PU.unsqueeze(2)) / strength)
-    # Every valid i also met itself, for 1/2.
+    # Every valid i was also compared with itself, which added 1/2.
     return 0.5 + above_PUU.where(valid_PU.unsqueeze(1), 0).sum(2)
 
 
@@ -164,8 +164,8 @@ def _rank_l2(values_PU: Tensor, valid_PU: Tensor, strength: float) -> Tensor:
     position and needs no loop.
     """
     size = values_PU.shape[1]
-    # Invalid slots and unstored ids share the lowest value; listing the valid ones first gives them
-    # the better ranks.
+    # Invalid slots and unstored ids share the lowest value. Valid slots come first, so they get the
+    # better ranks.
     lower_PU = torch.where(valid_PU, values_PU, values_PU - strength * 2 * size)
     sorted_PU, order_PU = (-lower_PU / strength).sort(dim=1, stable=True)
     hard_U = torch.arange(1, size + 1, device=values_PU.device, dtype=values_PU.dtype)
@@ -199,8 +199,8 @@ def _one_minus_correlation(x_PU: Tensor, y_PU: Tensor, valid_PU: Tensor) -> Tens
     count_P = count_P1.squeeze(1)
     covariance = (x_PU * y_PU).sum(1) / count_P
     var_x, var_y = x_PU.square().sum(1) / count_P, y_PU.square().sum(1) / count_P
-    # Clamped and not shifted by an epsilon: exact wherever there is any variance, and where y has
-    # none the gradient is the covariance's, which still says which way to go.
+    # Clamped and not shifted by an epsilon: exact if there is any variance. If y has none, the
+    # gradient is the covariance's, which still has the right direction.
     correlation = (
         covariance / (var_x.clamp_min(_NO_VARIANCE) * var_y.clamp_min(_NO_VARIANCE)).sqrt()
     )

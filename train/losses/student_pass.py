@@ -1,16 +1,16 @@
 """The student's side of all losses, computed once per chunk of logits.
 
-A dense pass over ``[P, V]`` logits is what a loss costs. What sparse losses need of it is small:
-the logits at the ids that the cache names (and at the student's own top), and how much mass lies
-elsewhere. ``StudentPass`` makes that one pass; losses then work on tensors of some ``[P, K]``, by
-autograd, and however many of them share it, the gradient is one more pass. On CUDA both passes are
-kernels (``logitcask.train.losses.kernels``).
+The cost of a loss is a dense pass over ``[P, V]`` logits. Sparse losses need little from it: the
+logits at the ids that the cache names and at the student's own top ids, and the mass of all other
+ids. ``StudentPass`` makes this one pass. The losses then compute on tensors of about ``[P, K]`` by
+autograd, and the gradient of all of them together is one more pass. On CUDA both passes are kernels
+(``logitcask.train.losses.kernels``).
 
-The mass of the tail is summed from the tail itself. As ``1 - sum of q`` it would lose all digits
-once it is small.
+The mass of the tail is summed over the tail itself. Computed as ``1 - sum of q``, a small mass
+would lose all digits.
 
-Shapes: P positions, K head entries (padded), S draws (padded), E = K + S + 1 + k ids looked at, V
-student vocabulary.
+Shapes: P positions, K head entries (padded), S draws (padded), E = K + S + 1 + k ids that are
+gathered, V student vocabulary.
 """
 
 from __future__ import annotations
@@ -24,40 +24,38 @@ from torch import Tensor
 from logitcask.train.losses import kernels
 from logitcask.train.losses.base import SparseTeacher, TailDraws
 
-# Rows of logits worked on at a time: temporaries stay in a CPU's cache; on a GPU fewer launches
-# matter more.
+# Bytes of logits processed at a time. On a CPU temporaries stay in its cache; on a GPU fewer
+# launches matter more.
 _SLAB_BYTES = {"cpu": 2 * 2**20}
 _SLAB_BYTES_ELSEWHERE = 128 * 2**20
 
 
 class StudentPass:
-    """softmax(scale * logits) in the cells that a sparse teacher defines: head ids, the tail, and
-    unpredictable ids.
+    """softmax(scale * logits) in a teacher's cells: head ids, tail, unpredictable ids.
 
     The unpredictable ids are those from ``teacher.vocab_size`` up (a padded student vocabulary).
 
     Args:
         logits: [P, V], any floating dtype; arithmetic is float32, or float64 for float64 logits.
         teacher: of the same P positions.
-        top_k: how many of the student's own most probable ids to look at.
+        top_k: number of the student's own most probable ids to gather.
         prior: whether to compute ``prior_dot``.
         scale: 1 / temperature.
-        masses: whether to compute ``log_tail``, ``log_others`` and ``lse``; losses of logits alone
-        do without. may_overwrite: whether the backward pass may put the gradient where the logits
-        were. It does so unless a loss has
-            asked for ``logits``, which it may still need then.
+        masses: whether to compute ``log_tail``, ``log_others`` and ``lse``. Losses that use only
+            logits do not need them.
+        may_overwrite: whether the backward pass may write the gradient over the logits. It does so
+            unless a loss has read ``logits``, because that loss may still need them.
 
     Attributes:
         draws: the teacher's, or no columns of them.
         z_head, z_samples, z_target, z_top: scaled logits at head ids [P, K], draws [P, S], targets
-        [P] and the student's
-            top k [P, k], largest first; -inf for padding.
+            [P] and the student's top k [P, k], largest first; -inf for padding.
         top_ids:    int64[P, k].
-        log_tail:   [P], logsumexp of the scaled logits outside the head; -inf where there are none.
-        log_others: [P], logsumexp of those of the unpredictable ids.
-        lse:        [P], of all.
+        log_tail:   [P], logsumexp of the scaled logits outside the head; -inf if there are none.
+        log_others: [P], logsumexp of the scaled logits of the unpredictable ids.
+        lse:        [P], logsumexp of all scaled logits.
         prior_dot:  [P], sum over the teacher's vocabulary of prior * scaled logits; None unless
-                    asked for.
+                    ``prior``.
     """
 
     def __init__(
@@ -103,8 +101,8 @@ class StudentPass:
         masses: bool = True,
         scale: float | None = None,
     ) -> StudentPass:
-        """``student`` if it has been made already and serves, else one made of the logits; its
-        own scale is kept, or is 1.
+        """``student`` itself if it is a StudentPass with the needed parts, else one made from the
+        logits. Its scale is kept, or is 1.
         """
         if isinstance(student, Tensor):
             return cls(
@@ -126,7 +124,7 @@ class StudentPass:
 
     @property
     def logits(self) -> Tensor:
-        """[P, V] as given, for losses with a dense pass of their own."""
+        """[P, V] as given, for losses with their own dense pass."""
         self._overwrite[0] = False
         return self._logits
 
@@ -167,8 +165,8 @@ def slabs(logits_PV: Tensor, dtype: torch.dtype) -> Iterator[slice]:
 
 
 class _Pass(torch.autograd.Function):
-    """(z [P, E], log_tail [P], log_others [P], prior_dot [P]) of scaled logits; keeps nothing of
-    size [P, V] but the logits.
+    """(z [P, E], log_tail [P], log_others [P], prior_dot [P]) of scaled logits. The logits are the
+    only tensor of size [P, V] that it keeps.
     """
 
     @staticmethod
@@ -183,9 +181,12 @@ class _Pass(torch.autograd.Function):
         masses: bool,
         overwrite: list[bool],
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        # Logits at the named ids.
         dtype = torch.promote_types(logits_PV.dtype, torch.float32)
         z_PE = logits_PV.gather(1, ids_PE.clamp_min(0)).to(dtype)
         log_tail_P, log_others_P, dot_P = (z_PE.new_zeros(len(logits_PV)) for _ in range(3))
+        # Log-sums of the tail and of unpredictable ids: by kernels, or by slabs of rows, where the
+        # head's logits are -inf.
         fused = masses and kernels.usable(logits_PV)
         if fused:
             log_tail_P, log_others_P = _log_sums(logits_PV.data, head_PK, vocab_size, scale)
@@ -215,12 +216,16 @@ class _Pass(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         logits_PV, head_PK, ids_PE, b, log_tail_P, log_others_P = ctx.saved_tensors
         dtype, scale, size = log_tail_P.dtype, ctx.scale, ctx.vocab_size
+        # The gradient of an id in the tail (or of an unpredictable id) is its softmax in that part
+        # times the gradient of the part's log-sum. The gradients at the named ids and of the prior
+        # are added. All of it is scaled.
         shifts = [
             torch.where(torch.isneginf(log), 0, log).unsqueeze(1)
             for log in (log_tail_P, log_others_P)
         ]
         grad_z_PE = (grad_z_PE * scale).masked_fill(ids_PE < 0, 0)
         ids_PE = ids_PE.clamp_min(0)
+        # Without masses there are only the named ids.
         if not ctx.masses:
             grad_PV = (
                 torch.zeros_like(logits_PV, dtype=dtype)
@@ -228,14 +233,15 @@ class _Pass(torch.autograd.Function):
                 .to(logits_PV.dtype)
             )
             return grad_PV, None, None, None, None, None, None, None
+        # By kernels: softmax and prior in one pass, written over the logits; then the named ids.
         if kernels.usable(logits_PV):
             grad_PV = logits_PV.data if ctx.overwrite[0] else logits_PV.clone()
             _fill_head(grad_PV[:, :size], head_PK, -torch.inf)
             slopes = (grad_tail_P * scale, grad_others_P * scale)
             slope_prior = None if b is None else grad_dot_P * scale
             if b is not None and slope_prior is not None:
-                # The head's share of it joins the head's own gradient, so that what cancels does so
-                # before rounding.
+                # The prior's part at head ids is added to the head's own gradient, so that terms
+                # cancel before rounding.
                 of_head_PK = b[head_PK.clamp_min(0)].masked_fill(
                     head_PK < 0, 0
                 ) * slope_prior.unsqueeze(1)
@@ -253,6 +259,7 @@ class _Pass(torch.autograd.Function):
             )
             _add_entries(grad_PV, ids_PE, grad_z_PE)
             return grad_PV, None, None, None, None, None, None, None
+        # In torch, by slabs of rows; ``work`` is the gradient in ``dtype``.
         grad_PV = logits_PV if ctx.overwrite[0] else torch.empty_like(logits_PV)
         for rows in slabs(logits_PV, dtype):
             if grad_PV.dtype == dtype:
@@ -263,15 +270,16 @@ class _Pass(torch.autograd.Function):
                 work = logits_PV[rows].to(dtype)
             if scale != 1.0:
                 work.mul_(scale)
+            # The softmax of each part times the gradient of its log-sum.
             for part, shift, grad_P in (
                 (work[:, :size], shifts[0], grad_tail_P),
                 (work[:, size:], shifts[1], grad_others_P),
             ):
                 part.sub_(shift[rows]).exp_().mul_((grad_P[rows] * scale).unsqueeze(1))
             tail = work[:, :size]
-            # Head ids are no part of this softmax: whatever stands there now, even inf, is written
-            # over.
+            # Head ids are not part of this softmax: the values there, even inf, are overwritten.
             _fill_head(tail, head_PK[rows], 0.0)
+            # The prior, then the named ids.
             if b is not None:
                 tail.addr_(grad_dot_P[rows] * scale, b)
             work.scatter_add_(1, ids_PE[rows], grad_z_PE[rows])
@@ -283,9 +291,7 @@ class _Pass(torch.autograd.Function):
 def _log_sums(
     logits_PV: Tensor, head_PK: Tensor, vocab_size: int, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """(log_tail, log_others) by the kernels, which read the logits where they are: for that long
-    the head is -inf.
-    """
+    """(log_tail, log_others) by the kernels; meanwhile the logits of the head are -inf."""
     if not head_PK.shape[1]:
         return kernels.log_sums(logits_PV, vocab_size, scale)
     first_P1 = head_PK[:, :1]
@@ -298,20 +304,20 @@ def _log_sums(
 
 
 def _dot(z_PV: Tensor, b_V: Tensor) -> Tensor:
-    """``z_PV @ b_V`` in their own precision, which autocast would lower."""
+    """``z_PV @ b_V`` in the precision of its factors, which autocast would lower."""
     with torch.autocast(z_PV.device.type, enabled=False):
         return z_PV @ b_V
 
 
 def _add_entries(grad_PV: Tensor, ids_PE: Tensor, grad_PE: Tensor) -> None:
-    """grad[p, ids[p, e]] += grad_PE[p, e], where ids repeat; what falls on one id is summed
-    before it is rounded.
+    """grad[p, ids[p, e]] += grad_PE[p, e] for ids that may repeat. The values of equal ids are
+    summed before they are rounded.
     """
     if grad_PV.dtype == grad_PE.dtype:
         grad_PV.scatter_add_(1, ids_PE, grad_PE)
         return
     ids_PE, order_PE = ids_PE.sort(dim=1)
-    # Equal ids stand together now; group_PE numbers them from 0 in each row.
+    # Equal ids are neighbours now; group_PE numbers the distinct ids from 0 in each row.
     group_PE = torch.nn.functional.pad((ids_PE[:, 1:] != ids_PE[:, :-1]).cumsum(1), (1, 0))
     sums_PE = torch.zeros_like(grad_PE).scatter_add_(1, group_PE, grad_PE.gather(1, order_PE))
     total_PE = sums_PE.gather(1, group_PE) + grad_PV.gather(1, ids_PE)
@@ -319,8 +325,8 @@ def _add_entries(grad_PV: Tensor, ids_PE: Tensor, grad_PE: Tensor) -> None:
 
 
 def _fill_head(tail_rV: Tensor, head_rK: Tensor, value: float) -> None:
-    """Writes ``value`` at the head ids, in place. Padding points at the row's first entry, or
-    changes nothing without one.
+    """Writes ``value`` at the head ids, in place. Padding repeats the row's first id, or changes
+    nothing if the head is empty.
     """
     if not head_rK.shape[1]:
         return

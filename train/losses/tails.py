@@ -1,23 +1,24 @@
-"""What stands for the tail: the ways from a head, and what is known beyond it, to a value for the
-whole vocabulary.
+"""Treatments of the tail: ways to compute a divergence over all ids from a sparse teacher.
 
-A divergence is written once, as a sum over cells: each cell has a log-probability of the teacher
-and one of the student. The cells decide what the sum is:
+A divergence is written once, as a sum over cells. Each cell has a log-probability of the teacher
+and one of the student. There are four choices of cells:
 
-samples       the head's ids are cells; draws from the tail estimate the sum over the rest, without bias
-ghost         the head's ids are cells, and the tail is one more: a lower bound of any f-divergence (data processing)
-prior         every id is a cell, the tail spread as the cache's prior says: a full distribution, near the teacher's
-renormalised the head's ids are all there is, both sides scaled up to 1: teaches over-confidence;
-for comparison only
+samples       the head's ids; draws from the tail estimate the sum over the rest without bias ghost
+the head's ids, and the tail as one more cell: a lower bound of any f-divergence
+              (data processing inequality)
+prior         every id, with the tail distributed by the cache's prior: exact for this
+              reconstruction
+renormalised  the head's ids, both sides scaled to a mass of 1: teaches over-confidence, for
+              comparison only
 
-``auto`` is samples where the cache has them, and the ghost elsewhere. The prior is there to be
-asked for: students learn less from it in most cases (docs/quality.md).
+``auto`` uses the samples if the cache has them, else the ghost. It never uses the prior, because
+students learn less from it in most cases (docs/quality.md).
 
-Estimating a sum over the tail from draws of the *teacher* fails where the student has mass that the
-teacher lacks: the ratio r = q/p is large there, and rarely drawn. Where the sum grows no faster
-than linearly in r, as in JSD, TVD and the skewed KLs, its linear part is c Q, Q being the student's
-tail mass, which is known exactly: what is left to the draws is bounded, or grows as log r. Reverse
-KL grows as r log r and has no such estimate.
+An estimate of a sum over the tail from draws of the *teacher* fails at ids to which the student
+gives much more mass than the teacher: there the ratio r = q/p is large, and such ids are rarely
+drawn. If the sum grows at most linearly in r, as in JSD, TVD and the skewed KLs, its linear part is
+c Q, with Q the student's tail mass, which is known exactly. The draws then estimate only a rest
+that is bounded or grows as log r. Reverse KL grows as r log r and has no such estimate.
 
 Shapes: P positions, K head entries (padded), S draws (padded), N cells, V student vocabulary.
 """
@@ -50,9 +51,10 @@ The first K cells are the head's, by falling log_p.
 
 
 def tail_of(teacher: SparseTeacher, *, logprobs: bool = False) -> Tail:
-    """The best that ``teacher`` allows: samples, else the ghost.
+    """The tail of ``auto``: samples if ``teacher`` has what they need, else the ghost.
 
-    Samples need the teacher's entropy or their logprobs; with ``logprobs`` only the latter will do.
+    Samples need the teacher's entropy or the logprobs of the draws; with ``logprobs`` they need the
+    latter.
     """
     if teacher.draws is not None and (
         teacher.draws.logprobs is not None or (teacher.entropy is not None and not logprobs)
@@ -69,8 +71,8 @@ def choose_tail(
     *,
     logprobs: bool = False,
 ) -> Tail:
-    """What the option ``tail`` of loss ``name`` comes to. Raises UserError where it is unknown,
-    or the cache lacks it.
+    """The treatment that option ``tail`` of loss ``name`` selects. Raises UserError if it is
+    unknown or the cache cannot serve it.
     """
     if tail not in ("auto", *allowed):
         raise UserError(
@@ -91,9 +93,7 @@ def choose_tail(
 def softened(
     name: str, student: Tensor | StudentPass, teacher: SparseTeacher, temperature: float
 ) -> tuple[Tensor | StudentPass, SparseTeacher]:
-    """Both sides at another temperature. Raises UserError unless every head is the whole
-    vocabulary.
-    """
+    """Both sides at a temperature. Raises UserError unless heads are the whole vocabulary."""
     if temperature == 1.0:
         return student, teacher
     if not temperature > 0:
@@ -115,7 +115,7 @@ def softened(
 def cells(
     student: StudentPass, teacher: SparseTeacher, *, renormalised: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(log_p, log_q, log_u): the head and the ghost as cells, or the head alone, scaled up to 1."""
+    """(log_p, log_q, log_u): the head and the ghost as cells, or the head alone, scaled to 1."""
     log_p, log_q, log_u = teacher.logprobs.to(student.dtype), student.log_head, student.log_u
     if renormalised:
         log_p = log_p - log_p.logsumexp(1, keepdim=True)
@@ -128,7 +128,7 @@ def cells(
 
 
 def as_cells(log_p: Tensor, log_q: Tensor, log_u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The same without infinities: padding becomes cells of no mass on either side."""
+    """The same cells without infinities: padding becomes cells without mass on both sides."""
     empty = torch.isneginf(log_p)
     return (
         log_p.masked_fill(empty, NOTHING),
@@ -140,10 +140,10 @@ def as_cells(log_p: Tensor, log_q: Tensor, log_u: Tensor) -> tuple[Tensor, Tenso
 def over_the_prior(
     divergence: Divergence, student: Tensor | StudentPass, teacher: SparseTeacher
 ) -> Tensor:
-    """``divergence`` with every id a cell, the tail spread by the prior: [P].
+    """``divergence`` with every id a cell and the tail distributed by the prior: [P].
 
-    The gradient is taken on the way, a few rows at a time, and is the only tensor of size [P, V]
-    that is made; at another temperature than 1 there are the scaled logits, too.
+    The gradient is computed in the forward pass, a few rows at a time. It is the only new tensor of
+    size [P, V], except for the scaled logits at a temperature other than 1.
     """
     logits = student if isinstance(student, Tensor) else student.logits
     if isinstance(student, StudentPass) and student.scale != 1.0:
@@ -194,7 +194,7 @@ def _prior_cells(z_rV: Tensor, teacher: SparseTeacher) -> tuple[Tensor, Tensor, 
 
 
 def tail_by_prior(teacher: SparseTeacher) -> Tensor:
-    """float32[P, vocab_size]: log of the tail spread by the prior, m b(v) / (1 - sum of b over
+    """float32[P, vocab_size]: log of the tail distributed by the prior, m b(v) / (1 - sum of b over
     the head); -inf in the head.
     """
     assert teacher.prior is not None
@@ -220,38 +220,40 @@ def over_the_draws(
     """``divergence`` over head and unpredictable ids, plus an unbiased estimate of the sum over the
     tail: [P].
 
-    The tail's sum is that of ``p g(q/p)``. ``rest(log r) = g(r) - slope * r`` is what the draws
-    estimate.
+    The tail's sum is that of ``p g(q/p)``. The draws estimate the sum of ``rest(log r) = g(r) -
+    slope * r``.
     """
     log_p, log_q, log_u = as_cells(
         teacher.logprobs.to(student.dtype), student.log_head, student.log_u
     )
     value = divergence(log_p, log_q, log_u) + slope * student.log_Q.exp()
-    # Beyond e^60 and e^-80 the rest is at its limit, or its logarithm is; float32 ends at e^88.
+    # Beyond e^60 and e^-80 the rest or its logarithm is at its limit; float32 ends at e^88.
     weights = student.draws.weights(teacher.tail_logprob).to(student.dtype)
     estimate = weights * rest(log_ratio(student).clamp(-80, 60))
     return value + estimate.sum(1)
 
 
 def refined(teacher: SparseTeacher, student: StudentPass) -> tuple[Tensor, Tensor, Tensor]:
-    """(log_p, log_q, log_u) with each drawn id a cell of its own beside the head, and a ghost for
-    what is left.
+    """(log_p, log_q, log_u): the head's ids, each distinct drawn id, and a ghost for the rest.
 
-    Any cells give a lower bound, and finer ones a closer one. A position whose draws make up nearly
-    all of its tail keeps the plain ghost, because the mass that is left would be what rounding
-    leaves of it.
+    Any cells give a lower bound, and finer cells a closer one. If the draws make up nearly all of a
+    position's tail, the position keeps the plain ghost, because the remaining mass would be mostly
+    rounding error.
     """
+    # Distinct drawn ids: the first of each run of equal ids after sorting, without padding.
     ids_PS, order_PS = student.draws.ids.sort(1)
     first_PS = torch.ones_like(ids_PS, dtype=torch.bool)
     first_PS[:, 1:] = ids_PS[:, 1:] != ids_PS[:, :-1]
     log_p_PS = student.draws.finite_logprobs.to(student.dtype).gather(1, order_PS)
     used_PS = first_PS & (ids_PS >= 0)
+    # Only positions whose draws cover less than 0.75 of the tail's mass get these cells.
     m_P = teacher.tail_logprob.to(student.dtype).exp()
     covered_P = log_p_PS.exp().where(used_PS, 0).sum(1)
     used_PS = used_PS & (covered_P < 0.75 * m_P).unsqueeze(1)
+    # The ghost: the mass of the tail outside the drawn ids, on both sides.
     log_q_PS = student.log_samples.gather(1, order_PS)
     left_P = m_P - log_p_PS.exp().where(used_PS, 0).sum(1)
-    # What the student has left is a difference, too; its floor is of the size of the rounding
+    # The student's remaining mass is a difference, too. Its lower limit is the size of the rounding
     # error.
     Q_P = student.log_Q.exp()
     eps = torch.finfo(student.dtype).eps
@@ -259,6 +261,7 @@ def refined(teacher: SparseTeacher, student: StudentPass) -> tuple[Tensor, Tenso
         4 * eps * Q_P.detach().clamp_min(eps)
     )
     left = [left_P.log(), torch.where(used_PS.any(1), q_left_P.log(), student.log_Q)]
+    # Cells: the head, the drawn ids (no mass if unused), the ghost.
     empty = ~used_PS
     return as_cells(
         torch.cat(

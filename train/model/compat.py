@@ -1,6 +1,4 @@
-"""May this student learn from this cache? Everything is compared with the manifest before the
-first step.
-"""
+"""The compatibility of a student and a cache: a comparison with the manifest before training."""
 
 from __future__ import annotations
 
@@ -23,9 +21,9 @@ _MEASURED = 64
 
 
 def check_together(paths: list[str], manifests: list[Manifest]) -> None:
-    """Raises UserError unless the caches of a mixture number their tokens alike.
+    """Raises UserError unless the caches of a mixture use the same ids for the same tokens.
 
-    What they store may differ, and so may the ids that their teachers predict beyond the
+    Their stored data may differ, and so may the ids that their teachers predict beyond the
     tokenizer's (padding).
     """
     for path, manifest in zip(paths, manifests, strict=True):
@@ -44,8 +42,8 @@ def check(
     student: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> None:
-    """Raises UserError naming the first thing in which the cache at ``path`` does not fit, what
-    was expected, the ways out.
+    """Raises UserError naming the first mismatch with the cache at ``path``, the expected value,
+    and the remedies.
     """
     teacher = manifest.teacher.model
     if tokenizer is not None:
@@ -57,15 +55,14 @@ def check(
                 "student with the teacher's tokenizer, or set student.tokenizer to it for a student from scratch"
             )
         if found["sha256"] != manifest.tokenizer.sha256:
-            # Training reads ids, never text: the same ids for the same tokens are enough for it.
+            # Training reads ids and no text, so the same ids for the same tokens are enough.
             log.warning(
                 "the student's tokenizer has the teacher's tokens and ids, but cuts some texts otherwise than that of %s; "
                 "training is not touched by it",
                 teacher,
             )
     rows, predicted = rows_of(student), manifest.store.vocab_size
-    # Without a tokenizer of its own the student is held to the number of the teacher's tokens; ids
-    # may have gaps.
+    # A student without a tokenizer needs as many rows as the teacher has tokens; ids may have gaps.
     used = (
         manifest.tokenizer.vocab_size
         if tokenizer is None
@@ -101,10 +98,9 @@ def check(
 
 
 def check_vocabulary(data: CachedDataset) -> None:
-    """Says how much of the teacher's mass lies on ids that the student lacks, by some sequences of
-    ``data``.
+    """Logs the teacher's mass on ids that the student lacks, on some sequences of ``data``.
 
-    Raises UserError where it is more than padding rows explain.
+    Raises UserError if it is more than padding rows explain.
     """
     path, store = data.cache.path, data.cache.manifest.store
     if data.vocab_size == store.vocab_size:

@@ -1,6 +1,4 @@
-"""The check that numbers of a training are finite: one that is not means that the student has
-diverged.
-"""
+"""The check that numbers of a training are finite. If one is not, the student has diverged."""
 
 from __future__ import annotations
 
@@ -10,7 +8,7 @@ from logitcask.cache_format.errors import UserError
 
 
 def check_finite(values: dict[str, float], when: str) -> None:
-    """Raises UserError where one of ``values`` is nan or infinite: the student has diverged."""
+    """Raises UserError if one of ``values`` is nan or infinite: the student has diverged."""
     for name, value in values.items():
         if not math.isfinite(value):
             raise UserError(

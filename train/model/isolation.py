@@ -1,6 +1,7 @@
-"""The check that a student keeps packed sequences apart, on a few random tokens before training.
+"""The check that a student separates packed sequences, on a few random tokens before training.
 
-Not every architecture does: recurrent states flow on, and some compute positions of their own.
+Some architectures do not: recurrent models carry state from one sequence to the next, and others
+compute their own positions.
 """
 
 from __future__ import annotations
@@ -21,19 +22,16 @@ the order of sums.
 
 
 def wants_flat(head: LogitsHead) -> bool:
-    """Whether the student's attention tells sequences apart in one single row only: that is
-    flash attention's way.
-    """
+    """Whether the student's attention separates sequences only in a single row (flash)."""
     return "flash" in (getattr(head.backbone.config, "_attn_implementation", None) or "")
 
 
 @torch.no_grad()
 def check_isolation(head: LogitsHead) -> None:
-    """Raises UserError unless the student reads packed sequences as it reads them apart, on a few
-    random tokens.
+    """Raises UserError if packing changes the student's hidden states, on a few random tokens.
 
-    Compared are hidden states, and what changes in them when the other sequences of the row change:
-    nothing may.
+    The hidden states of packed sequences must equal those of the separate sequences, and must not
+    change if the other sequences of the row change.
     """
     device = next(head.backbone.parameters()).device
     generator = torch.Generator().manual_seed(0)
@@ -48,7 +46,7 @@ def check_isolation(head: LogitsHead) -> None:
         leak = (_hidden_packed(head, other, device) - found)[-len(apart[2]) :].abs().max().item()
     size, error = expected.abs().max().item(), (found - expected).abs().max().item()
     rounding = torch.finfo(expected.dtype).eps
-    # The last norm may widen what half precision has rounded.
+    # The last norm may enlarge rounding errors of half precision.
     if torch.is_autocast_enabled(device.type):
         rounding = max(rounding, torch.finfo(torch.get_autocast_dtype(device.type)).eps)
     if not (leak <= rounding * size and error <= max(_MODEL_TOLERANCE, 8 * rounding) * size):

@@ -1,15 +1,16 @@
-"""A student of some of a model's layers: their config, their weights, and the proof that both
+"""A student made of some of a model's layers: its config, its weights, and a check that both
 describe the same layers.
 
-A config says in many ways which layer is of which kind: lists with an entry a layer
+A config has many ways to give the kinds of its layers: lists with an entry per layer
 (``layer_types``), lists of layer numbers (``mlp_only_layers``), counts (``first_k_dense_replace``),
-periods (``decoder_sparse_step``). The first two are cut and renumbered here, the others as far as
-they can say it. Then both models are built without memory, and each layer of the student is
-compared with the one that it comes from: what the config cannot say is refused.
+periods (``decoder_sparse_step``). Lists are cut and renumbered. Counts and periods are adapted if
+they can describe the kept layers. Then both models are built without memory, and each layer of the
+student is compared with its original. If the config cannot describe the kept layers, they are
+refused.
 
-Weights are read by safetensors one by one, and those of other layers never. transformers renames
-and converts them, as in ``from_pretrained``: files may hold one tensor an expert where models hold
-one for all.
+safetensors reads the weights one by one, and never reads those of other layers. transformers
+renames and converts them, as in ``from_pretrained``: a file may have one tensor per expert and the
+model one tensor for all experts.
 """
 
 from __future__ import annotations
@@ -47,14 +48,14 @@ _NO_LAYERS = re.compile(
 def from_layers(folder: Path, keep: list[int], dtype: torch.dtype) -> PreTrainedModel:
     """A model with some of the layers of the one in ``folder``, in the order of ``keep``.
 
-    Raises ConfigError where ``keep`` names other layers than there are, or such that no config can
-    describe them; UserError where the folder has no such model.
+    Raises ConfigError if ``keep`` names layers that do not exist or that no config can describe,
+    and UserError if the folder has no such model.
     """
     try:
         config = AutoConfig.from_pretrained(folder)
         with torch.device("meta"):
             whole = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    except Exception as error:  # whatever a config class or an architecture makes of its fields
+    except Exception as error:  # config classes and architectures raise errors of any kind
         raise UserError(
             f"{folder} has no config of a causal language model: {first_line(error)}"
         ) from error
@@ -111,7 +112,7 @@ def _place(whole: PreTrainedModel, layers: int) -> str:
 
 
 def _lists(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
-    """The module lists that are not inside of others."""
+    """The outermost module lists of a model."""
     found = [
         (name, module)
         for name, module in model.named_modules()
@@ -121,9 +122,7 @@ def _lists(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
 
 
 def _cut(config: PretrainedConfig, keep: list[int]) -> PretrainedConfig:
-    """The config of the layers ``keep`` alone, made anew from its fields, as whoever loads the
-    student makes it.
-    """
+    """The config of the layers ``keep``, rebuilt from its fields, as when the student is loaded."""
     text = config.get_text_config(decoder=True)
     layers, whole = text.num_hidden_layers, config.to_dict()
     own = [name for name, value in vars(config).items() if value is text]
@@ -136,7 +135,7 @@ def _cut(config: PretrainedConfig, keep: list[int]) -> PretrainedConfig:
             fields[name] = sorted(new_number[layer] for layer in value if layer in new_number)
         elif len(value) == layers:
             fields[name] = [value[layer] for layer in keep]
-    # The first so many layers are of one kind, or the last: as many of them as are kept.
+    # A number of first or last layers has one kind: count those that are kept.
     for name in ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index"):
         if isinstance(fields.get(name), int):
             fields[name] = sum(layer < fields[name] for layer in keep)
@@ -144,10 +143,10 @@ def _cut(config: PretrainedConfig, keep: list[int]) -> PretrainedConfig:
         fields["moe_layer_end_index"] = sum(layer <= end for layer in keep) - 1
     if shared := fields.get("num_kv_shared_layers"):
         fields["num_kv_shared_layers"] = sum(layer >= layers - shared for layer in keep)
-    # GPT-Neo: kinds, and how often they repeat.
+    # GPT-Neo: kinds, and the number of their repetitions.
     if fields.get("attention_types") and hasattr(text, "attention_layers"):
         fields["attention_types"] = [[[text.attention_layers[layer]], 1] for layer in keep]
-    # Every so many layers one is sparse, but for those named: all are, but for those named.
+    # One layer per period is sparse, except the named ones: with period 1, all except those.
     if (period := fields.get("decoder_sparse_step", 1)) != 1 and "mlp_only_layers" in fields:
         dense = [new for new, old in enumerate(keep) if (old + 1) % period]
         fields |= {
@@ -161,9 +160,7 @@ def _cut(config: PretrainedConfig, keep: list[int]) -> PretrainedConfig:
 def _check_same(
     whole: PreTrainedModel, student: PreTrainedModel, place: str, keep: list[int]
 ) -> None:
-    """Raises ConfigError unless each layer of the student is the one that it comes from, but for
-    its number.
-    """
+    """Raises ConfigError unless each layer of the student equals its original, but for numbers."""
     made = student.get_submodule(place)
     new_number = {old: new for new, old in enumerate(keep)}
     layers = whole.config.get_text_config(decoder=True).num_hidden_layers
@@ -179,7 +176,7 @@ def _check_same(
                 and now == tuple(was[each] for each in keep)
             ):
                 was = now  # a list of every layer's setting
-            # Another layer's, where it is not its own.
+            # Another layer's setting, if it differs from its own.
             if type(was) is int and _LAYER_NUMBER.search(attribute):
                 was = now if was == old and now == new else new_number.get(was, was)
             if was != now and not (attribute == "store_full_length_kv" and not shared):
@@ -202,9 +199,7 @@ def _check_same(
 
 
 def _traits(layer: nn.Module) -> dict[str, Any]:
-    """What a layer is made of: by module and attribute, the kinds of its modules, shapes of
-    weights, plain settings.
-    """
+    """The traits of a layer by module and attribute: kinds, shapes, plain settings."""
     found: dict[str, Any] = {}
     for name, module in layer.named_modules():
         found[f"{name} class".strip()] = type(module).__name__
@@ -223,8 +218,8 @@ def _traits(layer: nn.Module) -> dict[str, Any]:
 def _weights(
     folder: Path, whole: PreTrainedModel, place: str, keep: list[int], files: ExitStack
 ) -> Iterator[tuple[str, Any]]:
-    """(name, what safetensors reads it with) of the kept layers' weights, renumbered, and of
-    those outside of layers.
+    """(name, reader of safetensors) of the kept layers' weights, renumbered, and of the weights
+    outside the layers.
     """
     new_number = {old: new for new, old in enumerate(keep)}
     lists = [name for name, _ in _lists(whole)]
@@ -255,15 +250,13 @@ def _weights(
 
 
 def _alike(one: str, other: str) -> float:
-    """How much the names of two lists have in common: files and models order the parts of a name
-    in different ways.
-    """
+    """Similarity of two names of lists: files and models order the parts of a name differently."""
     parts, others = set(one.split(".")), set(other.split("."))
     return len(parts & others) / len(parts | others)
 
 
 def _generation_config(folder: Path, config: PretrainedConfig) -> GenerationConfig:
-    """The model's own, with all its end tokens."""
+    """The model's own generation config, with all its end tokens."""
     try:
         return GenerationConfig.from_pretrained(folder)
     except OSError:  # there is none

@@ -1,10 +1,9 @@
-"""The precision of training, for whatever runs the student: training itself, start-up checks,
-evaluation, answers.
+"""The precision of training, for all code that runs the student.
 
-With ``training.bf16`` (or ``fp16``) the weights that the optimizer moves stay in float32, and the
-student computes in half precision. In one process and under DDP, autocast does that: accelerate
-enters it around the student's forward, and ``like_training`` for whatever does not go through
-there. Under FSDP2 each process gathers the weights in half precision.
+With ``training.bf16`` (or ``fp16``) the optimizer updates weights in float32, and the student
+computes in half precision. In one process and under DDP, autocast does this: accelerate enters it
+around the student's forward, and ``like_training`` enters it for other calls. Under FSDP2 each
+process gathers the weights in half precision.
 """
 
 from __future__ import annotations
@@ -25,11 +24,9 @@ log = logging.getLogger(__name__)
 
 
 def computing_dtype(arguments: TrainingArguments) -> torch.dtype | None:
-    """The half precision that training computes in; None if it computes in the precision of the
-    weights.
-    """
-    # accelerate's own reading: float16 needs a GPU, and the launcher's setting counts where the
-    # config has none.
+    """The half precision of training; None if it computes in the precision of the weights."""
+    # As accelerate decides: float16 needs a GPU, and the launcher's setting counts if the config
+    # has none.
     on_cpu = arguments.device.type == "cpu"
     return {"bf16": torch.bfloat16, "fp16": None if on_cpu else torch.float16}.get(
         arguments.mixed_precision
@@ -37,9 +34,9 @@ def computing_dtype(arguments: TrainingArguments) -> torch.dtype | None:
 
 
 def like_training(student: nn.Module, arguments: TrainingArguments) -> AbstractContextManager[Any]:
-    """Inside it, the student computes in the precision that training computes in."""
+    """A context in which the student computes in the precision of training."""
     dtype = computing_dtype(arguments)
-    # Which gathers its weights in that precision.
+    # FSDP2 gathers its weights in that precision.
     if dtype is None or isinstance(student, FSDPModule):
         return nullcontext()
     return torch.autocast(arguments.device.type, dtype=dtype)
@@ -51,16 +48,14 @@ def attention_of(student: Any) -> str:
 
 
 def as_exact_as_it_can(student: Any, arguments: TrainingArguments) -> AbstractContextManager[Any]:
-    """For start-up checks: full precision, whose small tolerances see more, or training's if the
-    attention has no other.
+    """A context for start-up checks: full precision, which allows small tolerances, or training's
+    precision if the attention supports no other.
     """
     return like_training(student, arguments) if "flash" in attention_of(student) else nullcontext()
 
 
 def check_attention(student: Any, arguments: TrainingArguments) -> None:
-    """Raises ConfigError for flash attention, whose kernels take half precision only, in a
-    training in float32.
-    """
+    """Raises ConfigError for flash attention in float32: its kernels need half precision."""
     attention = attention_of(student)
     if (
         "flash" in attention
@@ -74,14 +69,13 @@ def check_attention(student: Any, arguments: TrainingArguments) -> None:
 
 
 def shard_without_casts(plugin: Any) -> None:
-    """Has FSDP2 cast weights, and nothing else. ``plugin`` is accelerate's. Raises ConfigError for
-    FSDP1.
+    """Makes FSDP2 cast only weights. ``plugin`` is accelerate's. Raises ConfigError for FSDP1.
 
-    accelerate's own policy also casts what goes into and comes out of the wrapped student, and the
-    gradients as they are summed. Here that would be the teacher's logprobs, the losses that are
-    logged, and sums over micro-batches.
+    accelerate's own policy also casts the inputs and outputs of the wrapped student, and the sums
+    of gradients. Here these would be the teacher's logprobs, the logged losses, and sums over
+    micro-batches.
     """
-    # Evaluation calls the student's halves, whose weights FSDP1 has flattened away.
+    # Evaluation calls the student's halves, whose weights FSDP1 has flattened.
     if plugin.fsdp_version != 2:
         raise ConfigError(
             f"the student is to be sharded by FSDP{plugin.fsdp_version}; set training.fsdp_config.version (or the launcher's "
@@ -95,9 +89,7 @@ def shard_without_casts(plugin: Any) -> None:
 
 
 def warn_of_lost_steps(student: nn.Module, *, widened: bool) -> None:
-    """Warns of weights that an optimizer moves in bfloat16; ``widened``: they become float32
-    before it does.
-    """
+    """Warns if an optimizer updates bfloat16 weights; ``widened``: they become float32 first."""
     if not widened and any(
         weight.requires_grad and weight.dtype == torch.bfloat16 for weight in student.parameters()
     ):
@@ -109,7 +101,7 @@ def warn_of_lost_steps(student: nn.Module, *, widened: bool) -> None:
 
 
 def summed(values_P: torch.Tensor) -> torch.Tensor:
-    """The sum in float64, to which thousands of others can be added; in float32 on Apple's GPUs,
-    which have nothing wider.
+    """The sum in float64, precise enough for thousands of additions; in float32 on Apple's GPUs,
+    which have no wider type.
     """
     return values_P.sum(dtype=torch.float32 if values_P.device.type == "mps" else torch.float64)

@@ -1,6 +1,4 @@
-"""The student before training: some layers of a model, a model as it is, or random weights from
-a config.
-"""
+"""The student before training: layers of a model, a whole model, or random weights."""
 
 from __future__ import annotations
 
@@ -41,7 +39,7 @@ _PLAIN_WEIGHTS = "give the student as it was before quantisation, or dequantise 
 def build_student(config: StudentConfig, seed: int) -> PreTrainedModel:
     """The untrained student, in ``config.dtype``, on the CPU.
 
-    Raises UserError where its model is not to be had, ConfigError where keep_layers, config or
+    Raises UserError if its model cannot be found, and ConfigError if keep_layers, config or
     attention do not fit.
     """
     student = _base(config, seed)
@@ -57,11 +55,11 @@ def build_student(config: StudentConfig, seed: int) -> PreTrainedModel:
 
 
 def say_untied(student: PreTrainedModel) -> None:
-    """Has the config say so where the embedding and the lm_head are two weights that it calls one.
+    """Corrects the config if it ties the embedding and the lm_head although they differ.
 
-    Merged adapters leave such folders. transformers loads both weights, as they are, and would save
-    the config as it was; others (vLLM, converters) take the config's word and leave out the
-    lm_head: another student than was trained.
+    Merging adapters can leave such folders. transformers loads both weights and would save the
+    config unchanged. Other programs (vLLM, converters) follow the config and ignore the lm_head, so
+    they would run a different student.
     """
     ends = (student.get_input_embeddings(), student.get_output_embeddings())
     text = student.config.get_text_config(decoder=True)
@@ -96,7 +94,7 @@ def _base(config: StudentConfig, seed: int) -> PreTrainedModel:
             raise
         except (
             Exception
-        ) as error:  # whatever an architecture makes of sizes that do not go together
+        ) as error:  # architectures raise errors of any kind for sizes that do not fit
             raise ConfigError(
                 f"student.config describes no causal language model: {first_line(error)}"
             ) from error
@@ -113,16 +111,14 @@ def _base(config: StudentConfig, seed: int) -> PreTrainedModel:
             if config.keep_layers is None
             else from_layers(folder, config.keep_layers, dtype)
         )
-    except (
-        Exception
-    ) as error:  # every method refuses in its own way: a package, a GPU, a field that is missing
+    except Exception as error:  # every method raises its own error
         if method is None or isinstance(error, ConfigError):
             raise
         raise UserError(
             f"the weights in {folder} are quantised ({method}), and transformers does not load them here "
             f"({first_line(error)}); {_PLAIN_WEIGHTS}"
         ) from error
-    # None where transformers has dequantised them.
+    # None if transformers has dequantised them.
     quantizer = getattr(student, "hf_quantizer", None)
     if quantizer is not None and (config.peft is None or not quantizer.is_trainable):
         raise UserError(
@@ -133,9 +129,7 @@ def _base(config: StudentConfig, seed: int) -> PreTrainedModel:
 
 
 def _config_fields(folder: Path) -> dict[str, Any]:
-    """config.json as it stands there; nothing of one that cannot be read, which whoever loads it
-    says better.
-    """
+    """The content of config.json; empty if it cannot be read, which loading reports better."""
     try:
         fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -144,7 +138,7 @@ def _config_fields(folder: Path) -> dict[str, Any]:
 
 
 def _quantization(fields: dict[str, Any]) -> str | None:
-    """How the weights of a model are quantised, by its config.json; None for plain ones."""
+    """The quantisation method of a model's weights in its config.json; None for plain weights."""
     text = fields.get("text_config")
     found = fields.get("quantization_config") or (
         text.get("quantization_config") if isinstance(text, dict) else None
@@ -153,9 +147,7 @@ def _quantization(fields: dict[str, Any]) -> str | None:
 
 
 def _refuse_own_code(folder: Path, fields: dict[str, Any]) -> None:
-    """Raises UserError for a model whose architecture is code in its folder: transformers would
-    ask on the terminal.
-    """
+    """Raises UserError for a model with its own code: transformers would ask on the terminal."""
     if "auto_map" in fields and fields.get("model_type") not in CONFIG_MAPPING:
         raise UserError(
             f"{folder} needs code of its own (auto_map in its config.json), which train-student does not run; use a model "
@@ -197,9 +189,7 @@ def _with_adapters(student: PreTrainedModel, fields: dict[str, Any], seed: int) 
 
 
 def _try_merging(student: Any) -> None:
-    """Merges copies of the adapted layers, one of each kind. Raises ConfigError where that
-    cannot be done.
-    """
+    """Merges copies of the adapted layers, one of each kind. Raises ConfigError if that fails."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     kind = student.active_peft_config.peft_type.value
@@ -216,7 +206,7 @@ def _try_merging(student: Any) -> None:
             seen.add(key)
             try:
                 copy.deepcopy(layer).merge()
-            except Exception as error:  # every kind of adapter refuses in its own way
+            except Exception as error:  # every kind of adapter raises its own error
                 raise ConfigError(
                     f"student.peft: these adapters cannot be merged into the student ({type(error).__name__}: "
                     f"{first_line(error)}), which is how it is saved; change them, or use LORA"
@@ -232,7 +222,7 @@ def load_student_tokenizer(config: StudentConfig) -> PreTrainedTokenizerBase | N
         folder = find_model(name, None if config.tokenizer else config.revision)
         return usable_tokenizer(
             name,
-            # Said in words: transformers asks on the terminal where nothing is said.
+            # Given explicitly: otherwise transformers asks on the terminal.
             AutoTokenizer.from_pretrained(folder, trust_remote_code=False),
             lambda: PreTrainedTokenizerFast.from_pretrained(folder),
         )
@@ -272,12 +262,12 @@ def _student_config(fields: dict[str, object]) -> PretrainedConfig:
     try:
         config = AutoConfig.for_model(**fields)
         known = AutoConfig.for_model(fields["model_type"])
-    except Exception as error:  # every config class validates its fields in its own way
+    except Exception as error:  # every config class raises its own error
         raise ConfigError(
             f"student.config does not describe a transformers model ({first_line(error)}); it needs model_type and that "
             "model's own fields"
         ) from error
-    # rope_theta stands inside rope_parameters nowadays; transformers still takes it by itself.
+    # New configs have rope_theta inside rope_parameters; transformers accepts both forms.
     unknown = [name for name in fields if name != "rope_theta" and not hasattr(known, name)]
     if unknown:
         near = difflib.get_close_matches(unknown[0], known.to_dict(), n=1)

@@ -10,11 +10,11 @@ from logitcask.train.head.lm_head import LogitsHead
 
 
 def may_go_unused(head: LogitsHead) -> bool:
-    """Whether a backward pass may leave a trainable parameter without gradient, for which DDP has
-    to look every time.
+    """Whether a backward pass may leave a trainable parameter without gradient. DDP must then
+    search for such parameters at every step.
 
-    True if the graph of one token, run once, lacks one (an expert that is not chosen, a layer that
-    text does not reach), or if the student's config has layers left out at random.
+    True if the graph of one token does not reach a parameter (an expert that is not chosen, a layer
+    that text does not pass), or if the student's config leaves out layers at random.
     """
     student: Any = head.student
     config = student.config.get_text_config(decoder=True).to_dict()

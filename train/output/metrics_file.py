@@ -1,6 +1,6 @@
-"""The content of ``metrics.json``: what a finished run says of itself, by name.
+"""The content of ``metrics.json``, the results of a finished run.
 
-Held-out metrics are dicts, since a cache decides which of them there are
+Held-out metrics are dicts, because their names depend on the cache
 (``logitcask.train.evaluation.evaluate``).
 """
 
@@ -10,10 +10,9 @@ from typing import Any, NotRequired, TypedDict, cast
 
 
 class TeacherMetrics(TypedDict):
-    """The teacher: names of it and its engine, and the same held-out metrics of it as far as the
-    cache has them.
+    """The teacher: its name, its engine, and its held-out metrics, as far as the cache has them.
 
-    left_out: the share of its mass that is on ids that the student lacks.
+    left_out: the share of its mass on ids that the student lacks.
     """
 
     model: str
@@ -26,9 +25,7 @@ class TeacherMetrics(TypedDict):
 
 
 class RougeL(TypedDict):
-    """Mean Rouge-L of the student's answers with the cached ones; None without answers that have
-    words.
-    """
+    """Mean Rouge-L of the student's answers with the cached ones; None if no answer has words."""
 
     before: float | None
     after: float | None
@@ -36,7 +33,7 @@ class RougeL(TypedDict):
 
 
 class StudentFacts(TypedDict):
-    """Parameters, how many of them were trained, and the name of the model's class."""
+    """Numbers of parameters and of trained parameters, and the name of the model's class."""
 
     parameters: int
     trained: int
@@ -44,7 +41,7 @@ class StudentFacts(TypedDict):
 
 
 class CacheFacts(TypedDict):
-    """The cache, or all caches of a mixture together, whose names are joined by commas."""
+    """The cache, or all caches of a mixture together, with their names joined by commas."""
 
     path: str
     fingerprint: str

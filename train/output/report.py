@@ -1,6 +1,4 @@
-"""``report.html``: one self-contained page that shows what a run did, for people who would
-rather look than read.
-"""
+"""``report.html``: one self-contained page with the curves and examples of a run."""
 
 from __future__ import annotations
 
@@ -171,9 +169,7 @@ def _canvas(title: str, x: str, y: str) -> tuple[Figure, Any]:
 
 
 def _svg(figure: Figure) -> str:
-    """The figure as an SVG element whose text is text, so that it takes the page's font and can
-    be searched.
-    """
+    """The figure as an SVG element with real text, in the page's font and searchable."""
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "logitcask"}):
         buffer = io.StringIO()
         figure.savefig(

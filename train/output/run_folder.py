@@ -1,6 +1,4 @@
-"""The folder of a run: what is written there, who may write, and whether the run in it is this
-one.
-"""
+"""The folder of a run: its files, its lock, and whether its run is the current one."""
 
 from __future__ import annotations
 
@@ -44,7 +42,7 @@ def exclusive(output: Path) -> Iterator[None]:
             f"another process is training into {output}; wait for it, or choose another training.output_dir"
         ) from None
     except (SafetensorError, RuntimeError) as error:
-        # How safetensors and torch.save say that a disk is full.
+        # Messages of safetensors and torch.save for a full disk.
         if "/torch_" in str(error) or not any(
             sign in str(error)
             for sign in ("No space left", "failed writing file", "unexpected pos")
@@ -63,9 +61,7 @@ def exclusive(output: Path) -> Iterator[None]:
 
 
 def refuse_other_files(output: Path) -> None:
-    """Raises UserError where a folder that no run of ours was begun in has files that a run
-    would replace or go on from.
-    """
+    """Raises UserError if a folder without a run of ours has files with the names of a run's."""
     if (output / "run.json").exists():
         return
     taken = [name for name in _WHAT_A_RUN_WRITES if (output / name).exists()]
@@ -78,10 +74,9 @@ def refuse_other_files(output: Path) -> None:
 
 
 def begun(output: Path, run: dict[str, Any]) -> dict[str, Any] | None:
-    """What was measured before the first step, if this very run was begun in ``output``; None if
-    nothing was.
+    """The measurements before the first step, if this run was begun in ``output``, else None.
 
-    Raises UserError where the folder holds another run.
+    Raises UserError if the folder holds another run.
     """
     if not (output / "run.json").exists():
         return None
@@ -96,9 +91,7 @@ def begun(output: Path, run: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def remove_run(output: Path) -> None:
-    """Removes what a run has written; ``run.json``, which says whose checkpoints these are, goes
-    last.
-    """
+    """Removes the files of a run, ``run.json`` last, because it identifies the checkpoints."""
     for checkpoint in output.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
     shutil.rmtree(output / ADAPTER, ignore_errors=True)

@@ -1,8 +1,8 @@
 """The student on disk: the save at the end of a run, and the same save tried before its first step.
 
-Whatever keeps a student from its folder (a generation config that transformers does not save,
-weights that share memory, adapters that do not merge, a folder without room or permission) would
-otherwise be found out once the training is over.
+The trial finds errors that would otherwise appear only after the training: a generation config that
+transformers does not save, weights that share memory, adapters that do not merge, a folder without
+space or permission.
 """
 
 from __future__ import annotations
@@ -35,10 +35,9 @@ log = logging.getLogger(__name__)
 
 
 def save_student(trainer: Trainer, output: Path) -> None:
-    """Saves the trained student as an ordinary model; of one with adapters the adapters, before
-    they are merged.
+    """Saves the trained student as an ordinary model, or its adapters before they are merged.
 
-    Raises UserError where a weight is not finite: the student has diverged at its last step.
+    Raises UserError if a weight is not finite: the student has diverged at its last step.
     """
     student = trainer.accelerator.unwrap_model(trainer.model)
     check_finite(
@@ -48,10 +47,10 @@ def save_student(trainer: Trainer, output: Path) -> None:
 
 
 def save_merged(trainer: Trainer, output: Path) -> None:
-    """Saves a student with adapters as an ordinary model too, the adapters merged into it; nothing
-    for other students.
+    """Merges the adapters of a student and saves the result as an ordinary model. Does nothing for
+    students without adapters.
 
-    Merging changes the student: it comes after all else that is done with it.
+    Merging changes the student, so it is the last step.
     """
     student = trainer.accelerator.unwrap_model(trainer.model)
     if _has_adapters(student) and trainer.args.should_save:
@@ -63,11 +62,11 @@ def save_merged(trainer: Trainer, output: Path) -> None:
 
 
 def mend_generation_config(student: PreTrainedModel) -> None:
-    """Takes out of the student's generation config what transformers loads, ignores, and then
+    """Removes the fields of the student's generation config that transformers loads, ignores, and
     refuses to save.
 
     Such files are common on the hub (``temperature`` with ``do_sample: false``, ``pad_token_id:
-    -1``). What is taken out is said in one line. Raises UserError where nothing helps.
+    -1``). One line names the removed fields. Raises UserError if the config still cannot be saved.
     """
     config = getattr(student, "generation_config", None)
     if config is None:
@@ -75,8 +74,7 @@ def mend_generation_config(student: PreTrainedModel) -> None:
     plain = GenerationConfig()
     removed: dict[str, Any] = {}
     while (fault := _fault(config)) is not None:
-        # A line per field where there are several faults; else the first field that the message
-        # names.
+        # One line per field if there are several faults; else the first field in the message.
         named = re.findall(r"^- `(\w+)`", fault, re.MULTILINE) or re.findall(r"`(\w+)`", fault)[:1]
         wrong = {
             name: getattr(config, name)
@@ -102,11 +100,11 @@ def mend_generation_config(student: PreTrainedModel) -> None:
 
 
 def try_saving(student: Any, tokenizer: PreTrainedTokenizerBase | None, output: Path) -> None:
-    """Saves the untrained student in a folder of ``output``, as the trained one will be saved, and
-    removes it.
+    """Saves the untrained student in a folder of ``output``, in the same way as the trained one,
+    and removes it.
 
-    Raises UserError for what keeps it from being saved, OSError or SafetensorError where the disk
-    does.
+    Raises UserError if the student cannot be saved, and OSError or SafetensorError for errors of
+    the disk.
     """
     trial = output / TRIAL
     shutil.rmtree(trial, ignore_errors=True)
@@ -120,7 +118,7 @@ def try_saving(student: Any, tokenizer: PreTrainedTokenizerBase | None, output: 
             tokenizer.save_pretrained(trial)
     except (UserError, SafetensorError):
         raise
-    except Exception as error:  # whatever a model, its configs, a tokenizer or a kind of adapter says of being saved
+    except Exception as error:  # models, configs, tokenizers and adapters raise errors of any kind
         if isinstance(error, OSError) and error.errno is not None:
             raise
         raise UserError(
@@ -134,7 +132,7 @@ def try_saving(student: Any, tokenizer: PreTrainedTokenizerBase | None, output: 
 def warn_of_a_small_disk(
     student: Any, arguments: TrainingArguments, steps: int, output: Path
 ) -> None:
-    """Says so where the weights alone, of all that a run keeps, are more than there is room for."""
+    """Warns if the weights that a run keeps are larger than the free disk space."""
     count = _checkpoints(arguments, steps)
     trained = sum(p.numel() * p.element_size() for p in student.parameters() if p.requires_grad)
     whole = sum(p.numel() * p.element_size() for p in student.parameters())
@@ -151,8 +149,8 @@ def warn_of_a_small_disk(
 
 
 def _checkpoints(arguments: TrainingArguments, steps: int) -> int:
-    """How many checkpoints a run of ``steps`` steps surely holds at once; with a limit, one more
-    while an old one goes.
+    """Number of checkpoints that a run of ``steps`` steps holds at once; with a limit, one more,
+    because an old one is removed last.
     """
     if arguments.save_strategy == SaveStrategy.NO:
         return 0
@@ -171,9 +169,7 @@ def _has_adapters(student: Any) -> bool:
 
 
 def _as_merged(student: Any) -> dict[str, Tensor]:
-    """The student's weights, untrained, under the names that they have once the adapters are
-    merged.
-    """
+    """The student's untrained weights under their names after the merge of the adapters."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     base = student.get_base_model()
@@ -200,7 +196,7 @@ def _fault(config: GenerationConfig) -> str | None:
 
 
 def _largest(weight: Tensor) -> float:
-    """The largest absolute value in this process's part of a weight; nan where there is one."""
+    """The largest absolute value in this process's part of a weight; nan if it contains nan."""
     part = weight.to_local() if hasattr(weight, "to_local") else weight
     return (
         float(part.detach().abs().max()) if part.numel() and torch.is_floating_point(part) else 0.0

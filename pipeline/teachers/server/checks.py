@@ -1,9 +1,8 @@
-"""The checks of a server before it is trusted, and the command that would have started the right
-one.
+"""The checks of a server before its results are used, and the command that starts a suitable one.
 
-Names prove little: a server can call any model anything. So its scores of a probe are compared: at
-the first start with transformers' forward pass, if the weights are on this machine, and ever after
-with its scores at that start.
+A name does not prove the identity of a model. The server's scores of a probe are therefore
+compared: at the first start with transformers' forward pass, if the weights are on this machine,
+and later with the scores of that start.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ _LEAST_LOGPROB = -100.0
 
 
 class Probe(BaseModel):
-    """A short text and what a server says of it, small enough for a build's state."""
+    """A short text and a server's scores of it, small enough for a build's state."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -70,8 +69,7 @@ class Probe(BaseModel):
     def difference(self, other: Probe) -> float:
         """Mean distance of the logprobs in nats, over targets and heads; infinite for another text.
 
-        An id that the other's head lacks counts with the least logprob there, which it cannot
-        exceed.
+        An id that the other head lacks counts with the smallest logprob there, its upper limit.
         """
         if self.input_ids != other.input_ids:
             return float("inf")
@@ -100,7 +98,7 @@ def probe_ids(vocab_size: int, max_length: int) -> NDArray[np.int32]:
 
 
 def long_probe_ids(vocab_size: int, max_length: int) -> NDArray[np.int32]:
-    """int32[n]: others, that fill a block of a prefix cache where the server takes so many."""
+    """int32[n]: other ids, enough for a block of a prefix cache if the server accepts so many."""
     return ((1 + np.arange(min(_LONG_PROBE_TOKENS, max_length))) * _STRIDE % vocab_size).astype(
         np.int32
     )
@@ -109,7 +107,7 @@ def long_probe_ids(vocab_size: int, max_length: int) -> NDArray[np.int32]:
 def start_command(
     config: TeacherConfig, model: ResolvedModel, max_length: int, capture: Capture, vocab_size: int
 ) -> str:
-    """The line that starts a server which can score ``max_length`` tokens for ``capture``."""
+    """The command that starts a server which can score ``max_length`` tokens for ``capture``."""
     room = max_length + 1
     command = ["vllm", "serve", model.location]
     if model.revision is not None:
@@ -128,8 +126,8 @@ def start_command(
     command += ["--no-enable-prefix-caching", "--skip-tokenizer-init"]
     overrides: dict[str, Any] = {}
     if context_limit(model) == max_length:
-        # The sampled token is never read, so a prompt may fill the model's context; this field says
-        # that it may.
+        # The sampled token is never read, so a prompt may fill the model's context. This field
+        # allows it.
         overrides["model_max_length"] = room
     if config.dtype != "float32" and not is_quantised(model):
         overrides["head_dtype"] = "float32"
@@ -151,7 +149,7 @@ class _Cards(msgspec.Struct):
 def served_model(
     listed: bytes, model: ResolvedModel, settings: ServerConfig, command: str
 ) -> tuple[str, int | None]:
-    """The server's name of the model, and the tokens it takes, from what ``/v1/models`` says.
+    """The server's name for the model, and its largest number of tokens, from ``/v1/models``.
 
     Without ``teacher.server.model`` the name, or the path that the server has loaded, must be
     ``teacher.model``'s.
@@ -178,16 +176,16 @@ def served_model(
 
 
 def _plain(name: str) -> str:
-    """The last part of a hub name or a path: it is the same model wherever it lies."""
+    """The last part of a hub name or a path, which does not depend on the model's place."""
     return name.rstrip("/").rsplit("/", 1)[-1].lower()
 
 
 def check_distributions(probe: Probe, vocab_size: int, url: str, command: str) -> None:
-    """Raises UserError where the rows cannot be the head of distributions over ``vocab_size`` ids.
+    """Raises UserError if the rows cannot be heads of distributions over ``vocab_size`` ids.
 
-    A head holds at most all of the mass; and no id outside it is more probable than its last, so
-    that it holds at least 1 - (V - k) p_k. Logits, and logprobs after temperature or a cut, fail
-    one or the other.
+    The mass of a head is at most 1. No id outside the head is more probable than its last entry, so
+    its mass is at least 1 - (V - k) p_k. Logits, and logprobs after temperature or truncation, fail
+    one of these checks.
     """
     heads = np.exp(np.minimum(np.array(probe.logprobs), 50.0))
     mass = heads.sum(axis=1)
@@ -202,11 +200,11 @@ def check_distributions(probe: Probe, vocab_size: int, url: str, command: str) -
 def check_against_dense(
     config: TeacherConfig, model: ResolvedModel, probe: Probe, command: str
 ) -> None:
-    """Compares with transformers' forward pass of ``teacher.model`` on this machine's CPU, as
-    ``teacher.server.compare`` says.
+    """Compares with transformers' forward pass of ``teacher.model`` on this machine's CPU, if
+    ``teacher.server.compare`` asks for it.
 
-    Raises UserError where they differ by more than ``teacher.server.tolerance``, or the weights are
-    not here but have to be.
+    Raises UserError if they differ by more than ``teacher.server.tolerance``, or if required
+    weights are missing.
     """
     settings = config.server
     assert settings is not None
@@ -247,10 +245,10 @@ def check_against_dense(
 def check_against_state(
     state: Path, probe: Probe, config: TeacherConfig, name: str, command: str
 ) -> Probe:
-    """The probe that an earlier start of this build has written to ``state``, or this one, which is
-    written then.
+    """The probe that an earlier start of this build has written to ``state``, or this probe, which
+    is then written.
 
-    Raises UserError where they differ.
+    Raises UserError if they differ.
     """
     file = state / PROBE_FILE
     if not file.exists():

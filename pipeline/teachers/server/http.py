@@ -1,6 +1,6 @@
-"""HTTP to a server that may go away and come back: requests are sent again until it answers.
+"""HTTP to a server that may stop and start again: requests are sent again until it answers.
 
-Patience has a limit, ``teacher.server.patience``. Errors say which server it is and what to change.
+The limit of the wait is ``teacher.server.patience``. Errors name the server and the remedy.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ Refused = Callable[[int, str], UserError]
 
 
 class PatientClient:
-    """Requests that outlast a server's absence.
+    """Requests that wait for an absent server.
 
-    They run in an event loop of their own, in a thread beside the caller's.
+    They run in their own event loop, in a thread beside the caller's.
     """
 
     def __init__(self, settings: ServerConfig) -> None:
@@ -109,8 +109,9 @@ class PatientClient:
     ) -> tuple[bytes, bool]:
         """The body of the answer, and whether it came over a new connection or after a failure.
 
-        No connection, a broken one, no answer in time, 5xx, 408 and 429 are waited out. Any other
-        status is final: ``refused(status, message)`` makes the error. Raises UserError.
+        After no connection, a broken one, no answer in time, 5xx, 408 and 429, the request is sent
+        again. Any other status is final: ``refused(status, message)`` makes the error. Raises
+        UserError.
         """
         fresh = first_failure is not None
 
@@ -151,7 +152,7 @@ class PatientClient:
             attempt += 1
 
     async def wait(self, reason: str, first_failure: float, attempt: int) -> None:
-        """Sleeps before the next attempt. Raises UserError if the server has been away too long."""
+        """Sleeps before the next attempt. Raises UserError if the server was absent too long."""
         url, patience = self._settings.url, self._settings.patience
         if time.monotonic() - first_failure > patience:
             raise UserError(
@@ -191,7 +192,7 @@ class PatientClient:
 
 
 def patiently(future: Future[_Result]) -> _Result:
-    """The result, whenever it comes, unless a signal asks for the end first (``interruption``)."""
+    """Waits for the result without a time limit, unless a signal arrives (``interruption``)."""
     while not future.done():
         wait([future], timeout=_SIGNALS_SECONDS)
         safe_point()

@@ -1,8 +1,8 @@
-"""From the JSON of ``/v1/completions`` to arrays, every answer checked: a row per token, its target
-in it, k entries by rank.
+"""From the JSON of ``/v1/completions`` to arrays. Every answer is checked: a row per token with its
+target and k entries by rank.
 
-The JSON has an object per entry. It is decoded straight into small typed objects, several times
-faster than into dictionaries, and what is not asked for (decoded tokens) is skipped.
+The JSON has an object per entry. It is decoded directly into small typed objects, which is several
+times faster than dictionaries. Fields that are not needed (decoded tokens) are skipped.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from numpy.typing import NDArray
 from logitcask.pipeline.distribution.keep import MisalignedScoresError, not_a_number
 from logitcask.pipeline.teachers.rows import Rows
 
-# What vLLM writes in place of -inf, which JSON does not have.
+# vLLM's replacement for -inf, which JSON does not have.
 _MINUS_INFINITY = -9999.0
-# JSON has no NaN either; encoders write this or that.
+# JSON has no NaN either; encoders write one of these.
 _NOT_A_NUMBER = re.compile(rb'"logprob":\s*(?:NaN|null)')
 
 
-# gc=False: millions of these live for a moment each, and none refers to anything.
+# gc=False: millions of these exist for a short time, and none refers to other objects.
 class _Entry(msgspec.Struct, gc=False):
     logprob: float
     rank: int
@@ -46,11 +46,11 @@ _logprob, _rank = attrgetter("logprob"), attrgetter("rank")
 def parse_rows(
     body: bytes, input_ids: NDArray[np.int32], top_k: int, sequence_id: str
 ) -> Rows | None:
-    """What ``body`` says of ``input_ids`` (int32[n]), targets before heads; None where the server
+    """The rows of ``input_ids`` (int32[n]) in ``body``, targets before heads; None if the server
     has aborted the request.
 
-    Raises UserError where a logprob is NaN, MisalignedScoresError for an answer that is not n - 1
-    rows, each with its target and ``top_k`` ids of ranks 1, 2, ...
+    Raises UserError if a logprob is NaN, and MisalignedScoresError if the answer does not consist
+    of n - 1 rows, each with its target and ``top_k`` ids of ranks 1, 2, ...
     """
 
     def wrong(what: str) -> MisalignedScoresError:
@@ -70,13 +70,13 @@ def parse_rows(
     if choice.finish_reason == "abort":
         return None
     answer = choice.prompt_logprobs or []
-    # The first entry stands for the first token, which nothing predicts.
+    # The first entry belongs to the first token, which has no prediction.
     rows = [row for row in answer[1:] if row is not None]
     if len(answer) != len(input_ids) or len(rows) != len(input_ids) - 1:
         raise wrong(f"has {len(rows)} rows; expected {len(input_ids) - 1}")
     targets = input_ids[1:].astype(np.int32)
     counts = np.fromiter(map(len, rows), np.int64, len(rows))
-    # A target that is not among the top_k comes on top of them.
+    # A target outside the top_k is an additional entry.
     if ((counts != top_k) & (counts != top_k + 1)).any():
         found = counts[np.flatnonzero((counts != top_k) & (counts != top_k + 1))[0]]
         raise wrong(f"has a row of {found} entries; expected {top_k}, and the target")

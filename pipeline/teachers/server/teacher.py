@@ -1,9 +1,9 @@
-"""The teacher behind HTTP: a running vLLM server with the OpenAI API, which scores token ids sent
-to ``/v1/completions``.
+"""The teacher behind HTTP: a running vLLM server, which scores ids sent to ``/v1/completions``.
 
-For a model that is served already, or lies on a machine that builds nothing else. The server may go
-away and come back: requests are sent again until it answers (``http``), in the order of the text,
-and nothing of a server that has come back with another model gets into the cache (``checks``).
+It is for a model that is already served, or that is on a machine where nothing else may run. The
+server may stop and start again: requests are sent again until it answers (``http``), in the order
+of the text. Results of a server that has started with another model never enter the cache
+(``checks``).
 """
 
 from __future__ import annotations
@@ -51,14 +51,13 @@ logger = logging.getLogger(__name__)
 
 
 class ServerTeacher:
-    """A model on a vLLM server. ``teacher.model`` says which, and gives the tokenizer and the size
-    of the vocabulary.
+    """A model on a vLLM server; ``teacher.model`` gives its name, tokenizer and vocabulary.
 
-    state: a folder where the first start writes down what the server says of a probe, and later
-    ones compare.
+    state: a folder in which the first start stores the server's scores of a probe, for later starts
+    to compare.
 
-    Raises UserError, in one line that says how to start the server, where it serves another model
-    or cannot answer what ``capture`` asks for; and where it stays away for longer than
+    Raises UserError, in one line with the command that starts the server, if it serves another
+    model or cannot fulfil ``capture``, and if it does not answer for longer than
     ``teacher.server.patience``.
     """
 
@@ -104,11 +103,11 @@ class ServerTeacher:
         )
 
     def score(self, sequences: Iterable[Sequence]) -> Iterator[Scored]:
-        """Keeps ``concurrency`` requests with the server, and at most as many sequences again
-        scored or read ahead.
+        """Keeps ``concurrency`` requests at the server, and at most as many sequences again scored
+        or read ahead.
 
-        Before the last one is handed out the server is asked its probe once more: a proxy may hide
-        that it was restarted.
+        Before the last result is returned, the probe is sent again, because a proxy may hide a
+        restart of the server.
         """
         ahead: deque[Future[Rows]] = deque()
         try:
@@ -126,7 +125,7 @@ class ServerTeacher:
                 waiting.cancel()
 
     def close(self) -> None:
-        """Gives up what is still being asked and closes the connections."""
+        """Cancels open requests and closes the connections."""
         self._http.close()
 
     def _read(self, answer: Future[Rows]) -> Scored:
@@ -181,7 +180,7 @@ class ServerTeacher:
         async with self._http.slots:
             rows, fresh = await self._ask_rows(sequence.input_ids, sequence.sequence_id)
             if fresh:
-                # Whoever answered may not be who answered before.
+                # Another server may have answered than before.
                 await self._check(time.monotonic())
             return rows
 
@@ -210,7 +209,7 @@ class ServerTeacher:
             rows = parse_rows(body, input_ids, top_k, sequence_id)
             if rows is not None:
                 return rows, fresh or first_failure is not None
-            # A server that is being stopped cuts its answers short.
+            # A server that is stopping truncates its answers.
             first_failure = first_failure or time.monotonic()
             await self._http.wait("it aborted a request", first_failure, 0)
 
@@ -231,8 +230,8 @@ class ServerTeacher:
         )
 
     async def _check(self, since: float) -> None:
-        """Asks the probe again, unless that has been done after ``since``. Raises UserError for
-        another model or version.
+        """Sends the probe again, unless that was done after ``since``. Raises UserError for another
+        model or version.
         """
         async with self._checking:
             if self._checked_at >= since:

@@ -1,10 +1,9 @@
-"""The arguments of a vLLM engine: those that users may not set, and room for what vLLM does not
-count.
+"""The arguments of a vLLM engine that users may not set, and memory that vLLM does not count.
 
-A prompt's logits are float32[rows, vocabulary]. Model runner V2 makes them for 1,024 rows at a
-time, whatever the size of a step; V1 for all rows of a request that are in the step. vLLM's
-profiler sees neither, and gives the key-value cache all that is left of ``gpu_memory_utilization``;
-the logits live in what is left of the card.
+A prompt's logits are float32[rows, vocabulary]. Model runner V2 computes them for 1,024 rows at a
+time, with any size of a step; V1 computes them for all rows of a request in the step. vLLM's
+profiler counts neither, and gives the key-value cache the rest of ``gpu_memory_utilization``. The
+logits must fit into the rest of the card.
 """
 
 from __future__ import annotations
@@ -14,8 +13,8 @@ import math
 from logitcask.cache_format.errors import ConfigError, UserError
 from logitcask.pipeline.config import TeacherConfig
 
-# Other values of these would silently change or break what is stored: why, or which field is for
-# it.
+# Other values of these would silently change or break the stored data: the reason, or the field to
+# use instead.
 _ELSEWHERE = (
     "a token whose keys and values come from elsewhere is not computed, so it has no logprobs"
 )
@@ -60,8 +59,8 @@ _RESERVED = {
 
 
 def check_engine_args(config: TeacherConfig) -> None:
-    """Raises ConfigError for engine arguments that are set by a field of their own, or would
-    make what is stored wrong.
+    """Raises ConfigError for engine arguments that have their own config field, or that would make
+    the stored data wrong.
     """
     for key in config.engine_args:
         if key in _RESERVED:
@@ -71,11 +70,11 @@ def check_engine_args(config: TeacherConfig) -> None:
 CHUNK_ROWS = 1024
 """Rows of logits that model runner V2 makes at a time."""
 
-# Of the card: for what is counted nowhere, fragments of the allocator most of all. vLLM's own
-# default leaves twice that.
+# Share of the card for memory that is not counted, mostly fragments of the allocator. vLLM's own
+# default leaves twice as much.
 _SPARE = 0.04
-# logitcask.pipeline.distribution.draws_torch works in chunks of at most so many floats on a GPU,
-# and holds so many copies of one.
+# On a GPU, logitcask.pipeline.distribution.draws_torch works in chunks of at most so many floats,
+# and holds so many copies of a chunk.
 _DRAWS_CHUNK, _DRAWS_COPIES = 1 << 26, 4
 
 
@@ -90,12 +89,12 @@ def logits_bytes(
 ) -> int:
     """Peak bytes on each GPU of turning hidden states into prompt logprobs.
 
-    rows:        of logits that exist at a time.
-    chunked:     by model runner V2, which still holds one chunk while it makes the next; else by
-                 V1, which holds logits and logprobs.
+    rows:        number of rows of logits at a time.
+    chunked:     by model runner V2, which holds one chunk while it computes the next; else by V1,
+                 which holds logits and logprobs.
     soft_capped: the model's final logits pass through tanh, which holds them twice.
-    draws:       whether draws are made of them.
-    tensor_parallel_size: ranks that each make a part; what is gathered is copied once.
+    draws:       whether draws are made from them.
+    tensor_parallel_size: ranks that compute a part each; the gathered logits are copied once.
     """
     fresh = 2.0 if soft_capped else 1.0
     if tensor_parallel_size > 1:
@@ -110,7 +109,7 @@ def memory_utilization(card_bytes: int, logits: int, usual: float) -> float:
     """``gpu_memory_utilization`` that leaves room for ``logits`` bytes: ``usual``, or less, in
     hundredths.
 
-    Raises UserError where they would take more than half of the card.
+    Raises UserError if they would take more than half of the card.
     """
     if logits > card_bytes / 2:
         raise UserError(

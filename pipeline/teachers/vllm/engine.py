@@ -1,13 +1,12 @@
-"""The vLLM teacher (vLLM 0.30 - 0.33): text goes in as a prompt, and its prompt logprobs come out
-as arrays.
+"""The vLLM teacher (vLLM 0.30 - 0.33): a text is a prompt, and its prompt logprobs become arrays.
 
-How they come out, and how fast, is a matter of ``routes``. The fastest relies on a private method,
-so it is compared with a public one every time an engine starts, and not used if they differ
+``routes`` has the ways to get the logprobs. The fastest route uses a private method, so it is
+compared with a public route at every start of an engine, and not used if they differ
 (``self_check``).
 
-Draws from the tail are made in the engine by ``plugin``, and come in columns beside the most
-probable ids. They too are checked at every start, against whole distributions, which vLLM gives of
-its own. There is no other way to get them: if the check fails, the teacher does not start.
+``plugin`` makes draws from the tail in the engine and returns them in columns beside the most
+probable ids. They are also checked at every start, against vLLM's own whole distributions. There is
+no other way to get draws, so the teacher does not start if the check fails.
 """
 
 from __future__ import annotations
@@ -65,17 +64,17 @@ from logitcask.pipeline.types import PendingScores, Scored, Sequence
 
 logger = logging.getLogger(__name__)
 
-# How much text an engine is given beyond the step it is at, in steps.
+# Prompts that an engine gets beyond its current step, in steps.
 _STEPS_AHEAD = {"cpu": 3, "gpu": 8}
-# Steps' worth of prompts that are scored at the start: one at least is a full step, whichever
-# prompts come first.
+# Steps' worth of prompts that are scored at the start. With any order of prompts, at least one step
+# is full.
 _STEPS_AT_START = 3
 _OUT_OF_MEMORY = re.compile(r"out ?of ?memory|MemoryError|can(?:not|'t) allocate", re.IGNORECASE)
 
 
 def check_location(model: ResolvedModel) -> None:
-    """Raises UserError for a folder whose name vLLM takes for a pattern: the weights of another
-    folder would be read.
+    """Raises UserError for a folder whose name vLLM treats as a pattern: it would read the weights
+    of another folder.
     """
     if re.search(r"[*?\[]", model.location):
         raise UserError(
@@ -85,10 +84,10 @@ def check_location(model: ResolvedModel) -> None:
 
 
 class VllmTeacher:
-    """A model inside a vLLM engine: in this process on a CPU, in processes of its own on GPUs.
+    """A model inside a vLLM engine: in this process on a CPU, in other processes on GPUs.
 
-    Raises UserError, in one line with the cause, where the engine cannot start, or where ``route``
-    is ``raw`` or draws are asked for and this vLLM does not allow it.
+    Raises UserError, in one line with the cause, if the engine cannot start, or if this vLLM does
+    not support the route ``raw`` or the draws that the config asks for.
     """
 
     def __init__(
@@ -111,22 +110,21 @@ class VllmTeacher:
         self._request = ColumnRequest.of(capture, vocab_size(model))
         self._requests = itertools.count()
         self._starting = True
-        # Prompt logprobs that have come, by request, until the stream that asked for them takes
-        # them.
+        # Finished prompt logprobs by request, until their stream takes them.
         self._finished: dict[str, Any] = {}
         self._engine_log = EngineLog()
         try:
             with self._engine_log.quiet():
                 self._vllm = import_vllm()
                 self._on_cpu = self._vllm.platforms.current_platform.is_cpu()
-                # Model runner V2 is what GPUs have, unless a user or vLLM says otherwise.
+                # GPUs use model runner V2, unless a user or vLLM selects another.
                 self._runner_v2 = (
                     not self._on_cpu and self._vllm.envs.VLLM_USE_V2_MODEL_RUNNER is not False
                 )
                 self._step_tokens = config.step_tokens(on_cpu=self._on_cpu)
                 if not (self._on_cpu or self._runner_v2 or config.batch_tokens):
                     self._step_tokens = CHUNK_ROWS  # V1 makes the logits of a whole step
-                if sampling is not None and self._on_cpu:  # which reads prompts whole then
+                if sampling is not None and self._on_cpu:  # prompts are read whole there
                     self._step_tokens = max(self._step_tokens, max_length + 1)
                 with drawing(self._request):
                     self._llm = self._start(max_length)
@@ -141,7 +139,7 @@ class VllmTeacher:
         self._dtype = str(model_config.dtype).removeprefix("torch.")
         self._head_dtype = str(model_config.head_dtype).removeprefix("torch.")
         try:
-            # An engine that fails in the middle of its work prints all that it holds.
+            # An engine that fails in the middle of its work prints its whole state.
             self._check_runner()
             with self._engine_log.quiet():
                 self.check_engine(max_length)
@@ -197,8 +195,7 @@ class VllmTeacher:
         self._engine_log.close()
 
     def check_engine(self, max_length: int) -> None:
-        """Scores a short prompt, with nothing of ours in it: some kernels refuse a model only when
-        they first run.
+        """Scores a short prompt without our changes: some kernels fail only at their first run.
 
         Raises UserError with the kernel's message.
         """
@@ -211,9 +208,9 @@ class VllmTeacher:
             raise self._does_not_run(error) from error
 
     def check_memory(self, max_length: int) -> None:
-        """Scores prompts that fill whole steps, so that memory runs out now if it ever does.
+        """Scores prompts that fill whole steps, so that a lack of memory shows at the start.
 
-        vLLM's profiler does not count prompt logprobs. Raises UserError, which names what to
+        vLLM's profiler does not count prompt logprobs. Raises UserError naming the settings to
         change.
         """
         length = min(self._step_tokens, max(2, max_length))
@@ -223,8 +220,8 @@ class VllmTeacher:
             pass
 
     def _check_runner(self) -> None:
-        """Raises UserError where vLLM has chosen model runner V1 on a GPU, for steps larger than
-        room was left for.
+        """Raises UserError if vLLM has chosen model runner V1 on a GPU and its steps need more
+        memory than was left free.
         """
         runner_v2 = self._llm.llm_engine.vllm_config.use_v2_model_runner
         if self._runner_v2 and not runner_v2 and self._step_tokens > CHUNK_ROWS:
@@ -236,15 +233,14 @@ class VllmTeacher:
         self._runner_v2 = runner_v2 and not self._on_cpu
 
     def check_draws(self, max_length: int) -> None:
-        """Raises UserError where the draws are not what they should be (``self_check``)."""
+        """Raises UserError if the draws are wrong (``self_check``)."""
         self._self_check(max_length).check_draws()
 
     def choose_route(self, max_length: int) -> Route:
-        """The route that ``teacher.route`` asks for, or the fastest that works (``self_check``).
-        Raises UserError.
+        """The route in ``teacher.route``, or the fastest that works (``self_check``).
 
-        This is also the engine's warm-up: its first call compiles kernels, which would spoil any
-        figure of progress.
+        This is also the engine's warm-up: its first call compiles kernels, which would distort the
+        figures of progress.
         """
         return self._self_check(max_length).choose_route(self._config.route)
 
@@ -254,7 +250,7 @@ class VllmTeacher:
         )
 
     def _does_not_run(self, error: Exception) -> UserError:
-        """For an engine that has started, and fails at its first prompts."""
+        """The error of an engine that has started but fails at its first prompts."""
         cause = self._engine_log.cause(error)
         another = "another kernel may (teacher.engine_args.attention_backend), or set teacher.backend=transformers"
         return UserError(
@@ -263,7 +259,7 @@ class VllmTeacher:
         )
 
     def _less_memory(self) -> str:
-        """What to change where memory runs out."""
+        """The settings to change if memory runs out."""
         if self._on_cpu or not self._runner_v2:
             return f"lower teacher.batch_tokens ({self._step_tokens})"
         if "kv_cache_memory_bytes" in self._config.engine_args:
@@ -278,12 +274,12 @@ class VllmTeacher:
         max_model_len = _max_model_len(max_length)
         overrides: dict[str, Any] = {}
         if max_length == context_limit(model):
-            # The sampled token is never read, so a prompt may fill the model's context; this field
-            # says that it may.
+            # The sampled token is never read, so a prompt may fill the model's context. This field
+            # allows it.
             overrides |= for_text(model, {"model_max_length": max_model_len})
         if not self._on_cpu and config.dtype != "float32" and not is_quantised(model):
-            # 16-bit logits fall on a grid of 1/8 nat near 16; a float32 head keeps the tail, at
-            # next to no cost on a GPU.
+            # 16-bit logits are on a grid of 1/8 nat near 16. A float32 head keeps the tail exact,
+            # at almost no cost on a GPU.
             overrides["head_dtype"] = "float32"
         arguments: dict[str, Any] = {
             "model": model.location,
@@ -303,8 +299,8 @@ class VllmTeacher:
             # (vllm-project/vllm#42019).
             "enable_prefix_caching": False,
             "use_tqdm_on_load": False,
-            # Images and the like are never put in, so a multimodal model needs no processor of
-            # them, nor their encoders.
+            # There are no images or other media, so a multimodal model needs no processor and no
+            # encoders for them.
             "language_model_only": True,
         }
         if self._on_cpu:
@@ -355,8 +351,7 @@ class VllmTeacher:
         self, sequences: Iterable[Sequence], route: Route, *, all_rows: bool
     ) -> Iterator[PendingScores]:
         columns, request = self._request.columns, self._request
-        # Of a sequence in the engine, the kept positions are all that is needed once its answer
-        # comes.
+        # Only the kept positions of a sequence are needed when its result arrives.
         kept: deque[NDArray[np.int32] | None] = deque()
 
         def prompts() -> Iterator[list[int]]:
@@ -379,16 +374,17 @@ class VllmTeacher:
     ) -> Iterator[tuple[int, Any]]:
         """Length and prompt logprobs of each prompt, in order, as vLLM returns them.
 
-        beside: a public route that what comes by ``raw`` is to carry as well.
+        beside: a public route whose form the results of ``raw`` should also have.
 
-        The engine always has some steps' worth of prompts, so that it never waits for the next
-        group, and no more, so that memory stays flat. What it is given when depends on the prompts
-        alone: an engine in this process forms the same batches again when a build is resumed. (One
-        in another process takes what has arrived when a step begins.)
+        The engine always has some steps' worth of prompts, so it never waits for the next group. It
+        has no more than that, so memory does not grow. The times at which prompts are added depend
+        only on the prompts, so an engine in this process forms the same batches when a build is
+        resumed. (An engine in another process uses the prompts that have arrived when a step
+        begins.)
         """
         engine = self._llm.llm_engine
         params = self._vllm.SamplingParams(
-            # In the constructor: set later, vLLM would go on reading its prefix cache for these
+            # Set in the constructor: if it is set later, vLLM reads its prefix cache for these
             # requests.
             prompt_logprobs=columns,
             max_tokens=1,
@@ -399,8 +395,8 @@ class VllmTeacher:
         )
         room = _STEPS_AHEAD["cpu" if self._on_cpu else "gpu"] * self._step_tokens
         source = iter(prompts)
-        # In the order given: request, length, and the size of the engine's log then. Answers may
-        # come in another order, and to another stream than asked.
+        # In order: request, length, and the size of the engine's log at that time. Results may
+        # arrive in another order, and in another stream.
         waiting: deque[tuple[str, int, int]] = deque()
         held, more = 0, True
         try:
@@ -457,5 +453,5 @@ class VllmTeacher:
 
 
 def _max_model_len(max_length: int) -> int:
-    """With one token of room: the engine insists on sampling one after the prompt."""
+    """Includes one additional token, because the engine always samples one after the prompt."""
     return max(2, max_length) + 1

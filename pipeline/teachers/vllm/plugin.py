@@ -1,20 +1,18 @@
-"""The engine's side of the vLLM teacher: draws from the tail, made where the whole distributions
-are.
+"""The engine's side of the vLLM teacher: draws from the tail, made from whole distributions.
 
-vLLM returns only the most probable ids of a prompt's positions. So the teacher asks for more of
-them than it wants, and the two functions here put other things into the columns to spare: the
-draws, and one column of statistics. Shapes, transport and front end stay vLLM's own.
+vLLM returns only the most probable ids of a prompt's positions. The teacher therefore requests more
+columns than it needs, and the two functions here put other data into the additional columns: the
+draws, and one column of statistics. Shapes, transport and front end are vLLM's own.
 
-Model runner V1 calls ``Sampler.gather_logprobs``, also for sampled tokens; V2
+Model runner V1 calls ``Sampler.gather_logprobs``, also for sampled tokens. V2 calls
 ``compute_topk_scores`` as imported in ``prompt_logprob``. Both are private, so the teacher checks
-at every start that the draws are right. Only calls of the width that the teacher asks for are
-answered so; all others pass as they are.
+the draws at every start. Only calls with the width of the teacher's request are changed.
 
-Engines live in this process, in forked ones or in fresh ones. ``drawing`` replaces the functions
-for the first two kinds while it is entered; fresh processes, tensor-parallel workers included, load
-``register`` as a plugin, which finds the request in the environment. Without that, it does nothing
-and imports nothing. vLLM copies to workers on Ray's other nodes the variables it knows and those
-that ``_RAY_COPIES`` names.
+Engines run in this process, in forked processes or in new ones. For the first two kinds,
+``drawing`` replaces the functions while it is entered. New processes, including tensor-parallel
+workers, load ``register`` as a plugin, which finds the request in the environment. Without a
+request it does nothing and imports nothing. vLLM copies the variables that it knows, and those that
+``_RAY_COPIES`` names, to workers on Ray's other nodes.
 """
 
 from __future__ import annotations
@@ -32,16 +30,14 @@ if TYPE_CHECKING:  # loaded in every process of vLLM, so whatever takes time to 
     from logitcask.pipeline.teachers.rows import ColumnRequest
 
 ENVIRONMENT = "LOGITCASK_DRAWS"
-# Of vLLM: names of more variables that its Ray executor copies to workers, with commas between
-# them.
+# vLLM's variable with the names of further variables that its Ray executor copies to workers,
+# separated by commas.
 _RAY_COPIES = "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"
 
 
 @contextlib.contextmanager
 def drawing(request: ColumnRequest) -> Iterator[None]:
-    """While this is entered, engines in this process, and those started meanwhile, answer
-    ``request``.
-    """
+    """A context in which engines of this process, and engines started in it, fulfil ``request``."""
     if not request.capture.samples:
         yield
         return
@@ -54,7 +50,7 @@ def drawing(request: ColumnRequest) -> Iterator[None]:
 
 
 def _set(name: str, value: str, undo: contextlib.ExitStack) -> None:
-    """Sets a variable of the environment; closing ``undo`` puts back what was there."""
+    """Sets an environment variable; closing ``undo`` restores the old value."""
     before = os.environ.get(name)
     if before is None:
         undo.callback(os.environ.pop, name, None)
@@ -64,9 +60,7 @@ def _set(name: str, value: str, undo: contextlib.ExitStack) -> None:
 
 
 def register() -> None:
-    """vLLM calls this once in every process of every engine (entry point group
-    ``vllm.general_plugins``).
-    """
+    """vLLM's entry point (``vllm.general_plugins``), called once in every process."""
     if ENVIRONMENT in os.environ:
         from logitcask.pipeline.distribution.capture import Capture
         from logitcask.pipeline.teachers.rows import ColumnRequest
@@ -76,11 +70,10 @@ def register() -> None:
 
 
 def _install(request: ColumnRequest, undo: contextlib.ExitStack) -> None:
-    """Replaces the functions, unless they have been replaced already; closing ``undo`` puts back
-    what was there.
+    """Replaces the functions, unless they are already replaced; closing ``undo`` restores them.
 
-    Other versions of vLLM may lack one of the two or both. Whether the draws come is for the
-    teacher to see.
+    Other versions of vLLM may lack one of the two or both. The teacher checks whether it gets
+    draws.
     """
     with contextlib.suppress(ImportError, AttributeError):
         from vllm.v1.sample.sampler import Sampler
@@ -109,7 +102,7 @@ def _replace(
         return _with_draws(tensors, scores, token_ids, request.capture, logits=logits)
 
     replacement.answers = request  # type: ignore[attr-defined]
-    # The descriptor itself, so that leaving puts back exactly what was there.
+    # The descriptor itself, so that leaving restores exactly the old state.
     undo.callback(setattr, owner, name, vars(owner)[name])
     setattr(owner, name, staticmethod(replacement) if isinstance(owner, type) else replacement)
 
@@ -117,9 +110,7 @@ def _replace(
 def _with_draws(
     tensors: Any, scores: Any, target_ids: Any, capture: Capture, *, logits: bool
 ) -> Any:
-    """vLLM's ``LogprobsTensors``, its columns (target, then ``top``) followed by the draws and
-    the statistics.
-    """
+    """``LogprobsTensors`` with the target, then ``top``, the draws and the statistics."""
     import torch
 
     from logitcask.pipeline.distribution.draws_torch import draw

@@ -1,4 +1,4 @@
-"""The process around a vLLM engine: how vLLM is imported, what it prints, why it failed."""
+"""The process of a vLLM engine: the import of vLLM, its output, the causes of its failures."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ logger = logging.getLogger(__name__)
 
 
 class EngineLog:
-    """The file that an engine prints to while it lives; read only to find the cause of a failure.
+    """The file with the output of an engine; read only to find the cause of a failure.
 
-    harmless: bytes of it that were printed before a request that has been answered since; no cause
-              of a failure is among them.
+    harmless: number of bytes printed before a request that has been answered since; they contain
+              no cause of a failure.
     """
 
     def __init__(self) -> None:
@@ -41,10 +41,10 @@ class EngineLog:
 
     @contextlib.contextmanager
     def quiet(self) -> Iterator[None]:
-        """Sends what the engine prints here, unless debugging.
+        """Redirects the engine's output to this file, unless debugging.
 
-        By file descriptor: native code and the engine's child processes print past ``sys.stdout``
-        and ``logging``.
+        It works by file descriptor, because native code and child processes of the engine bypass
+        ``sys.stdout`` and ``logging``.
         """
         if _debugging():
             yield
@@ -70,9 +70,9 @@ class EngineLog:
 
 
 def import_vllm() -> Any:
-    """Imports vLLM with the environment that it reads meanwhile. What the user has set stays.
+    """Imports vLLM with the environment variables that it reads. The user's values are kept.
 
-    Raises UserError where this build of vLLM has no device to run on.
+    Raises UserError if this build of vLLM has no device to run on.
     """
     if not _debugging():
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -99,9 +99,7 @@ def import_vllm() -> Any:
 
 @contextlib.contextmanager
 def torch_threads_kept() -> Iterator[None]:
-    """vLLM's CPU worker replaces ``torch.set_num_threads`` for the whole process; this puts it
-    back.
-    """
+    """A context that restores ``torch.set_num_threads``, which vLLM's CPU worker replaces."""
     import torch
 
     original = torch.set_num_threads
@@ -112,7 +110,7 @@ def torch_threads_kept() -> Iterator[None]:
 
 
 def eager(*, on_cpu: bool) -> contextlib.AbstractContextManager[Any]:
-    """Without a C++ compiler, what vLLM's CPU build would compile runs as it is, 9 % slower.
+    """Without a C++ compiler, the compiled code of vLLM's CPU build runs uncompiled, 9 % slower.
 
     It counts ranks.
     """
@@ -126,7 +124,7 @@ def eager(*, on_cpu: bool) -> contextlib.AbstractContextManager[Any]:
 def is_engine_failure(error: Exception) -> bool:
     """Whether the engine has failed at its work.
 
-    A call that a version does not know (a TypeError, say) is another matter.
+    A call that a version of vLLM does not have (for example a TypeError) is not such a failure.
     """
     return type(error).__name__ == "EngineDeadError" or isinstance(
         error, RuntimeError | OSError | MemoryError | AssertionError
@@ -136,8 +134,8 @@ def is_engine_failure(error: Exception) -> bool:
 def explain(error: Exception, engine_log: IO[bytes], harmless: int = 0) -> str:
     """The innermost message of an engine's failure, in one line.
 
-    In-process engines raise the cause itself. Engines in other processes leave it in what they
-    printed, behind the first ``harmless`` bytes.
+    In-process engines raise the cause itself. Engines in other processes print it, after the first
+    ``harmless`` bytes of their output.
     """
     message = str(error)
     if isinstance(error, ValidationError):
@@ -145,11 +143,10 @@ def explain(error: Exception, engine_log: IO[bytes], harmless: int = 0) -> str:
         message = ": ".join([*map(str, first["loc"]), first["msg"].removeprefix("Value error, ")])
     if "root cause" in message or "check the logs" in message:
         engine_log.flush()
-        # The engine's processes write on at the file's one offset, so it stays where it is.
+        # The engine's processes share the file's offset, so it must not move.
         size = os.fstat(engine_log.fileno()).st_size
         printed = os.pread(engine_log.fileno(), size - harmless, harmless).decode(errors="replace")
-        # The first error is the cause; the rest is other processes noticing, or naming the process
-        # it came from.
+        # The first error is the cause. Later ones come from other processes that notice it.
         causes = re.findall(r"\b(?:\w+\.)*\w*Error: .+", printed)
         message = next((cause for cause in causes if "raised in subprocess" not in cause), message)
     lines = [line.strip() for line in message.splitlines() if line.strip()]

@@ -1,14 +1,14 @@
-"""The ways by which prompt logprobs leave vLLM, and from each to the same arrays.
+"""The routes by which prompt logprobs leave vLLM, and their conversion to the same arrays.
 
-vLLM's engine hands the prompt logprobs of a request to its front end as tensors, which the front
-end then turns into Python objects, one per entry; on a GPU that costs more than the model does.
+vLLM's engine passes the prompt logprobs of a request to its front end as tensors. The front end
+then converts them to Python objects, one per entry. On a GPU this costs more than the model.
 
-raw    ``LogprobsProcessor``, a private class of the front end, is told to keep the arrays of our requests as they come.
-flat   the public ``SamplingParams(flat_logprobs=True)``: Python lists, the least wasteful of what vLLM offers.
-stock a dict of ids and ``Logprob`` objects per token, vLLM's default. It merges equal ids, so it
-cannot carry draws.
+raw    ``LogprobsProcessor``, a private class of the front end, keeps the arrays of our requests.
+flat   the public ``SamplingParams(flat_logprobs=True)``: Python lists, vLLM's most efficient form.
+stock  a dict of ids and ``Logprob`` objects per token, vLLM's default. It merges equal ids, so it
+       cannot carry draws.
 
-All give the same numbers; what is slow about them is done where ``convert`` is called.
+All give the same numbers. The slow part of the work is done by ``convert``.
 """
 
 from __future__ import annotations
@@ -28,41 +28,40 @@ Route = Literal["raw", "flat", "stock"]
 RAW = "logitcask_raw"
 BESIDE = "logitcask_beside"
 
-# About what an entry takes in memory while it waits to be converted, in bytes.
+# Approximate bytes of memory of an entry that waits for its conversion.
 ENTRY_BYTES: dict[Route, int] = {"raw": 8, "flat": 100, "stock": 200}
 
 
 def sampling(route: Route, beside: Route | None = None) -> dict[str, Any]:
     """Arguments of ``SamplingParams`` by which a request takes ``route``.
 
-    beside: a public route; what comes by ``raw`` then has it in its attribute ``public``.
+    beside: a public route; results of ``raw`` then have its form in their attribute ``public``.
     """
     extra_args = {RAW: True, BESIDE: beside is not None} if route == "raw" else None
     return {"flat_logprobs": (beside or route) != "stock", "extra_args": extra_args}
 
 
 def capturing(route: Route) -> contextlib.AbstractContextManager[None]:
-    """To be entered while requests by ``route`` are added and the engine steps."""
+    """A context for adding requests of ``route`` and for steps of the engine."""
     return raw_capture() if route == "raw" else contextlib.nullcontext()
 
 
 def convert(route: Route, answer: Any, columns: int) -> Rows:
-    """What vLLM returned as the prompt logprobs of a request, as arrays.
+    """vLLM's prompt logprobs of a request, as arrays.
 
-    Raises TypeError, ValueError or AttributeError where it is not what this route should give.
+    Raises TypeError, ValueError or AttributeError if they do not have the form of this route.
     """
     return {"raw": _from_arrays, "flat": _from_flat, "stock": _from_dicts}[route](answer, columns)
 
 
 class _Captured(list[Any]):
-    """Stands where vLLM keeps a request's prompt logprobs: a list, as there, but of (ids, logprobs,
-    ranks) arrays.
+    """Replaces vLLM's list of a request's prompt logprobs: a list of (ids, logprobs, ranks) arrays.
 
-    Being a list, it takes whatever another vLLM may append, to be refused once the request is
-    finished: an exception inside the engine's loop would leave it waiting for ever for a request
-    that it has lost.
+    Because it is a list, another version of vLLM may append anything to it, which is refused after
+    the request is finished. An exception inside the engine's loop would make the engine wait
+    forever for a lost request.
 
-    public: what vLLM makes of the same arrays, where the request asks for that too.
+    public: vLLM's own form of the same arrays, if the request asks for it.
     """
 
     public: Any = None
@@ -70,15 +69,14 @@ class _Captured(list[Any]):
 
 @contextlib.contextmanager
 def raw_capture() -> Iterator[None]:
-    """While this is entered, requests with ``extra_args[RAW]`` keep their prompt logprobs as
-    arrays.
+    """A context in which requests with ``extra_args[RAW]`` keep their prompt logprobs as arrays.
 
-    Raises AttributeError where vLLM no longer has the two methods of ``LogprobsProcessor`` this
-    stands on.
+    Raises AttributeError if vLLM no longer has the two methods of ``LogprobsProcessor`` that this
+    replaces.
     """
     from vllm.v1.engine.logprobs import LogprobsProcessor
 
-    # The descriptors themselves, so that leaving puts back exactly what was there.
+    # The descriptors themselves, so that leaving restores exactly the old state.
     originals = {
         name: inspect.getattr_static(LogprobsProcessor, name)
         for name in ("from_new_request", "_update_prompt_logprobs")
@@ -102,12 +100,12 @@ def raw_capture() -> Iterator[None]:
             return
         try:
             if captured.public is not None:
-                # vLLM appends to what it finds there, or puts something else in its place.
+                # vLLM appends to this list, or replaces it.
                 self.prompt_logprobs = captured.public
                 update(self, tensors)
                 captured.public = self.prompt_logprobs
-            # Copies: the originals lie in the transport's receive buffer, which they would keep
-            # alive.
+            # Copies: the originals are in the transport's receive buffer, which they would keep in
+            # memory.
             ids = tensors.logprob_token_ids.numpy().astype(np.int32)
             logprobs = tensors.logprobs.numpy().astype(np.float32)
             ranks = tensors.selected_token_ranks.numpy().astype(np.int64)
@@ -137,7 +135,7 @@ def _from_arrays(captured: Any, columns: int) -> Rows:
 
 
 def _from_flat(flat: Any, columns: int) -> Rows:
-    # Row 0 stands for the first token, which nothing predicts, and is empty; all others have 1 +
+    # Row 0 belongs to the first token, which has no prediction, and is empty. All others have 1 +
     # columns entries.
     ids = np.array(flat.token_ids, dtype=np.int32).reshape(-1, columns + 1)
     logprobs = np.array(flat.logprobs, dtype=np.float32).reshape(-1, columns + 1)
@@ -146,12 +144,12 @@ def _from_flat(flat: Any, columns: int) -> Rows:
 
 
 def _from_dicts(dicts: Any, columns: int) -> Rows:
-    """The target comes first in a dict, or has given its place to the equal id among the most
-    probable ones.
+    """Arrays from dicts. The target is the first key of a dict, unless the same id among the most
+    probable ones has replaced it.
 
-    Then its rank is lost too: it is told from the others' logprobs, as vLLM counts it.
+    Its rank is then lost, too, and is computed from the others' logprobs, as vLLM counts it.
     """
-    # Entry 0 stands for the first token, which nothing predicts, and is None.
+    # Entry 0 belongs to the first token, which has no prediction, and is None.
     rows = [list(each.items()) for each in dicts[1:]]
     ids = np.empty((len(rows), columns + 1), np.int32)
     logprobs = np.empty((len(rows), columns + 1), np.float32)

@@ -1,8 +1,8 @@
-"""The checks of a vLLM engine that has started: are its draws right, which route works?
+"""The checks of a started vLLM engine: the draws and the routes.
 
-Draws are compared with whole distributions, the private route with a public one, on short prompts
-at every start: a version of vLLM that has changed what either relies on is found before anything is
-stored.
+At every start, short prompts are scored. Draws are compared with whole distributions, and the
+private route with a public one. If a version of vLLM has changed its internals, this is found
+before anything is stored.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from logitcask.pipeline.types import Scored
 logger = logging.getLogger(__name__)
 
 _AT_START = "for a first prompt"
-# Nats by which two runs of an engine may differ, whatever they do; and how often draws are asked
-# for that seem wrong.
+# Nats by which two runs of an engine may always differ; and the number of attempts if draws seem
+# wrong.
 _TOLERANCE = 1e-3
 _ATTEMPTS = 3
 
@@ -36,7 +36,7 @@ class SelfCheck:
     """The checks of one engine, for texts of up to ``max_length`` tokens.
 
     stream:  scores prompts: (prompts, columns, route, beside) to each one's length and logprobs.
-    request: what the teacher asks of every position.
+    request: the teacher's request per position.
     version: vLLM's.
     """
 
@@ -47,14 +47,14 @@ class SelfCheck:
     version: str
 
     def check_draws(self) -> None:
-        """Compares the draws of a short prompt, if any are asked for, with whole distributions.
+        """Compares the draws of a short prompt, if draws are requested, with whole distributions.
 
         Engines differ from run to run, some by much more than rounding (mixtures of experts,
-        weights of 4 bits). So whole distributions are asked for twice, and twice what they differ
-        by is no fault of the draws. A fault of them is found every time; where there seems to be
-        one, all is asked for again.
+        weights of 4 bits). Whole distributions are therefore computed twice, and twice their
+        difference is the tolerance. A real error occurs every time, so if there seems to be one,
+        the check is repeated.
 
-        Raises UserError where they are not what ``logitcask.pipeline.distribution.draws`` gives.
+        Raises UserError if they differ from ``logitcask.pipeline.distribution.draws``.
         """
         if not self.request.capture.samples:
             return
@@ -78,9 +78,7 @@ class SelfCheck:
         )
 
     def dense(self, prompt: list[int]) -> NDArray[np.float32]:
-        """float32[n-1, V]: the whole distributions of a prompt. Raises UserError where they are
-        NaN.
-        """
+        """float32[n-1, V]: the whole distributions of a prompt. Raises UserError for NaN."""
         ((ids, logprobs, _),) = self._rows([prompt], self.vocab_size, "flat")
         dense = np.empty((len(ids), self.vocab_size), np.float32)
         np.put_along_axis(dense, ids[:, 1:].astype(np.int64), logprobs[:, 1:], axis=1)
@@ -91,9 +89,9 @@ class SelfCheck:
     def choose_route(self, asked: Literal["auto"] | Route) -> Route:
         """The route ``asked`` for, checked on two short prompts.
 
-        Every entry of what ``raw`` and a public route make of the same answer is compared.
+        Every entry of ``raw`` is compared with a public route's entry for the same result.
 
-        Raises UserError where the route that is asked for does not work.
+        Raises UserError if the requested route does not work.
         """
         public: Route = "stock" if asked == "stock" else "flat"
         reason = self._fails(public)
@@ -124,9 +122,9 @@ class SelfCheck:
         return public
 
     def _fails(self, route: Route, beside: Route | None = None) -> str | None:
-        """Why ``route`` does not work; None where it does.
+        """The reason why ``route`` does not work; None if it works.
 
-        beside: another route, which is to make the same of each answer.
+        beside: another route, which must give the same for each result.
         """
         columns, request = self.request.columns, self.request
         prompts = [
@@ -149,7 +147,7 @@ class SelfCheck:
         return None
 
     def _rows(self, prompts: list[list[int]], columns: int, route: Route) -> list[Rows]:
-        """What vLLM says of each prompt, asked for so many prompt logprobs."""
+        """vLLM's rows of each prompt, with so many prompt logprobs."""
         return [
             convert(route, output, columns) for _, output in self.stream(prompts, columns, route)
         ]
@@ -173,9 +171,9 @@ def _spread(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
 def _wrong_draws(
     rows: Rows, dense: NDArray[np.float32], request: ColumnRequest, tolerance: float
 ) -> str | None:
-    """What is wrong with the draws in ``rows``; None for nothing.
+    """The error in the draws of ``rows``; None if they are right.
 
-    dense:     float32[n-1, V], the whole distributions as another run gave them.
+    dense:     float32[n-1, V], the whole distributions from another run.
     tolerance: nats by which two runs may differ.
     """
     ids, logprobs, _ = rows
@@ -183,8 +181,7 @@ def _wrong_draws(
     draws = drawn(ids, logprobs, request)
     if (draws.head_size > request.capture.top_k).all():
         return "the engine answers without draws (it loads them as a plugin; is VLLM_PLUGINS set?)"
-    # Sizes and keys follow from what this run said to the last bit, which a second run need not
-    # repeat.
+    # Sizes and keys depend on the last bits of this run, which a second run may not repeat.
     exact = dense.copy()
     np.put_along_axis(
         exact, ids[:, : 1 + request.top].astype(np.int64), logprobs[:, : 1 + request.top], axis=1

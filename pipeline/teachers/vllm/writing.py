@@ -1,6 +1,4 @@
-"""How a vLLM engine writes answers: prompts go in as fast as others are finished, and the ids
-that were sampled come out.
-"""
+"""Answers of a vLLM engine: it gets prompts as others finish, and returns the sampled ids."""
 
 from __future__ import annotations
 
@@ -13,24 +11,23 @@ from numpy.typing import NDArray
 
 from logitcask.pipeline.teachers.base import Prompt, Sampling
 
-# Answers in the engine or waiting for those before them, as multiples of what the engine works on
-# at a time.
+# Answers in the engine or waiting for earlier ones, as a multiple of the engine's batch.
 _AHEAD = 4
 
 
 def engine_arguments(
     sampling: Sampling | None, *, on_cpu: bool, step_tokens: int
 ) -> dict[str, Any]:
-    """What ``vllm.LLM`` must be started with to write by ``sampling``; ``step_tokens`` hold the
-    longest sequence.
+    """Arguments of ``vllm.LLM`` for writing with ``sampling``; ``step_tokens`` is at least the
+    length of the longest sequence.
     """
     if sampling is None:
         return {}
-    # Stop strings are looked for in text, by the engine.
+    # The engine searches stop strings in text.
     arguments: dict[str, Any] = {"skip_tokenizer_init": not sampling.stop}
     if on_cpu:
-        # A seeded request whose prompt is read in several steps fails there: torch's CPU generators
-        # know no offset.
+        # On a CPU, a seeded request whose prompt is read in several steps fails: torch's CPU
+        # generators have no offset.
         arguments |= {"enable_chunked_prefill": False, "max_num_batched_tokens": step_tokens}
     return arguments
 
@@ -43,11 +40,11 @@ def write(
     step: Callable[[], Iterable[Any]],
 ) -> Iterator[NDArray[np.int32]]:
     """One answer per prompt, int32[m], in order. ``params`` is ``vllm.SamplingParams``; ``step``
-    makes the engine work.
+    runs a step of the engine.
 
-    The engine is given prompts as it finishes others, so it never runs dry waiting for a longest
-    answer. Each request has its own seed: the same answer comes in any batch, unless rounding turns
-    a near tie.
+    The engine gets a prompt whenever it finishes another, so it never waits for the longest answer
+    of a group. Each request has its own seed, so an answer is the same in any batch, unless
+    rounding changes a near tie.
     """
     ahead = _AHEAD * engine.vllm_config.scheduler_config.max_num_seqs
     prompts = iter(prompts)
