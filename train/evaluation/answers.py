@@ -4,28 +4,19 @@ Teacher-forced metrics predict one token at a time. Here the student continues i
 prompt consists of the tokens before the first kept token of a held-out sequence, and the reference
 of the kept tokens after it: the teacher's own answer if the cache was made with ``data.generate``.
 Documents have no such border, so their first tokens are the prompt.
-
-Rouge-L counts words. rouge_score's own tokenizer finds only words of ``a-z`` and ``0-9``, so two
-equal answers in Chinese or Arabic score 0. ``Words`` finds the same words in English text, and also
-those of every other script.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
-import regex
 import torch
-from nltk.stem.porter import PorterStemmer
 from numpy.typing import NDArray
-from rouge_score.rouge_scorer import RougeScorer
-from rouge_score.tokenizers import Tokenizer
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -38,46 +29,12 @@ log = logging.getLogger(__name__)
 _BATCH = 8
 # If a prompt is shorter than this number of tokens, the sequence counts as a document.
 _LEAST_PROMPT = 4
-_UNSPACED = (
-    r"\p{scx=Hani}\p{scx=Hira}\p{scx=Kana}\p{scx=Bopo}\p{scx=Yiii}\p{scx=Thai}\p{scx=Laoo}\p{scx=Khmr}\p{scx=Mymr}"
-    r"\p{scx=Lana}\p{scx=Tale}\p{scx=Talu}\p{scx=Tavt}\p{scx=Java}\p{scx=Bali}"
-)
-"""Scripts whose words are not set apart, by Unicode's Script_Extensions."""
-_LETTER = r"[\p{L}\p{N}]"
-# One letter of these scripts with its marks; in other scripts a run of letters, digits and marks,
-# which may contain joiners (Persian, Hindi).
-_WORD = regex.compile(
-    rf"[{_LETTER}&&[{_UNSPACED}]]\p{{M}}*|"
-    rf"[{_LETTER}--[{_UNSPACED}]][[\p{{L}}\p{{N}}\p{{M}}\u200c\u200d]--[{_UNSPACED}]]*",
-    regex.V1,
-)
-
-
-class Words(Tokenizer):  # type: ignore[misc]
-    """Words of any script, in lower case, with compatible characters (full width, ligatures) in
-    their plain forms.
-
-    Scripts without spaces between words (Han, kana, Thai, Lao, Khmer, Burmese and similar ones)
-    give one word per character. Words of ASCII letters are stemmed as in rouge_score, so ASCII text
-    has the same words as there.
-    """
-
-    def __init__(self) -> None:
-        self._stemmer = PorterStemmer()
-
-    def tokenize(self, text: str) -> list[str]:
-        """The words, in order; empty without letters and digits."""
-        words = _WORD.findall(unicodedata.normalize("NFKC", text).lower())
-        return [
-            self._stemmer.stem(word) if len(word) > 3 and word.isascii() else word for word in words
-        ]
 
 
 class Answer(NamedTuple):
     """prompt, reference, student: text.
 
-    rouge_l: F1 of the longest common subsequence of ``Words``, 0 to 1; None for a reference without
-    words.
+    rouge_l: as of ``logitcask.train.evaluation.rouge.RougeL``.
     """
 
     prompt: str
@@ -97,6 +54,9 @@ def answers(
     Sequences without a prompt and prompts that fill the student's context are left out. No answer
     exceeds the context.
     """
+    # nltk and scipy take seconds to load, and most runs compare no answers.
+    from logitcask.train.evaluation.rouge import RougeL
+
     context = getattr(student.config.get_text_config(), "max_position_embeddings", None) or math.inf
     pairs = [
         pair
@@ -104,8 +64,7 @@ def answers(
         if pair
     ]
     pairs = [(prompt, reference) for prompt, reference in pairs if len(prompt) < context]
-    words = Words()
-    scorer = RougeScorer(["rougeL"], tokenizer=words)
+    rouge_l = RougeL()
     found: dict[int, Answer] = {}
     # Prompts of similar length share a batch, for less padding.
     order = sorted(range(len(pairs)), key=lambda index: len(pairs[index][0]))
@@ -121,11 +80,7 @@ def answers(
                 tokenizer.decode(part.tolist(), skip_special_tokens=True) for part in pairs[index]
             )
             text = tokenizer.decode(ids, skip_special_tokens=True)
-            score = (
-                scorer.score(reference, text)["rougeL"].fmeasure
-                if words.tokenize(reference)
-                else None
-            )
+            score = rouge_l(reference, text)
             found[index] = Answer(prompt.strip(), reference.strip(), text.strip(), score)
     return [found[index] for index in sorted(found)]
 
