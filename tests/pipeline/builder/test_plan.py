@@ -49,6 +49,15 @@ def test_shards_hold_as_many_whole_sequences_as_fit(tmp_path, sequences):
     assert digest == expected.hexdigest()
 
 
+@pytest.mark.parametrize(("last", "shards"), [(40, [2]), (41, [1, 1])])
+def test_a_shard_is_full_to_the_last_token(tmp_path, last, shards):
+    given = [
+        Sequence(f"{n}", np.zeros(n, np.int32), np.arange(n, dtype=np.int32) > 0)
+        for n in (60, last)
+    ]
+    assert [each.sequences for each in write_sequences(tmp_path, given, 100)[0]] == shards
+
+
 def test_a_sequence_longer_than_a_shard_is_one(tmp_path, sequences):
     shards, _ = write_sequences(tmp_path, sequences(3, longest=30), 1)
     assert [shard.sequences for shard in shards] == [1, 1, 1]

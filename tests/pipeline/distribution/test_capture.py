@@ -52,6 +52,11 @@ def test_a_threshold_is_compared_as_the_engine_compares_it() -> None:
     assert head_sizes(row, Capture(3, min_probability=0.1)).tolist() == [2]
 
 
+def test_a_head_ends_with_the_entry_at_which_its_mass_reaches_top_p() -> None:
+    row = np.array([[0.0, -50.0, -60.0]], np.float32)
+    assert head_sizes(row, Capture(3, top_p=1.0)).tolist() == [1]
+
+
 def test_no_heads_for_draws_alone() -> None:
     for capture in (Capture(0, top_p=0.5, min_probability=0.1), Capture(0, min_k=8)):
         assert head_sizes(np.empty((3, 0), np.float32), capture).tolist() == [0, 0, 0]
