@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from logitcask.pipeline.builder import lazy_teacher
+from logitcask.pipeline.builder.inputs import Inputs
 from logitcask.pipeline.builder.lazy_teacher import LazyTeacher
 from logitcask.pipeline.config import BuildConfig
 from logitcask.pipeline.teachers.base import Sampling
@@ -32,8 +33,8 @@ class Engine:
 def started(monkeypatch):
     engines = []
 
-    def open_teacher(config, **asked):
-        engines.append(Engine(config=config, **asked))
+    def open_teacher(config, model, **asked):
+        engines.append(Engine(config=config, model=model, **asked))
         return engines[-1]
 
     monkeypatch.setattr(lazy_teacher, "open_teacher", open_teacher)
@@ -41,18 +42,19 @@ def started(monkeypatch):
 
 
 def test_nothing_starts_unless_it_is_needed(started, tmp_path):
-    with LazyTeacher(CONFIG, tmp_path):
+    with LazyTeacher(CONFIG, Inputs(CONFIG), tmp_path):
         pass
     assert started == []
 
 
 def test_what_wrote_also_scores(started, tmp_path):
     sampling = Sampling(temperature=1.0, top_p=1.0, end_tokens=(2,))
-    with LazyTeacher(CONFIG, tmp_path) as teacher:
+    with LazyTeacher(CONFIG, Inputs(CONFIG), tmp_path) as teacher:
         assert teacher.start(sampling) is teacher.start() is started[0]
     (engine,) = started
     assert engine.asked == {
         "config": CONFIG.teacher,
+        "model": None,
         "max_length": 77,
         "capture": CONFIG.store.capture(),
         "sampling": sampling,
@@ -62,7 +64,7 @@ def test_what_wrote_also_scores(started, tmp_path):
 
 
 def test_it_is_freed_early_for_others_and_when_the_build_fails(started, tmp_path):
-    with pytest.raises(ZeroDivisionError), LazyTeacher(CONFIG, tmp_path) as teacher:
+    with pytest.raises(ZeroDivisionError), LazyTeacher(CONFIG, Inputs(CONFIG), tmp_path) as teacher:
         teacher.start()
         teacher.close()
         assert started[0].closed == 1

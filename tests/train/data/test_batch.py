@@ -43,12 +43,12 @@ def test_every_position_has_its_token_and_its_teacher(write_cache, kind):
                 assert teacher.entropy[at] == sequence.entropy[i]
             if sequence.samples is not None:
                 drawn = sequence.samples.ids[i].ravel()
-                assert sorted(teacher.samples[at].tolist()) == sorted(
-                    drawn.tolist() + [-1] * (teacher.samples.shape[1] - len(drawn))
+                assert sorted(teacher.draws.ids[at].tolist()) == sorted(
+                    drawn.tolist() + [-1] * (teacher.draws.ids.shape[1] - len(drawn))
                 )
             at += 1
     assert at == len(teacher) == len(batch["kept"])
-    assert (teacher.samples is None) == (cache.manifest.store.tail_samples == 0)
+    assert (teacher.draws is None) == (cache.manifest.store.tail_samples == 0)
     assert (teacher.entropy is None) == (not cache.manifest.store.entropy)
 
 

@@ -12,7 +12,7 @@ from logitcask.train.data.mixture import Collator, Drawn, Mixture
 from logitcask.train.head.lm_head import LogitsHead
 from logitcask.train.loop.batch_loss import BatchLoss, chosen_positions
 from logitcask.train.loop.objective import Objective
-from logitcask.train.losses import LOSSES, SparseTeacher
+from logitcask.train.losses import LOSSES, SparseTeacher, TailDraws
 
 pytestmark = pytest.mark.random
 
@@ -68,6 +68,8 @@ def terms(logits, batch, store=lambda name: True):
         for name in ("ids", "logprobs", "tail_logprob", "target_logprob", "samples", "entropy")
         if f"teacher_{name}" in batch and store(name)
     }
+    if "samples" in fields:
+        fields["draws"] = TailDraws(fields.pop("samples"))
     teacher = SparseTeacher(**fields, target_ids=batch["labels"], vocab_size=VOCAB)
     ce = torch.nn.functional.cross_entropy(logits, batch["labels"], reduction="none")
     return LOSSES["forward_kl"](logits, teacher), ce
