@@ -11,8 +11,8 @@ HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev
 ENGINE := $(if $(HAS_GPU),teacher,teacher-cpu)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-# Modules of tests side by side, one more than there are cores, since some wait for other processes;
-# one after the other if they would share a GPU.
+# Modules of tests side by side: one more than there are cores, since some wait for other processes,
+# but at most 4; one after the other if they would share a GPU.
 WORKERS ?= $(if $(HAS_GPU),0,$(shell cores=$$(nproc 2>/dev/null || echo 2); echo $$((cores < 4 ? cores + 1 : 4))))
 SIDE_BY_SIDE = --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 SHUFFLED = $(if $(ORDER),--random-order-bucket=module --random-order-seed=$(ORDER))

@@ -35,7 +35,7 @@ def is_main() -> bool:
 
 
 def on_main(work: Callable[[], T]) -> T:
-    """Calls ``work`` in the main process only. All processes return its result or its error."""
+    """Calls ``work`` in the main process only. All return its result or raise its error."""
     if processes()[1] == 1:
         return work()
     outcome: list[Any] = [None]

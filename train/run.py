@@ -189,6 +189,8 @@ def _prepare(
     data, held_out = open_data(config, caches, data_seed, rows_of(student))
     for source in data.sources:
         compat.check_vocabulary(source)
+    if config.evaluation.answers:
+        import logitcask.train.evaluation.rouge  # noqa: F401  a missing package is said now
     objective, tail, exactness = try_objective(config, held_out)
     optimizer = check_optimizer(arguments, student)
     # Before the trainer tries the student, because flash attention needs its GPU.

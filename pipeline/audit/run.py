@@ -3,7 +3,8 @@
 A cache differs from the teacher in three ways, and each has its own figures:
 
 engine      the engine's values differ from those of transformers in float32 with the same weights;
-truncation  the cache holds only a head, and the mass of the rest; codec       both are rounded.
+truncation  the cache holds only a head, and the mass of the rest;
+codec       both are rounded.
 
 ``sample`` chooses the positions, ``reference`` scores them again, ``figures`` compares, and
 ``diagnosis`` searches for the cause of an engine difference. The result is a ``result.Audit``.

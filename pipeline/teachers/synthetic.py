@@ -44,7 +44,7 @@ _MULTIPLIERS = 64
 
 
 class SyntheticTeacher:
-    """A teacher whose distributions depend only on two tokens, ``seed`` and ``vocab_size``."""
+    """A teacher whose distributions depend on the last two tokens, ``seed`` and ``vocab_size``."""
 
     def __init__(
         self, config: TeacherConfig, capture: Capture, sampling: Sampling | None = None

@@ -27,8 +27,8 @@ def row_of(sequence_id: str, data: DataIdentity) -> str:
     prompt have the same row.
 
     The ids of such sequences are ``row/number``. For answers this is always so. Pieces are
-    recognised by their rows, whose ids are ``split/number`` or end in ``#number``. If the data has
-    ids of its own, each piece counts as a row.
+    recognised by their rows, whose ids are ``split/number`` or end in ``#number``. With other ids
+    each piece counts as a row.
     """
     if data.mask_policy == "generated":
         return sequence_id.rpartition("/")[0]

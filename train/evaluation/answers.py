@@ -49,7 +49,7 @@ def answers(
     data: HeldOut,
     settings: AnswersConfig,
 ) -> list[Answer]:
-    """The student's greedy answers to the first ``settings.sequences`` prompts.
+    """The student's greedy answers to the prompts of the first ``settings.sequences`` sequences.
 
     Sequences without a prompt and prompts that fill the student's context are left out. No answer
     exceeds the context.

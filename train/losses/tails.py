@@ -3,8 +3,8 @@
 A divergence is written once, as a sum over cells. Each cell has a log-probability of the teacher
 and one of the student. There are four choices of cells:
 
-samples       the head's ids; draws from the tail estimate the sum over the rest without bias ghost
-the head's ids, and the tail as one more cell: a lower bound of any f-divergence
+samples       the head's ids; draws from the tail estimate the sum over the rest without bias
+ghost         the head's ids, and the tail as one more cell: a lower bound of any f-divergence
               (data processing inequality)
 prior         every id, with the tail distributed by the cache's prior: exact for this
               reconstruction

@@ -25,7 +25,9 @@ class TeacherMetrics(TypedDict):
 
 
 class RougeL(TypedDict):
-    """Mean Rouge-L of the student's answers with the cached ones; None if no answer has words."""
+    """Mean Rouge-L of the student's answers with the cached ones; None if no cached answer has
+    words.
+    """
 
     before: float | None
     after: float | None

@@ -121,6 +121,7 @@ def test_references_without_words_are_left_out(tiny, caplog) -> None:
     assert mean_rouge_l([none]) is None
 
 
+@pytest.mark.usefixtures("printed_figures")
 def test_a_report_without_rouge_l(tmp_path) -> None:
     from logitcask.train.cli import summary
     from logitcask.train.output.report import write_report
@@ -156,4 +157,6 @@ def test_a_report_without_rouge_l(tmp_path) -> None:
     write_report(
         tmp_path / "report.html", metrics, [], [], [Answer("p", "?!", "x", None)._asdict()]
     )
-    assert "No Rouge-L" in (tmp_path / "report.html").read_text()
+    page = (tmp_path / "report.html").read_text()
+    assert "No Rouge-L" in page
+    assert page.count("<svg") == 2

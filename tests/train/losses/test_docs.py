@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from logitcask.train.losses import LOSSES, SPECS
-from logitcask.train.losses.__main__ import markdown
+from logitcask.train.losses.__main__ import _ORDER, markdown
 
 DOCS = Path(__file__).parents[3] / "docs" / "losses.md"
 
@@ -19,6 +19,11 @@ def test_the_tables_are_in_sync() -> None:
     assert shown.strip() == markdown().strip(), (
         "run python -m logitcask.train.losses and put its output into docs/losses.md"
     )
+
+
+def test_the_order_names_modules_of_losses() -> None:
+    modules = {loss.__module__.rpartition(".")[2] for loss in LOSSES.values()}
+    assert set(_ORDER) <= modules
 
 
 def test_docstrings_agree_with_the_metadata() -> None:

@@ -47,6 +47,7 @@ def test_a_folder_is_one_processs_at_a_time(tmp_path):
     [
         (OSError(errno.ENOSPC, "No space left on device", "f"), "cannot write to f: No space left"),
         (OSError(errno.EACCES, "Permission denied"), "cannot write to .*run: Permission denied"),
+        (OSError(errno.ENOENT, "No such file"), "cannot write to .*run: No such file"),
         (SafetensorError("I/O error: No space left on device"), "no space left for"),
         (RuntimeError("[enforce fail] . failed writing file data/0"), "no space left for"),
     ],
