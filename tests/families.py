@@ -45,8 +45,9 @@ _OWN_HEAD_SIZE: dict[str, Any] = {"head_dim": None}
 _EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
 _LATENT = {
     "q_lora_rank": 32,
-    "kv_lora_rank": 16,
-    "qk_rope_head_dim": 16,
+    # vLLM's CPU kernel has one size, the real model's: 512 + 64.
+    "kv_lora_rank": 512,
+    "qk_rope_head_dim": 64,
     "qk_nope_head_dim": 16,
     "v_head_dim": 32,
 }
@@ -80,6 +81,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], str]] = {
             "n_group": 2,
             "topk_group": 2,
             "first_k_dense_replace": 1,
+            # As in the config of the real model, which vLLM reads and transformers does not.
+            "topk_method": "noaux_tc",
             **_EXPERTS,
             **_LATENT,
         },
