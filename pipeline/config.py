@@ -1,6 +1,4 @@
-"""The build config: one YAML file describes a cache. Every field has its reason here; unknown
-keys are errors.
-"""
+"""The build config: one YAML file describes a cache. Unknown keys are errors."""
 
 from __future__ import annotations
 
@@ -19,7 +17,7 @@ from logitcask.cache_format.schema import MAX_DRAWS
 from logitcask.cache_format.share.remote_writer import work_folder
 from logitcask.pipeline.distribution.capture import Capture
 
-# Names that transformers gives a meaning of its own when it renders a chat.
+# Arguments that transformers itself uses when it renders a chat.
 _NOT_ARGUMENTS = {
     *(
         "conversation",
@@ -41,7 +39,7 @@ _NOT_ARGUMENTS = {
     *("tokenizer_kwargs", "sanitize_control_tokens", "strftime_now", "logitcask_date"),
 }
 
-# A name or an IPv4 address, no part of it empty.
+# A name or an IPv4 address without empty parts.
 _HOST = re.compile(r"[\w~-]+(\.[\w~-]+)*\.?")
 
 
@@ -52,33 +50,39 @@ class _Config(BaseModel):
 class ServerConfig(_Config):
     """The server of `backend: server`."""
 
-    url: str = Field(description="Where it listens: `http://HOST:PORT`.")
+    url: str = Field(description="Address of the server: `http://HOST:PORT`.")
     model: str | None = Field(
         None,
-        description="Its name of teacher.model (`--served-model-name`). Default: the one that is called the same.",
+        description="The server's name for teacher.model (`--served-model-name`). Default: the "
+        "served model with the name of teacher.model, or with the last part of its path.",
     )
     concurrency: int = Field(
-        32, ge=1, le=1024, description="Requests with the server at a time, one sequence each."
+        32, ge=1, le=1024, description="Simultaneous requests, one sequence each."
     )
     timeout: float = Field(
-        300, gt=0, description="Seconds for one answer, its time in the server's queue included."
+        300, gt=0, description="Seconds for one answer, including its time in the server's queue."
     )
     patience: float = Field(
-        900, ge=0, description="Seconds without an answer, or with errors only, until giving up."
+        900,
+        ge=0,
+        description="Seconds without any success (no answer, or only errors) after which the "
+        "build stops.",
     )
     api_key_env: str | None = Field(
-        None, description="Environment variable with the server's API key."
+        None, description="Name of the environment variable with the server's API key."
     )
     compare: Literal["auto", "always", "never"] = Field(
         "auto",
-        description="Compare what it says of a probe with the weights of teacher.model, by transformers on this "
-        "machine's CPU; auto: where they are here and take at most 2 GiB.",
+        description="Whether the server's scores of a probe text are compared with those of "
+        "transformers, which runs the weights of teacher.model on this machine's CPU. auto: if "
+        "the weights are on this machine and take at most 2 GiB.",
     )
     tolerance: float | None = Field(
         None,
         gt=0,
-        description="Mean difference from those weights, nats. Default: 0.01 with teacher.dtype float32, else 0.3. The "
-        "server may differ from what it said before by half of it.",
+        description="Largest accepted mean difference of that comparison, in nats. Default: 0.01 "
+        "with teacher.dtype float32, else 0.3. From one start of a build to the next, the "
+        "server's own scores may change by half of it.",
     )
 
     @field_validator("url")
@@ -107,52 +111,55 @@ class ServerConfig(_Config):
 
 
 class TeacherConfig(_Config):
-    """Which model scores the text, and with what engine."""
+    """The model that scores the text, and its engine."""
 
     model: str = Field(
         min_length=1,
-        description="A built-in name (`smollm2-135m`, `synthetic`), a model folder, or a hub name.",
+        description="A built-in name (`smollm2-135m`, `synthetic`), a model folder, or a name on "
+        "the Hugging Face Hub.",
     )
     backend: Literal["vllm", "transformers", "synthetic", "server"] = Field(
         "vllm",
-        description="The engine; `server`: a vLLM server over HTTP. Where vLLM is not installed, `vllm` falls back to "
-        "`transformers` and says so.",
+        description="The engine that runs the model. `server`: a running vLLM server, over HTTP. "
+        "If vLLM is not installed, `vllm` falls back to `transformers` with a warning.",
     )
-    server: ServerConfig | None = Field(
-        None, description="With `backend: server`: where it is, and how it is asked."
-    )
+    server: ServerConfig | None = Field(None, description="The server, for `backend: server` only.")
     revision: str | None = Field(None, description="Branch, tag or commit of a hub model.")
     dtype: str = Field(
         "auto",
-        description="Weights and arithmetic: auto (float32 on a CPU), float32, bfloat16, float16. With a server: what it "
-        "was started with.",
+        description="Precision of the weights and of the arithmetic: auto (the engine's choice, "
+        "on a CPU float32), float32, bfloat16, float16. With a server: the precision that it was "
+        "started with.",
     )
     route: Literal["auto", "raw", "flat", "stock"] = Field(
         "auto",
-        description="How logprobs leave vLLM: `raw` keeps its arrays (self-checked at start-up), `flat` is the public way, "
-        "`stock` vLLM's default, slow and without draws. `auto`: the first that works, saying so if it is not `raw`.",
+        description="The form in which vLLM hands over logprobs. `raw`: its internal arrays, "
+        "checked at every start. `flat`: its public flat form. `stock`: its default form, which "
+        "is slow and cannot carry draws. `auto`: the first of these that works, with a warning if "
+        "it is not `raw`.",
     )
     tensor_parallel_size: int = Field(
         1,
         ge=1,
-        description="GPUs that share every layer. With `engine_args.pipeline_parallel_size` an engine has that many times as "
-        "many.",
+        description="Number of GPUs over which every layer is split. An engine takes this number "
+        "times `engine_args.pipeline_parallel_size`.",
     )
     batch_tokens: int | None = Field(
         None,
         ge=16,
-        description="Tokens per engine step; bounds memory, since a step holds tokens x vocabulary logits. "
-        "Default: 1024 on a CPU, 8192 on a GPU.",
+        description="Tokens per step of the engine. It limits memory, because a step holds tokens "
+        "x vocabulary logits. Default: 1024 on a CPU, 8192 on a GPU.",
     )
     engine_args: dict[str, object] = Field(
         default_factory=dict,
-        description="Passed to `vllm.LLM(...)` (or `from_pretrained(...)`) as they are. `trust_remote_code: true` also lets "
-        "the code of the model's config and tokenizer run, and is the only one that a server's teacher takes.",
+        description="Further arguments, passed unchanged to `vllm.LLM(...)` (or "
+        "`from_pretrained(...)`). `trust_remote_code: true` also allows the code of the model's "
+        "config and tokenizer to run. It is the only argument allowed with `backend: server`.",
     )
     vocab_size: int = Field(
-        49_152, ge=258, description="Synthetic teacher only: ids it can predict."
+        49_152, ge=258, description="Synthetic teacher only: number of ids that it can predict."
     )
-    seed: int = Field(0, ge=0, description="Synthetic teacher only: which distribution.")
+    seed: int = Field(0, ge=0, description="Synthetic teacher only: seed of its distributions.")
 
     @field_validator("model")
     @classmethod
@@ -161,12 +168,12 @@ class TeacherConfig(_Config):
 
     @property
     def trust_remote_code(self) -> bool:
-        """Whether code that comes with the model may run: ``engine_args.trust_remote_code``."""
+        """Whether the model's own code may run: ``engine_args.trust_remote_code``."""
         return self.engine_args.get("trust_remote_code") is True
 
     @property
     def pipeline_stages(self) -> int:
-        """Parts in which the layers are shared out among GPUs:
+        """Number of groups of layers on GPUs of their own:
         ``engine_args.pipeline_parallel_size``.
         """
         stages = self.engine_args.get("pipeline_parallel_size", 1)
@@ -175,26 +182,22 @@ class TeacherConfig(_Config):
 
     @property
     def is_synthetic(self) -> bool:
-        """Whether the teacher is the synthetic one, which takes no model and no GPU. Named as
-        backend or as model.
-        """
+        """Whether the backend or the model is ``synthetic``, which needs no weights and no GPU."""
         return "synthetic" in (self.backend, self.model)
 
     @property
     def gpus_per_engine(self) -> int:
-        """GPUs that one engine takes, where there are any; 0 for the synthetic teacher, which
-        has no use for them.
-        """
+        """Number of GPUs for one engine, on a machine with GPUs; 0 for the synthetic teacher."""
         if self.is_synthetic:
             return 0
         return self.tensor_parallel_size * self.pipeline_stages
 
     def step_tokens(self, *, on_cpu: bool) -> int:
-        """``batch_tokens``, or its default for the device."""
+        """``batch_tokens``, or the default for the device."""
         return self.batch_tokens or (1024 if on_cpu else 8192)
 
     def server_tolerance(self) -> float:
-        """``server.tolerance``, or its default for the dtype, nats."""
+        """``server.tolerance``, or the default for the dtype, in nats."""
         default = 0.01 if self.dtype == "float32" else 0.3
         return default if self.server is None else self.server.tolerance or default
 
@@ -232,38 +235,48 @@ class TeacherConfig(_Config):
 
 
 class GenerateConfig(_Config):
-    """How the teacher answers the prompts of a data set, before what it wrote is scored like any
+    """Answers that the teacher writes to the prompts of a data set. They are then scored like any
     other text.
     """
 
     samples: int = Field(
-        1, ge=1, description="Answers to each prompt; sequences are called `row/sample`."
+        1, ge=1, description="Answers per prompt. The sequences are named `row/sample`."
     )
     temperature: float = Field(
-        1.0, ge=0, description="Of sampling; 0: the most probable token, always."
+        1.0, ge=0, description="Sampling temperature. 0: always the most probable token."
     )
     top_p: float = Field(
-        1.0, gt=0, le=1, description="Sample among the most probable tokens that hold this mass."
+        1.0,
+        gt=0,
+        le=1,
+        description="Sampling is limited to the most probable tokens: as many as together reach "
+        "this probability.",
     )
     max_new_tokens: int | None = Field(
         None,
         ge=1,
-        description="Longest answer, in tokens. Prompt and answer together never exceed data.max_length.",
+        description="Longest answer, in tokens. Default: as long as data.max_length allows. "
+        "Prompt and answer together never exceed data.max_length.",
     )
     stop: tuple[str, ...] = Field(
-        (), description="Strings that end an answer, beside the teacher's own end-of-turn tokens."
+        (),
+        description="Strings that end an answer, in addition to the teacher's own end-of-turn "
+        "tokens.",
     )
     include_stop: bool = Field(
         False,
-        description="Whether the stop string belongs to the answer; else it is cut off, in whole tokens.",
+        description="Whether the stop string is part of the answer. If not, the tokens that hold "
+        "it are cut off.",
     )
     seed: int = Field(
         0,
-        description="Of sampling; each answer draws from (seed, row, sample), whatever the batch.",
+        description="Seed of sampling. The random numbers of an answer depend on (seed, row, "
+        "sample), not on its batch.",
     )
     system_prompt: str | None = Field(
         None,
-        description="System message put before every prompt that has none; chats and prompt_field only.",
+        description="System message for every prompt without one. Only with messages_field or "
+        "prompt_field.",
     )
 
     @model_validator(mode="after")
@@ -276,74 +289,90 @@ class GenerateConfig(_Config):
 
 
 class DataConfig(_Config):
-    """Which text, and how it becomes sequences."""
+    """The text, and its conversion to sequences of tokens."""
 
     path: str = Field(
         min_length=1,
-        description="A built-in name (`python-docs`), a file or folder, or a hub name for load_dataset. A path is taken "
-        "literally, never as a pattern.",
+        description="A built-in name (`python-docs`), a file or folder, or the name of a data set "
+        "on the Hugging Face Hub. Characters such as `*` in a path have no special meaning.",
     )
-    name: str | None = Field(None, description="Configuration of a hub data set.")
+    name: str | None = Field(None, description="Configuration (subset) of a hub data set.")
     split: str = Field(
         "train",
-        description="Split to read. Of a folder also `all`: every data file below it, whatever its name and type.",
+        description="The split to read. For a folder, `all` reads every data file below it, "
+        "whatever its name and type.",
     )
     revision: str | None = Field(None, description="Branch, tag or commit of a hub data set.")
     text_field: str | None = Field(
         None,
         min_length=1,
-        description="Column with documents. Default: `text`, unless another field is set.",
+        description="Column with documents. Default: `text`, unless messages_field or "
+        "prompt_field is set.",
     )
     messages_field: str | None = Field(
         None,
         min_length=1,
-        description="Column with chats, lists of {role, content}; the loss mask covers assistant tokens only.",
+        description="Column with chats, which are lists of {role, content}. Only assistant tokens "
+        "are learnt.",
     )
     prompt_field: str | None = Field(
         None,
         min_length=1,
-        description="With generate: column with prompts, each the one user message of a chat.",
+        description="Column with prompts, only with generate. Each prompt is the single user "
+        "message of a chat.",
     )
     generate: GenerateConfig | None = Field(
         None,
-        description="Let the teacher write the text first: it answers prompt_field, or the end of each chat in "
-        "messages_field (an answer that is there already is replaced), or continues text_field.",
+        description="Lets the teacher write text first. It answers the prompts in prompt_field, "
+        "or the last message of each chat in messages_field (an existing answer is replaced), or "
+        "continues the texts in text_field.",
     )
     id_field: str | None = Field(
-        None, min_length=1, description="Column with stable, unique ids. Default: the row number."
+        None,
+        min_length=1,
+        description="Column with unique ids that never change. Default: the row number.",
     )
     max_length: int = Field(512, ge=1, description="Longest sequence, in tokens.")
     overlong: Literal["split", "truncate", "drop"] = Field(
         "split",
-        description="Documents above max_length: cut into consecutive pieces, cut off, or left out. Counted. One above a "
-        "million characters is tokenised in overlapping parts, with the tokens of one call wherever words end.",
+        description="Treatment of documents longer than max_length, which are counted. split: "
+        "consecutive pieces. truncate: the beginning only. drop: left out. A document of more "
+        "than a million characters is tokenised in overlapping parts, with the tokens of a single "
+        "call, except perhaps inside a word of a megabyte.",
     )
     max_tokens: int | None = Field(
-        None, ge=1, description="Stop before the sequence that would exceed this many tokens."
+        None,
+        ge=1,
+        description="Maximum number of tokens in all sequences together. The build stops before "
+        "the sequence that would exceed it.",
     )
     add_special_tokens: bool = Field(
         True,
-        description="Documents: let the tokenizer add what it adds (BOS, usually); a text that has it already gets no second "
-        "one, which is counted.",
+        description="Documents only: whether the tokenizer adds its special tokens, usually BOS "
+        "at the start. A text that begins with BOS gets no second one; such texts are counted.",
     )
-    append_eos: bool = Field(False, description="Documents: end each with the tokenizer's EOS.")
+    append_eos: bool = Field(
+        False, description="Documents only: whether each ends with the tokenizer's EOS."
+    )
     chat_template: Path | None = Field(
-        None, description="A Jinja file used instead of the tokenizer's own template."
+        None, description="A Jinja file that replaces the tokenizer's own chat template."
     )
     tools_field: Annotated[str, Field(min_length=1)] | Literal[False] | None = Field(
         None,
-        description="Chats and prompts: column with the tool definitions that the template is given, lists or JSON text of "
-        "lists. Default: `tools`, if there is one; false: none.",
+        description="Chats and prompts only: column with tool definitions for the template, as "
+        "lists or as JSON text of lists. Default: the column `tools`, if it exists. false: no "
+        "tools.",
     )
     template_arguments: dict[str, object] = Field(
         default_factory=dict,
-        description="Chats and prompts: given to the chat template beside messages and tools, such as "
+        description="Chats and prompts only: further arguments of the chat template, such as "
         "`enable_thinking: false`.",
     )
     template_date: date | None = Field(
         None,
-        description="Chats and prompts: today, for a template that writes the date. Default: the day on which the build "
-        "begins, which is written down and holds for all of it.",
+        description="Chats and prompts only: the date of today, for templates that write it. "
+        "Default: the day on which the build first starts. Later starts of the same build keep "
+        "that day.",
     )
 
     @field_validator("path")
@@ -406,75 +435,97 @@ class DataConfig(_Config):
 
     @property
     def kind(self) -> Literal["documents", "chats"]:
-        """What the teacher reads."""
+        """The kind of text that the teacher reads."""
         return "chats" if self.messages_field or self.prompt_field else "documents"
 
     @property
     def looks_for_tools(self) -> bool:
-        """Whether a column of tool definitions is read if there is one, without being asked for."""
+        """Whether the default column of tool definitions is read, if it exists."""
         taken = (self.messages_field, self.prompt_field, self.id_field)
         return self.kind == "chats" and self.tools_field is None and "tools" not in taken
 
     @property
     def mask_policy(self) -> str:
-        """Which tokens are learnt."""
+        """The rule for the tokens that are learnt."""
         if self.generate is not None:
             return "generated"
         return "assistant" if self.messages_field else "all"
 
 
 class StoreConfig(_Config):
-    """What is kept of each distribution, and in how large pieces.
+    """The part of each distribution that is kept, and the size of the shards.
 
-    By default a head of the entries above 2 %, at least 8 of them, and draws from the tail, one for
-    each 2 % of its mass: at equal bytes these teach with less noise than a fixed number of each
-    (docs/format.md).
+    The head of a distribution is its most probable tokens, kept with their probabilities. The tail
+    is the rest, kept as its total mass and as tokens drawn from it at random. By default the head
+    has the tokens above 2 %, at least 8 of them, and the tail has a draw for each 2 % of its mass.
+    At equal bytes these teach with less noise than fixed numbers of both (docs/format.md).
     """
 
-    top_k: int = Field(32, ge=0, description="Head entries per position, at most; 0: draws alone.")
+    top_k: int = Field(
+        32, ge=0, description="Maximum number of head entries per position. 0: no head, only draws."
+    )
     min_k: int = Field(
-        8, ge=0, description="Head entries per position at least, whatever the next two say."
+        8,
+        ge=0,
+        description="Minimum number of head entries per position, whatever top_p and "
+        "min_probability say.",
     )
     top_p: float | None = Field(
-        None, gt=0, le=1, description="A head ends once it holds this mass."
+        None,
+        gt=0,
+        le=1,
+        description="A head ends as soon as its entries add up to this probability.",
     )
     min_probability: float | None = Field(
         0.02,
         gt=0,
         lt=1,
-        description="A head ends before the first entry less probable than this; null: top_k entries.",
+        description="A head ends before the first entry less probable than this. null: no such "
+        "bound.",
     )
     tail_samples: int = Field(
         32,
         ge=0,
         le=MAX_DRAWS,
-        description="Draws from the tail per position and set, at most: they make KL losses unbiased. 0: none.",
+        description="Maximum number of draws from the tail, per position and set. With draws, KL "
+        "losses are unbiased. 0: none.",
     )
     sample_sets: int = Field(
-        1, ge=1, le=255, description="Independent sets of draws; training pools them."
+        1, ge=1, le=255, description="Number of independent sets of draws. Training pools them."
     )
     mass_per_sample: float | None = Field(
         0.02,
         gt=0,
         lt=1,
-        description="Tail mass that one draw stands for; null: tail_samples draws everywhere.",
+        description="Tail mass per draw: a larger tail gets more draws. null: tail_samples draws "
+        "at every position.",
     )
     draws: Literal["systematic", "independent"] = Field(
-        "systematic", description="Evenly spaced points of the tail's CDF, or independent draws."
+        "systematic",
+        description="Method of drawing: systematic (evenly spaced points of the tail's CDF) or "
+        "independent.",
     )
-    seed: int = Field(0, description="Of the draws.")
+    seed: int = Field(0, description="Seed of the draws.")
     sample_logprobs: bool = Field(
-        False, description="Store the draws' logprobs, which some losses need; 0.8 B a draw."
+        False,
+        description="Whether the logprobs of the draws are stored. Some losses need them. They "
+        "take 0.8 bytes a draw.",
     )
     logprob_step: float = Field(
         1 / 16,
-        description="Grid of stored logprobs, nats; the error is at most half of it. A power of two.",
+        description="Step of stored logprobs, in nats, a power of two. The rounding error is at "
+        "most half a step.",
     )
     shard_tokens: int = Field(
-        1_000_000, ge=1, description="Tokens per shard: the unit of work, of commit and of retry."
+        1_000_000,
+        ge=1,
+        description="Tokens per shard. A build works, commits and resumes in whole shards.",
     )
     compression_level: int = Field(
-        1, ge=1, le=22, description="zstd level of the shards; higher ones save nothing here."
+        1,
+        ge=1,
+        le=22,
+        description="zstd level of the shards. Higher levels save no bytes on this data.",
     )
 
     @model_validator(mode="after")
@@ -489,7 +540,7 @@ class StoreConfig(_Config):
         return self
 
     def capture(self) -> Capture:
-        """What the teacher is asked for."""
+        """The values to request from the teacher."""
         return Capture(
             top_k=self.top_k,
             min_k=self.min_k,
@@ -503,7 +554,7 @@ class StoreConfig(_Config):
         )
 
     def settings(self, vocab_size: int) -> StoreSettings:
-        """The same as the manifest states it."""
+        """These settings in the manifest's form."""
         shared = self.model_dump(exclude={"shard_tokens", "compression_level"})
         return StoreSettings(
             **shared, vocab_size=vocab_size, capture_k=self.top_k, entropy=self.tail_samples > 0
@@ -511,43 +562,46 @@ class StoreConfig(_Config):
 
 
 class AuditConfig(_Config):
-    """The check that ends a build: a few of its sequences, scored again by transformers in
+    """The audit at the end of a build: transformers scores a few of its sequences again, in
     float32.
     """
 
     sequences: int = Field(
         4,
         ge=0,
-        description="How many sequences are compared before the cache is complete; 0: none.",
+        description="Number of sequences compared before the cache is complete. 0: no audit.",
     )
     max_engine_difference: float | None = Field(
         None,
         ge=0,
-        description="Nats, mean over logprobs, above which the build fails. Default: what the teacher's arithmetic explains, "
-        "0.001 in float32, 0.05 in 16 bits, 0.3 in FP8, 0.7 in 4 bits, and 0.15 more than the last three with experts "
-        "(docs/capture.md).",
+        description="Largest accepted mean difference of logprobs, in nats; above it the build "
+        "fails. Default: the difference that the teacher's precision can cause, 0.001 in float32, "
+        "0.05 in 16 bits, 0.3 in FP8 and 0.7 in 4 bits. For a mixture of experts the last three "
+        "are 0.15 higher (docs/capture.md).",
     )
 
 
 class ScaleConfig(_Config):
-    """Many engines at once, over the GPUs of a machine or of a cluster (docs/scale.md)."""
+    """Several engines at once, on the GPUs of a machine or of a cluster (docs/scale.md)."""
 
-    engine: Literal["ray"] = Field("ray", description="What hands out the shards: Ray Data.")
-    workers: int = Field(ge=1, description="Engines.")
+    engine: Literal["ray"] = Field("ray", description="The scheduler of the engines: Ray Data.")
+    workers: int = Field(ge=1, description="Number of engines.")
     gpus_per_worker: float | None = Field(
         None,
         ge=0,
-        description="Default where there are GPUs: those of an engine, teacher.tensor_parallel_size times "
-        "engine_args.pipeline_parallel_size; else 0.",
+        description="GPUs per engine. Default: teacher.tensor_parallel_size times "
+        "engine_args.pipeline_parallel_size, or 0 without GPUs.",
     )
     cpus_per_worker: int | None = Field(
         None,
         ge=1,
-        description="Default: 1 beside GPUs, else the cores there are, divided by the workers.",
+        description="CPU cores per engine. Default: 1 with GPUs, else all cores divided by "
+        "workers.",
     )
     address: str | None = Field(
         None,
-        description="A Ray cluster. Default: $RAY_ADDRESS, or else one on this machine, for this build.",
+        description="Address of a Ray cluster. Default: $RAY_ADDRESS, or else a new cluster on "
+        "this machine for this build.",
     )
 
 
@@ -558,15 +612,19 @@ class BuildConfig(_Config):
     data: DataConfig
     store: StoreConfig = StoreConfig()
     audit: AuditConfig = AuditConfig()
-    scale: ScaleConfig | None = Field(None, description="Default: one engine, in this process.")
+    scale: ScaleConfig | None = Field(
+        None, description="Several engines. Default: one engine, in this process."
+    )
     output: str | Path = Field(
-        description="Where the cache goes: a folder, or an fsspec URL (s3://, gs://, ...), to which each shard is sent once "
-        "it is committed; the build's state then lies in `builds/` under LOGITCASK_CACHE (docs/remote.md)."
+        description="Place of the cache: a folder, or an fsspec URL (s3://, gs://, ...). With a "
+        "URL, each shard is sent as soon as it is committed, and the state of the build is in "
+        "`builds/` under LOGITCASK_CACHE (docs/remote.md)."
     )
     log: bool | Path = Field(
         True,
-        description="JSON lines about the build as it runs (docs/capture.md), appended to: a file, or true for "
-        "OUTPUT.log.jsonl beside the cache's folder, or false for none.",
+        description="Log of the running build, as JSON lines (docs/capture.md). A path: lines are "
+        "appended to that file. true: the file is OUTPUT.log.jsonl, beside the cache's folder. "
+        "false: no log.",
     )
 
     @field_validator("output")
@@ -591,11 +649,11 @@ class BuildConfig(_Config):
 
     @property
     def folder(self) -> Path:
-        """Where the build works on this machine: ``output``, or the work folder of that URL."""
+        """The folder on this machine where the build works: ``output``, or a URL's work folder."""
         return self.output if isinstance(self.output, Path) else work_folder(self.output)
 
     def log_file(self) -> Path | None:
-        """Where the log goes; None for none."""
+        """The file of the log; None if there is no log."""
         if isinstance(self.log, bool):
             return Path(f"{self.folder.absolute()}.log.jsonl") if self.log else None
         return self.log
@@ -634,7 +692,7 @@ class BuildConfig(_Config):
 
 
 def _expanded(path: Path) -> Path:
-    """``path`` with ``~`` as the home folder, so that all who read a config mean the same place."""
+    """``path`` with ``~`` expanded, so that all readers of a config get the same folder."""
     try:
         return path.expanduser()
     except RuntimeError as error:  # ~NOBODY, or no home at all
@@ -642,7 +700,7 @@ def _expanded(path: Path) -> Path:
 
 
 def _with_home(name: str) -> str:
-    """``name`` as it is, which a manifest repeats; a mistake in its ``~`` is found here."""
+    """``name`` unchanged, for the manifest. A wrong ``~`` in it raises ValueError here."""
     _expanded(Path(name))
     return name
 

@@ -1,8 +1,8 @@
-"""The types that travel through the teacher stage, and nothing else.
+"""The types that the steps of the teacher stage pass on.
 
-``Sequence`` comes out of tokenisation, ``Scored`` out of an engine (as ``PendingScores``, until it
-is read), and ``logitcask.pipeline.distribution.keep`` turns a pair of them into what the cache
-stores.
+Tokenisation yields a ``Sequence``. An engine yields ``PendingScores``, which are read into a
+``Scored``. ``logitcask.pipeline.distribution.keep`` makes a cached sequence from a ``Sequence`` and
+its ``Scored``.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class Sequence:
 
     sequence_id: stable name of the example, unique in its data set.
     input_ids:   int32[n], n >= 1.
-    loss_mask:   bool[n]; token ``t`` is learnt where ``loss_mask[t]``. ``loss_mask[0]`` is always
-                 False: nothing predicts the first token.
+    loss_mask:   bool[n]; token ``t`` is learnt if ``loss_mask[t]``. ``loss_mask[0]`` is always
+                 False, because no position predicts the first token.
     """
 
     sequence_id: str
@@ -32,28 +32,27 @@ class Sequence:
     loss_mask: NDArray[np.bool_]
 
     def positions(self) -> NDArray[np.int32]:
-        """int32[P]: the kept positions, rising: every ``i`` whose target token ``i + 1`` is in
-        the loss mask.
+        """int32[P]: the kept positions, ascending: every ``i`` with token ``i + 1`` in the loss
+        mask.
         """
         return np.flatnonzero(self.loss_mask[1:]).astype(np.int32)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Scored:
-    """One sequence as the engine scored it: ``n - 1`` rows, row ``i`` being the prediction of token
+    """The engine's scores of one sequence: ``n - 1`` rows, of which row ``i`` predicts token
     ``i + 1``.
 
     ids:              int32[n-1, K], the teacher's K most probable ids, by falling logprob.
     logprobs:         float32[n-1, K], nats, at temperature 1.
-    target_ids:       int32[n-1], the tokens the engine says it scored; must equal
+    target_ids:       int32[n-1], the tokens that the engine reports as scored; must equal
                       ``input_ids[1:]``.
     target_logprob:   float32[n-1], nats.
-    target_rank:      int32[n-1], how many ids have a higher logprob than the target (0 = the
+    target_rank:      int32[n-1], number of ids with a higher logprob than the target (0 = the
                       argmax).
-    draws:            of n-1 rows, in numpy: how many of the ids form the head, what was drawn from
-                      the tail, and the entropy.
-    positions:        int32[R], rising: the only rows that are here, where not all are.
-                      ``target_ids`` has all n - 1 even so.
+    draws:            n-1 rows, in numpy: the head's size, the draws from the tail, the entropy.
+    positions:        None, or int32[R], ascending: the rows present, if only some are.
+                      ``target_ids`` has n - 1 entries in either case.
     """
 
     ids: NDArray[np.int32]
@@ -65,7 +64,7 @@ class Scored:
     positions: NDArray[np.int32] | None = None
 
     def arrays(self) -> dict[str, Any]:
-        """Its arrays by name, those of its draws included; None for what is not there."""
+        """All arrays by name, also those of the draws; None for an absent one."""
         own = {field.name: getattr(self, field.name) for field in fields(self)}
         draws = own.pop("draws")
         return own | {field.name: getattr(draws, field.name) for field in fields(draws)}
@@ -73,11 +72,12 @@ class Scored:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PendingScores:
-    """An engine's scores of one sequence, in the engine's own form: others may do the work of
-    reading them.
+    """An engine's scores of one sequence in the engine's own form, so that another thread can read
+    them.
 
-    nbytes: about what they take in memory as they are.
-    scored: reads them, once; at the kept positions alone where the engine can tell them apart.
+    nbytes: their approximate size in memory.
+    scored: reads them; can be called once. It reads the kept positions only, if the engine can
+            separate them.
     """
 
     nbytes: int

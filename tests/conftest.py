@@ -1,9 +1,9 @@
-"""Real models for every folder of tests, and the one way to compare what two engines say about the
-same text.
+"""Fixtures of all tests: small models, a check of one engine's scores against another's, and
+seeds.
 
-Random numbers: every test and every fixture draws from a seed made of its own name and of
-``LOGITCASK_TEST_SEED``, 0 if it is not set. A test therefore sees the same numbers in every run,
-alone, in any order and on any worker. ``make fuzz`` sets fresh seeds (tests/fuzz.py).
+The seed of every test and every fixture is a hash of its own name and of ``LOGITCASK_TEST_SEED``
+(default 0). A test therefore sees the same random numbers in every run, alone, in any order and on
+any worker. ``make fuzz`` sets fresh seeds (tests/fuzz.py).
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ _LONG = [
     "train/losses/test_kernels.py",
     "train/end_to_end/test_interruption.py",
 ]
-"""Modules whose tests start engines and processes or train: minutes each. The longest first."""
+"""Modules that start engines or processes, or train: minutes each, the longest first."""
 
 hypothesis.settings.register_profile("fixed", derandomize=True, database=None, deadline=None)
 hypothesis.settings.register_profile("fuzz", database=None, deadline=None, print_blob=True)
@@ -69,17 +69,16 @@ hypothesis.settings.load_profile("fuzz" if SEED else "fixed")
 
 
 def pytest_configure() -> None:
-    """One thread in every process: how sums are rounded does not depend on how many cores there
-    are.
+    """Sets one thread in every process, so that the rounding of sums does not depend on the number
+    of cores.
     """
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
-    # rouge_score imports absl, whose handler closes the stream it found when vLLM sets up logging:
-    # this suite's own.
+    # rouge_score imports absl. Its log handler closes its stream when vLLM sets up logging, which
+    # would be pytest's own stream.
     absl.logging.get_absl_handler().python_handler.stream = sys.__stderr__
-    # Ray gives its workers the lowest priority; beside another module's tests they would hardly
-    # run.
-    os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  its name
+    # Ray gives its workers the lowest priority, so beside other tests they would hardly run.
+    os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  Ray reads this name
 
 
 def pytest_report_header() -> str:
@@ -104,19 +103,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if place[item] < len(_LONG):
             item.add_marker("long")
-    # With the longest modules first, no worker is left with one of them at the end.
+    # The longest modules start first, so that no worker begins one at the end.
     items.sort(key=place.__getitem__)
 
 
 def pytest_collection_finish() -> None:
-    """Whatever the imports made is not looked through again: accelerate and vLLM call the garbage
-    collector often, and in a process with so many modules each call takes half a second.
+    """Takes all imported objects out of garbage collection. accelerate and vLLM collect often, and
+    with so many modules each collection takes half a second.
     """
     gc.freeze()
 
 
 def pytest_unconfigure() -> None:
-    """Triton's bindings call what is frozen at the exit a leak."""
+    """Unfreezes the objects: Triton's bindings report frozen ones as leaks at exit."""
     gc.unfreeze()
 
 
@@ -131,21 +130,21 @@ def _is_random(item: pytest.Item) -> bool:
 
 
 def seed_of(name: str) -> int:
-    """64 bits that depend on ``name`` and on the seed of this run, and on nothing else."""
+    """A 64-bit seed that depends only on ``name`` and the seed of this run."""
     return int.from_bytes(hashlib.sha256(f"{SEED}/{name}".encode()).digest()[:8])
 
 
 def seed_everything(name: str) -> None:
-    """Seeds the generators that every process has one of."""
+    """Seeds the global generators of ``random``, numpy and torch."""
     seed = seed_of(name)
     random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002  what libraries draw from
+    np.random.seed(seed % 2**32)  # noqa: NPY002  libraries draw from it
     torch.manual_seed(seed % 2**63)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_fixture_setup(fixturedef: Any, request: Any) -> Generator[None, Any, Any]:
-    """A shared fixture is seeded by its own name: which test asks for it first changes nothing."""
+    """Seeds a fixture by its own name, so that it does not depend on the first test to use it."""
     seed_everything(f"{request.node.nodeid}[{fixturedef.argname}][{request.param_index}]")
     return (yield)
 
@@ -158,13 +157,13 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
 
 @pytest.fixture
 def rng(request: pytest.FixtureRequest) -> np.random.Generator:
-    """This test's own random numbers."""
+    """A numpy generator seeded by the test's name."""
     return np.random.default_rng(seed_of(request.node.nodeid))
 
 
 @pytest.fixture
 def draw(request: pytest.FixtureRequest) -> torch.Generator:
-    """The same for torch."""
+    """A torch generator seeded by the test's name."""
     return torch.Generator().manual_seed(seed_of(request.node.nodeid) % 2**63)
 
 
@@ -177,10 +176,10 @@ def _no_shards_in_the_home_folder(tmp_path_factory: pytest.TempPathFactory) -> I
 
 @pytest.fixture(scope="session")
 def run_interpreted() -> Callable[[str], None]:
-    """``run_interpreted(__file__)``: a file of tests passes in a process where Triton interprets.
+    """``run_interpreted(__file__)``: asserts that a test file passes with Triton's interpreter.
 
-    Triton decides at import whether it does, so the file's own process cannot. Its test that calls
-    this has "interpreter" in its name.
+    Triton chooses the interpreter at import, so the file runs again in a new process. The test that
+    calls this has "interpreter" in its name and is left out there.
     """
 
     def run(file: str) -> None:
@@ -241,18 +240,18 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_key_value_heads=1,
         head_dim=32,
         max_position_embeddings=256,
-        initializer_range=0.25,  # as sharp as a trained model: at the usual 0.02 all ids are nearly tied
+        initializer_range=0.25,  # as peaked as a trained model: at the usual 0.02 all ids are nearly tied
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-    torch.manual_seed(0)  # its sharpness and what it writes are known; fuzz varies what it reads
+    torch.manual_seed(0)  # a fixed model: make fuzz varies only its input
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
 
 
 @pytest.fixture(scope="session")
 def tiny_gemma3(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a random Gemma 3 that also reads images, as its larger checkpoints do, with the
+    """Folder of a random Gemma 3 that also takes images, like its larger checkpoints, with the
     tokenizer of ``tiny_llama``.
     """
     from transformers import AutoTokenizer, Gemma3Config, Gemma3ForConditionalGeneration
@@ -296,7 +295,7 @@ def tiny_gemma3(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 @pytest.fixture(scope="session")
 def write_tekken() -> Callable[[Path], None]:
-    """``write_tekken(folder)``: a tekken.json there, as Mistral's models have, of 20 special
+    """``write_tekken(folder)``: writes a tekken.json, Mistral's tokenizer file, with 20 special
     tokens and 268 others.
     """
     merged = ["th", "he", "in", " t", " the", "er", "an", " a", "on", "re", " th", "ing"]
@@ -337,8 +336,8 @@ def write_tekken() -> Callable[[Path], None]:
 
 @pytest.fixture(scope="session")
 def tiny_gemma2(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a random two-layer Gemma 2, a soft cap far below its attention scores, with the
-    tokenizer of ``tiny_llama``.
+    """Folder of a random two-layer Gemma 2 with the tokenizer of ``tiny_llama``. Its soft cap is
+    far below its attention scores.
     """
     from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM
 
@@ -368,7 +367,7 @@ def tiny_gemma2(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 @pytest.fixture(scope="session")
 def smollm2() -> Iterator[Path]:
-    """Folder of the built-in model, prepared once into the repository's models folder (or
+    """Folder of the built-in model, prepared once in the repository's models folder (or in
     $LOGITCASK_MODELS).
     """
     from logitcask.pipeline.teachers.model import prepare_model
@@ -383,7 +382,7 @@ def smollm2() -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def as_sequence() -> Callable[[str, list[int]], Sequence]:
-    """Makes a sequence out of ids, all of it to be learnt."""
+    """Makes a sequence of ids, all tokens to be learnt."""
 
     def make(name: str, ids: list[int]) -> Sequence:
         mask = np.ones(len(ids), dtype=np.bool_)
@@ -395,8 +394,8 @@ def as_sequence() -> Callable[[str, list[int]], Sequence]:
 
 @pytest.fixture(scope="session")
 def rolled() -> Callable[..., Scored]:
-    """``rolled(scored, names, by)``: row i of these arrays, its draws' among them, becomes row
-    i + ``by``.
+    """``rolled(scored, names, by)``: moves row i of the named arrays, also those of the draws, to
+    row i + ``by``.
     """
 
     def roll(scored: Scored, names: Iterable[str], by: int) -> Scored:
@@ -410,13 +409,14 @@ def rolled() -> Callable[..., Scored]:
 
 @pytest.fixture(scope="session")
 def assert_same_scores() -> Callable[..., None]:
-    """``assert_same_scores(found, dense, input_ids, tolerance=4e-3)``: is ``found`` what ``dense``
-    says of this text?
+    """``assert_same_scores(found, dense, input_ids, tolerance=4e-3)``: asserts that ``found`` are
+    the scores of this text by ``dense``.
 
-    dense: float[n-1, V], another engine's whole distribution. Engines round differently, so
-    logprobs agree within ``tolerance`` nats, and ids closer to each other than that may come in any
-    order and fall on either side of the cut. capture: where it is given, head sizes and draws must
-    be those that ``logitcask.pipeline.distribution.draws`` gives for it.
+    dense:     float[n-1, V], the whole distributions of another engine.
+    tolerance: largest difference of a logprob, nats, because engines round differently. Ids that
+               are closer to each other may have any order and be on either side of the cut.
+    capture:   None, or the values asked for: head sizes and draws must then equal those of
+               ``logitcask.pipeline.distribution.draws``.
     """
 
     def check(
@@ -502,7 +502,7 @@ def assert_same_scores() -> Callable[..., None]:
         np.testing.assert_array_equal(draws.head_size, head_sizes(found.logprobs, capture))
         if not capture.samples:
             return
-        # Head sizes and keys follow from what this engine said to the last bit.
+        # Head sizes and keys depend on the last bit of this engine's own logprobs.
         exact = dense.astype(np.float32)
         np.put_along_axis(
             exact, found.target_ids[:, None].astype(np.int64), found.target_logprob[:, None], axis=1
@@ -512,7 +512,7 @@ def assert_same_scores() -> Callable[..., None]:
         top_ids = found.ids
         sure = np.ones(len(dense), np.bool_)
         if capture.top_k < KEY_IDS:
-            # What it did not say of the keys is known only where no rounding can change it.
+            # The engine did not return all keys: check only positions that rounding cannot change.
             top_ids = order[:, :KEY_IDS]
             highest = np.take_along_axis(exact, order.astype(np.int64), axis=1)
             sure = (np.diff(highest, axis=1) < -2 * tolerance).all(axis=1)
@@ -528,8 +528,8 @@ def assert_same_scores() -> Callable[..., None]:
 
 @pytest.fixture(scope="module")
 def s3() -> Iterator[str]:
-    """A bucket on a real S3 server on the loopback, in a process of its own: vLLM cannot start
-    in one that holds flask.
+    """A bucket on a real S3 server on the loopback. The server has a process of its own, because
+    vLLM cannot start in one that has imported flask.
     """
     import fsspec
     import s3fs
@@ -542,7 +542,7 @@ def s3() -> Iterator[str]:
             patch.setenv("AWS_ACCESS_KEY_ID", "test")
             patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
             patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-            # An instance that somebody made earlier has not seen these variables.
+            # An instance made earlier has not seen these variables.
             s3fs.S3FileSystem.clear_instance_cache()
             fsspec.filesystem("s3").mkdir("caches")
             yield "s3://caches"

@@ -19,30 +19,33 @@ app = new_app("Trains a student from a cache of teacher distributions, without t
 def train_student(
     config: Annotated[
         Path,
-        typer.Argument(metavar="CONFIG", help="YAML file, e.g. train/configs/quickstart.yaml."),
+        typer.Argument(
+            metavar="CONFIG", help="YAML file of the run, e.g. train/configs/quickstart.yaml."
+        ),
     ],
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[KEY=VALUE ...]", help="Override fields, e.g. training.max_steps=100."
+            metavar="[KEY=VALUE ...]",
+            help="Override fields of CONFIG, e.g. training.max_steps=100.",
         ),
     ] = None,
     restart: Annotated[
         bool,
-        typer.Option("--restart", help="Forget the run in the output folder and begin afresh."),
+        typer.Option("--restart", help="Discard the run in the output folder and start again."),
     ] = False,
     report: Annotated[
-        bool, typer.Option("--report", help="Only write the report of a finished run again.")
+        bool, typer.Option("--report", help="Only rewrite the report of a finished run.")
     ] = False,
     print_cache_config: Annotated[
         bool,
         typer.Option(
             "--print-cache-config",
-            help="Only print the config that builds the cache, if one is named.",
+            help="Only print cache_config, the path of the config that builds the cache.",
         ),
     ] = False,
 ) -> None:
-    """Trains the student that CONFIG describes; goes on where an interrupted run stopped."""
+    """Trains the student that CONFIG describes. Resumes an interrupted run."""
     # Torch and transformers take seconds to import, so they are not imported for --help.
     from logitcask.train.config import TrainConfig
 
@@ -63,7 +66,7 @@ def train_student(
 
 
 def summary(metrics: RunMetrics) -> str:
-    """The table at the end of the command: held-out metrics before and after."""
+    """The table at the end of the command: held-out metrics before and after the training."""
     after = metrics["after"]
     lines = [f"{'held out':16} {'before':>12} {'after':>12} {'teacher':>12}"]
     for name, before in metrics["before"].items():

@@ -17,37 +17,42 @@ class _Config(BaseModel):
 
 
 class StudentConfig(_Config):
-    """Where the student's first weights come from: exactly one of the three."""
+    """The student's initial weights: exactly one of init_from, model and config is set."""
 
     init_from: str | None = Field(
-        None, description="A model to take layers from: a folder, or a name under models/."
+        None,
+        description="A model whose layers the student takes: a folder, or a name under models/.",
     )
     keep_layers: list[int] | None = Field(
-        None, description="With init_from: which of its layers, in order. Default: all."
+        None, description="Indices of the layers to take from init_from, in order. Default: all."
     )
-    model: str | None = Field(None, description="A model folder or hub name, taken as it is.")
+    model: str | None = Field(None, description="A whole model, as a folder or a hub name.")
     config: dict[str, Any] | None = Field(
         None,
-        description="A transformers config (`model_type` and its fields): random weights, drawn with training.seed.",
+        description="A transformers config (`model_type` and its fields). The weights are random, "
+        "from training.seed.",
     )
     revision: str | None = Field(None, description="Branch, tag or commit of a hub model.")
     tokenizer: str | None = Field(
-        None, description="Folder or hub name. Default: that of init_from or model."
+        None,
+        description="Folder or hub name of the tokenizer. Default: that of init_from or model.",
     )
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32",
-        description="Of the weights that are trained. In bfloat16 they miss small steps; training.bf16 computes in bfloat16 and "
-        "keeps them in float32.",
+        description="Precision of the trained weights. bfloat16 loses small updates of the "
+        "weights. With training.bf16 the arithmetic is in bfloat16 and the weights stay in "
+        "float32.",
     )
     peft: dict[str, Any] | None = Field(
         None,
-        description="Train adapters instead of all weights: fields of peft.LoraConfig, or of another kind of adapter that "
-        "peft_type names. The adapters are saved beside the merged student.",
+        description="Adapters to train instead of all weights: fields of peft.LoraConfig, or of "
+        "the adapter that peft_type names. The adapters are saved beside the merged student.",
     )
     attention: str | None = Field(
         None,
-        description="transformers' attn_implementation, e.g. flash_attention_2, which needs training.bf16. Default: transformers' "
-        "choice, or eager where the student's config caps attention scores (Gemma 2), which sdpa leaves out.",
+        description="attn_implementation of transformers, such as flash_attention_2, which needs "
+        "training.bf16. Default: the choice of transformers, or eager if the student's config "
+        "caps attention scores (Gemma 2), because sdpa does not.",
     )
 
     @model_validator(mode="after")
@@ -65,21 +70,24 @@ class StudentConfig(_Config):
 
 
 class WeightSchedule(_Config):
-    """A weight that moves from ``start`` to ``end`` over the first part of the training, and
-    stays there.
+    """A weight that changes from ``start`` to ``end`` in the first part of the training and is then
+    constant.
     """
 
-    start: float = Field(ge=0, allow_inf_nan=False, description="At the first step.")
+    start: float = Field(ge=0, allow_inf_nan=False, description="The weight at the first step.")
     end: float | None = Field(
-        None, ge=0, allow_inf_nan=False, description="From the end of the move on. Default: start."
+        None,
+        ge=0,
+        allow_inf_nan=False,
+        description="The weight after the change. Default: start.",
     )
     kind: Literal["linear", "cosine", "step", "constant"] = Field(
         "linear",
-        description="How it moves; `step` jumps at the end, `constant` never leaves start.",
+        description="Shape of the change. `step`: a jump at its end. `constant`: no change.",
     )
-    steps: int | None = Field(None, ge=1, description="Optimizer steps that the move takes.")
+    steps: int | None = Field(None, ge=1, description="Length of the change, in optimizer steps.")
     ratio: float | None = Field(
-        None, gt=0, le=1, description="The same as a share of all steps. Default: 1."
+        None, gt=0, le=1, description="Length of the change, as a share of all steps. Default: 1."
     )
 
     @model_validator(mode="after")
@@ -125,17 +133,18 @@ class WeightSchedule(_Config):
 
 
 class LossTerm(BaseModel):
-    """One term of the loss; keys beside name and weight are the loss's own options."""
+    """One term of the loss. Further keys are options of the loss."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
-    name: str = Field(description="Of a loss (docs/losses.md).")
+    name: str = Field(description="Name of a loss (docs/losses.md).")
     weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] | WeightSchedule = Field(
         1.0, description="A number, or a schedule: {start: 0, end: 2, ratio: 0.5, kind: linear}."
     )
     dynamic: bool = Field(
         False,
-        description="ranking only: weigh the other teacher losses by the top-k overlap (RLKD, equation 2).",
+        description="ranking only: whether the other teacher losses are weighted by the overlap "
+        "of the teacher's and the student's top k (RLKD, equation 2).",
     )
 
     @field_validator("name")
@@ -168,35 +177,42 @@ class AnswersConfig(_Config):
     """Answers that the student writes to held-out prompts, compared with those in the cache by
     Rouge-L.
 
-    Words are runs of letters and digits of any script. Where words are not set apart (Chinese,
-    Japanese, Thai, Lao, Khmer, Burmese) each character counts as one. References without words are
-    left out, and counted in a warning."""
+    Words are runs of letters and digits of any script. In scripts without spaces between words
+    (Chinese, Japanese, Thai, Lao, Khmer, Burmese) each character is a word. References without
+    words are left out, and counted in a warning."""
 
-    sequences: int = Field(32, ge=1, description="From the first so many held-out sequences.")
-    max_new_tokens: int = Field(128, ge=1, description="Longest answer, and longest reference.")
+    sequences: int = Field(
+        32, ge=1, description="Number of prompts, from the first held-out sequences."
+    )
+    max_new_tokens: int = Field(
+        128, ge=1, description="Longest answer and longest reference, in tokens."
+    )
     prompt_tokens: int = Field(
-        64, ge=1, description="Length of the prompt where a sequence has none (documents)."
+        64,
+        ge=1,
+        description="Length of the prompt, in tokens, for sequences without one (documents).",
     )
 
 
 class EvaluationConfig(_Config):
-    """What is held out, and measured. Rows of the data are chosen by a hash of their ids: the
-    same ones in every run.
+    """The held-out data and its metrics. Rows are held out by a hash of their ids, the same rows in
+    every run.
     """
 
     held_out: float = Field(
         0.1,
         gt=0,
         lt=1,
-        description="Share of the data's rows (documents, chats, prompts) that training never sees: all pieces of a document "
-        "and all answers to a prompt, or none.",
+        description="Share of the data's rows (documents, chats, prompts) that training never "
+        "sees. The pieces of a document stay together, and so do the answers to a prompt.",
     )
     max_sequences: int | None = Field(
-        64, ge=1, description="Evaluate on at most this many of them; null takes all."
+        64, ge=1, description="Maximum number of held-out sequences to evaluate on. null: all."
     )
-    k: int = Field(5, ge=1, description="k of MOR@k, CR@k and of the rank correlation.")
+    k: int = Field(5, ge=1, description="k of the metrics MOR@k, CR@k and rank correlation.")
     answers: AnswersConfig | None = Field(
-        None, description="Let the student answer, before and after. Default: no."
+        None,
+        description="Answers that the student writes before and after the training. Default: none.",
     )
 
 
@@ -207,11 +223,10 @@ class CacheEntry(_Config):
     weight: float | None = Field(
         None,
         gt=0,
-        description="Its share of the kept positions, relative to the others'; all caches have one or none has.",
+        description="The cache's share of the kept positions, relative to the other caches. All "
+        "caches have a weight, or none has.",
     )
-    name: str | None = Field(
-        None, description="What logs call it. Default: the last part of `cache`."
-    )
+    name: str | None = Field(None, description="Name in logs. Default: the last part of `cache`.")
 
     @property
     def label(self) -> str:
@@ -219,32 +234,36 @@ class CacheEntry(_Config):
 
 
 class DataConfig(_Config):
-    """Order and shape of the training batches; docs/data.md says what each choice costs."""
+    """Order and shape of the training batches. docs/data.md gives the cost of each choice."""
 
     shuffle: Literal["all", "shards", "batches", "none"] = Field(
         "all",
-        description="all: any order. shards: shards in random order, the sequences of shuffle_window of them mixed, for "
-        "remote caches. batches: inside that, runs of record batches one after the other, for large local ones. "
-        "none: as stored.",
+        description="Order of the sequences. all: fully random. shards: shards in random order, "
+        "with the sequences of shuffle_window shards mixed, for remote caches. batches: within "
+        "these shards, only the sequences of shuffle_window record batches at a time are mixed, "
+        "for large local caches. none: as stored.",
     )
     shuffle_window: int = Field(
-        8, ge=1, description="Shards, and record batches, whose sequences are mixed."
+        8, ge=1, description="Number of shards, and of record batches, whose sequences are mixed."
     )
     group_by_length: bool = Field(
-        False, description="Batches of sequences (or rows) of similar length."
+        False, description="Whether a batch has sequences (or packed rows) of similar length."
     )
     packing: bool = Field(
         False,
-        description="Several sequences in one row, none seeing another; a batch is then so many rows.",
+        description="Whether a row holds several sequences, which do not attend to each other. "
+        "The batch size then counts rows.",
     )
     row_tokens: int | None = Field(
         None,
         ge=2,
-        description="Tokens of a packed row at most. Default: the longest sequence that the caches allow.",
+        description="Maximum number of tokens in a packed row. Default: the longest sequence that "
+        "the caches allow.",
     )
     epoch: Literal["first", "all"] = Field(
         "first",
-        description="With weights: an epoch ends when the first, or only when every cache has been gone through.",
+        description="End of an epoch, for caches with weights. first: as soon as one cache is "
+        "used up. all: once every cache is used up.",
     )
 
     @model_validator(mode="after")
@@ -255,7 +274,7 @@ class DataConfig(_Config):
 
 
 class SelectSequences(_Config):
-    """Keep, of a larger batch, the sequences from which the student has most to learn (ACID,
+    """Selection of the sequences of a larger batch from which the student can learn most (ACID,
     arXiv 2411.18674).
     """
 
@@ -265,21 +284,22 @@ class SelectSequences(_Config):
 
 
 class SelectPositions(_Config):
-    """Keep, of each sequence, the positions that matter most; all others are not in the loss."""
+    """Selection of the positions of each sequence that count in the loss."""
 
     by: Literal["entropy", "gap"] = Field(
-        description="entropy: the teacher's. gap: the student's loss on the next token minus the teacher's."
+        description="Measure by which the highest positions are selected. entropy: the teacher's "
+        "entropy. gap: the student's loss on the next token minus the teacher's."
     )
     share: float = Field(
         0.5,
         gt=0,
         le=1,
-        description="Share of each sequence's kept positions that stays, rounded up.",
+        description="Selected share of each sequence's kept positions, rounded up.",
     )
 
 
 class SelectionConfig(_Config):
-    """What of the data counts at each step. Default: all of it."""
+    """The part of the data that counts at each step. Default: all."""
 
     sequences: SelectSequences | None = None
     positions: SelectPositions | None = None
@@ -292,17 +312,20 @@ class TrainConfig(_Config):
         description="Folder or URL of the cache, or a mixture: a list of {cache, weight, name}."
     )
     cache_config: Path | None = Field(
-        None, description="The teacher-cache config that builds it; `make` does so."
+        None,
+        description="The teacher-cache config that builds the cache. `make train-student` builds "
+        "the cache from it.",
     )
-    student: StudentConfig = Field(description="What is trained.")
+    student: StudentConfig = Field(description="The model to train.")
     losses: list[LossTerm] = Field(
         [LossTerm(name="forward_kl")],
         min_length=1,
-        description="What is minimised: a weighted sum.",
+        description="Terms of the minimised loss, a weighted sum.",
     )
     ce_weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] | WeightSchedule = Field(
         0.0,
-        description="Weight of the cross-entropy with the data's own next tokens: a number, or a schedule as for losses.",
+        description="Weight of the cross-entropy with the next tokens in the data: a number, or a "
+        "schedule as for losses.",
     )
     data: DataConfig = DataConfig()
     selection: SelectionConfig = SelectionConfig()
@@ -310,11 +333,12 @@ class TrainConfig(_Config):
     logits_chunk: int | None = Field(
         None,
         ge=1,
-        description="Positions whose logits are alive at a time. Default: 96 MiB of logits, on a GPU 512, or 512 positions.",
+        description="Positions whose logits are in memory at a time. Default: as many as have 96 "
+        "MiB of float32 logits (512 MiB on a GPU), at least 512.",
     )
     training: dict[str, Any] = Field(
         default_factory=dict,
-        description="Any field of transformers.TrainingArguments; output_dir is required.",
+        description="Fields of transformers.TrainingArguments. output_dir is required.",
     )
 
     @field_validator("cache")
@@ -347,7 +371,7 @@ class TrainConfig(_Config):
 
     @property
     def caches(self) -> list[CacheEntry]:
-        """The caches to learn from; a single one without a weight."""
+        """The caches to learn from. A single cache has no weight."""
         return [CacheEntry(cache=self.cache)] if isinstance(self.cache, str) else self.cache
 
     @model_validator(mode="after")

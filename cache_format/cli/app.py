@@ -25,12 +25,12 @@ _EXTRAS = {
     "safetensors": "train",
     "peft": "peft",
 }
-"""Packages that one extra is for; of others, which several bring, the command names the one it
-needs. (Those of file systems are named where these are opened.)"""
+"""The extra for each package that only one extra brings. For other packages, the command names its
+own extra. The packages of file systems are named when the file system is opened."""
 
 
 def new_app(summary: str) -> typer.Typer:
-    """A Typer app with the settings that both commands share."""
+    """A Typer app with the settings of both commands."""
     return typer.Typer(
         help=summary, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False
     )
@@ -40,7 +40,7 @@ def run(app: typer.Typer, extra: str) -> None:
     """Runs ``app`` on ``sys.argv``. Exit codes: 0, 1 for damage, 2 for a user's mistake or an error
     of the operating system, 130 after Ctrl-C.
 
-    ``extra`` is the extra of the distribution that the command needs.
+    ``extra`` is the extra of the package that the command needs.
     """
     debug = "--debug" in sys.argv
     if debug:

@@ -24,14 +24,16 @@ from logitcask.cache_format.verify import verify as verify_cache
 
 Output = Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the new cache.")]
 ShardTokens = Annotated[int, typer.Option("--shard-tokens", min=1, help="Tokens per shard.")]
-Cache = Annotated[str, typer.Argument(metavar="CACHE", help="A cache folder or fsspec URL.")]
+Cache = Annotated[
+    str, typer.Argument(metavar="CACHE", help="A finished cache: a folder or an fsspec URL.")
+]
 
 
 def info(
     cache: Cache,
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
 ) -> None:
-    """Says what a cache holds: teacher, data, sizes, coverage."""
+    """Describes a cache: teacher, data, heads, tails, audit and size."""
     manifest = CacheReader(cache).manifest
     print(manifest.to_json() if as_json else describe(manifest, cache), end="" if as_json else "\n")
 
@@ -40,11 +42,14 @@ def verify(
     cache: Cache,
     deep: Annotated[
         bool,
-        typer.Option("--deep", help="Decode everything and check every number against SPEC.md."),
+        typer.Option(
+            "--deep",
+            help="Also decode all shards, and check every number against the rules of SPEC.md.",
+        ),
     ] = False,
 ) -> None:
-    """Checks the size and sha256 of every shard, and with --deep all that is in them. Exit code
-    1 if anything is off.
+    """Checks the size and sha256 of every shard, and with --deep the content. Exit code 1 for a
+    damaged cache.
     """
     shards = len(CacheReader(cache).manifest.shards)
     with tqdm(total=shards, unit="shard", desc="verify", leave=False) as bar:
@@ -58,8 +63,9 @@ def verify(
 def derive(
     cache: Cache, out: Output, shard_tokens: ShardTokens = SHARD_TOKENS, **changes: Any
 ) -> None:
-    """Makes a smaller cache of a finished one, without the teacher; goes on where an interrupted
-    run stopped.
+    """Makes a smaller cache from a finished one, without the teacher. Resumes an interrupted run.
+
+    A setting whose option is not given stays unchanged.
     """
     asked = parse_options(
         DeriveOptions, {name: value for name, value in changes.items() if value is not None}
@@ -72,7 +78,7 @@ def derive(
 
 
 def _options_of(model: type[BaseModel]) -> dict[str, Any]:
-    """Every field of ``model`` as the annotation of a Typer option with the default None."""
+    """The fields of ``model`` as annotations of Typer options, with the default None."""
     return {
         name: Annotated[field.annotation, typer.Option(help=field.description, show_default=False)]
         for name, field in model.model_fields.items()
@@ -80,7 +86,7 @@ def _options_of(model: type[BaseModel]) -> dict[str, Any]:
 
 
 def _give_options(command: Callable[..., None], options: dict[str, Any]) -> None:
-    """Replaces ``**changes`` in the signature that Typer sees by these options."""
+    """Replaces ``**changes`` by these options, in the signature that Typer reads."""
     own = [
         p
         for p in inspect.signature(command, eval_str=True).parameters.values()
@@ -100,17 +106,20 @@ _give_options(derive, _options_of(DeriveOptions))
 def merge(
     out: Output,
     caches: Annotated[
-        list[str], typer.Argument(metavar="CACHE CACHE ...", help="Folders or fsspec URLs.")
+        list[str],
+        typer.Argument(metavar="CACHE CACHE ...", help="Finished caches: folders or fsspec URLs."),
     ],
     number_ids: Annotated[
         bool,
-        typer.Option("--number-ids", help="Put 0/, 1/, ... before the sequence ids of each cache."),
+        typer.Option(
+            "--number-ids",
+            help="Put 0/, 1/, ... before the sequence ids of each cache, for caches with equal "
+            "ids.",
+        ),
     ] = False,
     shard_tokens: ShardTokens = SHARD_TOKENS,
 ) -> None:
-    """Puts caches of one teacher and tokenizer together; goes on where an interrupted run
-    stopped.
-    """
+    """Merges caches with the same teacher and tokenizer into one. Resumes an interrupted run."""
     tokens = sum(CacheReader(cache).manifest.statistics.tokens for cache in caches)
     with _bar("merge", tokens) as bar:
         manifest = merge_caches(

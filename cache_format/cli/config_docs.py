@@ -38,7 +38,7 @@ def _models(model: type[BaseModel], path: str) -> Iterator[tuple[str, type[BaseM
 
 
 def _inner(annotation: Any, many: bool = False) -> Iterator[tuple[type[BaseModel], bool]]:
-    """The models in a type, each with whether it is in a list."""
+    """The models in a type. The second value says whether the model is in a list."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation, many
     else:

@@ -1,4 +1,4 @@
-"""Config files of both stages: YAML, KEY=VALUE overrides by path, a strict pydantic model."""
+"""Config files of both stages: YAML, overrides KEY=VALUE by path, a strict pydantic model."""
 
 from __future__ import annotations
 

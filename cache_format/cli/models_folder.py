@@ -1,4 +1,4 @@
-"""The local models folder, which both stages use: pipeline to run models, train to train them."""
+"""The local models folder of both stages: pipeline runs its models, train trains them."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from pathlib import Path
 from logitcask.cache_format.errors import UserError
 
 ADAPTER_CONFIG = "adapter_config.json"
-"""What makes a folder one of adapters (PEFT). Transformers applies them unasked, vLLM does not."""
+"""The file of a folder of adapters (PEFT). transformers applies such adapters, vLLM does not."""
 
 
 def models_dir() -> Path:
-    """``$LOGITCASK_MODELS``, or ``models`` in the working directory. May not exist yet."""
+    """``$LOGITCASK_MODELS``, or ``models`` in the working directory. It may not exist."""
     return Path(os.environ.get("LOGITCASK_MODELS") or "models")
 
 
 def local_model(name: str) -> Path | None:
-    """Folder of a prepared model of this name, or None. Unfinished folders are never there."""
+    """The folder of the prepared model of this name, or None. Unfinished folders do not count."""
     folder = models_dir() / name
     return folder if (folder / "config.json").is_file() else None
 
 
 def refuse_adapters(name: str, folder: Path) -> None:
-    """Raises UserError if ``folder``, of the model that the user calls ``name``, holds adapters."""
+    """Raises UserError if ``folder`` holds adapters. Messages call the model ``name``."""
     if not (folder / ADAPTER_CONFIG).is_file():
         return
     try:

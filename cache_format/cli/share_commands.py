@@ -1,4 +1,4 @@
-"""``teacher-cache push`` and ``pull``: ``logitcask.cache_format.share.copy`` with a bar."""
+"""``teacher-cache push`` and ``pull``: ``cache_format/share/copy.py`` with a progress bar."""
 
 from __future__ import annotations
 
@@ -14,23 +14,26 @@ from logitcask.cache_format.share import copy as share
 
 Force = Annotated[
     bool,
-    typer.Option("--force", help="Replace another cache that is there; check every hash again."),
+    typer.Option(
+        "--force", help="Replace another cache at the destination, and check every hash again."
+    ),
 ]
 
 
 def push(
     cache: Annotated[
-        str, typer.Argument(metavar="CACHE", help="A finished cache: a folder or fsspec URL.")
+        str, typer.Argument(metavar="CACHE", help="A finished cache: a folder or an fsspec URL.")
     ],
     url: Annotated[
         str,
         typer.Argument(
-            metavar="URL", help="Where to: s3://bucket/path, hf://datasets/ORG/NAME, a folder, ..."
+            metavar="URL",
+            help="Destination: s3://bucket/path, hf://datasets/ORG/NAME, a folder, ...",
         ),
     ],
     force: Force = False,
 ) -> None:
-    """Copies a finished cache to URL and verifies it; goes on where an interrupted push stopped."""
+    """Copies a finished cache to URL and verifies the copy. Resumes an interrupted push."""
     with _bar("push") as bar:
         copied = share.push(cache, url, force=force, on_total=bar.reset, on_bytes=bar.update)
     print(_summary(copied, url))
@@ -43,13 +46,13 @@ def pull(
     folder: Annotated[
         Path | None,
         typer.Argument(
-            metavar="[FOLDER]", help="Where to; caches/NAME by default.", show_default=False
+            metavar="[FOLDER]", help="Destination. Default: caches/NAME.", show_default=False
         ),
     ] = None,
     force: Force = False,
 ) -> None:
-    """Copies a finished cache into a local folder, every file checked; goes on where an
-    interrupted pull stopped.
+    """Copies a finished cache into a local folder and verifies every file. Resumes an interrupted
+    pull.
     """
     folder = folder or default_folder(url)
     with _bar("pull") as bar:

@@ -39,48 +39,60 @@ class DeriveOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     top_k: int | None = Field(
-        None, ge=0, description="Head entries at most; 0, with tail samples: random sampling."
+        None, ge=0, description="Maximum number of head entries. 0 keeps only draws from the tail."
     )
     min_k: int | None = Field(
-        None, ge=0, description="Head entries at least, whatever the next two say."
+        None,
+        ge=0,
+        description="Minimum number of head entries, whatever top-p and min-probability say.",
     )
     top_p: float | None = Field(
-        None, gt=0, le=1, description="A head ends once it holds this mass."
+        None,
+        gt=0,
+        le=1,
+        description="A head ends as soon as its entries add up to this probability.",
     )
     min_probability: float | None = Field(
-        None, gt=0, lt=1, description="A head ends before the first entry below this."
+        None, gt=0, lt=1, description="A head ends before the first entry less probable than this."
     )
     max_bytes_per_token: float | None = Field(
         None,
         gt=0,
-        description="Choose min_probability for about this size, to some 5 %: it is tried on a sample.",
+        description="Set min-probability so that the cache has about this size, within 5 % or so. "
+        "Values are tried on a sample.",
     )
     max_kl: float | None = Field(
         None,
         gt=0,
-        description="Choose min_probability for a reconstruction at most so far from the teacher, nats.",
+        description="Set min-probability so that the KL between the teacher and its "
+        "reconstruction is at most this, in nats.",
     )
     tail_samples: int | None = Field(
-        None, ge=0, le=MAX_DRAWS, description="Draws per set, at most; 0 drops them."
+        None,
+        ge=0,
+        le=MAX_DRAWS,
+        description="Maximum number of draws from the tail per set. 0 drops all draws.",
     )
     mass_per_sample: float | None = Field(
-        None, gt=0, lt=1, description="Tail mass that one draw stands for."
+        None, gt=0, lt=1, description="Tail mass per draw: a larger tail gets more draws."
     )
-    sample_sets: int | None = Field(None, ge=1, description="Sets of draws to keep.")
+    sample_sets: int | None = Field(None, ge=1, description="Number of sets of draws to keep.")
     draws: Literal["systematic", "independent"] | None = Field(
-        None, description="How new draws are taken."
+        None, description="Method of new draws."
     )
-    seed: int | None = Field(None, description="Of new draws.")
-    sample_logprobs: bool | None = Field(None, description="Keep the logprobs of draws.")
+    seed: int | None = Field(None, description="Seed of new draws.")
+    sample_logprobs: bool | None = Field(None, description="Whether to keep the logprobs of draws.")
     entropy: bool | None = Field(
-        None, description="Keep entropies; by default together with draws."
+        None, description="Whether to keep entropies. Default: as long as there are draws."
     )
-    logprob_step: float | None = Field(None, description="Grid of logprobs, a power of two.")
+    logprob_step: float | None = Field(
+        None, description="Step of stored logprobs, in nats, a power of two."
+    )
     sequences: str | None = Field(
-        None, description="Keep some: START:STOP or START:STOP:STEP, by index."
+        None, description="Keep only these sequences, by index: START:STOP or START:STOP:STEP."
     )
     match: str | None = Field(
-        None, description="Keep those whose id matches a pattern (*, ?, [...])."
+        None, description="Keep only sequences whose id matches this pattern (*, ?, [...])."
     )
 
     @model_validator(mode="after")

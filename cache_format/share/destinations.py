@@ -1,6 +1,4 @@
-"""Destinations of a copy: a folder, a store that takes files, a data set on the Hugging Face
-Hub.
-"""
+"""Destinations of a copy: a local folder, a store of files, a data set on the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -41,7 +39,7 @@ from logitcask.cache_format.writer import may_be_cache, refuse_other_files
 MAX_CARD_BYTES = 16 << 20
 MAX_MARK_BYTES = 1 << 16
 HUB_COMMIT_FILES = 100
-"""Shards per commit on the hub, which advises against many small commits and against huge ones."""
+"""Shards per commit. The hub advises against many small commits and against very large ones."""
 
 _SHARDS = "shard-*.arrow"
 _FOLDERS = {
@@ -52,18 +50,18 @@ _FOLDERS = {
     "hdfs",
     "webhdfs",
     "webdav",
-}  # a file needs its folder first
-_RENAMES = {"sftp", "ssh"}  # a rename replaces a file in one step
+}  # protocols in which a folder must exist before its files
+_RENAMES = {"sftp", "ssh"}  # protocols in which a rename replaces a file in one step
 _CHEAP_TO_HASH = {"memory", "hf"}  # the hub keeps the sha256 of large files
 
 
 def ignore(count: int) -> None:
-    """What is called where the caller wants to hear nothing."""
+    """A callback that does nothing."""
 
 
 def place_at(url: str) -> Folder | Store:
-    """What copies to ``url``. Raises CacheError as ``storage.open_filesystem``, UserError for a
-    place that takes no files.
+    """The destination at ``url``. Raises CacheError as ``open_filesystem`` does, and UserError if
+    ``url`` cannot be written to.
     """
     filesystem, root = open_filesystem(url)
     protocol = protocol_of(filesystem)
@@ -79,10 +77,10 @@ def place_at(url: str) -> Folder | Store:
 
 
 class Folder:
-    """A local folder to copy to, written as the writer does: lock, temporary file, fsync, rename,
-    fsync of the folder.
+    """A local folder, written like a new cache: lock, temporary file, fsync, rename, fsync of the
+    folder.
 
-    Names are relative to the cache, here and in the other kinds of places.
+    Names of files are relative to the cache, in all destinations.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -91,7 +89,7 @@ class Folder:
 
     @contextmanager
     def claimed(self) -> Iterator[None]:
-        """Keeps other copies and builds out, and makes the folder ready to be written to."""
+        """Locks out other copies and builds, and prepares the folder for writing."""
         if (self._folder / BUILD_DIR).exists():
             raise UserError(
                 f"{self._folder} holds an unfinished build; finish it, or choose another folder"
@@ -118,32 +116,30 @@ class Folder:
                 lock.release()
 
     def read(self, name: str, limit: int) -> bytes | None:
-        """A small file, or None."""
+        """The bytes of a small file; None if there is none."""
         return _small_file(LocalFileSystem(), str(self._folder / name), limit)
 
     def shards(self) -> list[str]:
-        """The shards that lie there, of whatever cache."""
+        """The names of all shards present, also those of other caches."""
         return [f"data/{file.name}" for file in (self._folder / "data").glob(_SHARDS)]
 
     def holds(self, file: CacheFile, *, deep: bool) -> bool:
-        """Is the file there, by its size and its sha256? (A local disk need not be spared the
-        latter.)
+        """Whether the file is there, by its size and sha256. A local disk is fast enough to check
+        the sha256 even without ``deep``.
         """
         return has_content(self._folder / file.path, file)
 
     def refuse_strangers(self, names: list[str], readme: bytes) -> None:
-        """Nothing: a folder without a manifest was refused when it was claimed, or an earlier
-        copy has left its mark.
+        """Does nothing: ``claimed`` has refused a folder without a manifest, or an earlier copy
+        has left its mark there.
         """
 
     def mark(self, text: bytes) -> bool:
-        """Notes what is being copied here, if this kind of place needs that; returns whether it
-        does.
-        """
-        return False  # the scratch folder says enough
+        """Records the copy in progress. Returns whether this destination keeps such a record."""
+        return False  # the scratch folder is the record
 
     def remove(self, names: list[str]) -> None:
-        """Removes what is there of these, in this order."""
+        """Removes the files of these names that exist, in this order."""
         for name in names:
             (self._folder / name).unlink(missing_ok=True)
             sync((self._folder / name).parent)
@@ -155,7 +151,7 @@ class Folder:
         files: list[CacheFile],
         on_bytes: OnBytes,
     ) -> None:
-        """Copies files of the cache in ``root``, each verified."""
+        """Copies files of the cache in ``root`` and verifies each."""
         for file in files:
             final = self._folder / file.path
             temporary = self._scratch / f"{final.name}.tmp"
@@ -164,14 +160,14 @@ class Folder:
             sync(final.parent)
 
     def finish(self, texts: dict[str, bytes]) -> None:
-        """Writes small files in this order, the last of which makes the cache complete."""
+        """Writes small files in this order. The last one completes the cache."""
         for name, text in texts.items():
             write_durably(self._folder / name, text, scratch=self._scratch)
 
 
 class Store:
-    """A place that fsspec writes to file by file. An object store shows a file only when all of
-    it is there.
+    """A store that fsspec writes to, file by file. An object store shows a file only once it is
+    complete.
     """
 
     def __init__(self, filesystem: fsspec.AbstractFileSystem, root: str, where: str) -> None:
@@ -185,7 +181,7 @@ class Store:
         return nullcontext()
 
     def prepare(self, folder: str) -> None:
-        """Makes what has to be there before ``folder`` can take files."""
+        """Creates what ``folder`` needs before it can take files."""
         self._make(folder)
 
     def _make(self, folder: str) -> None:
@@ -204,7 +200,7 @@ class Store:
         return [f"data/{name}" for name in names if fnmatch(name, _SHARDS)]
 
     def holds(self, file: CacheFile, *, deep: bool) -> bool:
-        """Is the file there, by its size, or with ``deep`` by its sha256?"""
+        """Whether the file is there, by its size, or with ``deep`` by its sha256."""
         path = f"{self._root}/{file.path}"
         try:
             info = self._filesystem.info(path)
@@ -221,9 +217,7 @@ class Store:
         return True
 
     def refuse_strangers(self, names: list[str], readme: bytes) -> None:
-        """Raises UserError where files of these names, or a card other than ``readme``, are
-        there.
-        """
+        """Raises UserError if files of these names, or a card other than ``readme``, exist there."""
         shards = set(self.shards())
         taken = [
             name for name in names if name in shards or (name == PRIOR and self._exists(name))
@@ -279,7 +273,7 @@ class Store:
                         count(len(chunk))
             except BaseException:
                 with suppress(Exception):
-                    # Closing has made a file of what was sent until then.
+                    # Closing the file has stored the bytes sent so far.
                     self._filesystem.rm_file(path)
                 raise
 
@@ -294,8 +288,8 @@ class Store:
 
 
 class _Hub(Store):
-    """A data set on the Hugging Face Hub: read through fsspec, written in commits, which the hub
-    shows whole or not at all.
+    """A data set on the Hugging Face Hub, read through fsspec and written in commits. The hub shows
+    a commit whole or not at all.
     """
 
     def __init__(self, filesystem: fsspec.AbstractFileSystem, root: str, where: str) -> None:
@@ -326,7 +320,7 @@ class _Hub(Store):
         self._create()
 
     def mark(self, text: bytes) -> bool:
-        return False  # commits are whole: what an earlier push has left is known by its hash
+        return False  # commits are whole, and the hub lists the hashes of an earlier push
 
     def _commit(self, operations: list[Any], message: str) -> None:
         self._api.create_commit(**self._repo, operations=operations, commit_message=message)
@@ -382,7 +376,7 @@ def _small_file(filesystem: fsspec.AbstractFileSystem, path: str, limit: int) ->
 
 
 def _local_copy(source: fsspec.AbstractFileSystem, root: str, file: CacheFile) -> Path:
-    """A verified local file, which is what the hub's client uploads."""
+    """A verified local file: the hub's client uploads only local files."""
     path = f"{root}/{file.path}"
     if not is_local(source):
         return ShardCache().get(source, path, file.bytes, file.sha256)

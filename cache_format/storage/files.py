@@ -1,6 +1,4 @@
-"""Where caches lie: any fsspec URL, read in streams of known size and hash, and a bounded local
-cache of remote shards.
-"""
+"""Files of caches at any fsspec URL, read as streams of known size and hash."""
 
 from __future__ import annotations
 
@@ -32,10 +30,10 @@ from logitcask.cache_format.layout import BUILD_DIR, MANIFEST, PULL_DIR, PUSH_MA
 from logitcask.cache_format.manifest import MAX_MANIFEST_BYTES, CacheFile, Manifest
 
 ATTEMPTS = 4
-"""How often a transfer is tried before a failing network is reported."""
+"""Attempts of a transfer before a failing network is reported."""
 
 FIRST_DELAY = 0.5
-"""Seconds before the second attempt; doubled from one to the next."""
+"""Seconds before the second attempt. Each further pause is twice as long."""
 
 
 _CHUNK = 1 << 20
@@ -53,18 +51,18 @@ _PERMANENT = (
 )
 _Result = TypeVar("_Result")
 OnBytes = Callable[[int], object]
-"""Is told how many bytes have come; a negative number takes back those of a failed attempt."""
+"""Called with the number of bytes received. A negative number takes back a failed attempt's."""
 
 
 def open_filesystem(
     url: str | Path, *, fresh: bool = False
 ) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The file system that ``url`` (or a local path) names, and the path in it; most drivers make
-    no request yet.
+    """The file system of ``url`` (or of a local path), and the path in it. Most drivers make no
+    request yet.
 
-    Without ``://`` it is a local path, whatever characters it has. ``fresh``: with connections of
-    its own, for a process that was forked. Raises CacheError for a protocol that fsspec does not
-    know, where its driver is not installed, and for whatever the driver has against the address;
+    Without ``://``, ``url`` is a local path, whatever its characters. ``fresh`` gives the file
+    system connections of its own, for a forked process. Raises CacheError for a protocol that
+    fsspec does not know, if the driver is not installed, and for any error of the driver. Raises
     UserError for a name with ``::`` in a store.
     """
     url = str(url)
@@ -89,7 +87,7 @@ def open_filesystem(
         ) from error
     except (
         Exception
-    ) as error:  # some drivers connect at once, or open an archive, and raise as they please
+    ) as error:  # some drivers connect here, or open an archive, and raise errors of any type
         raise CacheError(
             f"{url} cannot be opened: {one_line(error)}; check the address, the network and your access to it"
         ) from error
@@ -97,14 +95,14 @@ def open_filesystem(
 
 
 def _refuse_chain_by_accident(url: str) -> None:
-    """Raises UserError for ``s3://bucket/a::b``: fsspec takes what follows for a file system
-    below, and drops it.
+    """Raises UserError for ``s3://bucket/a::b``: fsspec takes ``b`` for an underlying file system,
+    and drops it.
     """
     outer, chained, _ = url.partition("::")
     protocol = outer.partition("://")[0]
     if not chained or protocol not in fsspec.available_protocols():
         return
-    with suppress(ImportError):  # said where the file system is opened
+    with suppress(ImportError):  # reported when the file system is opened
         kinds = fsspec.get_filesystem_class(protocol).__mro__[:-1]
         if not any(
             {"fo", "target_protocol"} & signature(kind.__init__).parameters.keys() for kind in kinds
@@ -115,8 +113,8 @@ def _refuse_chain_by_accident(url: str) -> None:
 
 
 def local_folder(path: str | Path, advice: str) -> Path:
-    """``path``, which has to be a local one. Raises UserError, with ``advice``, for a URL: a
-    path ``s3:/...`` is a folder.
+    """``path``, which must be local. Raises UserError, with ``advice``, for a URL, which as a path
+    would be a folder ``s3:/...``.
     """
     first = Path(path).parts[:1]
     if first and _URL_AS_PATH.fullmatch(first[0]):
@@ -135,8 +133,8 @@ def protocol_of(filesystem: fsspec.AbstractFileSystem) -> str:
 
 @contextmanager
 def reaching(where: str) -> Iterator[None]:
-    """Turns whatever a remote file system raises (no permission, no such host, ...) into a
-    CacheError about ``where``.
+    """Turns any error of a remote file system (no permission, no such host, ...) into a CacheError
+    about ``where``.
     """
     try:
         yield
@@ -149,8 +147,8 @@ def reaching(where: str) -> Iterator[None]:
 
 
 def retrying(action: Callable[[], _Result]) -> _Result:
-    """``action()``, tried ATTEMPTS times with growing pauses unless what it raises is there to
-    stay.
+    """The result of ``action()``, tried ATTEMPTS times with growing pauses. A permanent error is
+    raised at once.
     """
     for attempt in range(ATTEMPTS - 1):
         try:
@@ -172,12 +170,10 @@ def _is_transient(error: Exception) -> bool:
 
 
 def open_stream(filesystem: fsspec.AbstractFileSystem, path: str) -> BinaryIO:
-    """``path`` opened for one pass from its start to its end, with a few MiB in memory at a
-    time.
-    """
+    """``path``, opened for one pass from start to end. It keeps a few MiB in memory at a time."""
     protocol = protocol_of(filesystem)
-    # For HTTP a size, which this kind of file ignores, spares a HEAD whose failure would pass for a
-    # missing file.
+    # With a size, which HTTP streams ignore, fsspec makes no HEAD request. A failed one would look
+    # like a missing file.
     extra = {"size": 1} if protocol in ("http", "https") else {}
     stream: BinaryIO = filesystem.open(
         path, "rb", block_size=0 if protocol in _STREAMING else 8 * _CHUNK, **extra
@@ -186,10 +182,9 @@ def open_stream(filesystem: fsspec.AbstractFileSystem, path: str) -> BinaryIO:
 
 
 def read_small(filesystem: fsspec.AbstractFileSystem, path: str, limit: int) -> bytes:
-    """The bytes of a file of at most ``limit`` bytes; never takes more than one more than that from
-    the network.
+    """The bytes of a file of at most ``limit`` bytes. At most ``limit + 1`` bytes are read.
 
-    Raises DamagedCacheError for a larger file, FileNotFoundError, and what the file system raises.
+    Raises DamagedCacheError for a larger file, FileNotFoundError, and any error of the file system.
     """
 
     def read() -> bytes:
@@ -210,11 +205,11 @@ def read_small(filesystem: fsspec.AbstractFileSystem, path: str, limit: int) -> 
 def read_manifest(
     filesystem: fsspec.AbstractFileSystem, root: str, where: str
 ) -> tuple[bytes, Manifest]:
-    """The manifest of the cache in ``root``, as it is written there and parsed; ``where`` names the
-    cache in messages.
+    """The manifest of the cache in ``root``: its bytes, and the parsed Manifest. ``where`` names
+    the cache in messages.
 
-    Raises CacheNotFoundError, IncompleteCacheError for an unfinished build or copy, CacheError
-    where the place cannot be reached, and what ``Manifest.from_json`` raises.
+    Raises CacheNotFoundError, IncompleteCacheError for an unfinished build or copy, CacheError if
+    the place cannot be reached, and what ``Manifest.from_json`` raises.
     """
     manifest = f"{root}/{MANIFEST}"
     if is_local(filesystem) and os.path.exists(manifest) and not os.path.isfile(manifest):
@@ -249,8 +244,8 @@ def verified_chunks(
 ) -> Iterator[bytes]:
     """The bytes of ``path`` in chunks of at most 1 MiB.
 
-    Raises DamagedCacheError unless they are ``file``'s: as soon as there are more, at the end for
-    fewer or for another sha256. What was yielded until then is of no use.
+    Raises DamagedCacheError if they are not those of ``file``: at once for too many bytes, at the
+    end for too few or for another sha256. The caller must then discard all chunks.
     """
     name, again = filesystem.unstrip_protocol(path), "fetch or build the cache again"
     sha, received = hashlib.sha256(), 0
@@ -283,11 +278,11 @@ def download(
     target: Path,
     on_bytes: OnBytes = lambda _: None,
 ) -> None:
-    """Puts ``file``, verified and flushed to disk, at ``target``, which is written in place; tries
-    again on a bad line.
+    """Downloads ``file`` to ``target``, verified and flushed to disk. ``target`` is written in
+    place; transient errors are retried.
 
-    ``on_bytes`` is told the length of each chunk. Raises DamagedCacheError, CacheError where the
-    network stays away, and UserError where ``target`` cannot be written.
+    ``on_bytes`` is called with the length of each chunk. Raises DamagedCacheError, CacheError if
+    the network keeps failing, and UserError if ``target`` cannot be written.
     """
 
     def attempt() -> None:
@@ -301,7 +296,7 @@ def download(
 
     with room_for(target):
         target.touch()
-        # Closing writes what is left in the buffer, and fails as writing does.
+        # Closing writes the rest of the buffer, so it can fail like a write.
         with open(target, "r+b") as handle:
             with reaching(filesystem.unstrip_protocol(path)):
                 retrying(attempt)
@@ -311,7 +306,7 @@ def download(
 
 @contextmanager
 def counted(on_bytes: OnBytes) -> Iterator[OnBytes]:
-    """Gives what one attempt tells its bytes; takes them back from ``on_bytes`` if it fails."""
+    """The callback for one attempt. If the attempt fails, ``on_bytes`` gets its bytes negated."""
     done = 0
 
     def count(received: int) -> None:
@@ -330,7 +325,7 @@ def counted(on_bytes: OnBytes) -> Iterator[OnBytes]:
 def room_for(target: Path) -> Iterator[None]:
     try:
         yield
-    except filelock.Timeout:  # an OSError, but somebody else's lock is no lack of room
+    except filelock.Timeout:  # an OSError, but another process's lock is no lack of room
         raise
     except OSError as error:
         raise UserError(
@@ -339,7 +334,7 @@ def room_for(target: Path) -> Iterator[None]:
 
 
 def map_file(path: str | Path) -> mmap.mmap:
-    """The bytes of a local file, mapped to be read. Raises OSError, and ValueError for an empty
+    """The bytes of a local file, mapped for reading. Raises OSError, and ValueError for an empty
     file.
     """
     with open(path, "rb") as file:
@@ -347,7 +342,7 @@ def map_file(path: str | Path) -> mmap.mmap:
 
 
 def has_content(path: Path, file: CacheFile) -> bool:
-    """Is ``path`` a local file with the size and the sha256 of ``file``?"""
+    """Whether ``path`` is a local file with the size and the sha256 of ``file``."""
     try:
         with open(path, "rb") as handle:
             if os.fstat(handle.fileno()).st_size != file.bytes:

@@ -1,4 +1,4 @@
-"""The local cache of remote shards: verified downloads, bounded in bytes, shared by processes."""
+"""The local cache of remote shards: verified downloads, limited in bytes, shared by processes."""
 
 from __future__ import annotations
 
@@ -21,15 +21,16 @@ DEFAULT_CACHE_BYTES = 32 << 30
 
 
 class ShardCache:
-    """Shards of remote caches on the local disk, each under its sha256, at most ``max_bytes`` of
-    them.
+    """Shards of remote caches on the local disk, named by their sha256, ``max_bytes`` in all.
 
-    ``folder``: by default ``$LOGITCASK_CACHE``, or ``logitcask`` in the user's cache folder.
-    ``max_bytes``: by default ``$LOGITCASK_CACHE_BYTES``, or 32 GiB. Any number of processes may
-    share a folder: a shard that several want is fetched once, and the bound holds for all of them
-    together, with what is still being fetched. The least recently used shard goes first; on POSIX a
-    process that has it mapped keeps it. Files that are neither shards nor half of one do not count.
-    Pickles and forks. Raises UserError for a folder that cannot be written.
+    folder:    by default ``$LOGITCASK_CACHE``, or ``logitcask`` in the user's cache folder.
+    max_bytes: by default ``$LOGITCASK_CACHE_BYTES``, or 32 GiB.
+
+    Any number of processes can share a folder. A shard that several of them need is fetched once.
+    The limit holds for all processes together and includes shards still being fetched; other files
+    do not count. The least recently used shard is removed first. On POSIX, a process that has a
+    removed shard mapped can still read it. An object can be pickled and forked. Raises UserError
+    for a folder that cannot be written.
     """
 
     def __init__(self, folder: str | Path | None = None, max_bytes: int | None = None) -> None:
@@ -44,12 +45,12 @@ class ShardCache:
                 self._remove_leftovers()
 
     def get(self, filesystem: fsspec.AbstractFileSystem, path: str, size: int, sha256: str) -> Path:
-        """The local copy of the remote shard at ``path``, fetched if it is not there.
+        """The local copy of the remote shard at ``path``, fetched if there is none.
 
-        Its sha256 was checked on the way, or, when an earlier process had fetched it, at this
-        object's first call. Another process may remove the copy at any time; ``memory_map`` cannot
-        miss it. Raises what ``download`` raises, and UserError for a shard that is larger than the
-        bound, or where no room for it can be made.
+        Its sha256 is checked during the download. For a copy fetched by an earlier process, it is
+        checked at this object's first call. Another process may remove the copy at any time;
+        ``memory_map`` handles that. Raises what ``download`` raises, and UserError for a shard
+        above the limit, or if no room can be made for it.
         """
         file, target = CacheFile(path, size, sha256), self._shards / f"{sha256}.arrow"
         if not self._is_here(file, target):
@@ -62,8 +63,8 @@ class ShardCache:
     def memory_map(
         self, filesystem: fsspec.AbstractFileSystem, path: str, size: int, sha256: str
     ) -> mmap.mmap:
-        """The shard, mapped; it stays readable when its file is removed. Raises what ``get``
-        raises.
+        """The shard, mapped for reading. It stays readable if its file is removed. Raises what
+        ``get`` raises.
         """
         while True:
             with suppress(FileNotFoundError):  # removed by another process since ``get`` returned
@@ -73,7 +74,7 @@ class ShardCache:
         if file.sha256 not in self._verified and not has_content(target, file):
             return False
         try:
-            with suppress(PermissionError):  # a folder that somebody else fills
+            with suppress(PermissionError):  # a folder that another user fills
                 os.utime(target)
         except FileNotFoundError:
             return False
@@ -90,7 +91,7 @@ class ShardCache:
         try:
             with room_for(part):
                 while not self._reserve(part, file.bytes):
-                    time.sleep(0.1)  # for what other processes are fetching just now
+                    time.sleep(0.1)  # other processes are fetching shards
             download(filesystem, file.path, file, part)
             with room_for(part), self._lock("room"):
                 os.replace(part, target)
@@ -100,11 +101,11 @@ class ShardCache:
             raise
 
     def _reserve(self, part: Path, size: int) -> bool:
-        """Removes old shards until ``size`` bytes are free, and takes them by giving ``part`` that
+        """Removes old shards until ``size`` bytes are free, and reserves them: ``part`` gets that
         size.
 
-        False where that has to wait for what others are fetching. The caller holds the shard's
-        lock.
+        Returns False if shards that others are fetching take the room: the caller then waits. The
+        caller holds the shard's lock.
         """
         with self._lock("room"):
             self._remove_leftovers(ours=part.name[:2])
@@ -132,11 +133,9 @@ class ShardCache:
         return True
 
     def _remove_leftovers(self, ours: str | None = None) -> None:
-        """Removes what processes that were killed had begun to fetch: parts on which nobody holds
-        the lock.
+        """Removes unfinished downloads of killed processes: parts whose lock is free.
 
-        ``ours``: the lock that the caller holds. Locks do not let their own process in a second
-        time.
+        ``ours``: the name of the lock that the caller holds. A process cannot take a lock twice.
         """
         for part in self._shards.glob("*.part"):
             if part.name[:2] == ours:
@@ -147,7 +146,7 @@ class ShardCache:
 
     @contextmanager
     def _lock(self, name: str, timeout: float = -1) -> Iterator[None]:
-        # Shards share 256 locks by the start of their hash, since the files of locks stay.
+        # Lock files are never removed, so shards share 256 of them, by the start of their hash.
         lock = filelock.FileLock(self._locks / f"{name}.lock")
         with room_for(self._locks / name):
             lock.acquire(timeout=timeout)
@@ -158,10 +157,11 @@ class ShardCache:
 
 
 def shard_cache_folder() -> Path:
-    """``$LOGITCASK_CACHE``, or ``logitcask`` in the user's cache folder. Raises RuntimeError for a
-    user without a home.
+    """``$LOGITCASK_CACHE``, or ``logitcask`` in the user's cache folder.
+
+    Raises RuntimeError for a user without a home folder.
     """
-    # On Windows without the folders that an author and a cache get there by custom.
+    # Without the two folders that Windows paths have by convention, for the author and the cache.
     return Path(
         os.environ.get("LOGITCASK_CACHE")
         or platformdirs.user_cache_dir("logitcask", appauthor=False, opinion=False)

@@ -45,20 +45,20 @@ class Inputs:
         return resolved(self.teacher)
 
     def reopen_source(self) -> None:
-        """Looks up the data again, because some of its files may be gone."""
+        """Finds the data again, because some of its files may be gone."""
         self.__dict__.pop("source", None)
 
     def forget_text(self) -> None:
-        """Frees what no more than a plan needs: a tokenizer is large."""
+        """Frees the source and the tokenizer, which only a plan needs. A tokenizer is large."""
         for name in ("source", "tokenizer"):
             self.__dict__.pop(name, None)
 
     def tokenization(self, data: DataConfig) -> Tokenization:
-        """A new Tokenization; ``data`` is this object's, perhaps with an earlier start's date."""
+        """A new Tokenization. ``data`` equals this object's, except for an earlier start's date."""
         return Tokenization(self.tokenizer, data, self.vocab_size)
 
     def prompts(self, data: DataConfig) -> Prompts:
-        """A new Prompts, as ``tokenization``."""
+        """A new Prompts, with ``data`` as in ``tokenization``."""
         return Prompts(self.tokenizer, data, self.vocab_size)
 
 
@@ -71,11 +71,11 @@ def check_top_k(config: BuildConfig, inputs: Inputs) -> None:
 
 
 def check_before_removing(config: BuildConfig, inputs: Inputs) -> None:
-    """Finds the mistakes that would make a restart fail at once, before a cache is removed because
-    of a mistyped name.
+    """Checks the inputs before a restart removes a cache, so that a mistyped name does not cost
+    one.
 
-    Raises the same UserError as the steps after the removal: those about the model, its tokenizer,
-    the template and the data, up to the first sequence or prompt.
+    Raises the UserError that a step after the removal would raise: about the model, its tokenizer,
+    the template or the data, up to the first sequence or prompt.
     """
     check_top_k(config, inputs)
     _check_engine(config, inputs.model)

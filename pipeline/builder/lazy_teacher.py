@@ -1,4 +1,4 @@
-"""The teacher of a build, started at its first use."""
+"""The teacher of a build. Its engine starts at the first use."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ log = logging.getLogger(__name__)
 
 
 class LazyTeacher:
-    """The teacher, started once, at its first use; one engine writes answers and scores them."""
+    """The teacher, started at its first use. The same engine writes answers and scores them."""
 
     def __init__(self, config: BuildConfig, inputs: Inputs, build_dir: Path) -> None:
         self._config, self._inputs, self._build_dir = config, inputs, build_dir
         self._teacher: Teacher | None = None
 
     def start(self, sampling: Sampling | None = None) -> Teacher:
-        """The teacher. If it is started here with ``sampling``, it can also write."""
+        """The started teacher. If this call starts it with ``sampling``, it can also write text."""
         if self._teacher is None:
             config = self._config
             log.info(

@@ -17,19 +17,22 @@ from logitcask.pipeline.audit.run import audit as audit_cache
 
 def audit(
     cache: Annotated[
-        str, typer.Argument(metavar="CACHE", help="A finished cache: a folder or fsspec URL.")
+        str, typer.Argument(metavar="CACHE", help="A finished cache: a folder or an fsspec URL.")
     ],
     sequences: Annotated[
         int,
         typer.Option(
-            "--sequences", min=1, help="How many sequences to score again; always the same ones."
+            "--sequences",
+            min=1,
+            help="Number of sequences to score again, the same ones in every audit.",
         ),
     ] = SEQUENCES,
     teacher: Annotated[
         str | None,
         typer.Option(
             "--teacher",
-            help="Folder or hub name, where the manifest's is not to be had.",
+            help="The teacher's model, as a folder or hub name, if the one in the manifest cannot "
+            "be loaded.",
             show_default=False,
         ),
     ] = None,
@@ -38,20 +41,19 @@ def audit(
         typer.Option(
             "--max-engine-difference",
             min=0,
-            help="Nats, mean over logprobs; by default what the teacher's arithmetic explains: 0.001 in float32, 0.05 in "
-            "16 bits, 0.3 in FP8, 0.7 in 4 bits, and 0.15 more than the last three with experts.",
+            help="Largest accepted mean difference of logprobs, in nats. Default: the difference "
+            "that the teacher's precision can cause, 0.001 in float32, 0.05 in 16 bits, 0.3 in "
+            "FP8, 0.7 in 4 bits; for a mixture of experts the last three are 0.15 higher.",
             show_default=False,
         ),
     ] = None,
     trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Let code that comes with the model run.")
+        bool, typer.Option("--trust-remote-code", help="Allow the model's own code to run.")
     ] = False,
-    json_output: Annotated[
-        bool, typer.Option("--json", help="Print every figure as JSON.")
-    ] = False,
+    json_output: Annotated[bool, typer.Option("--json", help="Print all figures as JSON.")] = False,
 ) -> None:
-    """Scores a sample again with transformers in float32: what engine, codec and truncation
-    cost. Exit code 1 if it differs.
+    """Scores a sample of a cache again, with transformers in float32, and reports the errors of
+    engine, codec and truncation. Exit code 1 if the engine differs too much.
     """
     with tqdm(total=sequences, unit="seq", desc="audit", leave=False) as bar:
         result = audit_cache(
@@ -70,7 +72,7 @@ def audit(
 
 
 def describe(result: Audit) -> str:
-    """A page for a person."""
+    """The page that the command prints."""
     even, prior = result.truncation_even, result.truncation_prior
     rows = [
         ("cache", result.cache),

@@ -1,4 +1,4 @@
-"""``teacher-cache build``: makes the cache that a config describes, or finds it made."""
+"""``teacher-cache build``: builds the cache that a config describes, or reuses a finished one."""
 
 from __future__ import annotations
 
@@ -15,18 +15,23 @@ from logitcask.cache_format.describe import describe
 def build(
     config: Annotated[
         Path,
-        typer.Argument(metavar="CONFIG", help="YAML file, e.g. pipeline/configs/quickstart.yaml."),
+        typer.Argument(
+            metavar="CONFIG", help="YAML file of the build, e.g. pipeline/configs/quickstart.yaml."
+        ),
     ],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE ...]", help="Override fields, e.g. store.top_k=8."),
+        typer.Argument(
+            metavar="[KEY=VALUE ...]", help="Override fields of CONFIG, e.g. store.top_k=8."
+        ),
     ] = None,
     restart: Annotated[
-        bool, typer.Option("--restart", help="Remove what the output holds and begin afresh.")
+        bool,
+        typer.Option("--restart", help="Remove the build or cache in the output and start again."),
     ] = False,
 ) -> None:
-    """Builds the cache that CONFIG describes; goes on where an interrupted build stopped; reuses
-    a finished one.
+    """Builds the cache that CONFIG describes. Resumes an interrupted build, and reuses a finished
+    cache.
     """
     from logitcask.pipeline.builder.run import build as build_cache
     from logitcask.pipeline.config import BuildConfig

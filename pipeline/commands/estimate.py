@@ -20,45 +20,55 @@ _WIDTH = 20
 
 
 def estimate(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of a build.")],
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the build.")],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE ...]", help="Override fields, e.g. store.top_k=8."),
+        typer.Argument(
+            metavar="[KEY=VALUE ...]", help="Override fields of CONFIG, e.g. store.top_k=8."
+        ),
     ] = None,
     tokens: Annotated[
         list[str] | None,
         typer.Option(
             "--tokens",
-            help="Tokens of text, e.g. 1e9; several times for several. Default: the data set's.",
+            help="Tokens of text to score, e.g. 1e9. Repeat it for several forecasts. Default: "
+            "all tokens of the data set.",
         ),
     ] = None,
     price: Annotated[
-        float | None, typer.Option("--price", min=0, help="Of one GPU for an hour.")
+        float | None,
+        typer.Option("--price", min=0, help="Price of one GPU for one hour, in any currency."),
     ] = None,
     gpus: Annotated[
-        int | None, typer.Option("--gpus", min=1, help="GPUs at work together.")
+        int | None,
+        typer.Option("--gpus", min=1, help="Number of GPUs in use. Default: those of one engine."),
     ] = None,
     gpu: Annotated[
-        str, typer.Option("--gpu", help="Whose peak figures count: h100, a100, l40s, rtx-4090, ...")
+        str,
+        typer.Option("--gpu", help="GPU model for the forecast: h100, a100, l40s, rtx-4090, ..."),
     ] = "h100",
     tokens_per_second: Annotated[
         float | None,
         typer.Option(
-            "--tokens-per-second", help="Of one engine, where it is known.", show_default=False
+            "--tokens-per-second", help="Speed of one engine, if you know it.", show_default=False
         ),
     ] = None,
     probe: Annotated[
         bool,
         typer.Option(
-            "--probe", help="Start the engine here, and measure speed and bytes for some seconds."
+            "--probe",
+            help="Start the engine on this machine, and measure speed and bytes for some seconds.",
         ),
     ] = False,
     as_json: Annotated[
-        bool, typer.Option("--json", help="JSON: bytes, seconds, and the same assumptions.")
+        bool,
+        typer.Option(
+            "--json", help="Print the forecast and its assumptions as JSON, in bytes and seconds."
+        ),
     ] = False,
 ) -> None:
-    """Says what the build of CONFIG takes: tokens, bytes, hours, cost, and what that rests on.
-    Builds nothing.
+    """Forecasts the build of CONFIG: tokens, bytes, hours and cost, with the assumptions. Builds
+    nothing.
     """
     from logitcask.pipeline.config import BuildConfig
     from logitcask.pipeline.estimate.run import estimate as estimate_build
@@ -78,8 +88,9 @@ def estimate(
 
 
 def count_of(text: str) -> int:
-    """Tokens: ``1000000``, ``1_000_000`` or ``1e6``. Raises ConfigError for other texts and for
-    numbers outside 1 to 10^15.
+    """The number of tokens in a text such as ``1000000``, ``1_000_000`` or ``1e6``.
+
+    Raises ConfigError for other texts, and for numbers below 1 or above 10^15.
     """
     try:
         count = float(text)
@@ -93,7 +104,7 @@ def count_of(text: str) -> int:
 
 
 def page(result: Estimate) -> str:
-    """A column per token count, then the assumptions."""
+    """The page that the command prints: a column for each token count, then the assumptions."""
     currency = (
         "" if result.price_per_gpu_hour is None else f"{result.price_per_gpu_hour:g} a GPU hour"
     )
@@ -132,7 +143,7 @@ def _between(span: Range, show: Callable[[float], str]) -> str:
 
 
 def _scaled(value: float, units: tuple[str, ...]) -> str:
-    """Three digits with the largest unit, a power of a thousand, that gives at least 1."""
+    """Three digits with the largest unit, a power of 1000, in which ``value`` is at least 1."""
     at = 0
     while at + 1 < len(units) and value >= 999.5:
         value, at = value / 1000, at + 1

@@ -1,4 +1,4 @@
-"""``teacher-cache inspect`` and ``generations``: a cache as text for people."""
+"""``teacher-cache inspect`` and ``generations``: a cache as readable text."""
 
 from __future__ import annotations
 
@@ -12,19 +12,21 @@ import typer
 def inspect(
     cache: Annotated[str, typer.Argument(metavar="CACHE", help="A cache folder or fsspec URL.")],
     sequence: Annotated[
-        int, typer.Option("--sequence", "-s", help="Which sequence, by its index; -1 is the last.")
+        int, typer.Option("--sequence", "-s", help="Index of the sequence. -1 is the last one.")
     ] = 0,
     top: Annotated[
-        int, typer.Option("--top", min=1, help="How many entries of each head to show.")
+        int, typer.Option("--top", min=1, help="Number of head entries to show for each token.")
     ] = 5,
     tokenizer: Annotated[
         str | None,
         typer.Option(
-            "--tokenizer", help="Folder or hub name, where the manifest's is not to be had."
+            "--tokenizer",
+            help="The tokenizer, as a folder or hub name, if the one in the manifest cannot be "
+            "loaded.",
         ),
     ] = None,
 ) -> None:
-    """Shows one sequence token by token, with what the teacher expected at each."""
+    """Shows one sequence token by token, with the teacher's predictions at each."""
     from rich.console import Console
 
     from logitcask.cache_format import CacheReader, UserError
@@ -39,17 +41,19 @@ def inspect(
 def generations(
     cache: Annotated[str, typer.Argument(metavar="CACHE", help="A cache folder or fsspec URL.")],
     out: Annotated[
-        Path | None, typer.Option("--out", help="File to write; standard output otherwise.")
+        Path | None, typer.Option("--out", help="File to write. Default: standard output.")
     ] = None,
     tokenizer: Annotated[
         str | None,
         typer.Option(
-            "--tokenizer", help="Folder or hub name, where the manifest's is not to be had."
+            "--tokenizer",
+            help="The tokenizer, as a folder or hub name, if the one in the manifest cannot be "
+            "loaded.",
         ),
     ] = None,
 ) -> None:
-    """Exports what the teacher wrote (data.generate) as JSON lines: id, prompt, answer, tokens,
-    finish.
+    """Exports the answers that the teacher wrote (data.generate) as JSON lines: id, prompt,
+    answer, tokens, finish.
     """
     import json
     import sys

@@ -8,9 +8,9 @@ import typer
 
 
 def model(
-    name: Annotated[str, typer.Argument(help="A built-in model, such as smollm2-135m.")],
+    name: Annotated[str, typer.Argument(help="Name of a built-in model, such as smollm2-135m.")],
 ) -> None:
-    """Fetches a built-in model into the local models folder and says where it is."""
+    """Fetches a built-in model into the local models folder, and prints its path."""
     from logitcask.pipeline.teachers.model import prepare_model
 
     print(prepare_model(name, None))

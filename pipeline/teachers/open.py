@@ -1,7 +1,6 @@
-"""Teachers: models that score given text. ``open_teacher`` picks the engine that a config names.
+"""The way from a config to a teacher: ``open_teacher`` starts the engine that the config names.
 
-An engine is heavy to import, so each lives in a module or folder of its own that is loaded here
-only when it is asked for.
+Engines take long to import. Each has a module or folder of its own, imported only if it is used.
 """
 
 from __future__ import annotations
@@ -28,8 +27,9 @@ logger = logging.getLogger(__name__)
 
 
 def resolved(config: TeacherConfig) -> ResolvedModel | None:
-    """The model that ``config`` names; None for the synthetic teacher. Raises as
-    ``resolve_model``.
+    """The model that ``config`` names; None for the synthetic teacher.
+
+    Raises what ``resolve_model`` raises.
     """
     if config.is_synthetic:
         return None
@@ -45,16 +45,16 @@ def open_teacher(
     sampling: Sampling | None = None,
     state: Path | None = None,
 ) -> Teacher:
-    """Starts the engine that ``config`` names, ready to score: a ``Teacher``; with ``sampling`` a
-    ``Generator`` too.
+    """The teacher that ``config`` names, its engine started. With ``sampling`` it is also a
+    ``Generator``.
 
-    model:      that of ``config``, if it has been resolved already; here and below.
-    max_length: longest sequence that will be scored, in tokens.
-    capture:    what to return at every position; ``top_k`` is at most the vocabulary's size.
-    sampling:   how it will write, if it will.
-    state:      folder in which a build keeps what a later start of it must agree with.
+    model:      the model of ``config``, if it is resolved already (also in the functions below).
+    max_length: longest sequence to score, in tokens.
+    capture:    the values to return at every position; ``top_k`` is at most the vocabulary's size.
+    sampling:   the settings for writing text; None to score only.
+    state:      folder of a build's records, which later starts of the build are checked against.
 
-    Raises UserError where the model does not exist, or the engine cannot start with it or cannot
+    Raises UserError if the model does not exist, or if the engine cannot start with it or cannot
     draw.
     """
     model = model or resolved(config)
@@ -88,7 +88,7 @@ def open_teacher(
 def open_tokenizer(config: TeacherConfig, model: ResolvedModel | None = None) -> Any:
     """The teacher's tokenizer: a transformers one, or the synthetic teacher's own.
 
-    Raises UserError where the model does not exist or has no tokenizer.
+    Raises UserError if the model does not exist or has no tokenizer.
     """
     model = model or resolved(config)
     if model is None:
@@ -105,13 +105,13 @@ def sampling_of(
     template: ChatTemplate | None = None,
     model: ResolvedModel | None = None,
 ) -> Sampling:
-    """How the teacher is to write: by the settings, until one of its own end tokens.
+    """The settings for writing text, with the teacher's own end tokens.
 
-    The special token that ``template`` puts behind an answer is one of them, whatever the model's
-    configs name: a teacher that writes on behind it writes the next question itself.
+    The special token that ``template`` puts after an answer is always an end token, even if the
+    model's configs do not list it. Without it, the teacher would go on to write the next question.
 
-    A stop string that is a special token of the tokenizer, which would not show in the text, counts
-    as an end token.
+    A stop string that is a special token of the tokenizer becomes an end token, because special
+    tokens do not appear in the decoded text.
     """
     model = model or resolved(config)
     ends = {tokenizer.eos_token_id}
@@ -141,6 +141,6 @@ def sampling_of(
 
 
 def vocab_size_of(config: TeacherConfig, model: ResolvedModel | None = None) -> int:
-    """How many ids the teacher can predict, known without loading its weights."""
+    """The number of ids that the teacher can predict, found without loading its weights."""
     model = model or resolved(config)
     return config.vocab_size if model is None else vocab_size(model)

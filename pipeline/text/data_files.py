@@ -1,7 +1,7 @@
-"""The data files of a split: of a file, a folder or a hub data set.
+"""The data files of a split of a file, a folder or a hub data set.
 
-``datasets`` says which files a split has, by its rules for names, subfolders and cards; it reads
-none of them.
+``datasets`` names the files of a split by its rules for names, subfolders and cards. It does not
+read the files.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from logitcask.pipeline.config import DataConfig
 from logitcask.pipeline.text.file_formats import SUFFIXES, suffix_of
 
 ALL = "all"
-"""The split of a folder that holds every data file below it, whatever its name; a split of that
-name goes first.
+"""The split that has every data file below a folder, under any name. A split of the folder's own
+with this name takes precedence.
 """
 
 _SHOWN = 5  # names in a message
-_PATTERN = re.compile(r"[\[\]?*]|::")  # what `datasets` and fsspec do not take literally in a path
+_PATTERN = re.compile(r"[\[\]?*]|::")  # not literal in a path for `datasets` and fsspec
 _CARDS = (
     "README.md",
     ".huggingface.yaml",
     "dataset_infos.json",
-)  # where a folder may name its splits
+)  # files that may name the splits of a folder
 _NOT_DATA = ("config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json")
 
 
 def find_files(config: DataConfig) -> list[str]:
-    """The files of ``config.split``, in reading order: of a file, a folder, or a hub data set."""
+    """The files of ``config.split`` in reading order, from a file, a folder or a hub data set."""
     local = Path(config.path).expanduser()
     if local.is_file():
         return [str(local)]
@@ -49,8 +49,11 @@ def find_files(config: DataConfig) -> list[str]:
 
 
 class Found(NamedTuple):
-    """What a folder has for a split; ``left_out`` are its data files that are in no split,
-    ``elsewhere`` other splits.
+    """The files of a split in a folder.
+
+    listed:    number of data files in the folder.
+    left_out:  data files that are in no split.
+    elsewhere: names of the other splits.
     """
 
     files: list[str]
@@ -60,8 +63,8 @@ class Found(NamedTuple):
 
 
 def find_in_folder(config: DataConfig, folder: Path) -> Found:
-    """The files of one split by the rules of ``datasets`` (names, subfolders, card), or all of
-    them for ``ALL``.
+    """The files of one split by the rules of ``datasets`` (names, subfolders, card), or all data
+    files for ``ALL``.
     """
     listed = _data_files(folder)
     everything = f"data.split={ALL} reads all {len(listed)} data files of the folder"
@@ -86,7 +89,7 @@ def find_in_folder(config: DataConfig, folder: Path) -> Found:
 
 
 def chosen(config: DataConfig, found: Found) -> str:
-    """How many of which files are read and which are not, and how to read all."""
+    """A message: the number of files read, the files left out, and the way to read all."""
     line = f"{config.path}: reading {len(found.files)} of {found.listed} data files, split {config.split!r}"
     if found.elsewhere:
         line += f" (other splits: {names_of(found.elsewhere)})"
@@ -100,8 +103,8 @@ def chosen(config: DataConfig, found: Found) -> str:
 
 
 def _data_files(folder: Path) -> list[str]:
-    """The data files below ``folder``, relative to it, sorted; hidden ones and what describes a
-    data set are none.
+    """The data files below ``folder``, as sorted relative paths. Hidden files and files that
+    describe a data set do not count.
     """
     found: list[str] = []
     base = os.path.realpath(folder)
@@ -113,8 +116,8 @@ def _data_files(folder: Path) -> list[str]:
             path = os.path.join(here, name)
             real = os.path.realpath(path)
             if os.path.islink(path):
-                # It may lead back to where it lies, and what lies in the folder is found without
-                # it.
+                # Skip a link that was followed before, one to a folder above, which would loop, and
+                # one to a folder below, which is walked anyway.
                 if real in entered or os.path.commonpath((real, base)) in (real, base):
                     continue
                 entered.add(real)
@@ -129,11 +132,11 @@ def _data_files(folder: Path) -> list[str]:
 
 
 def _splits_of_folder(config: DataConfig, folder: Path) -> dict[str, list[str]]:
-    """What ``datasets`` makes of a folder.
+    """The files of each split of a folder, by the rules of ``datasets``.
 
-    It takes names with ``*``, ``?``, ``[`` or ``::`` for patterns and reads other folders by them.
-    So where there are any, it is shown a folder of empty files with plain names instead: its rules
-    are about names alone.
+    ``datasets`` reads names with ``*``, ``?``, ``[`` or ``::`` as patterns, which may match other
+    folders. If there are such names, it is given a mirror instead: a folder of empty files with
+    plain names. Its rules use only names.
     """
     base = folder.resolve()
     paths = [
@@ -141,7 +144,7 @@ def _splits_of_folder(config: DataConfig, folder: Path) -> dict[str, list[str]]:
         for here, folders, files in os.walk(base)
         for name in (*folders, *files)
     ]
-    script = base.suffix == ".py"  # a folder that passes for one
+    script = base.suffix == ".py"  # `datasets` takes a folder of this name for a script
     with tempfile.TemporaryDirectory() as temporary:
         if not script and not any(_PATTERN.search(path) for path in (str(base), *paths)):
             return _ask_datasets(config, str(base), temporary)
@@ -164,17 +167,17 @@ def _splits_of_folder(config: DataConfig, folder: Path) -> dict[str, list[str]]:
 
 
 def _plain(name: str) -> str:
-    """``name`` without special characters; a letter for each, since for the rules they are no
-    borders of words.
+    """``name`` with a letter in place of each special character. The rules of ``datasets`` do not
+    treat these characters as the ends of words.
     """
     return re.sub(r"[\[\]?*:]", "x", name)
 
 
 def _ask_datasets(config: DataConfig, where: str, cache: str | None) -> dict[str, list[str]]:
-    """The files of every split of a folder or a hub data set, as ``datasets`` sees them, each once.
+    """The files of every split of a folder or a hub data set, found by ``datasets``, each once.
 
-    ``cache``: the folder that it makes its own in, which names need no cache for; None for the
-    user's.
+    ``cache``: the cache folder for ``datasets``; None for the user's. Finding names stores nothing
+    worth keeping there.
     """
     with quiet_datasets():
         from datasets import load_dataset_builder
@@ -196,14 +199,14 @@ def _ask_datasets(config: DataConfig, where: str, cache: str | None) -> dict[str
 
 
 def is_saved(folder: Path) -> bool:
-    """Whether ``save_to_disk`` of ``datasets`` has written it."""
+    """Whether ``save_to_disk`` of ``datasets`` wrote this folder."""
     return (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
 
 
 @contextmanager
 def quiet_datasets() -> Iterator[None]:
-    """Silences progress bars and warnings of ``datasets`` and the hub client; what goes wrong
-    becomes our one line.
+    """Silences progress bars and warnings of ``datasets`` and the hub client. The caller reports
+    errors in one line.
     """
     from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
@@ -219,7 +222,7 @@ def quiet_datasets() -> Iterator[None]:
 
 
 def check_split(config: DataConfig, splits: list[str]) -> None:
-    """Raises UserError unless the data set has ``data.split``."""
+    """Raises UserError if the data set has no split ``data.split``."""
     if config.split not in splits:
         raise UserError(_no_such_split(config, splits))
 
@@ -232,11 +235,11 @@ def _no_such_split(config: DataConfig, splits: list[str]) -> str:
 
 
 def nearest(wrong: str, known: list[str]) -> str:
-    """The end of a message: the known name that was perhaps meant; empty where none is near."""
+    """The end of a message: a suggestion of the nearest known name; empty if none is near."""
     close = difflib.get_close_matches(wrong, known, n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def names_of(known: Iterable[str]) -> str:
-    """Names in a message, sorted."""
+    """The names for a message, sorted."""
     return ", ".join(sorted(known)) or "one (it has none)"

@@ -1,15 +1,16 @@
-"""From ``data.path`` to rows: where the text comes from, read as a stream.
+"""The source of the text: from ``data.path`` to a stream of rows.
 
-A built-in name (``python_docs``) needs no file. Everything else is named as for
-``datasets.load_dataset``: a file, a folder, a hub name. ``data_files`` finds the files of a split
-through ``datasets``; ``file_formats`` reads them, for three reasons:
+A built-in name (``python_docs``) needs no file. Any other value has the form that
+``datasets.load_dataset`` takes: a file, a folder or a hub name. ``data_files`` asks ``datasets``
+for the files of a split. ``file_formats`` reads the files instead of ``datasets``, for three
+reasons:
 
-* the streaming Parquet reader of ``datasets`` may abort the process at exit when reading stops
-  early, as it does at ``max_tokens`` (https://github.com/huggingface/datasets/issues/7566);
-* its JSON reader infers types from the first 10 MB and fails later in the file when an unrelated
-  column changes type;
-* without streaming it would write the whole data set a second time, as Arrow, although a plan reads
-  it only once.
+* The streaming Parquet reader of ``datasets`` may abort the process at exit if reading stops early,
+  as it does at ``max_tokens`` (https://github.com/huggingface/datasets/issues/7566).
+* Its JSON reader infers types from the first 10 MB, and fails later in the file if an unrelated
+  column changes type.
+* Without streaming it writes the whole data set a second time, as Arrow, although a plan reads it
+  only once.
 """
 
 from __future__ import annotations
@@ -55,17 +56,17 @@ from logitcask.pipeline.text.python_docs import BUILT_IN
 
 log = logging.getLogger(__name__)
 
-_TOOLS = "tools"  # the column read beside chats unasked
+_TOOLS = "tools"  # the default column of tools, read if it exists
 _CHAT_COLUMNS = ("messages", "conversations", "conversation", "chat")
 _COMMIT = re.compile(r"@([0-9a-f]{40})/")
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One usable row: a document (``text``) or a chat (``messages``), the other one being None.
+    """One usable row: a document (``text``) or a chat (``messages``). The other field is None.
 
-    tools:    definitions that the chat, or the question in ``text``, comes with; None for none.
-    unlearnt: indices of the messages that are marked as not to be learnt.
+    tools:    tool definitions of the chat, or of the question in ``text``; None without any.
+    unlearnt: indices of the messages marked as not to be learnt.
     """
 
     row_id: str
@@ -76,7 +77,7 @@ class Row:
 
     @property
     def characters(self) -> int:
-        """About how long it is, tools and calls aside."""
+        """The approximate length, without tools and tool calls."""
         return len(self.text or "") + sum(
             len(str(message.get("content"))) for message in self.messages or []
         )
@@ -85,11 +86,11 @@ class Row:
 class Source:
     """The rows of one split, in a fixed order. Iterating starts from the first row every time.
 
-    ``row_id`` is the value of ``data.id_field``, else ``split/index``, where ``index`` counts all
-    rows of the split, used or not, so that ids stay what they are when a bad row is repaired.
+    ``row_id`` is the value of ``data.id_field``, by default ``split/index``. ``index`` counts all
+    rows of the split, also skipped ones, so a repaired row does not change the ids of the others.
 
     ``counters`` describes the latest iteration: ``rows_read``, ``rows_skipped_REASON`` for rows
-    that hold no text, and ``files_left_out`` for data files of the folder that are in no split.
+    without usable text, and ``files_left_out`` for data files of the folder that are in no split.
     """
 
     def __init__(
@@ -127,8 +128,8 @@ class Source:
         return dict(self._counters)
 
     def stamp(self) -> str:
-        """A cheap identity of the data: different where the data changed. Reads names and sizes,
-        never rows.
+        """An identity of the data that changes with the data. It reads names and sizes, never
+        rows.
 
         Built-in: sha256 of its documents. Files: sha256 of their names, sizes and times of change.
         Hub: the commit.
@@ -136,8 +137,8 @@ class Source:
         return self._stamp()
 
     def __iter__(self) -> Iterator[Row]:
-        """Raises UserError where the data cannot be read, an id is missing or occurs twice, or
-        no row can be used.
+        """Raises UserError if the data cannot be read, if an id is missing or occurs twice, or if
+        no row is usable.
         """
         self._counters = Counter(rows_read=0)
         if self._files_left_out:
@@ -166,7 +167,7 @@ class Source:
             yield from self._read(fields)
         except LogitcaskError:
             raise
-        except Exception as error:  # whatever a file system, a decoder or the network raises
+        except Exception as error:  # any error of a file system, a decoder or the network
             raise UserError(
                 f"cannot read {self._config.path}: {one_line_and_kind(error)}"
             ) from error
@@ -243,9 +244,10 @@ class Source:
 
 
 def open_source(config: DataConfig) -> Source:
-    """Finds the data and checks split and columns, so that a mistake shows before anything is read.
+    """The source at ``data.path``. Split and columns are checked here, before any row is read.
 
-    Raises UserError: nothing at that path, unknown split, missing column, unreadable file.
+    Raises UserError if there is no data at that path, for an unknown split, a missing column or an
+    unreadable file.
     """
     if config.path in BUILT_IN:
         return _open_built_in(config)
@@ -298,8 +300,8 @@ def _open_built_in(config: DataConfig) -> Source:
 def _open_files(
     config: DataConfig, files: list[str], base: Path | None, left_out: int = 0
 ) -> Source:
-    """``files`` are paths or fsspec URLs in reading order; ``base`` is the folder of local ones,
-    None on the hub.
+    """``files`` are paths or fsspec URLs in reading order; ``base`` is the folder of local files,
+    None for the hub.
     """
     unknown = [file for file in files if suffix_of(file) not in SUFFIXES]
     if unknown:
@@ -320,8 +322,8 @@ def _open_files(
 
 
 def _fields_in(file: str, fields: list[str], config: DataConfig) -> list[str]:
-    """Without the column of tools where nobody asked for it and this file has none; JSON objects
-    have any, perhaps None.
+    """``fields`` without the default column of tools, if this file lacks it. JSON files never lack
+    it: a missing key reads as None.
     """
     if _TOOLS not in fields or not config.looks_for_tools or suffix_of(file) in JSON_SUFFIXES:
         return fields
@@ -330,7 +332,7 @@ def _fields_in(file: str, fields: list[str], config: DataConfig) -> list[str]:
 
 
 def _open_saved(config: DataConfig, folder: Path) -> Source:
-    """A folder written by ``save_to_disk``: already Arrow, so it is memory-mapped."""
+    """A folder written by ``save_to_disk``. It is Arrow already, so it is memory-mapped."""
     if "::" in str(folder.resolve()):
         raise UserError(
             f"cannot open data set {config.path!r}: `datasets` takes '::' in the path of a saved data set for a chain of "
@@ -350,7 +352,7 @@ def _open_saved(config: DataConfig, folder: Path) -> Source:
         saved = saved[config.split]
     elif saved.split is not None:
         check_split(config, [str(saved.split)])
-    # Tensors or frames of some of its columns, if that is how it was used last.
+    # A saved data set may have a format, such as tensors of some columns; plain values are read.
     saved = saved.with_format(None)
 
     def read(fields: list[str]) -> Iterator[Mapping[str, Any]]:

@@ -1,6 +1,4 @@
-"""What the tests of training have in common: a cache scored by a real model, small written ones,
-and a config.
-"""
+"""Fixtures of the training tests: a cache scored by a real model, small random caches, configs."""
 
 from __future__ import annotations
 
@@ -19,7 +17,7 @@ STEPS = 12
 
 
 def _sequences():
-    """The makers of random sequences that the tests of the format have."""
+    """The module that makes random sequences for the tests of the format."""
     file = Path(__file__).parents[1] / "cache_format" / "conftest.py"
     spec = importlib.util.spec_from_file_location("made_sequences", file)
     module = importlib.util.module_from_spec(spec)
@@ -32,8 +30,8 @@ made = _sequences()
 
 @pytest.fixture(autouse=True)
 def _unprinted_figures(request, monkeypatch):
-    """Figures are made but not printed, which takes longer than the rest of a small run, unless a
-    test asks for ``printed_figures``.
+    """Figures are drawn but not rendered, which would take longer than the rest of a small run. A
+    test that needs them asks for ``printed_figures``.
     """
     if "printed_figures" not in request.fixturenames:
         monkeypatch.setattr("logitcask.train.output.report._svg", lambda figure: "<svg></svg>")
@@ -41,16 +39,18 @@ def _unprinted_figures(request, monkeypatch):
 
 @pytest.fixture
 def printed_figures():
-    """The report's figures are real SVG."""
+    """Renders the report's figures as real SVG."""
 
 
 @pytest.fixture
 def write_cache(tmp_path, rng):
-    """``write_cache(name, kind=..., shards=..., sequences=..., tokens=(low, high))``: a cache of
-    random sequences.
+    """``write_cache(name, kind=..., shards=..., sequences=..., tokens=(low, high))``: writes a
+    cache of random sequences, with ids below 60.
 
-    ``sequences`` per shard, ``per_batch`` of them in a record batch; ids below 60. ``tokens`` may
-    also list the length of each sequence of a shard. ``vocab``: the identity of its tokenizer.
+    sequences: number per shard.
+    per_batch: sequences per record batch.
+    tokens:    bounds of the random lengths, or a list of the lengths in each shard.
+    vocab:     the identity of the tokenizer.
     """
 
     def write(
@@ -89,7 +89,7 @@ def write_cache(tmp_path, rng):
 
 
 def scratch(**fields):
-    """A student from scratch for caches of ``write_cache``."""
+    """A student config with random weights, for caches of ``write_cache``."""
     small = {
         "hidden_size": 32,
         "intermediate_size": 64,
@@ -107,8 +107,8 @@ def scratch(**fields):
 
 @pytest.fixture
 def scratch_student(tiny_llama, tmp_path):
-    """``scratch_student(tied=...)``: folder of a small Llama with random weights, for the tiny
-    Llama's caches.
+    """``scratch_student(tied=...)``: folder of a small Llama with random weights, for caches of the
+    tiny Llama.
     """
 
     def make(*, tied):
@@ -124,7 +124,7 @@ def scratch_student(tiny_llama, tmp_path):
 
 @pytest.fixture
 def scratch_config(tmp_path):
-    """Makes a config with a small student from scratch; as ``config`` otherwise."""
+    """Makes a config with a small, random student; otherwise like ``config``."""
 
     def make(**changes):
         training = {
@@ -153,7 +153,7 @@ def scratch_config(tmp_path):
 
 @pytest.fixture(scope="session")
 def cache(tiny_llama, tmp_path_factory):
-    """A cache of the tiny Llama over real text, scored by transformers."""
+    """A cache of real text, scored by the tiny Llama with transformers."""
     config = BuildConfig.model_validate(
         {
             "teacher": {"model": str(tiny_llama), "backend": "transformers"},
@@ -168,7 +168,7 @@ def cache(tiny_llama, tmp_path_factory):
 
 @pytest.fixture
 def config(cache, tiny_llama, tmp_path):
-    """Makes a config; keyword arguments replace fields, ``training`` ones by update."""
+    """Makes a config. Keyword arguments replace fields; ``training`` is updated."""
 
     def make(**changes):
         training = {

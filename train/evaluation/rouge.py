@@ -1,8 +1,8 @@
 """Rouge-L for text of any script.
 
-rouge_score's own tokenizer finds only words of ``a-z`` and ``0-9``, so two equal answers in Chinese
-or Arabic score 0. ``Words`` finds the same words in English text, and also those of every other
-script.
+The tokenizer of rouge_score finds only words of ``a-z`` and ``0-9``, so two equal answers in
+Chinese or Arabic score 0. ``Words`` finds the same words in English text, and the words of every
+other script.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ _UNSPACED = (
     r"\p{scx=Hani}\p{scx=Hira}\p{scx=Kana}\p{scx=Bopo}\p{scx=Yiii}\p{scx=Thai}\p{scx=Laoo}\p{scx=Khmr}\p{scx=Mymr}"
     r"\p{scx=Lana}\p{scx=Tale}\p{scx=Talu}\p{scx=Tavt}\p{scx=Java}\p{scx=Bali}"
 )
-"""Scripts whose words are not set apart, by Unicode's Script_Extensions."""
+"""Scripts without spaces between words, by Unicode's Script_Extensions."""
 _LETTER = r"[\p{L}\p{N}]"
-# One letter of these scripts with its marks; in other scripts a run of letters, digits and marks,
-# which may contain joiners (Persian, Hindi).
+# In these scripts a word is one letter with its marks. In other scripts it is a run of letters,
+# digits and marks, which may contain joiners (Persian, Hindi).
 _WORD = regex.compile(
     rf"[{_LETTER}&&[{_UNSPACED}]]\p{{M}}*|"
     rf"[{_LETTER}--[{_UNSPACED}]][[\p{{L}}\p{{N}}\p{{M}}\u200c\u200d]--[{_UNSPACED}]]*",
@@ -30,19 +30,19 @@ _WORD = regex.compile(
 
 
 class Words(Tokenizer):  # type: ignore[misc]
-    """Words of any script, in lower case, with compatible characters (full width, ligatures) in
-    their plain forms.
+    """A tokenizer for any script: words in lower case, full-width characters and ligatures in their
+    plain forms.
 
-    Scripts without spaces between words (Han, kana, Thai, Lao, Khmer, Burmese and similar ones)
-    give one word per character. Words of ASCII letters are stemmed as in rouge_score, so ASCII text
-    has the same words as there.
+    In scripts without spaces between words (Han, kana, Thai, Lao, Khmer, Burmese and similar ones)
+    each character is a word. ASCII words are stemmed as in rouge_score, so ASCII text gives the
+    same words as rouge_score's tokenizer.
     """
 
     def __init__(self) -> None:
         self._stemmer = PorterStemmer()
 
     def tokenize(self, text: str) -> list[str]:
-        """The words, in order; empty without letters and digits."""
+        """The words in order; an empty list for text without letters and digits."""
         words = _WORD.findall(unicodedata.normalize("NFKC", text).lower())
         return [
             self._stemmer.stem(word) if len(word) > 3 and word.isascii() else word for word in words

@@ -1,4 +1,4 @@
-"""``python -m logitcask.train.losses``: the tables of docs/losses.md, from the losses' specs."""
+"""``python -m logitcask.train.losses``: the tables of docs/losses.md, from the specs of losses."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def markdown() -> str:
 
 
 def _place(name: str) -> int:
-    """Where the module of a loss stands in the tables: the last place for one not in ``_ORDER``."""
+    """The place of a loss's module in the tables. Modules not in ``_ORDER`` come last."""
     module = LOSSES[name].__module__.rpartition(".")[2]
     return _ORDER.index(module) if module in _ORDER else len(_ORDER)
 

@@ -40,11 +40,13 @@ def _needs_heads(name: str, teacher: SparseTeacher) -> None:
 
 @loss(
     source="arXiv 2404.02657 (AKL)",
-    formula="w KL(p || q) + (1 - w) KL(q || p), w = the head's share of sum abs(p - q)",
-    needs="head; samples with logprobs, or prior, where there are any",
+    formula="w KL(p || q) + (1 - w) KL(q || p), w = the share of the teacher's top tokens in sum "
+    "abs(p - q)",
+    needs="head; optionally tail samples with logprobs, or the prior",
     from_head="biased",
     from_samples="biased",
-    use="forward KL while the peaks are wrong, reverse KL once the rest is",
+    use="a mix that follows the errors: forward KL if they are at the teacher's top tokens, "
+    "reverse KL if they are elsewhere",
     tails=("samples", "ghost", "prior"),
     needs_sample_logprobs=True,
 )
@@ -111,10 +113,11 @@ def _mean_tail_mass(teacher: SparseTeacher, options: dict[str, Any]) -> dict[str
 @loss(
     source="arXiv 2602.20816 (TAD)",
     formula="KL on top k + 1 cells + (beta m_k / mean m_k) KL(p_tail || q_tail)",
-    needs="head of at least k; samples with entropy or logprobs, or prior, where there are any",
+    needs="head of at least k entries; optionally tail samples with entropy or logprobs, or the "
+    "prior",
     from_head="lower",
     from_samples="unbiased",
-    use="gives the teacher's less likely tokens more weight than forward KL",
+    use="more weight on the teacher's less likely tokens than in forward KL",
     tails=("samples", "ghost", "prior"),
     prepare=_mean_tail_mass,
     prior_product=True,
@@ -224,10 +227,11 @@ class TaidState:
 @loss(
     source="arXiv 2501.16937 (TAID)",
     formula="-sum p_t log q, p_t ~ sg(q)^(1 - t) p^t",
-    needs="head; samples with logprobs, or prior, where there are any",
+    needs="head; optionally tail samples with logprobs, or the prior",
     from_head="biased",
     from_samples="biased",
-    use="a teacher far ahead of the student: the target moves from one to the other",
+    use="a teacher much better than the student: the target moves from the student to the teacher "
+    "during training",
     tails=("samples", "ghost", "prior"),
     needs_sample_logprobs=True,
     state=TaidState,
@@ -275,11 +279,13 @@ def taid(
 
 @loss(
     source="arXiv 2412.15303 (Self-Evolution KD), reconstructed from its abstract",
-    formula="d = KL(t || q), t = g onehot(y) + (1 - g) p; where d > threshold: KL(t || l t + (1 - l) q)",
-    needs="head, target's logprob",
+    formula="d = KL(t || q), t = g onehot(y) + (1 - g) p; if d > threshold: KL(t || l t + (1 - l) "
+    "q)",
+    needs="head and the target's logprob",
     from_head="biased",
     from_samples=None,
-    use="noisy or hard data: the tokens that the student cannot follow yet pull less",
+    use="noisy or hard data: tokens on which the student is still far from the target get less "
+    "weight",
 )
 def self_evolution(
     student_logits: Tensor | StudentPass,

@@ -28,10 +28,11 @@ _TAILS = ("samples", "ghost", "prior")
 @loss(
     source="arXiv 2505.04560 (ABKD)",
     formula="-1/(ab) sum [p^a q^b - a/(a+b) p^(a+b) - b/(a+b) q^(a+b)], a = alpha, b = beta",
-    needs="head; samples with logprobs, or prior, where there are any",
+    needs="head; optionally tail samples with logprobs, or the prior",
     from_head="lower",
     from_samples="unbiased",
-    use="between forward (1, 0) and reverse KL (0, 1) in two directions; the paper's choice for instruction data is (0.2, 0.7)",
+    use="a compromise with two parameters (alpha, beta): forward KL at (1, 0), reverse KL at (0, "
+    "1); the paper uses (0.2, 0.7) for instruction data",
     tails=_TAILS,
     needs_sample_logprobs=True,
 )

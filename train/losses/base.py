@@ -1,4 +1,4 @@
-"""What a loss sees of the teacher, the shape every loss has, and what each says of itself.
+"""The base of all losses: the teacher that they are given, their common signature, the registry.
 
 Shapes: P kept positions, K head entries per position (padded), V vocabulary, S draws from the tail
 (padded).
@@ -17,8 +17,8 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class TailDraws:
-    """Draws from the tails of P positions, as tensors on one device. Each of a position's draws
-    stands for an equal share of its tail.
+    """Draws from the tails of P positions, as tensors on one device. The draws of a position have
+    equal shares of its tail.
 
     ids:      int64[P, S], repeats included, padded with -1.
     logprobs: None, or float32[P, S], nats, padded with -inf.
@@ -29,14 +29,15 @@ class TailDraws:
 
     @property
     def finite_logprobs(self) -> Tensor:
-        """float32[P, S], nats, 0 for padding. Raises ValueError where none are stored."""
+        """float32[P, S], nats, 0 for padding. Raises ValueError if none are stored."""
         if self.logprobs is None:
             raise ValueError("these draws have no logprobs")
         return self.logprobs.masked_fill(self.ids < 0, 0)
 
     def weights(self, tail_logprob: Tensor) -> Tensor:
-        """float32[P, S]: the share of the whole distribution that each draw stands for, 0 for
-        padding; ``tail_logprob``, float32[P], is the teacher's.
+        """float32[P, S]: each draw's share of the whole distribution, 0 for padding.
+
+        ``tail_logprob``, float32[P], is the teacher's.
         """
         drawn = self.ids >= 0
         share = tail_logprob.exp() / drawn.sum(1).clamp_min(1)
@@ -49,16 +50,16 @@ class SparseTeacher:
 
     ids:             int64[P, K], head ids by falling logprob, padded with -1.
     logprobs:        float32[P, K], nats, padded with -inf.
-    tail_logprob:    float32[P], log of the mass outside the head; -inf where the head is
-                     everything.
-    target_ids:      int64[P], the tokens that really follow.
-    target_logprob:  float32[P], the teacher's logprob of them.
-    vocab_size:      ids the teacher can predict; the student's V may be larger, never smaller
-                     (``logitcask.train.data.vocabulary``).
-    draws:           None, or what was drawn from the tails.
+    tail_logprob:    float32[P], log of the mass outside the head; -inf if the head is the whole
+                     distribution.
+    target_ids:      int64[P], the next tokens in the data.
+    target_logprob:  float32[P], the teacher's logprobs of the targets.
+    vocab_size:      number of ids that the teacher can predict. The student's V may be larger,
+                     never smaller (``logitcask.train.data.vocabulary``).
+    draws:           None, or the draws from the tails.
     entropy:         None, or float32[P], nats, of the whole distribution.
-    prior:           None, or float32[vocab_size], probabilities: how a tail may be spread where
-                     nothing is known of it.
+    prior:           None, or float32[vocab_size]: probabilities over which a tail can be spread if
+                     the cache holds only its mass.
     """
 
     ids: Tensor
@@ -75,19 +76,19 @@ class SparseTeacher:
         return self.ids.shape[0]
 
     def __getitem__(self, rows: slice) -> SparseTeacher:
-        """The same teacher at some of the positions (a view)."""
+        """The teacher at the positions ``rows``, as a view."""
         return _mapped(self, lambda name, tensor: tensor if name == "prior" else tensor[rows])
 
     def to(self, device: torch.device | str) -> SparseTeacher:
-        """The same teacher on another device."""
+        """The teacher with its tensors on ``device``."""
         return _mapped(self, lambda name, tensor: tensor.to(device))
 
     def known(self, ids_Pk: Tensor) -> tuple[Tensor, Tensor]:
-        """(logprobs [P, k], stored [P, k]): what the cache says of these ids, by head, target and
+        """(logprobs [P, k], stored [P, k]): the cached logprobs of these ids, from head, target and
         draws.
 
-        Where it says nothing, the logprob is the highest that the id can have: that of the head's
-        last entry, or of the whole tail, whichever is lower.
+        ``stored`` is False for an id without a cached logprob. Its logprob here is the highest one
+        possible: that of the head's last entry or that of the whole tail, whichever is lower.
         """
         ids, logprobs = (
             [self.ids, self.target_ids.unsqueeze(1)],
@@ -98,8 +99,8 @@ class SparseTeacher:
             logprobs.append(self.draws.logprobs)
         match_PkE = ids_Pk.unsqueeze(2) == torch.cat(ids, 1).unsqueeze(1)
         found_Pk = torch.where(match_PkE, torch.cat(logprobs, 1).unsqueeze(1), -torch.inf).amax(2)
-        # Without a tail, an id that is not stored is one that the teacher cannot predict: below the
-        # last entry, however far.
+        # Without a tail, the teacher cannot predict an id that is not stored. The bound is then the
+        # head's last entry alone.
         tail_P = torch.where(torch.isneginf(self.tail_logprob), self.least, self.tail_logprob)
         most_P1 = torch.minimum(tail_P, self.least).unsqueeze(1)
         stored_Pk = match_PkE.any(2)
@@ -107,8 +108,8 @@ class SparseTeacher:
 
     @property
     def least(self) -> Tensor:
-        """float32[P]: the logprob of the last entry of each head, 0 where there is none. No id
-        of the tail has more.
+        """float32[P]: the logprob of the last entry of each head, 0 for an empty head. No id of
+        the tail has a higher one.
         """
         return (
             torch.where(self.ids >= 0, self.logprobs, 0.0).amin(1)
@@ -121,8 +122,8 @@ _Tensors = TypeVar("_Tensors", SparseTeacher, TailDraws)
 
 
 def _mapped(value: _Tensors, change: Callable[[str, Tensor], Tensor]) -> _Tensors:
-    """``value`` with ``change`` of a field's name and tensor in place of each tensor, those of its
-    draws included.
+    """A copy of ``value`` with each tensor, also those of its draws, replaced by
+    ``change(field name, tensor)``.
     """
     changed: dict[str, Any] = {}
     for field in fields(value):
@@ -138,30 +139,32 @@ Loss = Callable[..., Tensor]
 """``loss(student_logits [P, V], teacher, **options) -> float32[P]``, nats: a pure function, one
 value per position.
 
-In place of the logits it takes a ``StudentPass`` that was made of them and this teacher, which
-several losses can share.
+It also takes a ``StudentPass`` in place of the logits, made from the logits and this teacher.
+Several losses can share one pass.
 """
 
 Exactness = Literal["exact", "unbiased", "lower", "biased"]
-"""How a value stands to the one that the teacher's whole distribution would give.
+"""The relation of a loss's value to its value with the teacher's whole distribution.
 
-exact: the same, up to the cache's rounding. unbiased: the same in the mean over fresh draws, and so
-is the gradient. lower: never above it. biased: none of these; the loss says what it is then (so are
-a prior's reconstruction, and a head scaled up to 1, for any loss).
+exact:    equal, up to the cache's rounding.
+unbiased: equal in the mean over fresh draws; the same holds for the gradient.
+lower:    never higher.
+biased:   none of these; the loss documents its own value. With a tail spread by the prior, or a
+          head scaled up to 1, every loss is biased.
 """
 
 
 class LossState(Protocol):
-    """What a loss remembers from one optimizer step to the next; the objective owns it, the loss
-    only sees its options.
+    """The state of a loss from one optimizer step to the next. The objective owns it; the loss
+    sees only its options.
     """
 
     def options(self) -> dict[str, Any]:
         """Keyword arguments for the loss in this step."""
 
     def update(self, mean: float, progress: float) -> None:
-        """After an optimizer step: the loss's mean over all positions of all processes, and the
-        share of steps done.
+        """Takes in an optimizer step: ``mean`` is the loss's mean over all positions of all
+        processes, ``progress`` the share of steps done.
         """
 
     def state_dict(self) -> dict[str, float | None]: ...
@@ -171,30 +174,30 @@ class LossState(Protocol):
 
 @dataclass(frozen=True)
 class LossSpec:
-    """What a loss says of itself, for the docs, the trainer and reports.
+    """The description of a loss, read by the docs, the trainer and reports.
 
-    source:       where it comes from: arXiv number, or what it is known as.
-    formula:      in one line; p teacher, q student, z its logits, y the target, K the head, m and Q
-                  the tails' masses.
-    needs:        what of the cache it uses.
-    from_head:    what it is with a head that is not everything, and nothing else.
-    from_samples: what it is with tail samples; None where it does not use them.
-    use:          when to use it.
-    tails:        values of its option ``tail``; empty where it has none.
-    needs_sample_logprobs: its use of tail samples needs their logprobs, too.
-    top_k:        how many of the student's most probable ids it looks at, by its options.
-    head_k:       how many entries a head must have for ``from_head`` and ``from_samples`` to hold,
-                  by its options.
-    masses:       whether it needs the student's masses, or the logits of some ids alone.
-    state:        makes its state of the config's options, for a loss that has one.
-    prepare:      options that follow from the whole batch's teacher, for a loss that is not one of
-                  positions alone.
-    same_as:      the name of the loss that it is with some of its options; None with all others.
-    prior_product: with ``tail: prior`` the logits' product with the prior is enough; other losses
-    take the logits whole.
-    dynamic:      whether its term may scale the others with the overlap of both top k, of its own
-                  ``top_k``.
-    by_overlap:   whether such a term scales it.
+    source:       the paper: arXiv number, or a common name.
+    formula:      one line; p teacher, q student, z the student's logits, y the target, K the head,
+                  m and Q the tail masses of teacher and student.
+    needs:        the parts of the cache that it uses.
+    from_head:    its exactness with a head that is not the whole distribution, and no tail samples.
+    from_samples: its exactness with tail samples; None if it does not use them.
+    use:          the case that it is meant for.
+    tails:        values of its option ``tail``; empty without that option.
+    needs_sample_logprobs: whether it can use tail samples only with their logprobs.
+    top_k:        number of the student's most probable ids that it uses, from its options.
+    head_k:       entries that a head must have for ``from_head`` and ``from_samples`` to hold, from
+                  its options.
+    masses:       whether it needs the student's masses; False if the logits of some ids are enough.
+    state:        makes its state from the config's options; None for a loss without state.
+    prepare:      makes options from the teacher of the whole batch; None for a loss that treats
+                  each position alone.
+    same_as:      the name of the loss that it equals with these options, or None.
+    prior_product: whether ``tail: prior`` needs only the product of logits and prior; other losses
+                  need all logits.
+    dynamic:      whether its term can scale the other terms by the overlap of the teacher's and the
+                  student's top ``top_k``.
+    by_overlap:   whether such a term scales this loss.
     """
 
     name: str
@@ -218,7 +221,7 @@ class LossSpec:
 
     @property
     def state_options(self) -> dict[str, Any]:
-        """The options of the state alone, with their defaults."""
+        """The options of the state, with their defaults."""
         return (
             {}
             if self.state is None
@@ -227,8 +230,8 @@ class LossSpec:
 
     @property
     def options(self) -> dict[str, Any]:
-        """The options that a config may set, with their defaults: those of the state, then those
-        of the function.
+        """The options that a config can set, with their defaults: first the state's, then the
+        function's.
         """
         given = set() if self.state is None else set(self.state().options())
         arguments = signature(LOSSES[self.name]).parameters.items()
@@ -241,15 +244,15 @@ class LossSpec:
 
 
 LOSSES: dict[str, Loss] = {}
-"""Every loss by the name that configs use."""
+"""All losses, by their names in configs."""
 SPECS: dict[str, LossSpec] = {}
-"""What each of them says of itself."""
+"""The descriptions of all losses, by the same names."""
 
 _L = TypeVar("_L", bound=Loss)
 
 
 def loss(**description: Any) -> Callable[[_L], _L]:
-    """Enters a function into ``LOSSES`` under its own name, and its ``LossSpec`` into ``SPECS``."""
+    """Registers a function in ``LOSSES`` under its own name, and its ``LossSpec`` in ``SPECS``."""
 
     def enter(function: _L) -> _L:
         SPECS[function.__name__] = LossSpec(name=function.__name__, **description)

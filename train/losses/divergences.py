@@ -83,10 +83,11 @@ def reverse_kl_of_cells(log_p: Tensor, log_q: Tensor, log_u: Tensor) -> Tensor:
 @loss(
     source="arXiv 2306.08543 (MiniLLM), 2306.13649 (GKD, beta = 1)",
     formula="sum q log(q/p)",
-    needs="head; samples with logprobs, or prior, where there are any",
+    needs="head; optionally tail samples with logprobs, or the prior",
     from_head="lower",
     from_samples="lower",
-    use="a student too small for all of the teacher: keeps to what the teacher finds likely",
+    use="a student too small to learn the whole teacher: it learns the tokens that the teacher "
+    "finds likely",
     tails=_TAILS,
     needs_sample_logprobs=True,
 )
@@ -121,10 +122,11 @@ def reverse_kl(
 @loss(
     source="arXiv 2306.13649 (GKD)",
     formula="beta KL(p || M) + (1 - beta) KL(q || M), M = beta p + (1 - beta) q",
-    needs="head; samples with logprobs, or prior, where there are any",
+    needs="head; optionally tail samples with logprobs, or the prior",
     from_head="lower",
     from_samples="unbiased",
-    use="between forward (beta = 0) and reverse KL (beta = 1), which its ends are by definition; bounded",
+    use="a bounded compromise between forward and reverse KL; by definition forward KL at beta = "
+    "0 and reverse KL at beta = 1",
     tails=_TAILS,
     needs_sample_logprobs=True,
     same_as=lambda options: {0: "forward_kl", 1: "reverse_kl"}.get(options.get("beta", 0.5)),
@@ -173,10 +175,10 @@ def jsd(
 @loss(
     source="arXiv 2402.03898 (DistiLLM)",
     formula="sum p log(p / (alpha p + (1 - alpha) q))",
-    needs="head; samples with logprobs, or prior, where there are any",
+    needs="head; optionally tail samples with logprobs, or the prior",
     from_head="lower",
     from_samples="unbiased",
-    use="forward KL with bounded gradients, where teacher and student lie far apart",
+    use="student and teacher far apart: a forward KL with bounded gradients",
     tails=_TAILS,
     needs_sample_logprobs=True,
 )
@@ -211,10 +213,10 @@ def skew_kl(
 @loss(
     source="arXiv 2402.03898 (DistiLLM)",
     formula="sum q log(q / ((1 - alpha) p + alpha q))",
-    needs="head; samples with logprobs, or prior, where there are any",
+    needs="head; optionally tail samples with logprobs, or the prior",
     from_head="lower",
     from_samples="unbiased",
-    use="reverse KL that a sparse cache can serve without bias",
+    use="a form of reverse KL that is unbiased with tail samples",
     tails=_TAILS,
     needs_sample_logprobs=True,
 )
@@ -262,10 +264,11 @@ def _shortfall(log_p: Tensor, log_q: Tensor, log_u: Tensor) -> Tensor:
 @loss(
     source="arXiv 2307.15190 (f-DISTILL), 2402.03898",
     formula="sum abs(p - q) / 2",
-    needs="head; samples with logprobs, or prior, where there are any",
+    needs="head; optionally tail samples with logprobs, or the prior",
     from_head="lower",
     from_samples="unbiased",
-    use="robust to what the teacher gets wrong; weak gradients far from the teacher",
+    use="teachers with errors, to which it is robust; its gradients are weak if the student is "
+    "far from the teacher",
     tails=_TAILS,
     needs_sample_logprobs=True,
 )

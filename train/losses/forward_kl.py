@@ -25,10 +25,10 @@ _TAILS = ("samples", "ghost", "prior", "renormalised")
 @loss(
     source="arXiv 1503.02531, T = 1",
     formula="sum p log(p/q)",
-    needs="head; samples with entropy or logprobs, or prior, where there are any",
+    needs="head; optionally tail samples with entropy or logprobs, or the prior",
     from_head="lower",
     from_samples="unbiased",
-    use="the default: covers all that the teacher finds possible",
+    use="the default: the student learns to cover every token that the teacher finds possible",
     tails=_TAILS,
     prior_product=True,
 )
@@ -152,10 +152,10 @@ def _p_log_p(p: Tensor, log_p: Tensor) -> Tensor:
 @loss(
     source="arXiv 2503.16870",
     formula="-sum_K p log q - m/S sum_s log q_s",
-    needs="samples (ids alone will do), or a head that is everything",
+    needs="tail samples (ids are enough), or a head that is the whole vocabulary",
     from_head="biased",
     from_samples="unbiased",
-    use="caches of draws without logprobs or entropy; the gradient of forward_kl",
+    use="caches whose draws have no logprobs and no entropy; the gradient is that of forward_kl",
 )
 def random_sampling(student_logits: Tensor | StudentPass, teacher: SparseTeacher) -> Tensor:
     """Cross-entropy to draws from the teacher, in nats per position (RS-KD, arXiv 2503.16870).
@@ -180,12 +180,13 @@ def random_sampling(student_logits: Tensor | StudentPass, teacher: SparseTeacher
 
 
 @loss(
-    source="the data's own next tokens",
+    source="hard labels: the next tokens in the data",
     formula="-log q(y)",
-    needs="nothing but the data",
+    needs="the data's tokens only",
     from_head="exact",
     from_samples=None,
-    use="beside a teacher loss (ce_weight is the same), or alone, as the baseline",
+    use="in addition to a teacher loss (same as ce_weight), or alone as a baseline without a "
+    "teacher",
     by_overlap=False,
 )
 def ce(student_logits: Tensor | StudentPass, teacher: SparseTeacher) -> Tensor:

@@ -30,10 +30,10 @@ def _checked(name: str, teacher: SparseTeacher, temperature: float) -> None:
 @loss(
     source="Xia et al. 2008 (ListMLE)",
     formula="-sum_{i<=k} [z_i - logsumexp(z_i, z_(i+1), ..., all below)], by the teacher's order",
-    needs="head of at least k",
+    needs="head of at least k entries",
     from_head="exact",
     from_samples=None,
-    use="the order of the peaks, and that they are above all else",
+    use="the order of the teacher's top tokens, and their place above all others",
     head_k=lambda options: options.get("k", 10),
 )
 def listmle(
@@ -77,10 +77,10 @@ def _pairs(width: int, device: torch.device) -> tuple[Tensor, Tensor]:
 @loss(
     source="Burges et al. 2005 (RankNet)",
     formula="mean_{i<j<=k} log(1 + exp(-(z_i - z_j) / T)), by the teacher's order",
-    needs="head of at least k",
+    needs="head of at least k entries",
     from_head="exact",
     from_samples=None,
-    use="the order of the peaks alone; cheap",
+    use="only the order of the teacher's top tokens; cheap",
     head_k=lambda options: options.get("k", 10),
     masses=False,
 )
@@ -122,11 +122,12 @@ def pairwise_logistic(
 
 @loss(
     source="arXiv 2406.13555 (BiLD)",
-    formula="KL(softmax(d_p / T) || softmax(d_q / T)) for d all differences within the top k, of the teacher's and of the student's ids",
-    needs="head of at least k",
+    formula="KL(softmax(d_p / T) || softmax(d_q / T)), d all differences of logits within a top "
+    "k, for the teacher's top k plus the student's",
+    needs="head of at least k entries",
     from_head="biased",
     from_samples=None,
-    use="the peaks and their differences, without the noise of the long tail",
+    use="the differences between top tokens, without the noise of the long tail",
     top_k=lambda options: options.get("k", 8) if options.get("sides", "both") == "both" else 0,
     masses=False,
 )
@@ -183,11 +184,13 @@ def _difference_kl(x_Pk: Tensor, y_Pk: Tensor, valid_Pk: Tensor, temperature: fl
 
 @loss(
     source="arXiv 2406.19774 (DPKD), token form",
-    formula="-log sigmoid(beta [(log q(y_t) - log q(y_s)) - (log p(y_t) - log p(y_s))]), y_t, y_s the argmax of p and q",
+    formula="-log sigmoid(beta [(log q(y_t) - log q(y_s)) - (log p(y_t) - log p(y_s))]), y_t, y_s "
+    "the argmax of p and q",
     needs="head",
     from_head="lower",
     from_samples=None,
-    use="preference for the teacher's first choice over the student's; the paper mixes it half and half with ce",
+    use="preference for the teacher's top token over the student's; the paper gives it and ce the "
+    "same weight",
     top_k=lambda options: 1,
     masses=False,
 )

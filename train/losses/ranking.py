@@ -29,10 +29,11 @@ _NO_VARIANCE = 1e-6
 @loss(
     source="arXiv 2409.12545 (RLKD)",
     formula="1 - Cov(R_p, R_q) / (sd R_p sd R_q), R soft ranks over both top-k",
-    needs="head, several times as long as k",
+    needs="head of several times k entries",
     from_head="biased",
     from_samples=None,
-    use="beside a logits loss, with weight 2; makes the student's top tokens and their order the teacher's",
+    use="in addition to another teacher loss, with weight 2: the student learns the teacher's top "
+    "tokens and their order",
     top_k=lambda options: options.get("k", 5),
     masses=False,
     dynamic=True,
