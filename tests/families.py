@@ -86,7 +86,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], str]] = {
             **_EXPERTS,
             **_LATENT,
         },
-        "agrees",
+        "refused",
     ),
     "gpt-oss": (
         "gpt_oss",
