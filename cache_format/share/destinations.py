@@ -217,7 +217,7 @@ class Store:
         return True
 
     def refuse_strangers(self, names: list[str], readme: bytes) -> None:
-        """Raises UserError if files of these names, or a card other than ``readme``, exist there."""
+        """Raises UserError if files of these names or a card other than ``readme`` exist there."""
         shards = set(self.shards())
         taken = [
             name for name in names if name in shards or (name == PRIOR and self._exists(name))

@@ -1,4 +1,4 @@
-"""``teacher-cache estimate``: the forecasts of ``logitcask.pipeline.estimate.run`` as a page or JSON."""
+"""``teacher-cache estimate``: forecasts of ``logitcask.pipeline.estimate.run``, page or JSON."""
 
 from __future__ import annotations
 

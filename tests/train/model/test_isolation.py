@@ -9,19 +9,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from logitcask.cache_format import UserError
 from logitcask.train.head.lm_head import LogitsHead
 from logitcask.train.model.isolation import check_isolation
+from tests.train.data.test_packing import SMALL
 
 pytestmark = pytest.mark.random
-
-
-SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-
-
-SMALL |= {
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 16,
-    "max_position_embeddings": 128,
-}
 
 
 def student(model_type, attention="sdpa", **fields):
