@@ -17,6 +17,9 @@ WORKERS ?= $(if $(HAS_GPU),0,$(shell cores=$$(nproc 2>/dev/null || echo 2); echo
 SIDE_BY_SIDE = --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 SHUFFLED = $(if $(ORDER),--random-order-bucket=module --random-order-seed=$(ORDER))
 
+# The tests start hundreds of processes. Without compiled files each of them compiles the whole package again.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help setup teacher-cache train-student test fuzz test-engines test-extras test-families lint bench bench-quality bench-gpu report clean
 

@@ -13,12 +13,14 @@ import dataclasses
 import gc
 import hashlib
 import json
+import multiprocessing
 import os
 import random
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +176,22 @@ def _no_shards_in_the_home_folder(tmp_path_factory: pytest.TempPathFactory) -> I
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LOGITCASK_CACHE", str(tmp_path_factory.mktemp("shards")))
         yield
+
+
+@pytest.fixture(scope="session")
+def fork() -> Callable[[Callable[[], object]], BaseProcess]:
+    """``fork(function)``: starts ``function`` in a child of this process, to be killed.
+
+    The child has everything imported. A new interpreter needs 10 seconds to import torch and
+    transformers.
+    """
+
+    def start(function: Callable[[], object]) -> BaseProcess:
+        child = multiprocessing.get_context("fork").Process(target=function)
+        child.start()
+        return child
+
+    return start
 
 
 @pytest.fixture(scope="session")

@@ -332,35 +332,28 @@ def teacher_cache(*arguments, env=None):
     )
 
 
-def test_killed_ten_times_the_cache_is_the_same(tmp_path, rng):
-    """``kill -9`` at random moments, the same command again each time, until one run gets
-    through.
+def test_killed_ten_times_the_cache_is_the_same(tmp_path, rng, fork):
+    """``kill -9`` at random moments, the same build again each time, until one gets through; the
+    last is the command.
     """
     config_file = tmp_path / "config.yaml"
     whole = synthetic(tmp_path, output=str(tmp_path / "whole"), data__max_tokens=400_000)
     expected = build(whole).manifest
-    config_file.write_text(
-        yaml.safe_dump({**whole.model_dump(mode="json"), "output": str(tmp_path / "killed")})
-    )
-    command = [
-        sys.executable,
-        "-c",
-        "from logitcask.pipeline.cli import main; main()",
-        "build",
-        str(config_file),
-    ]
+    killed = whole.model_copy(update={"output": tmp_path / "killed"})
+    config_file.write_text(yaml.safe_dump(killed.model_dump(mode="json")))
     work = tmp_path / "killed" / ".build"
     kills = 0
     # The first is killed while it plans, the others at some shard, a random moment later.
     for shards in (0, *rng.integers(0, len(expected.shards) - 1, 9)):
-        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-        while process.poll() is None and not (
+        process = fork(lambda: build(killed))
+        while process.is_alive() and not (
             work.exists() and len(list(work.glob("commits/*.json"))) >= shards
         ):
             time.sleep(0.002)
         time.sleep(rng.uniform(0, 0.2) if kills else 0)
-        process.send_signal(signal.SIGKILL)
-        kills += process.wait() == -signal.SIGKILL
+        process.kill()
+        process.join()
+        kills += process.exitcode == -signal.SIGKILL
     last = teacher_cache("build", config_file)
     assert last.returncode == 0, last.stderr
     found = CacheReader(tmp_path / "killed").manifest

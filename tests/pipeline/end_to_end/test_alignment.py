@@ -7,9 +7,8 @@ The texts are in no other test.
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -38,8 +37,7 @@ CHATS = [
     ]
 ]
 needs_vllm = pytest.mark.skipif(
-    bool(subprocess.run([sys.executable, "-c", "import vllm"], capture_output=True).returncode),
-    reason="vLLM is not installed",
+    importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"
 )
 
 

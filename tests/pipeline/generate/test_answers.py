@@ -28,6 +28,7 @@ from logitcask.cache_format import CacheReader, UserError, verify
 from logitcask.pipeline.builder.run import build
 from logitcask.pipeline.config import BuildConfig, DataConfig, TeacherConfig
 from logitcask.pipeline.distribution.capture import Capture
+from logitcask.pipeline.generate import answers as generation
 from logitcask.pipeline.generate.answers import answer_seed, cut
 from logitcask.pipeline.generate.prompts import Prompts
 from logitcask.pipeline.teachers.base import Prompt, Sampling
@@ -644,28 +645,29 @@ def test_prompts_of_another_tokenizer_are_refused(interrupted, what) -> None:
     assert build(config).manifest.tokenizer.chat_template_sha256
 
 
-def test_killed_while_writing_the_cache_is_the_same(tmp_path, rng) -> None:
+def test_killed_while_writing_the_cache_is_the_same(tmp_path, rng, fork, monkeypatch) -> None:
     rows = [{"q": f"question {n}"} for n in range(160)]
     generate = {"samples": 2, "max_new_tokens": 60}
     whole = config_of(tmp_path, rows=rows, generate=generate, output="whole")
     expected = build(whole).manifest
+    killed = whole.model_copy(update={"output": tmp_path / "killed"})
+    units = killed.output / ".build" / "generations"
+    with monkeypatch.context() as patch:
+        # Slow enough to be killed between units.
+        commit = generation.write_durably
+        patch.setattr(generation, "write_durably", lambda *each: (time.sleep(0.05), commit(*each)))
+        patch.setattr(generation, "_UNIT_ANSWERS", 16)
+        for target in np.sort(rng.choice(np.arange(1, 15), 3, replace=False)):
+            process = fork(lambda: build(killed))
+            while len(list(units.glob("answers-*.arrow"))) < target:
+                assert process.is_alive()
+                time.sleep(0.01)
+            time.sleep(rng.uniform(0, 0.05))
+            process.kill()
+            process.join()
+            assert process.exitcode == -signal.SIGKILL
     file = tmp_path / "config.yaml"
-    file.write_text(
-        yaml.safe_dump({**whole.model_dump(mode="json"), "output": str(tmp_path / "killed")})
-    )
-    units = tmp_path / "killed" / ".build" / "generations"
-    for target in np.sort(rng.choice(np.arange(1, 15), 3, replace=False)):
-        process = subprocess.Popen(
-            [sys.executable, "-c", _SLOW, "build", str(file)],
-            stderr=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-        )
-        while len(list(units.glob("answers-*.arrow"))) < target:
-            assert process.poll() is None
-            time.sleep(0.01)
-        time.sleep(rng.uniform(0, 0.05))
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
+    file.write_text(yaml.safe_dump(killed.model_dump(mode="json")))
     done = teacher_cache("build", file)
     assert done.returncode == 0, done.stderr
     found = CacheReader(tmp_path / "killed").manifest
@@ -673,21 +675,6 @@ def test_killed_while_writing_the_cache_is_the_same(tmp_path, rng) -> None:
     assert found.data.counters == expected.data.counters
     left = sorted(path.name for path in (tmp_path / "killed").iterdir())
     assert left == ["README.md", "data", "manifest.json", "tail_prior.arrow"]
-
-
-# Slow enough to be killed between units.
-_SLOW = """
-import time
-import logitcask.pipeline.generate.answers as generation
-commit = generation.write_durably
-def slow(*arguments):
-    time.sleep(0.05)
-    commit(*arguments)
-generation.write_durably = slow
-generation._UNIT_ANSWERS = 16
-from logitcask.pipeline.cli import main
-main()
-"""
 
 
 # --- real engines
