@@ -72,7 +72,7 @@ hypothesis.settings.register_profile("fuzz", database=None, deadline=None, print
 hypothesis.settings.load_profile("fuzz" if SEED else "fixed")
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     """Sets one thread in every process, so that the rounding of sums does not depend on the number
     of cores.
     """
@@ -83,6 +83,7 @@ def pytest_configure() -> None:
     absl.logging.get_absl_handler().python_handler.stream = sys.__stderr__
     # Ray gives its workers the lowest priority, so beside other tests they would hardly run.
     os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  Ray reads this name
+    config.pluginmanager.register(_ImportsFrozen())
 
 
 def pytest_report_header() -> str:
@@ -111,16 +112,29 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items.sort(key=place.__getitem__)
 
 
-def pytest_collection_finish() -> None:
-    """Takes all imported objects out of garbage collection. accelerate and vLLM collect often, and
-    with so many modules each collection takes half a second.
+class _ImportsFrozen:
+    """Keeps imported objects out of garbage collection.
+
+    accelerate and vLLM collect often, and with so many modules each collection takes half a second.
+    vLLM freezes and unfreezes too, which would undo it; in tests only this class does.
     """
-    gc.freeze()
 
+    def __init__(self) -> None:
+        self._modules = 0
+        self._patch = pytest.MonkeyPatch()
+        self._freeze, self._unfreeze = gc.freeze, gc.unfreeze
+        for name in ("freeze", "unfreeze"):
+            self._patch.setattr(gc, name, lambda: None)
 
-def pytest_unconfigure() -> None:
-    """Unfreezes the objects: Triton's bindings report frozen ones as leaks at exit."""
-    gc.unfreeze()
+    def pytest_runtest_setup(self) -> None:
+        if len(sys.modules) > self._modules + 200:
+            self._modules = len(sys.modules)
+            gc.collect()
+            self._freeze()
+
+    def pytest_unconfigure(self) -> None:
+        self._patch.undo()
+        self._unfreeze()  # Triton's bindings report frozen objects as leaks at exit
 
 
 def _module(item: pytest.Item) -> str:
