@@ -4,6 +4,7 @@ there.
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
@@ -99,3 +100,27 @@ def test_the_map_names_every_module():
         if path.name != "__init__.py"
     }
     assert sorted(files - named) == []
+
+
+def test_troubleshooting_quotes_messages_that_exist():
+    """Each heading of the page is a message of the code, with ``...`` for what is filled in."""
+    messages = []
+    for file in (path for package in PACKAGES for path in (ROOT / package).rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                parts = [part.value for part in node.values if isinstance(part, ast.Constant)]
+                messages.append("\0".join(map(str, parts)))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                messages.append(node.value)
+    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    headings = re.findall(r"^### `(.*)`$", page, re.MULTILINE)
+    assert len(headings) > 20
+    unknown = [
+        heading
+        for heading in headings
+        if not any(
+            re.search(".*".join(map(re.escape, heading.split("..."))), text, re.DOTALL)
+            for text in messages
+        )
+    ]
+    assert unknown == []
