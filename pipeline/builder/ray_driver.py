@@ -37,6 +37,7 @@ from logitcask.pipeline.interruption import at_safe_points, safe_point
 log = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.25
+_STARTS = 4
 # Environment variables of this program and of the engine are copied to other nodes.
 _PASSED_ON = ("LOGITCASK_", "VLLM_", "OMP_NUM_THREADS")
 
@@ -229,16 +230,7 @@ def _cluster(ray: Any, scale: ScaleConfig) -> Iterator[None]:
     with quiet, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         on_sigterm = signal.getsignal(signal.SIGTERM)
-        try:
-            with contextlib.nullcontext() if _debugging() else _stderr_closed():
-                ray.init(
-                    address=address,
-                    log_to_driver=_debugging(),
-                    logging_level=logging.INFO if _debugging() else logging.CRITICAL,
-                    **options,
-                )
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            raise UserError(f"there is no Ray cluster at {address}: {first_line(error)}") from error
+        _start(ray, address, options)
         if threading.current_thread() is threading.main_thread():
             # Otherwise Ray would end the process with its own exit code.
             signal.signal(signal.SIGTERM, on_sigterm)
@@ -251,6 +243,33 @@ def _cluster(ray: Any, scale: ScaleConfig) -> Iterator[None]:
             yield
         finally:
             ray.shutdown()
+
+
+def _start(ray: Any, address: str, options: dict[str, Any]) -> None:
+    """Connects to the cluster at ``address``, or starts one; a start that takes too long is
+    repeated.
+
+    Ray waits 30 s for its own processes, which a busy machine can exceed. Raises UserError.
+    """
+    for attempt in range(1, _STARTS + 1):
+        try:
+            with contextlib.nullcontext() if _debugging() else _stderr_closed():
+                ray.init(
+                    address=address,
+                    log_to_driver=_debugging(),
+                    logging_level=logging.INFO if _debugging() else logging.CRITICAL,
+                    **options,
+                )
+            return
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise UserError(f"there is no Ray cluster at {address}: {first_line(error)}") from error
+        except Exception as error:  # Ray has no class for a start that takes too long
+            ray.shutdown()
+            if attempt == _STARTS:
+                raise UserError(
+                    f"Ray did not start in {_STARTS} attempts: {first_line(error)}; end other programs, or build without scale"
+                ) from error
+            log.warning("Ray did not start, trying again: %s", first_line(error))
 
 
 def _resources(ray: Any, scale: ScaleConfig, config: BuildConfig) -> tuple[float, float]:

@@ -20,7 +20,7 @@ import yaml
 
 from logitcask.cache_format import CacheReader, DamagedCacheError, UserError, verify
 from logitcask.cache_format.layout import BUILD_DIR
-from logitcask.pipeline.builder.ray_driver import _error, _import_ray, _resources
+from logitcask.pipeline.builder.ray_driver import _cluster, _error, _import_ray, _resources
 from logitcask.pipeline.builder.ray_worker import MAX_ATTEMPTS, Coordinator, Done, ShardWorker, Task
 from logitcask.pipeline.builder.run import build
 from logitcask.pipeline.config import BuildConfig, ScaleConfig
@@ -323,6 +323,29 @@ def test_a_call_after_the_end_starts_no_second_cluster():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.split()[1:] == ["False"], done
+
+
+def test_a_start_that_takes_too_long_is_repeated(caplog):
+    """Seen on a machine with six times as many processes as cores: Ray gives its own 30 s."""
+    failures, shut_down = [Exception("The current node timed out during startup.")] * 2, []
+
+    def init(**_):
+        if failures:
+            raise failures.pop()
+
+    ray = SimpleNamespace(init=init, shutdown=lambda: shut_down.append(1))
+    with _cluster(ray, ScaleConfig(workers=2)):
+        assert len(shut_down) == 2
+    assert caplog.text.count("Ray did not start, trying again") == 2
+    failures[:] = [Exception("The current node timed out.\nmore")] * 9
+    with (
+        pytest.raises(
+            UserError, match=r"^Ray did not start in 4 attempts: The .* out\.; end other"
+        ),
+        _cluster(ray, ScaleConfig(workers=2)),
+    ):
+        pass
+    assert len(failures) == 5
 
 
 def test_without_ray(monkeypatch):
