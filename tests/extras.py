@@ -100,13 +100,14 @@ def model(name="model"):
     LlamaForCausalLM(config).save_pretrained(name)
     return name
 
-def train(says=None, **student):
+def train(says=None, training={}, **student):
     """A student of ``cache`` from scratch."""
     llama = {
         "model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 300,
         "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 128, "head_dim": 16,
     }
-    training = {"output_dir": "run", "max_steps": 2, "per_device_train_batch_size": 4, "use_cpu": True}
+    short = {"output_dir": "run", "max_steps": 2, "per_device_train_batch_size": 4, "use_cpu": True}
+    training = {**short, "logging_steps": 1, **training}
     fields = {"cache": "cache", "student": {"config": llama, **student}, "losses": [{"name": "forward_kl"}]}
     command("train-student", written("student.yaml", {**fields, "training": training}), says=says)
     assert says or Path("run/report.html").is_file()
@@ -181,6 +182,24 @@ JOBS = {
         """
         build()
         train(peft={"r": 4, "target_modules": "all-linear"})
+        """,
+        torch=True,
+    ),
+    # Each tracker gets the losses, without a network.
+    "trackers": Job(
+        """
+        os.environ |= {"WANDB_MODE": "offline", "WANDB_DIR": os.getcwd(), "MLFLOW_TRACKING_URI": "sqlite:///mlflow.db"}
+        build()
+        train(training={"report_to": ["tensorboard", "wandb", "mlflow"], "run_name": "a-run"})
+        import mlflow
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        (events,) = Path("run").rglob("events.out.tfevents.*")
+        board = EventAccumulator(str(events.parent)).Reload()
+        assert {"train/loss", "train/loss_forward_kl"} <= set(board.Tags()["scalars"]), board.Tags()
+        runs = mlflow.search_runs(search_all_experiments=True)
+        assert len(runs) == 1 and runs["metrics.loss"][0] > 0, runs
+        assert list(Path("wandb").glob("offline-run-*/*.wandb"))
         """,
         torch=True,
     ),
@@ -287,7 +306,7 @@ def built_wheel(folder: Path) -> Path:
     return wheel
 
 
-PARTS = ("cache_format", "pipeline", "train", "pyproject.toml", "README.md", "LICENSE")
+PARTS = ("cache_format", "logitcask", "pipeline", "train", "pyproject.toml", "README.md", "LICENSE")
 
 
 def tried(extra: str, wheel: Path, place: Path) -> str | None:
