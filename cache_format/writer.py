@@ -57,19 +57,28 @@ class CacheWorker:
     path: the cache, on a file system that all workers share.
     run:  the ``CacheWriter.run`` of the process with the lock.
     afresh: the advice in messages if the build cannot be resumed.
+    sent_away: whether the process with the lock sends committed shards to a store and removes them
+          from ``path``.
 
     Call ``join`` first, then ``shard`` for every shard of this worker. The methods raise
     CacheInUseError if the run is over, or if the shard has been given to another worker.
     """
 
     def __init__(
-        self, path: str | Path, run: str, *, compression_level: int = 1, afresh: str = RESTART
+        self,
+        path: str | Path,
+        run: str,
+        *,
+        compression_level: int = 1,
+        afresh: str = RESTART,
+        sent_away: bool = False,
     ) -> None:
         self.path = Path(path)
         self.build_dir = self.path / BUILD_DIR
         self.run = run
         self.afresh = afresh
         self.compression_level = compression_level
+        self.sent_away = sent_away
         self.committed: dict[int, ShardEntry] = {}
         self._scratch: Path | None = None
         self._codec: Codec | None = None
@@ -139,7 +148,8 @@ class CacheWorker:
             return False
         entry = load_state(ShardEntry, record, self.afresh)
         shard = self.path / entry.path
-        if not shard.exists() or shard.stat().st_size != entry.bytes:
+        gone = self.sent_away and not shard.exists()
+        if not gone and (not shard.exists() or shard.stat().st_size != entry.bytes):
             raise DamagedCacheError(
                 f"{shard} is not the file its commit record describes; remove {self.path}"
             )

@@ -659,15 +659,6 @@ class BuildConfig(_Config):
         return self.log
 
     @model_validator(mode="after")
-    def _workers_share_a_folder(self) -> Self:
-        if self.scale is not None and isinstance(self.output, str):
-            raise ValueError(
-                f"with scale all workers write to one folder, output is {self.output}; build into a folder that they share, "
-                "then `teacher-cache push` it"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _stock_cannot_draw(self) -> Self:
         if self.teacher.route == "stock" and self.store.tail_samples:
             raise ValueError(

@@ -1,6 +1,6 @@
 """The processes of a Ray cluster: workers, each with its own engine, and one coordinator.
 
-Workers and driver share the cache's folder. They communicate through the coordinator, which only
+Workers and driver share the cache's folder, or the work folder of a build into a store. They communicate through the coordinator, which only
 passes messages on. Nothing here imports Ray: ``logitcask.pipeline.builder.ray_driver`` makes actors
 of these classes.
 """
@@ -14,6 +14,7 @@ import socket
 import time
 from collections import Counter
 from dataclasses import astuple, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from logitcask.cache_format.errors import LogitcaskError, UserError
@@ -122,7 +123,10 @@ class ShardWorker:
         self._coordinator = coordinator
         self._teacher: Teacher | None = None
         self._worker = CacheWorker(
-            task.path, task.run, compression_level=self._config.store.compression_level
+            task.path,
+            task.run,
+            compression_level=self._config.store.compression_level,
+            sent_away=isinstance(self._config.output, str),
         )
         with contextlib.suppress(OSError):
             # Relative paths of the config are relative to this folder, also on this node.
@@ -203,9 +207,10 @@ class ShardWorker:
 
     def _check_shared(self) -> None:
         if not (self._worker.build_dir / "plan.json").exists():
+            setting = "output" if isinstance(self._config.output, Path) else "LOGITCASK_CACHE"
             raise UserError(
                 f"{socket.gethostname()} does not see what the build has written to {self._task.path}; "
-                "output has to be on a file system that all nodes of the cluster share, under the same path"
+                f"{setting} has to be on a file system that all nodes of the cluster share, under the same path"
             )
         self._worker.check()
 

@@ -18,8 +18,9 @@ import psutil
 import pytest
 import yaml
 
-from logitcask.cache_format import CacheReader, DamagedCacheError, UserError, verify
+from logitcask.cache_format import CacheReader, CacheWriter, DamagedCacheError, UserError, verify
 from logitcask.cache_format.layout import BUILD_DIR
+from logitcask.cache_format.share.remote_writer import RemoteCacheWriter
 from logitcask.pipeline.builder.ray_driver import _cluster, _error, _import_ray, _resources
 from logitcask.pipeline.builder.ray_worker import MAX_ATTEMPTS, Coordinator, Done, ShardWorker, Task
 from logitcask.pipeline.builder.run import build
@@ -115,6 +116,52 @@ def test_the_same_cache_as_in_one_process(tmp_path):
         len(s) for s in CacheReader(tmp_path / "one") if len(s.positions)
     )
     assert build(BuildConfig.model_validate(fields | {"output": str(tmp_path / "two")})).reused
+
+
+def test_into_a_store(tmp_path, monkeypatch):
+    """Workers write into the work folder; the driver sends each shard and removes it there."""
+    monkeypatch.setenv("LOGITCASK_CACHE", str(tmp_path / "work"))
+    fields = settings(tmp_path / "one")
+    expected = build(BuildConfig.model_validate(fields)).manifest
+    url = f"memory://{tmp_path.name}/cache"
+    sent = []
+    send = RemoteCacheWriter._send
+
+    def counted(self, file):
+        sent.append(file.path)
+        send(self, file)
+
+    monkeypatch.setattr(RemoteCacheWriter, "_send", counted)
+    found = build(BuildConfig.model_validate({**on_ray(fields, url), "output": url})).manifest
+    assert found.content_sha256 == expected.content_sha256
+    assert verify(url, deep=True) == []
+    assert sorted(sent) == sorted(
+        [expected.tail_prior.path, *(shard.path for shard in expected.shards)]
+    )
+    assert not list((tmp_path / "work" / "builds").glob("*/data/*"))
+
+
+def test_a_worker_finds_a_shard_that_was_sent_away(tmp_path):
+    """Its first worker committed it and died before it said so; the driver has sent it since."""
+    fields = settings(tmp_path / "cache")
+    with CacheWriter(tmp_path / "cache") as writer:
+        record = writer.build_dir / "commits" / "shard-00003.json"
+        entry = build(BuildConfig.model_validate(settings(tmp_path / "one"))).manifest.shards[3]
+        record.write_text(entry.model_dump_json())
+        for output, adopted in ((f"memory://{tmp_path.name}/c", True), (fields["output"], None)):
+            task = Task(
+                config=BuildConfig.model_validate({**fields, "output": output}).model_dump_json(),
+                path=str(tmp_path / "cache"),
+                run=writer.run,
+                folder=os.getcwd(),
+            )
+            worker = ShardWorker(task, None)._worker
+            if adopted:
+                assert worker.adopt(3)
+            else:
+                with pytest.raises(DamagedCacheError, match="is not the file"):
+                    worker.adopt(3)
+        record.unlink()
 
 
 def test_workers_are_killed(tmp_path, whole, rng):
