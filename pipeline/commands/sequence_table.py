@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from logitcask.cache_format import CachedSequence, CacheReader, UserError
+from logitcask.cache_format.token_text import TokenText
 from logitcask.cache_format.tokenizer_identity import tokenizer_identity
 from logitcask.pipeline.config import TeacherConfig
 from logitcask.pipeline.teachers.open import open_tokenizer
@@ -23,9 +24,9 @@ log = logging.getLogger(__name__)
 _DRAWS_SHOWN = 3
 
 
-def token_text(cache: CacheReader, tokenizer: str | None) -> Callable[[int], str]:
-    """A function from ids to readable text, by the tokenizer of the cache's teacher or the named
-    one; without a tokenizer it shows ids.
+def token_text(cache: CacheReader, tokenizer: str | None) -> TokenText:
+    """Ids as readable text, by the tokenizer of the cache's teacher or the named one; without a
+    tokenizer ids stay numbers.
 
     Raises UserError for a named tokenizer that cannot be found or has other ids.
     """
@@ -35,8 +36,18 @@ def token_text(cache: CacheReader, tokenizer: str | None) -> Callable[[int], str
         if tokenizer is not None:
             raise
         log.warning("showing ids, since the teacher's tokenizer is not here: %s", error)
-        return str
-    return lambda token: repr(found.decode([token]))[1:-1] or f"<{token}>"
+        return TokenText(_Numbers())
+    return TokenText(found)
+
+
+class _Numbers:
+    """A tokenizer of which nothing but the ids is known."""
+
+    def decode(self, tokens: list[int]) -> str:
+        return " ".join(map(str, tokens))
+
+    def convert_ids_to_tokens(self, tokens: list[int]) -> list[str]:
+        return list(map(str, tokens))
 
 
 class _NotHere(UserError):
@@ -94,11 +105,12 @@ def generations(cache: CacheReader, tokenizer: str | None) -> Iterator[dict[str,
         }
 
 
-def table(sequence: CachedSequence, text: Callable[[int], str], top: int) -> Table:
+def table(sequence: CachedSequence, text: TokenText, top: int) -> Table:
     """A row per token: its text, the teacher's probability and rank of it, and the ``top`` most
     probable tokens there.
 
-    Tokens outside the loss mask are dim. The next token of the text is green if the teacher lists
+    Tokens outside the loss mask are dim. A token that completes a character of several tokens also
+    shows the character. The next token of the text is green if the teacher lists
     it. The first draws from the tail are shown beside its mass.
     """
     shown = Table(
@@ -114,10 +126,11 @@ def table(sequence: CachedSequence, text: Callable[[int], str], top: int) -> Tab
     ):
         shown.add_column(name, justify=justify)  # type: ignore[arg-type]
     row_of = {int(position) + 1: row for row, position in enumerate(sequence.positions)}
-    for at, token in enumerate(sequence.input_ids.tolist()):
+    tokens = sequence.input_ids.tolist()
+    for at, (token, written) in enumerate(zip(tokens, text.sequence(tokens), strict=True)):
         row = row_of.get(at)
         if row is None:
-            shown.add_row(str(at), Text(text(token)), "", "", "", "", style="dim")
+            shown.add_row(str(at), Text(written), "", "", "", "", style="dim")
             continue
         head = Text()
         for candidate, logprob in zip(
@@ -128,7 +141,7 @@ def table(sequence: CachedSequence, text: Callable[[int], str], top: int) -> Tab
                 head.append(f" {np.exp(logprob):.0%}  ", style="dim")
         shown.add_row(
             str(at),
-            Text(text(token)),
+            Text(written),
             f"{np.exp(sequence.target_logprob[row]):.1%}",
             f"{sequence.target_rank[row]:,}",
             head,
@@ -137,7 +150,7 @@ def table(sequence: CachedSequence, text: Callable[[int], str], top: int) -> Tab
     return shown
 
 
-def _tail(sequence: CachedSequence, row: int, text: Callable[[int], str]) -> Text:
+def _tail(sequence: CachedSequence, row: int, text: TokenText) -> Text:
     shown = Text(f"{np.exp(sequence.tail_logprob[row]):6.1%}")
     if sequence.samples is not None:
         drawn = dict.fromkeys(sequence.samples.ids[row][sequence.samples.ids[row] >= 0].tolist())
