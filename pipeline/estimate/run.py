@@ -334,5 +334,6 @@ def _size_assumption(top_k: int, size: Size) -> str:
         return f"bytes: what the codec made of the probe, {kept.format('draws')}; the range is 10 % either way, since texts differ along the data"
     return (
         f"bytes: {kept.format('distinct draws')}, as these settings keep of SmolLM2-135M over English documentation; the "
-        "range is that of surer and less sure teachers, and 15 % for other texts and vocabularies; --probe measures"
+        "range is that of surer and less sure teachers and of other texts, of which rows of numbers take half; --probe "
+        "measures to within 10 %"
     )

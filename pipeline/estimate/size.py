@@ -183,11 +183,22 @@ _ENTRY = 1.84  # at a step of 1/16 nat
 _DRAW = 1.42  # a distinct id of a set
 _DRAW_LOGPROB = 0.89
 _PER_DOUBLED_STEP = -0.085
-_PRIOR_PER_ID = 0.38
+# manifest.json without its shards, and README.md.
+_CARDS = 4_900
 # One element of ``shards`` in manifest.json.
 _MANIFEST_ENTRY = 500
+# A shard's own bytes over those of an empty one: 2.31 to 2.35 on caches with and without draws, cut
+# into shards of 300 to 2,500 tokens.
+_SHARD_OVER_EMPTY = 2.33
 
-_REFERENCE_ERROR = 0.15
+# Bytes of the prior after so many positions of `python-docs`. It depends on the ids that occur, not
+# on the size of the vocabulary. Of other texts it was 0.44 (Chinese) to 1.25 (short sentences)
+# times that.
+_PRIOR_POSITIONS = (1, 500, 1_000, 2_000, 4_000, 8_000, 16_384)
+_PRIOR_BYTES = (1_200, 4_700, 6_400, 8_500, 11_300, 14_200, 16_750)
+_PRIOR_OF_OTHER_TEXTS = (0.4, 1.3)
+
+_REFERENCE_LOW, _REFERENCE_HIGH = 0.5, 1.15
 _PROBE_ERROR = 0.1
 
 
@@ -203,12 +214,19 @@ class Range(BaseModel):
     def times(self, factor: float) -> Range:
         return Range(low=self.low * factor, likely=self.likely * factor, high=self.high * factor)
 
-    def plus(self, term: float) -> Range:
-        return Range(low=self.low + term, likely=self.likely + term, high=self.high + term)
+    def plus(self, term: float | Range) -> Range:
+        low, likely, high = (
+            (term.low, term.likely, term.high) if isinstance(term, Range) else (term,) * 3
+        )
+        return Range(low=self.low + low, likely=self.likely + likely, high=self.high + high)
 
 
 class Size(BaseModel):
-    """Bytes of a cache, linear in its content; ``heads``, ``draws``: means per kept position."""
+    """Bytes of a cache, linear in its content but for the prior.
+
+    heads, draws: means per kept position.
+    prior: its bytes, over those of the reference after as many positions.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -218,18 +236,15 @@ class Size(BaseModel):
     per_sequence: float
     per_token: float
     per_position: Range
-    per_shard: float
+    per_shard: Range
     per_cache: float
+    prior: Range
 
     def of(self, *, sequences: int, tokens: int, positions: int, shards: int) -> Range:
         """Bytes on disk, those of a finished cache."""
-        rest = (
-            sequences * self.per_sequence
-            + tokens * self.per_token
-            + shards * self.per_shard
-            + self.per_cache
-        )
-        return self.per_position.times(positions).plus(rest)
+        rest = sequences * self.per_sequence + tokens * self.per_token + self.per_cache
+        content = self.per_position.times(positions).plus(self.per_shard.times(shards))
+        return content.plus(self.prior.times(_reference_prior(positions))).plus(rest)
 
     @property
     def most_shards(self) -> int:
@@ -241,8 +256,9 @@ def size_from_reference(store: StoreConfig, vocab_size: int) -> Size:
     """Size with the reference teacher's distributions in ``store``.
 
     The range is that of a sharper teacher (without the three tenths of highest entropy) and a
-    flatter one (without the three of lowest entropy), with 15 % more on both sides for differences
-    in packing: ids, vocabulary, text.
+    flatter one (without the three of lowest entropy). Its upper end is 15 % higher for differences
+    in packing: ids, vocabulary, text. Its lower end is half as high: text of few different tokens,
+    such as rows of numbers, takes half of what prose does.
     """
     capture = store.capture()
     heads, draws = reference_entries(capture, vocab_size)
@@ -254,12 +270,15 @@ def size_from_reference(store: StoreConfig, vocab_size: int) -> Size:
         per_sequence=_SEQUENCE,
         per_token=_TOKEN,
         per_position=Range(
-            low=float(bytes_each[:-3].mean()) * (1 - _REFERENCE_ERROR),
+            low=float(bytes_each[:-3].mean()) * _REFERENCE_LOW,
             likely=float(bytes_each.mean()),
-            high=float(bytes_each[3:].mean()) * (1 + _REFERENCE_ERROR),
+            high=float(bytes_each[3:].mean()) * _REFERENCE_HIGH,
         ),
-        per_shard=_shard_bytes(Codec(store.settings(vocab_size)), [], store) + _MANIFEST_ENTRY,
-        per_cache=_PRIOR_PER_ID * vocab_size,
+        per_shard=_of_a_shard(
+            _SHARD_OVER_EMPTY * _shard_bytes(Codec(store.settings(vocab_size)), [], store)
+        ),
+        per_cache=_CARDS,
+        prior=Range(low=_PRIOR_OF_OTHER_TEXTS[0], likely=1, high=_PRIOR_OF_OTHER_TEXTS[1]),
     )
 
 
@@ -272,12 +291,20 @@ def size_from_probe(store: StoreConfig, vocab_size: int, kept: Seq[CachedSequenc
     settings = store.settings(vocab_size)
     prior = TailPrior.estimate(kept, vocab_size)
     codec = Codec(settings, prior)
-    empty = _shard_bytes(codec, [], store)
+    whole = _shard_bytes(codec, kept, store)
+    half = len(kept) // 2
+    # What a second shard adds to the same sequences.
+    shard = (
+        _shard_bytes(codec, kept[:half], store) + _shard_bytes(codec, kept[half:], store) - whole
+        if half
+        else _SHARD_OVER_EMPTY * _shard_bytes(codec, [], store)
+    )
     tokens, positions = sum(map(len, kept)), sum(len(sequence.positions) for sequence in kept)
-    packed = _shard_bytes(codec, kept, store) - empty
+    packed = whole - shard
     per_position = (packed - _SEQUENCE * len(kept) - _TOKEN * tokens) / positions
     # The error is that of all bytes, including those of sequences and tokens.
     error = _PROBE_ERROR * packed / positions
+    prior_ratio = len(prior.to_bytes()) / _reference_prior(positions)
     return Size(
         source="probe",
         heads=sum(int((sequence.ids >= 0).sum()) for sequence in kept) / positions,
@@ -288,8 +315,21 @@ def size_from_probe(store: StoreConfig, vocab_size: int, kept: Seq[CachedSequenc
         per_position=Range(
             low=per_position - error, likely=per_position, high=per_position + error
         ),
-        per_shard=empty + _MANIFEST_ENTRY,
-        per_cache=len(prior.to_bytes()),
+        per_shard=_of_a_shard(shard),
+        per_cache=_CARDS,
+        prior=Range(low=0.8 * prior_ratio, likely=prior_ratio, high=1.2 * prior_ratio),
+    )
+
+
+def _of_a_shard(own: float) -> Range:
+    """Bytes of one shard more: its own, less in shards of few tokens, and its manifest entry."""
+    return Range(low=0.85 * own, likely=own, high=1.1 * own).plus(_MANIFEST_ENTRY)
+
+
+def _reference_prior(positions: int) -> float:
+    """Bytes of the reference's prior, estimated from its first ``positions``, as a build does."""
+    return float(
+        np.exp(np.interp(np.log(max(positions, 1)), np.log(_PRIOR_POSITIONS), np.log(_PRIOR_BYTES)))
     )
 
 
