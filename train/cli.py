@@ -10,7 +10,7 @@ import typer
 
 from logitcask.cache_format.cli.app import new_app, run
 from logitcask.cache_format.cli.config_file import load_config
-from logitcask.train.output.metrics_file import RunMetrics, of_teacher
+from logitcask.train.output.metrics_file import RunMetrics, kind_of, of_teacher
 
 app = new_app("Trains a student from a cache of teacher distributions, without the teacher.")
 
@@ -68,11 +68,13 @@ def train_student(
 def summary(metrics: RunMetrics) -> str:
     """The table at the end of the command: held-out metrics before and after the training."""
     after = metrics["after"]
-    lines = [f"{'held out':16} {'before':>12} {'after':>12} {'teacher':>12}"]
+    title = "held out" if "reference" not in metrics else "on the reference"
+    lines = [f"{title:16} {'before':>12} {'after':>12} {'teacher':>12}  exactness"]
     for name, before in metrics["before"].items():
         teacher = of_teacher(metrics, name)
         last = "" if teacher is None else f"{teacher:12,.4f}"
-        lines.append(f"{name:16} {before:12,.4f} {after[name]:12,.4f} {last}".rstrip())
+        kind = kind_of(metrics, name)
+        lines.append(f"{name:16} {before:12,.4f} {after[name]:12,.4f} {last:12}  {kind}".rstrip())
     rouge = metrics["rouge_l"]
     if rouge["after"] is not None:
         lines.append(f"{'rouge-l':16} {rouge['before']:12,.4f} {rouge['after']:12,.4f}")
