@@ -4,18 +4,41 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from logitcask.cache_format.cli.app import new_app, run
 from logitcask.cache_format.cli.config_file import load_config
+from logitcask.train.commands.evaluate import evaluate
 from logitcask.train.output.metrics_file import RunMetrics, kind_of, of_teacher
 
-app = new_app("Trains a student from a cache of teacher distributions, without the teacher.")
+
+class TrainByDefault(TyperGroup):
+    """The commands of ``train-student``. Without the name of one, ``train`` is meant."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in (*self.commands, "--help"):
+            args = ["train", *args]
+        return super().parse_args(ctx, args)
 
 
-@app.command()
+app = new_app(
+    "Trains a student from a cache of teacher distributions, without the teacher, and evaluates "
+    "models on a cache. `train-student CONFIG` is short for `train-student train CONFIG`."
+)
+
+
+@app.callback(cls=TrainByDefault)
+def commands() -> None:
+    pass
+
+
+app.command("evaluate")(evaluate)
+
+
+@app.command("train")
 def train_student(
     config: Annotated[
         Path,
