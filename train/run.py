@@ -65,6 +65,13 @@ from logitcask.train.output.saving import (
 
 log = logging.getLogger(__name__)
 
+_MAY_MISLEAD: dict[Exactness, str] = {
+    "exact": "",
+    "unbiased": "",
+    "lower": ": it may rank students otherwise than whole distributions do; a reference with draws from the tail "
+    "(store.tail_samples) has an unbiased one",
+}
+
 
 def train(config: TrainConfig, *, restart: bool = False) -> tuple[RunMetrics, bool]:
     """Trains the student that ``config`` describes, resumes its training, or finds it finished.
@@ -206,6 +213,11 @@ def _prepare(
     if config.evaluation.answers:
         import logitcask.train.evaluation.rouge  # noqa: F401  a missing package is said now
     objective, tail, exactness = try_objective(config, data.sources)
+    if reference is not None and is_main():
+        kind = metric_kinds(held_out, ["kl"])["kl"]
+        log.info(
+            "evaluated on %s, where kl is %s%s", reference.path, IN_WORDS[kind], _MAY_MISLEAD[kind]
+        )
     optimizer = check_optimizer(arguments, student)
     # Before the trainer tries the student, because flash attention needs its GPU.
     student.to(arguments.device)

@@ -107,8 +107,12 @@ def test_the_ranking_on_a_reference_is_that_of_full_logits(run, stores, tiny_lla
     assert own[0] > own[1] + 0.1 > own[2] + 0.2
 
 
-def test_the_reference_is_part_of_a_run(run, stores, tmp_path, capsys):
+def test_the_reference_is_part_of_a_run(run, stores, tmp_path, caplog):
+    caplog.set_level("INFO")
     metrics = run("a", "head", training={"max_steps": 2, "eval_strategy": "steps", "eval_steps": 1})
+    assert (
+        f"evaluated on {stores / 'reference'}, where kl is unbiased over the draws" in caplog.text
+    )
     reader = CacheReader(stores / "reference")
     fingerprint = reader.manifest.fingerprint
     out = tmp_path / "a"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
 import sys
 
 import numpy as np
@@ -247,6 +248,11 @@ def test_the_command(student, tiny_llama, whole, tmp_path, monkeypatch, capsys):
     assert "train-student CONFIG" in " ".join(out.split())
     code, out, _ = command(monkeypatch, capsys, "train", "--help")
     assert "--print-cache-config" in out
+
+
+def test_commands_start_without_torch():
+    code = "import sys, logitcask.train.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 @pytest.mark.parametrize(
