@@ -11,7 +11,7 @@ from typer.core import TyperGroup
 
 from logitcask.cache_format.cli.app import new_app, run
 from logitcask.cache_format.cli.config_file import load_config
-from logitcask.train.commands.evaluate import evaluate
+from logitcask.train.commands.evaluate import evaluate, number
 from logitcask.train.output.metrics_file import RunMetrics, kind_of, of_teacher
 
 
@@ -95,9 +95,9 @@ def summary(metrics: RunMetrics) -> str:
     lines = [f"{title:16} {'before':>12} {'after':>12} {'teacher':>12}  exactness"]
     for name, before in metrics["before"].items():
         teacher = of_teacher(metrics, name)
-        last = "" if teacher is None else f"{teacher:12,.4f}"
-        kind = kind_of(metrics, name)
-        lines.append(f"{name:16} {before:12,.4f} {after[name]:12,.4f} {last:12}  {kind}".rstrip())
+        last = "" if teacher is None else number(teacher)
+        values = f"{number(before):>12} {number(after[name]):>12} {last:>12}"
+        lines.append(f"{name:16} {values}  {kind_of(metrics, name)}".rstrip())
     rouge = metrics["rouge_l"]
     if rouge["after"] is not None:
         lines.append(f"{'rouge-l':16} {rouge['before']:12,.4f} {rouge['after']:12,.4f}")

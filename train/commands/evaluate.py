@@ -86,7 +86,7 @@ def tables(found: Judgement) -> str:
         f"intervals  95 %, {found['resamples']:,} bootstrap resamples of sequences, seed {found['seed']}",
         "",
         *_table(found["metrics"], "mean"),
-        _row("teacher's ce", [_number(found["teacher"]["ce"])], ""),
+        _row("teacher's ce", [number(found["teacher"]["ce"])], ""),
     ]
     if "difference" in found:
         lines += [
@@ -103,7 +103,7 @@ def tables(found: Judgement) -> str:
 def _table(figures: dict[str, Figure], value: str) -> list[str]:
     lines = [_row("metric", [value, "from", "to", "sd"], "exactness")]
     for name, each in figures.items():
-        numbers = [_number(each[key]) for key in ("mean", "low", "high", "deviation")]
+        numbers = [number(each[key]) for key in ("mean", "low", "high", "deviation")]
         lines.append(_row(name, numbers, IN_A_WORD[each["exactness"]]))
     return lines
 
@@ -113,7 +113,9 @@ def _row(name: str, numbers: list[str], kind: str) -> str:
     return f"{name:14} {columns}  {kind}".rstrip()
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
+    """A metric for a column of 11 characters; a dash if there is none."""
     if value is None:
         return "-"
-    return f"{value:,.4f}" if abs(value) < 1e5 else f"{value:.4g}"
+    shown = f"{value:,.4f}"
+    return shown if len(shown) <= 11 else f"{value:.4g}"

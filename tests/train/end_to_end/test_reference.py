@@ -105,6 +105,10 @@ def test_the_ranking_on_a_reference_is_that_of_full_logits(run, stores, tiny_lla
         for name in ("draws", "head", "tiny")
     ]
     assert own[0] > own[1] + 0.1 > own[2] + 0.2
+    # A run without a reference is identified as in earlier versions.
+    kept = json.loads((tmp_path / "own-draws" / "run.json").read_text())
+    assert set(kept) == {"config", "cache", "before"}
+    assert set(kept["config"]["evaluation"]) == {"held_out", "max_sequences", "k", "answers"}
 
 
 def test_the_reference_is_part_of_a_run(run, stores, tmp_path, caplog):

@@ -20,7 +20,7 @@ from logitcask.cache_format.errors import UserError
 from logitcask.pipeline.builder.run import build
 from logitcask.pipeline.config import BuildConfig
 from logitcask.train.cli import main
-from logitcask.train.commands.evaluate import tables
+from logitcask.train.commands.evaluate import number, tables
 from logitcask.train.data.held_out import read_index
 from logitcask.train.evaluation.judge import Settings, judge
 from logitcask.train.run import train
@@ -248,6 +248,12 @@ def test_the_command(student, tiny_llama, whole, tmp_path, monkeypatch, capsys):
     assert "train-student CONFIG" in " ".join(out.split())
     code, out, _ = command(monkeypatch, capsys, "train", "--help")
     assert "--print-cache-config" in out
+
+
+def test_numbers_fit_their_column():
+    shown = [number(value) for value in (None, 0.0, -1.5, 99_999.99994, 1e5, -99_999.0, 1.8e11)]
+    assert max(map(len, shown)) <= 11
+    assert shown == ["-", "0.0000", "-1.5000", "99,999.9999", "1e+05", "-1e+05", "1.8e+11"]
 
 
 def test_commands_start_without_torch():
