@@ -4,18 +4,41 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from logitcask.cache_format.cli.app import new_app, run
 from logitcask.cache_format.cli.config_file import load_config
-from logitcask.train.output.metrics_file import RunMetrics, of_teacher
+from logitcask.train.commands.evaluate import evaluate, number
+from logitcask.train.output.metrics_file import RunMetrics, kind_of, of_teacher
 
-app = new_app("Trains a student from a cache of teacher distributions, without the teacher.")
+
+class TrainByDefault(TyperGroup):
+    """The commands of ``train-student``. Without the name of one, ``train`` is meant."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in (*self.commands, "--help"):
+            args = ["train", *args]
+        return super().parse_args(ctx, args)
 
 
-@app.command()
+app = new_app(
+    "Trains a student from a cache of teacher distributions, without the teacher, and evaluates "
+    "models on a cache. `train-student CONFIG` is short for `train-student train CONFIG`."
+)
+
+
+@app.callback(cls=TrainByDefault)
+def commands() -> None:
+    pass
+
+
+app.command("evaluate")(evaluate)
+
+
+@app.command("train")
 def train_student(
     config: Annotated[
         Path,
@@ -68,11 +91,13 @@ def train_student(
 def summary(metrics: RunMetrics) -> str:
     """The table at the end of the command: held-out metrics before and after the training."""
     after = metrics["after"]
-    lines = [f"{'held out':16} {'before':>12} {'after':>12} {'teacher':>12}"]
+    title = "held out" if "reference" not in metrics else "on the reference"
+    lines = [f"{title:16} {'before':>12} {'after':>12} {'teacher':>12}  exactness"]
     for name, before in metrics["before"].items():
         teacher = of_teacher(metrics, name)
-        last = "" if teacher is None else f"{teacher:12,.4f}"
-        lines.append(f"{name:16} {before:12,.4f} {after[name]:12,.4f} {last}".rstrip())
+        last = "" if teacher is None else number(teacher)
+        values = f"{number(before):>12} {number(after[name]):>12} {last:>12}"
+        lines.append(f"{name:16} {values}  {kind_of(metrics, name)}".rstrip())
     rouge = metrics["rouge_l"]
     if rouge["after"] is not None:
         lines.append(f"{'rouge-l':16} {rouge['before']:12,.4f} {rouge['after']:12,.4f}")

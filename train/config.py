@@ -195,25 +195,53 @@ class AnswersConfig(_Config):
 
 
 class EvaluationConfig(_Config):
-    """The held-out data and its metrics. Rows are held out by a hash of their ids, the same rows in
-    every run.
+    """The held-out data and its metrics: some rows of the cache that is learnt from, or the
+    sequences of a reference cache. Rows are held out by a hash of their ids, the same rows in every
+    run.
     """
 
+    cache: str | None = Field(
+        None,
+        description="Folder or URL of a reference cache, on whose sequences the student is "
+        "evaluated. Runs that name the same one have comparable metrics (docs/evaluation.md). "
+        "Sequences whose text is in it are never learnt from. Default: the held-out sequences of "
+        "the cache that is learnt from.",
+    )
     held_out: float = Field(
         0.1,
-        gt=0,
+        ge=0,
         lt=1,
         description="Share of the data's rows (documents, chats, prompts) that training never "
-        "sees. The pieces of a document stay together, and so do the answers to a prompt.",
+        "sees. The pieces of a document stay together, and so do the answers to a prompt. With a "
+        "reference cache the default is 0.",
     )
     max_sequences: int | None = Field(
-        64, ge=1, description="Maximum number of held-out sequences to evaluate on. null: all."
+        64,
+        ge=1,
+        description="Maximum number of held-out sequences to evaluate on, the first ones. null: "
+        "all.",
     )
     k: int = Field(5, ge=1, description="k of the metrics MOR@k, CR@k and rank correlation.")
     answers: AnswersConfig | None = Field(
         None,
         description="Answers that the student writes before and after the training. Default: none.",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _nothing_held_out_twice(cls, fields: Any) -> Any:
+        if isinstance(fields, dict) and fields.get("cache") is not None:
+            return {"held_out": 0.0, **fields}
+        return fields
+
+    @model_validator(mode="after")
+    def _something_to_evaluate_on(self) -> Self:
+        if self.cache is None and self.held_out == 0:
+            raise ValueError(
+                "held_out is 0, so there is nothing to evaluate on; give a share above 0 (0.1), or "
+                "a reference cache (evaluation.cache)"
+            )
+        return self
 
 
 class CacheEntry(_Config):

@@ -27,7 +27,9 @@ from logitcask.train.data.mixture import Mixture, open_data
 from logitcask.train.data.vocabulary import rows_of
 from logitcask.train.distributed import is_main, on_main
 from logitcask.train.evaluation.answers import Answer, answers, mean_rouge_l
-from logitcask.train.evaluation.evaluate import KL_KIND, evaluate, examples, teacher_reference
+from logitcask.train.evaluation.evaluate import evaluate, examples, teacher_reference
+from logitcask.train.evaluation.kinds import KL_KIND, metric_kinds
+from logitcask.train.exactness_words import IN_WORDS
 from logitcask.train.loop.arguments import (
     check_best,
     check_optimizer,
@@ -43,6 +45,7 @@ from logitcask.train.loop.checkpoints import (
 from logitcask.train.loop.objective import Objective
 from logitcask.train.loop.trainer import DistillationTrainer
 from logitcask.train.loop.try_objective import try_objective
+from logitcask.train.losses.base import Exactness
 from logitcask.train.losses.tails import Tail
 from logitcask.train.model import compat
 from logitcask.train.model.divergence import check_finite
@@ -62,6 +65,13 @@ from logitcask.train.output.saving import (
 
 log = logging.getLogger(__name__)
 
+_MAY_MISLEAD: dict[Exactness, str] = {
+    "exact": "",
+    "unbiased": "",
+    "lower": ": it may rank students otherwise than whole distributions do; a reference with draws from the tail "
+    "(store.tail_samples) has an unbiased one",
+}
+
 
 def train(config: TrainConfig, *, restart: bool = False) -> tuple[RunMetrics, bool]:
     """Trains the student that ``config`` describes, resumes its training, or finds it finished.
@@ -74,11 +84,16 @@ def train(config: TrainConfig, *, restart: bool = False) -> tuple[RunMetrics, bo
     arguments = training_arguments(config)
     with exclusive(output) if is_main() else nullcontext():
         caches = [CacheReader(entry.cache) for entry in config.caches]
+        judge = config.evaluation.cache
+        reference = None if judge is None else CacheReader(judge)
         run = {"config": _identity(config), "cache": _caches_identity(config, caches)}
+        if reference is not None:
+            run["reference"] = reference.manifest.fingerprint
         before, metrics = on_main(lambda: _found(output, run, restart=restart))
         if metrics is not None:
             return metrics, True
-        return _train(config, arguments, caches, run, before, restart=restart), False
+        found = _train(config, arguments, caches, reference, run, before, restart=restart)
+        return found, False
 
 
 def _found(
@@ -111,13 +126,14 @@ def _train(
     config: TrainConfig,
     arguments: TrainingArguments,
     caches: list[CacheReader],
+    reference: CacheReader | None,
     run: dict[str, Any],
     before: dict[str, Any] | None,
     *,
     restart: bool,
 ) -> RunMetrics:
     output = config.output_dir
-    parts = _prepare(config, arguments, caches)
+    parts = _prepare(config, arguments, caches, reference)
     if restart:  # only after all checks of the new run
         on_main(lambda: remove_run(output))
     trainer, examination = parts.trainer, _Examination(config, arguments, parts)
@@ -140,7 +156,7 @@ def _train(
     ]
     answered = examination.answer()
     save_merged(trainer, output)
-    metrics = _metrics(config, caches, parts, run, before, after, answered)
+    metrics = _metrics(config, caches, reference, parts, run, before, after, answered)
     on_main(lambda: _write(output, metrics, trainer.state.log_history, shown, answered))
     return metrics
 
@@ -149,9 +165,9 @@ def _train(
 class _Parts:
     """The parts of a run that its first step needs, all checked.
 
-    kl_tail: the part of the teacher's tail that KL uses. exactness: of each loss. steps: of the
-    whole training. parameters, trained: numbers of the student's parameters before its adapters are
-    merged.
+    kl_tail: the part of the teacher's tail that the KL of the losses uses. exactness: of each loss.
+    steps: of the whole training. parameters, trained: numbers of the student's parameters before
+    its adapters are merged.
     """
 
     student: PreTrainedModel
@@ -160,7 +176,7 @@ class _Parts:
     held_out: HeldOut
     objective: Objective
     kl_tail: Tail
-    exactness: dict[str, str]
+    exactness: dict[str, Exactness]
     trainer: DistillationTrainer
     steps: int
     parameters: int
@@ -168,7 +184,10 @@ class _Parts:
 
 
 def _prepare(
-    config: TrainConfig, arguments: TrainingArguments, caches: list[CacheReader]
+    config: TrainConfig,
+    arguments: TrainingArguments,
+    caches: list[CacheReader],
+    reference: CacheReader | None,
 ) -> _Parts:
     """Makes and checks the parts of a run. Raises UserError and its subclasses before any lasting
     file is written.
@@ -184,14 +203,21 @@ def _prepare(
     compat.check_together([entry.cache for entry in config.caches], manifests)
     for entry, manifest in zip(config.caches, manifests, strict=True):
         compat.check(config, entry.cache, manifest, student, tokenizer)
+    if reference is not None:
+        _check_reference(config, manifests, reference, student, tokenizer)
 
     data_seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
-    data, held_out = open_data(config, caches, data_seed, rows_of(student))
-    for source in data.sources:
+    data, held_out = open_data(config, caches, data_seed, rows_of(student), reference)
+    for source in (*data.sources, *(held_out.parts if reference is not None else ())):
         compat.check_vocabulary(source)
     if config.evaluation.answers:
         import logitcask.train.evaluation.rouge  # noqa: F401  a missing package is said now
-    objective, tail, exactness = try_objective(config, held_out)
+    objective, tail, exactness = try_objective(config, data.sources)
+    if reference is not None and is_main():
+        kind = metric_kinds(held_out, ["kl"])["kl"]
+        log.info(
+            "evaluated on %s, where kl is %s%s", reference.path, IN_WORDS[kind], _MAY_MISLEAD[kind]
+        )
     optimizer = check_optimizer(arguments, student)
     # Before the trainer tries the student, because flash attention needs its GPU.
     student.to(arguments.device)
@@ -206,6 +232,7 @@ def _prepare(
         logits_chunk=config.logits_chunk,
         data=config.data,
         selection=config.selection,
+        exactness=exactness,
     )
     steps = trainer.total_steps()
     check_schedule(arguments, optimizer, steps)
@@ -223,6 +250,25 @@ def _prepare(
         parameters=student.num_parameters(),
         trained=student.num_parameters(only_trainable=True),
     )
+
+
+def _check_reference(
+    config: TrainConfig,
+    manifests: list[Manifest],
+    reference: CacheReader,
+    student: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> None:
+    """Raises UserError if the student cannot be evaluated on the reference cache. Warns if another
+    teacher made it.
+    """
+    judge = reference.manifest
+    paths = [entry.cache for entry in config.caches]
+    compat.check_together([*paths, reference.path], [*manifests, judge])
+    k = ("evaluation.k", config.evaluation.k)
+    compat.check_evaluation(reference.path, judge, student, tokenizer, k)
+    for path, manifest in zip(paths, manifests, strict=True):
+        compat.warn_of_other_teacher(path, manifest, reference.path, judge)
 
 
 class _Examination:
@@ -294,6 +340,7 @@ def _start_of(
 def _metrics(
     config: TrainConfig,
     caches: list[CacheReader],
+    judge: CacheReader | None,
     parts: _Parts,
     run: dict[str, Any],
     before: dict[str, Any],
@@ -308,7 +355,8 @@ def _metrics(
         "engine": _joined(manifest.teacher.engine for manifest in manifests),
         **reference,
     }
-    return {
+    kinds = metric_kinds(parts.held_out, list(after))
+    found: RunMetrics = {
         "before": before["metrics"],
         "after": after,
         "teacher": cast(TeacherMetrics, teacher),
@@ -318,8 +366,9 @@ def _metrics(
             "answers": len(answered),
         },
         "k": config.evaluation.k,
-        "kl_tail": parts.kl_tail,
-        "kl_kind": KL_KIND[parts.kl_tail],
+        "kl_tail": parts.kl_tail if judge is None else _tail_of_kind(kinds["kl"]),
+        "kl_kind": KL_KIND[kinds["kl"]],
+        "kinds": dict(kinds),
         "steps": state.global_step,
         "final_loss": next(
             (record["loss"] for record in reversed(history) if "loss" in record), None
@@ -332,7 +381,7 @@ def _metrics(
         "held_out_sequences": len(parts.held_out),
         "held_out_positions": int(reference["positions"]),
         "losses": [list(term) for term in parts.objective.weights()],
-        "exactness": parts.exactness,
+        "exactness": {name: IN_WORDS[kind] for name, kind in parts.exactness.items()},
         "student": {
             "parameters": parts.parameters,
             "trained": parts.trained,
@@ -344,6 +393,14 @@ def _metrics(
         "created_by": f"logitcask {version('logitcask')}",
         "config": run["config"],
     }
+    if judge is not None:
+        found["reference"] = {
+            "path": judge.path,
+            "fingerprint": judge.manifest.fingerprint,
+            "teacher": judge.manifest.teacher.model,
+            "not_learnt_from": parts.data.in_reference,
+        }
+    return found
 
 
 def _write(
@@ -364,8 +421,9 @@ def _write(
 
 
 def _identity(config: TrainConfig) -> dict[str, Any]:
-    """The identity of a run, without the places of the cache and the output."""
-    identity = config.model_dump(mode="json", exclude={"cache", "cache_config"})
+    """The identity of a run, without the places of the caches and the output."""
+    apart: Any = {"cache": True, "cache_config": True, "evaluation": {"cache"}}
+    identity = config.model_dump(mode="json", exclude=apart)
     # The settings of the workers do not change the batches.
     identity["training"] = {
         key: value
@@ -386,6 +444,10 @@ def _caches_identity(config: TrainConfig, caches: list[CacheReader]) -> Any:
         {"fingerprint": cache.manifest.fingerprint, "weight": entry.weight, "name": entry.label}
         for entry, cache in zip(config.caches, caches, strict=True)
     ]
+
+
+def _tail_of_kind(kind: Exactness) -> Tail:
+    return "samples" if kind == "unbiased" else "ghost"
 
 
 def _joined(names: Iterable[str]) -> str:

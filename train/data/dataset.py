@@ -52,6 +52,11 @@ class CachedDataset(Dataset[CachedSequence]):
             else restricted(sequence, self.vocab_size, predicted)
         )
 
+    def first(self, count: int | None) -> CachedDataset:
+        """The first ``count`` of these sequences; None: all."""
+        rows = None if self.vocab_size == self.cache.manifest.store.vocab_size else self.vocab_size
+        return CachedDataset(self.cache, self.indices[:count], rows)
+
     def left_out(self, item: int) -> NDArray[np.float64]:
         """float64[P]: the share of the teacher's mass on ids that the student lacks."""
         return left_out(self.cache[int(self.indices[item])], self.vocab_size)

@@ -28,7 +28,7 @@ from logitcask.cache_format.storage.shard_cache import ShardCache
 from logitcask.train.config import DataConfig, SelectPositions, TrainConfig
 from logitcask.train.data.batch import Place, collate
 from logitcask.train.data.dataset import CachedDataset, HeldOut, check_shards
-from logitcask.train.data.held_out import CacheIndex, read_index
+from logitcask.train.data.held_out import CacheIndex, Reference, read_index
 from logitcask.train.data.order import Plan, Units, single_units
 from logitcask.train.data.packing import collate_packed, packed_units
 from logitcask.train.data.selection import highest_entropy, share_of
@@ -50,12 +50,22 @@ class Drawn(NamedTuple):
 
 
 class Mixture(Dataset[Drawn]):
-    """The training data: ``sources``, their names, and the plan that draws from them."""
+    """The training data: ``sources``, their names, and the plan that draws from them.
+
+    in_reference: number of sequences that are left out because a reference cache has their texts.
+    """
 
     def __init__(
-        self, sources: list[CachedDataset], names: list[str], units: list[Units], plan: Plan
+        self,
+        sources: list[CachedDataset],
+        names: list[str],
+        units: list[Units],
+        plan: Plan,
+        *,
+        in_reference: int = 0,
     ) -> None:
         self.sources, self.names, self.units, self.plan = sources, names, units, plan
+        self.in_reference = in_reference
 
     def __len__(self) -> int:
         return len(self.plan)
@@ -171,15 +181,21 @@ def by_source(
 
 
 def open_data(
-    config: TrainConfig, caches: list[CacheReader], seed: int, rows: int | None = None
+    config: TrainConfig,
+    caches: list[CacheReader],
+    seed: int,
+    rows: int | None = None,
+    reference: CacheReader | None = None,
 ) -> tuple[Mixture, HeldOut]:
     """Training and held-out data for a student of ``rows`` ids; None: all ids of the teachers.
 
-    Raises UserError for data that cannot be used.
+    With a ``reference``, the held-out data is its sequences, and no sequence whose text is in it
+    is in the training data. Raises UserError for data that cannot be used.
     """
     entries = config.caches
-    check_shards(caches)
-    indexes = [read_index(cache, config.evaluation.held_out) for cache in caches]
+    check_shards(caches if reference is None else [*caches, reference])
+    texts = None if reference is None else Reference.read(reference)
+    indexes = [read_index(cache, config.evaluation.held_out, texts) for cache in caches]
     sources, held_out, units = [], [], []
     capacity = config.data.row_tokens or max(
         max(cache.manifest.data.max_length, int(index.tokens.max(initial=0)))
@@ -187,10 +203,11 @@ def open_data(
     )
     for number, (entry, cache, index) in enumerate(zip(entries, caches, indexes, strict=True)):
         usable = (index.kept > 0) & _readable(entry.cache, index, rows)
-        train, out = (
-            np.flatnonzero(usable & chosen) for chosen in (~index.held_out, index.held_out)
-        )
-        if not len(train) or not len(out):
+        learnt = ~index.held_out & ~index.in_reference
+        train, out = (np.flatnonzero(usable & chosen) for chosen in (learnt, index.held_out))
+        if reference is not None:
+            _say_what_is_in_the_reference(entry.cache, index, len(train), reference.path)
+        elif not len(train) or not len(out):
             raise UserError(
                 f"{entry.cache} splits into {len(train)} sequences to train on and {len(out)} held out; "
                 "both need some: change evaluation.held_out or use a larger cache"
@@ -218,12 +235,57 @@ def open_data(
         epoch=config.data.epoch,
     )
     limit = config.evaluation.max_sequences
-    if limit is not None:
+    if reference is not None:
+        held_out = [sequences_of(reference, rows).first(limit)]
+    elif limit is not None:
         held_out = [
             CachedDataset(data.cache, data.indices[: max(1, round(limit * share))], rows)
             for data, share in zip(held_out, _shares(weights, held_out), strict=True)
         ]
-    return Mixture(sources, [entry.label for entry in entries], units, plan), HeldOut(held_out)
+    data = Mixture(
+        sources,
+        [entry.label for entry in entries],
+        units,
+        plan,
+        in_reference=sum(int(index.in_reference.sum()) for index in indexes),
+    )
+    return data, HeldOut(held_out)
+
+
+def sequences_of(
+    cache: CacheReader, rows: int | None, chosen: NDArray[np.bool_] | None = None
+) -> CachedDataset:
+    """The sequences of a cache on which a student of ``rows`` ids can be evaluated; ``chosen``,
+    bool[N]: only some of them. Raises UserError if there are none.
+    """
+    index = read_index(cache, 0.0)
+    usable = (index.kept > 0) & _readable(cache.path, index, rows)
+    found = np.flatnonzero(usable if chosen is None else usable & chosen)
+    if not len(found):
+        raise UserError(
+            f"{cache.path} has no sequence to evaluate on ({len(usable)} sequences, "
+            f"{int(usable.sum())} of them with kept positions and ids that the student has"
+            f"{'' if chosen is None else f', {int(chosen.sum())} held out'}); use another cache"
+        )
+    return CachedDataset(cache, found, rows)
+
+
+def _say_what_is_in_the_reference(path: str, index: CacheIndex, left: int, reference: str) -> None:
+    """Logs the number of sequences that are left out. Raises UserError if no sequence is left."""
+    count, total = int(index.in_reference.sum()), len(index.in_reference)
+    if not left:
+        raise UserError(
+            f"{path} has {total} sequences and none is left to train on: the texts of {count} are in the reference cache "
+            f"{reference}, and {int(index.held_out.sum())} are held out; use a reference with other texts (evaluation.cache), "
+            "or a larger cache"
+        )
+    log.info(
+        "%s of %s sequences of %s are not learnt from: their texts are in the reference cache %s",
+        f"{count:,}",
+        f"{total:,}",
+        path,
+        reference,
+    )
 
 
 def _readable(path: str, index: CacheIndex, rows: int | None) -> NDArray[np.bool_]:

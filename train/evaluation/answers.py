@@ -23,12 +23,11 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from logitcask.cache_format import CachedSequence
 from logitcask.train.config import AnswersConfig
 from logitcask.train.data.dataset import HeldOut
+from logitcask.train.data.same_text import LEAST_PROMPT
 
 log = logging.getLogger(__name__)
 
 _BATCH = 8
-# If a prompt is shorter than this number of tokens, the sequence counts as a document.
-_LEAST_PROMPT = 4
 
 
 class Answer(NamedTuple):
@@ -103,7 +102,7 @@ def split_at_prompt(
     """(prompt, reference) of a sequence, int32 ids; None if no token follows the prompt."""
     mask = sequence.loss_mask
     start = int(mask.argmax())
-    if start < _LEAST_PROMPT:
+    if start < LEAST_PROMPT:
         start = settings.prompt_tokens
         mask = np.ones_like(mask)
     after = mask[start:]

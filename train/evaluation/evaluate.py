@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,29 +24,34 @@ from logitcask.train.evaluation.metrics import (
 from logitcask.train.head.chunked import head_losses
 from logitcask.train.head.lm_head import LogitsHead
 from logitcask.train.losses import SparseTeacher, forward_kl, reverse_kl
-from logitcask.train.losses.tails import Tail
 
-KL_KIND: dict[Tail, str] = {
-    "samples": "The KL is estimated from the stored head and draws from the rest of the teacher's distribution: without bias, "
-    "from the same draws before and after.",
-    "ghost": "The KL is from the stored head and the exact mass of everything outside it taken as one cell: a lower bound of "
-    "the KL over the whole vocabulary, the same one before and after.",
-}
-"""What ``kl`` is, by how the tail was taken."""
 SHOWN = 5
 """Most probable tokens shown per example."""
 
 
-@torch.no_grad()
+class MeasuredBatch(NamedTuple):
+    """The metrics at the P positions of a batch.
+
+    first:    number of the batch's first sequence in the data.
+    sequence: int64[P], the sequence of each position, from 0 for that one.
+    values:   metric -> float32[P], and ``confidence`` and ``right`` (``Calibration``).
+    """
+
+    first: int
+    sequence: Tensor
+    values: dict[str, Tensor]
+
+
 def evaluate(
     head: LogitsHead, data: HeldOut, *, k: int, batch_size: int, logits_chunk: int | None
 ) -> dict[str, float]:
     """Means over the kept positions of ``data``, in the order of the report.
 
-    kl: KL(teacher || student), nats, see KL_KIND. reverse_kl: KL(student || teacher) with
-    everything outside the head as one cell, nats: a lower bound. ce, perplexity: of the data's own
-    next tokens (nats, and exp of it). top1_agreement, mor@k, cr@k, spearman@k, ece: see
-    ``logitcask.train.evaluation.metrics``; ece is of the data's own next tokens.
+    kl: KL(teacher || student), nats. reverse_kl: KL(student || teacher) with everything outside the
+    head as one cell, nats. ``logitcask.train.evaluation.kinds`` has the exactness of both. ce,
+    perplexity: of the data's own next tokens (nats, and exp of it). top1_agreement, mor@k, cr@k,
+    spearman@k, ece: see ``logitcask.train.evaluation.metrics``; ece is of the data's own next
+    tokens.
 
     The metrics that use the teacher's most probable ids (reverse_kl, top1_agreement, mor, cr,
     spearman) are left out if a cache of ``data`` has no heads.
@@ -54,11 +61,50 @@ def evaluate(
     sums: dict[str, float] = {}
     calibration = Calibration()
     positions = 0
+    for _, sequence_P, values in measured_batches(
+        head, data, k=k, batch_size=batch_size, logits_chunk=logits_chunk
+    ):
+        calibration.add(values.pop("confidence"), values.pop("right"))
+        for name, value in values.items():
+            sums[name] = sums.get(name, 0.0) + value.cpu().double().sum().item()
+        positions += len(sequence_P)
+    parts = distributed.gathered((sums, positions, calibration))
+    positions = sum(count for _, count, _ in parts)
+    names = next(part for part, count, _ in parts if count)
+    means = {name: sum(part.get(name, 0.0) for part, _, _ in parts) / positions for name in names}
+    means["perplexity"] = perplexity(means["ce"])
+    means["ece"] = Calibration.merged(part for _, _, part in parts).error()
+    return {name: means[name] for name in metric_names(k) if name in means}
+
+
+def metric_names(k: int) -> list[str]:
+    """All metrics, in the order of reports."""
+    return [
+        "kl",
+        "reverse_kl",
+        "ce",
+        "perplexity",
+        "top1_agreement",
+        f"mor@{k}",
+        f"cr@{k}",
+        f"spearman@{k}",
+        "ece",
+    ]
+
+
+@torch.no_grad()
+def measured_batches(
+    head: LogitsHead, data: HeldOut, *, k: int, batch_size: int, logits_chunk: int | None
+) -> Iterator[MeasuredBatch]:
+    """The metrics of ``evaluate`` at every kept position of ``data``, batch by batch: those of the
+    batches that fall to this process.
+    """
     heads = all(cached.cache.manifest.store.top_k for cached in data.parts)
     # A SparseTeacher belongs to one cache, so each cache has its own batches.
+    before = itertools.accumulate((len(cached) for cached in data.parts), initial=0)
     batches = [
-        (cached, range(start, min(start + batch_size, len(cached))))
-        for cached in data.parts
+        (cached, offset, range(start, min(start + batch_size, len(cached))))
+        for cached, offset in zip(data.parts, before, strict=False)
         for start in range(0, len(cached), batch_size)
     ]
     process, processes = distributed.processes()
@@ -73,36 +119,15 @@ def evaluate(
         dynamic_ncols=True,
         disable=not distributed.is_main(),
     ):
-        cached, items = batches[at % len(batches)]
+        cached, offset, items = batches[at % len(batches)]
         batch = collate([cached[item] for item in items])
         with head.evaluated():
             values = head.inside(
                 partial(_measured, head, cached, batch, k if heads else 0, logits_chunk)
             )
-        if at >= len(batches):
-            continue
-        calibration.add(values.pop("confidence"), values.pop("right"))
-        for name, value in values.items():
-            sums[name] = sums.get(name, 0.0) + value.cpu().double().sum().item()
-        positions += len(batch["labels"])
-    parts = distributed.gathered((sums, positions, calibration))
-    positions = sum(count for _, count, _ in parts)
-    names = next(part for part, count, _ in parts if count)
-    means = {name: sum(part.get(name, 0.0) for part, _, _ in parts) / positions for name in names}
-    means["perplexity"] = perplexity(means["ce"])
-    means["ece"] = Calibration.merged(part for _, _, part in parts).error()
-    order = [
-        "kl",
-        "reverse_kl",
-        "ce",
-        "perplexity",
-        "top1_agreement",
-        f"mor@{k}",
-        f"cr@{k}",
-        f"spearman@{k}",
-        "ece",
-    ]
-    return {name: means[name] for name in order if name in means}
+        if at < len(batches):
+            sequence_P = batch["kept"] // batch["input_ids"].shape[1]
+            yield MeasuredBatch(offset + items.start, sequence_P, values)
 
 
 def _measured(

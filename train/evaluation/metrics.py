@@ -22,6 +22,10 @@ BINS = 15
 """Of equal width, into which confidences are sorted for the calibration error."""
 
 
+MOST_NATS = 700.0
+"""Cross-entropy at which a perplexity is capped, so that it does not overflow."""
+
+
 class RankAgreement(NamedTuple):
     """Per position; the mean of ``identical`` is CR@k, the mean of ``overlap`` is MOR@k.
 
@@ -112,5 +116,5 @@ def top_k_overlap(student_logits: Tensor, teacher: SparseTeacher, k: int) -> Ten
 
 
 def perplexity(cross_entropy: float) -> float:
-    """exp of nats per token, capped so that it does not overflow."""
-    return math.exp(min(cross_entropy, 700.0))
+    """exp of nats per token, capped at ``MOST_NATS``."""
+    return math.exp(min(cross_entropy, MOST_NATS))

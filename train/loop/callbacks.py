@@ -17,7 +17,9 @@ from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.trainer_utils import SaveStrategy
 
 from logitcask.train.distributed import gathered
+from logitcask.train.exactness_words import IN_A_WORD
 from logitcask.train.loop.objective import Objective
+from logitcask.train.losses.base import Exactness
 
 
 class LogWhenSaving(TrainerCallback):
@@ -127,9 +129,10 @@ class TellObjective(TrainerCallback):
 
 
 class Progress(TrainerCallback):
-    """One progress bar for the whole training, with the newest losses."""
+    """One progress bar for the whole training, with the newest losses and their ``exactness``."""
 
-    def __init__(self) -> None:
+    def __init__(self, exactness: dict[str, Exactness] | None = None) -> None:
+        self._kinds = {name: f" ({IN_A_WORD[kind]})" for name, kind in (exactness or {}).items()}
         self._bar: tqdm | None = None
 
     def on_train_begin(
@@ -165,7 +168,10 @@ class Progress(TrainerCallback):
                 if name.startswith("loss_")
             }
             self._bar.set_postfix_str(
-                ", ".join(f"{name} {value:.3f}" for name, value in parts.items())
+                ", ".join(
+                    f"{name} {value:.3f}{self._kinds.get(name, '')}"
+                    for name, value in parts.items()
+                )
             )
 
     def on_train_end(

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from logitcask.train.config import TrainConfig, WeightSchedule
 from logitcask.train.head.chunked import PerChunk
 from logitcask.train.losses import LOSSES, SPECS, LossState, SparseTeacher, StudentPass
+from logitcask.train.losses.base import Exactness
+from logitcask.train.losses.exactness import exactness_of
 from logitcask.train.losses.ranking import top_k_overlap
-from logitcask.train.losses.tails import choose_tail
 
 
 class Objective:
@@ -82,36 +82,16 @@ class Objective:
             for name, weight in self._weights.items()
         ]
 
-    def exactness(self, teacher: SparseTeacher, shortest_head: int) -> dict[str, str]:
+    def exactness(self, teacher: SparseTeacher, shortest_head: int) -> dict[str, Exactness]:
         """The exactness of each loss with a cache like ``teacher``: exact, unbiased, lower or
         biased (``logitcask.train.losses.base.Exactness``).
 
         ``shortest_head``: smallest number of entries of the cache's heads.
         """
-        if bool(torch.isneginf(teacher.tail_logprob).all()):
-            return dict.fromkeys(self._weights, "exact")
-        found: dict[str, str] = {}
-        for name, options in self._options.items():
-            spec = SPECS[SPECS[name].same_as(options) or name]
-            samples = teacher.draws is not None and spec.from_samples is not None
-            if spec.tails:
-                tail = choose_tail(
-                    name,
-                    teacher,
-                    options.get("tail", "auto"),
-                    spec.tails,
-                    logprobs=spec.needs_sample_logprobs,
-                )
-                samples = tail == "samples"
-                if tail in ("prior", "renormalised"):
-                    found[name] = "biased"
-                    continue
-            found[name] = (
-                spec.from_samples if samples and spec.from_samples is not None else spec.from_head
-            )
-            if shortest_head < spec.head_k(options):
-                found[name] = "biased"
-        return found
+        return {
+            name: exactness_of(name, options, teacher, shortest_head)
+            for name, options in self._options.items()
+        }
 
     def per_chunk(self, teacher: SparseTeacher) -> PerChunk:
         """The function for ``logitcask.train.head.chunked.head_losses``; its values are the

@@ -44,6 +44,7 @@ from logitcask.train.loop.callbacks import (
 from logitcask.train.loop.checkpoints import best_checkpoint
 from logitcask.train.loop.objective import Objective
 from logitcask.train.loop.totals import LogTotals, StepTotals
+from logitcask.train.losses.base import Exactness
 from logitcask.train.model.isolation import check_isolation, wants_flat
 from logitcask.train.model.precision import (
     as_exact_as_it_can,
@@ -75,6 +76,7 @@ class DistillationTrainer(Trainer):
         logits_chunk: int | None,
         data: DataConfig,
         selection: SelectionConfig,
+        exactness: dict[str, Exactness] | None = None,
     ) -> None:
         with as_exact_as_it_can(student, args):
             self.head = LogitsHead(student)
@@ -90,7 +92,7 @@ class DistillationTrainer(Trainer):
         self.logits_chunk = logits_chunk
         self._totals = LogTotals(train_data.names)
         self._step_totals = StepTotals(objective.stateful)
-        self._progress = Progress()
+        self._progress = Progress(exactness)
         batch_loss = BatchLoss(self.head, train_data, objective, logits_chunk)
         batch_loss.route(student)
         super().__init__(

@@ -9,8 +9,11 @@ import torch
 from logitcask.cache_format.errors import ConfigError, first_line
 from logitcask.train.config import TrainConfig
 from logitcask.train.data.batch import collate
-from logitcask.train.data.dataset import CachedDataset, HeldOut
+from logitcask.train.data.dataset import CachedDataset
+from logitcask.train.exactness_words import IN_WORDS
 from logitcask.train.loop.objective import Objective
+from logitcask.train.losses.base import Exactness
+from logitcask.train.losses.exactness import shortest_head, weakest
 from logitcask.train.losses.tails import Tail, tail_of
 
 log = logging.getLogger(__name__)
@@ -19,43 +22,36 @@ _TAILS: dict[Tail, str] = {
     "samples": "tail samples (unbiased)",
     "ghost": "one cell of known mass (a lower bound; caches with tail samples are unbiased)",
 }
-_KINDS = {
-    "exact": "exact",
-    "unbiased": "unbiased over the draws",
-    "lower": "a lower bound",
-    "biased": "an approximation (docs/losses.md says of what kind)",
-}
 
 
-def try_objective(config: TrainConfig, data: HeldOut) -> tuple[Objective, Tail, dict[str, str]]:
-    """Makes the objective and tries it on a few positions of every cache.
+def try_objective(
+    config: TrainConfig, data: list[CachedDataset]
+) -> tuple[Objective, Tail, dict[str, Exactness]]:
+    """Makes the objective and tries it on a few positions of every cache of ``data``.
 
-    Returns the objective, the available part of the teacher's tail, and the exactness of each loss
-    (exact, unbiased, ...); of several caches, the weakest one counts. Raises UserError or
-    ConfigError for loss options that a cache cannot serve, before anything is written.
+    Returns the objective, the available part of the teacher's tail, and the exactness of each loss;
+    of several caches, the weakest one counts. Raises UserError or ConfigError for loss options that
+    a cache cannot serve, before anything is written.
     """
     try:
         objective = Objective(config)
-        tails, kinds = zip(*(_try_on(objective, part) for part in data.parts), strict=True)
+        tails, kinds = zip(*(_try_on(objective, part) for part in data), strict=True)
     except (TypeError, ValueError, RuntimeError, IndexError) as error:
         raise ConfigError(
             f"losses: {first_line(error)}; see the options in docs/losses.md"
         ) from error
-    exactness = {
-        name: max((found[name] for found in kinds), key=list(_KINDS).index) for name in kinds[0]
-    }
+    exactness = {name: weakest(found[name] for found in kinds) for name in kinds[0]}
     tail = min(tails, key=list(reversed(_TAILS)).index)
-    return objective, tail, {name: _KINDS[kind] for name, kind in exactness.items()}
+    return objective, tail, exactness
 
 
-def _try_on(objective: Objective, data: CachedDataset) -> tuple[Tail, dict[str, str]]:
+def _try_on(objective: Objective, data: CachedDataset) -> tuple[Tail, dict[str, Exactness]]:
     teacher = data.teacher(collate([data[0]]))
     rows = slice(0, min(4, len(teacher)))
     objective.per_chunk(teacher)(torch.zeros(rows.stop, teacher.vocab_size), rows)
     tail = tail_of(teacher)
     log.info("beyond the heads stored in %s, KL uses %s", data.cache.path, _TAILS[tail])
-    store = data.cache.manifest.store
-    exactness = objective.exactness(teacher, store.min_k if store.ragged else store.top_k)
+    exactness = objective.exactness(teacher, shortest_head(data.cache.manifest.store))
     for name, kind in exactness.items():
-        log.info("with this cache, %s is %s", name, _KINDS[kind])
+        log.info("with this cache, %s is %s", name, IN_WORDS[kind])
     return tail, exactness

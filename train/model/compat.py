@@ -42,8 +42,80 @@ def check(
     student: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> None:
-    """Raises UserError naming the first mismatch with the cache at ``path``, the expected value,
-    and the remedies.
+    """Raises UserError naming the first mismatch with the cache at ``path``, from which the student
+    learns: the value found, the value expected, and the remedies.
+    """
+    check_model(path, manifest, student, tokenizer)
+    defaults = {term.name: SPECS[term.name].options for term in config.losses}
+    by_loss = {
+        term.name: term.options.get("k", defaults[term.name]["k"])
+        for term in config.losses
+        if "k" in defaults[term.name]
+    }
+    # The student is evaluated on this cache or on a reference.
+    if config.evaluation.cache is None and manifest.store.top_k:
+        by_loss["evaluation.k"] = config.evaluation.k
+    asked, wanted = max(by_loss.items(), key=lambda item: item[1], default=("", 0))
+    _check_k(asked, wanted, path, manifest)
+
+
+def check_evaluation(
+    path: str,
+    manifest: Manifest,
+    student: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    k: tuple[str, int],
+) -> None:
+    """Raises UserError, as ``check`` does, for a cache on which a student is only evaluated; ``k``:
+    of the metrics, with the name of its option.
+    """
+    check_model(path, manifest, student, tokenizer)
+    # Without heads there are no metrics of them (logitcask.train.evaluation.evaluate)
+    if manifest.store.top_k:
+        _check_k(*k, path, manifest)
+
+
+def _check_k(asked: str, wanted: int, path: str, manifest: Manifest) -> None:
+    if wanted > manifest.store.top_k:
+        raise UserError(
+            f"{asked} asks for the teacher's top {wanted}, but {path} holds the top "
+            f"{manifest.store.top_k}; lower k, or build a cache with store.top_k >= {wanted}"
+        )
+
+
+def warn_of_other_teacher(path: str, manifest: Manifest, reference: str, judge: Manifest) -> None:
+    """Warns if the teacher of a reference cache is not that of the cache at ``path``."""
+    ours, theirs = manifest.teacher, judge.teacher
+    if ours.weights_sha256 is not None and theirs.weights_sha256 is not None:
+        same = ours.weights_sha256 == theirs.weights_sha256
+    else:
+        same = (ours.model, ours.revision) == (theirs.model, theirs.revision)
+    if not same or ours.temperature != theirs.temperature:
+        log.warning(
+            "the teacher of the reference cache %s is %s, that of %s is %s: the metrics compare the student with the first, "
+            "which it does not learn from",
+            reference,
+            _teacher(judge),
+            path,
+            _teacher(manifest),
+        )
+
+
+def _teacher(manifest: Manifest) -> str:
+    teacher = manifest.teacher
+    revision = teacher.revision or (teacher.weights_sha256 and f"weights {teacher.weights_sha256}")
+    temperature = f", temperature {teacher.temperature:g}" if teacher.temperature != 1 else ""
+    return f"{teacher.model}{f' ({revision[:20]})' if revision else ''}{temperature}"
+
+
+def check_model(
+    path: str,
+    manifest: Manifest,
+    student: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> None:
+    """Raises UserError if the tokenizer, the ids or the longest sequence of the cache at ``path``
+    do not fit the student.
     """
     teacher = manifest.teacher.model
     if tokenizer is not None:
@@ -73,21 +145,6 @@ def check(
             f"the student predicts {rows:,} ids, but the tokenizer of {path}, that of {teacher}, uses {used:,}; use a "
             "student with at least so many rows in its embeddings (resize_token_embeddings of transformers, or vocab_size in "
             "student.config)"
-        )
-    defaults = {term.name: SPECS[term.name].options for term in config.losses}
-    by_loss = {
-        term.name: term.options.get("k", defaults[term.name]["k"])
-        for term in config.losses
-        if "k" in defaults[term.name]
-    }
-    # Without heads there are no metrics of them (logitcask.train.evaluation.evaluate)
-    if manifest.store.top_k:
-        by_loss["evaluation.k"] = config.evaluation.k
-    asked, wanted = max(by_loss.items(), key=lambda item: item[1], default=("", 0))
-    if wanted > manifest.store.top_k:
-        raise UserError(
-            f"{asked} asks for the teacher's top {wanted}, but {path} holds the top "
-            f"{manifest.store.top_k}; lower k, or build a cache with store.top_k >= {wanted}"
         )
     longest = getattr(student.config, "max_position_embeddings", None)
     if longest is not None and longest < manifest.data.max_length:

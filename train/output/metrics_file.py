@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any, NotRequired, TypedDict, cast
 
+from logitcask.train.exactness_words import IN_A_WORD
+
 
 class TeacherMetrics(TypedDict):
     """The teacher: its name, its engine, and its held-out metrics, as far as the cache has them.
@@ -52,9 +54,24 @@ class CacheFacts(TypedDict):
     bytes_per_token: float
 
 
+class ReferenceFacts(TypedDict):
+    """The reference cache on which a run is evaluated, and its teacher.
+
+    not_learnt_from: number of sequences that training leaves out because their texts are in it.
+    """
+
+    path: str
+    fingerprint: str
+    teacher: str
+    not_learnt_from: int
+
+
 class RunMetrics(TypedDict):
     """All of ``metrics.json``.
 
+    kinds:     of each held-out metric, its exactness (``logitcask.train.losses.base.Exactness``).
+               Runs of older versions have none.
+    reference: of runs with ``evaluation.cache``.
     losses:    (name, weight as text) of every term.
     exactness: of each loss with this cache, in words.
     seconds, positions_trained: over all starts of the run.
@@ -67,6 +84,8 @@ class RunMetrics(TypedDict):
     k: int
     kl_tail: str
     kl_kind: str
+    kinds: NotRequired[dict[str, str]]
+    reference: NotRequired[ReferenceFacts]
     steps: int
     final_loss: float | None
     seconds: float
@@ -82,6 +101,12 @@ class RunMetrics(TypedDict):
     seed: int
     created_by: str
     config: dict[str, Any]
+
+
+def kind_of(metrics: RunMetrics, name: str) -> str:
+    """The exactness of a held-out metric in a word; empty for runs of older versions."""
+    kind = metrics.get("kinds", {}).get(name)
+    return "" if kind is None else IN_A_WORD[kind]
 
 
 def of_teacher(metrics: RunMetrics, name: str) -> float | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from logitcask.train.output.metrics_file import RunMetrics
+from logitcask.train.output.metrics_file import RunMetrics, kind_of
 
 
 def model_card(metrics: RunMetrics, output: Path) -> str:
@@ -12,7 +12,14 @@ def model_card(metrics: RunMetrics, output: Path) -> str:
     before, after = metrics["before"], metrics["after"]
     losses = " + ".join(f"{weight} x {name}" for name, weight in metrics["losses"])
     rows = "\n".join(
-        f"| {name} | {value:.4f} | {after[name]:.4f} |" for name, value in before.items()
+        f"| {name} | {value:.4f} | {after[name]:.4f} | {kind_of(metrics, name)} |"
+        for name, value in before.items()
+    )
+    reference = metrics.get("reference")
+    judged = (
+        "held-out positions"
+        if reference is None
+        else f"positions of the reference cache `{reference['fingerprint']}` of {reference['teacher']}, whose texts it has not learnt from"
     )
     return f"""---
 library_name: transformers
@@ -27,10 +34,10 @@ tags:
 through a cache of its next-token distributions on {metrics["cache"]["source"]} (fingerprint `{metrics["cache"]["fingerprint"]}`), with
 [Logitcask](https://pypi.org/project/logitcask/): {losses}, {metrics["steps"]} steps, seed {metrics["seed"]}.
 
-On {metrics["held_out_positions"]:,} held-out positions ({metrics["kl_kind"]}):
+On {metrics["held_out_positions"]:,} {judged} ({metrics["kl_kind"]}):
 
-| metric | before | after |
-| --- | --- | --- |
+| metric | before | after | exactness |
+| --- | --- | --- | --- |
 {rows}
 
 The teacher's own cross-entropy there is {metrics["teacher"]["ce"]:.4f} nats. `report.html` shows the curves.

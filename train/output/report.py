@@ -11,11 +11,11 @@ from jinja2 import Environment, FileSystemLoader, select_autoescape
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from logitcask.train.output.metrics_file import RunMetrics, of_teacher
+from logitcask.train.output.metrics_file import RunMetrics, kind_of, of_teacher
 
 METRICS = {
     "kl": ("KL to the teacher", "nats", "less is better"),
-    "reverse_kl": ("Reverse KL, a lower bound", "nats", "less is better"),
+    "reverse_kl": ("Reverse KL", "nats", "less is better"),
     "ce": ("Cross-entropy on the text", "nats", "less is better"),
     "perplexity": ("Perplexity", "", "less is better"),
     "top1_agreement": ("Top-1 agreement", "%", "more is better"),
@@ -73,6 +73,7 @@ def _row(name: str, k: int, metrics: RunMetrics) -> dict[str, str]:
         "after": _number(after, unit),
         "teacher": "" if teacher is None else _number(teacher, unit),
         "better": better,
+        "kind": kind_of(metrics, name),
         "improved": "yes" if (after < before) == better.startswith("less") else "no",
     }
 
@@ -104,8 +105,9 @@ def _loss_chart(log: list[dict[str, float]]) -> str:
 
 def _held_out_chart(metrics: RunMetrics, log: list[dict[str, float]]) -> str:
     figure, axes = _canvas("held-out text", "step", "nats per position")
+    kind = kind_of(metrics, "kl")
     for key, colour, label in (
-        ("kl", _ACCENT, "KL to the teacher"),
+        ("kl", _ACCENT, f"KL to the teacher{f' ({kind})' if kind else ''}"),
         ("ce", _SECOND, "cross-entropy on the text"),
     ):
         steps, values = _curve(key, metrics, log)
