@@ -25,15 +25,16 @@ def example(request) -> Path:
 
 
 def parse(program: str, arguments: list[str]) -> None:
-    """Raises an error of Click if the program has no such command or option."""
-    group = typer.main.get_command(teacher_cache if program == "teacher-cache" else train_student)
-    if program == "teacher-cache":
-        name, *arguments = arguments
-        if name == "--help":
-            return
-        assert name in group.commands, f"teacher-cache has no command {name}"
-        group = group.commands[name]
-    group.make_context(program, arguments, resilient_parsing=False)
+    """Raises an error if the program has no such command or option."""
+    app = teacher_cache if program == "teacher-cache" else train_student
+    commands = typer.main.get_command(app).commands
+    if app is train_student and arguments[0] not in commands:
+        arguments = ["train", *arguments]
+    name, *arguments = arguments
+    if name == "--help":
+        return
+    assert name in commands, f"{program} has no command {name}"
+    commands[name].make_context(program, arguments)
 
 
 def commands(text: str) -> list[tuple[str, list[str]]]:
