@@ -15,6 +15,14 @@ from logitcask.train.output.metrics_file import RunMetrics, of_teacher
 app = new_app("Trains a student from a cache of teacher distributions, without the teacher.")
 
 
+def _list_losses(wanted: bool) -> None:
+    if wanted:
+        from logitcask.train.losses.others import listing
+
+        print(listing())
+        raise typer.Exit
+
+
 @app.command()
 def train_student(
     config: Annotated[
@@ -42,6 +50,15 @@ def train_student(
         typer.Option(
             "--print-cache-config",
             help="Only print cache_config, the path of the config that builds the cache.",
+        ),
+    ] = False,
+    losses: Annotated[
+        bool,
+        typer.Option(
+            "--losses",
+            callback=_list_losses,
+            is_eager=True,
+            help="Only list all losses: where each comes from, its options and their defaults.",
         ),
     ] = False,
 ) -> None:

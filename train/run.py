@@ -43,6 +43,7 @@ from logitcask.train.loop.checkpoints import (
 from logitcask.train.loop.objective import Objective
 from logitcask.train.loop.trainer import DistillationTrainer
 from logitcask.train.loop.try_objective import try_objective
+from logitcask.train.losses.others import code_of
 from logitcask.train.losses.tails import Tail
 from logitcask.train.model import compat
 from logitcask.train.model.divergence import check_finite
@@ -364,7 +365,9 @@ def _write(
 
 
 def _identity(config: TrainConfig) -> dict[str, Any]:
-    """The identity of a run, without the places of the cache and the output."""
+    """The identity of a run, without the places of the cache and the output. A loss outside this
+    package is identified by its code, too.
+    """
     identity = config.model_dump(mode="json", exclude={"cache", "cache_config"})
     # The settings of the workers do not change the batches.
     identity["training"] = {
@@ -373,7 +376,9 @@ def _identity(config: TrainConfig) -> dict[str, Any]:
         if key != "output_dir"
         and (key == "dataloader_drop_last" or not key.startswith("dataloader_"))
     }
-    return identity
+    code = {term.name: code_of(term.name) for term in config.losses}
+    code = {name: sha256 for name, sha256 in code.items() if sha256 is not None}
+    return {**identity, "code_sha256": code} if code else identity
 
 
 def _caches_identity(config: TrainConfig, caches: list[CacheReader]) -> Any:

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from logitcask.train.config import TrainConfig, WeightSchedule
 from logitcask.train.head.chunked import PerChunk
-from logitcask.train.losses import LOSSES, SPECS, LossState, SparseTeacher, StudentPass
+from logitcask.train.losses import SPECS, LossState, SparseTeacher, StudentPass
+from logitcask.train.losses.others import call_loss
 from logitcask.train.losses.ranking import top_k_overlap
 from logitcask.train.losses.tails import choose_tail
 
@@ -149,7 +150,7 @@ class Objective:
             total = logits_CV.new_zeros(len(logits_CV), dtype=student.dtype)
             values = {}
             for name, weight in self._now.items():
-                values[name] = LOSSES[name](student, part, **options[name])
+                values[name] = call_loss(name, student, part, options[name])
                 weighted = values[name] * weight
                 total = total + (
                     weighted
