@@ -21,7 +21,7 @@ def inspect(
         str | None,
         typer.Option(
             "--tokenizer",
-            help="The tokenizer, as a folder or hub name, if the one in the manifest cannot be "
+            help="The tokenizer, as a folder, hub name or the teacher's MODULE:CLASS, if the one in the manifest cannot be "
             "loaded.",
         ),
     ] = None,
@@ -47,7 +47,7 @@ def generations(
         str | None,
         typer.Option(
             "--tokenizer",
-            help="The tokenizer, as a folder or hub name, if the one in the manifest cannot be "
+            help="The tokenizer, as a folder, hub name or the teacher's MODULE:CLASS, if the one in the manifest cannot be "
             "loaded.",
         ),
     ] = None,

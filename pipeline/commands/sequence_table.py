@@ -15,7 +15,7 @@ from rich.text import Text
 
 from logitcask.cache_format import CachedSequence, CacheReader, UserError
 from logitcask.cache_format.tokenizer_identity import tokenizer_identity
-from logitcask.pipeline.config import TeacherConfig
+from logitcask.pipeline.config import BACKENDS, TeacherConfig
 from logitcask.pipeline.teachers.open import open_tokenizer
 
 log = logging.getLogger(__name__)
@@ -46,15 +46,21 @@ class _NotHere(UserError):
 def _tokenizer_of(cache: CacheReader, name: str | None) -> Any:
     """The tokenizer. Raises _NotHere if it cannot be found, UserError if its ids differ."""
     manifest = cache.manifest
-    backend = "synthetic" if manifest.teacher.backend == "synthetic" else "transformers"
-    name = name or manifest.tokenizer.name
+    model, backend = name or manifest.tokenizer.name, manifest.teacher.backend
+    if model == backend and backend not in BACKENDS:
+        # Code that only the manifest names is not run.
+        if name is None:
+            raise _NotHere(f"it is that of {backend}; --tokenizer {backend} runs its code")
+        model = manifest.teacher.model
+    elif backend != "synthetic":
+        backend = "transformers"
     try:
-        found = open_tokenizer(TeacherConfig(model=name, backend=backend))
+        found = open_tokenizer(TeacherConfig(model=model, backend=backend))
     except UserError as error:
         raise _NotHere(str(error)) from error
     if tokenizer_identity(found, None)["vocab_sha256"] != manifest.tokenizer.vocab_sha256:
         raise UserError(
-            f"the tokenizer {name} has other ids than the one this cache was made with; name that one with --tokenizer"
+            f"the tokenizer {name or model} has other ids than the one this cache was made with; name that one with --tokenizer"
         )
     return found
 
