@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from logitcask.cache_format import CacheReader, ConfigError, UserError
+from logitcask.pipeline.audit.reference import open_reference
 from logitcask.pipeline.builder.request import as_of_today, request_of
 from logitcask.pipeline.builder.run import build
 from logitcask.pipeline.commands.sequence_table import token_text
@@ -149,6 +150,15 @@ def test_inspecting_runs_its_code_only_if_asked(write, config, user_folder, capl
     assert "mine" not in sys.modules
     assert "it is that of mine:Flat; --tokenizer mine:Flat runs its code" in caplog.text
     assert token_text(cache, "mine:Flat")(104) == "h"
+
+
+def test_an_audit_says_that_it_has_nothing_to_compare_with(write, config):
+    manifest = build(config()).manifest
+    with (
+        pytest.raises(UserError, match=r"mine:Flat is a model of its own, .* by --teacher"),
+        open_reference(manifest),
+    ):
+        pass
 
 
 def test_what_it_is_opened_with(write, tiny_llama):
