@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -37,6 +38,30 @@ def token_text(cache: CacheReader, tokenizer: str | None) -> Callable[[int], str
         log.warning("showing ids, since the teacher's tokenizer is not here: %s", error)
         return str
     return lambda token: repr(found.decode([token]))[1:-1] or f"<{token}>"
+
+
+def plain_text(cache: CacheReader, tokenizer: str | None) -> Callable[[int], str] | None:
+    """A function from ids to the text of a token as it is, or, for bytes that are no character, to
+    the tokenizer's name of the token. None without a tokenizer.
+
+    Raises UserError for a named tokenizer that cannot be found or has other ids.
+    """
+    try:
+        found = _tokenizer_of(cache, tokenizer)
+    except _NotHere as error:
+        if tokenizer is not None:
+            raise
+        log.warning("without texts, since the teacher's tokenizer is not here: %s", error)
+        return None
+
+    @functools.cache
+    def text(token: int) -> str:
+        decoded: str = found.decode([token], clean_up_tokenization_spaces=False)
+        if "\ufffd" not in decoded:
+            return decoded
+        return str(found.convert_ids_to_tokens([token])[0])
+
+    return text
 
 
 class _NotHere(UserError):
