@@ -74,9 +74,9 @@ def unknown(kind: Kind, name: str, known: Iterable[str]) -> str:
     """
     names = sorted({*known, *installed(kind)})
     near = difflib.get_close_matches(name, names, n=3)
-    hint = f"; did you mean {' or '.join(near)}" if near else ""
+    hint = f"; did you mean {' or '.join(near)}? There" if near else "; there"
     return (
-        f"no {kind.what} is called {name!r}{hint}; there are {', '.join(names)}; "
+        f"no {kind.what} is called {name!r}{hint} are {', '.join(names)}; "
         "one of your own is MODULE:NAME (docs/extending.md)"
     )
 

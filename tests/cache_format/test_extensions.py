@@ -144,7 +144,7 @@ def test_a_name_of_two_packages(user_folder, install):
 def test_unknown_names(user_folder, install):
     install("extras", "1.2", {"logitcask.losses": {"other": "mine:f"}})
     assert unknown(LOSS, "forward_lk", ["forward_kl", "ce"]) == (
-        "no loss is called 'forward_lk'; did you mean forward_kl; there are ce, forward_kl, other; "
+        "no loss is called 'forward_lk'; did you mean forward_kl? There are ce, forward_kl, other; "
         "one of your own is MODULE:NAME (docs/extending.md)"
     )
     assert unknown(LOSS, "zzz", ["ce"]).startswith("no loss is called 'zzz'; there are ce, other; ")

@@ -102,7 +102,7 @@ def test_entry_points(half, install):
         ({"name": "mine:half", "k": 0}, "mine:half: k is 0; expected a whole number from 1"),
         (
             {"name": "forwrad_kl"},
-            "no loss is called 'forwrad_kl'; did you mean forward_kl; there are ",
+            "no loss is called 'forwrad_kl'; did you mean forward_kl\\? There are ",
         ),
     ],
 )
