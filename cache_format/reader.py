@@ -7,7 +7,7 @@ from __future__ import annotations
 import mmap
 import os
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,7 @@ from logitcask.cache_format.storage.files import (
     verified_chunks,
 )
 from logitcask.cache_format.storage.shard_cache import ShardCache
+from logitcask.cache_format.tables import ROWS, SCHEMA, Text, iter_tables
 
 OPEN_SHARDS = 64
 """Shards kept open: far below any limit on open files."""
@@ -124,6 +125,25 @@ class CacheReader:
         file = self._open(shard)
         for batch in range(len(file)):
             yield self._pack(file, shard, batch)
+
+    def iter_tables(
+        self, sequences: Iterable[int] | None = None, *, rows: int = ROWS, text: Text | None = None
+    ) -> Iterator[pa.Table]:
+        """The sequences as plain Arrow tables with a row per token, at least ``rows`` tokens a
+        table, but for the last one. docs/store.md describes the columns.
+
+        sequences: indices; None for all, in order.
+        text:      from ids to texts; None leaves the column ``token_text`` null.
+        """
+        return iter_tables(self, sequences, rows=rows, text=text)
+
+    def to_table(
+        self, sequences: Iterable[int] | None = None, *, text: Text | None = None
+    ) -> pa.Table:
+        """The tables of ``iter_tables`` as one, all of it in memory: for small caches, or some
+        sequences of a large one.
+        """
+        return pa.concat_tables([SCHEMA.empty_table(), *self.iter_tables(sequences, text=text)])
 
     def check_shard(self, shard: int) -> None:
         """Raises DamagedCacheError, naming the shard, if its size or sha256 is wrong.

@@ -9,6 +9,7 @@ from logitcask.cache_format.cli.app import new_app, run
 from logitcask.pipeline.commands.audit import audit
 from logitcask.pipeline.commands.build import build
 from logitcask.pipeline.commands.estimate import estimate
+from logitcask.pipeline.commands.export import export
 from logitcask.pipeline.commands.inspect import generations, inspect
 from logitcask.pipeline.commands.model import model
 from logitcask.pipeline.memory import use_huge_pages
@@ -28,6 +29,7 @@ for command in (
     build,
     inspect,
     generations,
+    export,
     model,
 ):
     app.command()(command)

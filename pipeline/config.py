@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from logitcask.cache_format.cli.config_docs import markdown
+from logitcask.cache_format.extensions import TEACHER, is_named, unknown
 from logitcask.cache_format.manifest import StoreSettings
 from logitcask.cache_format.schema import MAX_DRAWS
 from logitcask.cache_format.share.remote_writer import work_folder
@@ -41,6 +42,10 @@ _NOT_ARGUMENTS = {
 
 # A name or an IPv4 address without empty parts.
 _HOST = re.compile(r"[\w~-]+(\.[\w~-]+)*\.?")
+
+
+BACKENDS = ("vllm", "transformers", "synthetic", "server")
+"""The teacher backends of this project."""
 
 
 class _Config(BaseModel):
@@ -118,10 +123,11 @@ class TeacherConfig(_Config):
         description="A built-in name (`smollm2-135m`, `synthetic`), a model folder, or a name on "
         "the Hugging Face Hub.",
     )
-    backend: Literal["vllm", "transformers", "synthetic", "server"] = Field(
+    backend: str = Field(
         "vllm",
-        description="The engine that runs the model. `server`: a running vLLM server, over HTTP. "
-        "If vLLM is not installed, `vllm` falls back to `transformers` with a warning.",
+        description="The engine that runs the model: `vllm`, `transformers`, `synthetic`, or "
+        "`server`, a running vLLM server, over HTTP. If vLLM is not installed, `vllm` falls back "
+        "to `transformers` with a warning. `MODULE:CLASS`: one of your own (docs/extending.md).",
     )
     server: ServerConfig | None = Field(None, description="The server, for `backend: server` only.")
     revision: str | None = Field(None, description="Branch, tag or commit of a hub model.")
@@ -153,7 +159,7 @@ class TeacherConfig(_Config):
     engine_args: dict[str, object] = Field(
         default_factory=dict,
         description="Further arguments, passed unchanged to `vllm.LLM(...)` (or "
-        "`from_pretrained(...)`). `trust_remote_code: true` also allows the code of the model's "
+        "`from_pretrained(...)`, or a backend of your own). `trust_remote_code: true` also allows the code of the model's "
         "config and tokenizer to run. It is the only argument allowed with `backend: server`.",
     )
     vocab_size: int = Field(
@@ -165,6 +171,19 @@ class TeacherConfig(_Config):
     @classmethod
     def _home(cls, model: str) -> str:
         return _with_home(model)
+
+    @field_validator("backend")
+    @classmethod
+    def _known(cls, backend: str) -> str:
+        # Its module is imported only where a teacher is opened: a config may be that of a cache.
+        if backend not in BACKENDS and not is_named(TEACHER, backend):
+            raise ValueError(unknown(TEACHER, backend, BACKENDS))
+        return backend
+
+    @property
+    def has_own_backend(self) -> bool:
+        """Whether the backend is one outside this project."""
+        return self.backend not in BACKENDS
 
     @property
     def trust_remote_code(self) -> bool:
@@ -183,7 +202,7 @@ class TeacherConfig(_Config):
     @property
     def is_synthetic(self) -> bool:
         """Whether the backend or the model is ``synthetic``, which needs no weights and no GPU."""
-        return "synthetic" in (self.backend, self.model)
+        return not self.has_own_backend and "synthetic" in (self.backend, self.model)
 
     @property
     def gpus_per_engine(self) -> int:
@@ -293,8 +312,9 @@ class DataConfig(_Config):
 
     path: str = Field(
         min_length=1,
-        description="A built-in name (`python-docs`), a file or folder, or the name of a data set "
-        "on the Hugging Face Hub. Characters such as `*` in a path have no special meaning.",
+        description="A built-in name (`python-docs`), a file or folder, the name of a data set "
+        "on the Hugging Face Hub, or `MODULE:NAME` of a source of your own (docs/extending.md). "
+        "Characters such as `*` in a path have no special meaning.",
     )
     name: str | None = Field(None, description="Configuration (subset) of a hub data set.")
     split: str = Field(

@@ -11,6 +11,7 @@ from logitcask.cache_format.errors import UserError
 from logitcask.cache_format.manifest import TeacherIdentity, TokenizerIdentity
 from logitcask.cache_format.tokenizer_identity import tokenizer_identity
 from logitcask.pipeline.config import BuildConfig
+from logitcask.pipeline.teachers.own import has_tokenizer
 from logitcask.pipeline.text.chat_template import ChatTemplate
 from logitcask.pipeline.text.sources import Source
 
@@ -37,10 +38,14 @@ def check_unchanged(source: Source, stamp: str, config: BuildConfig) -> None:
 
 
 def tokenizer_of(text: TextReader, config: BuildConfig) -> TokenizerIdentity:
-    """The tokenizer and the chat template in force, as a manifest names them."""
+    """The tokenizer and the chat template in force, as a manifest names them. The tokenizer of a
+    backend outside this project has the name of the backend.
+    """
     template = text.template.text if text.template else None
+    teacher = config.teacher
     return TokenizerIdentity(
-        name=config.teacher.model, **tokenizer_identity(text.tokenizer, template)
+        name=teacher.backend if has_tokenizer(teacher) else teacher.model,
+        **tokenizer_identity(text.tokenizer, template),
     )
 
 

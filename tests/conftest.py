@@ -12,6 +12,7 @@ import base64
 import dataclasses
 import gc
 import hashlib
+import importlib
 import json
 import multiprocessing
 import os
@@ -558,6 +559,49 @@ def assert_same_scores() -> Callable[..., None]:
         assert wrong is None, wrong
 
     return check
+
+
+@pytest.fixture
+def user_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty working directory. Modules imported from it, losses registered by them and changes
+    of ``sys.path`` are undone.
+    """
+    from logitcask.train.losses import LOSSES, SPECS
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    modules, losses = set(sys.modules), set(LOSSES)
+    yield tmp_path
+    for name in set(sys.modules) - modules:
+        if (getattr(sys.modules[name], "__file__", None) or "").startswith(str(tmp_path)):
+            del sys.modules[name]
+    for registry in (LOSSES, SPECS):
+        for name in set(registry) - losses:
+            del registry[name]
+
+
+@pytest.fixture
+def install(user_folder: Path) -> Callable[..., None]:
+    """``install(name, version, {group: {name: value}})``: an installed package with these entry
+    points, as pip would leave it.
+    """
+
+    def make(package: str, version: str, groups: dict[str, dict[str, str]]) -> None:
+        info = user_folder / "site" / f"{package}-{version}.dist-info"
+        info.mkdir(parents=True)
+        (info / "METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n"
+        )
+        lines = [
+            f"[{group}]\n" + "".join(f"{name} = {value}\n" for name, value in entries.items())
+            for group, entries in groups.items()
+        ]
+        (info / "entry_points.txt").write_text("\n".join(lines))
+        if str(info.parent) not in sys.path:
+            sys.path.append(str(info.parent))
+        importlib.invalidate_caches()
+
+    return make
 
 
 @pytest.fixture(scope="module")

@@ -38,6 +38,14 @@ def commands() -> None:
 app.command("evaluate")(evaluate)
 
 
+@app.command("losses")
+def losses() -> None:
+    """Lists all losses: where each comes from, its options and their defaults."""
+    from logitcask.train.losses.others import listing
+
+    print(listing())
+
+
 @app.command("train")
 def train_student(
     config: Annotated[

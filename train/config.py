@@ -9,7 +9,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from logitcask.cache_format.cli.config_docs import markdown
-from logitcask.train.losses import LOSSES, SPECS
+from logitcask.train.losses import SPECS
+from logitcask.train.losses.others import find_loss
 
 
 class _Config(BaseModel):
@@ -137,7 +138,10 @@ class LossTerm(BaseModel):
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
-    name: str = Field(description="Name of a loss (docs/losses.md).")
+    name: str = Field(
+        description="Name of a loss (docs/losses.md), or `MODULE:NAME` of one of your own "
+        "(docs/extending.md)."
+    )
     weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] | WeightSchedule = Field(
         1.0, description="A number, or a schedule: {start: 0, end: 2, ratio: 0.5, kind: linear}."
     )
@@ -150,8 +154,7 @@ class LossTerm(BaseModel):
     @field_validator("name")
     @classmethod
     def _known(cls, name: str) -> str:
-        if name not in LOSSES:
-            raise ValueError(f"no loss is called {name!r}; there are {', '.join(sorted(LOSSES))}")
+        find_loss(name)
         return name
 
     @model_validator(mode="after")

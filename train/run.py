@@ -46,6 +46,7 @@ from logitcask.train.loop.objective import Objective
 from logitcask.train.loop.trainer import DistillationTrainer
 from logitcask.train.loop.try_objective import try_objective
 from logitcask.train.losses.base import Exactness
+from logitcask.train.losses.others import code_of
 from logitcask.train.losses.tails import Tail
 from logitcask.train.model import compat
 from logitcask.train.model.divergence import check_finite
@@ -421,7 +422,9 @@ def _write(
 
 
 def _identity(config: TrainConfig) -> dict[str, Any]:
-    """The identity of a run, without the places of the caches and the output."""
+    """The identity of a run, without the places of the caches and the output. A loss outside this
+    package is identified by its code, too.
+    """
     apart: Any = {"cache": True, "cache_config": True, "evaluation": {"cache"}}
     identity = config.model_dump(mode="json", exclude=apart)
     # The settings of the workers do not change the batches.
@@ -431,7 +434,9 @@ def _identity(config: TrainConfig) -> dict[str, Any]:
         if key != "output_dir"
         and (key == "dataloader_drop_last" or not key.startswith("dataloader_"))
     }
-    return identity
+    code = {term.name: code_of(term.name) for term in config.losses}
+    code = {name: sha256 for name, sha256 in code.items() if sha256 is not None}
+    return {**identity, "code_sha256": code} if code else identity
 
 
 def _caches_identity(config: TrainConfig, caches: list[CacheReader]) -> Any:

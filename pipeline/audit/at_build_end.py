@@ -22,6 +22,7 @@ from logitcask.cache_format.manifest import AuditSummary, Header, ShardEntry
 from logitcask.pipeline.audit.result import Audit
 from logitcask.pipeline.audit.run import audit, audit_summary
 from logitcask.pipeline.config import AuditConfig, TeacherConfig
+from logitcask.pipeline.teachers.own import has_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +54,10 @@ def audit_build(
     """
     if not settings.sequences or not any(shard.positions for shard in shards):
         return None
+    if has_tokenizer(teacher):
+        reason = f"its teacher {teacher.backend} is a model of its own, which nothing else can run"
+        log.info("the cache is not audited: %s", reason)
+        return AuditSummary(skipped=reason)
     asked = BuildAudit(
         path=str(path), header=header, shards=shards, settings=settings, teacher=teacher
     )

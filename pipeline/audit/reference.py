@@ -123,6 +123,11 @@ def _synthetic(manifest: Manifest, bounded: int) -> tuple[Any, int]:
 def _resolve(manifest: Manifest, name: str | None, trust_remote_code: bool) -> ResolvedModel:
     """The model to compare with."""
     wanted = manifest.teacher
+    if name is None and manifest.tokenizer.name == wanted.backend:
+        raise UserError(
+            f"its teacher {wanted.backend} is a model of its own, which nothing else can run; name a model to compare with "
+            "by --teacher"
+        )
     model_name = name or wanted.model
     try:
         revision = wanted.revision if model_name == wanted.model else None

@@ -12,6 +12,8 @@ from typing import Any
 
 from logitcask.pipeline.config import BuildConfig
 from logitcask.pipeline.identity import TextReader
+from logitcask.pipeline.teachers.own import code_of as teacher_code
+from logitcask.pipeline.text.own_sources import code_of as source_code
 
 log = logging.getLogger(__name__)
 
@@ -24,9 +26,24 @@ _NOT_CONTENT: dict[str, Any] = {
     "store": {"shard_tokens", "compression_level"},
 }
 
+_CODE = "code_sha256"
+"""The key of the hashes of code outside this project, by the names in the config."""
+
 
 def request_of(config: BuildConfig) -> dict[str, Any]:
-    """The fields of a config that decide the cache's content; a template file by its content."""
+    """The fields of a config that decide the cache's content; a template file by its content, and
+    teacher backends and sources outside this project by their code, too.
+    """
+    request = _fields(config)
+    code = {
+        config.teacher.backend: teacher_code(config.teacher),
+        config.data.path: source_code(config.data),
+    }
+    code = {name: sha256 for name, sha256 in code.items() if sha256 is not None}
+    return {**request, _CODE: code} if code else request
+
+
+def _fields(config: BuildConfig) -> dict[str, Any]:
     request = config.model_dump(mode="json", exclude=_NOT_CONTENT)
     template = config.data.chat_template
     if template is not None and template.is_file():
@@ -47,11 +64,16 @@ def as_of_today(request: dict[str, Any], config: BuildConfig) -> dict[str, Any]:
     """An earlier request with the defaults of fields that this version has added, or as it is if
     it no longer parses.
     """
+    code = {_CODE: request[_CODE]} if _CODE in request else {}
     try:
         # The server is not part of a request.
         teacher = {**request["teacher"], "server": config.teacher.server}
-        return request_of(
-            BuildConfig.model_validate({**request, "teacher": teacher, "output": config.output})
+        fields = {name: value for name, value in request.items() if name not in code}
+        return (
+            _fields(
+                BuildConfig.model_validate({**fields, "teacher": teacher, "output": config.output})
+            )
+            | code
         )
     except ValueError:
         return request

@@ -21,8 +21,8 @@ def inspect(
         str | None,
         typer.Option(
             "--tokenizer",
-            help="The tokenizer, as a folder or hub name, if the one in the manifest cannot be "
-            "loaded.",
+            help="The tokenizer, as a folder, a hub name or the teacher's MODULE:CLASS, if the one "
+            "in the manifest cannot be loaded.",
         ),
     ] = None,
 ) -> None:
@@ -47,8 +47,8 @@ def generations(
         str | None,
         typer.Option(
             "--tokenizer",
-            help="The tokenizer, as a folder or hub name, if the one in the manifest cannot be "
-            "loaded.",
+            help="The tokenizer, as a folder, a hub name or the teacher's MODULE:CLASS, if the one "
+            "in the manifest cannot be loaded.",
         ),
     ] = None,
 ) -> None:

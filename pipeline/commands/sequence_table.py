@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from rich.text import Text
 from logitcask.cache_format import CachedSequence, CacheReader, UserError
 from logitcask.cache_format.token_text import TokenText
 from logitcask.cache_format.tokenizer_identity import tokenizer_identity
-from logitcask.pipeline.config import TeacherConfig
+from logitcask.pipeline.config import BACKENDS, TeacherConfig
 from logitcask.pipeline.teachers.open import open_tokenizer
 
 log = logging.getLogger(__name__)
@@ -50,6 +51,30 @@ class _Numbers:
         return list(map(str, tokens))
 
 
+def plain_text(cache: CacheReader, tokenizer: str | None) -> Callable[[int], str] | None:
+    """A function from ids to the text of a token as it is, or, for bytes that are no character, to
+    the tokenizer's name of the token. None without a tokenizer.
+
+    Raises UserError for a named tokenizer that cannot be found or has other ids.
+    """
+    try:
+        found = _tokenizer_of(cache, tokenizer)
+    except _NotHere as error:
+        if tokenizer is not None:
+            raise
+        log.warning("without texts, since the teacher's tokenizer is not here: %s", error)
+        return None
+
+    @functools.cache
+    def text(token: int) -> str:
+        decoded: str = found.decode([token], clean_up_tokenization_spaces=False)
+        if "\ufffd" not in decoded:
+            return decoded
+        return str(found.convert_ids_to_tokens([token])[0])
+
+    return text
+
+
 class _NotHere(UserError):
     """The tokenizer cannot be found."""
 
@@ -57,15 +82,21 @@ class _NotHere(UserError):
 def _tokenizer_of(cache: CacheReader, name: str | None) -> Any:
     """The tokenizer. Raises _NotHere if it cannot be found, UserError if its ids differ."""
     manifest = cache.manifest
-    backend = "synthetic" if manifest.teacher.backend == "synthetic" else "transformers"
-    name = name or manifest.tokenizer.name
+    model, backend = name or manifest.tokenizer.name, manifest.teacher.backend
+    if model == backend and backend not in BACKENDS:
+        # Code that only the manifest names is not run.
+        if name is None:
+            raise _NotHere(f"it is that of {backend}; --tokenizer {backend} runs its code")
+        model = manifest.teacher.model
+    elif backend != "synthetic":
+        backend = "transformers"
     try:
-        found = open_tokenizer(TeacherConfig(model=name, backend=backend))
+        found = open_tokenizer(TeacherConfig(model=model, backend=backend))
     except UserError as error:
         raise _NotHere(str(error)) from error
     if tokenizer_identity(found, None)["vocab_sha256"] != manifest.tokenizer.vocab_sha256:
         raise UserError(
-            f"the tokenizer {name} has other ids than the one this cache was made with; name that one with --tokenizer"
+            f"the tokenizer {name or model} has other ids than the one this cache was made with; name that one with --tokenizer"
         )
     return found
 

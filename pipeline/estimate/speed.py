@@ -183,6 +183,10 @@ def speed_from_hardware(
             gpus_per_engine=1,
             notes=(note,),
         )
+    if config.teacher.has_own_backend:
+        raise UserError(
+            f"no figures for the speed of {config.teacher.backend}; give --tokens-per-second or --probe"
+        )
     gpu = GPUS.get(gpu_name.lower())
     if gpu is None:
         raise UserError(

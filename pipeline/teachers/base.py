@@ -12,6 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from logitcask.cache_format.manifest import TeacherIdentity
+from logitcask.pipeline.config import TeacherConfig
+from logitcask.pipeline.distribution.capture import Capture
+from logitcask.pipeline.teachers.model import ResolvedModel
 from logitcask.pipeline.types import PendingScores, Scored, Sequence
 
 
@@ -99,6 +102,32 @@ class Generator(Protocol):
     """
 
     def generate(self, prompts: Iterable[Prompt]) -> Iterator[NDArray[np.int32]]: ...
+
+
+class Backend(Protocol):
+    """A teacher backend outside this project, as ``teacher.backend`` names it: a class whose
+    instances are a ``Teacher``, or a function that returns one.
+
+    It is called with the config, the model that ``teacher.model`` names, the longest sequence in
+    tokens, the capture, and the config's ``engine_args`` as keyword-only arguments. With a method
+    ``generate`` it is also a ``Generator``, and is given the keyword argument ``sampling`` if
+    answers are to be written.
+
+    A backend without the attribute ``open_tokenizer`` is an engine for models of transformers:
+    ``teacher.model`` is resolved, brings the tokenizer, and is what an audit compares with. A
+    backend with ``open_tokenizer(config)`` has a model of its own: ``teacher.model`` may be any
+    text, ``model`` is None, the tokenizer is the result, and audits have nothing to compare with.
+    """
+
+    def __call__(
+        self,
+        config: TeacherConfig,
+        model: ResolvedModel | None,
+        /,
+        *,
+        max_length: int,
+        capture: Capture,
+    ) -> Teacher: ...
 
 
 def bounded_groups(sequences: Iterable[Sequence], tokens: int) -> Iterator[list[Sequence]]:

@@ -21,17 +21,19 @@ from logitcask.pipeline.teachers.model import (
     resolve_model,
     vocab_size,
 )
+from logitcask.pipeline.teachers.own import OwnTeacher, has_tokenizer, tokenizer_of
 from logitcask.pipeline.text.chat_template import ChatTemplate
 
 logger = logging.getLogger(__name__)
 
 
 def resolved(config: TeacherConfig) -> ResolvedModel | None:
-    """The model that ``config`` names; None for the synthetic teacher.
+    """The model that ``config`` names; None for the synthetic teacher, and for a backend with its
+    own tokenizer.
 
     Raises what ``resolve_model`` raises.
     """
-    if config.is_synthetic:
+    if config.is_synthetic or has_tokenizer(config):
         return None
     return resolve_model(config.model, config.revision, trust_remote_code=config.trust_remote_code)
 
@@ -58,6 +60,8 @@ def open_teacher(
     draw.
     """
     model = model or resolved(config)
+    if config.has_own_backend:
+        return OwnTeacher(config, model, max_length=max_length, capture=capture, sampling=sampling)
     if model is None:
         from logitcask.pipeline.teachers.synthetic import SyntheticTeacher
 
@@ -86,10 +90,13 @@ def open_teacher(
 
 
 def open_tokenizer(config: TeacherConfig, model: ResolvedModel | None = None) -> Any:
-    """The teacher's tokenizer: a transformers one, or the synthetic teacher's own.
+    """The teacher's tokenizer: a transformers one, or that of the synthetic teacher or of a backend
+    outside this project.
 
     Raises UserError if the model does not exist or has no tokenizer.
     """
+    if has_tokenizer(config):
+        return tokenizer_of(config)
     model = model or resolved(config)
     if model is None:
         from logitcask.pipeline.teachers.synthetic_tokenizer import SyntheticTokenizer
@@ -141,6 +148,10 @@ def sampling_of(
 
 
 def vocab_size_of(config: TeacherConfig, model: ResolvedModel | None = None) -> int:
-    """The number of ids that the teacher can predict, found without loading its weights."""
+    """The number of ids that the teacher can predict, found without loading its weights. A backend
+    with its own tokenizer can predict at least that tokenizer's ids.
+    """
+    if has_tokenizer(config):
+        return len(tokenizer_of(config))
     model = model or resolved(config)
     return config.vocab_size if model is None else vocab_size(model)

@@ -17,6 +17,7 @@ from logitcask.pipeline.text.file_formats import (
     open_data,
     suffix_of,
 )
+from logitcask.pipeline.text.own_sources import is_own
 from logitcask.pipeline.text.python_docs import BUILT_IN
 
 _HEAD_BYTES = 1 << 22
@@ -27,6 +28,8 @@ def count_rows(config: DataConfig) -> float | None:
     """Approximate number of rows; None if sizes do not give it. Opens only the first file."""
     if config.path in BUILT_IN:
         return len(BUILT_IN[config.path]())
+    if is_own(config):
+        return None
     local = Path(config.path).expanduser()
     if is_saved(local):
         from datasets import DatasetDict, load_from_disk

@@ -52,6 +52,7 @@ from logitcask.pipeline.text.file_formats import (
     read_rows,
     suffix_of,
 )
+from logitcask.pipeline.text.own_sources import OwnRows, is_own
 from logitcask.pipeline.text.python_docs import BUILT_IN
 
 log = logging.getLogger(__name__)
@@ -251,6 +252,9 @@ def open_source(config: DataConfig) -> Source:
     """
     if config.path in BUILT_IN:
         return _open_built_in(config)
+    if is_own(config):
+        rows = OwnRows(config)
+        return Source(config, rows.columns, rows.read, rows.stamp, config.id_field)
     local = Path(config.path).expanduser()
     if local.is_file():
         check_split(config, ["train"])
@@ -270,7 +274,8 @@ def open_source(config: DataConfig) -> Source:
         or suffix_of(config.path) in SUFFIXES
     ):
         raise UserError(
-            f"no data at {config.path!r}; expected a file, a folder, a hub name, or {names_of(BUILT_IN)}"
+            f"no data at {config.path!r}; expected a file, a folder, a hub name, {names_of(BUILT_IN)}, "
+            "or MODULE:NAME of a source of your own (docs/extending.md)"
         )
     return _open_files(config, find_files(config), None)
 

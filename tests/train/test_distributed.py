@@ -22,6 +22,15 @@ from logitcask.train.run import train
 
 STEPS, SAVED = 5, 3
 LOSSES = [{"name": "forward_kl"}, {"name": "ranking", "weight": 2.0, "k": 5}]
+# The same sum as LOSSES, with a loss from the working directory.
+OWN = [{"name": "its_own:twice", "weight": 0.5}, LOSSES[1]]
+ITS_OWN = """
+from logitcask.train.losses import forward_kl, loss
+
+@loss(source="-", formula="-", needs="-", from_head="lower", from_samples="unbiased", use="-")
+def twice(student_logits, teacher):
+    return 2 * forward_kl(student_logits, teacher)
+"""
 TAID = [{"name": "taid", "alpha": 0.3}]
 GAPS = {"positions": {"by": "gap", "share": 0.4}}
 ACID = {"sequences": {"filter_ratio": 0.5}}
@@ -129,7 +138,9 @@ class Runs:
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": str(Path(__file__).parents[2]),
         }
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        done = subprocess.run(
+            command, capture_output=True, text=True, env=environment, cwd=self.folder
+        )
         assert (done.returncode != 0) == dies, done.stderr[-8000:]
         return [] if dies else json.loads(file.with_suffix(".found").read_text())
 
@@ -150,7 +161,9 @@ class Runs:
 
 @pytest.fixture(scope="module")
 def runs(uneven: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    return Runs(tmp_path_factory.mktemp("runs"), uneven)
+    folder = tmp_path_factory.mktemp("runs")
+    (folder / "its_own.py").write_text(ITS_OWN)
+    return Runs(folder, uneven)
 
 
 @pytest.fixture(scope="module")
@@ -186,6 +199,7 @@ def halves(runs: Runs, kind: str, **training: Any) -> dict[str, dict[str, Any]]:
             ddp_find_unused_parameters=True,
             **training,
         ),
+        "own": runs.config(f"{kind}-own", batch=2, tied=True, losses=OWN, **training),
         "gaps": runs.config(f"{kind}-gaps", batch=2, tied=True, selection=GAPS, **training),
         "acid": runs.config(f"{kind}-acid", batch=2, tied=True, selection=ACID, **training),
         "bf16": runs.config(
@@ -235,9 +249,18 @@ def same_but_for_rounding(found: dict[str, Any], expected: dict[str, Any]) -> No
     assert {weight.dtype for weight in found["saved"].values()} == {torch.float32}
 
 
+def same_with_a_loss_of_its_own(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    for mine, theirs in zip(found["steps"], expected["steps"], strict=True):
+        assert mine["loss_its_own:twice"] == pytest.approx(2 * theirs["loss_forward_kl"], abs=2e-4)
+        for name in ("loss", "loss_ranking", "loss_ce"):
+            assert mine[name] == pytest.approx(theirs[name], abs=1e-4), name
+        assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
+
+
 def all_the_same(runs: Runs, kind: str, one: dict[str, dict[str, Any]]) -> None:
     for name, expected in one.items():
         same(runs.result(f"{kind}-{name}"), expected)
+    same_with_a_loss_of_its_own(runs.result(f"{kind}-own"), one["tied"])
     assert 0.4 < one["taid"]["objective"]["taid"]["t"] < 1
     found = runs.result(f"{kind}-taid")["objective"]["taid"]
     assert found == pytest.approx(one["taid"]["objective"]["taid"], abs=1e-4)

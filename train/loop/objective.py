@@ -8,9 +8,10 @@ from torch import Tensor
 
 from logitcask.train.config import TrainConfig, WeightSchedule
 from logitcask.train.head.chunked import PerChunk
-from logitcask.train.losses import LOSSES, SPECS, LossState, SparseTeacher, StudentPass
+from logitcask.train.losses import SPECS, LossState, SparseTeacher, StudentPass
 from logitcask.train.losses.base import Exactness
 from logitcask.train.losses.exactness import exactness_of
+from logitcask.train.losses.others import call_loss
 from logitcask.train.losses.ranking import top_k_overlap
 
 
@@ -129,7 +130,7 @@ class Objective:
             total = logits_CV.new_zeros(len(logits_CV), dtype=student.dtype)
             values = {}
             for name, weight in self._now.items():
-                values[name] = LOSSES[name](student, part, **options[name])
+                values[name] = call_loss(name, student, part, options[name])
                 weighted = values[name] * weight
                 total = total + (
                     weighted

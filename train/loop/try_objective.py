@@ -12,8 +12,10 @@ from logitcask.train.data.batch import collate
 from logitcask.train.data.dataset import CachedDataset
 from logitcask.train.exactness_words import IN_WORDS
 from logitcask.train.loop.objective import Objective
-from logitcask.train.losses.base import Exactness
+from logitcask.train.losses import LOSSES
+from logitcask.train.losses.base import Exactness, is_own
 from logitcask.train.losses.exactness import shortest_head, weakest
+from logitcask.train.losses.others import check_gradient
 from logitcask.train.losses.tails import Tail, tail_of
 
 log = logging.getLogger(__name__)
@@ -36,7 +38,7 @@ def try_objective(
     try:
         objective = Objective(config)
         tails, kinds = zip(*(_try_on(objective, part) for part in data), strict=True)
-    except (TypeError, ValueError, RuntimeError, IndexError) as error:
+    except (TypeError, ValueError, RuntimeError, LookupError) as error:
         raise ConfigError(
             f"losses: {first_line(error)}; see the options in docs/losses.md"
         ) from error
@@ -48,7 +50,10 @@ def try_objective(
 def _try_on(objective: Objective, data: CachedDataset) -> tuple[Tail, dict[str, Exactness]]:
     teacher = data.teacher(collate([data[0]]))
     rows = slice(0, min(4, len(teacher)))
-    objective.per_chunk(teacher)(torch.zeros(rows.stop, teacher.vocab_size), rows)
+    logits = torch.randn(rows.stop, teacher.vocab_size, generator=torch.Generator().manual_seed(0))
+    objective.per_chunk(teacher)(logits.clone(), rows)
+    for name in (name for name, _ in objective.weights() if not is_own(LOSSES[name])):
+        check_gradient(name, lambda z: objective.per_chunk(teacher)(z, rows)[1], logits.clone())
     tail = tail_of(teacher)
     log.info("beyond the heads stored in %s, KL uses %s", data.cache.path, _TAILS[tail])
     exactness = objective.exactness(teacher, shortest_head(data.cache.manifest.store))

@@ -19,6 +19,7 @@ from logitcask.train.losses.base import (
     LossState,
     SparseTeacher,
     TailDraws,
+    loss,
 )
 from logitcask.train.losses.divergences import jsd, reverse_kl, skew_kl, skew_reverse_kl, tvd
 from logitcask.train.losses.forward_kl import ce, forward_kl, random_sampling
@@ -43,6 +44,7 @@ __all__ = [
     "forward_kl",
     "jsd",
     "listmle",
+    "loss",
     "pairwise_logistic",
     "random_sampling",
     "ranking",

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from inspect import Parameter, signature
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -219,6 +219,14 @@ class LossSpec:
     dynamic: bool = False
     by_overlap: bool = True
 
+    def __post_init__(self) -> None:
+        for field, also in (("from_head", ()), ("from_samples", (None,))):
+            found, expected = getattr(self, field), (*get_args(Exactness), *also)
+            if found not in expected:
+                raise ValueError(
+                    f"{self.name}: {field} is {found!r}; expected {', '.join(map(repr, expected))}"
+                )
+
     @property
     def state_options(self) -> dict[str, Any]:
         """The options of the state, with their defaults."""
@@ -244,19 +252,28 @@ class LossSpec:
 
 
 LOSSES: dict[str, Loss] = {}
-"""All losses, by their names in configs."""
+"""The losses, by their names in configs: all of this package, and the imported ones of others."""
 SPECS: dict[str, LossSpec] = {}
-"""The descriptions of all losses, by the same names."""
+"""The descriptions of the losses, by the same names."""
 
 _L = TypeVar("_L", bound=Loss)
 
 
 def loss(**description: Any) -> Callable[[_L], _L]:
-    """Registers a function in ``LOSSES`` under its own name, and its ``LossSpec`` in ``SPECS``."""
+    """Registers a function in ``LOSSES``, and its ``LossSpec`` in ``SPECS``, under its name in
+    configs: its own name, or ``MODULE:NAME`` for a function outside this package.
+    """
 
     def enter(function: _L) -> _L:
-        SPECS[function.__name__] = LossSpec(name=function.__name__, **description)
-        LOSSES[function.__name__] = function
+        module, name = function.__module__, function.__name__
+        name = name if is_own(function) else f"{module}:{name}"
+        SPECS[name] = LossSpec(name=name, **description)
+        LOSSES[name] = function
         return function
 
     return enter
+
+
+def is_own(function: Loss) -> bool:
+    """Whether ``function`` is a loss of this package."""
+    return function.__module__.startswith(f"{__package__}.")

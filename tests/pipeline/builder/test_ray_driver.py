@@ -164,6 +164,25 @@ def test_a_worker_finds_a_shard_that_was_sent_away(tmp_path):
         record.unlink()
 
 
+def test_a_teacher_of_the_working_directory(user_folder):
+    (user_folder / "mine.py").write_text(
+        "from logitcask.pipeline.teachers.synthetic import SyntheticTeacher\n"
+        "from logitcask.pipeline.teachers.synthetic_tokenizer import SyntheticTokenizer\n"
+        "class Mine(SyntheticTeacher):\n"
+        "    open_tokenizer = staticmethod(lambda config: SyntheticTokenizer())\n"
+        "    def __init__(self, config, model, *, max_length, capture):\n"
+        "        super().__init__(config, capture)\n"
+    )
+    fields = settings(
+        user_folder / "one", teacher={"model": "m", "backend": "mine:Mine", "vocab_size": 3000}
+    )
+    fields["data"]["max_tokens"] = 12_000
+    expected = build(BuildConfig.model_validate(fields)).manifest
+    build(BuildConfig.model_validate(on_ray(fields, user_folder / "two")))
+    same_cache(user_folder / "two", expected)
+    assert expected.teacher.backend == "mine:Mine"
+
+
 def test_workers_are_killed(tmp_path, whole, rng):
     fields, expected = whole
     driver = Driver(tmp_path, on_ray(fields, tmp_path / "cache"))

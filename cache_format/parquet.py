@@ -1,0 +1,56 @@
+"""A cache as one Parquet file, for pandas, polars, duckdb and the like."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow.parquet as pq
+
+from logitcask.cache_format.durable import sync
+from logitcask.cache_format.errors import UserError, one_line
+from logitcask.cache_format.reader import CacheReader
+from logitcask.cache_format.tables import ROWS, SCHEMA, Text, iter_tables
+
+
+def write_parquet(
+    reader: CacheReader,
+    out: Path,
+    *,
+    rows: int = ROWS,
+    text: Text | None = None,
+    on_tokens: Callable[[int], object] = lambda tokens: None,
+) -> int:
+    """Writes the whole cache to the Parquet file ``out``, compressed by zstd. Returns its bytes.
+    Only one row group, a table of ``iter_tables``, is in memory at a time.
+
+    The file has its name only once it is complete. Its metadata have the cache's fingerprint.
+    A row group has at least ``rows`` tokens. ``on_tokens`` is called with the number of tokens of each row group.
+
+    Raises UserError if ``out`` exists or cannot be written.
+    """
+    refuse_existing(out)
+    schema = SCHEMA.with_metadata({"cache_fingerprint": reader.manifest.fingerprint})
+    temporary = out.with_name(f"{out.name}.tmp")
+    try:
+        with pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
+            for table in iter_tables(reader, rows=rows, text=text):
+                writer.write_table(table, row_group_size=table.num_rows)
+                on_tokens(table.num_rows)
+        sync(temporary)
+        os.replace(temporary, out)
+        sync(out.absolute().parent)
+    except OSError as error:
+        raise UserError(
+            f"cannot write to {out}: {error.strerror or one_line(error)}; make room or permit it, or choose another file"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return out.stat().st_size
+
+
+def refuse_existing(out: Path) -> None:
+    """Raises UserError if ``out`` exists."""
+    if out.exists():
+        raise UserError(f"{out} exists; remove it, or choose another file")

@@ -1,0 +1,47 @@
+"""``teacher-cache export``: a cache in a form that other programs read."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class Layout(StrEnum):
+    """The form of the export."""
+
+    parquet = "parquet"
+
+
+def export(
+    layout: Annotated[
+        Layout, typer.Argument(metavar="LAYOUT", help="parquet: one Parquet file, a row per token.")
+    ],
+    cache: Annotated[str, typer.Argument(metavar="CACHE", help="A cache folder or fsspec URL.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The new file.")],
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(
+            "--tokenizer",
+            help="The tokenizer, as a folder, a hub name or the teacher's MODULE:CLASS, if the one "
+            "in the manifest cannot be loaded.",
+        ),
+    ] = None,
+) -> None:
+    """Exports a cache with plain columns for pandas, polars and duckdb. docs/store.md describes
+    the columns.
+    """
+    from tqdm import tqdm
+
+    from logitcask.cache_format import CacheReader
+    from logitcask.cache_format.parquet import refuse_existing, write_parquet
+    from logitcask.pipeline.commands.sequence_table import plain_text
+
+    refuse_existing(out)
+    reader = CacheReader(cache)
+    tokens = reader.manifest.statistics.tokens
+    with tqdm(total=tokens, unit="tok", unit_scale=True, desc="export", leave=False) as bar:
+        size = write_parquet(reader, out, text=plain_text(reader, tokenizer), on_tokens=bar.update)
+    print(f"{out}: {tokens:,} tokens in {len(reader):,} sequences, {size:,} bytes")
