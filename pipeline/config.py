@@ -312,14 +312,22 @@ class DataConfig(_Config):
     messages_field: str | None = Field(
         None,
         min_length=1,
-        description="Column with chats, which are lists of {role, content}. Only assistant tokens "
-        "are learnt.",
+        description="Column with chats, which are lists of {role, content} or of {from, value}. "
+        "Only assistant tokens are learnt.",
     )
     prompt_field: str | None = Field(
         None,
         min_length=1,
-        description="Column with prompts, only with generate. Each prompt is the single user "
-        "message of a chat.",
+        description="Column with prompts, only with generate or completion_field. A text is the "
+        "single user message of a chat. With completion_field, a prompt may also be a list of "
+        "messages.",
+    )
+    completion_field: str | None = Field(
+        None,
+        min_length=1,
+        description="Column with completions, of which alone is learnt. With prompt_field: answers "
+        "in a chat, as texts or lists of messages. With text_field: texts that continue that "
+        "column's, without a chat template.",
     )
     generate: GenerateConfig | None = Field(
         None,
@@ -333,12 +341,22 @@ class DataConfig(_Config):
         description="Column with unique ids that never change. Default: the row number.",
     )
     max_length: int = Field(512, ge=1, description="Longest sequence, in tokens.")
-    overlong: Literal["split", "truncate", "drop"] = Field(
+    overlong: Literal["split", "truncate", "truncate_left", "drop_turns", "drop"] = Field(
         "split",
-        description="Treatment of documents longer than max_length, which are counted. split: "
-        "consecutive pieces. truncate: the beginning only. drop: left out. A document of more "
-        "than a million characters is tokenised in overlapping parts, with the tokens of a single "
-        "call, except perhaps inside a word of a megabyte.",
+        description="Treatment of texts longer than max_length, which are counted. split: "
+        "consecutive pieces of a document; of chats and completions the beginning only. truncate: "
+        "the beginning only. truncate_left: the end only, after BOS if the text begins with it. "
+        "drop_turns: chats only; their oldest turns are left out, and the system prompt and the "
+        "tools stay. drop: left out. A document of more than a million characters is tokenised in "
+        "overlapping parts, with the tokens of a single call, except perhaps inside a word of a "
+        "megabyte.",
+    )
+    on_bad_rows: Literal["fail", "skip"] | None = Field(
+        None,
+        description="Treatment of rows that cannot be used. fail: the first one stops the build. "
+        "skip: all are left out, and so are the rest of files that cannot be read. Default: lines "
+        "and files that cannot be read stop the build, rows of another shape are left out. Rows "
+        "that are left out or cut are named in OUTPUT.rejects.jsonl (docs/texts.md).",
     )
     max_tokens: int | None = Field(
         None,
@@ -411,10 +429,13 @@ class DataConfig(_Config):
             raise ValueError(
                 f"{' and '.join(fields)} are both set; a data set is documents, chats or prompts: set one"
             )
+        if self.completion_field:
+            self._check_completions()
         if self.generate is None:
-            if self.prompt_field:
+            if self.prompt_field and not self.completion_field:
                 raise ValueError(
-                    "prompt_field is set, but not generate; prompts are for the teacher to answer: set it"
+                    "prompt_field is set, but neither generate nor completion_field; set generate if the teacher is to "
+                    "answer the prompts, or completion_field if the data has the answers"
                 )
             return self
         if not fields:
@@ -433,6 +454,30 @@ class DataConfig(_Config):
             )
         return self
 
+    @model_validator(mode="after")
+    def _turns_are_of_chats(self) -> Self:
+        if self.overlong == "drop_turns" and self.kind == "documents":
+            raise ValueError(
+                "overlong is drop_turns, but documents have no turns; set overlong=truncate_left, or messages_field"
+            )
+        return self
+
+    def _check_completions(self) -> None:
+        if self.generate is not None:
+            raise ValueError(
+                "completion_field and generate are both set; the teacher writes the answers or the data has them: set one"
+            )
+        if self.messages_field:
+            raise ValueError(
+                "completion_field is set beside messages_field; name the column of the prompts in prompt_field instead, "
+                "which takes lists of messages too"
+            )
+        if not (self.text_field or self.prompt_field):
+            raise ValueError(
+                "completion_field is set, but not the column of the prompts; set prompt_field (chats) or text_field "
+                "(texts without a chat template)"
+            )
+
     @property
     def kind(self) -> Literal["documents", "chats"]:
         """The kind of text that the teacher reads."""
@@ -441,7 +486,7 @@ class DataConfig(_Config):
     @property
     def looks_for_tools(self) -> bool:
         """Whether the default column of tool definitions is read, if it exists."""
-        taken = (self.messages_field, self.prompt_field, self.id_field)
+        taken = (self.messages_field, self.prompt_field, self.completion_field, self.id_field)
         return self.kind == "chats" and self.tools_field is None and "tools" not in taken
 
     @property
@@ -449,6 +494,8 @@ class DataConfig(_Config):
         """The rule for the tokens that are learnt."""
         if self.generate is not None:
             return "generated"
+        if self.completion_field:
+            return "completion"
         return "assistant" if self.messages_field else "all"
 
 
@@ -657,6 +704,10 @@ class BuildConfig(_Config):
         if isinstance(self.log, bool):
             return Path(f"{self.folder.absolute()}.log.jsonl") if self.log else None
         return self.log
+
+    def rejects_file(self) -> Path:
+        """The file with the rows that are left out or cut, beside the folder of the cache."""
+        return Path(f"{self.folder.absolute()}.rejects.jsonl")
 
     @model_validator(mode="after")
     def _workers_share_a_folder(self) -> Self:

@@ -19,6 +19,7 @@ from logitcask.pipeline.config import BuildConfig
 from logitcask.pipeline.generate.answers import Generations
 from logitcask.pipeline.identity import TextReader, check_unchanged, tokenizer_of
 from logitcask.pipeline.teachers.open import sampling_of
+from logitcask.pipeline.text.rejects import Rejects
 from logitcask.pipeline.text.sources import Row, Source
 from logitcask.pipeline.text.tokenize import Tokenization
 from logitcask.pipeline.types import Sequence
@@ -52,8 +53,12 @@ class _GivenText:
         self.tokenizer = text.tokenizer
         self.template = text.template
         self.stamp = stamp
-        self.sequences = text.sequences
         self._text, self._source, self._config = text, source, config
+
+    def sequences(self, rows: Iterable[Row]) -> Iterator[Sequence]:
+        with Rejects(self._config.rejects_file()) as rejects:
+            self._text.report = self._source.report = rejects.add
+            yield from self._text.sequences(rows)
 
     @property
     def counters(self) -> dict[str, int]:

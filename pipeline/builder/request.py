@@ -20,6 +20,7 @@ _NOT_CONTENT: dict[str, Any] = {
     "log": True,
     "audit": True,
     "scale": True,
+    "data": {"on_bad_rows"},  # builds that end have the same rows, whichever it is
     "teacher": {"route", "batch_tokens", "tensor_parallel_size", "server"},
     "store": {"shard_tokens", "compression_level"},
 }

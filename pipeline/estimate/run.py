@@ -18,6 +18,7 @@ from logitcask.pipeline.config import BuildConfig, DataConfig
 from logitcask.pipeline.estimate.size import Range, Size, size_from_probe, size_from_reference
 from logitcask.pipeline.estimate.speed import Speed, given_speed, probe, speed_from_hardware
 from logitcask.pipeline.teachers.open import open_tokenizer, vocab_size_of
+from logitcask.pipeline.text.rejects import CUT, LEFT_OUT
 from logitcask.pipeline.text.row_count import count_rows
 from logitcask.pipeline.text.sources import Row, Source, open_source
 from logitcask.pipeline.text.tokenize import Tokenization
@@ -181,10 +182,7 @@ def _sample(config: BuildConfig) -> tuple[Sample, list[Sequence]]:
     scored = np.array([sequence.loss_mask.any() for sequence in sequences], np.bool_)
     tokens = text_tokens = int(lengths.sum())
     # (Pieces of a document repeat its BOS.)
-    if any(
-        counters.get(name)
-        for name in ("truncated", "dropped_overlong", "nothing_to_learn", "split_documents")
-    ):
+    if any(counters.get(name) for name in (*CUT, *LEFT_OUT, "split_documents")):
         whole_rows = data.model_copy(update={"max_length": 2**31 - 1})
         everything = Tokenization(tokenizer, whole_rows, vocab_size)
         text_tokens = sum(len(sequence.input_ids) for sequence in everything.sequences(rows))

@@ -43,6 +43,7 @@ from logitcask.pipeline.identity import (
 )
 from logitcask.pipeline.interruption import at_safe_points, safe_point
 from logitcask.pipeline.teachers.base import Generator, Prompt, Sampling
+from logitcask.pipeline.text.rejects import Rejects
 from logitcask.pipeline.text.sources import Source
 from logitcask.pipeline.types import Sequence
 
@@ -211,7 +212,11 @@ class Generations:
             units += 1
             waiting.clear()
 
-        with pa.ipc.new_file(str(file), _PROMPTS) as out:
+        with (
+            Rejects(self._config.rejects_file()) as rejects,
+            pa.ipc.new_file(str(file), _PROMPTS) as out,
+        ):
+            self._prompts.report = source.report = rejects.add
             for row in self._prompts.prompts(source):
                 digest.update(row.row_id, row.input_ids, np.zeros(0, np.bool_))
                 waiting.append(row)

@@ -48,11 +48,13 @@ from logitcask.pipeline.text.data_files import (
 from logitcask.pipeline.text.file_formats import (
     JSON_SUFFIXES,
     SUFFIXES,
+    BadRow,
     read_columns,
     read_rows,
     suffix_of,
 )
 from logitcask.pipeline.text.python_docs import BUILT_IN
+from logitcask.pipeline.text.rejects import SKIPPED_ROWS, UNREADABLE, Reject, Report, ignore
 
 log = logging.getLogger(__name__)
 
@@ -65,8 +67,9 @@ _COMMIT = re.compile(r"@([0-9a-f]{40})/")
 class Row:
     """One usable row: a document (``text``) or a chat (``messages``). The other field is None.
 
-    tools:    tool definitions of the chat, or of the question in ``text``; None without any.
-    unlearnt: indices of the messages marked as not to be learnt.
+    tools:      tool definitions of the chat, or of the question in ``text``; None without any.
+    unlearnt:   indices of the messages that are not to be learnt.
+    completion: the text behind ``text`` of which alone is learnt; None for a document.
     """
 
     row_id: str
@@ -74,12 +77,15 @@ class Row:
     messages: list[dict[str, Any]] | None
     tools: list[dict[str, Any]] | None = None
     unlearnt: frozenset[int] = frozenset()
+    completion: str | None = None
 
     @property
     def characters(self) -> int:
         """The approximate length, without tools and tool calls."""
-        return len(self.text or "") + sum(
-            len(str(message.get("content"))) for message in self.messages or []
+        return (
+            len(self.text or "")
+            + len(self.completion or "")
+            + sum(len(str(message.get("content"))) for message in self.messages or [])
         )
 
 
@@ -90,14 +96,18 @@ class Source:
     rows of the split, also skipped ones, so a repaired row does not change the ids of the others.
 
     ``counters`` describes the latest iteration: ``rows_read``, ``rows_skipped_REASON`` for rows
-    without usable text, and ``files_left_out`` for data files of the folder that are in no split.
+    without usable text, ``files_unreadable`` for files that cannot be read to their end, and
+    ``files_left_out`` for data files of the folder that are in no split. ``report`` receives each
+    row that is skipped and each unreadable file.
     """
+
+    report: Report
 
     def __init__(
         self,
         config: DataConfig,
         columns: list[str],
-        read: Callable[[list[str]], Iterator[Mapping[str, Any]]],
+        read: Callable[[list[str]], Iterator[Mapping[str, Any] | BadRow]],
         stamp: Callable[[], str],
         id_field: str | None,
         files_left_out: int = 0,
@@ -112,16 +122,23 @@ class Source:
             "text_field",
         )
         self._field: str = getattr(config, setting) or "text"
-        _check_field(config.path, columns, self._field, setting)
-        if id_field is not None:
-            _check_field(config.path, columns, id_field, "id_field")
-        self._files_left_out = files_left_out
         self._tools_field: str | None = config.tools_field or None
-        if self._tools_field is not None:
-            _check_field(config.path, columns, self._tools_field, "tools_field")
-        elif config.looks_for_tools:
+        wanted = {
+            setting: self._field,
+            "completion_field": config.completion_field,
+            "id_field": id_field,
+            "tools_field": self._tools_field,
+        }
+        if columns or config.on_bad_rows != "skip":  # else no row can be read, which is said later
+            for name, field in wanted.items():
+                if field is not None:
+                    _check_field(config.path, columns, field, name)
+        if self._tools_field is None and config.looks_for_tools:
             self._tools_field = _TOOLS
+        self._fields = list(dict.fromkeys(filter(None, (*wanted.values(), self._tools_field))))
+        self._files_left_out = files_left_out
         self._counters: Counter[str] = Counter()
+        self.report = ignore
 
     @property
     def counters(self) -> dict[str, int]:
@@ -137,8 +154,8 @@ class Source:
         return self._stamp()
 
     def __iter__(self) -> Iterator[Row]:
-        """Raises UserError if the data cannot be read, if an id is missing or occurs twice, or if
-        no row is usable.
+        """Raises UserError if the data cannot be read, if an id is missing or occurs twice, if no
+        row is usable, and for the first unusable row with ``data.on_bad_rows`` fail.
         """
         self._counters = Counter(rows_read=0)
         if self._files_left_out:
@@ -146,25 +163,48 @@ class Source:
         # 8 bytes of hash per row: two ids of 10 million collide with probability 3e-6.
         seen: set[int] = set()
         used = 0
-        for index, record in enumerate(self._records()):
+        for index, record in self._numbered():
+            if isinstance(record, BadRow) and record.whole_file:
+                self._counters[UNREADABLE] += 1
+                self.report(Reject(record.whole_file, UNREADABLE, record.message))
+                continue
             self._counters["rows_read"] += 1
             row_id = f"{self._config.split}/{index}"
+            if isinstance(record, BadRow):
+                self._skip(row_id, record.reason, record.message)
+                continue
             if self._id_field is not None:
                 row_id = self._unique_id(record[self._id_field], row_id, seen)
             try:
                 row = self._row(row_id, record)
             except Skipped as reason:
-                self._counters[f"rows_skipped_{reason}"] += 1
+                self._skip(row_id, str(reason))
                 continue
             used += 1
             yield row
         if used == 0:
             raise UserError(self._nothing_found())
 
-    def _records(self) -> Iterator[Mapping[str, Any]]:
-        fields = list(dict.fromkeys(filter(None, (self._field, self._id_field, self._tools_field))))
+    def _skip(self, row_id: str, reason: str, detail: str = "") -> None:
+        self._counters[f"{SKIPPED_ROWS}{reason}"] += 1
+        self.report(Reject(row_id, reason, detail))
+        if self._config.on_bad_rows == "fail":
+            raise UserError(
+                f"row {row_id} of {self._config.path} cannot be used: {reason}; repair it, or set data.on_bad_rows=skip"
+            )
+
+    def _numbered(self) -> Iterator[tuple[int, Mapping[str, Any] | BadRow]]:
+        """The records with their indices in the split. The rest of a file has that of the next
+        row.
+        """
+        index = 0
+        for record in self._records():
+            yield index, record
+            index += not (isinstance(record, BadRow) and record.whole_file)
+
+    def _records(self) -> Iterator[Mapping[str, Any] | BadRow]:
         try:
-            yield from self._read(fields)
+            yield from self._read(self._fields)
         except LogitcaskError:
             raise
         except Exception as error:  # any error of a file system, a decoder or the network
@@ -203,44 +243,63 @@ class Source:
         )
         if self._chats:
             marked = marked_messages(value)
-            unlearnt = frozenset(index for index, (_, learnt) in enumerate(marked) if not learnt)
-            return Row(row_id, None, [message for message, _ in marked], tools, unlearnt)
-        if not isinstance(value, str):
-            raise Skipped("not_a_string")
-        if not value.strip():
-            raise Skipped("empty")
-        check_unicode(value)
-        return Row(row_id, value, None, tools)
+        elif self._config.completion_field is None:
+            return Row(row_id, _text_of(value), None, tools)
+        else:
+            completion = record[self._config.completion_field]
+            if completion is None:
+                raise Skipped("null_completion")
+            if self._config.kind == "documents":
+                return Row(row_id, _text_of(value), None, completion=_text_of(completion))
+            prompt = [(message, False) for message, _ in _messages_of(value, "user")]
+            marked = [*prompt, *_messages_of(completion, "assistant")]
+        unlearnt = frozenset(index for index, (_, learnt) in enumerate(marked) if not learnt)
+        return Row(row_id, None, [message for message, _ in marked], tools, unlearnt)
 
     def _nothing_found(self) -> str:
         place = f"empty data set: {self._config.path}, split {self._config.split}"
-        prefix = "rows_skipped_"
         skipped = [
-            f"{n} {why.removeprefix(prefix)}"
+            f"{n} {why.removeprefix(SKIPPED_ROWS)}"
             for why, n in self._counters.items()
-            if why.startswith(prefix)
+            if why.startswith(SKIPPED_ROWS)
         ]
+        if self._counters[UNREADABLE]:
+            skipped.append(f"{self._counters[UNREADABLE]} unreadable files")
         if not skipped:
             return f"{place}, has no rows"
-        if self._counters["rows_skipped_sharegpt"]:
-            return (
-                f"{place}: column {self._field!r} holds chats in ShareGPT's form ({{from, value}}), which is not read; turn "
-                "each message into {role, content}: `from` human is role user, gpt is assistant, system stays"
-            )
         if self._counters["rows_skipped_not_tools"] == self._counters["rows_read"]:
             return (
                 f"{place}: column {self._tools_field!r} should hold tool definitions (a list of objects, or JSON text of "
                 "one); name another column in data.tools_field, or set data.tools_field=false to leave it out"
             )
-        wanted = (
-            f"chats ({', '.join(ROLES)} messages with role and content)"
-            if self._chats
-            else "non-empty strings"
-        )
+        wanted = "non-empty strings"
+        if self._chats:
+            wanted = f"chats ({', '.join(ROLES)} messages with role and content)"
+        elif self._config.completion_field and self._config.kind == "chats":
+            wanted += " or chats"
+        elif self._config.completion_field:
+            wanted += " (for lists of messages set data.prompt_field instead of text_field)"
         return (
             f"{place}: none of its {self._counters['rows_read']} rows can be used ({', '.join(skipped)}); "
             f"column {self._field!r} should hold {wanted}"
         )
+
+
+def _text_of(value: object) -> str:
+    """A text. Raises Skipped for a value that is none, and for white space alone."""
+    if not isinstance(value, str):
+        raise Skipped("not_a_string")
+    if not value.strip():
+        raise Skipped("empty")
+    check_unicode(value)
+    return value
+
+
+def _messages_of(value: object, role: str) -> list[tuple[dict[str, Any], bool]]:
+    """A prompt or a completion as marked messages; a text is one message of ``role``."""
+    if isinstance(value, str):
+        return [({"role": role, "content": _text_of(value)}, True)]
+    return marked_messages(value)
 
 
 def open_source(config: DataConfig) -> Source:
@@ -306,11 +365,13 @@ def _open_files(
     unknown = [file for file in files if suffix_of(file) not in SUFFIXES]
     if unknown:
         raise UserError(f"cannot read {unknown[0]}: expected a file of type {names_of(SUFFIXES)}")
-    columns = next(filter(None, map(read_columns, files)), [])  # of the first file with rows
+    tolerant = config.on_bad_rows == "skip"
+    # Of the first file with rows.
+    columns = next(filter(None, (read_columns(file, tolerant=tolerant) for file in files)), [])
 
-    def read(fields: list[str]) -> Iterator[Mapping[str, Any]]:
+    def read(fields: list[str]) -> Iterator[Mapping[str, Any] | BadRow]:
         for file in files:
-            yield from read_rows(file, _fields_in(file, fields, config))
+            yield from read_rows(file, _fields_in(file, fields, config), tolerant=tolerant)
 
     def stamp() -> str:
         if base is not None:
@@ -327,7 +388,7 @@ def _fields_in(file: str, fields: list[str], config: DataConfig) -> list[str]:
     """
     if _TOOLS not in fields or not config.looks_for_tools or suffix_of(file) in JSON_SUFFIXES:
         return fields
-    columns = read_columns(file)
+    columns = read_columns(file, tolerant=config.on_bad_rows == "skip")
     return [field for field in fields if field != _TOOLS or field in columns]
 
 
