@@ -9,13 +9,21 @@ from pathlib import Path
 from typing import Annotated, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from logitcask.cache_format.cli.config_docs import markdown
 from logitcask.cache_format.manifest import StoreSettings
 from logitcask.cache_format.schema import MAX_DRAWS
 from logitcask.cache_format.share.remote_writer import work_folder
 from logitcask.pipeline.distribution.capture import Capture
+from logitcask.pipeline.text.slices import Slice, parse_slice
 
 # Arguments that transformers itself uses when it renders a chat.
 _NOT_ARGUMENTS = {
@@ -288,19 +296,55 @@ class GenerateConfig(_Config):
         return self
 
 
+class SourceConfig(_Config):
+    """One of several sources. A field that is left out has its value from `data`. If one of the
+    four columns with text is set here, those of `data` do not count.
+    """
+
+    path: str = Field(min_length=1, description="As data.path.")
+    weight: float = Field(
+        1.0,
+        gt=0,
+        description="Rows that are taken in turn: of a source with weight 3 three times as many as "
+        "of one with weight 1. Each row is read once; a source that has ended is passed over.",
+    )
+    name: str | None = Field(None, description="As data.name.")
+    split: str | None = Field(None, description="As data.split.")
+    revision: str | None = Field(None, description="As data.revision.")
+    text_field: str | None = Field(None, min_length=1, description="As data.text_field.")
+    messages_field: str | None = Field(None, min_length=1, description="As data.messages_field.")
+    prompt_field: str | None = Field(None, min_length=1, description="As data.prompt_field.")
+    completion_field: str | None = Field(
+        None, min_length=1, description="As data.completion_field."
+    )
+    tools_field: Annotated[str, Field(min_length=1)] | Literal[False] | None = Field(
+        None, description="As data.tools_field."
+    )
+    id_field: str | None = Field(None, min_length=1, description="As data.id_field.")
+
+
 class DataConfig(_Config):
     """The text, and its conversion to sequences of tokens."""
 
     path: str = Field(
+        "",
         min_length=1,
-        description="A built-in name (`python-docs`), a file or folder, or the name of a data set "
-        "on the Hugging Face Hub. Characters such as `*` in a path have no special meaning.",
+        description="A built-in name (`python-docs`), a file, a folder, the URL of one (s3://, "
+        "https://, ...), or the name of a data set on the Hugging Face Hub. If there is no such "
+        "file or folder, `*`, `?` and `[]` in it are wildcards for files, and `**` is any number of "
+        "folders (docs/texts.md). Required, except with sources.",
+    )
+    sources: tuple[SourceConfig, ...] = Field(
+        (),
+        description="Several sources, in place of path. The ids of rows begin with the number of "
+        "the source, from 0.",
     )
     name: str | None = Field(None, description="Configuration (subset) of a hub data set.")
     split: str = Field(
         "train",
-        description="The split to read. For a folder, `all` reads every data file below it, "
-        "whatever its name and type.",
+        description="The split to read, or a part of it, as `datasets` has it: `train[:10%]`, "
+        "`train[1000:2000]`. For a folder, `all` reads every data file below it, whatever its name "
+        "and type.",
     )
     revision: str | None = Field(None, description="Branch, tag or commit of a hub data set.")
     text_field: str | None = Field(
@@ -398,6 +442,12 @@ class DataConfig(_Config):
     def _path_has_a_home(cls, path: str) -> str:
         return _with_home(path)
 
+    @field_validator("split")
+    @classmethod
+    def _split_is_one(cls, split: str) -> str:
+        parse_slice(split)
+        return split
+
     @field_validator("chat_template")
     @classmethod
     def _home(cls, path: Path | None) -> Path | None:
@@ -409,6 +459,19 @@ class DataConfig(_Config):
         for name in _NOT_ARGUMENTS.intersection(arguments):
             raise ValueError(f"{name!r} is not for a config to give to a template; remove it")
         return arguments
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Self:
+        if bool(self.path) == bool(self.sources):
+            found = "both are" if self.path else "neither is"
+            raise ValueError(
+                f"a data set has a path or sources, but {found} set; set path, or sources for several"
+            )
+        if len({part.kind for part in self.parts()}) > 1:
+            raise ValueError(
+                "sources has documents and chats; build a cache of each, and train on both"
+            )
+        return self
 
     @model_validator(mode="after")
     def _templates_are_for_chats(self) -> Self:
@@ -478,10 +541,48 @@ class DataConfig(_Config):
                 "(texts without a chat template)"
             )
 
+    def parts(self) -> list[DataConfig]:
+        """The config of each source; of a data set with a path, itself."""
+        return [self._part(*each) for each in enumerate(self.sources)] or [self]
+
+    def _part(self, number: int, source: SourceConfig) -> DataConfig:
+        columns = {"text_field", "messages_field", "prompt_field", "completion_field"}
+        given = source.model_dump(exclude={"weight"}, exclude_none=True)
+        left_out = {"sources", *(columns if columns & given.keys() else ())}
+        try:
+            return DataConfig.model_validate({**self.model_dump(exclude=left_out), **given})
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, ("sources", number, *first["loc"])))
+            raise ValueError(f"{where}: {first['msg'].removeprefix('Value error, ')}") from None
+
+    @property
+    def where(self) -> str:
+        """The path, or the paths of all sources."""
+        return " + ".join(part.path for part in self.parts())
+
+    @property
+    def splits(self) -> str:
+        """The split, or ``mixed`` for sources with several."""
+        splits = {part.split for part in self.parts()}
+        return splits.pop() if len(splits) == 1 else "mixed"
+
+    @property
+    def slice(self) -> Slice:
+        """The part of the split to read."""
+        return parse_slice(self.split)
+
     @property
     def kind(self) -> Literal["documents", "chats"]:
         """The kind of text that the teacher reads."""
+        if self.sources:
+            return self.parts()[0].kind
         return "chats" if self.messages_field or self.prompt_field else "documents"
+
+    @property
+    def has_completions(self) -> bool:
+        """Whether rows are prompts with completions."""
+        return any(part.completion_field for part in self.parts())
 
     @property
     def looks_for_tools(self) -> bool:
@@ -492,6 +593,9 @@ class DataConfig(_Config):
     @property
     def mask_policy(self) -> str:
         """The rule for the tokens that are learnt."""
+        if self.sources:
+            policies = {part.mask_policy for part in self.parts()}
+            return policies.pop() if len(policies) == 1 else "mixed"
         if self.generate is not None:
             return "generated"
         if self.completion_field:

@@ -12,7 +12,7 @@ from logitcask.cache_format.manifest import TeacherIdentity, TokenizerIdentity
 from logitcask.cache_format.tokenizer_identity import tokenizer_identity
 from logitcask.pipeline.config import BuildConfig
 from logitcask.pipeline.text.chat_template import ChatTemplate
-from logitcask.pipeline.text.sources import Source
+from logitcask.pipeline.text.sources import RowSource
 
 
 class TextReader(Protocol):
@@ -24,7 +24,7 @@ class TextReader(Protocol):
     def template(self) -> ChatTemplate | None: ...
 
 
-def check_unchanged(source: Source, stamp: str, config: BuildConfig) -> None:
+def check_unchanged(source: RowSource, stamp: str, config: BuildConfig) -> None:
     """Raises UserError if the data has changed since ``stamp``, from before its first row."""
     try:
         now = source.stamp()
@@ -32,7 +32,7 @@ def check_unchanged(source: Source, stamp: str, config: BuildConfig) -> None:
         now = ""
     if now != stamp:
         raise UserError(
-            f"{config.data.path} has changed while it was read; run the same command again once nothing writes to it"
+            f"{config.data.where} has changed while it was read; run the same command again once nothing writes to it"
         )
 
 

@@ -168,6 +168,6 @@ class Prompts:
         reasons = ", ".join(f"{n} {name}" for name, n in self._counters.items() if n) or "no rows"
         first = f" (the first one: {self._refusal})" if self._refusal else ""
         return (
-            f"no prompt came out of {self._config.path}: {reasons}{first}; "
+            f"no prompt came out of {self._config.where}: {reasons}{first}; "
             "look at data.max_length and the chat template"
         )

@@ -26,6 +26,7 @@ from contextlib import contextmanager
 from itertools import chain, islice
 from pathlib import PurePosixPath
 from typing import IO, Any, NamedTuple
+from urllib.parse import urlsplit
 
 import fsspec
 import pyarrow as pa
@@ -33,6 +34,7 @@ import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
 from logitcask.cache_format.errors import LogitcaskError, UserError, one_line_and_kind
+from logitcask.cache_format.storage.files import open_filesystem
 
 _PEEK_ROWS = 1000  # objects of a JSON file that are read to learn its fields
 _BATCH_ROWS = 256  # of a Parquet file; long documents make a larger batch a large one
@@ -62,8 +64,14 @@ class Unreadable(UserError):
 
 def suffix_of(path: str) -> str:
     """The suffix of the format: ``.jsonl`` for ``a/b.JSONL.gz``."""
-    name = PurePosixPath(path.lower())
+    name = PurePosixPath(_name_of(path))
     return name.with_suffix("").suffix if name.suffix in _UNPACKERS else name.suffix
+
+
+def _name_of(path: str) -> str:
+    """The path in lower case, without the query of a web address."""
+    path = path.lower()
+    return urlsplit(path).path if path.startswith(("http://", "https://")) else path
 
 
 def read_columns(path: str, *, tolerant: bool = False) -> list[str]:
@@ -115,10 +123,7 @@ def _good(row: dict[str, Any] | BadRow) -> dict[str, Any]:
 
 def locate(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """The file system of ``path`` and its name there; without ``://`` a literal local path."""
-    if "://" in path:
-        found: tuple[fsspec.AbstractFileSystem, str] = fsspec.core.url_to_fs(path)
-        return found
-    return LocalFileSystem(), path
+    return open_filesystem(path) if "://" in path else (LocalFileSystem(), path)
 
 
 @contextmanager
@@ -129,7 +134,7 @@ def open_data(path: str) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
     """
     filesystem, name = locate(path)
     with open(name, "rb") if "://" not in path else filesystem.open(name, "rb") as file:
-        unpack = _UNPACKERS.get(PurePosixPath(path.lower()).suffix)
+        unpack = _UNPACKERS.get(PurePosixPath(_name_of(path)).suffix)
         if unpack is None:
             yield file, file
             return

@@ -63,6 +63,10 @@ class Reject(NamedTuple):
     reason: str
     detail: str = ""
 
+    @property
+    def of_file(self) -> bool:
+        return self.reason == UNREADABLE
+
 
 Report = Callable[[Reject], object]
 """Receives each reject as it is found."""
@@ -91,7 +95,7 @@ class Rejects:
         self._counts[reject.reason] += 1
         if self._counts[reject.reason] > _LINES:
             return
-        line = {"file" if reject.reason == UNREADABLE else "id": reject.name}
+        line = {"file" if reject.of_file else "id": reject.name}
         line |= {
             "reason": reject.reason,
             "outcome": "cut" if reject.reason in CUT else "skipped",

@@ -24,7 +24,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from logitcask.cache_format.errors import LogitcaskError, UserError, one_line_and_kind
 from logitcask.pipeline.config import DataConfig
@@ -36,11 +36,12 @@ from logitcask.pipeline.text.chat_rows import (
     tool_definitions,
 )
 from logitcask.pipeline.text.data_files import (
+    Found,
     check_split,
     chosen,
     find_files,
-    find_in_folder,
     is_saved,
+    is_url,
     names_of,
     nearest,
     quiet_datasets,
@@ -49,6 +50,7 @@ from logitcask.pipeline.text.file_formats import (
     JSON_SUFFIXES,
     SUFFIXES,
     BadRow,
+    locate,
     read_columns,
     read_rows,
     suffix_of,
@@ -60,6 +62,8 @@ log = logging.getLogger(__name__)
 
 _TOOLS = "tools"  # the default column of tools, read if it exists
 _CHAT_COLUMNS = ("messages", "conversations", "conversation", "chat")
+# Keys in which file systems tell whether a file is the same.
+_FACTS = ("size", "ETag", "etag", "md5Hash", "LastModified", "last_modified", "mtime", "created")
 _COMMIT = re.compile(r"@([0-9a-f]{40})/")
 
 
@@ -89,11 +93,25 @@ class Row:
         )
 
 
+class RowSource(Protocol):
+    """Rows in a fixed order: one ``Source``, or several as one."""
+
+    report: Report
+
+    @property
+    def counters(self) -> dict[str, int]: ...
+
+    def stamp(self) -> str: ...
+
+    def __iter__(self) -> Iterator[Row]: ...
+
+
 class Source:
     """The rows of one split, in a fixed order. Iterating starts from the first row every time.
 
     ``row_id`` is the value of ``data.id_field``, by default ``split/index``. ``index`` counts all
-    rows of the split, also skipped ones, so a repaired row does not change the ids of the others.
+    rows of the split, also skipped ones and those outside a slice (``train[:10%]``), so a repaired
+    row or another slice does not change the ids of the others.
 
     ``counters`` describes the latest iteration: ``rows_read``, ``rows_skipped_REASON`` for rows
     without usable text, ``files_unreadable`` for files that cannot be read to their end, and
@@ -137,6 +155,8 @@ class Source:
             self._tools_field = _TOOLS
         self._fields = list(dict.fromkeys(filter(None, (*wanted.values(), self._tools_field))))
         self._files_left_out = files_left_out
+        self._slice = config.slice
+        self._rows: int | None = None
         self._counters: Counter[str] = Counter()
         self.report = ignore
 
@@ -163,13 +183,14 @@ class Source:
         # 8 bytes of hash per row: two ids of 10 million collide with probability 3e-6.
         seen: set[int] = set()
         used = 0
-        for index, record in self._numbered():
+        start, stop = self._slice.bounds(self._total() if self._slice.needs_total else None)
+        for index, record in self._numbered(start, stop):
             if isinstance(record, BadRow) and record.whole_file:
                 self._counters[UNREADABLE] += 1
                 self.report(Reject(record.whole_file, UNREADABLE, record.message))
                 continue
             self._counters["rows_read"] += 1
-            row_id = f"{self._config.split}/{index}"
+            row_id = f"{self._slice.name}/{index}"
             if isinstance(record, BadRow):
                 self._skip(row_id, record.reason, record.message)
                 continue
@@ -193,14 +214,26 @@ class Source:
                 f"row {row_id} of {self._config.path} cannot be used: {reason}; repair it, or set data.on_bad_rows=skip"
             )
 
-    def _numbered(self) -> Iterator[tuple[int, Mapping[str, Any] | BadRow]]:
-        """The records with their indices in the split. The rest of a file has that of the next
-        row.
+    def _total(self) -> int:
+        """The number of rows of the split, counted by reading it once."""
+        if self._rows is None:
+            whole = (bool(isinstance(r, BadRow) and r.whole_file) for r in self._records())
+            self._rows = sum(not each for each in whole)
+        return self._rows
+
+    def _numbered(
+        self, start: int, stop: int | None
+    ) -> Iterator[tuple[int, Mapping[str, Any] | BadRow]]:
+        """The records from ``start`` to ``stop`` with their indices in the split. The rest of a
+        file that cannot be read has that of the next row.
         """
         index = 0
-        for record in self._records():
-            yield index, record
+        for record in self._records() if stop is None or stop > start else ():
+            if index >= start:
+                yield index, record
             index += not (isinstance(record, BadRow) and record.whole_file)
+            if index == stop:
+                return
 
     def _records(self) -> Iterator[Mapping[str, Any] | BadRow]:
         try:
@@ -303,7 +336,7 @@ def _messages_of(value: object, role: str) -> list[tuple[dict[str, Any], bool]]:
 
 
 def open_source(config: DataConfig) -> Source:
-    """The source at ``data.path``. Split and columns are checked here, before any row is read.
+    """The source at ``data.path``, which is one of ``DataConfig.parts``. Split and columns are checked here, before any row is read.
 
     Raises UserError if there is no data at that path, for an unknown split, a missing column or an
     unreadable file.
@@ -311,27 +344,12 @@ def open_source(config: DataConfig) -> Source:
     if config.path in BUILT_IN:
         return _open_built_in(config)
     local = Path(config.path).expanduser()
-    if local.is_file():
-        check_split(config, ["train"])
-        return _open_files(config, [str(local)], local.parent)
     if is_saved(local):
         return _open_saved(config, local)
-    if local.is_dir():
-        found = find_in_folder(config, local)
-        if found.left_out or found.elsewhere:
-            log.log(
-                logging.WARNING if found.left_out else logging.INFO, "%s", chosen(config, found)
-            )
-        return _open_files(config, found.files, local, len(found.left_out))
-    if (
-        config.path.startswith((".", "/", "~"))
-        or config.path.count("/") > 1
-        or suffix_of(config.path) in SUFFIXES
-    ):
-        raise UserError(
-            f"no data at {config.path!r}; expected a file, a folder, a hub name, or {names_of(BUILT_IN)}"
-        )
-    return _open_files(config, find_files(config), None)
+    found = find_files(config)
+    if found.left_out or found.elsewhere:
+        log.log(logging.WARNING if found.left_out else logging.INFO, "%s", chosen(config, found))
+    return _open_files(config, found)
 
 
 # --- built-in -------------------------------------------------------------------------------------
@@ -356,12 +374,8 @@ def _open_built_in(config: DataConfig) -> Source:
 # --- files, local and on the hub ------------------------------------------------------------------
 
 
-def _open_files(
-    config: DataConfig, files: list[str], base: Path | None, left_out: int = 0
-) -> Source:
-    """``files`` are paths or fsspec URLs in reading order; ``base`` is the folder of local files,
-    None for the hub.
-    """
+def _open_files(config: DataConfig, found: Found) -> Source:
+    files, base = found.files, found.base
     unknown = [file for file in files if suffix_of(file) not in SUFFIXES]
     if unknown:
         raise UserError(f"cannot read {unknown[0]}: expected a file of type {names_of(SUFFIXES)}")
@@ -376,10 +390,12 @@ def _open_files(
     def stamp() -> str:
         if base is not None:
             return _stamp_of_files([Path(file) for file in files], base)
+        if is_url(config.path):
+            return _stamp_of_urls(files)
         commit = _COMMIT.search(files[0])
         return f"hub:{config.path}@{commit[1] if commit else config.revision or 'main'}"
 
-    return Source(config, columns, read, stamp, config.id_field, left_out)
+    return Source(config, columns, read, stamp, config.id_field, len(list(found.left_out)))
 
 
 def _fields_in(file: str, fields: list[str], config: DataConfig) -> list[str]:
@@ -410,7 +426,7 @@ def _open_saved(config: DataConfig, folder: Path) -> Source:
             ) from error
     if isinstance(saved, DatasetDict):
         check_split(config, list(saved))
-        saved = saved[config.split]
+        saved = saved[config.slice.name]
     elif saved.split is not None:
         check_split(config, [str(saved.split)])
     # A saved data set may have a format, such as tensors of some columns; plain values are read.
@@ -433,6 +449,16 @@ def _stamp_of_files(files: list[Path], base: Path) -> str:
         stat = file.stat()
         facts.append((os.path.relpath(file, base), stat.st_size, stat.st_mtime_ns))
     return f"files:{hashlib.sha256(json.dumps(facts).encode()).hexdigest()}"
+
+
+def _stamp_of_urls(urls: list[str]) -> str:
+    """As far as a store tells sizes, times and versions."""
+    facts = []
+    for url in urls:
+        filesystem, name = locate(url)
+        info = filesystem.info(name)
+        facts.append((url, [str(info.get(fact)) for fact in _FACTS]))
+    return f"urls:{hashlib.sha256(json.dumps(facts).encode()).hexdigest()}"
 
 
 # --- checks ---------------------------------------------------------------------------------------

@@ -134,7 +134,7 @@ class Tokenization:
             )
         if config.kind == "chats":
             self.template = ChatTemplate(tokenizer, config)
-        if config.kind == "chats" or config.completion_field is not None:
+        if config.kind == "chats" or config.has_completions:
             self._offset_tokenizer = _with_offsets(tokenizer)
 
     @property
@@ -473,7 +473,7 @@ class Tokenization:
         reasons = ", ".join(f"{n} {name}" for name, n in self._counters.items() if n) or "no rows"
         first = f" (the first one: {self._refusal})" if self._refusal else ""
         return (
-            f"no sequence came out of {self._config.path}: {reasons}{first}; "
+            f"no sequence came out of {self._config.where}: {reasons}{first}; "
             "look at data.max_length, data.overlong and the chat template"
         )
 
@@ -573,7 +573,7 @@ def batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
 def refused_row(row_id: str, refusal: Refused, config: DataConfig) -> str:
     """The message about a chat that stops a build with ``data.on_bad_rows`` fail."""
     return (
-        f"the chat template refuses row {row_id} of {config.path}: {refusal}; repair it, or set "
+        f"the chat template refuses row {row_id} of {config.where}: {refusal}; repair it, or set "
         "data.on_bad_rows=skip"
     )
 
