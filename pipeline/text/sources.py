@@ -116,7 +116,8 @@ class Source:
     ``counters`` describes the latest iteration: ``rows_read``, ``rows_skipped_REASON`` for rows
     without usable text, ``files_unreadable`` for files that cannot be read to their end, and
     ``files_left_out`` for data files of the folder that are in no split. ``report`` receives each
-    row that is skipped and each unreadable file.
+    row that is skipped and each unreadable file. ``file`` gives the file of the latest row if the
+    source has several, else an empty text.
     """
 
     report: Report
@@ -129,8 +130,10 @@ class Source:
         stamp: Callable[[], str],
         id_field: str | None,
         files_left_out: int = 0,
+        file: Callable[[], str] = str,
     ) -> None:
         self._config = config
+        self._file = file
         self._read = read
         self._stamp = stamp
         self._id_field = id_field
@@ -199,7 +202,7 @@ class Source:
             try:
                 row = self._row(row_id, record)
             except Skipped as reason:
-                self._skip(row_id, str(reason))
+                self._skip(row_id, str(reason), self._file())
                 continue
             used += 1
             yield row
@@ -211,7 +214,8 @@ class Source:
         self.report(Reject(row_id, reason, detail))
         if self._config.on_bad_rows == "fail":
             raise UserError(
-                f"row {row_id} of {self._config.path} cannot be used: {reason}; repair it, or set data.on_bad_rows=skip"
+                f"row {row_id} of {self._file() or self._config.path} cannot be used: {reason}; repair it, or set "
+                "data.on_bad_rows=skip"
             )
 
     def _total(self) -> int:
@@ -383,8 +387,12 @@ def _open_files(config: DataConfig, found: Found) -> Source:
     # Of the first file with rows.
     columns = next(filter(None, (read_columns(file, tolerant=tolerant) for file in files)), [])
 
+    current = ""
+
     def read(fields: list[str]) -> Iterator[Mapping[str, Any] | BadRow]:
+        nonlocal current
         for file in files:
+            current = file if len(files) > 1 else ""
             yield from read_rows(file, _fields_in(file, fields, config), tolerant=tolerant)
 
     def stamp() -> str:
@@ -395,7 +403,8 @@ def _open_files(config: DataConfig, found: Found) -> Source:
         commit = _COMMIT.search(files[0])
         return f"hub:{config.path}@{commit[1] if commit else config.revision or 'main'}"
 
-    return Source(config, columns, read, stamp, config.id_field, len(list(found.left_out)))
+    left_out = len(list(found.left_out))
+    return Source(config, columns, read, stamp, config.id_field, left_out, lambda: current)
 
 
 def _fields_in(file: str, fields: list[str], config: DataConfig) -> list[str]:
