@@ -358,10 +358,14 @@ class _CsvRecords:
 
     def __iter__(self) -> Iterator[list[str] | BadRow]:
         while True:
-            self._wrong = None
+            self._wrong, begin = None, self._reader.line_num + 1
             try:
                 cells = next(self._reader, None)
             except csv.Error as error:
+                if "unexpected end of data" in str(error):  # a quote has taken in all later rows
+                    raise Unreadable(
+                        f"{self._path}, line {begin}: {error}; expected a table as RFC 4180 has it, where every quote is closed"
+                    ) from None
                 yield BadRow(
                     "not_csv", f"{self.place}: {error}; expected a table as RFC 4180 has it"
                 )

@@ -169,15 +169,19 @@ def summary(counters: Mapping[str, int], file: Path) -> str:
     }
     cut = {name: counters[name] for name in CUT if counters.get(name)}
     parts = [
-        f"{sum(reasons.values()):,} rows {what} ({_listed(reasons)})"
+        f"{_count(sum(reasons.values()), 'row')} {what} ({_listed(reasons)})"
         for what, reasons in (("left out", left_out), ("cut", cut))
         if reasons
     ]
     if counters.get(UNREADABLE):
-        parts.append(f"{counters[UNREADABLE]:,} files not read to their end")
+        parts.append(f"{_count(counters[UNREADABLE], 'file')} not read to the end")
     if parts and file.exists():
         parts.append(f"named in {file}")
     return "; ".join(parts)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 def _listed(reasons: Mapping[str, int]) -> str:

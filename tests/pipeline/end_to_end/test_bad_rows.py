@@ -167,7 +167,7 @@ def test_the_whole_folder(
     for reason, count in reasons.items():
         assert f"{count} {reason}" in summary
     unreadable = [Path(line["file"]).name for line in lines if "file" in line]
-    assert f"{len(unreadable)} files not read to their end" in summary
+    assert f"{len(unreadable)} files not read to the end" in summary
     assert f"named in {config.rejects_file()}" in summary
     assert sorted(unreadable) == sorted(
         name for name, cells in table().items() if "files_unreadable" in cells[4]

@@ -18,6 +18,7 @@ from logitcask.cache_format.cli.config_file import load_config
 from logitcask.cache_format.errors import ConfigError, UserError
 from logitcask.pipeline.builder.run import build
 from logitcask.pipeline.config import BuildConfig, DataConfig
+from logitcask.pipeline.estimate.run import estimate
 from logitcask.pipeline.teachers.synthetic_tokenizer import SyntheticTokenizer
 from logitcask.pipeline.text.sources import open_source
 from logitcask.pipeline.text.tokenize import Tokenization
@@ -330,6 +331,8 @@ def test_a_cache_of_each_form_says_what_is_learnt(name: str, tmp_path: Path) -> 
     assert stored.input_ids.tolist() == sequence.input_ids.tolist()
     assert stored.loss_mask.tolist() == sequence.loss_mask.tolist()
     np.testing.assert_array_equal(stored.positions + 1, np.flatnonzero(sequence.loss_mask))
+    sample = estimate(settings).sample
+    assert (sample.tokens, sample.kept_positions) == (len(stored), len(stored.positions))
     assert build(settings).reused
     changed = settings.model_copy(
         update={"data": settings.data.model_copy(update={"overlong": "truncate_left"})}

@@ -153,6 +153,34 @@ def test_a_cache_of_several_sources(tmp_path: Path) -> None:
         build(settings)
 
 
+def test_prompts_of_several_sources(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(json_lines([{"q": "why?"}, {"q": None}]))
+    (tmp_path / "b.jsonl").write_bytes(json_lines([{"messages": CHAT}]))
+    fields = {
+        "teacher": {"model": "synthetic", "backend": "synthetic", "vocab_size": 500},
+        "data": {
+            "sources": [
+                {"path": str(tmp_path / "a.jsonl")},
+                {"path": str(tmp_path / "b.jsonl"), "messages_field": "messages"},
+            ],
+            "prompt_field": "q",
+            "max_length": 64,
+            "generate": {"max_new_tokens": 4, "samples": 2},
+        },
+        "store": {"top_k": 4},
+        "audit": {"sequences": 0},
+        "output": str(tmp_path / "cache"),
+    }
+    settings = BuildConfig.model_validate(fields)
+    manifest = build(settings).manifest
+    assert (manifest.data.mask_policy, manifest.data.kind) == ("generated", "chats")
+    ids = [sequence.sequence_id for sequence in CacheReader(tmp_path / "cache")]
+    assert ids == ["0/train/0/0", "0/train/0/1", "1/train/0/0", "1/train/0/1"]
+    assert row_of(ids[-1], manifest.data) == "1/train/0"
+    assert '"0/train/1", "reason": "null"' in settings.rejects_file().read_text()
+    assert build(settings).reused
+
+
 @pytest.mark.parametrize(
     ("data", "says"),
     [

@@ -11,6 +11,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
 
@@ -80,7 +81,7 @@ def test_each_row_is_named_with_its_reason(tmp_path: Path) -> None:
         "train/6",
     ]
     assert summary(counters, settings.rejects_file()) == (
-        "4 rows left out (1 null, 1 unknown_role, 1 nothing_to_learn, 1 prompt_too_long); 1 rows cut (1 truncated); "
+        "4 rows left out (1 null, 1 unknown_role, 1 nothing_to_learn, 1 prompt_too_long); 1 row cut (1 truncated); "
         f"named in {tmp_path / 'cache.rejects.jsonl'}"
     )
     assert not (tmp_path / "cache" / "cache.rejects.jsonl").exists()
@@ -253,6 +254,21 @@ def test_prompts_without_an_answer_are_named_once(
         "train/2": "null",
         "train/3": "empty",
     }
+
+
+def test_the_file_of_a_cache_in_a_store(tmp_path: Path) -> None:
+    """Beside the folder of this machine in which the build works; never in the store."""
+    url = "memory://test-rejects/cache"
+    (tmp_path / "rows.jsonl").write_bytes(json_lines([{"text": "x"}, {"text": None}]))
+    settings = config(tmp_path).model_copy(update={"output": url})
+    try:
+        build(settings)
+        names = fsspec.filesystem("memory").find("memory://test-rejects")
+        assert not any("rejects" in Path(name).name for name in names)
+        assert settings.rejects_file().parent == settings.folder.parent
+        assert [line["id"] for line in read(settings.rejects_file())] == ["train/1"]
+    finally:
+        fsspec.filesystem("memory").rm("memory://test-rejects", recursive=True)
 
 
 def test_an_interrupted_pass_leaves_nothing(tmp_path: Path) -> None:

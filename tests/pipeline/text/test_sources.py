@@ -401,6 +401,18 @@ def test_what_is_wrong_in_a_file_is_said_with_its_place(
     assert says in message_of(tmp_path, split="all")
 
 
+def test_a_quote_that_is_never_closed_takes_in_the_rest_of_the_file(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('text\nok\n"open\nlost\nlost\n')
+    (tmp_path / "b.csv").write_text("text\nalso ok\n")
+    assert "a.csv, line 3: unexpected end of data" in message_of(tmp_path / "a.csv")
+    source = open_source(DataConfig(path=str(tmp_path), on_bad_rows="skip"))
+    assert [(row.row_id, row.text) for row in source] == [
+        ("train/0", "ok"),
+        ("train/1", "also ok"),
+    ]
+    assert source.counters == {"rows_read": 2, "files_unreadable": 1}
+
+
 def test_two_columns_of_one_name(tmp_path: Path) -> None:
     table = pa.table([["a"], ["b"], ["c"]], names=["text", "text", "id"])
     pq.write_table(table, tmp_path / "a.parquet")
