@@ -31,7 +31,7 @@ def build(
     ] = False,
 ) -> None:
     """Builds the cache that CONFIG describes. Resumes an interrupted build, and reuses a finished
-    cache.
+    cache. Rows that are left out or cut are named in OUTPUT.rejects.jsonl.
     """
     from logitcask.pipeline.builder.run import build as build_cache
     from logitcask.pipeline.config import BuildConfig

@@ -19,7 +19,7 @@ from logitcask.pipeline.estimate.size import Range, Size, size_from_probe, size_
 from logitcask.pipeline.estimate.speed import Speed, given_speed, probe, speed_from_hardware
 from logitcask.pipeline.teachers.open import open_tokenizer, vocab_size_of
 from logitcask.pipeline.text.mixed import open_rows
-from logitcask.pipeline.text.rejects import CUT, LEFT_OUT
+from logitcask.pipeline.text.rejects import CUT, LEFT_OUT, summary
 from logitcask.pipeline.text.row_count import count_rows
 from logitcask.pipeline.text.sources import Row, RowSource
 from logitcask.pipeline.text.tokenize import Tokenization
@@ -298,6 +298,8 @@ def _assumptions(
         f"{data.max_length}, overlong {data.overlong}), {sample.tokens / sample.text_tokens:.1%} of the tokens; "
         f"{sample.kept_positions / sample.tokens:.1%} of these are kept positions"
     )
+    if rejected := summary(sample.counters):
+        yield f"of these rows: {rejected}"
     if not sample.whole:
         yield (
             "how many tokens the whole data set has cannot be told from its files"

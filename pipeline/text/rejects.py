@@ -158,9 +158,9 @@ class Rejects:
         )
 
 
-def summary(counters: Mapping[str, int], file: Path) -> str:
-    """One line: the number of rows left out and cut, by reason, and the file that names them.
-    Empty if there are none.
+def summary(counters: Mapping[str, int], file: Path | None = None) -> str:
+    """One line: the number of rows left out and cut, by reason, and the file that names them, if it
+    exists. Empty if there are none.
     """
     left_out = {
         name.removeprefix(SKIPPED_ROWS): count
@@ -175,7 +175,7 @@ def summary(counters: Mapping[str, int], file: Path) -> str:
     ]
     if counters.get(UNREADABLE):
         parts.append(f"{_count(counters[UNREADABLE], 'file')} not read to the end")
-    if parts and file.exists():
+    if parts and file is not None and file.exists():
         parts.append(f"named in {file}")
     return "; ".join(parts)
 

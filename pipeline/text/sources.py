@@ -198,6 +198,9 @@ class Source:
                 self._skip(row_id, record.reason, record.message)
                 continue
             if self._id_field is not None:
+                if record[self._id_field] is None and self._config.on_bad_rows == "skip":
+                    self._skip(row_id, "no_id", self._file())
+                    continue
                 row_id = self._unique_id(record[self._id_field], row_id, seen)
             try:
                 row = self._row(row_id, record)

@@ -69,6 +69,14 @@ _KNOWN_BOS = (
 )
 
 
+class _Encoded(NamedTuple):
+    """A rendered text with its tokens, int32[n], and what is learnt of them, bool[n]."""
+
+    text: _Rendered
+    ids: NDArray[np.int32]
+    mask: NDArray[np.bool_]
+
+
 class _Made(NamedTuple):
     """A sequence, the counters that go up if it is taken, and more about its cut, if it has one."""
 
@@ -102,9 +110,8 @@ class Tokenization:
     ``template`` is the chat template in force, None for documents.
 
     ``counters`` describes the latest ``sequences()``: ``documents``, ``chats`` or ``completions``
-    used;
-    ``second_bos_removed`` and ``second_eos_removed``, documents whose text held what the tokenizer
-    adds; ``foreign_bos``, those that begin with the BOS of another tokenizer, which is text to this
+    used; ``second_bos_removed`` and ``second_eos_removed``, documents whose text held what the
+    tokenizer adds; ``foreign_bos``, those that begin with the BOS of another tokenizer, which is text to this
     one; ``split_documents`` and the ``pieces`` they gave; ``truncated`` and ``truncated_left``;
     ``shortened``, chats without their oldest turns, and ``messages_dropped`` of these;
     ``dropped_overlong``; ``without_tokens``; ``nothing_to_learn`` (chats in which the assistant says
@@ -276,13 +283,15 @@ class Tokenization:
 
     def _masked(self, rendered: Iterable[_Rendered]) -> Iterator[_Made]:
         """Sequences of texts of which a part is learnt."""
-        texts = list(rendered)
-        for text, (ids, offsets) in zip(texts, self._tokens([t.text for t in texts]), strict=True):
-            made = self._with_special_tokens(text, ids, tokens_in(text.spans, offsets))
-            if len(made[0]) > self._config.max_length:
-                yield from self._overlong(text, *made)
+        for encoded in self._encoded(list(rendered)):
+            if len(encoded.ids) > self._config.max_length:
+                yield from self._overlong(*encoded)
             else:
-                yield from self._learnable(text, *made)
+                yield from self._learnable(*encoded)
+
+    def _encoded(self, texts: list[_Rendered]) -> Iterator[_Encoded]:
+        for text, (ids, offsets) in zip(texts, self._tokens([t.text for t in texts]), strict=True):
+            yield self._with_special_tokens(text, ids, tokens_in(text.spans, offsets))
 
     def _learnable(
         self,
@@ -319,17 +328,13 @@ class Tokenization:
     def _without_oldest_turns(self, row: Row, template: ChatTemplate) -> Iterator[_Made]:
         """The chat without as many of its oldest turns as do not fit."""
         shorter = without_oldest_turns(row)
-        made: dict[int, tuple[_Rendered, NDArray[np.int32], NDArray[np.bool_]]] = {}
+        tried: dict[int, _Encoded] = {}
 
         def fits(number: int) -> bool:
             prepared = template.prepared(shorter[number].messages or [], row.tools)
             text = self._rendered(shorter[number], prepared, template)
-            ((ids, offsets),) = self._tokens([text.text])
-            made[number] = (
-                text,
-                *self._with_special_tokens(text, ids, tokens_in(text.spans, offsets)),
-            )
-            return len(ids) <= self._config.max_length
+            (tried[number],) = self._encoded([text])
+            return len(tried[number].ids) <= self._config.max_length
 
         try:
             first = bisect_left(range(len(shorter)), True, key=fits)
@@ -342,12 +347,12 @@ class Tokenization:
         messages = len(row.messages or [])
         gone = messages - len(shorter[first].messages or [])
         kinds = ("shortened", *["messages_dropped"] * gone)
-        yield from self._learnable(*made[first], kinds, f"{gone} of {messages} messages dropped")
+        yield from self._learnable(*tried[first], kinds, f"{gone} of {messages} messages dropped")
 
     def _with_special_tokens(
         self, text: _Rendered, ids: NDArray[np.int32], mask: NDArray[np.bool_]
-    ) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
-        """The tokens and what is learnt of them. A completion gets the special tokens that a
+    ) -> _Encoded:
+        """The text with its tokens and what is learnt of them. A completion gets the special tokens that a
         document gets; those at its end are learnt.
         """
         if text.row.completion is not None:
@@ -360,7 +365,7 @@ class Tokenization:
                 (np.zeros(len(beginning), np.bool_), mask, np.ones(len(ends), np.bool_))
             )
         mask[:1] = False
-        return ids, mask
+        return _Encoded(text, ids, mask)
 
     @cached_property
     def _ends(self) -> list[int]:

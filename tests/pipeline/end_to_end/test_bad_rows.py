@@ -183,7 +183,13 @@ def test_the_whole_folder(
     ids = [s.sequence_id for s in cache] + [line["id"] for line in lines if "id" in line]
     assert sorted(int(each.split("/")[1]) for each in ids) == list(range(len(ids)))
     # A forecast sees the same rows.
-    sample = estimate(config).sample
+    before = config.rejects_file().stat()
+    forecast = estimate(config)
+    sample = forecast.sample
+    assert config.rejects_file().stat() == before
+    assert [line for line in forecast.assumptions if line.startswith("of these rows: ")] == [
+        f"of these rows: {summary.split(maxsplit=1)[1].partition('; named')[0]}"
+    ]
     assert sample.tokens == cache.manifest.statistics.tokens
     assert sample.counters["files_unreadable"] == len(unreadable)
 
