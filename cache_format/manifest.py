@@ -92,8 +92,8 @@ class DataIdentity(_Part):
     split: str
     kind: Literal["documents", "chats", "mixed"]
     mask_policy: str = Field(
-        description="all: every token but the first; assistant: the assistant's; generated: what the teacher wrote; "
-        "mixed: of merged caches, the first two."
+        description="all: every token but the first; assistant: the assistant's; completion: those of the "
+        "completions; generated: what the teacher wrote; mixed: several of the first three."
     )
     max_length: int
     overlong: str

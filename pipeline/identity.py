@@ -13,7 +13,7 @@ from logitcask.cache_format.tokenizer_identity import tokenizer_identity
 from logitcask.pipeline.config import BuildConfig
 from logitcask.pipeline.teachers.own import has_tokenizer
 from logitcask.pipeline.text.chat_template import ChatTemplate
-from logitcask.pipeline.text.sources import Source
+from logitcask.pipeline.text.sources import RowSource
 
 
 class TextReader(Protocol):
@@ -25,7 +25,7 @@ class TextReader(Protocol):
     def template(self) -> ChatTemplate | None: ...
 
 
-def check_unchanged(source: Source, stamp: str, config: BuildConfig) -> None:
+def check_unchanged(source: RowSource, stamp: str, config: BuildConfig) -> None:
     """Raises UserError if the data has changed since ``stamp``, from before its first row."""
     try:
         now = source.stamp()
@@ -33,7 +33,7 @@ def check_unchanged(source: Source, stamp: str, config: BuildConfig) -> None:
         now = ""
     if now != stamp:
         raise UserError(
-            f"{config.data.path} has changed while it was read; run the same command again once nothing writes to it"
+            f"{config.data.where} has changed while it was read; run the same command again once nothing writes to it"
         )
 
 

@@ -13,7 +13,8 @@ from logitcask.pipeline.config import BuildConfig, DataConfig, TeacherConfig
 from logitcask.pipeline.generate.prompts import Prompts
 from logitcask.pipeline.teachers.model import ResolvedModel, attention, check_context
 from logitcask.pipeline.teachers.open import open_tokenizer, resolved, vocab_size_of
-from logitcask.pipeline.text.sources import Source, open_source
+from logitcask.pipeline.text.mixed import open_rows
+from logitcask.pipeline.text.sources import RowSource
 from logitcask.pipeline.text.tokenize import Tokenization
 
 
@@ -28,8 +29,8 @@ class Inputs:
         self.data: DataConfig = config.data
 
     @cached_property
-    def source(self) -> Source:
-        return open_source(self.data)
+    def source(self) -> RowSource:
+        return open_rows(self.data)
 
     @cached_property
     def tokenizer(self) -> Any:

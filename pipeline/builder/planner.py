@@ -19,7 +19,8 @@ from logitcask.pipeline.config import BuildConfig
 from logitcask.pipeline.generate.answers import Generations
 from logitcask.pipeline.identity import TextReader, check_unchanged, tokenizer_of
 from logitcask.pipeline.teachers.open import sampling_of
-from logitcask.pipeline.text.sources import Row, Source
+from logitcask.pipeline.text.rejects import Rejects
+from logitcask.pipeline.text.sources import Row, RowSource
 from logitcask.pipeline.text.tokenize import Tokenization
 from logitcask.pipeline.types import Sequence
 
@@ -48,12 +49,18 @@ class PlannedText(TextReader, Protocol):
 class _GivenText:
     """Text of the data as a ``PlannedText``."""
 
-    def __init__(self, text: Tokenization, source: Source, stamp: str, config: BuildConfig) -> None:
+    def __init__(
+        self, text: Tokenization, source: RowSource, stamp: str, config: BuildConfig
+    ) -> None:
         self.tokenizer = text.tokenizer
         self.template = text.template
         self.stamp = stamp
-        self.sequences = text.sequences
         self._text, self._source, self._config = text, source, config
+
+    def sequences(self, rows: Iterable[Row]) -> Iterator[Sequence]:
+        with Rejects(self._config.rejects_file()) as rejects:
+            self._text.report = self._source.report = rejects.add
+            yield from self._text.sequences(rows)
 
     @property
     def counters(self) -> dict[str, int]:
@@ -113,11 +120,11 @@ def make_plan(
     text.check_source()
     if not shards:
         raise UserError(
-            f"{config.data.path} gives no sequence to score; check its fields and max_tokens"
+            f"{config.data.where} gives no sequence to score; check its fields and max_tokens"
         )
     if not any(shard.positions for shard in shards):
         raise UserError(
-            f"{config.data.path} gives no token to learn: every sequence is of one token, which nothing predicts; "
+            f"{config.data.where} gives no token to learn: every sequence is of one token, which nothing predicts; "
             f"raise data.max_length ({config.data.max_length})"
         )
     plan = Plan(
@@ -125,8 +132,8 @@ def make_plan(
         tokenizer=tokenizer_of(text, config),
         data=DataIdentity.model_validate(
             {
-                "source": config.data.path,
-                "split": config.data.split,
+                "source": config.data.where,
+                "split": config.data.splits,
                 "kind": config.data.kind,
                 "mask_policy": config.data.mask_policy,
                 "max_length": config.data.max_length,

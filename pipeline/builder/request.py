@@ -22,6 +22,7 @@ _NOT_CONTENT: dict[str, Any] = {
     "log": True,
     "audit": True,
     "scale": True,
+    "data": {"on_bad_rows"},  # builds that end have the same rows, whichever it is
     "teacher": {"route", "batch_tokens", "tensor_parallel_size", "server"},
     "store": {"shard_tokens", "compression_level"},
 }
@@ -35,10 +36,8 @@ def request_of(config: BuildConfig) -> dict[str, Any]:
     teacher backends and sources outside this project by their code, too.
     """
     request = _fields(config)
-    code = {
-        config.teacher.backend: teacher_code(config.teacher),
-        config.data.path: source_code(config.data),
-    }
+    code = {config.teacher.backend: teacher_code(config.teacher)}
+    code |= {part.path: source_code(part) for part in config.data.parts()}
     code = {name: sha256 for name, sha256 in code.items() if sha256 is not None}
     return {**request, _CODE: code} if code else request
 

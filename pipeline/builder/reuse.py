@@ -60,10 +60,10 @@ def reuse(config: BuildConfig, inputs: Inputs) -> Manifest:
         log.warning("whether the data has changed since cannot be checked: %s", error)
         return manifest
     if source.stamp() != manifest.data.stamp:
-        log.info("%s may have changed since the cache was built; comparing", config.data.path)
+        log.info("%s may have changed since the cache was built; comparing", config.data.where)
         if _changed(manifest, config, inputs):
             raise UserError(
-                f"{config.data.path} has changed since {config.output} was built; {ways_out}"
+                f"{config.data.where} has changed since {config.output} was built; {ways_out}"
             )
     return manifest
 

@@ -31,10 +31,11 @@ def build(
     ] = False,
 ) -> None:
     """Builds the cache that CONFIG describes. Resumes an interrupted build, and reuses a finished
-    cache.
+    cache. Rows that are left out or cut are named in OUTPUT.rejects.jsonl.
     """
     from logitcask.pipeline.builder.run import build as build_cache
     from logitcask.pipeline.config import BuildConfig
+    from logitcask.pipeline.text.rejects import summary
 
     settings = load_config(BuildConfig, config, overrides or [])
     # Clusters stop jobs with this signal, so it is treated like Ctrl-C.
@@ -47,6 +48,8 @@ def build(
         )
         return
     print(describe(result.manifest, settings.output))
+    if rejected := summary(result.manifest.data.counters, settings.rejects_file()):
+        print(f"{'rejects':15} {rejected}")
     if result.tokens_scored:
         print(
             f"{'scored':15} {result.tokens_scored:,} tokens at {result.tokens_scored / result.seconds:,.0f} tokens/s"

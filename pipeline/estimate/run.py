@@ -18,8 +18,10 @@ from logitcask.pipeline.config import BuildConfig, DataConfig
 from logitcask.pipeline.estimate.size import Range, Size, size_from_probe, size_from_reference
 from logitcask.pipeline.estimate.speed import Speed, given_speed, probe, speed_from_hardware
 from logitcask.pipeline.teachers.open import open_tokenizer, vocab_size_of
+from logitcask.pipeline.text.mixed import open_rows
+from logitcask.pipeline.text.rejects import CUT, LEFT_OUT, summary
 from logitcask.pipeline.text.row_count import count_rows
-from logitcask.pipeline.text.sources import Row, Source, open_source
+from logitcask.pipeline.text.sources import Row, RowSource
 from logitcask.pipeline.text.tokenize import Tokenization
 from logitcask.pipeline.types import Sequence
 
@@ -169,7 +171,7 @@ def _sample(config: BuildConfig) -> tuple[Sample, list[Sequence]]:
             "how long the teacher's answers will be is not known before it writes them, so data.generate cannot be "
             "estimated; build a little of it (data.max_tokens=20000, another output) and look at its figures"
         )
-    source = open_source(config.data)
+    source = open_rows(config.data)
     rows, read, whole = _head(source)
     counters = {name: count for name, count in source.counters.items() if name != "rows_read"}
     data = config.data.model_copy(update={"max_tokens": None})
@@ -181,10 +183,7 @@ def _sample(config: BuildConfig) -> tuple[Sample, list[Sequence]]:
     scored = np.array([sequence.loss_mask.any() for sequence in sequences], np.bool_)
     tokens = text_tokens = int(lengths.sum())
     # (Pieces of a document repeat its BOS.)
-    if any(
-        counters.get(name)
-        for name in ("truncated", "dropped_overlong", "nothing_to_learn", "split_documents")
-    ):
+    if any(counters.get(name) for name in (*CUT, *LEFT_OUT, "split_documents")):
         whole_rows = data.model_copy(update={"max_length": 2**31 - 1})
         everything = Tokenization(tokenizer, whole_rows, vocab_size)
         text_tokens = sum(len(sequence.input_ids) for sequence in everything.sequences(rows))
@@ -202,7 +201,7 @@ def _sample(config: BuildConfig) -> tuple[Sample, list[Sequence]]:
     return sample, sequences
 
 
-def _head(source: Source) -> tuple[list[Row], int, bool]:
+def _head(source: RowSource) -> tuple[list[Row], int, bool]:
     """The first usable rows, the number of rows read for them, and whether they are all rows."""
     rows: list[Row] = []
     characters = 0
@@ -299,6 +298,8 @@ def _assumptions(
         f"{data.max_length}, overlong {data.overlong}), {sample.tokens / sample.text_tokens:.1%} of the tokens; "
         f"{sample.kept_positions / sample.tokens:.1%} of these are kept positions"
     )
+    if rejected := summary(sample.counters):
+        yield f"of these rows: {rejected}"
     if not sample.whole:
         yield (
             "how many tokens the whole data set has cannot be told from its files"

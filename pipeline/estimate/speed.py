@@ -140,7 +140,7 @@ def probe(config: BuildConfig, sequences: Iterable[Sequence]) -> tuple[list[Cach
         teacher.close()
     if not kept:
         raise UserError(
-            f"no sequence at the head of {config.data.path} has anything to learn; a probe needs one"
+            f"no sequence at the head of {config.data.where} has anything to learn; a probe needs one"
         )
     entries = sum(
         int((s.ids >= 0).sum()) + (0 if s.samples is None else int((s.samples.ids >= 0).sum()))

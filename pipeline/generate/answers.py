@@ -43,7 +43,8 @@ from logitcask.pipeline.identity import (
 )
 from logitcask.pipeline.interruption import at_safe_points, safe_point
 from logitcask.pipeline.teachers.base import Generator, Prompt, Sampling
-from logitcask.pipeline.text.sources import Source
+from logitcask.pipeline.text.rejects import Rejects
+from logitcask.pipeline.text.sources import RowSource
 from logitcask.pipeline.types import Sequence
 
 _PROMPTS = pa.schema([("row_id", pa.string()), ("input_ids", pa.list_(pa.int32()))])
@@ -133,7 +134,7 @@ class Generations:
             max_new_tokens=self._settings.max_new_tokens,
         )
 
-    def complete(self, source: Source, start: Callable[[Sampling], Any]) -> None:
+    def complete(self, source: RowSource, start: Callable[[Sampling], Any]) -> None:
         """Writes prompts and missing answers to disk; ``start`` starts the engine if needed.
 
         Raises UserError for existing answers of other settings, another tokenizer or another
@@ -191,7 +192,7 @@ class Generations:
 
     # --- prompts
 
-    def _write_prompts(self, source: Source) -> GenerationState:
+    def _write_prompts(self, source: RowSource) -> GenerationState:
         """Streams the prompts to ``prompts.arrow``, a record batch for each unit."""
         self._folder.mkdir(exist_ok=True)
         digest, units, waiting = DataHash(), 0, list[PromptRow]()
@@ -211,7 +212,11 @@ class Generations:
             units += 1
             waiting.clear()
 
-        with pa.ipc.new_file(str(file), _PROMPTS) as out:
+        with (
+            Rejects(self._config.rejects_file()) as rejects,
+            pa.ipc.new_file(str(file), _PROMPTS) as out,
+        ):
+            self._prompts.report = source.report = rejects.add
             for row in self._prompts.prompts(source):
                 digest.update(row.row_id, row.input_ids, np.zeros(0, np.bool_))
                 waiting.append(row)

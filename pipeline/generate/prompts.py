@@ -21,8 +21,9 @@ from logitcask.pipeline.config import DataConfig
 from logitcask.pipeline.text.chat_rows import SYSTEM_ROLES
 from logitcask.pipeline.text.chat_template import ChatTemplate, Refused
 from logitcask.pipeline.text.long_texts import LONG, LongTexts, pieces
+from logitcask.pipeline.text.rejects import Reject, Report, ignore
 from logitcask.pipeline.text.sources import Row
-from logitcask.pipeline.text.tokenize import AddedTokens, batches, check_ids
+from logitcask.pipeline.text.tokenize import AddedTokens, batches, check_ids, refused_row
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -41,7 +42,7 @@ class Prompts:
     ``counters`` describes the latest ``prompts()``: ``prompts``; ``overlong_prompts``;
     ``answers_replaced`` (chats that ended with the assistant); ``special_tokens_in_content`` (chats
     with a text that spells a special token); ``without_prompt`` (chats in which nobody asks);
-    ``without_tokens``; ``refused_by_template``.
+    ``without_tokens``; ``refused_by_template``. ``report`` receives each row that gives no prompt.
 
     Raises UserError if the tokenizer lacks a chat template that is needed.
     """
@@ -55,6 +56,7 @@ class Prompts:
         self._vocab_size = vocab_size
         self._counters: Counter[str] = Counter()
         self._refusal = ""
+        self.report: Report = ignore
         self._quiet = {"verbose": False} if hasattr(tokenizer, "model_max_length") else {}
 
     @property
@@ -72,10 +74,10 @@ class Prompts:
         for batch in batches(rows):
             for row_id, ids in self._tokenised(batch):
                 if not ids:
-                    self._counters["without_tokens"] += 1
+                    self._leave_out(row_id, "without_tokens")
                     continue
                 if len(ids) >= self._config.max_length:
-                    self._counters["overlong_prompts"] += 1
+                    self._leave_out(row_id, "overlong_prompts")
                     continue
                 tokens += self._settings.samples * (len(ids) + 1)
                 if (
@@ -90,6 +92,10 @@ class Prompts:
                 yield PromptRow(row_id, input_ids)
         if self._counters["prompts"] == 0:
             raise UserError(self._nothing_made())
+
+    def _leave_out(self, row_id: str, reason: str, detail: str = "") -> None:
+        self._counters[reason] += 1
+        self.report(Reject(row_id, reason, detail))
 
     def _tokenised(self, batch: list[Row]) -> Iterator[tuple[str, list[int]]]:
         documents = self.template is None
@@ -138,7 +144,7 @@ class Prompts:
         while asked and messages[asked - 1]["role"] == "assistant":
             asked -= 1
         if not asked or messages[asked - 1]["role"] in SYSTEM_ROLES:
-            self._counters["without_prompt"] += 1
+            self._leave_out(row.row_id, "without_prompt")
             return None
         replaced, messages = asked < len(messages), messages[:asked]
         if self._settings.system_prompt is not None and messages[0]["role"] not in SYSTEM_ROLES:
@@ -150,7 +156,9 @@ class Prompts:
         try:
             text = template.render(messages, row.tools, add_generation_prompt=True)
         except Refused as refusal:
-            self._counters["refused_by_template"] += 1
+            if self._config.on_bad_rows == "fail":
+                raise UserError(refused_row(row.row_id, refusal, self._config)) from None
+            self._leave_out(row.row_id, "refused_by_template", str(refusal))
             self._refusal = self._refusal or f"{row.row_id}: {refusal}"
             return None
         self._counters["answers_replaced"] += replaced
@@ -160,6 +168,6 @@ class Prompts:
         reasons = ", ".join(f"{n} {name}" for name, n in self._counters.items() if n) or "no rows"
         first = f" (the first one: {self._refusal})" if self._refusal else ""
         return (
-            f"no prompt came out of {self._config.path}: {reasons}{first}; "
+            f"no prompt came out of {self._config.where}: {reasons}{first}; "
             "look at data.max_length and the chat template"
         )

@@ -1,8 +1,8 @@
 """Chats and tool definitions of rows, converted to one form for templates.
 
-Rows come from many tools and have many forms: content in parts or beside calls, arguments as text,
-marks for turns that are not learnt, keys that Arrow has filled with None. A row that cannot be used
-raises ``Skipped`` with the reason.
+Rows come from many tools and have many forms: OpenAI's {role, content} and ShareGPT's {from, value},
+content in parts or beside calls, arguments as text, marks for turns that are not learnt, keys that
+Arrow has filled with None. A row that cannot be used raises ``Skipped`` with the reason.
 """
 
 from __future__ import annotations
@@ -12,6 +12,16 @@ from typing import Any
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SYSTEM_ROLES = ("system", "developer")
+
+_CALLS = "function_call"
+_SHAREGPT_ROLES = {
+    **{role: role for role in ROLES},
+    "human": "user",
+    "gpt": "assistant",
+    "observation": "tool",
+    _CALLS: "assistant",
+}
+"""The role of each name in ``from``: those of ShareGPT, TRL, axolotl and LLaMA-Factory."""
 
 
 class Skipped(Exception):
@@ -41,6 +51,8 @@ def marked_messages(value: object) -> list[tuple[dict[str, Any], bool]]:
 
 
 def _message(filled: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+    if filled.get("role") is None and filled.get("from") is not None:
+        filled = _from_sharegpt(filled)
     message = {
         _unfilled(key): _unfilled(item)
         for key, item in filled.items()
@@ -49,8 +61,6 @@ def _message(filled: dict[str, Any]) -> tuple[dict[str, Any], bool]:
     learnt = [_is_learnt(mark, message.pop(mark)) for mark in _MARKS if mark in message]
     content = message.get("content")
     calls = bool(message.get("tool_calls"))
-    if "role" not in message and {"from", "value"} <= message.keys():
-        raise Skipped("sharegpt")
     if "function_call" in message:  # OpenAI's form before tool_calls; no template renders it
         raise Skipped("function_call")
     if "role" not in message or not ("content" in message or calls):
@@ -68,6 +78,32 @@ def _message(filled: dict[str, Any]) -> tuple[dict[str, Any], bool]:
     else:  # some templates ask only whether the key is there
         message.pop("tool_calls", None)
     return {**message, "content": content}, all(learnt)
+
+
+def _from_sharegpt(message: dict[str, Any]) -> dict[str, Any]:
+    """A message {from, value} as {role, content}, with its other keys. The value of a
+    ``function_call`` is JSON text of {name, arguments}, or of a list of them, and becomes
+    ``tool_calls``.
+
+    Raises Skipped for other names in ``from`` and for other values of a call.
+    """
+    speaker, value = message["from"], message.get("value")
+    if not isinstance(speaker, str) or speaker not in _SHAREGPT_ROLES:
+        raise Skipped("unknown_role")
+    others = {key: item for key, item in message.items() if key not in ("from", "value")}
+    others["role"] = _SHAREGPT_ROLES[speaker]
+    if speaker != _CALLS:
+        return {**others, "content": value}
+    try:
+        calls = json.loads(value, parse_constant=_no_constant) if isinstance(value, str) else value
+    except (ValueError, RecursionError):
+        calls = None
+    calls = calls if isinstance(calls, list) else [calls]
+    if not calls or not all(isinstance(call, dict) and call.get("name") for call in calls):
+        raise Skipped("function_call_not_json")
+    functions = [{"name": call["name"], "arguments": call.get("arguments", {})} for call in calls]
+    called = [{"type": "function", "function": function} for function in functions]
+    return {**others, "content": None, "tool_calls": called}
 
 
 _MARKS = {"weight": False, "train": False, "training": False, "mask": True, "masked": True}

@@ -7,6 +7,9 @@ is UTF-8, with or without a byte order mark.
 
 A row is a dict with at least the requested fields. A field that a JSON object or a short CSV line
 lacks is None. Each line of a ``.txt`` file is a row with the field ``text``, as in ``datasets``.
+
+A line that cannot be read is a ``BadRow``, and reading goes on after it. Content that leaves no
+later rows, such as UTF-16 or the end of a truncated archive, raises ``Unreadable``.
 """
 
 from __future__ import annotations
@@ -17,11 +20,13 @@ import gzip
 import io
 import json
 import lzma
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import chain, islice
 from pathlib import PurePosixPath
 from typing import IO, Any, NamedTuple
+from urllib.parse import urlsplit
 
 import fsspec
 import pyarrow as pa
@@ -29,6 +34,7 @@ import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
 from logitcask.cache_format.errors import LogitcaskError, UserError, one_line_and_kind
+from logitcask.cache_format.storage.files import open_filesystem
 
 _PEEK_ROWS = 1000  # objects of a JSON file that are read to learn its fields
 _BATCH_ROWS = 256  # of a Parquet file; long documents make a larger batch a large one
@@ -37,38 +43,87 @@ _CHUNK = 1 << 18  # bytes of a compressed file that are unpacked at once
 _ZSTD_WINDOW = 1 << 31  # what `zstd --long=31` writes
 
 
+class BadRow(NamedTuple):
+    """A line, or an element of a JSON array, that cannot be read.
+
+    reason:     the end of a counter of ``Source``.
+    message:    one line with the place.
+    whole_file: path of a file of which the rest cannot be read; empty for a single row.
+    """
+
+    reason: str
+    message: str
+    whole_file: str = ""
+
+
+class Unreadable(UserError):
+    """The content of a data file cannot be read, from some place on. A failing network or disk
+    raises other errors.
+    """
+
+
 def suffix_of(path: str) -> str:
     """The suffix of the format: ``.jsonl`` for ``a/b.JSONL.gz``."""
-    name = PurePosixPath(path.lower())
+    name = PurePosixPath(_name_of(path))
     return name.with_suffix("").suffix if name.suffix in _UNPACKERS else name.suffix
 
 
-def read_columns(path: str) -> list[str]:
-    """The names of the fields. Raises UserError for content that contradicts the suffix."""
-    with _naming(path), open_data(path) as (file, _):
-        return _FORMATS[suffix_of(path)].columns(file, path)
+def _name_of(path: str) -> str:
+    """The path in lower case, without the query of a web address."""
+    path = path.lower()
+    return urlsplit(path).path if path.startswith(("http://", "https://")) else path
 
 
-def read_rows(path: str, fields: list[str]) -> Iterator[dict[str, Any]]:
-    """Every row of the file, in order. Raises UserError for content that contradicts the suffix."""
+def read_columns(path: str, *, tolerant: bool = False) -> list[str]:
+    """The names of the fields. Raises UserError for content that contradicts the suffix.
+
+    tolerant: lines that cannot be read are passed over, and a file that cannot be read has none.
+    """
+    try:
+        with _naming(path), open_data(path) as (file, _):
+            return _FORMATS[suffix_of(path)].columns(file, path, tolerant)
+    except Unreadable:
+        if tolerant:
+            return []
+        raise
+
+
+def read_rows(
+    path: str, fields: list[str], *, tolerant: bool = False
+) -> Iterator[dict[str, Any] | BadRow]:
+    """Every row of the file, in order. Raises UserError for content that contradicts the suffix.
+
+    tolerant: yields a ``BadRow`` for each line that cannot be read, and for the rest of a file that
+    cannot be read, instead of raising.
+    """
     count = 0
     with open_data(path) as (file, _):
         rows = _FORMATS[suffix_of(path)].rows(file, path, fields)
         while True:
-            with _naming(path, count):
-                row = next(rows, None)
+            try:
+                with _naming(path, count):
+                    row = next(rows, None)
+            except Unreadable as error:
+                if not tolerant:
+                    raise
+                yield BadRow("unreadable", str(error), whole_file=path)
+                return
             if row is None:
                 return
             count += 1
-            yield row
+            yield row if tolerant else _good(row)
+
+
+def _good(row: dict[str, Any] | BadRow) -> dict[str, Any]:
+    """The row. Raises UserError for a bad one."""
+    if isinstance(row, BadRow):
+        raise UserError(f"{row.message}; data.on_bad_rows=skip leaves such rows out")
+    return row
 
 
 def locate(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """The file system of ``path`` and its name there; without ``://`` a literal local path."""
-    if "://" in path:
-        found: tuple[fsspec.AbstractFileSystem, str] = fsspec.core.url_to_fs(path)
-        return found
-    return LocalFileSystem(), path
+    return open_filesystem(path) if "://" in path else (LocalFileSystem(), path)
 
 
 @contextmanager
@@ -79,7 +134,7 @@ def open_data(path: str) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
     """
     filesystem, name = locate(path)
     with open(name, "rb") if "://" not in path else filesystem.open(name, "rb") as file:
-        unpack = _UNPACKERS.get(PurePosixPath(path.lower()).suffix)
+        unpack = _UNPACKERS.get(PurePosixPath(_name_of(path)).suffix)
         if unpack is None:
             yield file, file
             return
@@ -144,45 +199,80 @@ def _naming(path: str, rows: int = 0) -> Iterator[None]:
     except LogitcaskError:
         raise
     except UnicodeDecodeError as error:
-        raise UserError(_undecodable(path, error)) from error
+        raise Unreadable(_undecodable(path)) from error
     except Exception as error:
         after = f" after row {rows}" if rows else ""
-        raise UserError(f"cannot read {path}{after}: {one_line_and_kind(error)}") from error
+        kind = Unreadable if _is_of_content(error) else UserError
+        raise kind(f"cannot read {path}{after}: {one_line_and_kind(error)}") from error
 
 
-def _undecodable(path: str, error: UnicodeDecodeError) -> str:
-    """The first place where ``path`` is not UTF-8, found by reading it again, because a decoder
-    knows only the place in its buffer.
+def _is_of_content(error: Exception) -> bool:
+    """Whether a decoder raised ``error`` about the bytes of a file. Errors of disks and networks
+    have a number or a class of their own.
     """
+    if isinstance(error, MemoryError):
+        return False
+    if type(error) in (OSError, gzip.BadGzipFile):
+        return error.errno is None  # type: ignore[attr-defined]
+    decoders = (EOFError, zlib.error, lzma.LZMAError, pa.ArrowException, KeyError)
+    return isinstance(error, decoders) or type(error).__name__ == "ZstdError"
+
+
+def _undecodable(path: str) -> str:
+    """A message with the first place where ``path`` is not UTF-8, found by reading it again."""
     with open_data(path) as (file, _):
         for number, line in enumerate(file, 1):
-            try:
-                line.decode()
-            except UnicodeDecodeError as wrong:
-                return (
-                    f"{path}, line {number}: byte {wrong.start + 1} of the line (0x{line[wrong.start]:02x}) is not UTF-8; "
-                    "convert the file to UTF-8, for instance with iconv"
-                )
-    return f"cannot read {path}: {' '.join(str(error).split())}; expected UTF-8"
+            if (wrong := _wrong_bytes(line, f"{path}, line {number}")) is not None:
+                return wrong
+    return f"cannot read {path}: some of its text is not UTF-8; expected UTF-8"
+
+
+def _wrong_bytes(line: bytes, place: str) -> str | None:
+    """A message with the first byte of ``line`` that is not UTF-8; None if all of it is."""
+    try:
+        line.decode()
+    except UnicodeDecodeError as wrong:
+        return (
+            f"{place}: byte {wrong.start + 1} of the line (0x{line[wrong.start]:02x}) is not UTF-8; "
+            "convert the file to UTF-8, for instance with iconv"
+        )
+    return None
+
+
+def _wrong_text(line: str, place: str) -> str | None:
+    """``_wrong_bytes`` of a line that ``_text`` has decoded."""
+    try:
+        line.encode()
+    except UnicodeEncodeError:
+        return _wrong_bytes(line.encode(errors="surrogateescape"), place)
+    return None
+
+
+_Rows = Iterator[dict[str, Any] | BadRow]
 
 
 class _Format(NamedTuple):
-    columns: Callable[[IO[bytes], str], list[str]]
-    rows: Callable[[IO[bytes], str, list[str]], Iterator[dict[str, Any]]]
+    """Readers of the fields, with ``tolerant``, and of the rows, with the wanted fields."""
+
+    columns: Callable[[IO[bytes], str, bool], list[str]]
+    rows: Callable[[IO[bytes], str, list[str]], _Rows]
 
 
 def _text(file: IO[bytes], path: str, newline: str | None = None) -> io.TextIOWrapper:
+    """The text of ``file``. Bytes that are not UTF-8 are half surrogates, which UTF-8 cannot
+    encode, so that one wrong line does not end the reading.
+    """
     if not hasattr(file, "peek"):  # a remote file
         file = io.BufferedReader(file)  # type: ignore[type-var]
     head = file.peek(_HEAD)[:_HEAD]  # type: ignore[attr-defined]
     if head.startswith((b"\xff\xfe", b"\xfe\xff")) or head.count(0) > len(head) // 4:
-        raise UserError(
+        raise Unreadable(
             f"{path} is UTF-16 or UTF-32 text, expected UTF-8; convert it: iconv -f UTF-16 -t UTF-8 FILE > NEW"
         )
-    return io.TextIOWrapper(file, encoding="utf-8-sig", newline=newline)
+    return io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline=newline)
 
 
-def _json_objects(file: IO[bytes], path: str) -> Iterator[dict[str, Any]]:
+def _json_objects(file: IO[bytes], path: str) -> _Rows:
     """Objects of one array or of lines, decided by the first character, not by the suffix."""
     text = _text(file, path, newline="\n")  # newline="\n": a lone \r does not end a line
     lines = enumerate(text, 1)
@@ -192,102 +282,148 @@ def _json_objects(file: IO[bytes], path: str) -> Iterator[dict[str, Any]]:
     if first[1].lstrip().startswith("["):
         # A zstd stream cannot seek to the start. Empty lines replace those already read, so that
         # the parser's line numbers stay right.
-        array = _parse("\n" * (first[0] - 1) + first[1] + text.read(), path)
+        whole = "\n" * (first[0] - 1) + first[1] + text.read()
+        if _wrong_text(whole, path) is not None:
+            raise Unreadable(_undecodable(path))
+        array = _parse(whole, path)
+        if isinstance(array, BadRow):
+            raise Unreadable(array.message)
         yield from (_object(value, f"{path}, element {index}") for index, value in enumerate(array))
         return
     for number, line in chain([first], lines):
-        if line.strip():
-            yield _object(_parse(line, f"{path}, line {number}"), f"{path}, line {number}")
+        place = f"{path}, line {number}"
+        if not line.strip():
+            continue
+        if (wrong := _wrong_text(line, place)) is not None:
+            yield BadRow("not_utf8", wrong)
+        else:
+            value = _parse(line, place)
+            yield value if isinstance(value, BadRow) else _object(value, place)
 
 
 def _parse(text: str, place: str) -> Any:
+    """The JSON value, or a ``BadRow``."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         found = "nested too deeply" if isinstance(error, RecursionError) else error
-        raise UserError(
-            f"{place}: not JSON ({found}); expected one object per line, or one array of objects"
-        ) from None
+        return BadRow(
+            "not_json",
+            f"{place}: not JSON ({found}); expected one object per line, or one array of objects",
+        )
 
 
-def _object(value: object, place: str) -> dict[str, Any]:
+def _object(value: object, place: str) -> dict[str, Any] | BadRow:
     if not isinstance(value, dict):
-        raise UserError(
-            f"{place}: found a {type(value).__name__}, expected an object with named fields"
+        return BadRow(
+            "not_an_object",
+            f"{place}: found a {type(value).__name__}, expected an object with named fields",
         )
     return value
 
 
-def _json_columns(file: IO[bytes], path: str) -> list[str]:
-    return list(
-        {key: None for value in islice(_json_objects(file, path), _PEEK_ROWS) for key in value}
-    )
+def _json_columns(file: IO[bytes], path: str, tolerant: bool) -> list[str]:
+    rows = islice(_json_objects(file, path), _PEEK_ROWS)
+    read = (row for row in rows if not (tolerant and isinstance(row, BadRow)))
+    return list({key: None for row in read for key in _good(row)})
 
 
-def _json_rows(file: IO[bytes], path: str, fields: list[str]) -> Iterator[dict[str, Any]]:
-    for value in _json_objects(file, path):
-        yield {field: value.get(field) for field in fields}
+def _json_rows(file: IO[bytes], path: str, fields: list[str]) -> _Rows:
+    for row in _json_objects(file, path):
+        yield row if isinstance(row, BadRow) else {field: row.get(field) for field in fields}
 
 
-def _csv_reader(file: IO[bytes], path: str) -> Any:
-    csv.field_size_limit(2**31 - 1)  # the default refuses documents above 128 KiB
-    return csv.reader(
-        _text(file, path, newline=""),
-        delimiter=DELIMITERS[suffix_of(path)],
-        strict=True,
-    )
+class _CsvRecords:
+    """The non-empty lines of a table, as lists of cells, and a ``BadRow`` for each that cannot be
+    read.
+    """
+
+    def __init__(self, file: IO[bytes], path: str) -> None:
+        csv.field_size_limit(2**31 - 1)  # the default refuses documents above 128 KiB
+        self._path = path
+        self._wrong: str | None = None
+        text = _text(file, path, newline="")
+        self._reader = csv.reader(
+            self._lines(text), delimiter=DELIMITERS[suffix_of(path)], strict=True
+        )
+
+    @property
+    def place(self) -> str:
+        return f"{self._path}, line {self._reader.line_num}"
+
+    def _lines(self, text: io.TextIOWrapper) -> Iterator[str]:
+        for number, line in enumerate(text, 1):
+            self._wrong = self._wrong or _wrong_text(line, f"{self._path}, line {number}")
+            yield line
+
+    def __iter__(self) -> Iterator[list[str] | BadRow]:
+        while True:
+            self._wrong, begin = None, self._reader.line_num + 1
+            try:
+                cells = next(self._reader, None)
+            except csv.Error as error:
+                if "unexpected end of data" in str(error):  # a quote has taken in all later rows
+                    raise Unreadable(
+                        f"{self._path}, line {begin}: {error}; expected a table as RFC 4180 has it, where every quote is closed"
+                    ) from None
+                yield BadRow(
+                    "not_csv", f"{self.place}: {error}; expected a table as RFC 4180 has it"
+                )
+                continue
+            if cells is None:
+                return
+            if self._wrong is not None:
+                yield BadRow("not_utf8", self._wrong)
+            elif cells:
+                yield cells
+
+    def header(self) -> list[str]:
+        """The first record; empty in an empty file. Raises Unreadable if it cannot be read."""
+        cells = next(iter(self), [])
+        if isinstance(cells, BadRow):
+            raise Unreadable(cells.message)
+        return cells
 
 
-def _csv_records(reader: Any, path: str) -> Iterator[list[str]]:
-    """The non-empty lines, as lists of cells."""
-    while True:
-        try:
-            cells = next(reader, None)
-        except csv.Error as error:
-            raise UserError(
-                f"{path}, line {reader.line_num}: {error}; expected a table as RFC 4180 has it"
-            ) from error
-        if cells is None:
-            return
-        if cells:
-            yield cells
+def _csv_columns(file: IO[bytes], path: str, tolerant: bool) -> list[str]:
+    return _CsvRecords(file, path).header()
 
 
-def _csv_columns(file: IO[bytes], path: str) -> list[str]:
-    return next(_csv_records(_csv_reader(file, path), path), [])
-
-
-def _csv_rows(file: IO[bytes], path: str, fields: list[str]) -> Iterator[dict[str, Any]]:
-    reader = _csv_reader(file, path)
-    records = _csv_records(reader, path)
-    header = next(records, [])
+def _csv_rows(file: IO[bytes], path: str, fields: list[str]) -> _Rows:
+    records = _CsvRecords(file, path)
+    header = records.header()
     if not header:
         return
     _require(fields, header, path)
     wanted = {field: header.index(field) for field in fields}
     for cells in records:
-        if len(cells) > len(header) and any(cells[len(header) :]):
-            raise UserError(
-                f"{path}, line {reader.line_num}: found {len(cells)} cells, expected {len(header)} as in the header; put "
-                "quotes around text that holds a separator"
+        if isinstance(cells, BadRow):
+            yield cells
+        elif len(cells) > len(header) and any(cells[len(header) :]):
+            yield BadRow(
+                "too_many_cells",
+                f"{records.place}: found {len(cells)} cells, expected {len(header)} as in the header; put "
+                "quotes around text that holds a separator",
             )
-        yield {field: cells[at] if at < len(cells) else None for field, at in wanted.items()}
+        else:
+            yield {field: cells[at] if at < len(cells) else None for field, at in wanted.items()}
 
 
-def _line_columns(file: IO[bytes], path: str) -> list[str]:
+def _line_columns(file: IO[bytes], path: str, tolerant: bool) -> list[str]:
     return ["text"]
 
 
-def _line_rows(file: IO[bytes], path: str, fields: list[str]) -> Iterator[dict[str, Any]]:
-    for line in _text(file, path):
-        yield {"text": line.rstrip("\n")}
+def _line_rows(file: IO[bytes], path: str, fields: list[str]) -> _Rows:
+    for number, line in enumerate(_text(file, path), 1):
+        wrong = _wrong_text(line, f"{path}, line {number}")
+        yield {"text": line.rstrip("\n")} if wrong is None else BadRow("not_utf8", wrong)
 
 
-def _parquet_columns(file: IO[bytes], path: str) -> list[str]:
+def _parquet_columns(file: IO[bytes], path: str, tolerant: bool) -> list[str]:
     return list(pq.read_schema(file).names)
 
 
-def _parquet_rows(file: IO[bytes], path: str, fields: list[str]) -> Iterator[dict[str, Any]]:
+def _parquet_rows(file: IO[bytes], path: str, fields: list[str]) -> _Rows:
     # ParquetFile and not pyarrow.dataset: an unfinished scan may abort the process at exit
     # (https://github.com/apache/arrow/issues/45214).
     table = pq.ParquetFile(file)
@@ -307,11 +443,11 @@ def _arrow_batches(file: IO[bytes]) -> tuple[pa.Schema, Iterator[pa.RecordBatch]
     return stream.schema, iter(stream)
 
 
-def _arrow_columns(file: IO[bytes], path: str) -> list[str]:
+def _arrow_columns(file: IO[bytes], path: str, tolerant: bool) -> list[str]:
     return list(_arrow_batches(file)[0].names)
 
 
-def _arrow_rows(file: IO[bytes], path: str, fields: list[str]) -> Iterator[dict[str, Any]]:
+def _arrow_rows(file: IO[bytes], path: str, fields: list[str]) -> _Rows:
     schema, batches = _arrow_batches(file)
     _require(fields, schema.names, path)
     for batch in batches:
@@ -328,11 +464,11 @@ def _objects_in(batch: pa.RecordBatch) -> list[dict[str, Any]]:
 def _require(fields: list[str], columns: list[str], path: str) -> None:
     for field in fields:
         if field not in columns:
-            raise UserError(
+            raise Unreadable(
                 f"{path} has no column {field!r}; the files of a data set need the same columns"
             )
         if columns.count(field) > 1:
-            raise UserError(
+            raise Unreadable(
                 f"{path} has {columns.count(field)} columns of the name {field!r}, so which is meant cannot be told; "
                 "rename all but one"
             )

@@ -74,7 +74,12 @@ class OwnRows:
             stamp = called(self._config.path, "stamp", self._source, opened.stamp)
             return f"{self._config.path}:{stamp}"
         config, digest = self._config, hashlib.sha256()
-        named = (config.text_field or "text", config.messages_field, config.prompt_field)
+        named = (
+            config.text_field or "text",
+            config.messages_field,
+            config.prompt_field,
+            config.completion_field,
+        )
         fields = [
             field for field in (*named, config.id_field, config.tools_field or "tools") if field
         ]

@@ -25,7 +25,22 @@ _LINES = (*JSON_SUFFIXES, ".txt")
 
 
 def count_rows(config: DataConfig) -> float | None:
-    """Approximate number of rows; None if sizes do not give it. Opens only the first file."""
+    """Approximate number of rows; None if sizes do not give it. Opens only the first file of each
+    source.
+    """
+    counts = [_in_slice(_rows_of_split(part), part) for part in config.parts()]
+    return None if None in counts else sum(filter(None, counts))
+
+
+def _in_slice(rows: float | None, config: DataConfig) -> float | None:
+    """The part of ``rows`` that ``config.split`` names."""
+    if rows is None:
+        return None
+    start, stop = config.slice.bounds(round(rows))
+    return max(0.0, (rows if stop is None else min(rows, stop)) - start)
+
+
+def _rows_of_split(config: DataConfig) -> float | None:
     if config.path in BUILT_IN:
         return len(BUILT_IN[config.path]())
     if is_own(config):
@@ -35,8 +50,8 @@ def count_rows(config: DataConfig) -> float | None:
         from datasets import DatasetDict, load_from_disk
 
         saved = load_from_disk(str(local))
-        return len(saved[config.split] if isinstance(saved, DatasetDict) else saved)
-    files = find_files(config)
+        return len(saved[config.slice.name] if isinstance(saved, DatasetDict) else saved)
+    files = find_files(config).files
     try:
         sizes = [filesystem.size(path) for filesystem, path in map(locate, files)]
         density = _rows_per_byte(files[0], sizes[0]) if all(sizes) else None

@@ -24,7 +24,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from logitcask.cache_format.errors import LogitcaskError, UserError, one_line_and_kind
 from logitcask.pipeline.config import DataConfig
@@ -36,11 +36,12 @@ from logitcask.pipeline.text.chat_rows import (
     tool_definitions,
 )
 from logitcask.pipeline.text.data_files import (
+    Found,
     check_split,
     chosen,
     find_files,
-    find_in_folder,
     is_saved,
+    is_url,
     names_of,
     nearest,
     quiet_datasets,
@@ -48,17 +49,22 @@ from logitcask.pipeline.text.data_files import (
 from logitcask.pipeline.text.file_formats import (
     JSON_SUFFIXES,
     SUFFIXES,
+    BadRow,
+    locate,
     read_columns,
     read_rows,
     suffix_of,
 )
 from logitcask.pipeline.text.own_sources import OwnRows, is_own
 from logitcask.pipeline.text.python_docs import BUILT_IN
+from logitcask.pipeline.text.rejects import SKIPPED_ROWS, UNREADABLE, Reject, Report, ignore
 
 log = logging.getLogger(__name__)
 
 _TOOLS = "tools"  # the default column of tools, read if it exists
 _CHAT_COLUMNS = ("messages", "conversations", "conversation", "chat")
+# Keys in which file systems tell whether a file is the same.
+_FACTS = ("size", "ETag", "etag", "md5Hash", "LastModified", "last_modified", "mtime", "created")
 _COMMIT = re.compile(r"@([0-9a-f]{40})/")
 
 
@@ -66,8 +72,9 @@ _COMMIT = re.compile(r"@([0-9a-f]{40})/")
 class Row:
     """One usable row: a document (``text``) or a chat (``messages``). The other field is None.
 
-    tools:    tool definitions of the chat, or of the question in ``text``; None without any.
-    unlearnt: indices of the messages marked as not to be learnt.
+    tools:      tool definitions of the chat, or of the question in ``text``; None without any.
+    unlearnt:   indices of the messages that are not to be learnt.
+    completion: the text behind ``text`` of which alone is learnt; None for a document.
     """
 
     row_id: str
@@ -75,35 +82,59 @@ class Row:
     messages: list[dict[str, Any]] | None
     tools: list[dict[str, Any]] | None = None
     unlearnt: frozenset[int] = frozenset()
+    completion: str | None = None
 
     @property
     def characters(self) -> int:
         """The approximate length, without tools and tool calls."""
-        return len(self.text or "") + sum(
-            len(str(message.get("content"))) for message in self.messages or []
+        return (
+            len(self.text or "")
+            + len(self.completion or "")
+            + sum(len(str(message.get("content"))) for message in self.messages or [])
         )
+
+
+class RowSource(Protocol):
+    """Rows in a fixed order: one ``Source``, or several as one."""
+
+    report: Report
+
+    @property
+    def counters(self) -> dict[str, int]: ...
+
+    def stamp(self) -> str: ...
+
+    def __iter__(self) -> Iterator[Row]: ...
 
 
 class Source:
     """The rows of one split, in a fixed order. Iterating starts from the first row every time.
 
     ``row_id`` is the value of ``data.id_field``, by default ``split/index``. ``index`` counts all
-    rows of the split, also skipped ones, so a repaired row does not change the ids of the others.
+    rows of the split, also skipped ones and those outside a slice (``train[:10%]``), so a repaired
+    row or another slice does not change the ids of the others.
 
     ``counters`` describes the latest iteration: ``rows_read``, ``rows_skipped_REASON`` for rows
-    without usable text, and ``files_left_out`` for data files of the folder that are in no split.
+    without usable text, ``files_unreadable`` for files that cannot be read to their end, and
+    ``files_left_out`` for data files of the folder that are in no split. ``report`` receives each
+    row that is skipped and each unreadable file. ``file`` gives the file of the latest row if the
+    source has several, else an empty text.
     """
+
+    report: Report
 
     def __init__(
         self,
         config: DataConfig,
         columns: list[str],
-        read: Callable[[list[str]], Iterator[Mapping[str, Any]]],
+        read: Callable[[list[str]], Iterator[Mapping[str, Any] | BadRow]],
         stamp: Callable[[], str],
         id_field: str | None,
         files_left_out: int = 0,
+        file: Callable[[], str] = str,
     ) -> None:
         self._config = config
+        self._file = file
         self._read = read
         self._stamp = stamp
         self._id_field = id_field
@@ -113,16 +144,25 @@ class Source:
             "text_field",
         )
         self._field: str = getattr(config, setting) or "text"
-        _check_field(config.path, columns, self._field, setting)
-        if id_field is not None:
-            _check_field(config.path, columns, id_field, "id_field")
-        self._files_left_out = files_left_out
         self._tools_field: str | None = config.tools_field or None
-        if self._tools_field is not None:
-            _check_field(config.path, columns, self._tools_field, "tools_field")
-        elif config.looks_for_tools:
+        wanted = {
+            setting: self._field,
+            "completion_field": config.completion_field,
+            "id_field": id_field,
+            "tools_field": self._tools_field,
+        }
+        if columns or config.on_bad_rows != "skip":  # else no row can be read, which is said later
+            for name, field in wanted.items():
+                if field is not None:
+                    _check_field(config.path, columns, field, name)
+        if self._tools_field is None and config.looks_for_tools:
             self._tools_field = _TOOLS
+        self._fields = list(dict.fromkeys(filter(None, (*wanted.values(), self._tools_field))))
+        self._files_left_out = files_left_out
+        self._slice = config.slice
+        self._rows: int | None = None
         self._counters: Counter[str] = Counter()
+        self.report = ignore
 
     @property
     def counters(self) -> dict[str, int]:
@@ -138,8 +178,8 @@ class Source:
         return self._stamp()
 
     def __iter__(self) -> Iterator[Row]:
-        """Raises UserError if the data cannot be read, if an id is missing or occurs twice, or if
-        no row is usable.
+        """Raises UserError if the data cannot be read, if an id is missing or occurs twice, if no
+        row is usable, and for the first unusable row with ``data.on_bad_rows`` fail.
         """
         self._counters = Counter(rows_read=0)
         if self._files_left_out:
@@ -147,25 +187,65 @@ class Source:
         # 8 bytes of hash per row: two ids of 10 million collide with probability 3e-6.
         seen: set[int] = set()
         used = 0
-        for index, record in enumerate(self._records()):
+        start, stop = self._slice.bounds(self._total() if self._slice.needs_total else None)
+        for index, record in self._numbered(start, stop):
+            if isinstance(record, BadRow) and record.whole_file:
+                self._counters[UNREADABLE] += 1
+                self.report(Reject(record.whole_file, UNREADABLE, record.message))
+                continue
             self._counters["rows_read"] += 1
-            row_id = f"{self._config.split}/{index}"
+            row_id = f"{self._slice.name}/{index}"
+            if isinstance(record, BadRow):
+                self._skip(row_id, record.reason, record.message)
+                continue
             if self._id_field is not None:
+                if record[self._id_field] is None and self._config.on_bad_rows == "skip":
+                    self._skip(row_id, "no_id", self._file())
+                    continue
                 row_id = self._unique_id(record[self._id_field], row_id, seen)
             try:
                 row = self._row(row_id, record)
             except Skipped as reason:
-                self._counters[f"rows_skipped_{reason}"] += 1
+                self._skip(row_id, str(reason), self._file())
                 continue
             used += 1
             yield row
         if used == 0:
             raise UserError(self._nothing_found())
 
-    def _records(self) -> Iterator[Mapping[str, Any]]:
-        fields = list(dict.fromkeys(filter(None, (self._field, self._id_field, self._tools_field))))
+    def _skip(self, row_id: str, reason: str, detail: str = "") -> None:
+        self._counters[f"{SKIPPED_ROWS}{reason}"] += 1
+        self.report(Reject(row_id, reason, detail))
+        if self._config.on_bad_rows == "fail":
+            raise UserError(
+                f"row {row_id} of {self._file() or self._config.path} cannot be used: {reason}; repair it, or set "
+                "data.on_bad_rows=skip"
+            )
+
+    def _total(self) -> int:
+        """The number of rows of the split, counted by reading it once."""
+        if self._rows is None:
+            whole = (bool(isinstance(r, BadRow) and r.whole_file) for r in self._records())
+            self._rows = sum(not each for each in whole)
+        return self._rows
+
+    def _numbered(
+        self, start: int, stop: int | None
+    ) -> Iterator[tuple[int, Mapping[str, Any] | BadRow]]:
+        """The records from ``start`` to ``stop`` with their indices in the split. The rest of a
+        file that cannot be read has that of the next row.
+        """
+        index = 0
+        for record in self._records() if stop is None or stop > start else ():
+            if index >= start:
+                yield index, record
+            index += not (isinstance(record, BadRow) and record.whole_file)
+            if index == stop:
+                return
+
+    def _records(self) -> Iterator[Mapping[str, Any] | BadRow]:
         try:
-            yield from self._read(fields)
+            yield from self._read(self._fields)
         except LogitcaskError:
             raise
         except Exception as error:  # any error of a file system, a decoder or the network
@@ -204,48 +284,68 @@ class Source:
         )
         if self._chats:
             marked = marked_messages(value)
-            unlearnt = frozenset(index for index, (_, learnt) in enumerate(marked) if not learnt)
-            return Row(row_id, None, [message for message, _ in marked], tools, unlearnt)
-        if not isinstance(value, str):
-            raise Skipped("not_a_string")
-        if not value.strip():
-            raise Skipped("empty")
-        check_unicode(value)
-        return Row(row_id, value, None, tools)
+        elif self._config.completion_field is None:
+            return Row(row_id, _text_of(value), None, tools)
+        else:
+            completion = record[self._config.completion_field]
+            if completion is None:
+                raise Skipped("null_completion")
+            if self._config.kind == "documents":
+                return Row(row_id, _text_of(value), None, completion=_text_of(completion))
+            prompt = [(message, False) for message, _ in _messages_of(value, "user")]
+            marked = [*prompt, *_messages_of(completion, "assistant")]
+        unlearnt = frozenset(index for index, (_, learnt) in enumerate(marked) if not learnt)
+        return Row(row_id, None, [message for message, _ in marked], tools, unlearnt)
 
     def _nothing_found(self) -> str:
         place = f"empty data set: {self._config.path}, split {self._config.split}"
-        prefix = "rows_skipped_"
         skipped = [
-            f"{n} {why.removeprefix(prefix)}"
+            f"{n} {why.removeprefix(SKIPPED_ROWS)}"
             for why, n in self._counters.items()
-            if why.startswith(prefix)
+            if why.startswith(SKIPPED_ROWS)
         ]
+        if self._counters[UNREADABLE]:
+            skipped.append(f"{self._counters[UNREADABLE]} unreadable files")
         if not skipped:
             return f"{place}, has no rows"
-        if self._counters["rows_skipped_sharegpt"]:
-            return (
-                f"{place}: column {self._field!r} holds chats in ShareGPT's form ({{from, value}}), which is not read; turn "
-                "each message into {role, content}: `from` human is role user, gpt is assistant, system stays"
-            )
         if self._counters["rows_skipped_not_tools"] == self._counters["rows_read"]:
             return (
                 f"{place}: column {self._tools_field!r} should hold tool definitions (a list of objects, or JSON text of "
                 "one); name another column in data.tools_field, or set data.tools_field=false to leave it out"
             )
-        wanted = (
-            f"chats ({', '.join(ROLES)} messages with role and content)"
-            if self._chats
-            else "non-empty strings"
-        )
+        wanted = "non-empty strings"
+        if self._chats:
+            wanted = f"chats ({', '.join(ROLES)} messages with role and content)"
+        elif self._config.completion_field and self._config.kind == "chats":
+            wanted += " or chats"
+        elif self._config.completion_field:
+            wanted += " (for lists of messages set data.prompt_field instead of text_field)"
         return (
             f"{place}: none of its {self._counters['rows_read']} rows can be used ({', '.join(skipped)}); "
             f"column {self._field!r} should hold {wanted}"
         )
 
 
+def _text_of(value: object) -> str:
+    """A text. Raises Skipped for a value that is none, and for white space alone."""
+    if not isinstance(value, str):
+        raise Skipped("not_a_string")
+    if not value.strip():
+        raise Skipped("empty")
+    check_unicode(value)
+    return value
+
+
+def _messages_of(value: object, role: str) -> list[tuple[dict[str, Any], bool]]:
+    """A prompt or a completion as marked messages; a text is one message of ``role``."""
+    if isinstance(value, str):
+        return [({"role": role, "content": _text_of(value)}, True)]
+    return marked_messages(value)
+
+
 def open_source(config: DataConfig) -> Source:
-    """The source at ``data.path``. Split and columns are checked here, before any row is read.
+    """The source at ``data.path``, which is one of ``DataConfig.parts``. Split and columns are
+    checked here, before any row is read.
 
     Raises UserError if there is no data at that path, for an unknown split, a missing column or an
     unreadable file.
@@ -256,28 +356,12 @@ def open_source(config: DataConfig) -> Source:
         rows = OwnRows(config)
         return Source(config, rows.columns, rows.read, rows.stamp, config.id_field)
     local = Path(config.path).expanduser()
-    if local.is_file():
-        check_split(config, ["train"])
-        return _open_files(config, [str(local)], local.parent)
     if is_saved(local):
         return _open_saved(config, local)
-    if local.is_dir():
-        found = find_in_folder(config, local)
-        if found.left_out or found.elsewhere:
-            log.log(
-                logging.WARNING if found.left_out else logging.INFO, "%s", chosen(config, found)
-            )
-        return _open_files(config, found.files, local, len(found.left_out))
-    if (
-        config.path.startswith((".", "/", "~"))
-        or config.path.count("/") > 1
-        or suffix_of(config.path) in SUFFIXES
-    ):
-        raise UserError(
-            f"no data at {config.path!r}; expected a file, a folder, a hub name, {names_of(BUILT_IN)}, "
-            "or MODULE:NAME of a source of your own (docs/extending.md)"
-        )
-    return _open_files(config, find_files(config), None)
+    found = find_files(config)
+    if found.left_out or found.elsewhere:
+        log.log(logging.WARNING if found.left_out else logging.INFO, "%s", chosen(config, found))
+    return _open_files(config, found)
 
 
 # --- built-in -------------------------------------------------------------------------------------
@@ -302,28 +386,33 @@ def _open_built_in(config: DataConfig) -> Source:
 # --- files, local and on the hub ------------------------------------------------------------------
 
 
-def _open_files(
-    config: DataConfig, files: list[str], base: Path | None, left_out: int = 0
-) -> Source:
-    """``files`` are paths or fsspec URLs in reading order; ``base`` is the folder of local files,
-    None for the hub.
-    """
+def _open_files(config: DataConfig, found: Found) -> Source:
+    files, base = found.files, found.base
     unknown = [file for file in files if suffix_of(file) not in SUFFIXES]
     if unknown:
         raise UserError(f"cannot read {unknown[0]}: expected a file of type {names_of(SUFFIXES)}")
-    columns = next(filter(None, map(read_columns, files)), [])  # of the first file with rows
+    tolerant = config.on_bad_rows == "skip"
+    # Of the first file with rows.
+    columns = next(filter(None, (read_columns(file, tolerant=tolerant) for file in files)), [])
 
-    def read(fields: list[str]) -> Iterator[Mapping[str, Any]]:
+    current = ""
+
+    def read(fields: list[str]) -> Iterator[Mapping[str, Any] | BadRow]:
+        nonlocal current
         for file in files:
-            yield from read_rows(file, _fields_in(file, fields, config))
+            current = file if len(files) > 1 else ""
+            yield from read_rows(file, _fields_in(file, fields, config), tolerant=tolerant)
 
     def stamp() -> str:
         if base is not None:
             return _stamp_of_files([Path(file) for file in files], base)
+        if is_url(config.path):
+            return _stamp_of_urls(files)
         commit = _COMMIT.search(files[0])
         return f"hub:{config.path}@{commit[1] if commit else config.revision or 'main'}"
 
-    return Source(config, columns, read, stamp, config.id_field, left_out)
+    left_out = len(list(found.left_out))
+    return Source(config, columns, read, stamp, config.id_field, left_out, lambda: current)
 
 
 def _fields_in(file: str, fields: list[str], config: DataConfig) -> list[str]:
@@ -332,7 +421,7 @@ def _fields_in(file: str, fields: list[str], config: DataConfig) -> list[str]:
     """
     if _TOOLS not in fields or not config.looks_for_tools or suffix_of(file) in JSON_SUFFIXES:
         return fields
-    columns = read_columns(file)
+    columns = read_columns(file, tolerant=config.on_bad_rows == "skip")
     return [field for field in fields if field != _TOOLS or field in columns]
 
 
@@ -354,7 +443,7 @@ def _open_saved(config: DataConfig, folder: Path) -> Source:
             ) from error
     if isinstance(saved, DatasetDict):
         check_split(config, list(saved))
-        saved = saved[config.split]
+        saved = saved[config.slice.name]
     elif saved.split is not None:
         check_split(config, [str(saved.split)])
     # A saved data set may have a format, such as tensors of some columns; plain values are read.
@@ -377,6 +466,16 @@ def _stamp_of_files(files: list[Path], base: Path) -> str:
         stat = file.stat()
         facts.append((os.path.relpath(file, base), stat.st_size, stat.st_mtime_ns))
     return f"files:{hashlib.sha256(json.dumps(facts).encode()).hexdigest()}"
+
+
+def _stamp_of_urls(urls: list[str]) -> str:
+    """As far as a store tells sizes, times and versions."""
+    facts = []
+    for url in urls:
+        filesystem, name = locate(url)
+        info = filesystem.info(name)
+        facts.append((url, [str(info.get(fact)) for fact in _FACTS]))
+    return f"urls:{hashlib.sha256(json.dumps(facts).encode()).hexdigest()}"
 
 
 # --- checks ---------------------------------------------------------------------------------------

@@ -11,6 +11,9 @@ Chats: a chat is rendered once as a whole with the chat template and tokenised o
 assistant is learnt, including its end-of-turn token. Its characters are found in the rendered text
 (``chats``). A token is the assistant's if it holds at least one of them.
 
+Prompts with completions and without a chat template: both are one text, tokenised once. A token is
+learnt if it holds a character of the completion.
+
 A text above a million characters is tokenised in parts (``long_texts``). If the rest is cut off or
 the text is left out, it is tokenised only as far as ``max_length`` needs.
 """
@@ -20,19 +23,20 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-from collections import Counter
+from bisect import bisect_left
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
-from typing import Any
+from itertools import chain, groupby
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from logitcask.cache_format.errors import UserError
 from logitcask.pipeline.config import DataConfig
-from logitcask.pipeline.text.chat_template import ChatTemplate, Refused, Span
+from logitcask.pipeline.text.chat_template import ChatTemplate, Messages, Refused, Span
 from logitcask.pipeline.text.chats import render, tokens_in
 from logitcask.pipeline.text.long_texts import (
     LONG,
@@ -43,6 +47,8 @@ from logitcask.pipeline.text.long_texts import (
     special_tokens,
     with_whole_offsets,
 )
+from logitcask.pipeline.text.rejects import CUT, Reject, Report, ignore
+from logitcask.pipeline.text.shorten import end_of, tail, without_oldest_turns
 from logitcask.pipeline.text.sources import Row
 from logitcask.pipeline.types import Sequence
 
@@ -62,20 +68,35 @@ _KNOWN_BOS = (
     "[BOS]",
 )
 
-_Counted = tuple[Sequence, tuple[str, ...]]
-"""A sequence, and the counters that go up if it is taken."""
+
+class _Encoded(NamedTuple):
+    """A rendered text with its tokens, int32[n], and what is learnt of them, bool[n]."""
+
+    text: _Rendered
+    ids: NDArray[np.int32]
+    mask: NDArray[np.bool_]
+
+
+class _Made(NamedTuple):
+    """A sequence, the counters that go up if it is taken, and more about its cut, if it has one."""
+
+    sequence: Sequence
+    kinds: tuple[str, ...]
+    detail: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class _Rendered:
-    """A chat as text. ``spans``: characters of its learnt assistant turns, ascending, end
-    exclusive. ``unlearnt``: number of the other assistant turns.
+    """A chat, or a prompt with its completion, as text. ``spans``: learnt characters, ascending,
+    end exclusive. ``unlearnt``: number of the assistant's turns that are not learnt. ``kinds``:
+    counters of its text.
     """
 
-    row_id: str
+    row: Row
     text: str
     spans: list[Span]
     unlearnt: int
+    kinds: tuple[str, ...] = ()
 
 
 class Tokenization:
@@ -88,15 +109,17 @@ class Tokenization:
 
     ``template`` is the chat template in force, None for documents.
 
-    ``counters`` describes the latest ``sequences()``: ``documents`` or ``chats`` used;
-    ``second_bos_removed`` and ``second_eos_removed``, documents whose text held what the tokenizer
-    adds; ``foreign_bos``, those that begin with the BOS of another tokenizer, which is text to this
-    one; ``split_documents`` and the ``pieces`` they gave; ``truncated``; ``dropped_overlong``;
-    ``without_tokens``; ``nothing_to_learn`` (chats in which the assistant says nothing, or nothing
-    within ``max_length``); ``special_tokens_in_content`` (chats with a text that spells a special
-    token); ``refused_by_template``; ``turns_not_learnt`` (of the chats used, the assistant's turns
-    that a mark makes context); ``sequences``; ``tokens``; ``kept_positions``;
-    ``stopped_at_max_tokens`` (0 or 1).
+    ``counters`` describes the latest ``sequences()``: ``documents``, ``chats`` or ``completions``
+    used; ``second_bos_removed`` and ``second_eos_removed``, documents whose text held what the
+    tokenizer adds; ``foreign_bos``, those that begin with the BOS of another tokenizer, which is text to this
+    one; ``split_documents`` and the ``pieces`` they gave; ``truncated`` and ``truncated_left``;
+    ``shortened``, chats without their oldest turns, and ``messages_dropped`` of these;
+    ``dropped_overlong``; ``without_tokens``; ``nothing_to_learn`` (chats in which the assistant says
+    nothing that is learnt); ``prompt_too_long`` (the prompt alone fills ``max_length``);
+    ``special_tokens_in_content`` (chats with a text that spells a special token);
+    ``refused_by_template``; ``turns_not_learnt`` (of the chats used, the assistant's turns that a
+    mark makes context); ``sequences``; ``tokens``; ``kept_positions``; ``stopped_at_max_tokens`` (0
+    or 1). ``report`` receives each row that is left out or cut.
 
     Raises UserError if the tokenizer lacks what the config asks for: a chat template, offsets, an
     EOS token.
@@ -109,14 +132,16 @@ class Tokenization:
         self._vocab_size = vocab_size
         self._counters: Counter[str] = Counter()
         self._refusal = ""
+        self.report: Report = ignore
         # transformers warns about texts above the model's length, but here they are cut.
         self._quiet = {"verbose": False} if hasattr(tokenizer, "model_max_length") else {}
         if config.append_eos and tokenizer.eos_token_id is None:
             raise UserError(
                 "data.append_eos is set, but the tokenizer has no EOS token; leave append_eos out"
             )
-        if config.messages_field is not None:
+        if config.kind == "chats":
             self.template = ChatTemplate(tokenizer, config)
+        if config.kind == "chats" or config.has_completions:
             self._offset_tokenizer = _with_offsets(tokenizer)
 
     @property
@@ -137,13 +162,13 @@ class Tokenization:
         self._refusal = ""
         used: set[int] = set()
         for batch in batches(rows):
-            for sequence, kinds in (
-                self._chats(batch, self.template) if self.template else self._documents(batch)
-            ):
+            for sequence, kinds, detail in self._made_of(batch):
                 if not self._fits(sequence):
                     return
                 self._check(sequence, used)
                 self._counters.update(kinds)
+                for cut in set(CUT).intersection(kinds):
+                    self.report(Reject(sequence.sequence_id, cut, detail))
                 self._counters["sequences"] += 1
                 self._counters["tokens"] += len(sequence.input_ids)
                 self._counters["kept_positions"] += int(sequence.loss_mask.sum())
@@ -151,9 +176,23 @@ class Tokenization:
         if self._counters["sequences"] == 0:
             raise UserError(self._nothing_made())
 
+    def _made_of(self, batch: list[Row]) -> Iterator[_Made]:
+        if self.template is not None:
+            yield from self._masked(self._render_all(batch, self.template))
+            return
+        for completions, rows in groupby(batch, lambda row: row.completion is not None):
+            if completions:
+                yield from self._masked(map(self._joined, rows))
+            else:
+                yield from self._documents(list(rows))
+
+    def _leave_out(self, row_id: str, reason: str, detail: str = "") -> None:
+        self._counters[reason] += 1
+        self.report(Reject(row_id, reason, detail))
+
     # --- documents ---
 
-    def _documents(self, batch: list[Row]) -> Iterator[_Counted]:
+    def _documents(self, batch: list[Row]) -> Iterator[_Made]:
         config = self._config
         cleaned = [self._added.once(row.text or "") for row in batch]
         texts = [text for text, _ in cleaned]
@@ -176,30 +215,34 @@ class Tokenization:
 
     def _document(
         self, row: Row, parts: Iterable[NDArray[np.int32]], found: tuple[str, ...]
-    ) -> Iterator[_Counted]:
+    ) -> Iterator[_Made]:
         """``parts``: ids of the document, read as far as needed. ``found``: its counters."""
         cut = pieces(parts, self._config.max_length)
         first, second = next(cut, None), next(cut, None)
         if first is None:
-            self._counters["without_tokens"] += 1
+            self._leave_out(row.row_id, "without_tokens")
         elif second is None:
-            yield _learnt(row.row_id, first), ("documents", *found)
+            yield _Made(_learnt(row.row_id, first), ("documents", *found))
         elif self._config.overlong == "drop":
-            self._counters["dropped_overlong"] += 1
+            self._leave_out(row.row_id, "dropped_overlong")
         elif self._config.overlong == "truncate":
-            yield _learnt(row.row_id, first), ("documents", "truncated", *found)
+            yield _Made(_learnt(row.row_id, first), ("documents", "truncated", *found))
+        elif self._config.overlong == "truncate_left":
+            beginning, room = self._beginning, self._room
+            end = np.concatenate(deque(chain((first, second), cut), maxlen=2))[-room:]
+            yield _Made(
+                _learnt(row.row_id, np.concatenate((beginning, end)), given=max(1, len(beginning))),
+                ("documents", "truncated_left", *found),
+            )
         else:  # a last piece of one token is kept, so that the pieces together, each begun once, are the text
-            beginning = self._beginning
-            room = self._config.max_length - len(beginning)
-            if room < 1:
-                raise UserError(self._no_room())
-            yield (
+            beginning, room = self._beginning, self._room
+            yield _Made(
                 _learnt(f"{row.row_id}/0", first),
                 ("documents", "split_documents", "pieces", *found),
             )
             for number, rest in enumerate(pieces(chain((second,), cut), room), 1):
                 piece = np.concatenate((beginning, rest))
-                yield (
+                yield _Made(
                     _learnt(f"{row.row_id}/{number}", piece, given=max(1, len(beginning))),
                     ("pieces",),
                 )
@@ -220,6 +263,14 @@ class Tokenization:
             special_tokens(self.tokenizer)[0] if self._config.add_special_tokens else [], np.int32
         )
 
+    @property
+    def _room(self) -> int:
+        """Tokens of text in a piece behind its beginning. Raises UserError if there are none."""
+        room = self._config.max_length - len(self._beginning)
+        if room < 1:
+            raise UserError(self._no_room())
+        return room
+
     @cached_property
     def _long_texts(self) -> LongTexts:
         return LongTexts(self.tokenizer)
@@ -228,64 +279,164 @@ class Tokenization:
     def _added(self) -> AddedTokens:
         return AddedTokens(self.tokenizer, self._config.add_special_tokens)
 
-    # --- chats ---
+    # --- chats and completions ---
 
-    def _chats(self, batch: list[Row], template: ChatTemplate) -> Iterator[_Counted]:
-        rendered = list(self._render_all(batch, template))
-        if not rendered:
+    def _masked(self, rendered: Iterable[_Rendered]) -> Iterator[_Made]:
+        """Sequences of texts of which a part is learnt."""
+        for encoded in self._encoded(list(rendered)):
+            if len(encoded.ids) > self._config.max_length:
+                yield from self._overlong(*encoded)
+            else:
+                yield from self._learnable(*encoded)
+
+    def _encoded(self, texts: list[_Rendered]) -> Iterator[_Encoded]:
+        for text, (ids, offsets) in zip(texts, self._tokens([t.text for t in texts]), strict=True):
+            yield self._with_special_tokens(text, ids, tokens_in(text.spans, offsets))
+
+    def _learnable(
+        self,
+        text: _Rendered,
+        ids: NDArray[np.int32],
+        mask: NDArray[np.bool_],
+        kinds: tuple[str, ...] = (),
+        detail: str = "",
+    ) -> Iterator[_Made]:
+        """The sequence, unless it has nothing to learn. ``kinds``: counters of its cut."""
+        if not mask.any():
+            answered = any(end > start for start, end in text.spans)
+            cut_off = answered and "truncated" in kinds
+            self._leave_out(text.row.row_id, "prompt_too_long" if cut_off else "nothing_to_learn")
             return
-        for chat, (ids, offsets) in zip(
-            rendered, self._tokens([chat.text for chat in rendered]), strict=True
-        ):
-            mask = tokens_in(chat.spans, offsets)
-            mask[:1] = False
-            limit = self._config.max_length
-            if len(ids) > limit and self._config.overlong == "drop":
-                self._counters["dropped_overlong"] += 1
-            elif not mask[:limit].any():
-                self._counters["nothing_to_learn"] += 1
-            else:  # a piece from the middle of a chat is no chat, so `split` cuts off as `truncate` does
-                kinds = ("chats", *["turns_not_learnt"] * chat.unlearnt)
-                if len(ids) > limit:
-                    kinds += ("truncated",)
-                yield Sequence(chat.row_id, ids[:limit], mask[:limit]), kinds
+        kind = "completions" if text.row.completion is not None else "chats"
+        kinds = (kind, *["turns_not_learnt"] * text.unlearnt, *text.kinds, *kinds)
+        yield _Made(Sequence(text.row.row_id, ids, mask), kinds, detail)
+
+    def _overlong(
+        self, text: _Rendered, ids: NDArray[np.int32], mask: NDArray[np.bool_]
+    ) -> Iterator[_Made]:
+        limit = self._config.max_length
+        if self._config.overlong == "drop":
+            self._leave_out(text.row.row_id, "dropped_overlong")
+        elif self._config.overlong == "drop_turns" and self.template is not None:
+            yield from self._without_oldest_turns(text.row, self.template)
+        elif self._config.overlong == "truncate_left":
+            cut = end_of(self._front(text), ids, mask, limit)
+            yield from self._learnable(text, *cut, ("truncated_left",))
+        else:  # a piece from the middle of a chat is no chat, so `split` cuts off as `truncate` does
+            yield from self._learnable(text, ids[:limit], mask[:limit], ("truncated",))
+
+    def _without_oldest_turns(self, row: Row, template: ChatTemplate) -> Iterator[_Made]:
+        """The chat without as many of its oldest turns as do not fit."""
+        shorter = without_oldest_turns(row)
+        tried: dict[int, _Encoded] = {}
+
+        def fits(number: int) -> bool:
+            prepared = template.prepared(shorter[number].messages or [], row.tools)
+            text = self._rendered(shorter[number], prepared, template)
+            (tried[number],) = self._encoded([text])
+            return len(tried[number].ids) <= self._config.max_length
+
+        try:
+            first = bisect_left(range(len(shorter)), True, key=fits)
+        except Refused as refusal:
+            self._refuse(row.row_id, refusal)
+            return
+        if first == len(shorter):
+            self._leave_out(row.row_id, "dropped_overlong", "its last turn alone is longer")
+            return
+        messages = len(row.messages or [])
+        gone = messages - len(shorter[first].messages or [])
+        kinds = ("shortened", *["messages_dropped"] * gone)
+        yield from self._learnable(*tried[first], kinds, f"{gone} of {messages} messages dropped")
+
+    def _with_special_tokens(
+        self, text: _Rendered, ids: NDArray[np.int32], mask: NDArray[np.bool_]
+    ) -> _Encoded:
+        """The text with its tokens and what is learnt of them. A completion gets the special tokens that a
+        document gets; those at its end are learnt.
+        """
+        if text.row.completion is not None:
+            eos, ends = self.tokenizer.eos_token_id, list(self._ends)
+            if self._config.append_eos and (*ids[-1:], *ends)[-1:] != (eos,):
+                ends.append(eos)
+            beginning = self._beginning
+            ids = np.concatenate((beginning, ids, np.asarray(ends, np.int32)))
+            mask = np.concatenate(
+                (np.zeros(len(beginning), np.bool_), mask, np.ones(len(ends), np.bool_))
+            )
+        mask[:1] = False
+        return _Encoded(text, ids, mask)
+
+    @cached_property
+    def _ends(self) -> list[int]:
+        """Ids that the tokenizer puts behind a document."""
+        return special_tokens(self.tokenizer)[1] if self._config.add_special_tokens else []
+
+    def _front(self, text: _Rendered) -> NDArray[np.int32]:
+        """The tokens that stay in front of a text whose beginning is cut off."""
+        if text.row.completion is not None:
+            return self._beginning
+        bos = getattr(self.tokenizer, "bos_token", None)
+        begun = bos is not None and text.text.startswith(bos)
+        return np.asarray([self.tokenizer.bos_token_id] if begun else [], np.int32)
 
     def _tokens(self, texts: list[str]) -> Iterator[Tokens]:
-        """The tokens of rendered chats; of long chats, only enough to exceed ``max_length``."""
+        """The tokens of rendered texts; of long ones, only enough to exceed ``max_length``."""
         short = [text for text in texts if len(text) <= LONG]
         if short:
             encoded = self._offset_tokenizer(
                 short, add_special_tokens=False, return_offsets_mapping=True, **self._quiet
             )
             ready = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+        part = tail if self._config.overlong == "truncate_left" else head
         for text in texts:
             if len(text) > LONG:
-                yield head(self._long_texts.tokens(text), self._config.max_length + 1)
+                yield part(self._long_texts.tokens(text), self._config.max_length + 1)
             else:
                 ids, offsets = next(ready)
                 yield np.asarray(ids, np.int32), np.asarray(offsets, np.int64).reshape(-1, 2)
 
+    def _joined(self, row: Row) -> _Rendered:
+        """A prompt and its completion as one text, without special tokens at its ends that the
+        tokenizer adds.
+        """
+        prompt = row.text or ""
+        whole = prompt + (row.completion or "")
+        start, end, found = self._added.inner(whole)
+        span = (max(0, len(prompt) - start), end - start)
+        return _Rendered(row, whole[start:end], [span], 0, found)
+
     def _render_all(self, batch: list[Row], template: ChatTemplate) -> Iterator[_Rendered]:
         for row in batch:
             messages = row.messages or []
-            turns = [
-                turn for turn, message in enumerate(messages) if message["role"] == "assistant"
-            ]
-            learnt = [turn for turn in turns if turn not in row.unlearnt]
-            if not learnt:
-                self._counters["nothing_to_learn"] += 1
+            if not any(
+                message["role"] == "assistant" and turn not in row.unlearnt
+                for turn, message in enumerate(messages)
+            ):
+                self._leave_out(row.row_id, "nothing_to_learn")
                 continue
             messages = template.prepared(messages, row.tools)
             template.check_tools(row.row_id, messages, row.tools)
             if template.special_token_in(row.row_id, messages, row.tools):
                 self._counters["special_tokens_in_content"] += 1
             try:
-                text, spans = render(template, messages, row, learnt)
+                yield self._rendered(row, messages, template)
             except Refused as refusal:
-                self._counters["refused_by_template"] += 1
-                self._refusal = self._refusal or f"{row.row_id}: {refusal}"
-                continue
-            yield _Rendered(row.row_id, text, spans, len(turns) - len(learnt))
+                self._refuse(row.row_id, refusal)
+
+    def _rendered(self, row: Row, messages: Messages, template: ChatTemplate) -> _Rendered:
+        """The chat as text; ``messages`` are prepared. Raises Refused if the template does."""
+        turns = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
+        learnt = [turn for turn in turns if turn not in row.unlearnt]
+        text, spans = render(template, messages, row, learnt)
+        return _Rendered(row, text, spans, len(turns) - len(learnt))
+
+    def _refuse(self, row_id: str, refusal: Refused) -> None:
+        """A row that the template refuses. Raises UserError with ``data.on_bad_rows`` fail."""
+        if self._config.on_bad_rows == "fail":
+            raise UserError(refused_row(row_id, refusal, self._config))
+        self._leave_out(row_id, "refused_by_template", str(refusal))
+        self._refusal = self._refusal or f"{row_id}: {refusal}"
 
     # --- checks ---
 
@@ -327,7 +478,7 @@ class Tokenization:
         reasons = ", ".join(f"{n} {name}" for name, n in self._counters.items() if n) or "no rows"
         first = f" (the first one: {self._refusal})" if self._refusal else ""
         return (
-            f"no sequence came out of {self._config.path}: {reasons}{first}; "
+            f"no sequence came out of {self._config.where}: {reasons}{first}; "
             "look at data.max_length, data.overlong and the chat template"
         )
 
@@ -341,17 +492,21 @@ class AddedTokens:
 
     def once(self, text: str) -> tuple[str, tuple[str, ...]]:
         """``text`` without these tokens, and the counters of ``Tokenization`` to increase."""
+        start, end, found = self.inner(text)
+        return text[start:end], found
+
+    def inner(self, text: str) -> tuple[int, int, tuple[str, ...]]:
+        """The characters of ``text`` without these tokens, end exclusive, and the counters."""
         beginnings, ends = self._strings
         found = []
-        cleaned = text
-        while (at := next((len(each) for each in beginnings if cleaned.startswith(each)), 0)) > 0:
-            cleaned = cleaned[at:]
-        if len(cleaned) < len(text):
+        start, end = 0, len(text)
+        while (at := next((len(b) for b in beginnings if text.startswith(b, start)), 0)) > 0:
+            start += at
+        if start:
             found.append("second_bos_removed")
-        begun = len(cleaned)
-        while (at := next((len(each) for each in ends if cleaned.endswith(each)), 0)) > 0:
-            cleaned = cleaned[:-at]
-        if len(cleaned) < begun:
+        while (at := next((len(e) for e in ends if text.endswith(e, start, end)), 0)) > 0:
+            end -= at
+        if end < len(text):
             found.append("second_eos_removed")
         foreign = next((bos for bos in self._foreign if text.startswith(bos)), None)
         if foreign is not None:
@@ -363,7 +518,7 @@ class AddedTokens:
                     foreign,
                 )
                 self._warned = True
-        return cleaned, tuple(found)
+        return start, end, tuple(found)
 
     @cached_property
     def _strings(self) -> tuple[list[str], list[str]]:
@@ -420,6 +575,14 @@ def batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
         yield batch
 
 
+def refused_row(row_id: str, refusal: Refused, config: DataConfig) -> str:
+    """The message about a chat that stops a build with ``data.on_bad_rows`` fail."""
+    return (
+        f"the chat template refuses row {row_id} of {config.where}: {refusal}; repair it, or set "
+        "data.on_bad_rows=skip"
+    )
+
+
 def check_ids(input_ids: NDArray[np.int32], vocab_size: int, where: str) -> None:
     """Raises UserError for an id that the teacher does not know."""
     largest = int(input_ids.max())
@@ -435,6 +598,6 @@ def _with_offsets(tokenizer: Any) -> Any:
         return with_whole_offsets(tokenizer)
     except (NotImplementedError, KeyError, TypeError) as error:
         raise UserError(
-            f"{type(tokenizer).__name__} gives no character offsets, which the loss mask of chats needs; "
+            f"{type(tokenizer).__name__} gives no character offsets, which the loss mask of chats and completions needs; "
             "use a fast tokenizer (one with a tokenizer.json), or documents"
         ) from error

@@ -68,7 +68,10 @@ def test_trust_is_yes_or_no() -> None:
 
 
 MISTAKES = {
-    "prompts without generate": ({"prompt_field": "q"}, "prompt_field is set, but not generate"),
+    "prompts without generate": (
+        {"prompt_field": "q"},
+        "prompt_field is set, but neither generate nor",
+    ),
     "nothing to answer": (
         {"generate": {}},
         "generate is set, but not what to answer; set prompt_field",

@@ -33,12 +33,14 @@ def row_of(sequence_id: str, data: DataIdentity) -> str:
 
     The ids of such sequences are ``row/number``. For answers this is always so. Pieces are
     recognised by their rows, whose ids are ``split/number`` or end in ``#number``. With other ids
-    each piece counts as a row.
+    each piece counts as a row. The rows of a part, such as ``train[:10%]``, have the split's name.
     """
     if data.mask_policy == "generated":
         return sequence_id.rpartition("/")[0]
-    split = "[^/]+" if data.split == "mixed" else re.escape(data.split)
-    piece = re.fullmatch(rf"((?:\d+/)*{split}/\d+|.*#\d+)/\d+", sequence_id, re.DOTALL)
+    split = "[^/]+"
+    if data.split != "mixed":
+        split = "|".join(map(re.escape, {data.split, data.split.partition("[")[0]}))
+    piece = re.fullmatch(rf"((?:\d+/)*(?:{split})/\d+|.*#\d+)/\d+", sequence_id, re.DOTALL)
     return piece[1] if piece else sequence_id
 
 

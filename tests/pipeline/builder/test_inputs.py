@@ -15,7 +15,7 @@ from logitcask.pipeline.config import BuildConfig
 from logitcask.pipeline.teachers import model
 from logitcask.pipeline.teachers import open as teachers
 
-OPENERS = ("open_source", "open_tokenizer", "vocab_size_of")
+OPENERS = ("open_rows", "open_tokenizer", "vocab_size_of")
 
 
 def test_a_build_opens_its_inputs_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,7 +51,7 @@ def test_a_build_opens_its_inputs_once(tmp_path: Path, monkeypatch: pytest.Monke
     opened.clear()
     build(config, restart=True)
     # What was removed may have been among the files of the source.
-    assert opened == {"open_source": 2, "open_tokenizer": 1, "vocab_size_of": 1}
+    assert opened == {"open_rows": 2, "open_tokenizer": 1, "vocab_size_of": 1}
 
 
 @pytest.mark.parametrize("generate", [None, {"max_new_tokens": 4, "stop": ["e"]}])

@@ -320,13 +320,13 @@ def test_what_the_system_refuses_is_one_line(tmp_path, monkeypatch, capsys, comm
     fields = fields_of(tmp_path)
     says = "/secret/tokens.json: Permission denied"
     if cause == "permission":
-        monkeypatch.setattr(logitcask.pipeline.builder.inputs, "open_source", refuse)
+        monkeypatch.setattr(logitcask.pipeline.builder.inputs, "open_rows", refuse)
     elif cause == "name":
         fields["output"], says = str(tmp_path / ("x" * 300)), "File name too long"
     else:
         monkeypatch.setattr(
             logitcask.pipeline.builder.inputs,
-            "open_source",
+            "open_rows",
             lambda *_: (_ for _ in ()).throw(OSError()),
         )
         says = "error: OSError; "
@@ -341,6 +341,6 @@ def test_what_the_system_refuses_is_one_line(tmp_path, monkeypatch, capsys, comm
 
 
 def test_debugging_shows_where(tmp_path, monkeypatch, command) -> None:
-    monkeypatch.setattr(logitcask.pipeline.builder.inputs, "open_source", refuse)
+    monkeypatch.setattr(logitcask.pipeline.builder.inputs, "open_rows", refuse)
     with pytest.raises(PermissionError):
         command(fields_of(tmp_path), "--debug")

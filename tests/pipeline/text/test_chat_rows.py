@@ -48,7 +48,7 @@ def test_chats(tmp_path: Path) -> None:
         {"messages": []},
         {"messages": "text"},
         {"messages": [HI, "yo"]},
-        {"messages": [{"from": "human", "value": "hi"}]},
+        {"messages": [{"from": "somebody", "value": "hi"}]},
         {"messages": [HI, {"role": "gpt", "content": "yo"}]},
         {"messages": [HI, {"role": "assistant", "content": None}]},
         {"messages": [{"role": "user", "content": "half \ud83d"}, YO]},
@@ -67,8 +67,7 @@ def test_chats(tmp_path: Path) -> None:
         "rows_skipped_null": 1,
         "rows_skipped_empty": 1,
         "rows_skipped_not_a_chat": 2,
-        "rows_skipped_sharegpt": 1,
-        "rows_skipped_unknown_role": 1,
+        "rows_skipped_unknown_role": 2,
         "rows_skipped_null_content": 1,
         "rows_skipped_broken_unicode": 1,
     }
@@ -79,6 +78,95 @@ def test_keys_that_arrow_filled_with_none_are_taken_out(tmp_path: Path) -> None:
     pq.write_table(pa.Table.from_pylist([{"chat": chat}]), tmp_path / "a.parquet")
     (row,) = rows_of(tmp_path / "a.parquet", messages_field="chat")
     assert row.messages == chat
+
+
+# --- ShareGPT
+
+
+NAMES = {
+    "system": "system",
+    "developer": "developer",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "tool": "tool",
+    "observation": "tool",
+}
+
+
+@pytest.mark.parametrize("speaker", NAMES)
+def test_the_names_of_sharegpt(speaker: str, tmp_path: Path) -> None:
+    chat = [
+        {"from": "human", "value": "hi"},
+        {"from": speaker, "value": "x", "name": "n"},
+        {"from": "gpt", "value": "yo"},
+    ]
+    for name in ("a.jsonl", "a.parquet", "strings.jsonl"):
+        record = {"conversations": json.dumps(chat) if name == "strings.jsonl" else chat}
+        if name == "a.parquet":
+            pq.write_table(pa.Table.from_pylist([record]), tmp_path / name)
+        else:
+            (tmp_path / name).write_bytes(json_lines([record]))
+        (row,) = rows_of(tmp_path / name, messages_field="conversations")
+        assert row.messages == [HI, {"role": NAMES[speaker], "content": "x", "name": "n"}, YO]
+
+
+def test_both_forms_in_one_column(tmp_path: Path) -> None:
+    """Arrow gives every message the keys of both."""
+    chats = [[HI, YO], [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}]]
+    table = pa.Table.from_pylist([{"chat": chat} for chat in (chats[0] + chats[1], *chats)])
+    pq.write_table(table, tmp_path / "a.parquet")
+    found = [row.messages for row in rows_of(tmp_path / "a.parquet", messages_field="chat")]
+    assert found == [[HI, YO, HI, YO], [HI, YO], [HI, YO]]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        '{"name": "f", "arguments": {"x": 1}}',
+        '[{"name": "f", "arguments": {"x": 1}}]',
+        {"name": "f", "arguments": {"x": 1}},
+        '{"name": "f", "arguments": "{\\"x\\": 1}"}',
+    ],
+)
+def test_a_function_call_of_sharegpt(value: object, tmp_path: Path) -> None:
+    chat = [{"from": "human", "value": "hi"}, {"from": "function_call", "value": value}]
+    (tmp_path / "a.jsonl").write_bytes(json_lines([{"chat": chat}]))
+    (row,) = rows_of(tmp_path / "a.jsonl", messages_field="chat")
+    assert row.messages == [HI, {"role": "assistant", "content": None, "tool_calls": [CALL]}]
+
+
+def test_what_is_no_message_of_sharegpt(tmp_path: Path) -> None:
+    calls: list[Any] = ["f(x)", "", "[]", "[1]", "{}", '{"name": null}', None, "NaN", "[" * 100_000]
+    wrong: list[Any] = [
+        *({"from": "function_call", "value": value} for value in calls),
+        {"from": "function_call", "value": '{"name": "f", "arguments": "x"}'},
+        {"from": 5, "value": "x"},
+        {"from": "bing", "value": "x"},
+        {"from": "gpt", "value": None},
+        {"from": "gpt"},
+        {"from": "gpt", "value": {"a": 1}},
+        {"from": "gpt", "value": "x", "weight": 0.5},
+    ]
+    good = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}]
+    (tmp_path / "a.jsonl").write_bytes(
+        json_lines([*({"chat": [good[0], each]} for each in wrong), {"chat": good}])
+    )
+    source = open_source(DataConfig(path=str(tmp_path / "a.jsonl"), messages_field="chat"))
+    assert [row.messages for row in source] == [[HI, YO]]
+    assert source.counters == {
+        "rows_read": len(wrong) + 1,
+        "rows_skipped_function_call_not_json": len(calls),
+        "rows_skipped_arguments_not_json": 1,
+        "rows_skipped_unknown_role": 2,
+        "rows_skipped_null_content": 2,
+        "rows_skipped_content_not_text": 1,
+        "rows_skipped_weight_not_0_or_1": 1,
+    }
+
+
+# --- content
 
 
 def parts(*texts: str) -> list[dict[str, Any]]:

@@ -151,6 +151,32 @@ def test_content_is_rendered(name: str) -> None:
     ]
 
 
+@EVERY_TEMPLATE
+def test_a_chat_of_sharegpt_is_that_of_openai(name: str, tmp_path: Path) -> None:
+    call = {"name": "weather", "arguments": ARGUMENTS}
+    sharegpt = [
+        {"from": "human", "value": "weather in Oslo?"},
+        {"from": "function_call", "value": json.dumps(call, ensure_ascii=False)},
+        {"from": "observation", "value": "cold"},
+        {"from": "gpt", "value": "It is cold."},
+    ]
+    openai = calling(ARGUMENTS)
+    openai[1]["tool_calls"] = [{"type": "function", "function": call}]
+    openai[2] = {"role": "tool", "content": "cold"}
+    tools = json.dumps([TOOL])
+    one, other = rows(
+        tmp_path,
+        {"messages": openai, "tools": [TOOL]},
+        {"messages": sharegpt, "tools": tools},
+    )
+    assert (one.messages, one.tools) == (other.messages, other.tools)
+    assert outcome(TEMPLATES[name], [one]) == outcome(
+        TEMPLATES[name], [Row(one.row_id, None, other.messages, other.tools)]
+    )
+    if name == "qwen2_5":
+        assert "Oslo" in learnt(TEMPLATES[name], other)
+
+
 # --- arguments of calls
 
 
@@ -561,17 +587,6 @@ def test_a_developer_is_no_question_and_needs_no_system_prompt(tmp_path: Path) -
         "<|im_start|>system\nbe kind<|im_end|>\n<|im_start|>user\nq1"
     )
     assert prompts.counters["without_prompt"] == 1
-
-
-def test_the_form_of_sharegpt_is_named(tmp_path: Path) -> None:
-    talk = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo", "weight": 1}]
-    with pytest.raises(UserError) as error:
-        rows(tmp_path, *[{"conversations": talk}] * 2, messages_field="conversations")
-    assert (
-        "column 'conversations' holds chats in ShareGPT's form ({from, value}), which is not read"
-        in str(error.value)
-    )
-    assert "`from` human is role user, gpt is assistant" in str(error.value)
 
 
 # --- long chats

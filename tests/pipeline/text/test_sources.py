@@ -293,6 +293,20 @@ def test_an_id_that_occurs_twice_is_an_error(tmp_path: Path) -> None:
     assert "'7' occurs twice in column 'id'" in message_of(tmp_path / "a.jsonl", id_field="id")
 
 
+def test_a_row_without_an_id_may_be_left_out(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(
+        json_lines([{"text": "x", "id": "a"}, {"text": "y"}, {"text": "z", "id": "c"}])
+    )
+    for policy in (None, "fail"):
+        message = message_of(tmp_path / "a.jsonl", id_field="id", on_bad_rows=policy)
+        assert "row train/1" in message
+        assert "every row needs an id" in message
+    config = DataConfig(path=str(tmp_path / "a.jsonl"), id_field="id", on_bad_rows="skip")
+    source = open_source(config)
+    assert [row.row_id for row in source] == ["a", "c"]
+    assert source.counters == {"rows_read": 3, "rows_skipped_no_id": 1}
+
+
 def test_an_id_that_is_no_unicode_text(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "x", "id": "a"}\n{"text": "y", "id": "b\\ud83d"}\n')
     message = message_of(tmp_path / "a.jsonl", id_field="id")
@@ -399,6 +413,18 @@ def test_what_is_wrong_in_a_file_is_said_with_its_place(
     # The same among others: which file it was is in the message all the same.
     (tmp_path / "good.txt").touch()
     assert says in message_of(tmp_path, split="all")
+
+
+def test_a_quote_that_is_never_closed_takes_in_the_rest_of_the_file(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('text\nok\n"open\nlost\nlost\n')
+    (tmp_path / "b.csv").write_text("text\nalso ok\n")
+    assert "a.csv, line 3: unexpected end of data" in message_of(tmp_path / "a.csv")
+    source = open_source(DataConfig(path=str(tmp_path), on_bad_rows="skip"))
+    assert [(row.row_id, row.text) for row in source] == [
+        ("train/0", "ok"),
+        ("train/1", "also ok"),
+    ]
+    assert source.counters == {"rows_read": 2, "files_unreadable": 1}
 
 
 def test_two_columns_of_one_name(tmp_path: Path) -> None:

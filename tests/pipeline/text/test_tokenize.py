@@ -723,7 +723,7 @@ def test_overlong_chats_are_cut_on_the_right(overlong: Any) -> None:
             VOCAB,
         )
         if limit == first:  # cut before the assistant's first token
-            with pytest.raises(UserError, match="1 nothing_to_learn"):
+            with pytest.raises(UserError, match="1 prompt_too_long"):
                 list(tokenization.sequences(chats(TALK)))
             continue
         (sequence,) = tokenization.sequences(chats(TALK))

@@ -42,6 +42,8 @@ def test_pieces_of_any_split_of_a_mixture(data):
 def test_a_split_is_taken_literally(data):
     odd = data(split="tr.in[:10%]", mask_policy="all")
     assert row_of("tr.in[:10%]/5/0", odd) == "tr.in[:10%]/5"
+    assert row_of("tr.in/5/0", odd) == "tr.in/5"  # ids have the split's name
+    assert row_of("1/tr.in/5/0", odd) == "1/tr.in/5"  # of several sources
     assert row_of("train/5/0", data(split="tr.in", mask_policy="all")) == "train/5/0"
 
 
