@@ -14,7 +14,8 @@ from logitcask.pipeline.commands.model import model
 from logitcask.pipeline.memory import use_huge_pages
 
 app = new_app(
-    "Runs a teacher LLM once over a data set and keeps its next-token distributions in a cache."
+    "Runs a teacher LLM once over a data set and keeps its next-token distributions in a cache.",
+    group=True,
 )
 for command in (
     cache_commands.info,

@@ -10,6 +10,8 @@ import typer
 
 from logitcask.cache_format.cli.app import new_app, run
 from logitcask.cache_format.cli.config_file import load_config
+from logitcask.cache_format.cli.result import print_result
+from logitcask.cache_format.interruption import exit_on_signal
 from logitcask.train.output.metrics_file import RunMetrics, of_teacher
 
 app = new_app("Trains a student from a cache of teacher distributions, without the teacher.")
@@ -51,18 +53,32 @@ def train_student(
 
     settings = load_config(TrainConfig, config, overrides or [])
     if print_cache_config:
-        print(settings.cache_config or "")
+        path = settings.cache_config
+        print_result({"cache_config": path}, str(path or ""), summary=False)
         return
+    from logitcask.train.distributed import is_main
     from logitcask.train.run import rewrite_report, train
 
     if report:
-        print(f"report: {rewrite_report(settings.output_dir)}")
+        written = rewrite_report(settings.output_dir)
+        print_result({"report": written}, f"report: {written}")
         return
     metrics, found = train(settings, restart=restart)
-    if found:
-        print(f"{settings.output_dir} is trained already; --restart trains it again")
-    print(summary(metrics))
-    print(f"student: {settings.output_dir}\nreport:  {settings.output_dir / 'report.html'}")
+    if not is_main():
+        return
+    page = settings.output_dir / "report.html"
+    again = (
+        f"{settings.output_dir} is trained already; --restart trains it again\n" if found else ""
+    )
+    print_result(
+        {
+            "student": settings.output_dir,
+            "report": page,
+            "trained_before": found,
+            "metrics": metrics,
+        },
+        f"{again}{summary(metrics)}\nstudent: {settings.output_dir}\nreport:  {page}",
+    )
 
 
 def summary(metrics: RunMetrics) -> str:
@@ -91,5 +107,8 @@ def main() -> None:
         if "torch" in sys.modules:
             from logitcask.train.distributed import leave
 
-            leave(stop.code if isinstance(stop.code, int) else int(stop.code is not None))
+            code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+            if code > 128:
+                exit_on_signal(code)  # a launcher's, which forwards the first one late
+            leave(code)
         raise

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import signal
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from logitcask.cache_format.cli.config_file import load_config
-from logitcask.cache_format.describe import describe
+from logitcask.cache_format.cli.result import print_result
+from logitcask.cache_format.describe import describe, facts
+
+if TYPE_CHECKING:
+    from logitcask.pipeline.builder.run import BuildResult
 
 
 def build(
@@ -37,17 +40,22 @@ def build(
     from logitcask.pipeline.config import BuildConfig
 
     settings = load_config(BuildConfig, config, overrides or [])
-    # Clusters stop jobs with this signal, so it is treated like Ctrl-C.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     result = build_cache(settings, restart=restart)
+    document = {
+        **facts(result.manifest, settings.output),
+        "reused": result.reused,
+        "tokens_scored": result.tokens_scored,
+        "seconds": result.seconds,
+    }
+    print_result(document, _summary(result, settings.output))
+
+
+def _summary(result: BuildResult, output: Path | str) -> str:
     if result.reused:
         totals = result.manifest.statistics
-        print(
-            f"{settings.output} is there already: reusing it ({totals.tokens:,} tokens, {totals.bytes:,} bytes)"
-        )
-        return
-    print(describe(result.manifest, settings.output))
-    if result.tokens_scored:
-        print(
-            f"{'scored':15} {result.tokens_scored:,} tokens at {result.tokens_scored / result.seconds:,.0f} tokens/s"
-        )
+        return f"{output} is there already: reusing it ({totals.tokens:,} tokens, {totals.bytes:,} bytes)"
+    page = describe(result.manifest, output)
+    if not result.tokens_scored:
+        return page
+    speed = result.tokens_scored / result.seconds
+    return f"{page}\n{'scored':15} {result.tokens_scored:,} tokens at {speed:,.0f} tokens/s"

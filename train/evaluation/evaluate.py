@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from tqdm import tqdm
 
+from logitcask.cache_format.progress import ProgressBar
 from logitcask.train import distributed
 from logitcask.train.data.batch import collate
 from logitcask.train.data.dataset import CachedDataset, HeldOut
@@ -65,7 +65,7 @@ def evaluate(
     # Sharded models compute together, so every process takes the same number of batches. A surplus
     # batch does not count.
     rounds = range(process, -(-len(batches) // processes) * processes, processes)
-    for at in tqdm(
+    for at in ProgressBar(
         rounds,
         desc="evaluate",
         unit="batch",
