@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -56,6 +58,9 @@ def train_student(
         path = settings.cache_config
         print_result({"cache_config": path}, str(path or ""), summary=False)
         return
+    if os.environ.get("RANK", "0") != "0":
+        # The first process of a launcher speaks for all.
+        logging.getLogger("logitcask").setLevel(logging.ERROR)
     from logitcask.train.distributed import is_main
     from logitcask.train.run import rewrite_report, train
 
