@@ -68,6 +68,7 @@ def _weights(folder: Path) -> dict[str, Tensor]:
     return load_file(folder / "model.safetensors")
 
 
+_NO_STEP_SECONDS = 300
 EVALUATED = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
 
 
@@ -156,6 +157,8 @@ class Child:
         return self.process.exitcode
 
     def _receive(self) -> bool:
+        if not self._steps.poll(_NO_STEP_SECONDS):
+            self.process.kill()  # else processes that wait for each other would hold up all tests
         try:
             self.made = self._steps.recv()
         except EOFError:
