@@ -245,6 +245,33 @@ def test_two_processes_stop_at_the_same_step(cache, scratch_config, tmp_path, fo
     assert all(weights[name].equal(expected[name]) for name in expected)
 
 
+@pytest.mark.parametrize(
+    ("moment", "made"),
+    [("build_student", 0), ("_measure_before", 0), ("save_student", 3), ("model_card", 3)],
+)
+def test_outside_the_training_a_signal_takes_effect_at_once(
+    cache, scratch_config, tmp_path, fork, monkeypatch, moment, made
+):
+    expected, _ = train(
+        scratch_config(cache=cache, training={"output_dir": str(tmp_path / "whole")})
+    )
+    file = _written(scratch_config(cache=cache), tmp_path / "run.yaml")
+
+    def stop(*args: Any, **more: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        pytest.fail("it has waited")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"logitcask.train.run.{moment}", stop)
+        child = Child(fork, file)
+        assert child.end() == 143, child.said.read_text()
+    assert (child.made, _last(tmp_path / "run")) == (made, made)
+    assert child.said.read_text().splitlines()[-1].startswith("stopped by SIGTERM")
+    assert Child(fork, file).end() == 0
+    found = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert found["after"] == expected["after"]
+
+
 def test_a_second_signal_ends_at_once(cache, scratch_config, tmp_path, fork, monkeypatch):
     """Nothing is saved, and the run goes on from its last checkpoint."""
     training = {"max_steps": 6, "save_steps": 2}
