@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from logitcask.cache_format.manifest import AuditSummary, Manifest
 
@@ -74,6 +75,20 @@ def describe(manifest: Manifest, path: str | Path) -> str:
         "fingerprint": manifest.fingerprint,
     }
     return "\n".join(f"{name:15} {value}" for name, value in rows.items() if value)
+
+
+def facts(manifest: Manifest, path: str | Path) -> dict[str, Any]:
+    """The main figures of ``describe`` as JSON values, for the ``--json`` of commands that make a
+    cache.
+    """
+    return {
+        "cache": str(path),
+        "fingerprint": manifest.fingerprint,
+        "content_sha256": manifest.content_sha256,
+        "teacher": manifest.teacher.model,
+        "shards": len(manifest.shards),
+        **manifest.statistics.model_dump(mode="json"),
+    }
 
 
 def describe_audit(audit: AuditSummary | None) -> str:

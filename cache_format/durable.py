@@ -46,6 +46,20 @@ def write_durably(file: Path, content: str | bytes, *, scratch: Path | None = No
     sync(file.parent)
 
 
+def permit_as_umask(folder: Path) -> None:
+    """Gives the files in ``folder`` the permissions of ordinary new files, as the umask says.
+
+    Libraries that write to a temporary file and rename it leave a file for its owner only.
+    """
+    mask = os.umask(0o077)
+    os.umask(mask)
+    for file in folder.iterdir():
+        if file.is_file() and not file.is_symlink():
+            wanted = 0o666 & ~mask
+            if file.stat().st_mode & 0o777 == 0o600 != wanted:
+                file.chmod(wanted)
+
+
 def sync(path: Path) -> None:
     """Flushes a file's content, or the names in a folder, to disk. Windows cannot open folders, so
     nothing happens for them there.

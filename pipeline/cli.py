@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from typer.core import TyperGroup
+
 from logitcask.cache_format.cli import cache_commands, share_commands
 from logitcask.cache_format.cli.app import new_app, run
 from logitcask.pipeline.commands.audit import audit
@@ -15,7 +17,8 @@ from logitcask.pipeline.commands.model import model
 from logitcask.pipeline.memory import use_huge_pages
 
 app = new_app(
-    "Runs a teacher LLM once over a data set and keeps its next-token distributions in a cache."
+    "Runs a teacher LLM once over a data set and keeps its next-token distributions in a cache.",
+    group=TyperGroup,
 )
 for command in (
     cache_commands.info,

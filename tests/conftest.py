@@ -65,6 +65,7 @@ _LONG = [
     "pipeline/audit/test_at_build_end.py",
     "train/losses/test_kernels.py",
     "train/end_to_end/test_interruption.py",
+    "train/end_to_end/test_command.py",
 ]
 """Modules that start engines or processes, or train: minutes each, the longest first."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,7 +13,10 @@ from typer.core import TyperGroup
 
 from logitcask.cache_format.cli.app import new_app, run
 from logitcask.cache_format.cli.config_file import load_config
+from logitcask.cache_format.cli.result import print_result
+from logitcask.cache_format.interruption import exit_on_signal
 from logitcask.train.commands.evaluate import evaluate, number
+from logitcask.train.commands.losses import losses
 from logitcask.train.output.metrics_file import RunMetrics, kind_of, of_teacher
 
 
@@ -19,31 +24,19 @@ class TrainByDefault(TyperGroup):
     """The commands of ``train-student``. Without the name of one, ``train`` is meant."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        if args and args[0] not in (*self.commands, "--help"):
+        words = [each for each in args if not each.startswith("-")]
+        if words and words[0] not in self.commands:
             args = ["train", *args]
         return super().parse_args(ctx, args)
 
 
 app = new_app(
     "Trains a student from a cache of teacher distributions, without the teacher, and evaluates "
-    "models on a cache. `train-student CONFIG` is short for `train-student train CONFIG`."
+    "models on a cache. `train-student CONFIG` is short for `train-student train CONFIG`.",
+    group=TrainByDefault,
 )
-
-
-@app.callback(cls=TrainByDefault)
-def commands() -> None:
-    pass
-
-
 app.command("evaluate")(evaluate)
-
-
-@app.command("losses")
-def losses() -> None:
-    """Lists all losses: where each comes from, its options and their defaults."""
-    from logitcask.train.losses.others import listing
-
-    print(listing())
+app.command("losses")(losses)
 
 
 @app.command("train")
@@ -82,18 +75,35 @@ def train_student(
 
     settings = load_config(TrainConfig, config, overrides or [])
     if print_cache_config:
-        print(settings.cache_config or "")
+        path = settings.cache_config
+        print_result({"cache_config": path}, str(path or ""), summary=False)
         return
+    if os.environ.get("RANK", "0") != "0":
+        # The first process of a launcher speaks for all.
+        logging.getLogger("logitcask").setLevel(logging.ERROR)
+    from logitcask.train.distributed import is_main
     from logitcask.train.run import rewrite_report, train
 
     if report:
-        print(f"report: {rewrite_report(settings.output_dir)}")
+        written = rewrite_report(settings.output_dir)
+        print_result({"report": written}, f"report: {written}")
         return
     metrics, found = train(settings, restart=restart)
-    if found:
-        print(f"{settings.output_dir} is trained already; --restart trains it again")
-    print(summary(metrics))
-    print(f"student: {settings.output_dir}\nreport:  {settings.output_dir / 'report.html'}")
+    if not is_main():
+        return
+    page = settings.output_dir / "report.html"
+    again = (
+        f"{settings.output_dir} is trained already; --restart trains it again\n" if found else ""
+    )
+    print_result(
+        {
+            "student": settings.output_dir,
+            "report": page,
+            "trained_before": found,
+            "metrics": metrics,
+        },
+        f"{again}{summary(metrics)}\nstudent: {settings.output_dir}\nreport:  {page}",
+    )
 
 
 def summary(metrics: RunMetrics) -> str:
@@ -124,5 +134,8 @@ def main() -> None:
         if "torch" in sys.modules:
             from logitcask.train.distributed import leave
 
-            leave(stop.code if isinstance(stop.code, int) else int(stop.code is not None))
+            code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+            if code > 128:
+                exit_on_signal(code)  # a launcher's, which forwards the first one late
+            leave(code)
         raise

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 
 T = TypeVar("T")
@@ -59,6 +60,21 @@ def gathered(mine: T) -> list[T]:
     found: list[Any] = [None] * count
     dist.all_gather_object(found, mine)
     return found
+
+
+def highest(number: int, device: torch.device) -> int:
+    """The largest ``number`` of all processes, in every process. ``device``: that of the training."""
+    if processes()[1] == 1:
+        return number
+    found = torch.tensor(number, device=device)
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return int(found)
+
+
+def wait_for_all() -> None:
+    """Returns when all processes have called it."""
+    if processes()[1] > 1:
+        dist.barrier()
 
 
 def machine() -> tuple[str, str]:

@@ -52,6 +52,7 @@ from logitcask.train.model import compat
 from logitcask.train.model.divergence import check_finite
 from logitcask.train.model.precision import check_attention
 from logitcask.train.model.student import build_student, load_student_tokenizer
+from logitcask.train.output.disk import CheckpointSize, checkpoint_size, say_disk_space
 from logitcask.train.output.metrics_file import CacheFacts, RunMetrics, TeacherMetrics
 from logitcask.train.output.model_card import model_card
 from logitcask.train.output.report import write_report
@@ -61,7 +62,6 @@ from logitcask.train.output.saving import (
     save_merged,
     save_student,
     try_saving,
-    warn_of_a_small_disk,
 )
 
 log = logging.getLogger(__name__)
@@ -180,6 +180,7 @@ class _Parts:
     exactness: dict[str, Exactness]
     trainer: DistillationTrainer
     steps: int
+    checkpoint_size: CheckpointSize
     parameters: int
     trained: int
 
@@ -248,6 +249,7 @@ def _prepare(
         exactness,
         trainer,
         steps,
+        checkpoint_size=checkpoint_size(student, optimizer, arguments),
         parameters=student.num_parameters(),
         trained=student.num_parameters(only_trainable=True),
     )
@@ -330,11 +332,11 @@ def _start_of(
     checkpoint = on_main(lambda: last_checkpoint(output))
     if checkpoint is None and isinstance(arguments.resume_from_checkpoint, str):
         checkpoint = named_checkpoint(arguments.resume_from_checkpoint, fingerprints, parts.steps)
-    if checkpoint is None and is_main():
-        warn_of_a_small_disk(parts.student, arguments, parts.steps, output)
     if checkpoint is not None:
         log.info("going on from %s", checkpoint)
         warn_of_other_batches(checkpoint)
+    if is_main():
+        say_disk_space(parts.checkpoint_size, parts.student, arguments, parts.steps, output)
     return checkpoint
 
 

@@ -10,15 +10,16 @@ from typing import Annotated, Any
 
 import typer
 from pydantic import BaseModel
-from tqdm import tqdm
 
 from logitcask.cache_format.cli.config_file import parse_options
+from logitcask.cache_format.cli.result import as_json, print_result
 from logitcask.cache_format.derive.derive import DeriveOptions
 from logitcask.cache_format.derive.derive import derive as derive_cache
 from logitcask.cache_format.derive.merge import merge as merge_caches
 from logitcask.cache_format.derive.write import SHARD_TOKENS
-from logitcask.cache_format.describe import describe
+from logitcask.cache_format.describe import describe, facts
 from logitcask.cache_format.errors import ConfigError, DamagedCacheError
+from logitcask.cache_format.progress import ProgressBar
 from logitcask.cache_format.reader import CacheReader
 from logitcask.cache_format.verify import verify as verify_cache
 
@@ -29,13 +30,10 @@ Cache = Annotated[
 ]
 
 
-def info(
-    cache: Cache,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
-) -> None:
+def info(cache: Cache) -> None:
     """Describes a cache: teacher, data, heads, tails, audit and size."""
     manifest = CacheReader(cache).manifest
-    print(manifest.to_json() if as_json else describe(manifest, cache), end="" if as_json else "\n")
+    print_result(manifest.to_json(), describe(manifest, cache), summary=False)
 
 
 def verify(
@@ -52,12 +50,15 @@ def verify(
     damaged cache.
     """
     shards = len(CacheReader(cache).manifest.shards)
-    with tqdm(total=shards, unit="shard", desc="verify", leave=False) as bar:
+    with ProgressBar(total=shards, unit="shard", desc="verify", leave=False) as bar:
         problems = verify_cache(cache, deep=deep, on_shard=lambda _: bar.update())
-    if problems:
-        raise DamagedCacheError("; ".join(problems))
     checked = "every number as the specification asks" if deep else "all as the manifest says"
-    print(f"{cache}: {shards} shards, {checked}")
+    found = {"cache": cache, "shards": shards, "deep": deep, "problems": problems}
+    if problems:
+        if as_json():
+            print_result(found, "")
+        raise DamagedCacheError("; ".join(problems))
+    print_result(found, f"{cache}: {shards} shards, {checked}")
 
 
 def derive(
@@ -74,7 +75,7 @@ def derive(
         raise ConfigError("nothing is to change; see the options in `teacher-cache derive --help`")
     with _bar("derive", CacheReader(cache).manifest.statistics.tokens) as bar:
         manifest = derive_cache(cache, out, asked, shard_tokens=shard_tokens, on_tokens=bar.update)
-    print(describe(manifest, out))
+    print_result(facts(manifest, out), describe(manifest, out))
 
 
 def _options_of(model: type[BaseModel]) -> dict[str, Any]:
@@ -125,12 +126,12 @@ def merge(
         manifest = merge_caches(
             caches, out, number_ids=number_ids, shard_tokens=shard_tokens, on_tokens=bar.update
         )
-    print(describe(manifest, out))
+    print_result(facts(manifest, out), describe(manifest, out))
 
 
 @contextmanager
-def _bar(name: str, tokens: int) -> Iterator[tqdm]:
-    with tqdm(
+def _bar(name: str, tokens: int) -> Iterator[ProgressBar]:
+    with ProgressBar(
         total=tokens, unit="tok", unit_scale=True, desc=name, leave=False, dynamic_ncols=True
     ) as bar:
         yield bar

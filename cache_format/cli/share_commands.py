@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
-from tqdm import tqdm
 
+from logitcask.cache_format.cli.result import print_result
+from logitcask.cache_format.progress import ProgressBar
 from logitcask.cache_format.share import copy as share
 
 Force = Annotated[
@@ -36,7 +38,7 @@ def push(
     """Copies a finished cache to URL and verifies the copy. Resumes an interrupted push."""
     with _bar("push") as bar:
         copied = share.push(cache, url, force=force, on_total=bar.reset, on_bytes=bar.update)
-    print(_summary(copied, url))
+    print_result(_facts(copied, url), _summary(copied, url))
 
 
 def pull(
@@ -57,12 +59,16 @@ def pull(
     folder = folder or default_folder(url)
     with _bar("pull") as bar:
         copied = share.pull(url, folder, force=force, on_total=bar.reset, on_bytes=bar.update)
-    print(_summary(copied, str(folder)))
+    print_result(_facts(copied, str(folder)), _summary(copied, str(folder)))
 
 
 def default_folder(url: str) -> Path:
     """``caches/NAME`` for ``s3://bucket/path/NAME`` or ``hf://datasets/ORG/NAME@REVISION``."""
     return Path("caches") / url.rstrip("/").rsplit("/", 1)[-1].split("@", 1)[0]
+
+
+def _facts(copied: share.Copied, place: str) -> dict[str, Any]:
+    return {"place": place, "unchanged": copied.unchanged, **asdict(copied)}
 
 
 def _summary(copied: share.Copied, place: str) -> str:
@@ -73,6 +79,6 @@ def _summary(copied: share.Copied, place: str) -> str:
 
 
 @contextmanager
-def _bar(name: str) -> Iterator[tqdm]:
-    with tqdm(unit="B", unit_scale=True, unit_divisor=1024, desc=name, leave=False) as bar:
+def _bar(name: str) -> Iterator[ProgressBar]:
+    with ProgressBar(unit="B", unit_scale=True, unit_divisor=1024, desc=name, leave=False) as bar:
         yield bar

@@ -14,11 +14,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
 from logitcask.cache_format import CacheReader, DamagedCacheError, Manifest, UserError
 from logitcask.cache_format.errors import CacheError
 from logitcask.cache_format.manifest import AuditSummary, Header, ShardEntry
+from logitcask.cache_format.progress import ProgressBar
 from logitcask.pipeline.audit.result import Audit
 from logitcask.pipeline.audit.run import audit, audit_summary
 from logitcask.pipeline.config import AuditConfig, TeacherConfig
@@ -62,7 +61,7 @@ def audit_build(
         path=str(path), header=header, shards=shards, settings=settings, teacher=teacher
     )
     total = min(settings.sequences, sum(shard.sequences for shard in shards))
-    with tqdm(total=total, unit="seq", desc="audit", leave=False) as bar:
+    with ProgressBar(total=total, unit="seq", desc="audit", leave=False) as bar:
         # vLLM may have changed transformers in this process.
         if header.teacher.backend == "vllm" and "vllm" in sys.modules:
             from logitcask.pipeline.audit.worker import audit_apart

@@ -6,11 +6,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from tqdm import tqdm
-
 from logitcask.cache_format import UserError
 from logitcask.cache_format.durable import writing_to
 from logitcask.cache_format.manifest import DataIdentity, GenerationIdentity
+from logitcask.cache_format.progress import ProgressBar
 from logitcask.pipeline.builder.inputs import Inputs, check_top_k
 from logitcask.pipeline.builder.lazy_teacher import LazyTeacher
 from logitcask.pipeline.builder.plan import Plan, write_sequences
@@ -106,7 +105,7 @@ def make_plan(
         answers = Generations(prompts, config, sampling, build_dir, request)
         answers.complete(source, engine.start)
         text = answers
-    with tqdm(
+    with ProgressBar(
         unit="tok", unit_scale=True, desc="tokenise", leave=False, total=config.data.max_tokens
     ) as bar:
 

@@ -20,10 +20,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
-from tqdm import tqdm
-
 from logitcask.cache_format import UserError
 from logitcask.cache_format.manifest import Header, ShardEntry
+from logitcask.cache_format.progress import ProgressBar
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +62,7 @@ class Progress:
         self._recent: deque[tuple[float, int]] = deque([(self._started, 0)], maxlen=_RECENT)
         self._file: IO[str] | None = None
         self._path = file
-        self._bar = tqdm(
+        self._bar = ProgressBar(
             total=tokens,
             unit="tok",
             unit_scale=True,

@@ -25,6 +25,7 @@ from typing import Any
 
 from logitcask.cache_format import CacheWriter, LogitcaskError, UserError
 from logitcask.cache_format.errors import first_line
+from logitcask.cache_format.interruption import at_safe_points, safe_point
 from logitcask.cache_format.manifest import Header
 from logitcask.cache_format.shards.prior import TailPrior
 from logitcask.pipeline.builder.plan import Plan
@@ -32,7 +33,6 @@ from logitcask.pipeline.builder.progress import Progress
 from logitcask.pipeline.builder.ray_worker import Coordinator, Done, ShardWorker, Situation, Task
 from logitcask.pipeline.config import BuildConfig, ScaleConfig
 from logitcask.pipeline.identity import check_teacher
-from logitcask.pipeline.interruption import at_safe_points, safe_point
 
 log = logging.getLogger(__name__)
 

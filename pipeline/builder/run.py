@@ -14,6 +14,7 @@ from pathlib import Path
 
 from logitcask.cache_format import CacheWriter, Manifest, UserError
 from logitcask.cache_format.differences import describe_difference
+from logitcask.cache_format.interruption import at_safe_points
 from logitcask.cache_format.manifest import Header
 from logitcask.cache_format.share.remote_writer import (
     RemoteCacheWriter,
@@ -33,7 +34,6 @@ from logitcask.pipeline.builder.writer_thread import Pair
 from logitcask.pipeline.config import BuildConfig
 from logitcask.pipeline.generate.answers import Generations
 from logitcask.pipeline.identity import check_teacher
-from logitcask.pipeline.interruption import at_safe_points
 
 log = logging.getLogger(__name__)
 

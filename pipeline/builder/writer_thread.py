@@ -13,12 +13,12 @@ from types import TracebackType
 from typing import Self
 
 from logitcask.cache_format import CachedSequence
+from logitcask.cache_format.interruption import safe_point
 from logitcask.cache_format.manifest import StoreSettings
 from logitcask.cache_format.writer import CacheWorker
 from logitcask.pipeline.builder.plan import Plan
 from logitcask.pipeline.builder.progress import Progress
 from logitcask.pipeline.distribution.keep import keep, keep_nothing
-from logitcask.pipeline.interruption import safe_point
 from logitcask.pipeline.types import PendingScores, Sequence
 
 # A sequence with its scores; None if it has no kept position and was not scored.

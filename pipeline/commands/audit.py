@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from typing import Annotated
 
 import typer
-from tqdm import tqdm
 
+from logitcask.cache_format.cli.result import print_result
 from logitcask.cache_format.errors import DamagedCacheError
+from logitcask.cache_format.progress import ProgressBar
 from logitcask.pipeline.audit.result import Audit, Difference, Distance, DrawsAudit
 from logitcask.pipeline.audit.run import SEQUENCES
 from logitcask.pipeline.audit.run import audit as audit_cache
@@ -50,12 +50,11 @@ def audit(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Allow the model's own code to run.")
     ] = False,
-    json_output: Annotated[bool, typer.Option("--json", help="Print all figures as JSON.")] = False,
 ) -> None:
     """Scores a sample of a cache again, with transformers in float32, and reports the errors of
     engine, codec and truncation. Exit code 1 if the engine differs too much.
     """
-    with tqdm(total=sequences, unit="seq", desc="audit", leave=False) as bar:
+    with ProgressBar(total=sequences, unit="seq", desc="audit", leave=False) as bar:
         result = audit_cache(
             cache,
             sequences=sequences,
@@ -64,11 +63,10 @@ def audit(
             trust_remote_code=trust_remote_code,
             on_sequence=bar.update,
         )
-    print(json.dumps(asdict(result), indent=2) if json_output else describe(result))
+    agree = "" if result.problems else "\nengine and dense agree"
+    print_result(asdict(result), describe(result) + agree)
     if result.problems:
         raise DamagedCacheError(f"{cache}: {'; '.join(result.problems)}")
-    if not json_output:
-        print("engine and dense agree")
 
 
 def describe(result: Audit) -> str:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import signal
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from logitcask.cache_format.cli.config_file import load_config
-from logitcask.cache_format.describe import describe
+from logitcask.cache_format.cli.result import print_result
+from logitcask.cache_format.describe import describe, facts
+
+if TYPE_CHECKING:
+    from logitcask.pipeline.builder.run import BuildResult
 
 
 def build(
@@ -38,19 +41,25 @@ def build(
     from logitcask.pipeline.text.rejects import summary
 
     settings = load_config(BuildConfig, config, overrides or [])
-    # Clusters stop jobs with this signal, so it is treated like Ctrl-C.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     result = build_cache(settings, restart=restart)
+    document = {
+        **facts(result.manifest, settings.output),
+        "reused": result.reused,
+        "tokens_scored": result.tokens_scored,
+        "seconds": result.seconds,
+    }
+    rejected = summary(result.manifest.data.counters, settings.rejects_file())
+    print_result(document, _summary(result, settings.output, rejected))
+
+
+def _summary(result: BuildResult, output: Path | str, rejected: str | None) -> str:
     if result.reused:
         totals = result.manifest.statistics
-        print(
-            f"{settings.output} is there already: reusing it ({totals.tokens:,} tokens, {totals.bytes:,} bytes)"
-        )
-        return
-    print(describe(result.manifest, settings.output))
-    if rejected := summary(result.manifest.data.counters, settings.rejects_file()):
-        print(f"{'rejects':15} {rejected}")
+        return f"{output} is there already: reusing it ({totals.tokens:,} tokens, {totals.bytes:,} bytes)"
+    lines = [describe(result.manifest, output)]
+    if rejected:
+        lines.append(f"{'rejects':15} {rejected}")
     if result.tokens_scored:
-        print(
-            f"{'scored':15} {result.tokens_scored:,} tokens at {result.tokens_scored / result.seconds:,.0f} tokens/s"
-        )
+        speed = result.tokens_scored / result.seconds
+        lines.append(f"{'scored':15} {result.tokens_scored:,} tokens at {speed:,.0f} tokens/s")
+    return "\n".join(lines)

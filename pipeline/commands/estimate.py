@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from logitcask.cache_format.cli.config_file import load_config
+from logitcask.cache_format.cli.result import print_result
 from logitcask.cache_format.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -60,12 +61,6 @@ def estimate(
             help="Start the engine on this machine, and measure speed and bytes for some seconds.",
         ),
     ] = False,
-    as_json: Annotated[
-        bool,
-        typer.Option(
-            "--json", help="Print the forecast and its assumptions as JSON, in bytes and seconds."
-        ),
-    ] = False,
 ) -> None:
     """Forecasts the build of CONFIG: tokens, bytes, hours and cost, with the assumptions. Builds
     nothing.
@@ -84,7 +79,7 @@ def estimate(
         tokens_per_second=tokens_per_second,
         measure=probe,
     )
-    print(result.model_dump_json(indent=2) if as_json else page(result))
+    print_result(result, page(result), summary=False)
 
 
 def count_of(text: str) -> int:

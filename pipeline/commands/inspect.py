@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from logitcask.cache_format.cli.result import as_json, print_result, result_file
+
 
 def inspect(
     cache: Annotated[str, typer.Argument(metavar="CACHE", help="A cache folder or fsspec URL.")],
@@ -30,12 +32,16 @@ def inspect(
     from rich.console import Console
 
     from logitcask.cache_format import CacheReader, UserError
-    from logitcask.pipeline.commands.sequence_table import table, token_text
+    from logitcask.pipeline.commands.sequence_table import document, table, token_text
 
     reader = CacheReader(cache)
     if not -len(reader) <= sequence < len(reader):
         raise UserError(f"{cache} has sequences 0 to {len(reader) - 1}; there is no {sequence}")
-    Console().print(table(reader[sequence], token_text(reader, tokenizer), top))
+    text = token_text(reader, tokenizer)
+    if as_json():
+        print_result(document(reader[sequence], text, top), "")
+    else:
+        Console().print(table(reader[sequence], text, top))
 
 
 def generations(
@@ -53,19 +59,25 @@ def generations(
     ] = None,
 ) -> None:
     """Exports the answers that the teacher wrote (data.generate) as JSON lines: id, prompt,
-    answer, tokens, finish.
+    answer, tokens, finish. With --json they are one list, or with --out their number.
     """
     import json
-    import sys
 
     from logitcask.cache_format import CacheReader
     from logitcask.cache_format.durable import writing_to
     from logitcask.pipeline.commands.sequence_table import generations as answers
 
     rows = answers(CacheReader(cache), tokenizer)
+    one_list = as_json() and out is None
+    written = 0
     with (
         writing_to(out or Path("standard output")),
-        out.open("w", encoding="utf-8") if out else nullcontext(sys.stdout) as file,
+        out.open("w", encoding="utf-8") if out else nullcontext(result_file()) as file,
     ):
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        for written, row in enumerate(rows, start=1):
+            before = ("[\n" if written == 1 else ",\n") if one_list else ""
+            file.write(before + json.dumps(row, ensure_ascii=False) + "\n" * (not one_list))
+        if one_list:
+            file.write("\n]\n" if written else "[]\n")
+    if as_json() and out:
+        print_result({"out": out, "answers": written}, "")

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from logitcask.cache_format.cli.result import print_result
+
 
 def model(
     name: Annotated[str, typer.Argument(help="Name of a built-in model, such as smollm2-135m.")],
@@ -13,4 +15,5 @@ def model(
     """Fetches a built-in model into the local models folder, and prints its path."""
     from logitcask.pipeline.teachers.model import prepare_model
 
-    print(prepare_model(name, None))
+    path = prepare_model(name, None)
+    print_result({"name": name, "path": path}, str(path), summary=False)

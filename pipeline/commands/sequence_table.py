@@ -181,6 +181,50 @@ def table(sequence: CachedSequence, text: TokenText, top: int) -> Table:
     return shown
 
 
+def document(sequence: CachedSequence, text: TokenText, top: int) -> dict[str, Any]:
+    """The same as ``table`` in JSON values, with all draws and logprobs in nats.
+
+    ``teacher`` is None for tokens outside the loss mask. A draw's ``logprob`` is nan if the cache
+    does not store it.
+    """
+    row_of = {int(position) + 1: row for row, position in enumerate(sequence.positions)}
+    tokens: list[dict[str, Any]] = []
+    for at, token in enumerate(sequence.input_ids.tolist()):
+        row = row_of.get(at)
+        teacher = None if row is None else _teacher(sequence, row, text, top)
+        tokens.append({"id": token, "text": text(token), "teacher": teacher})
+    return {
+        "sequence": sequence.sequence_id,
+        "kept_positions": len(sequence.positions),
+        "tokens": tokens,
+    }
+
+
+def _teacher(sequence: CachedSequence, row: int, text: TokenText, top: int) -> dict[str, Any]:
+    def entries(ids: Any, logprobs: Any) -> list[dict[str, Any]]:
+        return [
+            {"id": token, "text": text(token), "logprob": logprob}
+            for token, logprob in zip(ids.tolist(), logprobs.tolist(), strict=True)
+            if token >= 0
+        ]
+
+    draws = sequence.samples
+    drawn = None
+    if draws is not None:
+        ids = draws.ids[row].ravel()
+        drawn = entries(
+            ids,
+            np.full(len(ids), np.nan) if draws.logprobs is None else draws.logprobs[row].ravel(),
+        )
+    return {
+        "logprob": float(sequence.target_logprob[row]),
+        "rank": int(sequence.target_rank[row]),
+        "top": entries(sequence.ids[row, :top], sequence.logprobs[row, :top]),
+        "tail_logprob": float(sequence.tail_logprob[row]),
+        "draws": drawn,
+    }
+
+
 def _tail(sequence: CachedSequence, row: int, text: TokenText) -> Text:
     shown = Text(f"{np.exp(sequence.tail_logprob[row]):6.1%}")
     if sequence.samples is not None:

@@ -27,12 +27,13 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
-from tqdm import tqdm
 
 from logitcask.cache_format.differences import describe_difference
 from logitcask.cache_format.durable import load_state, sync, write_durably, writing_to
 from logitcask.cache_format.errors import UserError
+from logitcask.cache_format.interruption import at_safe_points, safe_point
 from logitcask.cache_format.manifest import DataHash, GenerationIdentity, TokenizerIdentity
+from logitcask.cache_format.progress import ProgressBar
 from logitcask.pipeline.config import BuildConfig
 from logitcask.pipeline.generate.prompts import PromptRow, Prompts
 from logitcask.pipeline.identity import (
@@ -41,7 +42,6 @@ from logitcask.pipeline.identity import (
     tokenizer_changes,
     tokenizer_of,
 )
-from logitcask.pipeline.interruption import at_safe_points, safe_point
 from logitcask.pipeline.teachers.base import Generator, Prompt, Sampling
 from logitcask.pipeline.text.rejects import Rejects
 from logitcask.pipeline.text.sources import RowSource
@@ -268,7 +268,7 @@ class Generations:
         try:
             with (
                 at_safe_points(),
-                tqdm(
+                ProgressBar(
                     total=total, initial=done, unit="answer", desc="generate", dynamic_ncols=True
                 ) as bar,
             ):

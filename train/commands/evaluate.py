@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from logitcask.cache_format.cli.result import print_result
 from logitcask.cache_format.durable import write_durably
 from logitcask.cache_format.errors import UserError
 from logitcask.train.exactness_words import IN_A_WORD
@@ -57,7 +58,6 @@ def evaluate(
     resamples: Annotated[
         int, typer.Option("--resamples", min=100, help="Resamples of the bootstrap.")
     ] = 1000,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="FILE", help="Also write the JSON to FILE.")
     ] = None,
@@ -73,7 +73,7 @@ def evaluate(
     found = judge(model, cache, baseline, settings)
     if out is not None:
         write_durably(out, to_json(found))
-    print(to_json(found) if as_json else tables(found), end="")
+    print_result(found, tables(found), summary=False)
 
 
 def tables(found: Judgement) -> str:
@@ -97,7 +97,7 @@ def tables(found: Judgement) -> str:
         ]
         lines += ["", "model minus baseline, paired by sequence", ""]
         lines += _table(found["difference"], "difference")
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
 
 
 def _table(figures: dict[str, Figure], value: str) -> list[str]:

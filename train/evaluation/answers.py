@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from logitcask.cache_format import CachedSequence
+from logitcask.cache_format.progress import ProgressBar
 from logitcask.train.config import AnswersConfig
 from logitcask.train.data.dataset import HeldOut
 from logitcask.train.data.same_text import LEAST_PROMPT
@@ -67,7 +67,7 @@ def answers(
     found: dict[int, Answer] = {}
     # Prompts of similar length share a batch, for less padding.
     order = sorted(range(len(pairs)), key=lambda index: len(pairs[index][0]))
-    for start in tqdm(
+    for start in ProgressBar(
         range(0, len(order), _BATCH), desc="answer", unit="batch", leave=False, dynamic_ncols=True
     ):
         chosen = order[start : start + _BATCH]

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from tqdm import tqdm
 
+from logitcask.cache_format.progress import ProgressBar
 from logitcask.train import distributed
 from logitcask.train.data.batch import collate
 from logitcask.train.data.dataset import CachedDataset, HeldOut
@@ -111,7 +111,7 @@ def measured_batches(
     # Sharded models compute together, so every process takes the same number of batches. A surplus
     # batch does not count.
     rounds = range(process, -(-len(batches) // processes) * processes, processes)
-    for at in tqdm(
+    for at in ProgressBar(
         rounds,
         desc="evaluate",
         unit="batch",

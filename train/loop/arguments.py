@@ -25,6 +25,8 @@ from logitcask.train.config import TrainConfig
 
 log = logging.getLogger(__name__)
 
+SAVE_TOTAL_LIMIT = 2
+"""Checkpoints that a run keeps by default: the newest, and one in case that one is damaged."""
 _UNSUPPORTED = {
     "label_smoothing_factor": "the hard labels are a loss of their own: ce_weight",
     "save_only_model": "a run could not go on exactly",
@@ -55,10 +57,16 @@ def training_arguments(config: TrainConfig) -> TrainingArguments:
     gpu = torch.cuda.is_available()
     defaults = {
         "report_to": "none",
+        "save_total_limit": SAVE_TOTAL_LIMIT,
+        # By default the verbosity of transformers decides.
+        "disable_tqdm": False,
         "dataloader_pin_memory": gpu,
         "dataloader_num_workers": 2 if gpu else 0,
     }
     fields = {**defaults, **config.training, "remove_unused_columns": False}
+    # Every run saves on SIGTERM (loop/stop.py). transformers' own way would stop inside a step and
+    # count the run as finished.
+    fields["enable_jit_checkpoint"] = False
     # YAML 1.1 reads an unquoted `no` as false.
     fields |= {
         name: "no"
@@ -123,7 +131,7 @@ def check_optimizer(arguments: TrainingArguments, student: PreTrainedModel) -> O
     Raises ConfigError if ``training.optim`` needs a missing package or device, or if its numbers
     are invalid.
     """
-    weight = [nn.Parameter(torch.zeros(2, 2, device=arguments.device))]
+    weight = [nn.Parameter(torch.zeros(64, 64, device=arguments.device))]
     optim = f"training.optim is {arguments.optim.value!r}"
     try:
         kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments, student)

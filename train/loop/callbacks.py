@@ -6,17 +6,15 @@ from collections.abc import Callable
 from typing import Any
 
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 from transformers import (
     TrainerCallback,
     TrainerControl,
     TrainerState,
     TrainingArguments,
 )
-from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.trainer_utils import SaveStrategy
 
-from logitcask.train.distributed import gathered
+from logitcask.cache_format.progress import ProgressBar
 from logitcask.train.exactness_words import IN_A_WORD
 from logitcask.train.loop.objective import Objective
 from logitcask.train.losses.base import Exactness
@@ -45,40 +43,6 @@ def _may_save(args: TrainingArguments, control: TrainerControl) -> bool:
     return control.should_save or (
         args.save_strategy == SaveStrategy.BEST and control.should_evaluate
     )
-
-
-class StopAfterSaving(TrainerCallback):
-    """Saves at the end of a step after SIGTERM (``enable_jit_checkpoint``), then interrupts.
-
-    transformers' own callback catches the signal. It would save inside a step, drop the losses
-    since the last record, and treat the stopped training as finished.
-    """
-
-    def __init__(self, catching: JITCheckpointCallback) -> None:
-        self._catching = catching
-        self._asked = False
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        # Every process gets the signal, but not at the same step.
-        self._asked = self._asked or any(
-            gathered(bool(self._catching.jit_manager.is_checkpoint_requested))
-        )
-        if self._asked:
-            control.should_log = control.should_save = True
-
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if self._asked:
-            self._catching.on_train_end(args, state, control)  # restores the signal's handler
-            raise KeyboardInterrupt
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._catching.on_train_end(args, state, control)
 
 
 class TellEpoch(TrainerCallback):
@@ -133,13 +97,13 @@ class Progress(TrainerCallback):
 
     def __init__(self, exactness: dict[str, Exactness] | None = None) -> None:
         self._kinds = {name: f" ({IN_A_WORD[kind]})" for name, kind in (exactness or {}).items()}
-        self._bar: tqdm | None = None
+        self._bar: ProgressBar | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if state.is_world_process_zero and not args.disable_tqdm:
-            self._bar = tqdm(
+            self._bar = ProgressBar(
                 total=state.max_steps,
                 initial=state.global_step,
                 desc="train",

@@ -50,6 +50,11 @@ def last_checkpoint(output: Path) -> Path | None:
     return last[1] if last else None
 
 
+def is_complete(folder: Path) -> bool:
+    """Whether ``folder`` is a checkpoint with all its files."""
+    return _state(folder) is not None
+
+
 def named_checkpoint(name: str, fingerprints: tuple[str, ...], steps: int) -> Path:
     """The checkpoint that ``training.resume_from_checkpoint`` names, of a run on the same caches.
 

@@ -22,14 +22,15 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 
+from logitcask.cache_format.durable import permit_as_umask
 from logitcask.cache_format.errors import UserError
 from logitcask.train.config import DataConfig, SelectionConfig
 from logitcask.train.data.dataset import HeldOut
 from logitcask.train.data.mixture import Collator, Mixture
 from logitcask.train.data.order import Batches
 from logitcask.train.data.selection import learnability, most_learnable, only_sequences
+from logitcask.train.distributed import on_main
 from logitcask.train.evaluation.evaluate import evaluate
 from logitcask.train.head.lm_head import LogitsHead
 from logitcask.train.loop.batch_loss import BatchLoss, chosen_positions
@@ -37,12 +38,12 @@ from logitcask.train.loop.callbacks import (
     FindBest,
     LogWhenSaving,
     Progress,
-    StopAfterSaving,
     TellEpoch,
     TellObjective,
 )
-from logitcask.train.loop.checkpoints import best_checkpoint
+from logitcask.train.loop.checkpoints import best_checkpoint, is_complete
 from logitcask.train.loop.objective import Objective
+from logitcask.train.loop.stop import StopOnSignal, outlive_signals
 from logitcask.train.loop.totals import LogTotals, StepTotals
 from logitcask.train.losses.base import Exactness
 from logitcask.train.model.isolation import check_isolation, wants_flat
@@ -93,6 +94,7 @@ class DistillationTrainer(Trainer):
         self._totals = LogTotals(train_data.names)
         self._step_totals = StepTotals(objective.stateful)
         self._progress = Progress(exactness)
+        self._stop = StopOnSignal()
         batch_loss = BatchLoss(self.head, train_data, objective, logits_chunk)
         batch_loss.route(student)
         super().__init__(
@@ -115,8 +117,7 @@ class DistillationTrainer(Trainer):
         )
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
-        if args.enable_jit_checkpoint:
-            self.add_callback(StopAfterSaving(self.pop_callback(JITCheckpointCallback)))
+        self.add_callback(self._stop)
         if self.is_fsdp_enabled:
             shard_without_casts(self.accelerator.state.fsdp_plugin)
         warn_of_lost_steps(
@@ -217,6 +218,7 @@ class DistillationTrainer(Trainer):
             persistent_workers=self.args.dataloader_persistent_workers,
             prefetch_factor=self.args.dataloader_prefetch_factor,
             multiprocessing_context=self.args.dataloader_multiprocessing_context,
+            worker_init_fn=outlive_signals,
         )
         return cast(DataLoader, self.accelerator.prepare(loader))
 
@@ -279,12 +281,35 @@ class DistillationTrainer(Trainer):
     def run(self, checkpoint: str | None) -> None:
         """Trains from the start or from a checkpoint. ``positions`` and ``seconds`` of the log
         continue from the checkpoint.
+
+        Raises Stopped if a signal has arrived, after a checkpoint has been saved.
         """
         self._totals.start()
-        try:
-            self._run(checkpoint)
-        finally:
-            self._progress.close()  # whose last state comes before the line of an error, then
+        with self._stop.watching():
+            try:
+                self._run(checkpoint)
+            finally:
+                self._progress.close()  # whose last state comes before the line of an error, then
+            if self._stop.asked(self.args):  # after the last step
+                self._save_last()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Saves the student, for all whom the umask lets read it."""
+        super().save_model(output_dir, _internal_call)
+        if self.args.should_save:
+            permit_as_umask(Path(output_dir or self.args.output_dir))
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        # With save_strategy "best", the result decides whether a checkpoint is saved.
+        better: bool = super()._determine_best_metric(metrics, trial)
+        return better or self._stop.stopping
+
+    def _save_last(self) -> None:
+        """Saves a checkpoint of the last step, if there is none, and stops."""
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        if not on_main(lambda: is_complete(folder)):
+            self._save_checkpoint(self.model, trial=None)
+        self._stop.now(self.state)
 
     def _run(self, checkpoint: str | None) -> None:
         if checkpoint is None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from inspect import Parameter, signature
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -116,26 +116,30 @@ def check_gradient(
         )
 
 
-def listing() -> str:
-    """All losses, those of installed packages included: name, origin, options with defaults. A loss
-    that cannot be imported is listed with the reason.
+class Listed(NamedTuple):
+    """A loss that a config can name: its package, its options with their defaults, and the reason
+    why it cannot be used, if there is one.
     """
-    rows = []
+
+    name: str
+    origin: str
+    options: dict[str, Any]
+    error: str | None = None
+
+
+def listed() -> list[Listed]:
+    """All losses, those of installed packages included. One that cannot be imported is listed with
+    the reason.
+    """
+    found = []
     ours = [name for name in LOSSES if is_own(LOSSES[name])]
     for name in [*ours, *sorted(set(installed(LOSS)) - set(ours))]:
+        where = "logitcask" if name in ours else origin(LOSS, name)
         try:
-            spec = find_loss(name)
+            found.append(Listed(name, where, dict(find_loss(name).options)))
         except ConfigError as error:
-            rows.append((name, origin(LOSS, name), str(error)))
-            continue
-        options = ", ".join(
-            f"{key}: {'null' if default is None else default}"
-            for key, default in spec.options.items()
-        )
-        rows.append((name, "logitcask" if name in ours else origin(LOSS, name), options or "-"))
-    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
-    lines = [f"{name:{widths[0]}}  {where:{widths[1]}}  {rest}" for name, where, rest in rows]
-    return "\n".join([*lines, "", "a loss of your own: name: MODULE:NAME (docs/extending.md)"])
+            found.append(Listed(name, where, {}, str(error)))
+    return found
 
 
 def _check_signature(name: str, function: Callable[..., Any]) -> None:

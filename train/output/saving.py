@@ -8,7 +8,6 @@ space or permission.
 from __future__ import annotations
 
 import logging
-import math
 import re
 import shutil
 from pathlib import Path
@@ -22,10 +21,9 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
-    TrainingArguments,
 )
-from transformers.trainer_utils import SaveStrategy
 
+from logitcask.cache_format.durable import permit_as_umask
 from logitcask.cache_format.errors import UserError, first_line
 from logitcask.train.model.divergence import check_finite
 from logitcask.train.model.student import say_untied
@@ -57,6 +55,7 @@ def save_merged(trainer: Trainer, output: Path) -> None:
         merged = student.merge_and_unload()
         say_untied(merged)  # older versions of peft leave the config as it was
         merged.save_pretrained(output)
+        permit_as_umask(output)
         if trainer.processing_class is not None:
             trainer.processing_class.save_pretrained(output)
 
@@ -127,41 +126,6 @@ def try_saving(student: Any, tokenizer: PreTrainedTokenizerBase | None, output: 
         ) from error
     finally:
         shutil.rmtree(trial, ignore_errors=True)
-
-
-def warn_of_a_small_disk(
-    student: Any, arguments: TrainingArguments, steps: int, output: Path
-) -> None:
-    """Warns if the weights that a run keeps are larger than the free disk space."""
-    count = _checkpoints(arguments, steps)
-    trained = sum(p.numel() * p.element_size() for p in student.parameters() if p.requires_grad)
-    whole = sum(p.numel() * p.element_size() for p in student.parameters())
-    needed, free = count * trained + whole, shutil.disk_usage(output).free
-    if needed > free:
-        log.warning(
-            "%s has %.1f GB free, and the weights of %d checkpoint(s) and of the student are %.1f GB, optimizer states "
-            "apart; make room, or set training.save_total_limit",
-            output,
-            free / 1e9,
-            count,
-            needed / 1e9,
-        )
-
-
-def _checkpoints(arguments: TrainingArguments, steps: int) -> int:
-    """Number of checkpoints that a run of ``steps`` steps holds at once; with a limit, one more,
-    because an old one is removed last.
-    """
-    if arguments.save_strategy == SaveStrategy.NO:
-        return 0
-    count = 1
-    if arguments.save_strategy == SaveStrategy.STEPS:
-        count = math.ceil(
-            steps / max(1, arguments.save_steps * (steps if arguments.save_steps < 1 else 1))
-        )
-    elif arguments.save_strategy == SaveStrategy.EPOCH and arguments.max_steps <= 0:
-        count = math.ceil(arguments.num_train_epochs)
-    return min(count, (arguments.save_total_limit or count) + 1)
 
 
 def _has_adapters(student: Any) -> bool:

@@ -20,8 +20,8 @@ import httpx
 import msgspec
 
 from logitcask.cache_format.errors import UserError, one_line
+from logitcask.cache_format.interruption import safe_point
 from logitcask.pipeline.config import ServerConfig
-from logitcask.pipeline.interruption import safe_point
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,6 @@ import math
 
 import numpy as np
 import pytest
-import typer
 from typer.testing import CliRunner
 
 from logitcask.cache_format import (
@@ -20,6 +19,7 @@ from logitcask.cache_format import (
     TailSamples,
     UserError,
 )
+from logitcask.cache_format.cli.app import new_app
 from logitcask.cache_format.derive.derive import DeriveOptions, derive
 from logitcask.cache_format.manifest import (
     DataIdentity,
@@ -543,7 +543,7 @@ def test_the_summary_fits_a_manifest(make, synthetic):
 
 
 def test_the_command(make, synthetic):
-    app = typer.Typer(pretty_exceptions_enable=False)
+    app = new_app("A command.")
     app.command()(audit_cli.audit)
     run = CliRunner().invoke
     sound = make(synthetic)

@@ -340,7 +340,13 @@ def test_what_the_system_refuses_is_one_line(tmp_path, monkeypatch, capsys, comm
     assert len([line for line in error.splitlines() if line.startswith("error: ")]) == 1
 
 
-def test_debugging_shows_where(tmp_path, monkeypatch, command) -> None:
+def test_debugging_shows_where(tmp_path, monkeypatch, capsys, command) -> None:
+    """And the exit code is the same."""
     monkeypatch.setattr(logitcask.pipeline.builder.inputs, "open_rows", refuse)
-    with pytest.raises(PermissionError):
+    with pytest.raises(SystemExit) as stop:
         command(fields_of(tmp_path), "--debug")
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert "Traceback" in said
+    assert "in refuse" in said
+    assert said.splitlines()[-1].startswith("error: /secret/tokens.json: Permission denied")

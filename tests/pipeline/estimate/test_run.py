@@ -9,11 +9,11 @@ import re
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import typer
 import yaml
 from typer.testing import CliRunner
 
 from logitcask.cache_format import UserError
+from logitcask.cache_format.cli.app import new_app
 from logitcask.cache_format.manifest import MAX_MANIFEST_BYTES, ShardEntry
 from logitcask.pipeline.builder.run import build
 from logitcask.pipeline.commands import estimate as estimate_cli
@@ -353,7 +353,7 @@ def test_mistakes(tmp_path, real):
 @pytest.fixture
 def command(tmp_path):
     """Runs the command on a config of the synthetic teacher."""
-    app = typer.Typer(pretty_exceptions_enable=False)
+    app = new_app("A command.")
     app.command()(estimate_cli.estimate)
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump(config_of(tmp_path).model_dump(mode="json")))

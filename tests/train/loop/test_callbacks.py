@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from types import SimpleNamespace
 
 import pytest
 from transformers import TrainerControl, TrainerState
 from transformers.trainer_utils import SaveStrategy
 
-from logitcask.train.loop import callbacks
 from logitcask.train.loop.callbacks import (
     FindBest,
     LogWhenSaving,
     Progress,
-    StopAfterSaving,
     TellEpoch,
     TellObjective,
 )
@@ -45,45 +44,6 @@ def test_losses_are_logged_before_anything_is_saved(control, save_strategy, step
     at_epochs_end = TrainerControl(**control)
     LogWhenSaving().on_epoch_end(arguments(save_strategy=save_strategy), state(3), at_epochs_end)
     assert at_epochs_end.should_log == (logged and bool(control))
-
-
-class Catching:
-    """transformers' own callback, which catches the signal."""
-
-    def __init__(self, asked=False):
-        self.jit_manager = SimpleNamespace(is_checkpoint_requested=asked)
-        self.ended = 0
-
-    def on_train_end(self, *_):
-        self.ended += 1
-
-
-def test_without_a_signal_nothing_is_saved_and_nothing_stops():
-    catching = Catching()
-    stop, control = StopAfterSaving(catching), TrainerControl()
-    stop.on_step_end(arguments(), state(), control)
-    stop.on_save(arguments(), state(), control)
-    assert not control.should_save
-    assert catching.ended == 0
-
-
-def test_after_a_signal_the_step_is_logged_and_saved_and_then_it_stops():
-    catching = Catching()
-    stop, control = StopAfterSaving(catching), TrainerControl()
-    catching.jit_manager.is_checkpoint_requested = True
-    stop.on_step_end(arguments(), state(), control)
-    assert control.should_save
-    assert control.should_log
-    with pytest.raises(KeyboardInterrupt):
-        stop.on_save(arguments(), state(), control)
-    assert catching.ended == 1
-
-
-def test_a_signal_to_another_process_stops_this_one_too(monkeypatch):
-    monkeypatch.setattr(callbacks, "gathered", lambda mine: [mine, True])
-    control = TrainerControl()
-    StopAfterSaving(Catching()).on_step_end(arguments(), state(), control)
-    assert control.should_save
 
 
 class Recorded:
@@ -127,7 +87,8 @@ def test_the_best_student_is_looked_for_where_it_is_now():
     assert found.best_model_checkpoint == "/now/checkpoint-4"
 
 
-def test_the_bar_goes_on_where_the_training_does_and_shows_the_losses(capsys):
+def test_the_bar_goes_on_where_the_training_does_and_shows_the_losses(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     bar = Progress({"forward_kl": "unbiased"})
     bar.on_train_begin(arguments(), state(4), TrainerControl())
     bar.on_step_end(arguments(), state(6), TrainerControl())

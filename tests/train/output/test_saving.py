@@ -18,7 +18,6 @@ from transformers import (
     AutoTokenizer,
     GenerationConfig,
     PreTrainedModel,
-    TrainingArguments,
 )
 
 import logitcask.train.output.saving
@@ -29,12 +28,10 @@ from logitcask.train.evaluation.answers import answers
 from logitcask.train.model.student import build_student
 from logitcask.train.output.run_folder import TRIAL
 from logitcask.train.output.saving import (
-    _checkpoints,
     mend_generation_config,
     save_merged,
     save_student,
     try_saving,
-    warn_of_a_small_disk,
 )
 from logitcask.train.run import train as train_student
 
@@ -352,37 +349,3 @@ def test_a_trial_that_was_killed_is_in_nobodys_way(tiny_llama, tmp_path):
     (tmp_path / TRIAL / "model.safetensors").mkdir(parents=True)
     try_saving(AutoModelForCausalLM.from_pretrained(tiny_llama), None, tmp_path)
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(
-    ("fields", "count"),
-    [
-        ({"save_steps": 10}, 4),
-        ({"save_steps": 10, "save_total_limit": 1}, 2),
-        ({"save_steps": 0.5}, 2),
-        ({"save_steps": 500}, 1),
-        ({"save_strategy": "no"}, 0),
-        ({"save_strategy": "epoch", "num_train_epochs": 2.5}, 3),
-    ],
-)
-def test_checkpoints_that_a_run_keeps(tmp_path, fields, count):
-    assert (
-        _checkpoints(TrainingArguments(output_dir=str(tmp_path), use_cpu=True, **fields), 35)
-        == count
-    )
-
-
-def test_a_disk_that_is_too_small_is_said(tiny_llama, tmp_path, monkeypatch, caplog):
-    student = AutoModelForCausalLM.from_pretrained(tiny_llama)
-    size = sum(parameter.nbytes for parameter in student.parameters())
-    arguments = TrainingArguments(
-        output_dir=str(tmp_path), use_cpu=True, save_steps=10, save_total_limit=2
-    )
-    for free, said in ((4 * size, False), (4 * size - 1, True)):
-        monkeypatch.setattr(
-            logitcask.train.output.saving.shutil,
-            "disk_usage",
-            lambda _, free=free: SimpleNamespace(free=free),
-        )
-        warn_of_a_small_disk(student, arguments, 40, tmp_path)
-        assert ("weights of 3 checkpoint(s)" in caplog.text) == said
