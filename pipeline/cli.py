@@ -4,10 +4,8 @@
 
 from __future__ import annotations
 
-from typer.core import TyperGroup
-
 from logitcask.cache_format.cli import cache_commands, share_commands
-from logitcask.cache_format.cli.app import new_app, run
+from logitcask.cache_format.cli.app import Group, new_app, run
 from logitcask.pipeline.commands.audit import audit
 from logitcask.pipeline.commands.build import build
 from logitcask.pipeline.commands.estimate import estimate
@@ -18,7 +16,7 @@ from logitcask.pipeline.memory import use_huge_pages
 
 app = new_app(
     "Runs a teacher LLM once over a data set and keeps its next-token distributions in a cache.",
-    group=TyperGroup,
+    group=Group,
 )
 for command in (
     cache_commands.info,

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
-from logitcask.cache_format.cli.app import new_app, run
+from logitcask.cache_format.cli.app import Group, new_app, run
 from logitcask.cache_format.cli.config_file import load_config
 from logitcask.cache_format.cli.result import print_result
 from logitcask.cache_format.interruption import exit_on_signal
@@ -20,7 +19,7 @@ from logitcask.train.commands.losses import losses
 from logitcask.train.output.metrics_file import RunMetrics, kind_of, of_teacher
 
 
-class TrainByDefault(TyperGroup):
+class TrainByDefault(Group):
     """The commands of ``train-student``. Without the name of one, ``train`` is meant."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:

@@ -117,6 +117,10 @@ Version = Annotated[
 ]
 
 
+Group = TyperGroup
+"""The class of the commands of a program that has several."""
+
+
 class App(typer.Typer):
     """A Typer app whose commands have the options ``--json``, ``--quiet`` and ``--debug``. Its help
     ends with the exit codes.
@@ -135,7 +139,7 @@ class App(typer.Typer):
         return add
 
 
-def new_app(summary: str, *, group: type[TyperGroup] | None = None) -> App:
+def new_app(summary: str, *, group: type[Group] | None = None) -> App:
     """A Typer app with the settings of both programs; ``group``: the class of several commands."""
     app = App(
         cls=group,

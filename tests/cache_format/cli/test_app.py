@@ -12,7 +12,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-from typer.core import TyperGroup
 
 from logitcask.cache_format.cli import app as command
 from logitcask.cache_format.errors import DamagedCacheError, UserError
@@ -59,7 +58,7 @@ def end(monkeypatch, capsys):
     """
 
     def run(work, *arguments, group=False):
-        app = command.new_app("A program.", group=TyperGroup if group else None)
+        app = command.new_app("A program.", group=command.Group if group else None)
 
         @app.command()
         def start() -> None:
