@@ -80,16 +80,24 @@ def train_student(
     if os.environ.get("RANK", "0") != "0":
         # The first process of a launcher speaks for all.
         logging.getLogger("logitcask").setLevel(logging.ERROR)
-    from logitcask.train.distributed import is_main
-    from logitcask.train.run import rewrite_report, train
-
     if report:
+        from logitcask.train.output.report import rewrite_report
+
         written = rewrite_report(settings.output_dir)
         print_result({"report": written}, f"report: {written}")
         return
-    metrics, found = train(settings, restart=restart)
-    if not is_main():
-        return
+    from logitcask.train.identity import finished
+
+    metrics = None if restart else finished(settings)
+    found = metrics is not None
+    if metrics is None:
+        # transformers and accelerate take seconds to import, so a finished run does without.
+        from logitcask.train.distributed import is_main
+        from logitcask.train.run import train
+
+        metrics, found = train(settings, restart=restart)
+        if not is_main():
+            return
     page = settings.output_dir / "report.html"
     again = (
         f"{settings.output_dir} is trained already; --restart trains it again\n" if found else ""

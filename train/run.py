@@ -19,7 +19,7 @@ from typing import Any, cast
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 from transformers.utils import logging as transformers_logging
 
-from logitcask.cache_format import CacheReader, Manifest, UserError
+from logitcask.cache_format import CacheReader, Manifest
 from logitcask.cache_format.durable import write_durably
 from logitcask.train.config import TrainConfig
 from logitcask.train.data.dataset import HeldOut
@@ -30,6 +30,7 @@ from logitcask.train.evaluation.answers import Answer, answers, mean_rouge_l
 from logitcask.train.evaluation.evaluate import evaluate, examples, teacher_reference
 from logitcask.train.evaluation.kinds import KL_KIND, metric_kinds
 from logitcask.train.exactness_words import IN_WORDS
+from logitcask.train.identity import found, identity, open_caches
 from logitcask.train.loop.arguments import (
     check_best,
     check_optimizer,
@@ -46,7 +47,6 @@ from logitcask.train.loop.objective import Objective
 from logitcask.train.loop.trainer import DistillationTrainer
 from logitcask.train.loop.try_objective import try_objective
 from logitcask.train.losses.base import Exactness
-from logitcask.train.losses.others import code_of
 from logitcask.train.losses.tails import Tail
 from logitcask.train.model import compat
 from logitcask.train.model.divergence import check_finite
@@ -56,7 +56,7 @@ from logitcask.train.output.disk import CheckpointSize, checkpoint_size, say_dis
 from logitcask.train.output.metrics_file import CacheFacts, RunMetrics, TeacherMetrics
 from logitcask.train.output.model_card import model_card
 from logitcask.train.output.report import write_report
-from logitcask.train.output.run_folder import begun, exclusive, refuse_other_files, remove_run
+from logitcask.train.output.run_folder import exclusive, remove_run
 from logitcask.train.output.saving import (
     mend_generation_config,
     save_merged,
@@ -84,43 +84,13 @@ def train(config: TrainConfig, *, restart: bool = False) -> tuple[RunMetrics, bo
     # From here on, the processes of a launcher can communicate.
     arguments = training_arguments(config)
     with exclusive(output) if is_main() else nullcontext():
-        caches = [CacheReader(entry.cache) for entry in config.caches]
-        judge = config.evaluation.cache
-        reference = None if judge is None else CacheReader(judge)
-        run = {"config": _identity(config), "cache": _caches_identity(config, caches)}
-        if reference is not None:
-            run["reference"] = reference.manifest.fingerprint
-        before, metrics = on_main(lambda: _found(output, run, restart=restart))
+        caches, reference = open_caches(config)
+        run = identity(config, caches, reference)
+        before, metrics = on_main(lambda: found(output, run, restart=restart))
         if metrics is not None:
             return metrics, True
-        found = _train(config, arguments, caches, reference, run, before, restart=restart)
-        return found, False
-
-
-def _found(
-    output: Path, run: dict[str, Any], *, restart: bool
-) -> tuple[dict[str, Any] | None, RunMetrics | None]:
-    """(measurements before the first step, content of metrics.json) of this run, or None."""
-    refuse_other_files(output)
-    before = None if restart else begun(output, run)
-    if before is None or not (output / "metrics.json").exists():
-        return before, None
-    return before, json.loads((output / "metrics.json").read_text())
-
-
-def rewrite_report(output: Path) -> Path:
-    """Writes ``report.html`` of a finished run again. Raises UserError if there is no such run."""
-    try:
-        metrics, history, shown, answered = (
-            json.loads((output / name).read_text(encoding="utf-8"))
-            for name in ("metrics.json", "log.json", "examples.json", "answers.json")
-        )
-    except FileNotFoundError as error:
-        raise UserError(
-            f"{output} holds no finished run (no {Path(error.filename).name}); train it first"
-        ) from None
-    write_report(output / "report.html", metrics, history, shown, answered)
-    return output / "report.html"
+        metrics = _train(config, arguments, caches, reference, run, before, restart=restart)
+        return metrics, False
 
 
 def _train(
@@ -421,36 +391,6 @@ def _write(
     write_durably(output / "README.md", model_card(metrics, output))
     write_report(output / "report.html", metrics, history, shown, told)
     write_durably(output / "metrics.json", json.dumps(metrics, indent=2))
-
-
-def _identity(config: TrainConfig) -> dict[str, Any]:
-    """The identity of a run, without the places of the caches and the output. A loss outside this
-    package is identified by its code, too.
-    """
-    apart: Any = {"cache": True, "cache_config": True, "evaluation": {"cache"}}
-    identity = config.model_dump(mode="json", exclude=apart)
-    # The settings of the workers do not change the batches.
-    identity["training"] = {
-        key: value
-        for key, value in config.training.items()
-        if key != "output_dir"
-        and (key == "dataloader_drop_last" or not key.startswith("dataloader_"))
-    }
-    code = {term.name: code_of(term.name) for term in config.losses}
-    code = {name: sha256 for name, sha256 in code.items() if sha256 is not None}
-    return {**identity, "code_sha256": code} if code else identity
-
-
-def _caches_identity(config: TrainConfig, caches: list[CacheReader]) -> Any:
-    """The fingerprint of the cache. For a mixture, each cache's fingerprint with its weight and
-    name, because seeds and logs depend on them.
-    """
-    if isinstance(config.cache, str):
-        return caches[0].manifest.fingerprint
-    return [
-        {"fingerprint": cache.manifest.fingerprint, "weight": entry.weight, "name": entry.label}
-        for entry, cache in zip(config.caches, caches, strict=True)
-    ]
 
 
 def _tail_of_kind(kind: Exactness) -> Tail:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from jinja2 import Environment, FileSystemLoader, select_autoescape
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from logitcask.cache_format.errors import UserError
 from logitcask.train.output.metrics_file import RunMetrics, kind_of, of_teacher
 
 METRICS = {
@@ -179,3 +181,18 @@ def _svg(figure: Figure) -> str:
         )
     text = buffer.getvalue()
     return text[text.index("<svg") :]
+
+
+def rewrite_report(output: Path) -> Path:
+    """Writes ``report.html`` of a finished run again. Raises UserError if there is no such run."""
+    try:
+        metrics, history, shown, answered = (
+            json.loads((output / name).read_text(encoding="utf-8"))
+            for name in ("metrics.json", "log.json", "examples.json", "answers.json")
+        )
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{output} holds no finished run (no {Path(error.filename).name}); train it first"
+        ) from None
+    write_report(output / "report.html", metrics, history, shown, answered)
+    return output / "report.html"

@@ -18,7 +18,8 @@ from logitcask.pipeline.config import BuildConfig
 from logitcask.train.cli import summary
 from logitcask.train.config import TrainConfig
 from logitcask.train.model.compat import warn_of_other_teacher
-from logitcask.train.run import rewrite_report, train
+from logitcask.train.output.report import rewrite_report
+from logitcask.train.run import train
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,8 @@ from logitcask.train.cli import main
 from logitcask.train.config import TrainConfig
 from logitcask.train.data.held_out import read_index, row_of
 from logitcask.train.loop.trainer import DistillationTrainer
-from logitcask.train.run import rewrite_report, train
+from logitcask.train.output.report import rewrite_report
+from logitcask.train.run import train
 
 STEPS = 12  # what the fixture `config` trains for
 

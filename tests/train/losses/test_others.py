@@ -14,11 +14,11 @@ from logitcask.cache_format.errors import ConfigError, UserError
 from logitcask.train.config import LossTerm
 from logitcask.train.data.batch import collate
 from logitcask.train.data.dataset import CachedDataset, HeldOut
+from logitcask.train.identity import identity_of_config
 from logitcask.train.loop.objective import Objective
 from logitcask.train.loop.try_objective import try_objective
 from logitcask.train.losses import LOSSES, SPECS
 from logitcask.train.losses.others import code_of, find_loss, listing
-from logitcask.train.run import _identity
 
 TOP = "import torch\nfrom logitcask.train.losses import StudentPass, loss\n"
 SAYS = '@loss(source="s", formula="f", needs="n", from_head="exact", from_samples=None, use="u")\n'
@@ -246,10 +246,10 @@ def test_a_loss_that_only_some_logits_break(write, scratch_config, held_out):
 def test_an_edited_loss_is_another_run(half, user_folder, scratch_config):
     names = ["forward_kl", "mine:half"]
     config = scratch_config(cache="c", losses=[{"name": name} for name in names])
-    identity = _identity(config)
+    identity = identity_of_config(config)
     expected = hashlib.sha256(HALF.encode()).hexdigest()
     assert identity["code_sha256"] == {"mine:half": expected}
-    assert "code_sha256" not in _identity(scratch_config(cache="c"))
+    assert "code_sha256" not in identity_of_config(scratch_config(cache="c"))
     (user_folder / "mine.py").write_text(HALF + "# other\n")
     assert code_of("mine:half") != expected
     assert code_of("forward_kl") is None
