@@ -21,6 +21,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from logitcask.cache_format.cli.models_folder import local_model, models_dir
+from logitcask.cache_format.durable import permit_as_umask
 from logitcask.cache_format.errors import UserError
 from logitcask.pipeline.teachers.weights import file_sha256
 
@@ -94,6 +95,7 @@ def prepare_built_in(name: str) -> Path:
             "licence": built_in.licence,
         }
         (model / "logitcask.json").write_text(json.dumps(provenance, indent=2) + "\n")
+        permit_as_umask(model)
         _sync(model)
         model.rename(home / name)
         shutil.rmtree(partial)

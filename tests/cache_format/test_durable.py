@@ -9,7 +9,7 @@ import pytest
 from pydantic import BaseModel
 
 from logitcask.cache_format import durable
-from logitcask.cache_format.durable import load_state, write_durably, writing_to
+from logitcask.cache_format.durable import load_state, permit_as_umask, write_durably, writing_to
 from logitcask.cache_format.errors import UserError
 
 
@@ -94,3 +94,29 @@ def test_only_what_the_system_refuses_is_the_users(tmp_path):
         raise full
     with pytest.raises(ZeroDivisionError), writing_to(tmp_path):
         raise ZeroDivisionError
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027, 0o077])
+def test_files_for_their_owner_only_get_the_permissions_of_new_ones(tmp_path, mask):
+    """Others keep theirs: executables, files that are open to more or fewer, and those behind
+    links.
+    """
+    folder, elsewhere = tmp_path / "folder", tmp_path / "elsewhere"
+    folder.mkdir()
+    modes = {"weights": 0o600, "script": 0o700, "open": 0o664, "sealed": 0o400}
+    for name, mode in modes.items():
+        (folder / name).touch()
+        (folder / name).chmod(mode)
+    elsewhere.touch()
+    elsewhere.chmod(0o600)
+    (folder / "link").symlink_to(elsewhere)
+    before = os.umask(mask)
+    try:
+        permit_as_umask(folder)
+        (tmp_path / "new").touch()
+        assert os.umask(mask) == mask
+    finally:
+        os.umask(before)
+    found = {name: (folder / name).stat().st_mode & 0o777 for name in modes}
+    assert found == {**modes, "weights": (tmp_path / "new").stat().st_mode & 0o777}
+    assert elsewhere.stat().st_mode & 0o777 == 0o600
