@@ -16,6 +16,7 @@ from logitcask.cache_format.cli.result import print_result
 from logitcask.cache_format.interruption import exit_on_signal
 from logitcask.train.commands.evaluate import evaluate, number
 from logitcask.train.commands.losses import losses
+from logitcask.train.commands.sweep import sweep
 from logitcask.train.output.metrics_file import RunMetrics, kind_of, of_teacher
 
 
@@ -36,6 +37,7 @@ app = new_app(
 )
 app.command("evaluate")(evaluate)
 app.command("losses")(losses)
+app.command("sweep")(sweep)
 
 
 @app.command("train")

@@ -26,6 +26,7 @@ from logitcask.pipeline.config import BuildConfig
 from logitcask.train.cli import main
 from logitcask.train.config import TrainConfig
 from logitcask.train.data.held_out import read_index, row_of
+from logitcask.train.identity import finished
 from logitcask.train.loop.trainer import DistillationTrainer
 from logitcask.train.output.report import rewrite_report
 from logitcask.train.run import train
@@ -341,6 +342,27 @@ def test_the_teacher_stays_away(config, cache, tiny_llama, tmp_path):
         assert done.returncode == 0, done.stderr
     finally:
         moved.rename(tiny_llama)
+
+
+def test_a_finished_run_is_found_without_transformers(config, tmp_path):
+    """By the command in a fresh process; another run in that place is refused there too."""
+    settings = config(training={"max_steps": 2})
+    metrics, _ = train(settings)
+    assert finished(settings) == metrics
+    assert finished(config(training={"max_steps": 2, "output_dir": str(tmp_path / "new")})) is None
+    with pytest.raises(UserError, match="holds a run with other settings"):
+        finished(config(training={"max_steps": 3}))
+    code = (
+        "import sys\n"
+        "from logitcask.train.cli import app\n"
+        "app(sys.argv[1:], standalone_mode=False)\n"
+        "assert not {'transformers', 'accelerate'} & set(sys.modules)\n"
+    )
+    *_, file = student_process(settings, tmp_path)
+    done = subprocess.run([sys.executable, "-c", code, file], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "is trained already" in done.stdout
+    assert f"student: {settings.output_dir}" in done.stdout
 
 
 def test_held_out_sequences_are_a_matter_of_their_rows(cache):

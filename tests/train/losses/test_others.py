@@ -18,7 +18,7 @@ from logitcask.train.identity import identity_of_config
 from logitcask.train.loop.objective import Objective
 from logitcask.train.loop.try_objective import try_objective
 from logitcask.train.losses import LOSSES, SPECS
-from logitcask.train.losses.others import code_of, find_loss, listing
+from logitcask.train.losses.others import code_of, find_loss, listed
 
 TOP = "import torch\nfrom logitcask.train.losses import StudentPass, loss\n"
 SAYS = '@loss(source="s", formula="f", needs="n", from_head="exact", from_samples=None, use="u")\n'
@@ -80,16 +80,13 @@ def test_entry_points(half, install):
     install("extras", "3.1", {"logitcask.losses": {"halved": "mine:half", "ce": "mine:half"}})
     assert find_loss("halved").options == {"k": 1, "sharp": 2.0}
     assert find_loss("ce").source.startswith("hard labels")  # ours come first
-    lines = listing().splitlines()
-    assert [line.split()[:2] for line in lines if "forward_kl" in line] == [
-        ["forward_kl", "logitcask"]
-    ]
-    assert "halved             extras 3.1, mine:half  k: 1, sharp: 2.0" in lines
-    assert sum(line.startswith("ce ") for line in lines) == 1
+    found = {each.name: each for each in listed()}
+    assert len(found) == len(listed()), "a name occurs once"
+    assert found["forward_kl"].origin == found["ce"].origin == "logitcask"
+    assert found["halved"] == ("halved", "extras 3.1, mine:half", {"k": 1, "sharp": 2.0}, None)
     install("broken", "1", {"logitcask.losses": {"gone": "absent:loss"}})
-    assert any(
-        "gone" in line and "there is no module absent" in line for line in listing().splitlines()
-    )
+    gone = next(each for each in listed() if each.name == "gone")
+    assert "there is no module absent" in gone.error
 
 
 @pytest.mark.parametrize(
