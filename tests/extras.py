@@ -109,6 +109,7 @@ def train(says=None, training={}, **student):
     short = {"output_dir": "run", "max_steps": 2, "per_device_train_batch_size": 4, "use_cpu": True}
     training = {**short, "logging_steps": 1, **training}
     fields = {"cache": "cache", "student": {"config": llama, **student}, "losses": [{"name": "forward_kl"}]}
+    fields["evaluation"] = {"held_out": 0.5}
     command("train-student", written("student.yaml", {**fields, "training": training}), says=says)
     assert says or Path("run/report.html").is_file()
 '''
@@ -172,7 +173,8 @@ JOBS = {
     ),
     "train": Job(
         """
-        build()
+        texts("a.jsonl")
+        build(data={"path": "a.jsonl", "max_length": 64})
         train(peft={"r": 4, "target_modules": "all-linear"}, says="pip install 'logitcask[peft]'")
         train()
         """,
@@ -180,7 +182,8 @@ JOBS = {
     ),
     "peft": Job(
         """
-        build()
+        texts("a.jsonl")
+        build(data={"path": "a.jsonl", "max_length": 64})
         train(peft={"r": 4, "target_modules": "all-linear"})
         """,
         torch=True,
@@ -189,7 +192,8 @@ JOBS = {
     "trackers": Job(
         """
         os.environ |= {"WANDB_MODE": "offline", "WANDB_DIR": os.getcwd(), "MLFLOW_TRACKING_URI": "sqlite:///mlflow.db"}
-        build()
+        texts("a.jsonl")
+        build(data={"path": "a.jsonl", "max_length": 64})
         train(training={"report_to": ["tensorboard", "wandb", "mlflow"], "run_name": "a-run"})
         import mlflow
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
