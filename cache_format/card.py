@@ -32,7 +32,7 @@ tags:
 ---
 # Teacher logprobs of {teacher.model} on {data.source}
 
-A [Logitcask](https://pypi.org/project/logitcask/) cache: a sparse summary of the teacher's next-token distribution per token.
+A Logitcask cache: a sparse summary of the teacher's next-token distribution per token.
 
 | | |
 | --- | --- |

@@ -32,7 +32,7 @@ tags:
 
 {metrics["student"]["architecture"]} of {metrics["student"]["parameters"]:,} parameters, distilled from {metrics["teacher"]["model"]}
 through a cache of its next-token distributions on {metrics["cache"]["source"]} (fingerprint `{metrics["cache"]["fingerprint"]}`), with
-[Logitcask](https://pypi.org/project/logitcask/): {losses}, {metrics["steps"]} steps, seed {metrics["seed"]}.
+Logitcask: {losses}, {metrics["steps"]} steps, seed {metrics["seed"]}.
 
 On {metrics["held_out_positions"]:,} {judged} ({metrics["kl_kind"]}):
 
@@ -46,6 +46,12 @@ The teacher's own cross-entropy there is {metrics["teacher"]["ce"]:.4f} nats. `r
 from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained("{output}")
+```
+
+As a server:
+
+```
+vllm serve {output}
 ```
 
 Benchmarks, with `pip install 'logitcask[lm-eval]'`:
