@@ -56,6 +56,7 @@ _LONG = [
     "pipeline/end_to_end/test_bad_input.py",
     "pipeline/estimate/test_run.py",
     "pipeline/end_to_end/test_remote_build.py",
+    "test_tutorials.py",
     "pipeline/builder/test_score.py",
     "pipeline/end_to_end/test_alignment.py",
     "train/loop/test_trainer_options.py",
@@ -95,6 +96,11 @@ def pytest_report_header() -> str:
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--only-random", action="store_true", help="only tests that draw random numbers (make fuzz)"
+    )
+    parser.addoption(
+        "--write-transcripts",
+        action="store_true",
+        help="write the output of the tutorials' commands into docs/ (tests/test_tutorials.py)",
     )
 
 

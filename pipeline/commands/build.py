@@ -48,7 +48,10 @@ def build(
         "tokens_scored": result.tokens_scored,
         "seconds": result.seconds,
     }
-    rejected = summary(result.manifest.data.counters, settings.rejects_file())
+    rejects, here = settings.rejects_file(), Path.cwd()
+    if rejects.is_relative_to(here):
+        rejects = rejects.relative_to(here)
+    rejected = summary(result.manifest.data.counters, rejects)
     print_result(document, _summary(result, settings.output, rejected))
 
 
