@@ -322,8 +322,10 @@ def size_from_probe(store: StoreConfig, vocab_size: int, kept: Seq[CachedSequenc
 
 
 def _of_a_shard(own: float) -> Range:
-    """Bytes of one shard more: its own, less in shards of few tokens, and its manifest entry."""
-    return Range(low=0.85 * own, likely=own, high=1.1 * own).plus(_MANIFEST_ENTRY)
+    """Bytes of one shard more: its own, and its manifest entry. A shard of a few hundred tokens
+    takes hardly more than an empty one.
+    """
+    return Range(low=own / _SHARD_OVER_EMPTY, likely=own, high=1.1 * own).plus(_MANIFEST_ENTRY)
 
 
 def _reference_prior(positions: int) -> float:
