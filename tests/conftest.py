@@ -8,6 +8,7 @@ any worker. ``make fuzz`` sets fresh seeds (tests/fuzz.py).
 
 from __future__ import annotations
 
+import atexit
 import base64
 import dataclasses
 import gc
@@ -209,7 +210,13 @@ def fork() -> Callable[[Callable[[], object]], BaseProcess]:
     """
 
     def start(function: Callable[[], object]) -> BaseProcess:
-        child = multiprocessing.get_context("fork").Process(target=function)
+        def work() -> None:
+            # Exit handlers of this process may wait for its threads, which a child does not have:
+            # that of polars would wait for ever.
+            atexit._clear()
+            function()
+
+        child = multiprocessing.get_context("fork").Process(target=work)
         child.start()
         return child
 
