@@ -199,8 +199,11 @@ def _import_ray() -> Any:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = context.print_on_execution_start = False
     if not _debugging():
-        for handler in logging.getLogger("ray.data").handlers:
-            if isinstance(handler, logging.StreamHandler):
+        of_data = logging.getLogger("ray.data")
+        for handler in list(of_data.handlers):
+            if handler in logging.getLogger().handlers:
+                of_data.removeHandler(handler)  # the program's own, which must stay loud
+            elif isinstance(handler, logging.StreamHandler):
                 handler.setLevel(logging.CRITICAL + 1)
     return ray
 

@@ -5,6 +5,7 @@ the way.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import signal
@@ -413,6 +414,24 @@ def test_a_start_that_takes_too_long_is_repeated(caplog):
     ):
         pass
     assert len(failures) == 5
+
+
+def test_handlers_of_the_program_stay_loud():
+    """Ray Data takes over the handlers of the root logger; a second build silenced them."""
+    root, of_data = logging.getLogger(), logging.getLogger("ray.data")
+    _import_ray()
+    mine, its = logging.StreamHandler(), logging.StreamHandler()
+    root.addHandler(mine)
+    try:
+        of_data.addHandler(mine)
+        of_data.addHandler(its)
+        _import_ray()
+        assert mine.level == logging.NOTSET
+        assert mine not in of_data.handlers
+        assert its.level > logging.CRITICAL
+    finally:
+        root.removeHandler(mine)
+        of_data.removeHandler(its)
 
 
 def test_without_ray(monkeypatch):
