@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from logitcask.cache_format.progress import ProgressBar
+from logitcask.cache_format.token_text import TokenText
 from logitcask.train import distributed
 from logitcask.train.data.batch import collate
 from logitcask.train.data.dataset import CachedDataset, HeldOut
@@ -224,23 +225,25 @@ def examples(
     with head.evaluated():
         teacher, chosen, probabilities, ids = head.inside(most_probable)
     longest = batch["input_ids"].shape[1]
+    text = TokenText(tokenizer)
     shown = []
     for row, at in enumerate(chosen.tolist()):
         sequence, position = divmod(int(batch["kept"][at]), longest)
         context = batch["input_ids"][sequence, max(0, position - 24) : position + 1].tolist()
         shown.append(
             {
-                "context": tokenizer.decode(context),
-                "target": tokenizer.decode([int(batch["labels"][at])]),
+                # It may begin inside a character.
+                "context": tokenizer.decode(context).lstrip("\N{REPLACEMENT CHARACTER}"),
+                "target": text(int(batch["labels"][at])),
                 "teacher": [
-                    (tokenizer.decode([int(i)]), float(p))
+                    (text(int(i)), float(p))
                     for i, p in zip(
                         teacher.ids[at, :SHOWN], teacher.logprobs[at, :SHOWN].exp(), strict=True
                     )
                     if i >= 0
                 ],
                 "student": [
-                    (tokenizer.decode([int(i)]), float(p))
+                    (text(int(i)), float(p))
                     for i, p in zip(ids[row], probabilities[row], strict=True)
                 ],
             }
