@@ -141,10 +141,11 @@ def write_texts(folder: Path) -> None:
     pages = [page for _, page in sorted(topics.items())]
     library = Path(asyncio.__file__).parents[1]
     code = [file.read_text(encoding="utf-8") for file in sorted(library.glob("[a-m]*.py"))[:40]]
+    # One text for each script: the others are the same ones in other encodings.
     east = [
-        file.read_text(encoding="utf-8")
+        (Path(place) / f"{name}-utf8.txt").read_text(encoding="utf-8")
         for place in test.cjkencodings.__path__
-        for file in sorted(Path(place).glob("*-utf8.txt"))
+        for name in ("big5", "gb18030", "shift_jis", "euc_kr")
     ]
     paragraphs = [
         re.sub(r"\s+", " ", part).strip() for page in pages for part in page.split("\n\n")
