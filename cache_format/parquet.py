@@ -26,7 +26,7 @@ def write_parquet(
     Only one row group, a table of ``iter_tables``, is in memory at a time.
 
     The file has its name only once it is complete. Its metadata have the cache's fingerprint.
-    A row group has at least ``rows`` tokens. ``on_tokens`` is called with the number of tokens of each row group.
+    A row group has at least ``rows`` tokens. ``on_tokens`` receives the number of tokens of each.
 
     Raises UserError if ``out`` exists or cannot be written.
     """

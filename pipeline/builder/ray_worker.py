@@ -1,7 +1,7 @@
 """The processes of a Ray cluster: workers, each with its own engine, and one coordinator.
 
-Workers and driver share the cache's folder, or the work folder of a build into a store. They communicate through the coordinator, which only
-passes messages on. Nothing here imports Ray: ``logitcask.pipeline.builder.ray_driver`` makes actors
+Workers and driver share the cache's folder, or the work folder of a build into a store. They
+communicate through the coordinator, which only passes messages on. Nothing here imports Ray: ``logitcask.pipeline.builder.ray_driver`` makes actors
 of these classes.
 """
 

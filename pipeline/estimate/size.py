@@ -187,7 +187,7 @@ _PER_DOUBLED_STEP = -0.085
 _CARDS = 4_900
 # One element of ``shards`` in manifest.json.
 _MANIFEST_ENTRY = 500
-# A shard's own bytes over those of an empty one: 2.31 to 2.35 on caches with and without draws, cut
+# A shard's own bytes over those of an empty one: 2.2 to 2.4 on caches with and without draws, cut
 # into shards of 300 to 2,500 tokens.
 _SHARD_OVER_EMPTY = 2.33
 

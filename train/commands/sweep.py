@@ -53,7 +53,7 @@ def sweep(
 ) -> None:
     """Trains CONFIG once for every combination of the values of --over, in folders below
     training.output_dir, and prints a table. Finished runs are reused, and a failed run does not end
-    the sweep. Only seeds apart, runs are also shown as mean and standard deviation.
+    the sweep. Runs that differ in training.seed alone are also summarised by mean and deviation.
     """
     from logitcask.train.config import TrainConfig
 
