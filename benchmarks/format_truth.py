@@ -21,10 +21,11 @@ from tqdm import tqdm
 from logitcask.cache_format import CachedSequence
 from logitcask.cache_format.manifest import StoreSettings, TeacherIdentity, TokenizerIdentity
 from logitcask.cache_format.shards.prior import TailPrior
-from logitcask.pipeline.config import DataConfig, StoreConfig, TeacherConfig
+from logitcask.pipeline.config import StoreConfig, TeacherConfig
 from logitcask.pipeline.distribution.capture import Capture
 from logitcask.pipeline.distribution.draws import Draws, no_draws
 from logitcask.pipeline.distribution.keep import keep
+from logitcask.pipeline.text.config import DataConfig
 from logitcask.pipeline.types import Scored, Sequence
 
 TEACHER = TeacherConfig(model="smollm2-135m", backend="transformers", dtype="float32")

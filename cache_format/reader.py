@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from logitcask.cache_format.errors import CacheError, DamagedCacheError
+from logitcask.cache_format.export.tables import ROWS, SCHEMA, Text, iter_tables
 from logitcask.cache_format.layout import MANIFEST
 from logitcask.cache_format.manifest import CacheFile, Manifest, ShardEntry, TailPriorEntry
 from logitcask.cache_format.sequence import CachedSequence
@@ -30,7 +31,6 @@ from logitcask.cache_format.storage.files import (
     verified_chunks,
 )
 from logitcask.cache_format.storage.shard_cache import ShardCache
-from logitcask.cache_format.tables import ROWS, SCHEMA, Text, iter_tables
 
 OPEN_SHARDS = 64
 """Shards kept open: far below any limit on open files."""

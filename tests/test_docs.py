@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from logitcask.cache_format.extensions import LOSS, SOURCE, TEACHER
+from logitcask.cache_format.runtime.extensions import LOSS, SOURCE, TEACHER
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("cache_format", "pipeline", "train")

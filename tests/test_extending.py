@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from logitcask.cache_format import CacheReader, UserError
-from logitcask.cache_format.extensions import LOSS, load
+from logitcask.cache_format.runtime.extensions import LOSS, load
 from logitcask.pipeline.cli import app as teacher_cache
 from logitcask.train.cli import app as train_student
 

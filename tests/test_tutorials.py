@@ -34,7 +34,7 @@ from pathlib import Path
 import pytest
 
 import logitcask.train.run  # noqa: F401  imported once, for all forks
-from logitcask.cache_format import progress
+from logitcask.cache_format.runtime import progress
 from logitcask.pipeline.cli import main as teacher_cache
 from logitcask.train.cli import main as train_student
 from logitcask.train.output import report

@@ -13,7 +13,7 @@ import typer
 from logitcask.cache_format.cli.app import Group, new_app, run
 from logitcask.cache_format.cli.config_file import load_config
 from logitcask.cache_format.cli.result import print_result
-from logitcask.cache_format.interruption import exit_on_signal
+from logitcask.cache_format.runtime.interruption import exit_on_signal
 from logitcask.train.commands.evaluate import evaluate, number
 from logitcask.train.commands.losses import losses
 from logitcask.train.commands.sweep import sweep

@@ -9,15 +9,12 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from logitcask.cache_format.cli.config_docs import markdown
+from logitcask.cache_format.cli.config_model import ConfigModel
 from logitcask.train.losses import SPECS
 from logitcask.train.losses.others import find_loss
 
 
-class _Config(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
-
-
-class StudentConfig(_Config):
+class StudentConfig(ConfigModel):
     """The student's initial weights: exactly one of init_from, model and config is set."""
 
     init_from: str | None = Field(
@@ -70,7 +67,7 @@ class StudentConfig(_Config):
         return self
 
 
-class WeightSchedule(_Config):
+class WeightSchedule(ConfigModel):
     """A weight that changes from ``start`` to ``end`` in the first part of the training and is then
     constant.
     """
@@ -176,7 +173,7 @@ class LossTerm(BaseModel):
         return dict(self.model_extra or {})
 
 
-class AnswersConfig(_Config):
+class AnswersConfig(ConfigModel):
     """Answers that the student writes to held-out prompts, compared with those in the cache by
     Rouge-L.
 
@@ -197,7 +194,7 @@ class AnswersConfig(_Config):
     )
 
 
-class EvaluationConfig(_Config):
+class EvaluationConfig(ConfigModel):
     """The held-out data and its metrics: some rows of the cache that is learnt from, or the
     sequences of a reference cache. Rows are held out by a hash of their ids, the same rows in every
     run.
@@ -247,7 +244,7 @@ class EvaluationConfig(_Config):
         return self
 
 
-class CacheEntry(_Config):
+class CacheEntry(ConfigModel):
     """One cache of a mixture."""
 
     cache: str = Field(description="Folder or URL of the cache.")
@@ -264,7 +261,7 @@ class CacheEntry(_Config):
         return self.name or self.cache.rstrip("/").rpartition("/")[2]
 
 
-class DataConfig(_Config):
+class DataConfig(ConfigModel):
     """Order and shape of the training batches. docs/data.md gives the cost of each choice."""
 
     shuffle: Literal["all", "shards", "batches", "none"] = Field(
@@ -304,7 +301,7 @@ class DataConfig(_Config):
         return self
 
 
-class SelectSequences(_Config):
+class SelectSequences(ConfigModel):
     """Selection of the sequences of a larger batch from which the student can learn most (ACID,
     arXiv 2411.18674).
     """
@@ -314,7 +311,7 @@ class SelectSequences(_Config):
     )
 
 
-class SelectPositions(_Config):
+class SelectPositions(ConfigModel):
     """Selection of the positions of each sequence that count in the loss."""
 
     by: Literal["entropy", "gap"] = Field(
@@ -329,14 +326,14 @@ class SelectPositions(_Config):
     )
 
 
-class SelectionConfig(_Config):
+class SelectionConfig(ConfigModel):
     """The part of the data that counts at each step. Default: all."""
 
     sequences: SelectSequences | None = None
     positions: SelectPositions | None = None
 
 
-class TrainConfig(_Config):
+class TrainConfig(ConfigModel):
     """A `train-student` config."""
 
     cache: str | list[CacheEntry] = Field(

@@ -23,7 +23,7 @@ from typer.core import TyperGroup
 
 from logitcask.cache_format.cli.result import results
 from logitcask.cache_format.errors import ConfigError, LogitcaskError
-from logitcask.cache_format.interruption import Stopped, sigterm_at_once
+from logitcask.cache_format.runtime.interruption import Stopped, sigterm_at_once
 
 EXIT_CODES = {
     0: "done",

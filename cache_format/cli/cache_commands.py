@@ -19,8 +19,8 @@ from logitcask.cache_format.derive.merge import merge as merge_caches
 from logitcask.cache_format.derive.write import SHARD_TOKENS
 from logitcask.cache_format.describe import describe, facts
 from logitcask.cache_format.errors import ConfigError, DamagedCacheError
-from logitcask.cache_format.progress import ProgressBar
 from logitcask.cache_format.reader import CacheReader
+from logitcask.cache_format.runtime.progress import ProgressBar
 from logitcask.cache_format.verify import verify as verify_cache
 
 Output = Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the new cache.")]

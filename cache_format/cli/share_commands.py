@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from logitcask.cache_format.cli.result import print_result
-from logitcask.cache_format.progress import ProgressBar
+from logitcask.cache_format.runtime.progress import ProgressBar
 from logitcask.cache_format.share import copy as share
 
 Force = Annotated[

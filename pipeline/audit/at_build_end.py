@@ -17,7 +17,7 @@ from pathlib import Path
 from logitcask.cache_format import CacheReader, DamagedCacheError, Manifest, UserError
 from logitcask.cache_format.errors import CacheError
 from logitcask.cache_format.manifest import AuditSummary, Header, ShardEntry
-from logitcask.cache_format.progress import ProgressBar
+from logitcask.cache_format.runtime.progress import ProgressBar
 from logitcask.pipeline.audit.result import Audit
 from logitcask.pipeline.audit.run import audit, audit_summary
 from logitcask.pipeline.config import AuditConfig, TeacherConfig

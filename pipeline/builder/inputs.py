@@ -9,10 +9,11 @@ from functools import cached_property
 from typing import Any
 
 from logitcask.cache_format import UserError
-from logitcask.pipeline.config import BuildConfig, DataConfig, TeacherConfig
+from logitcask.pipeline.config import BuildConfig, TeacherConfig
 from logitcask.pipeline.generate.prompts import Prompts
 from logitcask.pipeline.teachers.model import ResolvedModel, attention, check_context
 from logitcask.pipeline.teachers.open import open_tokenizer, resolved, vocab_size_of
+from logitcask.pipeline.text.config import DataConfig
 from logitcask.pipeline.text.mixed import open_rows
 from logitcask.pipeline.text.sources import RowSource
 from logitcask.pipeline.text.tokenize import Tokenization

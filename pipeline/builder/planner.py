@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from logitcask.cache_format import UserError
 from logitcask.cache_format.durable import writing_to
 from logitcask.cache_format.manifest import DataIdentity, GenerationIdentity
-from logitcask.cache_format.progress import ProgressBar
+from logitcask.cache_format.runtime.progress import ProgressBar
 from logitcask.pipeline.builder.inputs import Inputs, check_top_k
 from logitcask.pipeline.builder.lazy_teacher import LazyTeacher
 from logitcask.pipeline.builder.plan import Plan, write_sequences

@@ -22,7 +22,7 @@ from typing import IO, Any, Self
 
 from logitcask.cache_format import UserError
 from logitcask.cache_format.manifest import Header, ShardEntry
-from logitcask.cache_format.progress import ProgressBar
+from logitcask.cache_format.runtime.progress import ProgressBar
 
 log = logging.getLogger(__name__)
 

@@ -25,8 +25,8 @@ from typing import Any
 
 from logitcask.cache_format import CacheWriter, LogitcaskError, UserError
 from logitcask.cache_format.errors import first_line
-from logitcask.cache_format.interruption import at_safe_points, safe_point
 from logitcask.cache_format.manifest import Header
+from logitcask.cache_format.runtime.interruption import at_safe_points, safe_point
 from logitcask.cache_format.shards.prior import TailPrior
 from logitcask.pipeline.builder.plan import Plan
 from logitcask.pipeline.builder.progress import Progress

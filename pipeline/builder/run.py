@@ -14,8 +14,8 @@ from pathlib import Path
 
 from logitcask.cache_format import CacheWriter, Manifest, UserError
 from logitcask.cache_format.differences import describe_difference
-from logitcask.cache_format.interruption import at_safe_points
 from logitcask.cache_format.manifest import Header
+from logitcask.cache_format.runtime.interruption import at_safe_points
 from logitcask.cache_format.share.remote_writer import (
     RemoteCacheWriter,
     remove_remote_cache,

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
 
-from logitcask.cache_format.interruption import safe_point
 from logitcask.cache_format.manifest import StoreSettings
+from logitcask.cache_format.runtime.interruption import safe_point
 from logitcask.cache_format.shards.prior import TailPrior
 from logitcask.cache_format.writer import CacheWorker
 from logitcask.pipeline.builder.plan import Plan, read_sequences
@@ -99,7 +99,7 @@ def score_shards(
               them.
 
     Raises errors of the teacher and the writer at once, and KeyboardInterrupt at safe points
-    (``logitcask.cache_format.interruption``).
+    (``logitcask.cache_format.runtime.interruption``).
     """
     begun, progress = begun or {}, progress or Progress()
     with WriterThread(writer, plan, writer.header().store, progress) as behind:

@@ -13,8 +13,8 @@ from types import TracebackType
 from typing import Self
 
 from logitcask.cache_format import CachedSequence
-from logitcask.cache_format.interruption import safe_point
 from logitcask.cache_format.manifest import StoreSettings
+from logitcask.cache_format.runtime.interruption import safe_point
 from logitcask.cache_format.writer import CacheWorker
 from logitcask.pipeline.builder.plan import Plan
 from logitcask.pipeline.builder.progress import Progress

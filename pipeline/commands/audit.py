@@ -9,7 +9,7 @@ import typer
 
 from logitcask.cache_format.cli.result import print_result
 from logitcask.cache_format.errors import DamagedCacheError
-from logitcask.cache_format.progress import ProgressBar
+from logitcask.cache_format.runtime.progress import ProgressBar
 from logitcask.pipeline.audit.result import Audit, Difference, Distance, DrawsAudit
 from logitcask.pipeline.audit.run import SEQUENCES
 from logitcask.pipeline.audit.run import audit as audit_cache

@@ -35,15 +35,15 @@ def export(
     """
     from logitcask.cache_format import CacheReader
     from logitcask.cache_format.cli.result import print_result
-    from logitcask.cache_format.parquet import refuse_existing, write_parquet
-    from logitcask.cache_format.progress import ProgressBar
-    from logitcask.pipeline.commands.sequence_table import plain_text
+    from logitcask.cache_format.export.parquet import refuse_existing, write_parquet
+    from logitcask.cache_format.runtime.progress import ProgressBar
+    from logitcask.pipeline.commands.sequence_table import exact_text
 
     refuse_existing(out)
     reader = CacheReader(cache)
     tokens = reader.manifest.statistics.tokens
     with ProgressBar(total=tokens, unit="tok", unit_scale=True, desc="export", leave=False) as bar:
-        size = write_parquet(reader, out, text=plain_text(reader, tokenizer), on_tokens=bar.update)
+        size = write_parquet(reader, out, text=exact_text(reader, tokenizer), on_tokens=bar.update)
     print_result(
         {"file": out, "tokens": tokens, "sequences": len(reader), "bytes": size},
         f"{out}: {tokens:,} tokens in {len(reader):,} sequences, {size:,} bytes",

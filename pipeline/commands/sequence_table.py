@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from logitcask.cache_format import CachedSequence, CacheReader, UserError
-from logitcask.cache_format.token_text import TokenText
+from logitcask.cache_format.export.token_text import TokenText
 from logitcask.cache_format.tokenizer_identity import tokenizer_identity
 from logitcask.pipeline.config import BACKENDS, TeacherConfig
 from logitcask.pipeline.teachers.open import open_tokenizer
@@ -31,48 +31,40 @@ def token_text(cache: CacheReader, tokenizer: str | None) -> TokenText:
 
     Raises UserError for a named tokenizer that cannot be found or has other ids.
     """
-    try:
-        found = _tokenizer_of(cache, tokenizer)
-    except _NotHere as error:
-        if tokenizer is not None:
-            raise
-        log.warning("showing ids, since the teacher's tokenizer is not here: %s", error)
-        return TokenText(_Numbers())
-    return TokenText(found)
+    return TokenText(_tokenizer_if_here(cache, tokenizer, "showing ids") or _Numbers())
+
+
+def exact_text(cache: CacheReader, tokenizer: str | None) -> Callable[[int], str] | None:
+    """A function from ids to the exact text of a token (``TokenText.exact``). None without a
+    tokenizer.
+
+    Raises UserError for a named tokenizer that cannot be found or has other ids.
+    """
+    found = _tokenizer_if_here(cache, tokenizer, "without texts")
+    return None if found is None else functools.cache(TokenText(found).exact)
 
 
 class _Numbers:
     """A tokenizer of which nothing but the ids is known."""
 
-    def decode(self, tokens: list[int]) -> str:
+    def decode(self, tokens: list[int], clean_up_tokenization_spaces: bool = False) -> str:
         return " ".join(map(str, tokens))
 
     def convert_ids_to_tokens(self, tokens: list[int]) -> list[str]:
         return list(map(str, tokens))
 
 
-def plain_text(cache: CacheReader, tokenizer: str | None) -> Callable[[int], str] | None:
-    """A function from ids to the text of a token as it is, or, for bytes that are no character, to
-    the tokenizer's name of the token. None without a tokenizer.
-
-    Raises UserError for a named tokenizer that cannot be found or has other ids.
+def _tokenizer_if_here(cache: CacheReader, name: str | None, otherwise: str) -> Any | None:
+    """The named tokenizer, or the teacher's; None, with a warning that says what is done
+    ``otherwise``, if the teacher's cannot be found.
     """
     try:
-        found = _tokenizer_of(cache, tokenizer)
+        return _tokenizer_of(cache, name)
     except _NotHere as error:
-        if tokenizer is not None:
+        if name is not None:
             raise
-        log.warning("without texts, since the teacher's tokenizer is not here: %s", error)
+        log.warning("%s, since the teacher's tokenizer is not here: %s", otherwise, error)
         return None
-
-    @functools.cache
-    def text(token: int) -> str:
-        decoded: str = found.decode([token], clean_up_tokenization_spaces=False)
-        if "\ufffd" not in decoded:
-            return decoded
-        return str(found.convert_ids_to_tokens([token])[0])
-
-    return text
 
 
 class _NotHere(UserError):

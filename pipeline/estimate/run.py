@@ -14,10 +14,11 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from logitcask.cache_format import UserError
-from logitcask.pipeline.config import BuildConfig, DataConfig
+from logitcask.pipeline.config import BuildConfig
 from logitcask.pipeline.estimate.size import Range, Size, size_from_probe, size_from_reference
 from logitcask.pipeline.estimate.speed import Speed, given_speed, probe, speed_from_hardware
 from logitcask.pipeline.teachers.open import open_tokenizer, vocab_size_of
+from logitcask.pipeline.text.config import DataConfig
 from logitcask.pipeline.text.mixed import open_rows
 from logitcask.pipeline.text.rejects import CUT, LEFT_OUT, summary
 from logitcask.pipeline.text.row_count import count_rows

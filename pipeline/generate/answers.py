@@ -31,9 +31,9 @@ from pydantic import BaseModel, ConfigDict
 from logitcask.cache_format.differences import describe_difference
 from logitcask.cache_format.durable import load_state, sync, write_durably, writing_to
 from logitcask.cache_format.errors import UserError
-from logitcask.cache_format.interruption import at_safe_points, safe_point
 from logitcask.cache_format.manifest import DataHash, GenerationIdentity, TokenizerIdentity
-from logitcask.cache_format.progress import ProgressBar
+from logitcask.cache_format.runtime.interruption import at_safe_points, safe_point
+from logitcask.cache_format.runtime.progress import ProgressBar
 from logitcask.pipeline.config import BuildConfig
 from logitcask.pipeline.generate.prompts import PromptRow, Prompts
 from logitcask.pipeline.identity import (

@@ -17,9 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from logitcask.cache_format.errors import UserError
-from logitcask.pipeline.config import DataConfig
 from logitcask.pipeline.text.chat_rows import SYSTEM_ROLES
 from logitcask.pipeline.text.chat_template import ChatTemplate, Refused
+from logitcask.pipeline.text.config import DataConfig
 from logitcask.pipeline.text.long_texts import LONG, LongTexts, pieces
 from logitcask.pipeline.text.rejects import Reject, Report, ignore
 from logitcask.pipeline.text.sources import Row

@@ -10,7 +10,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from logitcask.pipeline.config import GenerateConfig, TeacherConfig
+from logitcask.pipeline.config import TeacherConfig
 from logitcask.pipeline.distribution.capture import Capture
 from logitcask.pipeline.teachers.base import Sampling, Teacher
 from logitcask.pipeline.teachers.model import (
@@ -23,6 +23,7 @@ from logitcask.pipeline.teachers.model import (
 )
 from logitcask.pipeline.teachers.own import OwnTeacher, has_tokenizer, tokenizer_of
 from logitcask.pipeline.text.chat_template import ChatTemplate
+from logitcask.pipeline.text.config import GenerateConfig
 
 logger = logging.getLogger(__name__)
 

@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from logitcask.cache_format.errors import ConfigError, UserError
-from logitcask.cache_format.extensions import TEACHER, called, code_sha256, load, yielded
 from logitcask.cache_format.manifest import TeacherIdentity
+from logitcask.cache_format.runtime.extensions import TEACHER, called, code_sha256, load, yielded
 from logitcask.pipeline.config import TeacherConfig
 from logitcask.pipeline.distribution.capture import Capture
 from logitcask.pipeline.teachers.base import Prompt, Sampling

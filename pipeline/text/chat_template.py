@@ -17,7 +17,7 @@ from functools import cached_property
 from typing import Any
 
 from logitcask.cache_format.errors import UserError, one_line
-from logitcask.pipeline.config import DataConfig
+from logitcask.pipeline.text.config import DataConfig
 
 log = logging.getLogger(__name__)
 

@@ -26,7 +26,7 @@ from logitcask.cache_format.errors import (
     one_line_and_kind,
 )
 from logitcask.cache_format.storage.files import open_filesystem
-from logitcask.pipeline.config import DataConfig
+from logitcask.pipeline.text.config import DataConfig
 from logitcask.pipeline.text.file_formats import SUFFIXES, suffix_of
 
 ALL = "all"

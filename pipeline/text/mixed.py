@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 
-from logitcask.pipeline.config import DataConfig
+from logitcask.pipeline.text.config import DataConfig
 from logitcask.pipeline.text.rejects import Reject, Report, ignore
 from logitcask.pipeline.text.sources import Row, RowSource, Source, open_source
 

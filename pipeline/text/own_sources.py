@@ -9,8 +9,15 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from logitcask.cache_format.errors import UserError
-from logitcask.cache_format.extensions import SOURCE, called, code_sha256, is_named, load, yielded
-from logitcask.pipeline.config import DataConfig
+from logitcask.cache_format.runtime.extensions import (
+    SOURCE,
+    called,
+    code_sha256,
+    is_named,
+    load,
+    yielded,
+)
+from logitcask.pipeline.text.config import DataConfig
 from logitcask.pipeline.text.python_docs import BUILT_IN
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from logitcask.pipeline.config import DataConfig
+from logitcask.pipeline.text.config import DataConfig
 from logitcask.pipeline.text.data_files import find_files, is_saved
 from logitcask.pipeline.text.file_formats import (
     DELIMITERS,

@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from logitcask.cache_format.errors import LogitcaskError, UserError, one_line_and_kind
-from logitcask.pipeline.config import DataConfig
 from logitcask.pipeline.text.chat_rows import (
     ROLES,
     Skipped,
@@ -35,6 +34,7 @@ from logitcask.pipeline.text.chat_rows import (
     marked_messages,
     tool_definitions,
 )
+from logitcask.pipeline.text.config import DataConfig
 from logitcask.pipeline.text.data_files import (
     Found,
     check_split,

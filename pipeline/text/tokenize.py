@@ -35,9 +35,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from logitcask.cache_format.errors import UserError
-from logitcask.pipeline.config import DataConfig
 from logitcask.pipeline.text.chat_template import ChatTemplate, Messages, Refused, Span
 from logitcask.pipeline.text.chats import render, tokens_in
+from logitcask.pipeline.text.config import DataConfig
 from logitcask.pipeline.text.long_texts import (
     LONG,
     LongTexts,

@@ -9,7 +9,8 @@ import yaml
 
 from logitcask.cache_format import UserError
 from logitcask.cache_format.cli.config_file import load_config
-from logitcask.pipeline.config import BuildConfig, DataConfig, TeacherConfig
+from logitcask.pipeline.config import BuildConfig, TeacherConfig
+from logitcask.pipeline.text.config import DataConfig
 
 
 def test_every_config_that_comes_along_is_valid():

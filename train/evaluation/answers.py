@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from logitcask.cache_format import CachedSequence
-from logitcask.cache_format.progress import ProgressBar
+from logitcask.cache_format.runtime.progress import ProgressBar
 from logitcask.train.config import AnswersConfig
 from logitcask.train.data.dataset import HeldOut
 from logitcask.train.data.same_text import LEAST_PROMPT

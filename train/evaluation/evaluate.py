@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from logitcask.cache_format.progress import ProgressBar
-from logitcask.cache_format.token_text import TokenText
+from logitcask.cache_format.export.token_text import TokenText
+from logitcask.cache_format.runtime.progress import ProgressBar
 from logitcask.train import distributed
 from logitcask.train.data.batch import collate
 from logitcask.train.data.dataset import CachedDataset, HeldOut

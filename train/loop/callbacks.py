@@ -14,7 +14,7 @@ from transformers import (
 )
 from transformers.trainer_utils import SaveStrategy
 
-from logitcask.cache_format.progress import ProgressBar
+from logitcask.cache_format.runtime.progress import ProgressBar
 from logitcask.train.exactness_words import IN_A_WORD
 from logitcask.train.loop.objective import Objective
 from logitcask.train.losses.base import Exactness

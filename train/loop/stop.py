@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from logitcask.cache_format.interruption import Stopped, asked_to_stop, at_safe_points
+from logitcask.cache_format.runtime.interruption import Stopped, asked_to_stop, at_safe_points
 from logitcask.train.distributed import highest, is_main, processes, wait_for_all
 
 log = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from logitcask.cache_format.errors import ConfigError, LogitcaskError, UserError
-from logitcask.cache_format.extensions import (
+from logitcask.cache_format.runtime.extensions import (
     LOSS,
     code_sha256,
     failure,

@@ -20,7 +20,7 @@ import httpx
 import msgspec
 
 from logitcask.cache_format.errors import UserError, one_line
-from logitcask.cache_format.interruption import safe_point
+from logitcask.cache_format.runtime.interruption import safe_point
 from logitcask.pipeline.config import ServerConfig
 
 logger = logging.getLogger(__name__)

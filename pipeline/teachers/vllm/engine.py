@@ -24,8 +24,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from logitcask.cache_format.errors import UserError
-from logitcask.cache_format.interruption import safe_point
 from logitcask.cache_format.manifest import TeacherIdentity
+from logitcask.cache_format.runtime.interruption import safe_point
 from logitcask.pipeline.config import TeacherConfig
 from logitcask.pipeline.distribution.capture import Capture
 from logitcask.pipeline.memory import map_large_blocks

@@ -15,7 +15,7 @@ import pytest
 
 from logitcask.cache_format.cli import app as command
 from logitcask.cache_format.errors import DamagedCacheError, UserError
-from logitcask.cache_format.interruption import Stopped
+from logitcask.cache_format.runtime.interruption import Stopped
 
 PYPROJECT = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())["project"]
 

@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 import logitcask.pipeline.builder.lazy_teacher
 from logitcask.cache_format import CacheReader, UserError, verify
 from logitcask.pipeline.builder.run import build
-from logitcask.pipeline.config import BuildConfig, DataConfig, TeacherConfig
+from logitcask.pipeline.config import BuildConfig, TeacherConfig
 from logitcask.pipeline.distribution.capture import Capture
 from logitcask.pipeline.generate import answers as generation
 from logitcask.pipeline.generate.answers import answer_seed, cut
@@ -36,6 +36,7 @@ from logitcask.pipeline.teachers.model import load_tokenizer, resolve_model
 from logitcask.pipeline.teachers.open import open_teacher, open_tokenizer, sampling_of
 from logitcask.pipeline.teachers.synthetic import SyntheticTeacher
 from logitcask.pipeline.teachers.synthetic_tokenizer import SyntheticTokenizer
+from logitcask.pipeline.text.config import DataConfig
 from logitcask.pipeline.text.sources import Row
 
 needs_vllm = pytest.mark.skipif(

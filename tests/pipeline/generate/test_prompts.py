@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from logitcask.pipeline.config import DataConfig, GenerateConfig
 from logitcask.pipeline.generate.prompts import Prompts
 from logitcask.pipeline.teachers.synthetic_tokenizer import SyntheticTokenizer
+from logitcask.pipeline.text.config import DataConfig, GenerateConfig
 from logitcask.pipeline.text.sources import Row
 
 CALLS = "{% for c in m.tool_calls or [] %}{{ c.function.name }}{% endfor %}"

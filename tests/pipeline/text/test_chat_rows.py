@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from logitcask.cache_format.errors import UserError
-from logitcask.pipeline.config import DataConfig
+from logitcask.pipeline.text.config import DataConfig
 from logitcask.pipeline.text.sources import Row, open_source
 
 HI = {"role": "user", "content": "hi"}

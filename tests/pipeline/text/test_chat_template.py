@@ -22,9 +22,10 @@ from transformers import PreTrainedTokenizerFast
 from logitcask.cache_format import CacheReader
 from logitcask.cache_format.errors import UserError
 from logitcask.pipeline.builder.run import build
-from logitcask.pipeline.config import BuildConfig, DataConfig
+from logitcask.pipeline.config import BuildConfig
 from logitcask.pipeline.generate.prompts import Prompts
 from logitcask.pipeline.text.chat_template import ChatTemplate
+from logitcask.pipeline.text.config import DataConfig
 from logitcask.pipeline.text.sources import Row, open_source
 from logitcask.pipeline.text.tokenize import Tokenization
 from logitcask.pipeline.types import Sequence

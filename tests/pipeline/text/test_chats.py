@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from logitcask.pipeline.config import DataConfig
+from logitcask.pipeline.text.config import DataConfig
 from logitcask.pipeline.text.sources import Row
 from logitcask.pipeline.text.tokenize import Tokenization
 

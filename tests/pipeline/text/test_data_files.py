@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from logitcask.cache_format.errors import UserError
-from logitcask.pipeline.config import DataConfig
+from logitcask.pipeline.text.config import DataConfig
 from logitcask.pipeline.text.row_count import count_rows
 from logitcask.pipeline.text.sources import Row, open_source
 from tests.pipeline.text.test_sources import (

@@ -17,9 +17,10 @@ from logitcask.cache_format import CacheReader
 from logitcask.cache_format.cli.config_file import load_config
 from logitcask.cache_format.errors import ConfigError, UserError
 from logitcask.pipeline.builder.run import build
-from logitcask.pipeline.config import BuildConfig, DataConfig
+from logitcask.pipeline.config import BuildConfig
 from logitcask.pipeline.estimate.run import estimate
 from logitcask.pipeline.teachers.synthetic_tokenizer import SyntheticTokenizer
+from logitcask.pipeline.text.config import DataConfig
 from logitcask.pipeline.text.sources import open_source
 from logitcask.pipeline.text.tokenize import Tokenization
 from logitcask.pipeline.types import Sequence

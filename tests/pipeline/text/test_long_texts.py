@@ -20,11 +20,11 @@ from tokenizers import (
 from transformers import PreTrainedTokenizerFast
 
 from logitcask.cache_format.errors import UserError
-from logitcask.pipeline.config import DataConfig
 from logitcask.pipeline.generate import prompts
 from logitcask.pipeline.generate.prompts import Prompts
 from logitcask.pipeline.teachers.synthetic_tokenizer import SyntheticTokenizer
 from logitcask.pipeline.text import long_texts, tokenize
+from logitcask.pipeline.text.config import DataConfig
 from logitcask.pipeline.text.python_docs import BUILT_IN
 from logitcask.pipeline.text.sources import Row
 from logitcask.pipeline.text.tokenize import Tokenization

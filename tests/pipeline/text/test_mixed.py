@@ -15,8 +15,9 @@ from logitcask.cache_format import CacheReader
 from logitcask.cache_format.cli.config_file import load_config
 from logitcask.cache_format.errors import ConfigError, UserError
 from logitcask.pipeline.builder.run import build
-from logitcask.pipeline.config import BuildConfig, DataConfig
+from logitcask.pipeline.config import BuildConfig
 from logitcask.pipeline.estimate.run import estimate
+from logitcask.pipeline.text.config import DataConfig
 from logitcask.pipeline.text.mixed import open_rows
 from logitcask.pipeline.text.rejects import Reject
 from logitcask.pipeline.text.row_count import count_rows

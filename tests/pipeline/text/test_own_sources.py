@@ -9,7 +9,8 @@ import pytest
 
 from logitcask.cache_format import CacheReader, UserError
 from logitcask.pipeline.builder.run import build
-from logitcask.pipeline.config import BuildConfig, DataConfig
+from logitcask.pipeline.config import BuildConfig
+from logitcask.pipeline.text.config import DataConfig
 from logitcask.pipeline.text.own_sources import is_own
 from logitcask.pipeline.text.row_count import count_rows
 from logitcask.pipeline.text.sources import open_source

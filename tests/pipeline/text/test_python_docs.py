@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from logitcask.cache_format.errors import UserError
-from logitcask.pipeline.config import DataConfig
+from logitcask.pipeline.text.config import DataConfig
 from logitcask.pipeline.text.sources import Row, open_source
 
 
@@ -50,7 +50,7 @@ def test_python_docs_refuses_what_it_does_not_have() -> None:
 
 def test_python_docs_needs_no_datasets_and_is_the_same_everywhere() -> None:
     code = (
-        "import sys; from logitcask.pipeline.config import DataConfig; from logitcask.pipeline.text.sources import open_source;"
+        "import sys; from logitcask.pipeline.text.config import DataConfig; from logitcask.pipeline.text.sources import open_source;"
         "source = open_source(DataConfig(path='python-docs')); ids = [row.row_id for row in source];"
         "assert 'datasets' not in sys.modules; print(source.stamp(), ids[:3])"
     )

@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from logitcask.pipeline.config import DataConfig
 from logitcask.pipeline.text import row_count
+from logitcask.pipeline.text.config import DataConfig
 from logitcask.pipeline.text.row_count import count_rows
 from logitcask.pipeline.text.sources import open_source
 

@@ -11,7 +11,8 @@ import pytest
 
 from logitcask.cache_format.cli.config_file import load_config
 from logitcask.cache_format.errors import ConfigError, UserError
-from logitcask.pipeline.config import BuildConfig, DataConfig
+from logitcask.pipeline.config import BuildConfig
+from logitcask.pipeline.text.config import DataConfig
 from logitcask.pipeline.text.row_count import count_rows
 from logitcask.pipeline.text.slices import Slice, parse_slice
 from logitcask.pipeline.text.sources import open_source

@@ -25,7 +25,7 @@ import pytest
 import zstandard
 
 from logitcask.cache_format.errors import UserError
-from logitcask.pipeline.config import DataConfig
+from logitcask.pipeline.text.config import DataConfig
 from logitcask.pipeline.text.file_formats import read_columns, read_rows
 from logitcask.pipeline.text.sources import Row, open_source
 
@@ -545,7 +545,7 @@ def test_leaving_a_parquet_file_early_lets_the_process_end_well(tmp_path: Path) 
     table = pa.table({"text": ["some words " * 20] * rows, "wide": [bytes(500)] * rows})
     pq.write_table(table, tmp_path / "a.parquet", row_group_size=500)
     code = (
-        "import sys; from logitcask.pipeline.config import DataConfig; from logitcask.pipeline.text.sources import open_source;"
+        "import sys; from logitcask.pipeline.text.config import DataConfig; from logitcask.pipeline.text.sources import open_source;"
         "rows = iter(open_source(DataConfig(path=sys.argv[1]))); next(rows); rows.close()"
     )
     done = subprocess.run(

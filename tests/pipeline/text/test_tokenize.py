@@ -16,10 +16,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from logitcask.cache_format.errors import UserError
-from logitcask.pipeline.config import DataConfig
 from logitcask.pipeline.generate.prompts import Prompts
 from logitcask.pipeline.teachers.synthetic_tokenizer import SyntheticTokenizer
 from logitcask.pipeline.text import tokenize as tokenize_module
+from logitcask.pipeline.text.config import DataConfig
 from logitcask.pipeline.text.sources import Row, open_source
 from logitcask.pipeline.text.tokenize import Tokenization
 from logitcask.pipeline.types import Sequence

@@ -69,7 +69,7 @@ def test_json(write_cache, scratch_config, run):
 
 COMMANDS = """
 import sys
-from logitcask.cache_format import progress
+from logitcask.cache_format.runtime import progress
 from logitcask.pipeline.cli import main as teacher_cache
 from logitcask.train.cli import main as train_student
 progress.EVERY_SECONDS = 0.0

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from logitcask.cache_format.errors import UserError
-from logitcask.cache_format.interruption import Stopped
+from logitcask.cache_format.runtime.interruption import Stopped
 from logitcask.train.cli import main
 from logitcask.train.config import TrainConfig
 from logitcask.train.loop.checkpoints import last_checkpoint

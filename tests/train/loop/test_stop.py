@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import TrainerControl, TrainerState
 
-from logitcask.cache_format.interruption import Stopped
+from logitcask.cache_format.runtime.interruption import Stopped
 from logitcask.train.loop import stop as module
 from logitcask.train.loop.stop import StopOnSignal, outlive_signals
 

@@ -8,8 +8,8 @@ import time
 
 import pytest
 
-from logitcask.cache_format import progress
-from logitcask.cache_format.progress import ProgressBar
+from logitcask.cache_format.runtime import progress
+from logitcask.cache_format.runtime.progress import ProgressBar
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from logitcask.cache_format.errors import ConfigError, LogitcaskError, UserError
-from logitcask.cache_format.extensions import (
+from logitcask.cache_format.runtime.extensions import (
     LOSS,
     SOURCE,
     called,

@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 
 from logitcask.cache_format.durable import sync
 from logitcask.cache_format.errors import UserError, one_line
+from logitcask.cache_format.export.tables import ROWS, SCHEMA, Text, iter_tables
 from logitcask.cache_format.reader import CacheReader
-from logitcask.cache_format.tables import ROWS, SCHEMA, Text, iter_tables
 
 
 def write_parquet(

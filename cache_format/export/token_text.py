@@ -42,13 +42,28 @@ class TokenText:
 
     def __call__(self, token: int) -> str:
         """Text of one token alone; bytes that are no characters as ``\\xNN``."""
-        found = self.bytes(token)
-        text = self._decoded([token]) if found is None else found.decode(errors="surrogateescape")
-        return self._shown(text) or f"<{token}>"
+        return self._shown(self._raw(token)[0]) or f"<{token}>"
 
-    def bytes(self, token: int) -> bytes | None:
+    def exact(self, token: int) -> str:
+        """Text of one token alone, whole, with line ends and control characters as they are; bytes
+        that are no characters as ``\\xNN``.
+        """
+        text, found = self._raw(token)
+        return text if found is None else found.decode(errors="backslashreplace")
+
+    def partial_bytes(self, token: int) -> bytes | None:
         """The bytes of a token that is not whole characters; None for one that is."""
-        text = self._decoded([token])
+        return self._raw(token)[1]
+
+    def _raw(self, token: int) -> tuple[str, bytes | None]:
+        """Text and ``partial_bytes`` of a token; each byte that is no character is a surrogate in the
+        text.
+        """
+        text = self._tokenizer.decode([token], clean_up_tokenization_spaces=False)
+        found = self._partial(token, text)
+        return (text if found is None else found.decode(errors="surrogateescape")), found
+
+    def _partial(self, token: int, text: str) -> bytes | None:
         if "\N{REPLACEMENT CHARACTER}" not in text:
             return None
         name = self._tokenizer.convert_ids_to_tokens([token])[0]
@@ -66,8 +81,8 @@ class TokenText:
         """
         shown, waiting = [], b""
         for token in tokens:
-            found = self.bytes(token)
-            text = self(token)
+            raw, found = self._raw(token)
+            text = self._shown(raw) or f"<{token}>"
             if found is None:
                 waiting = b""
             else:
@@ -77,10 +92,6 @@ class TokenText:
                     text, waiting = f"{text} = {self._shown(whole)}", b""
             shown.append(text)
         return shown
-
-    def _decoded(self, tokens: list[int]) -> str:
-        text: str = self._tokenizer.decode(tokens)
-        return text
 
     def _shown(self, text: str) -> str:
         """``text`` in one line."""

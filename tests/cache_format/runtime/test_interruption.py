@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from logitcask.cache_format.interruption import (
+from logitcask.cache_format.runtime.interruption import (
     Stopped,
     asked_to_stop,
     at_safe_points,

@@ -6,7 +6,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from logitcask.cache_format.token_text import TokenText
+from logitcask.cache_format.export.token_text import TokenText
 from logitcask.pipeline.teachers.synthetic_tokenizer import SyntheticTokenizer
 
 
@@ -33,7 +33,7 @@ def test_letters_of_byte_level_bpe_are_those_of_the_library():
     encode = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     for number in (*range(0x80, 0xD800, 61), *range(0x10000, 0x110000, 4099)):
         ((letters, _),) = encode.pre_tokenize_str(chr(number))
-        found = [TokenText(Named(letter)).bytes(0) for letter in letters]
+        found = [TokenText(Named(letter)).partial_bytes(0) for letter in letters]
         assert b"".join(found) == chr(number).encode()
 
 
@@ -43,7 +43,7 @@ class Named:
     def __init__(self, name):
         self.name = name
 
-    def decode(self, _):
+    def decode(self, _, **options):
         return "\N{REPLACEMENT CHARACTER}"
 
     def convert_ids_to_tokens(self, _):
@@ -82,7 +82,7 @@ def test_a_line_stays_a_line(byte_level):
 
 
 class Wide(Named):
-    def decode(self, _):
+    def decode(self, _, **options):
         return self.name
 
 
@@ -92,3 +92,12 @@ def test_a_long_token_is_cut_and_its_length_said():
     assert TokenText(Wide("=" * 64), longest=None)(0) == "=" * 64
     assert TokenText(Wide(""))(7) == "<7>"
     assert TokenText(Wide("\N{REPLACEMENT CHARACTER}"))(7) == "\N{REPLACEMENT CHARACTER}"
+
+
+def test_exact_text_is_neither_cut_nor_escaped(byte_level):
+    text = TokenText(byte_level)
+    first, *_ = byte_level.encode("中", add_special_tokens=False)
+    (newline,) = byte_level.encode("\n", add_special_tokens=False)
+    assert (text.exact(first), text.exact(newline)) == ("\\xe4", "\n")
+    assert TokenText(Wide("=" * 64)).exact(0) == "=" * 64
+    assert TokenText(Wide("")).exact(7) == ""

@@ -14,10 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from logitcask.cache_format import CacheReader, CacheWriter, UserError
-from logitcask.cache_format.parquet import write_parquet
-from logitcask.cache_format.tables import COLUMNS, SCHEMA
+from logitcask.cache_format.export.parquet import write_parquet
+from logitcask.cache_format.export.tables import COLUMNS, SCHEMA
 
-from .conftest import KINDS, make_header, make_sequence
+from ..conftest import KINDS, make_header, make_sequence
 
 
 @pytest.fixture(params=KINDS)
@@ -161,7 +161,7 @@ def test_nothing_is_left_of_an_export_that_fails(reader, tmp_path, monkeypatch):
 
 
 def test_the_columns_in_the_docs():
-    page = (Path(__file__).parents[2] / "docs" / "store.md").read_text()
+    page = (Path(__file__).parents[3] / "docs" / "store.md").read_text()
     rows = re.findall(r"^\| `(\w+)` \| (\S+) \| (.+) \|$", page, re.MULTILINE)
     kinds = {name: str(kind).replace("item: ", "") for name, (kind, _) in COLUMNS.items()}
     documented = [(name, kind, said) for name, kind, said in rows if name in COLUMNS]
