@@ -19,6 +19,7 @@ import os
 import queue
 import signal
 import threading
+import time
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -38,6 +39,7 @@ log = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.25
 _STARTS = 4
+_END_SECONDS = 60.0
 # Environment variables of this program and of the engine are copied to other nodes.
 _PASSED_ON = ("LOGITCASK_", "VLLM_", "OMP_NUM_THREADS")
 
@@ -88,10 +90,11 @@ def score_shards_on_ray(
         with (
             Progress(total, len(shards), bar=True, file=config.log_file()) as progress,
             at_safe_points(),
+            _as_they_come(results) as rows,
         ):
             if writer.begun:
                 progress.started(config.output, writer.header(), len(writer.committed))
-            for row in _as_they_come(results):
+            for row in rows:
                 situation: Situation = ray.get(coordinator.situation.remote())
                 if situation.offer is not None and not writer.begun:
                     _begin(writer, *situation.offer)
@@ -154,8 +157,11 @@ def _take_up(writer: CacheWriter, shard: int, progress: Progress) -> None:
     progress.committed(shard, entry)
 
 
-def _as_they_come(rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any] | None]:
-    """``rows`` as they arrive, and None at intervals, so that the caller can do other work."""
+@contextlib.contextmanager
+def _as_they_come(rows: Iterator[dict[str, Any]]) -> Iterator[Iterator[dict[str, Any] | None]]:
+    """A context with ``rows`` as they arrive, and None at intervals, so that the caller can do
+    other work. After the context no thread asks Ray for rows.
+    """
     arrived: queue.SimpleQueue[dict[str, Any] | BaseException | None] = queue.SimpleQueue()
 
     def drain() -> None:
@@ -166,25 +172,46 @@ def _as_they_come(rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any] | N
         except BaseException as error:  # of any kind: the waiting thread raises it
             arrived.put(error)
 
-    threading.Thread(target=drain, name="results", daemon=True).start()
-    while True:
-        try:
-            row = arrived.get(timeout=_POLL_SECONDS)
-        except queue.Empty:
-            yield None
-            continue
-        if row is None:
-            return
-        if isinstance(row, BaseException):
-            raise row
-        yield row
+    def each() -> Iterator[dict[str, Any] | None]:
+        while True:
+            try:
+                row = arrived.get(timeout=_POLL_SECONDS)
+            except queue.Empty:
+                yield None
+                continue
+            if row is None:
+                return
+            if isinstance(row, BaseException):
+                raise row
+            yield row
+
+    reader = threading.Thread(target=drain, name="results", daemon=True)
+    reader.start()
+    try:
+        yield each()
+    finally:
+        # If a thread uses Ray after its shutdown, Ray ends the process with code 1.
+        until = time.monotonic() + _END_SECONDS
+        while reader.is_alive() and time.monotonic() < until:
+            _end_executions()
+            reader.join(_POLL_SECONDS)
+
+
+def _end_executions() -> None:
+    """Ends the executions of Ray Data in this process, and waits for their threads."""
+    from ray.data._internal.execution.streaming_executor import StreamingExecutor
+
+    for thread in threading.enumerate():
+        if isinstance(thread, StreamingExecutor):
+            thread.shutdown(force=True)
+            thread.join(_END_SECONDS)
 
 
 def _import_ray() -> Any:
     """Ray with Ray Data, quiet unless debugging. Raises UserError if it is not installed."""
     # Ray reads these at import or start. By default it sends usage statistics to its makers.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # A thread that reads results during the shutdown of the cluster would start another one.
+    # Ray used after its shutdown is an error, not the start of another cluster.
     os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
     if not _debugging():
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")

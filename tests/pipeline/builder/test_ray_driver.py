@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ import yaml
 
 from logitcask.cache_format import CacheReader, CacheWriter, DamagedCacheError, UserError, verify
 from logitcask.cache_format.layout import BUILD_DIR
+from logitcask.cache_format.runtime.interruption import Stopped
 from logitcask.cache_format.share.remote_writer import RemoteCacheWriter
 from logitcask.pipeline.builder.ray_driver import _cluster, _error, _import_ray, _resources
 from logitcask.pipeline.builder.ray_worker import MAX_ATTEMPTS, Coordinator, Done, ShardWorker, Task
@@ -247,6 +249,33 @@ def test_interrupted(tmp_path, whole, number):
         for line in (tmp_path / "cache.log.jsonl").read_text().splitlines()
     ]
     assert (events[0], events[-1]) == ("start", "interrupted")
+
+
+def test_no_thread_uses_ray_after_its_shutdown(tmp_path, whole, monkeypatch):
+    """Ray would end the process with code 1 and without a word."""
+    import ray
+
+    fields, _ = whole
+    running, shutdown = [], ray.shutdown
+
+    def look(**options):
+        running.extend(thread for thread in threading.enumerate() if reads(thread))
+        shutdown(**options)
+
+    def reads(thread):
+        return thread.name == "results" or type(thread).__name__ == "StreamingExecutor"
+
+    def stop():
+        if list((tmp_path / "cache" / BUILD_DIR / "commits").glob("*.json")):
+            assert any(map(reads, threading.enumerate()))
+            raise Stopped(signal.SIGTERM)
+
+    monkeypatch.setattr(ray, "shutdown", look)
+    monkeypatch.setattr("logitcask.pipeline.builder.ray_driver.safe_point", stop)
+    with pytest.raises(Stopped):
+        build(BuildConfig.model_validate(on_ray(fields, tmp_path / "cache")))
+    assert running == []
+    assert not ray.is_initialized()
 
 
 def test_a_mistake_that_a_worker_finds(tmp_path):
