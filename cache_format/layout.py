@@ -9,6 +9,7 @@ MANIFEST = "manifest.json"
 PRIOR = "tail_prior.arrow"
 
 CARD = "README.md"
+PREVIEW = "preview/preview.parquet"
 
 BUILD_DIR = ".build"
 """The state of an unfinished build."""

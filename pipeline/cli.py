@@ -12,6 +12,7 @@ from logitcask.pipeline.commands.estimate import estimate
 from logitcask.pipeline.commands.export import export
 from logitcask.pipeline.commands.inspect import generations, inspect
 from logitcask.pipeline.commands.model import model
+from logitcask.pipeline.commands.push import push
 from logitcask.pipeline.memory import use_huge_pages
 
 app = new_app(
@@ -25,7 +26,7 @@ for command in (
     cache_commands.merge,
     audit,
     estimate,
-    share_commands.push,
+    push,
     share_commands.pull,
     build,
     inspect,

@@ -1,4 +1,4 @@
-"""``teacher-cache push`` and ``pull``: ``cache_format/share/copy.py`` with a progress bar."""
+"""``teacher-cache pull``, and the progress bar and result of copies."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -20,25 +20,6 @@ Force = Annotated[
         "--force", help="Replace another cache at the destination, and check every hash again."
     ),
 ]
-
-
-def push(
-    cache: Annotated[
-        str, typer.Argument(metavar="CACHE", help="A finished cache: a folder or an fsspec URL.")
-    ],
-    url: Annotated[
-        str,
-        typer.Argument(
-            metavar="URL",
-            help="Destination: s3://bucket/path, hf://datasets/ORG/NAME, a folder, ...",
-        ),
-    ],
-    force: Force = False,
-) -> None:
-    """Copies a finished cache to URL and verifies the copy. Resumes an interrupted push."""
-    with _bar("push") as bar:
-        copied = share.push(cache, url, force=force, on_total=bar.reset, on_bytes=bar.update)
-    print_result(_facts(copied, url), _summary(copied, url))
 
 
 def pull(
@@ -57,9 +38,9 @@ def pull(
     pull.
     """
     folder = folder or default_folder(url)
-    with _bar("pull") as bar:
+    with progress("pull") as bar:
         copied = share.pull(url, folder, force=force, on_total=bar.reset, on_bytes=bar.update)
-    print_result(_facts(copied, str(folder)), _summary(copied, str(folder)))
+    print_copied(copied, str(folder))
 
 
 def default_folder(url: str) -> Path:
@@ -67,18 +48,18 @@ def default_folder(url: str) -> Path:
     return Path("caches") / url.rstrip("/").rsplit("/", 1)[-1].split("@", 1)[0]
 
 
-def _facts(copied: share.Copied, place: str) -> dict[str, Any]:
-    return {"place": place, "unchanged": copied.unchanged, **asdict(copied)}
-
-
-def _summary(copied: share.Copied, place: str) -> str:
-    if copied.unchanged:
-        return f"{place} holds this very cache already: nothing to copy"
+def print_copied(copied: share.Copied, place: str) -> None:
+    """Prints the result of a push or a pull."""
     files = copied.files_sent + copied.files_skipped
-    return f"{place}: {copied.files_sent} of {files} files copied, {copied.bytes_sent:,} bytes"
+    print_result(
+        {"place": place, "unchanged": copied.unchanged, **asdict(copied)},
+        f"{place} holds this very cache already: nothing to copy"
+        if copied.unchanged
+        else f"{place}: {copied.files_sent} of {files} files copied, {copied.bytes_sent:,} bytes",
+    )
 
 
 @contextmanager
-def _bar(name: str) -> Iterator[ProgressBar]:
+def progress(name: str) -> Iterator[ProgressBar]:
     with ProgressBar(unit="B", unit_scale=True, unit_divisor=1024, desc=name, leave=False) as bar:
         yield bar

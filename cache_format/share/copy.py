@@ -7,8 +7,11 @@ set on the Hugging Face Hub.
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import fsspec
 
@@ -19,7 +22,7 @@ from logitcask.cache_format.errors import (
     UnsupportedCacheError,
     UserError,
 )
-from logitcask.cache_format.layout import CARD, MANIFEST, OWNER, PUSH_MARK
+from logitcask.cache_format.layout import CARD, MANIFEST, OWNER, PREVIEW, PUSH_MARK
 from logitcask.cache_format.manifest import MAX_MANIFEST_BYTES, Manifest, cache_files
 from logitcask.cache_format.share.destinations import (
     MAX_CARD_BYTES,
@@ -38,6 +41,8 @@ from logitcask.cache_format.storage.files import (
     read_small,
 )
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Copied:
@@ -54,10 +59,15 @@ def push(
     url: str,
     *,
     force: bool = False,
+    beside: Mapping[str, bytes] | None = None,
     on_total: OnBytes = ignore,
     on_bytes: OnBytes = ignore,
 ) -> Copied:
     """Copies the finished cache at ``cache`` (folder or URL) to ``url``; resumes an earlier push.
+
+    ``beside`` has small files by name, for people and viewers, such as another card than that of
+    the cache. If the place holds the same cache already, only missing ones are sent, or with
+    ``force`` those that differ, since people edit cards.
 
     Files already there with the right size and sha256 are not sent again. If the place holds the
     same cache, only sizes are checked. ``force`` replaces another cache, an unfinished build (its
@@ -72,7 +82,7 @@ def push(
     a damaged source file, CacheError if a place cannot be reached, and the errors of
     ``storage.read_manifest``.
     """
-    return _copy(str(cache), place_at(url), force, on_total, on_bytes)
+    return _copy(str(cache), place_at(url), force, on_total, on_bytes, beside or {})
 
 
 def pull(
@@ -96,13 +106,21 @@ def pull(
 
 
 def _copy(
-    cache: str, place: Folder | Store, force: bool, on_total: OnBytes, on_bytes: OnBytes
+    cache: str,
+    place: Folder | Store,
+    force: bool,
+    on_total: OnBytes,
+    on_bytes: OnBytes,
+    given: Mapping[str, bytes] = MappingProxyType({}),
 ) -> Copied:
     source, root = open_filesystem(cache)
     if open_filesystem(place.where) == (source, root):
         raise UserError(f"{cache} is where it would be copied to; choose another place")
     text, manifest = read_manifest(source, root, cache)
-    readme = _card_of(source, root, manifest)
+    readme = card_of(source, root, manifest)
+    if isinstance(place, Folder) and card.is_unedited(readme):
+        readme = card.dataset_card(manifest).encode()  # names no preview, which is not copied
+    beside = {CARD: readme, **given}
     mark = f"{manifest.fingerprint} {manifest.content_sha256}\n".encode()
     files = cache_files(manifest)
     on_total(sum(file.bytes for file in files))
@@ -130,24 +148,42 @@ def _copy(
             else:
                 missing.append(file)
         if found_text is None and not force and not begun:
-            place.refuse_strangers([*stale, *(file.path for file in missing)], readme)
+            place.refuse_strangers([*stale, *(file.path for file in missing)], beside[CARD])
         if not missing and not stale and found_text == text:
             if begun:
                 place.remove([PUSH_MARK])
-            return Copied(0, len(files), 0, unchanged=True)
+            added = _to_add(place, given, force)
+            if added:
+                place.finish(added)
+            return Copied(0, len(files), 0, unchanged=not added)
         if missing or stale:
             if not begun:
                 begun = place.mark(mark)
             # From here on, the place has no manifest until every file has arrived.
-            place.remove(stale if found_text is None else [MANIFEST, *stale])
+            old = [name for name in (PREVIEW,) if name not in beside]
+            place.remove([*stale, *old] if found_text is None else [MANIFEST, *stale, *old])
         place.send(source, root, missing, on_bytes)
-        place.finish({CARD: readme, MANIFEST: text})
+        place.finish({**beside, MANIFEST: text})
         if begun:
             place.remove([PUSH_MARK])
     return Copied(len(missing), len(files) - len(missing), sum(file.bytes for file in missing))
 
 
-def _card_of(source: fsspec.AbstractFileSystem, root: str, manifest: Manifest) -> bytes:
+def _to_add(place: Folder | Store, given: Mapping[str, bytes], force: bool) -> dict[str, bytes]:
+    """The files of ``given`` that a place with the same cache lacks, or, with ``force``, has with
+    other content.
+    """
+    added = {}
+    for name, content in given.items():
+        there = place.read(name, MAX_CARD_BYTES)
+        if there is None or (force and there != content):
+            added[name] = content
+        elif there != content:
+            log.warning("%s/%s is another one; --force replaces it", place.where, name)
+    return added
+
+
+def card_of(source: fsspec.AbstractFileSystem, root: str, manifest: Manifest) -> bytes:
     with reaching(source.unstrip_protocol(root)):
         try:
             return read_small(source, f"{root}/{CARD}", MAX_CARD_BYTES)

@@ -141,8 +141,9 @@ class Folder:
     def remove(self, names: list[str]) -> None:
         """Removes the files of these names that exist, in this order."""
         for name in names:
-            (self._folder / name).unlink(missing_ok=True)
-            sync((self._folder / name).parent)
+            if (self._folder / name).exists():
+                (self._folder / name).unlink()
+                sync((self._folder / name).parent)
 
     def send(
         self,
@@ -162,6 +163,7 @@ class Folder:
     def finish(self, texts: dict[str, bytes]) -> None:
         """Writes small files in this order. The last one completes the cache."""
         for name, text in texts.items():
+            (self._folder / name).parent.mkdir(exist_ok=True)
             write_durably(self._folder / name, text, scratch=self._scratch)
 
 
@@ -283,6 +285,8 @@ class Store:
 
     def finish(self, texts: dict[str, bytes]) -> None:
         for name, text in texts.items():
+            if "/" in name:
+                self._make(name.rpartition("/")[0])
             self._write(name, partial(iter, [text]), ignore)
         self._filesystem.invalidate_cache()
 

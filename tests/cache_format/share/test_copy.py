@@ -46,6 +46,7 @@ from logitcask.cache_format.share import destinations
 from logitcask.cache_format.share.copy import pull, push
 from logitcask.cache_format.share.remote_writer import RemoteCacheWriter
 from logitcask.cache_format.storage.files import open_filesystem, read_manifest
+from logitcask.pipeline.commands.push import push as push_command
 
 SHARDS = 3
 
@@ -750,6 +751,29 @@ def breaking_once(chunks):
     return some
 
 
+@pytest.mark.parametrize("remote", [False, True])
+def test_files_beside_a_cache(tmp_path, cache, write_cache, files_at, caplog, remote):
+    url = f"memory://{tmp_path}/copy" if remote else str(tmp_path / "copy")
+    files = {"README.md": b"mine", "preview/preview.parquet": b"shown"}
+
+    def there(name):
+        filesystem, root = open_filesystem(url)
+        return filesystem.cat_file(f"{root}/{name}")
+
+    push(cache, url)
+    # The card of the cache is there already, and stays; what was missing is added.
+    assert not push(cache, url, beside=files).unchanged
+    assert there("preview/preview.parquet") == b"shown"
+    assert there("README.md") == (cache / "README.md").read_bytes()
+    assert f"{url}/README.md is another one; --force replaces it" in caplog.text
+    assert push(cache, url, beside=files).unchanged
+    assert not push(cache, url, beside=files, force=True).unchanged
+    assert (there("README.md"), there("preview/preview.parquet")) == (b"mine", b"shown")
+    # Another cache in its place does not keep the preview of this one.
+    push(write_cache(tmp_path / "other"), url, force=True)
+    assert "preview/preview.parquet" not in files_at(url)
+
+
 def test_a_place_that_loses_bytes_is_noticed(tmp_path, cache, monkeypatch, files_at):
     write = destinations.Store._write
 
@@ -774,7 +798,7 @@ def test_every_file_of_a_manifest_is_listed(cache):
 @pytest.fixture
 def run():
     app = typer.Typer()
-    app.command()(share_cli.push)
+    app.command()(push_command)
     app.command()(share_cli.pull)
     return functools.partial(CliRunner().invoke, app, catch_exceptions=False)
 
