@@ -73,8 +73,16 @@ def describe(manifest: Manifest, path: str | Path) -> str:
         "made of": _origin(manifest),
         "format": f"version {manifest.format_version}, logprobs within {store.rounding:g} nats",
         "fingerprint": manifest.fingerprint,
+        "next": _next(manifest, path),
     }
     return "\n".join(f"{name:15} {value}" for name, value in rows.items() if value)
+
+
+def _next(manifest: Manifest, path: str | Path) -> str:
+    """The command to run next: the audit if the cache has none, otherwise a training."""
+    if manifest.audit is None and manifest.derived_from is None:
+        return f"teacher-cache audit {path}   compares it with the teacher"
+    return f"train-student CONFIG cache={path}   (teacher-cache inspect {path} shows its tokens)"
 
 
 def facts(manifest: Manifest, path: str | Path) -> dict[str, Any]:

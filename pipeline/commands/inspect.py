@@ -41,7 +41,8 @@ def inspect(
     if as_json():
         print_result(document(reader[sequence], text, top), "")
     else:
-        Console().print(table(reader[sequence], text, top))
+        console = Console()
+        console.print(table(reader[sequence], text, top, console.width))
 
 
 def generations(

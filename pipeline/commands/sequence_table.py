@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+from rich import box
+from rich.cells import cell_len
 from rich.table import Table
 from rich.text import Text
 
@@ -22,7 +24,12 @@ from logitcask.pipeline.teachers.open import open_tokenizer
 
 log = logging.getLogger(__name__)
 
-_DRAWS_SHOWN = 3
+_WIDE = 100
+"""Terminals of as many columns show draws."""
+_WIDE_TEXT, _NARROW_TEXT = 18, 14
+"""Columns of a token's own text at most."""
+_WIDE_TAIL, _NARROW_TAIL = 26, 6
+"""Columns of the tail with and without draws."""
 
 
 def token_text(cache: CacheReader, tokenizer: str | None) -> TokenText:
@@ -128,48 +135,87 @@ def generations(cache: CacheReader, tokenizer: str | None) -> Iterator[dict[str,
         }
 
 
-def table(sequence: CachedSequence, text: TokenText, top: int) -> Table:
-    """A row per token: its text, the teacher's probability and rank of it, and the ``top`` most
-    probable tokens there.
+def table(sequence: CachedSequence, text: TokenText, top: int, width: int) -> Table:
+    """A line per token: its text, the teacher's probability and rank of it, the most probable tokens
+    there, and the tail.
 
-    Tokens outside the loss mask are dim. A token that completes a character of several tokens also
-    shows the character. The next token of the text is green if the teacher lists
-    it. The first draws from the tail are shown beside its mass.
+    Tokens outside the loss mask are dim. Spaces are shown as ``␣``. A token that completes a
+    character of several tokens also shows the character. The next token of the text is green if the
+    teacher lists it. If there is room, the first draws from the tail are shown beside its mass.
+
+    top:   most probable tokens to show; fewer if they do not fit, with the number of the others.
+    width: columns of the terminal.
     """
     shown = Table(
-        title=f"{sequence.sequence_id}: {len(sequence)} tokens, {len(sequence.positions)} kept positions"
+        title=f"{sequence.sequence_id}: {len(sequence)} tokens, {len(sequence.positions)} kept positions",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
     )
-    for name, justify in (
-        ("token", "right"),
-        ("", "left"),
-        ("teacher", "right"),
-        ("rank", "right"),
-        (f"top {top}", "left"),
-        ("tail", "left"),
-    ):
-        shown.add_column(name, justify=justify)  # type: ignore[arg-type]
-    row_of = {int(position) + 1: row for row, position in enumerate(sequence.positions)}
     tokens = sequence.input_ids.tolist()
-    for at, (token, written) in enumerate(zip(tokens, text.sequence(tokens), strict=True)):
+    written = [_visible(each) for each in text.sequence(tokens)]
+    ranks = [f"{rank:,}" for rank in sequence.target_rank.tolist()]
+    own, tail = (_WIDE_TEXT, _WIDE_TAIL) if width >= _WIDE else (_NARROW_TEXT, _NARROW_TAIL)
+    widths = {
+        "token": max(5, len(str(len(tokens)))),
+        "": min(max(map(cell_len, written), default=1), own),
+        "teacher": 7,
+        "rank": max([4, *map(len, ranks)]),
+        f"top {top}": 0,
+        "tail": tail,
+    }
+    # Between two columns are two: the padding and the line of the box.
+    room = max(12, width - sum(widths.values()) - 2 * len(widths))
+    widths[f"top {top}"] = room
+    for name, columns in widths.items():
+        shown.add_column(
+            name,
+            justify="right" if name in ("token", "teacher", "rank") else "left",
+            width=columns,
+            no_wrap=True,
+            overflow="ellipsis",
+        )
+    row_of = {int(position) + 1: row for row, position in enumerate(sequence.positions)}
+    for at, (token, each) in enumerate(zip(tokens, written, strict=True)):
         row = row_of.get(at)
         if row is None:
-            shown.add_row(str(at), Text(written), "", "", "", "", style="dim")
+            shown.add_row(str(at), Text(each), "", "", "", "", style="dim")
             continue
-        head = Text()
-        for candidate, logprob in zip(
-            sequence.ids[row, :top].tolist(), sequence.logprobs[row, :top], strict=True
-        ):
-            if candidate >= 0:
-                head.append(text(candidate), style="bold green" if candidate == token else "")
-                head.append(f" {np.exp(logprob):.0%}  ", style="dim")
         shown.add_row(
             str(at),
-            Text(written),
+            Text(each),
             f"{np.exp(sequence.target_logprob[row]):.1%}",
-            f"{sequence.target_rank[row]:,}",
-            head,
-            _tail(sequence, row, text),
+            ranks[row],
+            _most_probable(sequence, row, token, text, top, room),
+            _tail(sequence, row, text, tail),
         )
+    return shown
+
+
+def _visible(text: str) -> str:
+    return text.replace(" ", "␣")
+
+
+def _most_probable(
+    sequence: CachedSequence, row: int, token: int, text: TokenText, top: int, room: int
+) -> Text:
+    """The head's first entries that fit in ``room`` columns, and how many of ``top`` do not."""
+    entries = [
+        (candidate, f"{np.exp(logprob):.0%}")
+        for candidate, logprob in zip(
+            sequence.ids[row, :top].tolist(), sequence.logprobs[row, :top], strict=True
+        )
+        if candidate >= 0
+    ]
+    shown = Text()
+    for place, (candidate, probability) in enumerate(entries):
+        name, left = _visible(text(candidate)), len(entries) - place - 1
+        used = shown.cell_len + cell_len(name) + 1 + len(probability)
+        if place and used + (len(f"  +{left}") if left else 0) > room:
+            shown.append(f"+{left + 1}", style="dim")
+            break
+        shown.append(name, style="bold green" if candidate == token else "")
+        shown.append(f" {probability}" + ("  " if left else ""), style="dim")
     return shown
 
 
@@ -217,11 +263,14 @@ def _teacher(sequence: CachedSequence, row: int, text: TokenText, top: int) -> d
     }
 
 
-def _tail(sequence: CachedSequence, row: int, text: TokenText) -> Text:
+def _tail(sequence: CachedSequence, row: int, text: TokenText, columns: int) -> Text:
+    """The mass of the tail, and as many of its draws as fit in ``columns``."""
     shown = Text(f"{np.exp(sequence.tail_logprob[row]):6.1%}")
     if sequence.samples is not None:
-        drawn = dict.fromkeys(sequence.samples.ids[row][sequence.samples.ids[row] >= 0].tolist())
-        shown.append(
-            "  " + "  ".join(text(token) for token in list(drawn)[:_DRAWS_SHOWN]), style="dim"
-        )
+        drawn = sequence.samples.ids[row][sequence.samples.ids[row] >= 0].tolist()
+        for each in dict.fromkeys(drawn):
+            name = f"  {_visible(text(each))}"
+            if shown.cell_len + cell_len(name) > columns:
+                break
+            shown.append(name, style="dim")
     return shown
