@@ -15,6 +15,7 @@ import gc
 import hashlib
 import importlib
 import json
+import logging
 import multiprocessing
 import os
 import random
@@ -88,6 +89,7 @@ def pytest_configure(config: pytest.Config) -> None:
     # Ray gives its workers the lowest priority, so beside other tests they would hardly run.
     os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  Ray reads this name
     config.pluginmanager.register(_ImportsFrozen())
+    config.pluginmanager.register(_KernelsReplacedOnce())
 
 
 def pytest_report_header() -> str:
@@ -144,6 +146,29 @@ class _ImportsFrozen:
     def pytest_unconfigure(self) -> None:
         self._patch.undo()
         self._unfreeze()  # Triton's bindings report frozen objects as leaks at exit
+
+
+class _KernelsReplacedOnce:
+    """Spares each further engine of a process vLLM's search of all modules for its kernels.
+
+    vLLM's CPU build replaces them at the start of an engine, again if that was done before. With so
+    many modules the search takes seconds.
+    """
+
+    def pytest_runtest_setup(self) -> None:
+        if (dispatcher := sys.modules.get("vllm.triton_utils.dispatcher")) is None:
+            return
+        register = dispatcher.register_kernels
+        if hasattr(register, "done"):
+            return
+
+        def once(overrides: dict[str, Any]) -> None:
+            if any(once.done.get(name) is not each for name, each in overrides.items()):
+                register(overrides)
+                once.done.update(overrides)
+
+        once.done = {name: given for name, (_, given) in dispatcher._registry.items()}
+        dispatcher.register_kernels = once
 
 
 def _module(item: pytest.Item) -> str:
@@ -221,6 +246,43 @@ def fork() -> Callable[[Callable[[], object]], BaseProcess]:
         return child
 
     return start
+
+
+@pytest.fixture(scope="session")
+def command(
+    fork: Callable[[Callable[[], object]], BaseProcess], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """``command(main, *words, env=...)``: a command with these words, as it runs in a shell.
+
+    Its process is forked. What it writes to stdout and stderr is told apart, whoever in the process
+    writes it.
+    """
+    folder = tmp_path_factory.mktemp("commands")
+
+    def run(
+        main: Callable[[], None], *words: object, env: dict[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        files = folder / "stdout", folder / "stderr"
+        for file in files:
+            file.unlink(missing_ok=True)
+
+        def work() -> None:
+            os.environ.update(env or {})
+            for descriptor, file in zip((1, 2), files, strict=True):
+                with file.open("wb") as stream:
+                    os.dup2(stream.fileno(), descriptor)
+            sys.stdout = os.fdopen(1, "w", closefd=False)
+            sys.stderr = os.fdopen(2, "w", buffering=1, errors="backslashreplace", closefd=False)
+            logging.root.handlers.clear()
+            sys.argv = ["command", *map(str, words)]
+            main()
+
+        process = fork(work)
+        process.join()
+        assert process.exitcode is not None
+        return subprocess.CompletedProcess(words, process.exitcode, *map(Path.read_text, files))
+
+    return run
 
 
 @pytest.fixture(scope="session")
