@@ -46,29 +46,36 @@ CHATML = (
 
 SEED = int(os.environ.get("LOGITCASK_TEST_SEED", "0"))
 
-_LONG = [
-    "pipeline/builder/test_ray_driver.py",
+_ENGINES = [
     "pipeline/teachers/vllm/test_engine.py",
+    "pipeline/builder/test_ray_engines.py",
+    "pipeline/generate/test_answers.py",
+    "pipeline/end_to_end/test_bad_input.py",
+    "benchmarks/test_gpu.py",
+    "pipeline/end_to_end/test_alignment.py",
+    "pipeline/builder/test_score.py",
+    "pipeline/audit/test_at_build_end.py",
+]
+"""Modules with vLLM in the process of the tests. One worker runs them all: to import vLLM and to
+compile its first functions takes a worker as long as most of them do."""
+
+_LONG = [
+    *_ENGINES,
+    "pipeline/builder/test_ray_driver.py",
     "train/test_distributed.py",
     "train/end_to_end/test_training.py",
     "pipeline/teachers/server/test_vllm_server.py",
     "pipeline/builder/test_run.py",
-    "pipeline/generate/test_answers.py",
+    "train/end_to_end/test_interruption.py",
     "train/end_to_end/test_loading.py",
-    "pipeline/end_to_end/test_bad_input.py",
     "pipeline/estimate/test_run.py",
     "pipeline/end_to_end/test_remote_build.py",
     "test_tutorials.py",
-    "pipeline/builder/test_score.py",
-    "pipeline/end_to_end/test_alignment.py",
     "train/loop/test_trainer_options.py",
-    "benchmarks/test_gpu.py",
     "test_namespace.py",
-    "pipeline/text/test_long_texts.py",
-    "pipeline/audit/test_at_build_end.py",
-    "train/losses/test_kernels.py",
-    "train/end_to_end/test_interruption.py",
     "train/end_to_end/test_command.py",
+    "pipeline/text/test_long_texts.py",
+    "train/losses/test_kernels.py",
 ]
 """Modules that start engines or processes, or train: minutes each, the longest first."""
 
@@ -121,6 +128,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker("long")
     # The longest modules start first, so that no worker begins one at the end.
     items.sort(key=place.__getitem__)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """``--dist loadfile``, with ``_ENGINES`` as if they were one file."""
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByEngine(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file: str = super()._split_scope(nodeid)
+            return _ENGINES[0] if file.removeprefix("tests/") in _ENGINES else file
+
+    return ByEngine(config, log)
 
 
 class _ImportsFrozen:
@@ -181,6 +203,12 @@ def _is_random(item: pytest.Item) -> bool:
     return bool(drawn) or hypothesis.is_hypothesis_test(item.obj)
 
 
+# Without a GPU, torch.manual_seed keeps a stack trace in each call, for a GPU that may come later.
+_seed_torch = (
+    torch.manual_seed if torch.cuda.is_available() else torch.default_generator.manual_seed
+)
+
+
 def seed_of(name: str) -> int:
     """A 64-bit seed that depends only on ``name`` and the seed of this run."""
     return int.from_bytes(hashlib.sha256(f"{SEED}/{name}".encode()).digest()[:8])
@@ -191,7 +219,7 @@ def seed_everything(name: str) -> None:
     seed = seed_of(name)
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002  libraries draw from it
-    torch.manual_seed(seed % 2**63)
+    _seed_torch(seed % 2**63)
 
 
 @pytest.hookimpl(wrapper=True)

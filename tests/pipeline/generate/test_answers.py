@@ -145,7 +145,7 @@ def test_answers_come_as_often_as_they_are_probable(
     prompt = prompts_of(tiny_llama, rng, 1)[0].input_ids
     teacher = engines(backend, Sampling(temperature, top_p, (2,)))
     answers = teacher.generate(
-        Prompt(prompt, 1, int(seed)) for seed in rng.integers(2**63, size=4000)
+        Prompt(prompt, 1, int(seed)) for seed in rng.integers(2**63, size=1000)
     )
     tokens = np.array([int(answer[0]) for answer in answers])
     reference = (

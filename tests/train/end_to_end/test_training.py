@@ -319,7 +319,7 @@ def test_a_checkpoint_cut_short_is_not_resumed_from(config):
 
 def test_the_teacher_stays_away(config, cache, tiny_llama, tmp_path):
     """In a fresh process, with the teacher's folder gone: no engine is imported, and nothing of
-    the teacher is needed.
+    the teacher is needed. Nor is nltk, which takes seconds to load, without answers to judge.
     """
     student = tmp_path / "student"
     shutil.copytree(tiny_llama, student)
@@ -334,6 +334,7 @@ def test_the_teacher_stays_away(config, cache, tiny_llama, tmp_path):
             "engines = ('vllm', 'logitcask.pipeline')\n"
             "assert 'logitcask.train.loop.trainer' in sys.modules\n"
             "assert not [name for name in sys.modules if name.startswith(engines)]\n"
+            "assert not {'nltk', 'rouge_score'} & set(sys.modules)\n"
         )
         done = subprocess.run(
             [sys.executable, "-c", code, str(file)], capture_output=True, text=True
