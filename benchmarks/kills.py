@@ -3,7 +3,7 @@ cache of an undisturbed one.
 
     python benchmarks/kills.py [--process 45] [--vllm 15] [--ray-worker 20] [--ray-driver 15]
     [--ray-vllm 5]
-                               [--seed N] [--out FILE.json]
+                               [--tokens 200000] [--seed N] [--out FILE.json]
 
 Every build is killed a few times and started again by the same command, until a last run gets
 through. Most kills come at a uniformly random moment; some wait for the short phases, a commit and
@@ -132,11 +132,11 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
-def settings(kind: str, model: Path | None) -> dict[str, Any]:
+def settings(kind: str, model: Path | None, tokens: int) -> dict[str, Any]:
     fields: dict[str, Any] = {
         "teacher": {"model": "synthetic", "backend": "synthetic", "vocab_size": 3000},
-        "data": {"path": "python-docs", "max_length": 128, "max_tokens": 200_000},
-        "store": {"top_k": 8, "shard_tokens": 8_000},
+        "data": {"path": "python-docs", "max_length": 128, "max_tokens": tokens},
+        "store": {"top_k": 8, "shard_tokens": tokens // 25},
         "audit": {"sequences": 0},
     }
     if kind.endswith("vllm"):
@@ -149,10 +149,15 @@ def settings(kind: str, model: Path | None) -> dict[str, Any]:
 
 
 def run_kind(
-    kind: str, kills: int, rng: np.random.Generator, folder: Path, model: Path | None
+    kind: str,
+    kills: int,
+    rng: np.random.Generator,
+    folder: Path,
+    model: Path | None,
+    tokens: int,
 ) -> Tally:
     tally = Tally(kind)
-    fields = settings(kind, model)
+    fields = settings(kind, model, tokens)
     alone = Build(
         folder / f"{kind}-alone", {name: value for name, value in fields.items() if name != "scale"}
     )
@@ -313,6 +318,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for kind, count in KINDS.items():
         parser.add_argument(f"--{kind}", type=int, default=count, help=f"kills; {count} by default")
+    parser.add_argument(
+        "--tokens",
+        type=int,
+        default=200_000,
+        help="of each build with the synthetic teacher; 200000 by default",
+    )
     parser.add_argument("--seed", type=int, default=None)
     parser.add_argument(
         "--out", type=Path, help="JSON; kinds that are not run keep what stands there"
@@ -335,7 +346,8 @@ def main() -> int:
             if kind.endswith("vllm") and model is None:
                 model = tiny_llama(folder / "model")
             started = time.monotonic()
-            tally = run_kind(kind, kills, np.random.default_rng([seed, number]), folder, model)
+            rng = np.random.default_rng([seed, number])
+            tally = run_kind(kind, kills, rng, folder, model, arguments.tokens)
             failed |= bool(tally.problems)
             if arguments.out:
                 write_result(arguments.out, tally, seed, time.monotonic() - started)

@@ -15,6 +15,7 @@ import gc
 import hashlib
 import importlib
 import json
+import logging
 import multiprocessing
 import os
 import random
@@ -45,29 +46,36 @@ CHATML = (
 
 SEED = int(os.environ.get("LOGITCASK_TEST_SEED", "0"))
 
-_LONG = [
-    "pipeline/builder/test_ray_driver.py",
+_ENGINES = [
     "pipeline/teachers/vllm/test_engine.py",
+    "pipeline/builder/test_ray_engines.py",
+    "pipeline/generate/test_answers.py",
+    "pipeline/end_to_end/test_bad_input.py",
+    "benchmarks/test_gpu.py",
+    "pipeline/end_to_end/test_alignment.py",
+    "pipeline/builder/test_score.py",
+    "pipeline/audit/test_at_build_end.py",
+]
+"""Modules with vLLM in the process of the tests. One worker runs them all: to import vLLM and to
+compile its first functions takes a worker as long as most of them do."""
+
+_LONG = [
+    *_ENGINES,
+    "pipeline/builder/test_ray_driver.py",
     "train/test_distributed.py",
     "train/end_to_end/test_training.py",
     "pipeline/teachers/server/test_vllm_server.py",
     "pipeline/builder/test_run.py",
-    "pipeline/generate/test_answers.py",
+    "train/end_to_end/test_interruption.py",
     "train/end_to_end/test_loading.py",
-    "pipeline/end_to_end/test_bad_input.py",
     "pipeline/estimate/test_run.py",
     "pipeline/end_to_end/test_remote_build.py",
     "test_tutorials.py",
-    "pipeline/builder/test_score.py",
-    "pipeline/end_to_end/test_alignment.py",
     "train/loop/test_trainer_options.py",
-    "benchmarks/test_gpu.py",
     "test_namespace.py",
-    "pipeline/text/test_long_texts.py",
-    "pipeline/audit/test_at_build_end.py",
-    "train/losses/test_kernels.py",
-    "train/end_to_end/test_interruption.py",
     "train/end_to_end/test_command.py",
+    "pipeline/text/test_long_texts.py",
+    "train/losses/test_kernels.py",
 ]
 """Modules that start engines or processes, or train: minutes each, the longest first."""
 
@@ -88,6 +96,7 @@ def pytest_configure(config: pytest.Config) -> None:
     # Ray gives its workers the lowest priority, so beside other tests they would hardly run.
     os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  Ray reads this name
     config.pluginmanager.register(_ImportsFrozen())
+    config.pluginmanager.register(_KernelsReplacedOnce())
 
 
 def pytest_report_header() -> str:
@@ -121,6 +130,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items.sort(key=place.__getitem__)
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """``--dist loadfile``, with ``_ENGINES`` as if they were one file."""
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByEngine(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file: str = super()._split_scope(nodeid)
+            return _ENGINES[0] if file.removeprefix("tests/") in _ENGINES else file
+
+    return ByEngine(config, log)
+
+
 class _ImportsFrozen:
     """Keeps imported objects out of garbage collection.
 
@@ -146,6 +170,29 @@ class _ImportsFrozen:
         self._unfreeze()  # Triton's bindings report frozen objects as leaks at exit
 
 
+class _KernelsReplacedOnce:
+    """Spares each further engine of a process vLLM's search of all modules for its kernels.
+
+    vLLM's CPU build replaces them at the start of an engine, again if that was done before. With so
+    many modules the search takes seconds.
+    """
+
+    def pytest_runtest_setup(self) -> None:
+        if (dispatcher := sys.modules.get("vllm.triton_utils.dispatcher")) is None:
+            return
+        register = dispatcher.register_kernels
+        if hasattr(register, "done"):
+            return
+
+        def once(overrides: dict[str, Any]) -> None:
+            if any(once.done.get(name) is not each for name, each in overrides.items()):
+                register(overrides)
+                once.done.update(overrides)
+
+        once.done = {name: given for name, (_, given) in dispatcher._registry.items()}
+        dispatcher.register_kernels = once
+
+
 def _module(item: pytest.Item) -> str:
     return item.path.relative_to(Path(__file__).parent).as_posix()
 
@@ -154,6 +201,12 @@ def _is_random(item: pytest.Item) -> bool:
     assert isinstance(item, pytest.Function)
     drawn = {"rng", "draw"} & set(item.fixturenames) or item.get_closest_marker("random")
     return bool(drawn) or hypothesis.is_hypothesis_test(item.obj)
+
+
+# Without a GPU, torch.manual_seed keeps a stack trace in each call, for a GPU that may come later.
+_seed_torch = (
+    torch.manual_seed if torch.cuda.is_available() else torch.default_generator.manual_seed
+)
 
 
 def seed_of(name: str) -> int:
@@ -166,7 +219,7 @@ def seed_everything(name: str) -> None:
     seed = seed_of(name)
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002  libraries draw from it
-    torch.manual_seed(seed % 2**63)
+    _seed_torch(seed % 2**63)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -221,6 +274,43 @@ def fork() -> Callable[[Callable[[], object]], BaseProcess]:
         return child
 
     return start
+
+
+@pytest.fixture(scope="session")
+def command(
+    fork: Callable[[Callable[[], object]], BaseProcess], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """``command(main, *words, env=...)``: a command with these words, as it runs in a shell.
+
+    Its process is forked. What it writes to stdout and stderr is told apart, whoever in the process
+    writes it.
+    """
+    folder = tmp_path_factory.mktemp("commands")
+
+    def run(
+        main: Callable[[], None], *words: object, env: dict[str, str] | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        files = folder / "stdout", folder / "stderr"
+        for file in files:
+            file.unlink(missing_ok=True)
+
+        def work() -> None:
+            os.environ.update(env or {})
+            for descriptor, file in zip((1, 2), files, strict=True):
+                with file.open("wb") as stream:
+                    os.dup2(stream.fileno(), descriptor)
+            sys.stdout = os.fdopen(1, "w", closefd=False)
+            sys.stderr = os.fdopen(2, "w", buffering=1, errors="backslashreplace", closefd=False)
+            logging.root.handlers.clear()
+            sys.argv = ["command", *map(str, words)]
+            main()
+
+        process = fork(work)
+        process.join()
+        assert process.exitcode is not None
+        return subprocess.CompletedProcess(words, process.exitcode, *map(Path.read_text, files))
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -1,12 +1,16 @@
-"""How likely draws are, if they were made as they should be."""
+"""The command, and how likely draws are, if they were made as they should be."""
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+
+from logitcask.pipeline.cli import main
 
 PValue = Callable[[NDArray[np.integer], NDArray[np.floating]], float]
 
@@ -53,3 +57,11 @@ def tail_p_value() -> PValue:
         )
 
     return p_value
+
+
+@pytest.fixture(scope="session")
+def teacher_cache(
+    command: Callable[..., subprocess.CompletedProcess[str]],
+) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """``teacher_cache(*words, env=...)``: the command, in a process of its own."""
+    return partial(command, main)

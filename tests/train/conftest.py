@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import socket
 from pathlib import Path
 
 import pytest
@@ -147,6 +148,23 @@ def scratch_config(tmp_path):
             "training": {**training, **changes.get("training", {})},
         }
         return TrainConfig.model_validate(fields)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def two_ranks():
+    """``two_ranks()``: for each of two processes that train together, the variables that torchrun
+    would set.
+    """
+
+    def make():
+        with socket.socket() as listening:
+            listening.bind(("127.0.0.1", 0))
+            port = listening.getsockname()[1]
+        common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        return [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
 
     return make
 

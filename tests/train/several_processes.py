@@ -1,7 +1,8 @@
 """What each process that ``test_distributed`` starts does: the trainings of a list, one after
 another.
 
-Starting Python and torch takes longer than they do. A job is a config and how it goes: ``restart``;
+It is the program that torchrun starts, and what forked processes of the tests call. Starting Python
+and torch takes longer than the trainings do. A job is a config and how it goes: ``restart``;
 ``killed``, the step after which the last process kills itself; ``interrupted``, the step after
 which all of them stop and the next job begins.
 """
@@ -24,6 +25,7 @@ from logitcask.cache_format import CacheReader
 from logitcask.train.config import TrainConfig
 from logitcask.train.distributed import gathered, is_main, leave, processes
 from logitcask.train.loop.trainer import DistillationTrainer
+from logitcask.train.output import report
 from logitcask.train.run import train
 
 
@@ -94,8 +96,8 @@ def watch(
     DistillationTrainer.compute_loss = exact
 
 
-def main() -> None:
-    file = Path(sys.argv[1])
+def main(file: Path) -> None:
+    report._svg = lambda figure: "<svg></svg>"  # as in other tests, no figure is rendered
     work = json.loads(file.read_text())
     CacheReader.check_shard = counted
     if work["fsdp"]:
@@ -126,4 +128,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(Path(sys.argv[1]))

@@ -5,20 +5,25 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
+from functools import partial
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from transformers import AutoModelForCausalLM
 
 from logitcask.pipeline.builder.run import build
 from logitcask.pipeline.config import BuildConfig
 from logitcask.train.config import TrainConfig
 from logitcask.train.run import train
+from tests.train import several_processes
 
 STEPS, SAVED = 5, 3
 LOSSES = [{"name": "forward_kl"}, {"name": "ranking", "weight": 2.0, "k": 5}]
@@ -67,8 +72,9 @@ class Runs:
     ``result`` reads them.
     """
 
-    def __init__(self, folder: Path, cache: Path) -> None:
+    def __init__(self, folder: Path, cache: Path, fork: Any, two_ranks: Any) -> None:
         self.folder, self.cache = folder, cache
+        self._fork, self._two_ranks = fork, two_ranks
 
     def config(
         self,
@@ -122,9 +128,21 @@ class Runs:
     def together(
         self, *jobs: dict[str, Any], fsdp: bool = False, dies: bool = False
     ) -> list[bool | None]:
-        """Whether each job's run was found finished; None where it was interrupted."""
+        """Whether each job's run was found finished; None where it was interrupted.
+
+        Jobs of which one dies have the real launcher. The processes of others are forked, which
+        saves a start of Python and torch in each.
+        """
         file = self.folder / "jobs.json"
         file.write_text(json.dumps({"fsdp": fsdp, "jobs": jobs}))
+        file.with_suffix(".found").unlink(missing_ok=True)
+        if dies:
+            self._launched(file)
+            return []
+        self._forked(file)
+        return json.loads(file.with_suffix(".found").read_text())
+
+    def _launched(self, file: Path) -> None:
         launch = [
             sys.executable,
             "-m",
@@ -141,8 +159,32 @@ class Runs:
         done = subprocess.run(
             command, capture_output=True, text=True, env=environment, cwd=self.folder
         )
-        assert (done.returncode != 0) == dies, done.stderr[-8000:]
-        return [] if dies else json.loads(file.with_suffix(".found").read_text())
+        assert done.returncode != 0, done.stderr[-8000:]
+
+    def _forked(self, file: Path) -> None:
+        said = self.folder / "said.txt"
+        said.unlink(missing_ok=True)
+
+        def work(environment: dict[str, str]) -> None:
+            os.environ.update(environment)
+            os.chdir(self.folder)
+            # As in a process that has trained nothing yet.
+            AcceleratorState._reset_state(reset_partial_state=True)
+            sys.stdout = sys.stderr = said.open("a", buffering=1)
+            logging.root.handlers.clear()
+            several_processes.main(file)
+
+        running = [self._fork(partial(work, environment)) for environment in self._two_ranks()]
+        try:
+            # If one fails, the other would wait for it.
+            while running and all(not process.exitcode for process in running):
+                wait([process.sentinel for process in running])
+                running = [process for process in running if process.exitcode != 0]
+            assert not running, said.read_text()[-8000:]
+        finally:
+            for process in running:
+                process.kill()
+                process.join()
 
     def result(self, name: str) -> dict[str, Any]:
         output = self.folder / name
@@ -160,10 +202,10 @@ class Runs:
 
 
 @pytest.fixture(scope="module")
-def runs(uneven: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+def runs(uneven: Path, tmp_path_factory: pytest.TempPathFactory, fork: Any, two_ranks: Any) -> Runs:
     folder = tmp_path_factory.mktemp("runs")
     (folder / "its_own.py").write_text(ITS_OWN)
-    return Runs(folder, uneven)
+    return Runs(folder, uneven, fork, two_ranks)
 
 
 @pytest.fixture(scope="module")

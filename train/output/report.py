@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 from pathlib import Path
 from typing import Any
 
 import matplotlib
-from jinja2 import Environment, FileSystemLoader, select_autoescape
+from jinja2 import Environment, FileSystemLoader, Template, select_autoescape
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -46,12 +47,8 @@ def write_report(
     examples: held-out positions as ``logitcask.train.evaluation.evaluate.examples`` gives them.
     answers:  as ``logitcask.train.evaluation.answers.answers`` gives them.
     """
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=select_autoescape(["html", "jinja"]),
-    )
     k = metrics["k"]
-    page = environment.get_template("report.html.jinja").render(
+    page = _template().render(
         metrics=metrics,
         rows=[_row(name, k, metrics) for name in metrics["before"]],
         loss_chart=_loss_chart(log),
@@ -63,6 +60,16 @@ def write_report(
         answers=answers,
     )
     path.write_text(page, encoding="utf-8")
+
+
+@functools.cache
+def _template() -> Template:
+    """The page's template, compiled once a process: a sweep writes many pages."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=select_autoescape(["html", "jinja"]),
+    )
+    return environment.get_template("report.html.jinja")
 
 
 def _row(name: str, k: int, metrics: RunMetrics) -> dict[str, str]:

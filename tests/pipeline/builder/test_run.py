@@ -8,8 +8,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -18,6 +16,7 @@ import yaml
 
 import logitcask.pipeline.builder.plan
 from logitcask.cache_format import CacheReader, UserError, verify
+from logitcask.pipeline.builder import lazy_teacher
 from logitcask.pipeline.builder.run import build
 from logitcask.pipeline.config import BuildConfig
 from logitcask.pipeline.teachers.open import open_tokenizer
@@ -79,8 +78,8 @@ def test_a_cache_holds_the_teachers_distributions(tmp_path, store):
     """
     config = synthetic(
         tmp_path,
-        data__max_tokens=12_000,
-        store={"top_k": 12, "shard_tokens": 2_000, **STORES[store]},
+        data__max_tokens=8_000,
+        store={"top_k": 12, "shard_tokens": 1_200, **STORES[store]},
     )
     manifest = build(config).manifest
     truth = SyntheticTeacher(config.teacher, config.store.capture())
@@ -285,7 +284,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("what", BAD)
-def test_bad_input_is_one_line_and_exit_2(tmp_path, what):
+def test_bad_input_is_one_line_and_exit_2(tmp_path, teacher_cache, monkeypatch, what):
     changes, message = BAD[what]
     fields = {
         "teacher": {"model": "synthetic", "backend": "synthetic", "vocab_size": 3000},
@@ -294,7 +293,8 @@ def test_bad_input_is_one_line_and_exit_2(tmp_path, what):
     }
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump({**fields, **changes}))
-    done = teacher_cache("build", config, env={"HF_HUB_OFFLINE": "1"})
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    done = teacher_cache("build", config)
     assert done.returncode == 2, done.stderr
     assert message in done.stderr
     error = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
@@ -307,7 +307,7 @@ def test_an_empty_data_set(tmp_path, lines):
         build(synthetic(tmp_path, data={"path": lines([{"text": None}, {"text": ""}])}))
 
 
-def test_damage_is_exit_1_and_named(tmp_path):
+def test_damage_is_exit_1_and_named(tmp_path, teacher_cache):
     config = synthetic(tmp_path)
     build(config)
     shard = config.output / "data" / "shard-00002.arrow"
@@ -320,24 +320,12 @@ def test_damage_is_exit_1_and_named(tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def teacher_cache(*arguments, env=None):
-    command = [
-        sys.executable,
-        "-c",
-        "from logitcask.pipeline.cli import main; main()",
-        *map(str, arguments),
-    ]
-    return subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, **(env or {})}
-    )
-
-
-def test_killed_ten_times_the_cache_is_the_same(tmp_path, rng, fork):
+def test_killed_ten_times_the_cache_is_the_same(tmp_path, rng, fork, teacher_cache):
     """``kill -9`` at random moments, the same build again each time, until one gets through; the
     last is the command.
     """
     config_file = tmp_path / "config.yaml"
-    whole = synthetic(tmp_path, output=str(tmp_path / "whole"), data__max_tokens=400_000)
+    whole = synthetic(tmp_path, output=str(tmp_path / "whole"), data__max_tokens=200_000)
     expected = build(whole).manifest
     killed = whole.model_copy(update={"output": tmp_path / "killed"})
     config_file.write_text(yaml.safe_dump(killed.model_dump(mode="json")))
@@ -365,11 +353,13 @@ def test_killed_ten_times_the_cache_is_the_same(tmp_path, rng, fork):
     assert left == ["README.md", "data", "manifest.json", "tail_prior.arrow"]
 
 
-def test_an_unfinished_build_keeps_its_settings(tmp_path):
+def test_an_unfinished_build_keeps_its_settings(tmp_path, fork, monkeypatch):
     config = synthetic(tmp_path)
-    (config.output / "data").parent.mkdir(parents=True)
-    process = subprocess.Popen([sys.executable, "-c", _UNFINISHED, config.model_dump_json()])
-    assert process.wait() == 9
+    with monkeypatch.context() as patch:
+        patch.setattr(lazy_teacher, "open_teacher", lambda *_, **__: os._exit(9))
+        process = fork(lambda: build(config))
+        process.join()
+        assert process.exitcode == 9
     with pytest.raises(
         UserError, match=r"unfinished build with other settings: data\.max_length: 128 -> 64"
     ):
@@ -377,17 +367,7 @@ def test_an_unfinished_build_keeps_its_settings(tmp_path):
     assert not build(config).reused
 
 
-_UNFINISHED = """
-import os, sys
-import logitcask.pipeline.builder.lazy_teacher
-from logitcask.pipeline.builder.run import build
-from logitcask.pipeline.config import BuildConfig
-logitcask.pipeline.builder.lazy_teacher.open_teacher = lambda *a, **k: os._exit(9)
-build(BuildConfig.model_validate_json(sys.argv[1]))
-"""
-
-
-def test_inspect_shows_text_and_probabilities(tmp_path, lines):
+def test_inspect_shows_text_and_probabilities(tmp_path, lines, teacher_cache):
     config = synthetic(tmp_path, data={"path": lines([{"text": "Grüße"}]), "max_length": 64})
     build(config)
     done = teacher_cache("inspect", config.output, "--top", "2", env={"COLUMNS": "200"})

@@ -57,7 +57,7 @@ def build(file: Path, **env: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture
 def build_here(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> Iterator[Callable[[Path], Any]]:
     """The same command in this process, which need not import everything again."""
     handler = signal.getsignal(signal.SIGTERM)
@@ -67,9 +67,7 @@ def build_here(
         monkeypatch.setattr(sys, "argv", ["teacher-cache", "build", str(file)])
         with pytest.raises(SystemExit) as stop:
             main()
-        return subprocess.CompletedProcess(
-            sys.argv, int(stop.value.code or 0), *capsys.readouterr()
-        )
+        return subprocess.CompletedProcess(sys.argv, int(stop.value.code or 0), *capfd.readouterr())
 
     yield run
     signal.signal(signal.SIGTERM, handler)
@@ -267,13 +265,15 @@ def test_an_engine_argument_with_a_field_of_its_own(
 
 
 @needs_vllm
-def test_an_engine_argument_that_cannot_work(tmp_path: Path, tiny_llama: Path) -> None:
+def test_an_engine_argument_that_cannot_work(
+    tmp_path: Path, tiny_llama: Path, build_here: Any
+) -> None:
     teacher = {
         "model": str(tiny_llama),
         "backend": "vllm",
         "engine_args": {"kv_cache_memory_bytes": 1000},
     }
-    refused(build(config_file(tmp_path, teacher, {})), "vLLM cannot start")
+    refused(build_here(config_file(tmp_path, teacher, {})), "vLLM cannot start")
 
 
 @needs_vllm

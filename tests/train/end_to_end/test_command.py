@@ -90,7 +90,7 @@ checkpoints: about .* free
 """
 
 
-def test_what_is_said_without_a_terminal(tiny_llama, scratch_student, tmp_path):
+def test_what_is_said_without_a_terminal(tiny_llama, scratch_student, tmp_path, command):
     """Lines of our own, without carriage returns, although torch, transformers and the loader's
     processes are at work; with --quiet nothing.
     """
@@ -112,8 +112,7 @@ def test_what_is_said_without_a_terminal(tiny_llama, scratch_student, tmp_path):
     files = [tmp_path / "build.yaml", tmp_path / "student.yaml"]
     for file, content in zip(files, (build, student), strict=True):
         file.write_text(yaml.safe_dump(content))
-    command = [sys.executable, "-c", COMMANDS, *map(str, files)]
-    done = subprocess.run(command, capture_output=True)
+    done = subprocess.run([sys.executable, "-c", COMMANDS, *map(str, files)], capture_output=True)
     said = done.stderr.decode()
     assert done.returncode == 0, said
     assert b"\r" not in done.stderr + done.stdout
@@ -123,8 +122,8 @@ def test_what_is_said_without_a_terminal(tiny_llama, scratch_student, tmp_path):
     for pattern in ours:
         assert any(re.fullmatch(pattern, line) for line in lines), pattern
     assert [line for line in lines if line.startswith("train: 3 of 3 step")]
-    quiet = subprocess.run([*command, "--quiet", "--restart"], capture_output=True)
-    assert (quiet.returncode, quiet.stdout, quiet.stderr) == (0, b"", b"")
+    quiet = command(lambda: exec(COMMANDS, {}), *files, "--quiet", "--restart")
+    assert (quiet.returncode, quiet.stdout, quiet.stderr) == (0, "", "")
 
 
 def test_an_error_of_the_program_is_exit_3_and_shown(run, scratch_config, monkeypatch, write_cache):

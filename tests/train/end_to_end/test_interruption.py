@@ -10,10 +10,8 @@ import multiprocessing
 import os
 import shutil
 import signal
-import socket
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,19 +35,6 @@ from tests.train.conftest import scratch
 @pytest.fixture
 def cache(write_cache):
     return str(write_cache("sound", shards=1).path)
-
-
-@pytest.fixture
-def free_port() -> Callable[[], int]:
-    """``free_port()``: a port on which nothing listens."""
-
-    def find() -> int:
-        with socket.socket() as listening:
-            listening.bind(("127.0.0.1", 0))
-            port: int = listening.getsockname()[1]
-            return port
-
-    return find
 
 
 def _signal_at(step: int, number: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,7 +194,7 @@ def test_sigterm_at_20_random_moments(cache, scratch_config, tmp_path, fork, rng
     assert all(weights[name].equal(whole[name]) for name in whole)
 
 
-def test_two_processes_stop_at_the_same_step(cache, scratch_config, tmp_path, fork, rng, free_port):
+def test_two_processes_stop_at_the_same_step(cache, scratch_config, tmp_path, fork, rng, two_ranks):
     """At random moments, also if only one of them has the signal. Both exit with its code, and at
     the end the weights are those of an undisturbed training.
     """
@@ -219,10 +204,7 @@ def test_two_processes_stop_at_the_same_step(cache, scratch_config, tmp_path, fo
         return scratch_config(cache=cache, student=scratch(), training=training)
 
     def start(file):
-        port = str(free_port())
-        common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        ranks = [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
-        return [Child(fork, file, environment) for environment in ranks]
+        return [Child(fork, file, environment) for environment in two_ranks()]
 
     whole = start(_written(config("whole"), tmp_path / "whole.yaml"))
     assert [child.end() for child in whole] == [0, 0], whole[1].said.read_text()

@@ -131,7 +131,7 @@ def test_streaming_fetches_each_shard_once_an_epoch(
     """A remote cache of 12 shards, room for 4 of them here: two windows of 2, each longer than
     what is fetched ahead.
     """
-    local = write_cache("c", shards=12, sequences=30)
+    local = write_cache("c", shards=12, sequences=14)
     url = f"memory://{tmp_path}"
     push(local.path, url)
     log = tmp_path / "fetched"

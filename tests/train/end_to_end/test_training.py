@@ -161,10 +161,10 @@ def test_the_dynamic_form_weighs_the_kl_by_the_overlap(config, dynamic):
         assert first["loss"] == pytest.approx(static, abs=1e-3)
 
 
-def student_process(config, tmp_path):
+def config_file(config, tmp_path):
     file = tmp_path / "student.yaml"
     file.write_text(yaml.safe_dump(config.model_dump(mode="json")))
-    return [sys.executable, "-c", "from logitcask.train.cli import main; main()", str(file)]
+    return file
 
 
 def test_logs_seldom_written_say_the_same_after_a_resume(config, tmp_path):
@@ -210,9 +210,9 @@ def test_a_student_that_diverges_is_noticed_before_it_is_saved(config):
     assert not list(config().output_dir.glob("checkpoint-*"))
 
 
-def test_a_student_that_diverges_between_two_logs_is_noticed_too(config, tmp_path):
+def test_a_student_that_diverges_between_two_logs_is_noticed_too(config, tmp_path, command):
     settings = diverging(config, logging_steps=50, disable_tqdm=False)
-    done = subprocess.run(student_process(settings, tmp_path), capture_output=True, text=True)
+    done = command(main, config_file(settings, tmp_path))
     assert done.returncode == 2, done.stderr
     last = done.stderr.replace("\r", "\n").splitlines()[-1]  # after the bar's
     assert re.match(f"error: {DIVERGED}", last)
@@ -319,15 +319,14 @@ def test_a_checkpoint_cut_short_is_not_resumed_from(config):
 
 def test_the_teacher_stays_away(config, cache, tiny_llama, tmp_path):
     """In a fresh process, with the teacher's folder gone: no engine is imported, and nothing of
-    the teacher is needed.
+    the teacher is needed. Nor is nltk, which takes seconds to load, without answers to judge.
     """
     student = tmp_path / "student"
     shutil.copytree(tiny_llama, student)
     moved = tiny_llama.rename(tiny_llama.with_name("elsewhere"))
     try:
         settings = config(student={"model": str(student)}, training={"max_steps": 2})
-        file = tmp_path / "student.yaml"
-        file.write_text(yaml.safe_dump(settings.model_dump(mode="json")))
+        file = config_file(settings, tmp_path)
         code = (
             "import sys; sys.argv = ['train-student', sys.argv[1]]\n"
             "from logitcask.train.cli import main\n"
@@ -335,6 +334,7 @@ def test_the_teacher_stays_away(config, cache, tiny_llama, tmp_path):
             "engines = ('vllm', 'logitcask.pipeline')\n"
             "assert 'logitcask.train.loop.trainer' in sys.modules\n"
             "assert not [name for name in sys.modules if name.startswith(engines)]\n"
+            "assert not {'nltk', 'rouge_score'} & set(sys.modules)\n"
         )
         done = subprocess.run(
             [sys.executable, "-c", code, str(file)], capture_output=True, text=True
@@ -358,7 +358,7 @@ def test_a_finished_run_is_found_without_transformers(config, tmp_path):
         "app(sys.argv[1:], standalone_mode=False)\n"
         "assert not {'transformers', 'accelerate'} & set(sys.modules)\n"
     )
-    *_, file = student_process(settings, tmp_path)
+    file = config_file(settings, tmp_path)
     done = subprocess.run([sys.executable, "-c", code, file], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "is trained already" in done.stdout

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from rouge_score.tokenizers import DefaultTokenizer
@@ -47,9 +44,3 @@ def test_words_of_english_text_are_those_of_rouge_score() -> None:
     assert len(set(text)) > 60
     assert text.isascii()
     assert Words().tokenize(text) == DefaultTokenizer(use_stemmer=True).tokenize(text)
-
-
-def test_runs_without_answers_do_not_load_it() -> None:
-    """nltk takes seconds to load."""
-    code = "import sys, logitcask.train.run; assert not {'nltk', 'rouge_score'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True)

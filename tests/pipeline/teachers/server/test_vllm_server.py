@@ -40,9 +40,20 @@ MAX_LENGTH, TOP_K = 160, 24
 Make = Callable[[str, list[int]], Sequence]
 
 
+_SERVER = """
+import multiprocessing
+import runpy
+import vllm.v1.engine.utils
+vllm.v1.engine.utils.get_mp_context = lambda: multiprocessing.get_context("fork")
+runpy.run_module("vllm.entrypoints.openai.api_server", run_name="__main__", alter_sys=True)
+"""
+
+
 class VllmServer:
     """``python -m vllm.entrypoints.openai.api_server`` on a port of its own, started and killed
     at will.
+
+    Its engine is forked, as on a GPU. vLLM's CPU build would import everything once more.
     """
 
     def __init__(self, model: Path, log: Path) -> None:
@@ -66,8 +77,11 @@ class VllmServer:
             "max-logprobs": TOP_K,
             "max-num-batched-tokens": 512,
         }
-        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--enforce-eager"]
-        command += [
+        command = [
+            sys.executable,
+            "-c",
+            _SERVER,
+            "--enforce-eager",
             "--no-enable-prefix-caching",
             "--skip-tokenizer-init",
             "--disable-uvicorn-access-log",
@@ -75,6 +89,7 @@ class VllmServer:
         command += [f"--{name}={value}" for name, value in options.items()]
         environment = {
             **os.environ,
+            "TORCHDYNAMO_DISABLE": "1",
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "OMP_NUM_THREADS": "1",
             "VLLM_CPU_KVCACHE_SPACE": "1",

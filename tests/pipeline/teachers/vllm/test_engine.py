@@ -31,7 +31,7 @@ from logitcask.pipeline.teachers.vllm import self_check
 from logitcask.pipeline.teachers.vllm.plugin import drawing
 from logitcask.pipeline.types import Scored, Sequence
 
-MAX_LENGTH = 96
+MAX_LENGTH = 48
 TEXT = (
     "def wurzel(größe: float) -> float:\n    return größe ** 0.5  # √größe\n\n"
     "東京は日本の首都です。 Москва — столица России. 🗼🧪 e\u0301 naïve café\n"
@@ -98,7 +98,7 @@ def smollm2_engine(smollm2: Path) -> Iterator[SharedEngine]:
     at a time.
     """
     config, capture = (
-        TeacherConfig(model=str(smollm2), batch_tokens=64),
+        TeacherConfig(model=str(smollm2), batch_tokens=32),
         Capture(16, samples=16, sets=2),
     )
     engine = SharedEngine(lambda: open_teacher(config, max_length=MAX_LENGTH, capture=capture))
@@ -1115,6 +1115,7 @@ def test_engines_in_processes_of_their_own_draw(
 
     # Engines that started before this one have frozen what vLLM reads from the environment.
     vllm.envs.disable_envs_cache()
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")  # what a fresh one would compile counts ranks
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     # vLLM's CPU build would always start fresh ones.
     for module in (vllm.v1.engine.utils, vllm.v1.executor.multiproc_executor):
