@@ -29,6 +29,8 @@ def describe_head(manifest: Manifest) -> str:
 def describe_tail(manifest: Manifest) -> str:
     """One line: the stored data about the ids outside the head."""
     store, mean = manifest.store, manifest.statistics.mean_draws or 0.0
+    if not store.tail_known:
+        return "its mass is not known: the source held logits of the heads alone"
     if not store.tail_samples:
         return "its mass; no samples"
     sets = "" if store.sample_sets == 1 else f" in {store.sample_sets} sets"
@@ -47,9 +49,11 @@ def describe(manifest: Manifest, path: str | Path) -> str:
         manifest.statistics,
     )
     loss = (
-        "none: no position is kept"
-        if totals.teacher_ce is None
-        else f"{totals.teacher_ce:.4f} nats per token"
+        f"{totals.teacher_ce:.4f} nats per token"
+        if totals.teacher_ce is not None
+        else "not known: the source did not hold every target's logprob"
+        if manifest.store.unknown
+        else "none: no position is kept"
     )
     shape = (
         f"{totals.tokens:,} in {totals.sequences:,} sequences, {totals.positions:,} kept positions"
