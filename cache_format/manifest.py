@@ -153,10 +153,10 @@ class StoreSettings(_Part):
         description="Largest rounding error of a stored logprob, nats; null: half of logprob_step.",
     )
     scalar_step: float = Field(SCALAR_STEP, gt=0, le=1, description="Grid of the scalars, nats.")
-    unknown: tuple[Literal["tail", "targets"], ...] = Field(
+    unknown: tuple[Literal["tail", "targets", "ranks"], ...] = Field(
         (),
         description="Values that the source of the cache did not hold. tail: the mass outside the heads; targets: "
-        "logprob and rank of some targets. Absent if all are known.",
+        "logprob and rank of some targets; ranks: the rank of some. Absent if all are known.",
     )
 
     @model_validator(mode="after")
@@ -193,7 +193,7 @@ class StoreSettings(_Part):
     @property
     def targets_known(self) -> bool:
         """Whether every target's logprob is known. Without the tail's mass none is."""
-        return not self.unknown
+        return not {"tail", "targets"} & set(self.unknown)
 
     @property
     def required_features(self) -> tuple[str, ...]:

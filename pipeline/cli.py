@@ -10,6 +10,7 @@ from logitcask.pipeline.commands.audit import audit
 from logitcask.pipeline.commands.build import build
 from logitcask.pipeline.commands.estimate import estimate
 from logitcask.pipeline.commands.export import export
+from logitcask.pipeline.commands.imports import import_
 from logitcask.pipeline.commands.inspect import generations, inspect
 from logitcask.pipeline.commands.model import model
 from logitcask.pipeline.memory import use_huge_pages
@@ -34,6 +35,7 @@ for command in (
     model,
 ):
     app.command()(command)
+app.command("import")(import_)
 
 
 def main() -> None:

@@ -78,7 +78,7 @@ def derive(
     print_result(facts(manifest, out), describe(manifest, out))
 
 
-def _options_of(model: type[BaseModel]) -> dict[str, Any]:
+def options_of(model: type[BaseModel]) -> dict[str, Any]:
     """The fields of ``model`` as annotations of Typer options, with the default None."""
     return {
         name: Annotated[field.annotation, typer.Option(help=field.description, show_default=False)]
@@ -86,7 +86,7 @@ def _options_of(model: type[BaseModel]) -> dict[str, Any]:
     }
 
 
-def _give_options(command: Callable[..., None], options: dict[str, Any]) -> None:
+def give_options(command: Callable[..., None], options: dict[str, Any]) -> None:
     """Replaces ``**changes`` by these options, in the signature that Typer reads."""
     own = [
         p
@@ -101,7 +101,7 @@ def _give_options(command: Callable[..., None], options: dict[str, Any]) -> None
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in (*own, *more)}
 
 
-_give_options(derive, _options_of(DeriveOptions))
+give_options(derive, options_of(DeriveOptions))
 
 
 def merge(

@@ -263,13 +263,14 @@ class PackedBatch:
             index,
             "its positions are not those of its loss mask",
         )
-        known = slice(None)
+        of_targets, ranks = target_logprob, target_rank
+        if {"targets", "ranks"} & set(store.unknown):
+            ranks = ranks[ranks != UNKNOWN_RANK]
         if "targets" in store.unknown:
-            known = target_rank != UNKNOWN_RANK
-            agree = bool((np.isnan(target_logprob) == ~known).all())
-            self._require(agree, index, "a target has a rank and no logprob, or the reverse")
+            agree = bool((target_rank[np.isnan(target_logprob)] == UNKNOWN_RANK).all())
+            self._require(agree, index, "a target has a rank, but no logprob")
+            of_targets = of_targets[~np.isnan(of_targets)]
         # A logprob slightly above 0 comes from rounding (see ``validation.validate``).
-        of_targets, ranks = target_logprob[known], target_rank[known]
         finite = bool(np.isfinite(of_targets).all() and (of_targets <= 1e-3).all())
         self._require(finite, index, "a target logprob is above 0 or not finite")
         ranked = len(ranks) == 0 or (int(ranks.min()) >= 0 and int(ranks.max()) < store.vocab_size)

@@ -101,13 +101,14 @@ def _validate_head(
 
 def _validate_targets(sequence: CachedSequence, store: StoreSettings, require: Any) -> None:
     vocab_size, target, ranks = store.vocab_size, sequence.target_logprob, sequence.target_rank
+    unranked, unknown = ranks == UNKNOWN_RANK, np.isnan(target)
     if "targets" in store.unknown:
-        known = ranks != UNKNOWN_RANK
-        require(
-            (np.isnan(target) == ~known).all(),
-            "a target has a logprob and no rank, or none and a rank",
-        )
-        target, ranks = target[known], ranks[known]
+        require((unranked | ~unknown).all(), "a target has a rank, but no logprob")
+        if "ranks" not in store.unknown:
+            require((unknown | ~unranked).all(), "a target has a logprob, but no rank")
+        target = target[~unknown]
+    if {"targets", "ranks"} & set(store.unknown):
+        ranks = ranks[~unranked]
     require(np.isfinite(target).all(), "a target logprob is not finite")
     require((target <= 1e-3).all(), "a target logprob is above 0")
     require(((ranks >= 0) & (ranks < vocab_size)).all(), "a target rank is outside the vocabulary")
