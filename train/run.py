@@ -394,7 +394,7 @@ def _write(
 
 
 def _tail_of_kind(kind: Exactness) -> Tail:
-    return "samples" if kind == "unbiased" else "ghost"
+    return {"unbiased": "samples", "biased": "renormalised"}.get(kind, "ghost")  # type: ignore[return-value]
 
 
 def _joined(names: Iterable[str]) -> str:
