@@ -152,6 +152,7 @@ LAYOUT = Layout(
     summary="axolotl and distilabel: chats, and vLLM's logprobs as lists of token_id:N",
     read=read,
     columns=(LOGPROBS,),
+    values="logprobs",
     forced=True,
 )
 PREPARED = Layout(

@@ -38,7 +38,8 @@ class ImportOptions(ConfigModel):
     values: Literal["auto", "logprobs", "logits"] = Field(
         "auto",
         description="What the numbers are. logits: the mass outside a head is then unknown, unless "
-        "the head is the whole vocabulary. auto: logprobs if no head's mass is above 1.",
+        "the head is the whole vocabulary. auto: what the layout has; if that may be either, logprobs "
+        "if no head's mass is above 1, and not all are 1.",
     )
     split: str = Field("train", description="Split of a folder or a hub data set.")
     tokens: str | None = Field(
@@ -149,6 +150,7 @@ class Layout:
     columns: columns by which a table is known to have this layout; empty for other files.
     suffix:  of its files, if they are no tables.
     needs:   options that must be given.
+    values:  what ``--values auto`` means; auto: the numbers tell.
     forced:  whether a row may have the next token beside the most probable ones.
     """
 
@@ -158,4 +160,5 @@ class Layout:
     columns: tuple[str, ...] = ()
     suffix: str = ""
     needs: tuple[str, ...] = ()
+    values: Literal["auto", "logprobs"] = "auto"
     forced: bool = False

@@ -212,5 +212,6 @@ LAYOUT = Layout(
     summary="DistillKit: compressed_logprobs and bytepacked_indices, with --k, --exact-k, ...",
     read=read,
     columns=("input_ids", "compressed_logprobs", "bytepacked_indices"),
+    values="logprobs",
     needs=("k", "exact_k"),
 )

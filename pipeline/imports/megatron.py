@@ -45,7 +45,15 @@ def read(source: Source) -> Iterator[Held]:
     """The samples of a run, in its order."""
     ranks = [_iterations(files) for files in _by_rank(files_of(source))]
     tokens = token_rows(source)
-    for parts in zip(*ranks, strict=False):
+    while True:
+        found = [next(rank, None) for rank in ranks]
+        parts = [part for part in found if part is not None]
+        if not parts:
+            return
+        if len(parts) < len(found):
+            raise UserError(
+                f"{source.path}: rank {found.index(None)} has fewer iterations than others; some archives are missing"
+            )
         if len({part.number for part in parts}) > 1:
             raise UserError(
                 f"{source.path}: the ranks do not hold the same iterations ({', '.join(str(p.number) for p in parts)}); some "
@@ -58,9 +66,6 @@ def read(source: Source) -> Iterator[Held]:
                 values, ids = part.values[batch], part.ids[batch]
                 for sample in range(values.shape[1]):
                     yield _held(tokens, part.number, ids[:, sample], values[:, sample])
-    for rank, rest in enumerate(ranks):
-        if next(rest, None) is not None:
-            raise UserError(f"{source.path}: rank {rank} has more iterations than the others")
 
 
 def _held(
@@ -181,5 +186,6 @@ LAYOUT = Layout(
     summary="Megatron-LM: tars of ITERATION.pt.zst, with the run's tokens in --tokens",
     read=read,
     suffix=".tar",
+    values="logprobs",
     needs=("tokens",),
 )

@@ -9,6 +9,7 @@ Shapes: R rows, P kept positions, K entries (padded).
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Literal
@@ -26,8 +27,12 @@ from logitcask.pipeline.imports.distributions import (
     without_forced,
 )
 
+log = logging.getLogger(__name__)
+
 _MASS = 1.05  # a head's mass up to which rounding and a codec's fit explain it
 _ABOVE = 0.01  # share of positions that may be above
+_WHOLE = 2e-3  # distance from 1 at which a head's mass may be 1, in 16 bits
+_ALL_WHOLE = 0.995  # share of such heads above which a layout has scaled them to 1
 _FEW = 0.05  # nats' mass on average below which numbers are hardly logprobs
 _SHIFT_ROWS = 20_000  # rows in which the place of the next token is looked for
 _SHIFT_MARGIN = 0.10
@@ -53,6 +58,7 @@ class Survey:
     _hash: DataHash = field(default_factory=DataHash)
     _unknown: Counter[str] = field(default_factory=Counter)
     _above: int = 0
+    _whole: int = 0
     _mass: float = 0.0
     _highest: float = 0.0
     _hits: Counter[int] = field(default_factory=Counter)
@@ -82,6 +88,7 @@ class Survey:
             return
         mass = np.exp(np.minimum(log_masses(values), 700))
         self._above += int((mass > _MASS).sum())
+        self._whole += int((np.abs(mass - 1) < _WHOLE).sum())
         self._mass += float(np.minimum(mass, 1).sum())
         self._highest = max(self._highest, float(mass.max()))
         self.counters["scaled_to_1"] += int((mass > 1).sum())
@@ -128,6 +135,17 @@ class Survey:
             raise UserError("no token of the source is learnt; see its labels or masks")
         self._check_alignment()
         above, mean = self._above / positions, self._mass / positions
+        asked = self.layout.values if asked == "auto" else asked
+        if (
+            asked == "auto"
+            and self.largest < self.vocab_size
+            and self._whole > _ALL_WHOLE * positions
+        ):
+            log.info(
+                "the heads' masses are all 1, so they were scaled to 1, and the mass outside them is not known; "
+                "--values logprobs takes it for 0"
+            )
+            asked = "logits"
         if asked == "logits" or (asked == "auto" and above > _ABOVE):
             self.counters["scaled_to_1"] = 0
             return True

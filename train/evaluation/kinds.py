@@ -34,7 +34,10 @@ def kinds_of_difference(kinds: dict[str, Exactness]) -> dict[str, Exactness]:
 def _kinds(data: CachedDataset, names: list[str]) -> dict[str, Exactness]:
     teacher = data.teacher(collate([data[0]]))
     shortest = shortest_head(data.cache.manifest.store)
-    losses = {"kl": ("forward_kl", {}), "reverse_kl": ("reverse_kl", {"tail": reverse_tail(teacher)})}
+    losses = {
+        "kl": ("forward_kl", {}),
+        "reverse_kl": ("reverse_kl", {"tail": reverse_tail(teacher)}),
+    }
     whole = exactness_of("forward_kl", {}, teacher, shortest) == "exact"
     kinds: dict[str, Exactness] = {}
     for name in names:

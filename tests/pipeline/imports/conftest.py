@@ -58,10 +58,10 @@ def texts(rng):
 
 
 def make_texts(rng, count: int, length: int | None = None) -> list[Text]:
-    """Sequences of 3 to 14 tokens; the teacher finds most next tokens probable."""
+    """Sequences of 3 to 6 tokens; the teacher finds most next tokens probable."""
     found = []
     for _ in range(count):
-        n = length or int(rng.integers(3, 15))
+        n = length or int(rng.integers(3, 7))
         tokens = rng.integers(0, V, n)
         logits = rng.normal(0, 2, (n - 1, V))
         likely = rng.random(n - 1) < 0.8
@@ -87,14 +87,16 @@ def head_kl(
     """
     p = dict(zip(ids.tolist(), logprobs.tolist(), strict=True))
     q = dict(zip(sequence.ids[row].tolist(), sequence.logprobs[row].tolist(), strict=True))
+    rest = float(np.exp(sequence.tail_logprob[row]))
     target = int(sequence.input_ids[sequence.positions[row] + 1])
     if target not in q and np.isfinite(sequence.target_logprob[row]):
         q[target] = float(sequence.target_logprob[row])
+        rest = max(rest - np.exp(q[target]), 1e-9)
     q.pop(-1, None)
     assert set(p) == set(q)
     one, other = np.exp([p[i] for i in p]), np.exp([q[i] for i in p])
     if tail:
-        one, other = np.append(one, 1 - one.sum()), np.append(other, 1 - other.sum())
+        one, other = np.append(one, max(1 - one.sum(), 2.0**-20)), np.append(other, rest)
     one, other = one / one.sum(), other / other.sum()
     return float((one * np.log(one / other)).sum())
 

@@ -147,7 +147,10 @@ def test_the_codec(name, texts, tmp_path):
         ({"exact_k": 5}, "has 28 bytes a row, but these settings of the codec make 32"),
         ({"exact_dtype": "bfloat16"}, "these settings of the codec make 20"),
         ({"polynomial_terms": "0,1"}, "these settings of the codec make 24"),
-        ({"k": 13}, "bytepacked_indices has 14 bytes a row, but these settings of the codec make 15"),
+        (
+            {"k": 13},
+            "bytepacked_indices has 14 bytes a row, but these settings of the codec make 15",
+        ),
         ({"vocab_size": 600}, "vocab_size"),
         ({"delta_encoding": False}, "logprobs"),
         ({"exact_k": 20}, "exact_k is 20, more than the 12 entries"),

@@ -98,7 +98,9 @@ def test_an_unknown_target_is_not_taken_for_a_known_one(draw, known):
     outside = ~(known.ids == known.target_ids[:, None]).any(1)
     logprobs, stored = unknown.known(known.target_ids[:, None])
     assert not stored[outside].any()
-    assert torch.equal(logprobs[outside, 0], torch.minimum(known.tail_logprob, known.least)[outside])
+    assert torch.equal(
+        logprobs[outside, 0], torch.minimum(known.tail_logprob, known.least)[outside]
+    )
     assert stored[~outside].all()
     with pytest.raises(UserError, match="self_evolution needs the teacher's logprob of every next"):
         LOSSES["self_evolution"](normal(draw, P, V), unknown)
