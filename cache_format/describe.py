@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from logitcask.cache_format.manifest import AuditSummary, Manifest
+from logitcask.cache_format.redact import redacted
 
 
 def describe_head(manifest: Manifest) -> str:
@@ -64,7 +65,7 @@ def describe(manifest: Manifest, path: str | Path) -> str:
         if count and name not in _SHOWN_ELSEWHERE
     )
     rows = {
-        "cache": str(path),
+        "cache": redacted(str(path)),
         "teacher": f"{teacher.model} ({teacher.engine}, {teacher.dtype}, route {teacher.route})",
         "data": f"{data.source}, split {data.split}, {data.kind}, loss mask: {data.mask_policy}",
         "read": counters,
@@ -86,7 +87,7 @@ def facts(manifest: Manifest, path: str | Path) -> dict[str, Any]:
     cache.
     """
     return {
-        "cache": str(path),
+        "cache": redacted(str(path)),
         "fingerprint": manifest.fingerprint,
         "content_sha256": manifest.content_sha256,
         "teacher": manifest.teacher.model,

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from logitcask.cache_format.cli import cache_commands, share_commands
+from logitcask.cache_format.cli import cache_commands, share_commands, trust_commands
 from logitcask.cache_format.cli.app import Group, new_app, run
 from logitcask.pipeline.commands.audit import audit
 from logitcask.pipeline.commands.build import build
@@ -28,6 +28,8 @@ for command in (
     estimate,
     share_commands.push,
     share_commands.pull,
+    trust_commands.keygen,
+    trust_commands.sign,
     build,
     inspect,
     generations,

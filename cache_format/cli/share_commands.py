@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from logitcask.cache_format.cli.result import print_result
+from logitcask.cache_format.redact import redacted
 from logitcask.cache_format.runtime.progress import ProgressBar
 from logitcask.cache_format.share import copy as share
 
@@ -68,10 +69,11 @@ def default_folder(url: str) -> Path:
 
 
 def _facts(copied: share.Copied, place: str) -> dict[str, Any]:
-    return {"place": place, "unchanged": copied.unchanged, **asdict(copied)}
+    return {"place": redacted(place), "unchanged": copied.unchanged, **asdict(copied)}
 
 
 def _summary(copied: share.Copied, place: str) -> str:
+    place = redacted(place)
     if copied.unchanged:
         return f"{place} holds this very cache already: nothing to copy"
     files = copied.files_sent + copied.files_skipped

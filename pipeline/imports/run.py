@@ -25,6 +25,7 @@ from logitcask.cache_format.manifest import (
     TeacherIdentity,
     TokenizerIdentity,
 )
+from logitcask.cache_format.redact import redacted, without_secrets
 from logitcask.cache_format.schema import MAX_SHARDS
 from logitcask.cache_format.sequence import CachedSequence
 from logitcask.cache_format.shards.prior import TailPrior
@@ -172,7 +173,7 @@ def _header(source: Source, survey: Survey, logits: bool) -> Header:
             name=options.tokenizer, **tokenizer_identity(source.tokenizer, None)
         ),
         data=DataIdentity(
-            source=source.path,
+            source=redacted(source.path),
             split=options.split,
             kind="chats" if chats else "documents",
             mask_policy="all" if survey.all_learnt else policy,
@@ -182,5 +183,5 @@ def _header(source: Source, survey: Survey, logits: bool) -> Header:
             counters={name: count for name, count in survey.counters.items() if count},
         ),
         store=store,
-        config={"import": {"layout": layout.name, "source": source.path, **given}},
+        config={"import": without_secrets({"layout": layout.name, "source": source.path, **given})},
     )

@@ -6,7 +6,7 @@ Shapes: R rows of a table's cell, K entries of a row (padded).
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -22,7 +22,13 @@ from logitcask.cache_format.errors import UserError, one_line
 from logitcask.pipeline.imports.base import Source
 from logitcask.pipeline.text.config import DataConfig
 from logitcask.pipeline.text.data_files import find_files, is_saved
-from logitcask.pipeline.text.file_formats import locate, read_columns, read_rows, suffix_of
+from logitcask.pipeline.text.file_formats import (
+    SUFFIXES,
+    locate,
+    read_columns,
+    read_rows,
+    suffix_of,
+)
 
 _BATCH_ROWS = 16
 """Rows in memory: a row of 8,192 tokens with 128 entries takes megabytes."""
@@ -36,21 +42,25 @@ def rows(source: Source) -> Iterator[tuple[str, Row]]:
     Raises UserError for a file that lacks the layout's columns.
     """
     renamed = {column: name for name, column in source.options.columns.items()}
-    for name, row in table_rows(source.path, source.options.split, check=_check_of(source)):
+    options, layout = source.options, source.layout.name
+    for name, row in _table_rows(source.path, options.split, layout, _check_of(source)):
         yield name, {renamed.get(column, column): cell for column, cell in row.items()}
 
 
 def token_rows(source: Source) -> Iterator[tuple[str, Row]]:
     """The rows of ``--tokens``, as ``rows``."""
-    assert source.options.tokens is not None
-    return table_rows(source.options.tokens, source.options.split, check=_has_tokens)
+    options = source.options
+    assert options.tokens is not None
+    return _table_rows(options.tokens, options.split, "of --tokens", _has_tokens)
 
 
-def table_rows(path: str, split: str, *, check: Any) -> Iterator[tuple[str, Row]]:
+def _table_rows(
+    path: str, split: str, layout: str, check: Callable[[str, list[str]], None]
+) -> Iterator[tuple[str, Row]]:
     """(name, cells) of every row of the tables at ``path``. ``check``: called with the path and the
     columns of each file.
     """
-    for file in _files(path, split):
+    for file in _files(path, split, layout):
         short = file.rsplit("/", 1)[-1]
         number = 0
         for batch in _batches(file, check):
@@ -88,9 +98,15 @@ def _has_tokens(file: str, columns: list[str]) -> None:
         )
 
 
-def _files(path: str, split: str) -> list[str]:
+def _files(path: str, split: str, layout: str) -> list[str]:
     """The data files of a file, folder, pattern, URL or hub data set, in order."""
     folder = Path(path).expanduser()
+    files = folder.rglob("*") if folder.is_dir() else [folder] if folder.is_file() else []
+    suffixes = {suffix_of(file.name) for file in files}
+    if suffixes and not suffixes & {*SUFFIXES}:
+        raise UserError(
+            f"{path} is not in the layout {layout}: expected a table (.parquet, .arrow, .jsonl, ...), or a folder of them"
+        )
     if folder.is_dir() and is_saved(folder):
         if (folder / "dataset_dict.json").is_file():
             folder = folder / split

@@ -8,6 +8,7 @@ Shapes: V vocabulary, K entries of a row.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,9 @@ from logitcask.pipeline.imports.base import ImportOptions
 from logitcask.pipeline.imports.run import import_cache
 
 V, K = 300, 8
+ROWS = int(os.environ.get("LOGITCASK_IMPORT_ROWS", "200"))
+"""Sequences of the main test of each layout; docs/layouts.md has the figures of 1,000."""
+
 LAYOUTS = (
     "distillkit-raw",
     "distillkit-packed",
@@ -54,7 +58,7 @@ class Text:
 
 @pytest.fixture
 def texts(rng):
-    return make_texts(rng, 1000)
+    return make_texts(rng, ROWS)
 
 
 def make_texts(rng, count: int, length: int | None = None) -> list[Text]:
@@ -111,7 +115,9 @@ def mean_kl(
         for row in range(len(ids)):
             there = ids[row] >= 0
             found.append(head_kl(ids[row][there], logprobs[row][there], sequence, row, tail=tail))
-    return float(np.mean(found))
+    mean = float(np.mean(found))
+    print(f"{reader.manifest.teacher.engine}: KL {mean:.1e} over {len(found):,} positions")
+    return mean
 
 
 ROUNDING = 2.0**-6 / 2

@@ -14,7 +14,7 @@ import torch
 import zstandard
 
 from logitcask.cache_format import UserError
-from tests.pipeline.imports.conftest import KL_BY_ROUNDING, K, imported, make_texts, mean_kl
+from tests.pipeline.imports.conftest import KL_BY_ROUNDING, ROWS, K, imported, make_texts, mean_kl
 
 RANKS, MICRO, BATCHES, LENGTH = 2, 3, 2, 5
 PER_ITERATION = RANKS * MICRO * BATCHES
@@ -79,7 +79,7 @@ def held_of(samples):
 
 @pytest.mark.parametrize("whole", [False, True])
 def test_a_run(whole, rng, tmp_path):
-    texts, samples = make(rng, tmp_path, 1008 if whole else 60)
+    texts, samples = make(rng, tmp_path, ROWS // 12 * 12 + 12 if whole else 60)
     write(tmp_path, samples, whole=whole, cp="" if whole else "cp0_")
     tokens = str(tmp_path / "tokens.parquet")
     reader = imported("megatron", tmp_path, tmp_path / "cache", tokens=tokens)
@@ -117,8 +117,6 @@ def test_what_is_missing_is_named(rng, tmp_path):
     (tmp_path / "dp1__3.tar").rename(tmp_path / "away")
     refused("rank 1 has fewer iterations than others")
     (tmp_path / "away").rename(tmp_path / "dp1__3.tar")
-    pq.write_table(pq.read_table(tokens).slice(0, 30), tokens)
-    refused("--tokens has no rows left")
     (tmp_path / "cp1_dp0__9.tar").touch()
     refused("part of a context-parallel run")
     (tmp_path / "cp1_dp0__9.tar").rename(tmp_path / "dp0__9.tar")
@@ -126,3 +124,6 @@ def test_what_is_missing_is_named(rng, tmp_path):
     (tmp_path / "dp0__9.tar").unlink()
     write(tmp_path, samples, whole=True, meta=False)
     refused("no _meta.json with mbs_save")
+    write(tmp_path, samples)
+    pq.write_table(pq.read_table(tokens).slice(0, 30), tokens)
+    refused("--tokens has no rows left")

@@ -38,7 +38,7 @@ def write(folder, texts, leave_out=()):
 
 
 def test_rows_beside_others(texts, tmp_path):
-    held = write(tmp_path, texts, leave_out={3, 900})
+    held = write(tmp_path, texts, leave_out={3, 150})
     tokens = str(tmp_path / "data.parquet")
     reader = imported("sidecar", tmp_path / "beside.parquet", tmp_path / "cache", tokens=tokens)
     assert reader.manifest.store.unknown == ("ranks",)
