@@ -353,7 +353,7 @@ def _metrics(
         ),
         "train_sequences": sum(len(source) for source in parts.data.sources),
         "held_out_sequences": len(parts.held_out),
-        "held_out_positions": int(reference["positions"]),
+        "held_out_positions": int(reference["positions"] or 0),
         "losses": [list(term) for term in parts.objective.weights()],
         "exactness": {name: IN_WORDS[kind] for name, kind in parts.exactness.items()},
         "student": {

@@ -23,6 +23,7 @@ from logitcask.pipeline.teachers.open import open_tokenizer
 log = logging.getLogger(__name__)
 
 _DRAWS_SHOWN = 3
+_UNKNOWN = "?"  # a value that an imported cache does not know
 
 
 def token_text(cache: CacheReader, tokenizer: str | None) -> TokenText:
@@ -150,6 +151,8 @@ def table(sequence: CachedSequence, text: TokenText, top: int) -> Table:
         shown.add_column(name, justify=justify)  # type: ignore[arg-type]
     row_of = {int(position) + 1: row for row, position in enumerate(sequence.positions)}
     tokens = sequence.input_ids.tolist()
+    # Without the tail's mass, probabilities are shares of the head.
+    unknown = np.isnan(sequence.target_logprob) | np.isnan(sequence.tail_logprob)
     for at, (token, written) in enumerate(zip(tokens, text.sequence(tokens), strict=True)):
         row = row_of.get(at)
         if row is None:
@@ -165,8 +168,8 @@ def table(sequence: CachedSequence, text: TokenText, top: int) -> Table:
         shown.add_row(
             str(at),
             Text(written),
-            f"{np.exp(sequence.target_logprob[row]):.1%}",
-            f"{sequence.target_rank[row]:,}",
+            _UNKNOWN if unknown[row] else f"{np.exp(sequence.target_logprob[row]):.1%}",
+            _UNKNOWN if sequence.target_rank[row] < 0 else f"{sequence.target_rank[row]:,}",
             head,
             _tail(sequence, row, text),
         )
@@ -176,7 +179,7 @@ def table(sequence: CachedSequence, text: TokenText, top: int) -> Table:
 def document(sequence: CachedSequence, text: TokenText, top: int) -> dict[str, Any]:
     """The same as ``table`` in JSON values, with all draws and logprobs in nats.
 
-    ``teacher`` is None for tokens outside the loss mask. A draw's ``logprob`` is nan if the cache
+    ``teacher`` is None for tokens outside the loss mask; a value that is not known is nan or None. A draw's ``logprob`` is nan if the cache
     does not store it.
     """
     row_of = {int(position) + 1: row for row, position in enumerate(sequence.positions)}
@@ -210,7 +213,7 @@ def _teacher(sequence: CachedSequence, row: int, text: TokenText, top: int) -> d
         )
     return {
         "logprob": float(sequence.target_logprob[row]),
-        "rank": int(sequence.target_rank[row]),
+        "rank": None if sequence.target_rank[row] < 0 else int(sequence.target_rank[row]),
         "top": entries(sequence.ids[row, :top], sequence.logprobs[row, :top]),
         "tail_logprob": float(sequence.tail_logprob[row]),
         "draws": drawn,
@@ -218,7 +221,8 @@ def _teacher(sequence: CachedSequence, row: int, text: TokenText, top: int) -> d
 
 
 def _tail(sequence: CachedSequence, row: int, text: TokenText) -> Text:
-    shown = Text(f"{np.exp(sequence.tail_logprob[row]):6.1%}")
+    tail = sequence.tail_logprob[row]
+    shown = Text(f"{_UNKNOWN:>6}" if np.isnan(tail) else f"{np.exp(tail):6.1%}")
     if sequence.samples is not None:
         drawn = dict.fromkeys(sequence.samples.ids[row][sequence.samples.ids[row] >= 0].tolist())
         shown.append(

@@ -107,7 +107,7 @@ def as_sequence(
     negligible = values < _LEAST
     ids, values = np.where(negligible, -1, ids), np.where(negligible, -np.inf, values)
     width = int((ids >= 0).sum(axis=1).max(initial=0))
-    ids, logprobs = ids[:, :width].astype(np.int32), values[:, :width].astype(np.float32)
+    ids, logprobs = ids[:, :width], values[:, :width].astype(np.float32)
     size = (ids >= 0).sum(axis=1)
     hit = ids == targets[:, None]
     inside = hit.any(axis=1)
@@ -121,7 +121,7 @@ def as_sequence(
         input_ids=held.input_ids.astype(np.int32),
         loss_mask=mask,
         positions=positions,
-        ids=ids,
+        ids=ids.astype(np.int32),
         logprobs=logprobs,
         tail_logprob=tail,
         target_logprob=np.where(inside, in_head, of_target).astype(np.float32),

@@ -71,11 +71,12 @@ def read(source: Source) -> Iterator[Held]:
 def _held(
     tokens: Iterator[Any], iteration: int, ids: NDArray[np.int64], values: NDArray[Any]
 ) -> Held:
-    place, row = next(tokens, ("", {}))
-    if not row:
+    found_row = next(tokens, None)
+    if found_row is None:
         raise UserError(
             f"iteration {iteration}: --tokens has no rows left; it needs a row for every sample of the run"
         )
+    place, row = found_row
     found = vector(row["input_ids"], np.int64, f"{place}: input_ids")
     # A sample of the run has one more token than rows, its last target; without it, the last row
     # is about no token.

@@ -6,6 +6,7 @@ import json
 import logging
 
 import numpy as np
+import polars
 import pytest
 
 from logitcask.cache_format import CacheReader, IncompleteCacheError, UserError
@@ -42,6 +43,33 @@ def test_the_command(source, tmp_path, capsys):
     assert manifest.data.counters["kept_positions"] == manifest.statistics.positions
     run("info", tmp_path / "cache")
     assert "not known: the source did not hold every target's logprob" in capsys.readouterr().out
+
+
+def test_inspect_derive_and_export_say_what_is_not_known(rng, tmp_path, capsys):
+    texts = make_texts(rng, 30)
+    source = write(tmp_path / "rows.parquet", texts, lambda text: text.logits)
+    imported("distillkit-raw", source, tmp_path / "cache")
+    run("inspect", tmp_path / "cache", "--sequence", 0)
+    shown = capsys.readouterr().out
+    assert "nan" not in shown
+    assert shown.count("?") >= len(texts[0].tokens) - 1
+    run("inspect", tmp_path / "cache", "--sequence", 0, "--json")
+    (first, *rest) = json.loads(capsys.readouterr().out)["tokens"]
+    assert first["teacher"] is None
+    assert all(token["teacher"]["tail_logprob"] is None for token in rest)
+    run("derive", tmp_path / "cache", tmp_path / "small", "--top-k", 3)
+    assert "its mass is not known" in capsys.readouterr().out
+    small = CacheReader(str(tmp_path / "small"))
+    assert small.manifest.store.unknown == ("tail", "targets")
+    assert all((s.ids >= 0).sum(axis=1).max() == 3 for s in small)
+    with pytest.raises(UserError, match="tail masses are unknown"):
+        run("derive", tmp_path / "cache", tmp_path / "other", "--min-probability", 0.1)
+    run("export", "parquet", tmp_path / "small", tmp_path / "out.parquet")
+    frame = polars.read_parquet(tmp_path / "out.parquet")
+    assert frame["tail_mass"].is_null().all()
+    assert frame["head_mass"].is_null().all()
+    assert frame["target_rank"].is_null().sum() > frame["target_id"].is_null().sum()
+    assert frame["head_ids"].is_not_null().any()
 
 
 @pytest.mark.parametrize(
