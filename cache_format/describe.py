@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from logitcask.cache_format.manifest import AuditSummary, Manifest
+from logitcask.cache_format.redact import redacted
 
 
 def describe_head(manifest: Manifest) -> str:
@@ -29,6 +30,8 @@ def describe_head(manifest: Manifest) -> str:
 def describe_tail(manifest: Manifest) -> str:
     """One line: the stored data about the ids outside the head."""
     store, mean = manifest.store, manifest.statistics.mean_draws or 0.0
+    if not store.tail_known:
+        return "its mass is not known: the source held logits of the heads alone"
     if not store.tail_samples:
         return "its mass; no samples"
     sets = "" if store.sample_sets == 1 else f" in {store.sample_sets} sets"
@@ -47,9 +50,11 @@ def describe(manifest: Manifest, path: str | Path) -> str:
         manifest.statistics,
     )
     loss = (
-        "none: no position is kept"
-        if totals.teacher_ce is None
-        else f"{totals.teacher_ce:.4f} nats per token"
+        f"{totals.teacher_ce:.4f} nats per token"
+        if totals.teacher_ce is not None
+        else "not known: the source did not hold every target's logprob"
+        if manifest.store.unknown
+        else "none: no position is kept"
     )
     shape = (
         f"{totals.tokens:,} in {totals.sequences:,} sequences, {totals.positions:,} kept positions"
@@ -60,7 +65,7 @@ def describe(manifest: Manifest, path: str | Path) -> str:
         if count and name not in _SHOWN_ELSEWHERE
     )
     rows = {
-        "cache": str(path),
+        "cache": redacted(str(path)),
         "teacher": f"{teacher.model} ({teacher.engine}, {teacher.dtype}, route {teacher.route})",
         "data": f"{data.source}, split {data.split}, {data.kind}, loss mask: {data.mask_policy}",
         "read": counters,
@@ -90,7 +95,7 @@ def facts(manifest: Manifest, path: str | Path) -> dict[str, Any]:
     cache.
     """
     return {
-        "cache": str(path),
+        "cache": redacted(str(path)),
         "fingerprint": manifest.fingerprint,
         "content_sha256": manifest.content_sha256,
         "teacher": manifest.teacher.model,

@@ -17,11 +17,17 @@ from __future__ import annotations
 
 import errno
 
+from logitcask.cache_format.redact import redacted
+
 
 class LogitcaskError(Exception):
     """Base of all errors raised on purpose. A command exits with ``exit_code``."""
 
     exit_code = 2
+
+    def __str__(self) -> str:
+        # Messages name URLs and quote libraries, and go to logs, files and terminals.
+        return redacted(super().__str__())
 
 
 class UserError(LogitcaskError):
@@ -60,18 +66,18 @@ class DamagedCacheError(CacheError):
 
 def first_line(error: BaseException) -> str:
     """First line of the error's text, at most 200 characters; its class name if it has no text."""
-    text = str(error).strip()
+    text = redacted(str(error)).strip()
     return text.splitlines()[0][:200] if text else type(error).__name__
 
 
 def one_line(error: BaseException) -> str:
     """The error's text in one line; its class name if it has no text."""
-    return " ".join(str(error).split()) or type(error).__name__
+    return " ".join(redacted(str(error)).split()) or type(error).__name__
 
 
 def one_line_and_kind(error: BaseException) -> str:
     """``one_line`` and the class name: for errors of libraries, whose text may be unclear."""
-    said = " ".join(str(error).split())
+    said = " ".join(redacted(str(error)).split())
     return f"{said} ({type(error).__name__})" if said else type(error).__name__
 
 

@@ -6,6 +6,9 @@ from __future__ import annotations
 
 MANIFEST = "manifest.json"
 
+SIGNATURE = "manifest.json.sig"
+"""Signatures of the manifest, if somebody has signed it."""
+
 PRIOR = "tail_prior.arrow"
 
 CARD = "README.md"

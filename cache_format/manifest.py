@@ -9,7 +9,15 @@ from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from logitcask.cache_format.errors import CacheError, DamagedCacheError, UnsupportedCacheError
 from logitcask.cache_format.schema import (
@@ -19,6 +27,7 @@ from logitcask.cache_format.schema import (
     MAX_DRAWS,
     MAX_VOCAB_SIZE,
     SCALAR_STEP,
+    UNKNOWN_VALUES,
 )
 
 MAX_MANIFEST_BYTES = 64 << 20
@@ -144,6 +153,11 @@ class StoreSettings(_Part):
         description="Largest rounding error of a stored logprob, nats; null: half of logprob_step.",
     )
     scalar_step: float = Field(SCALAR_STEP, gt=0, le=1, description="Grid of the scalars, nats.")
+    unknown: tuple[Literal["tail", "targets", "ranks"], ...] = Field(
+        (),
+        description="Values that the source of the cache did not hold. tail: the mass outside the heads; targets: "
+        "logprob and rank of some targets; ranks: the rank of some. Absent if all are known.",
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -155,7 +169,36 @@ class StoreSettings(_Part):
             raise ValueError(f"top_k is {self.top_k}, the vocabulary has {self.vocab_size} ids")
         if self.sample_logprobs and self.tail_samples == 0:
             raise ValueError("sample_logprobs is set, but tail_samples is 0")
+        if "tail" in self.unknown and (
+            self.tail_samples or self.entropy or self.min_probability or (self.top_p or 1) < 1
+        ):
+            raise ValueError(
+                "tail masses are unknown, so there are no tail samples, entropies, min_probability and top_p"
+            )
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_nothing_unknown(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Caches that know everything are written as before there was this key.
+        written: dict[str, Any] = handler(self)
+        if not self.unknown:
+            written.pop("unknown", None)
+        return written
+
+    @property
+    def tail_known(self) -> bool:
+        """Whether the mass outside each head is known."""
+        return "tail" not in self.unknown
+
+    @property
+    def targets_known(self) -> bool:
+        """Whether every target's logprob is known. Without the tail's mass none is."""
+        return not {"tail", "targets"} & set(self.unknown)
+
+    @property
+    def required_features(self) -> tuple[str, ...]:
+        """Names for the manifest's ``required_features``."""
+        return (UNKNOWN_VALUES,) if self.unknown else ()
 
     @property
     def ragged(self) -> bool:
@@ -240,8 +283,12 @@ class ShardEntry(_Part):
     positions: int = Field(ge=0, le=_MAX_COUNT)
     entries: int = Field(ge=0, le=_MAX_COUNT, description="Head entries.")
     draws: int = Field(ge=0, le=_MAX_COUNT, description="Tail samples, over all sets.")
-    head_mass_sum: float = Field(description="Sum over positions of 1 - tail mass.")
-    target_nll_sum: float = Field(description="Sum over positions of -target_logprob, nats.")
+    head_mass_sum: float = Field(
+        description="Sum over positions of 1 - tail mass, where it is known."
+    )
+    target_nll_sum: float = Field(
+        description="Sum over positions of -target_logprob, nats, where it is known."
+    )
 
 
 class Statistics(_Part):
@@ -256,8 +303,12 @@ class Statistics(_Part):
         description="Entries per position; None without positions."
     )
     mean_draws: float | None = Field(description="Tail samples per position.")
-    head_mass: float | None = Field(description="Mean over positions; None without positions.")
-    teacher_ce: float | None = Field(description="Mean -target_logprob over positions, nats.")
+    head_mass: float | None = Field(
+        description="Mean over positions; None without positions, and if it is not known."
+    )
+    teacher_ce: float | None = Field(
+        description="Mean -target_logprob over positions, nats; None if it is not known."
+    )
 
 
 class Header(_Part):
@@ -277,6 +328,15 @@ class Header(_Part):
     )
     config: dict[str, Any] = Field(default_factory=dict, description="The build config as given.")
     derived_from: DerivedFrom | None = Field(None, description="Where it was made of other caches.")
+
+    @model_validator(mode="after")
+    def _unknown_values_are_required(self) -> Self:
+        # A reader without the feature would take an unknown value for a number.
+        if (UNKNOWN_VALUES in self.required_features) != bool(self.store.unknown):
+            raise ValueError(
+                f"store.unknown and the required feature {UNKNOWN_VALUES} do not agree"
+            )
+        return self
 
     def content_identity(self, *, as_written: bool = False) -> dict[str, Any]:
         """Everything that decides the content. ``fingerprint`` is its hash.
@@ -343,7 +403,7 @@ class Manifest(Header):
         return cls(
             **header.model_dump(),
             created_at=created_at,
-            statistics=summarise(shards, header.tail_prior),
+            statistics=summarise(shards, header.tail_prior, header.store),
             shards=shards,
             content_sha256=content_sha256(shards),
             audit=audit,
@@ -353,7 +413,7 @@ class Manifest(Header):
         """Those of ``statistics``, ``content_sha256`` and ``fingerprint`` that contradict the rest
         of the manifest.
         """
-        expected = summarise(self.shards, self.tail_prior).model_dump()
+        expected = summarise(self.shards, self.tail_prior, self.store).model_dump()
         statistics = self.statistics.model_dump(exclude_unset=True)
         holds = {
             "statistics": all(
@@ -431,9 +491,18 @@ def _same_number(one: Any, other: Any) -> bool:
     )
 
 
-def summarise(shards: tuple[ShardEntry, ...], prior: TailPriorEntry | None = None) -> Statistics:
-    """Totals of shards (also of those that a running build has committed so far)."""
+def summarise(
+    shards: tuple[ShardEntry, ...],
+    prior: TailPriorEntry | None = None,
+    store: StoreSettings | None = None,
+) -> Statistics:
+    """Totals of shards (also of those that a running build has committed so far).
+
+    Means of values that ``store`` says are unknown are None.
+    """
     tokens, positions = sum(s.tokens for s in shards), sum(s.positions for s in shards)
+    tail_known = store is None or store.tail_known
+    targets_known = store is None or store.targets_known
     size = sum(s.bytes for s in shards) + (0 if prior is None else prior.bytes)
 
     def mean(total: float) -> float | None:
@@ -447,8 +516,8 @@ def summarise(shards: tuple[ShardEntry, ...], prior: TailPriorEntry | None = Non
         bytes_per_token=size / tokens if tokens else 0.0,
         mean_head_size=mean(sum(s.entries for s in shards)),
         mean_draws=mean(sum(s.draws for s in shards)),
-        head_mass=mean(sum(s.head_mass_sum for s in shards)),
-        teacher_ce=mean(sum(s.target_nll_sum for s in shards)),
+        head_mass=mean(sum(s.head_mass_sum for s in shards)) if tail_known else None,
+        teacher_ce=mean(sum(s.target_nll_sum for s in shards)) if targets_known else None,
     )
 
 

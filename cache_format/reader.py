@@ -4,6 +4,7 @@ checked before its first use.
 
 from __future__ import annotations
 
+import hashlib
 import mmap
 import os
 from collections import OrderedDict
@@ -74,7 +75,12 @@ class CacheReader:
         self.check = check
         self._process = os.getpid()
         self._filesystem, self._root = open_filesystem(self.path)
-        self.manifest = manifest or read_manifest(self._filesystem, self._root, self.path)[1]
+        self.manifest_sha256 = ""
+        """Of the bytes of the manifest that was read, hex; empty for one that was given."""
+        if manifest is None:
+            text, manifest = read_manifest(self._filesystem, self._root, self.path)
+            self.manifest_sha256 = hashlib.sha256(text).hexdigest()
+        self.manifest = manifest
         if check and (wrong := self.manifest.contradictions()):
             raise DamagedCacheError(
                 f"{self.path}/{MANIFEST} contradicts itself: {' and '.join(wrong)} are not what the rest of it gives; "

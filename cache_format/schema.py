@@ -6,7 +6,10 @@ import pyarrow as pa
 
 FORMAT = "logitcask"
 FORMAT_VERSION = 1
-KNOWN_FEATURES: frozenset[str] = frozenset()
+UNKNOWN_VALUES = "unknown_values"
+"""The feature of caches that lack tail masses or values of targets (SPEC.md section 5)."""
+
+KNOWN_FEATURES: frozenset[str] = frozenset({UNKNOWN_VALUES})
 """Names in a manifest's ``required_features`` that this package can read."""
 
 MAX_VOCAB_SIZE = 1 << 24
@@ -18,6 +21,12 @@ SCALAR_STEP = 2.0**-8
 
 NO_TAIL = 65535
 """In ``tail_step``: the tail has no mass."""
+
+UNKNOWN_TAIL = 65534
+"""In ``tail_step`` of a cache whose tail masses are not known."""
+
+UNKNOWN_RANK = -1
+"""In ``target_rank``: the target's logprob and rank are not known."""
 
 TAIL_MASS_FLOOR = 2.0**-20
 """Smallest tail mass that 1 - (a sum of fp32 probabilities) can vouch for."""

@@ -38,9 +38,9 @@ class CachedSequence:
     ids:            int32[P, K], head ids by descending logprob, padded with -1; K is the size of
                     the largest head.
     logprobs:       float32[P, K], nats, padded with -inf.
-    tail_logprob:   float32[P], log of the mass outside the head; -inf if the head is everything.
-    target_logprob: float32[P], the teacher's logprob of token i + 1.
-    target_rank:    int32[P], 0 = the teacher's argmax.
+    tail_logprob:   float32[P], log of the mass outside the head; -inf if the head is everything, NaN if it is not known.
+    target_logprob: float32[P], the teacher's logprob of token i + 1; NaN if it is not known.
+    target_rank:    int32[P], 0 = the teacher's argmax; -1 if it is not known.
     entropy:        float32[P], nats, of the whole distribution; None if not stored.
     samples:        draws from the tail; None if there are none.
     """
@@ -65,6 +65,11 @@ class CachedSequence:
     def target_ids(self) -> NDArray[np.int32]:
         """int32[P]: the tokens after the kept positions."""
         return self.input_ids[self.positions + 1]
+
+    def mass_and_nll(self) -> tuple[float, float]:
+        """Sums over the positions, where they are known: 1 - tail mass, and -target_logprob (nats)."""
+        mass = -np.nansum(np.expm1(self.tail_logprob.astype(np.float64)))
+        return float(mass), -float(np.nansum(self.target_logprob, dtype=np.float64))
 
     def at(self, rows: slice | NDArray[np.integer]) -> CachedSequence:
         """The sequence with some of its P positions, by index; tokens and loss mask unchanged."""

@@ -14,6 +14,7 @@ from logitcask.cache_format.errors import DamagedCacheError, UserError
 from logitcask.cache_format.layout import MANIFEST
 from logitcask.cache_format.manifest import ShardEntry, StoreSettings
 from logitcask.cache_format.reader import CacheReader
+from logitcask.cache_format.schema import UNKNOWN_RANK
 from logitcask.cache_format.sequence import CachedSequence
 from logitcask.cache_format.shards.codec import ContentHash
 from logitcask.cache_format.shards.validation import validate
@@ -71,8 +72,8 @@ def _check_content(cache: CacheReader, index: int, entry: ShardEntry, seen: set[
             positions += len(sequence.positions)
             entries += int((sequence.ids >= 0).sum())
             draws += 0 if sequence.samples is None else int((sequence.samples.ids >= 0).sum())
-            head_mass -= float(np.expm1(sequence.tail_logprob.astype(np.float64)).sum())
-            nll -= float(sequence.target_logprob.sum(dtype=np.float64))
+            mass, lost = sequence.mass_and_nll()
+            head_mass, nll = head_mass + mass, nll + lost
             # Eight bytes per sequence: with a billion ids, the probability of a collision is 3 %.
             name = hashlib.blake2b(sequence.sequence_id.encode(), digest_size=8).digest()
             if name in seen:
@@ -131,7 +132,8 @@ def _check_sequence(sequence: CachedSequence, store: StoreSettings, where: str) 
     require(_distinct(ids), "an id occurs twice in a head")
     mass = np.exp(logprobs).sum(axis=1) + np.exp(sequence.tail_logprob.astype(np.float64))
     room = 2 * store.rounding + store.scalar_step + _FP32_SLACK
-    require(bool((np.abs(mass - 1) <= room).all()), "head and tail mass do not add up to 1")
+    if store.tail_known:
+        require(bool((np.abs(mass - 1) <= room).all()), "head and tail mass do not add up to 1")
     is_target = ids == sequence.target_ids[:, None]
     inside = is_target.any(axis=1)
     require(
@@ -139,7 +141,9 @@ def _check_sequence(sequence: CachedSequence, store: StoreSettings, where: str) 
         "a target in the head has a rank beyond it",
     )
     # If a target's rank is inside the head but its id is not, it is tied with the last entry.
-    matters = inside | (sequence.target_rank < size)
+    known = sequence.target_rank != UNKNOWN_RANK
+    require(bool(known[inside].all()), "a target in the head is called unknown")
+    matters = inside | (known & (sequence.target_rank < size))
     at = np.where(inside, is_target.argmax(axis=1) if ids.shape[1] else 0, size - 1)[matters]
     apart = np.abs(sequence.target_logprob[matters] - logprobs[np.flatnonzero(matters), at])
     require(

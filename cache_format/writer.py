@@ -32,7 +32,7 @@ from logitcask.cache_format import card
 from logitcask.cache_format.differences import describe_difference
 from logitcask.cache_format.durable import RESTART, load_state, sync, write_durably, writing_to
 from logitcask.cache_format.errors import CacheInUseError, DamagedCacheError, UserError
-from logitcask.cache_format.layout import BUILD_DIR, MANIFEST, PRIOR
+from logitcask.cache_format.layout import BUILD_DIR, MANIFEST, PRIOR, SIGNATURE
 from logitcask.cache_format.manifest import (
     AuditSummary,
     Header,
@@ -340,7 +340,7 @@ def remove_cache(path: Path) -> None:
     with writing_to(path), _locked(path):
         _revoke(path / BUILD_DIR / "runs")
         # The manifest is removed first, so that no reader takes the rest for a whole cache.
-        for name in (MANIFEST, "README.md", PRIOR):
+        for name in (MANIFEST, SIGNATURE, "README.md", PRIOR):
             (path / name).unlink(missing_ok=True)
         for shard in _shard_files(path):
             shard.unlink()

@@ -4,12 +4,13 @@
 
 from __future__ import annotations
 
-from logitcask.cache_format.cli import cache_commands, share_commands
+from logitcask.cache_format.cli import cache_commands, share_commands, trust_commands
 from logitcask.cache_format.cli.app import Group, new_app, run
 from logitcask.pipeline.commands.audit import audit
 from logitcask.pipeline.commands.build import build
 from logitcask.pipeline.commands.estimate import estimate
 from logitcask.pipeline.commands.export import export
+from logitcask.pipeline.commands.imports import import_
 from logitcask.pipeline.commands.inspect import generations, inspect
 from logitcask.pipeline.commands.model import model
 from logitcask.pipeline.commands.push import push
@@ -28,6 +29,8 @@ for command in (
     estimate,
     push,
     share_commands.pull,
+    trust_commands.keygen,
+    trust_commands.sign,
     build,
     inspect,
     generations,
@@ -35,6 +38,7 @@ for command in (
     model,
 ):
     app.command()(command)
+app.command("import")(import_)
 
 
 def main() -> None:

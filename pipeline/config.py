@@ -407,6 +407,12 @@ class BuildConfig(ConfigModel):
         "false: no log.",
     )
 
+    trusted_keys: tuple[str, ...] = Field(
+        (),
+        description="Keys by one of which an existing cache must be signed to be reused, as "
+        "`ed25519:...` or their `.pub` files (docs/trust.md). Default: no signature is asked for.",
+    )
+
     @field_validator("output")
     @classmethod
     def _folder_or_url(cls, output: str | Path) -> str | Path:

@@ -143,6 +143,7 @@ JOBS = {
         command("teacher-cache", "info", "hf://datasets/a/b", says="pip install 'logitcask[hub]'")
         command("teacher-cache", "info", "s3://bucket/x", says="pip install 'logitcask[s3]'")
         command("teacher-cache", "push", "cache", "hf://datasets/a/b", says="pip install 'logitcask[hub]'")
+        command("teacher-cache", "keygen", "key", says="pip install 'logitcask[trust]'")
         command("teacher-cache", "audit", "cache")
         command("train-student", written("s.yaml", {"cache": "cache"}), says="pip install 'logitcask[train]'")
         """
@@ -223,6 +224,14 @@ JOBS = {
         command("teacher-cache", "info", "s3://bucket/cache")
         command("teacher-cache", "pull", "s3://bucket/cache", "copy")
         command("teacher-cache", "verify", "copy")
+        """
+    ),
+    "trust": Job(
+        """
+        build()
+        command("teacher-cache", "keygen", "key", "--name", "me")
+        command("teacher-cache", "sign", "cache", "--key", "key")
+        command("teacher-cache", "verify", "cache", "--trusted-key", "key.pub")
         """
     ),
     "scale": Job(

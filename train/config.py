@@ -344,6 +344,11 @@ class TrainConfig(ConfigModel):
         description="The teacher-cache config that builds the cache. `make train-student` builds "
         "the cache from it.",
     )
+    trusted_keys: tuple[str, ...] = Field(
+        (),
+        description="Keys by one of which every cache must be signed, as `ed25519:...` or their "
+        "`.pub` files (docs/trust.md). Default: no signature is asked for.",
+    )
     student: StudentConfig = Field(description="The model to train.")
     losses: list[LossTerm] = Field(
         [LossTerm(name="forward_kl")],

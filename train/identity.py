@@ -9,9 +9,11 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from logitcask.cache_format import CacheReader
+from logitcask.cache_format.redact import without_secrets
+from logitcask.cache_format.share.signature import check_signed
 from logitcask.train.config import TrainConfig
 from logitcask.train.losses.others import code_of
 from logitcask.train.output.metrics_file import RunMetrics
@@ -36,10 +38,12 @@ def finished(config: TrainConfig) -> RunMetrics | None:
 def open_caches(config: TrainConfig) -> tuple[list[CacheReader], CacheReader | None]:
     """The caches to learn from, and the reference cache, if there is one."""
     judge = config.evaluation.cache
-    return (
-        [CacheReader(entry.cache) for entry in config.caches],
-        None if judge is None else CacheReader(judge),
-    )
+    caches = [CacheReader(entry.cache) for entry in config.caches]
+    reference = None if judge is None else CacheReader(judge)
+    if config.trusted_keys:
+        for cache in caches if reference is None else [*caches, reference]:
+            check_signed(cache.path, cache.manifest_sha256, config.trusted_keys)
+    return caches, reference
 
 
 def found(
@@ -60,14 +64,19 @@ def identity(
     run = {"config": identity_of_config(config), "cache": _identity_of_caches(config, caches)}
     if reference is not None:
         run["reference"] = reference.manifest.fingerprint
-    return run
+    return cast("dict[str, Any]", without_secrets(run))
 
 
 def identity_of_config(config: TrainConfig) -> dict[str, Any]:
     """The identity of a run, without the places of the caches and the output. A loss outside this
     package is identified by its code, too.
     """
-    apart: Any = {"cache": True, "cache_config": True, "evaluation": {"cache"}}
+    apart: Any = {
+        "cache": True,
+        "cache_config": True,
+        "trusted_keys": True,
+        "evaluation": {"cache"},
+    }
     identity = config.model_dump(mode="json", exclude=apart)
     # The settings of the workers do not change the batches.
     identity["training"] = {

@@ -21,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from logitcask.cache_format import CacheReader, Manifest
 from logitcask.cache_format.durable import write_durably
+from logitcask.cache_format.redact import without_secrets
 from logitcask.train.config import TrainConfig
 from logitcask.train.data.dataset import HeldOut
 from logitcask.train.data.mixture import Mixture, open_data
@@ -352,7 +353,7 @@ def _metrics(
         ),
         "train_sequences": sum(len(source) for source in parts.data.sources),
         "held_out_sequences": len(parts.held_out),
-        "held_out_positions": int(reference["positions"]),
+        "held_out_positions": int(reference["positions"] or 0),
         "losses": [list(term) for term in parts.objective.weights()],
         "exactness": {name: IN_WORDS[kind] for name, kind in parts.exactness.items()},
         "student": {
@@ -385,6 +386,7 @@ def _write(
 ) -> None:
     """Writes the other files of a finished run, last ``metrics.json``, which marks its end."""
     told = [each._asdict() for each in answered]
+    metrics = cast(RunMetrics, without_secrets(dict(metrics)))
     write_durably(output / "log.json", json.dumps(history, indent=1))
     write_durably(output / "examples.json", json.dumps(shown, indent=1, ensure_ascii=False))
     write_durably(output / "answers.json", json.dumps(told, indent=1, ensure_ascii=False))
@@ -394,7 +396,7 @@ def _write(
 
 
 def _tail_of_kind(kind: Exactness) -> Tail:
-    return "samples" if kind == "unbiased" else "ghost"
+    return {"unbiased": "samples", "biased": "renormalised"}.get(kind, "ghost")  # type: ignore[return-value]
 
 
 def _joined(names: Iterable[str]) -> str:

@@ -23,6 +23,7 @@ from typer.core import TyperGroup
 
 from logitcask.cache_format.cli.result import results
 from logitcask.cache_format.errors import ConfigError, LogitcaskError
+from logitcask.cache_format.redact import redacted
 from logitcask.cache_format.runtime.interruption import Stopped, sigterm_at_once
 
 EXIT_CODES = {
@@ -221,6 +222,13 @@ def _logging() -> Iterator[None]:
         yield
 
 
+class _Redacted(logging.Formatter):
+    """Messages of every library, without secrets."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redacted(super().format(record))
+
+
 def run(app: typer.Typer, extra: str) -> None:
     """Runs ``app`` on ``sys.argv``, and ends with one of ``EXIT_CODES``.
 
@@ -228,7 +236,9 @@ def run(app: typer.Typer, extra: str) -> None:
     """
     global _debug
     _debug = False
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Redacted("%(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     try:
         with sigterm_at_once():
             app()
@@ -256,7 +266,7 @@ def run(app: typer.Typer, extra: str) -> None:
             print(f"{how}; run the same command again to go on", file=sys.stderr)
         sys.exit(code)
     except Exception:
-        traceback.print_exc()
+        print(redacted(traceback.format_exc()), end="", file=sys.stderr)
         print(
             "error: this is an error of logitcask itself; please report it with the lines above",
             file=sys.stderr,
@@ -266,8 +276,8 @@ def run(app: typer.Typer, extra: str) -> None:
 
 def _fail(message: str, code: int) -> None:
     if _debug:
-        traceback.print_exc()
-    print(f"error: {message}", file=sys.stderr)
+        print(redacted(traceback.format_exc()), end="", file=sys.stderr)
+    print(f"error: {redacted(message)}", file=sys.stderr)
     sys.exit(code)
 
 

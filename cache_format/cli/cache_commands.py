@@ -20,7 +20,9 @@ from logitcask.cache_format.derive.write import SHARD_TOKENS
 from logitcask.cache_format.describe import describe, facts
 from logitcask.cache_format.errors import ConfigError, DamagedCacheError
 from logitcask.cache_format.reader import CacheReader
+from logitcask.cache_format.redact import redacted
 from logitcask.cache_format.runtime.progress import ProgressBar
+from logitcask.cache_format.share.signature import check_signed, claimed
 from logitcask.cache_format.verify import verify as verify_cache
 
 Output = Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the new cache.")]
@@ -33,7 +35,13 @@ Cache = Annotated[
 def info(cache: Cache) -> None:
     """Describes a cache: teacher, data, heads, tails, audit and size."""
     manifest = CacheReader(cache).manifest
-    print_result(manifest.to_json(), describe(manifest, cache), summary=False)
+    print_result(manifest.to_json(), f"{describe(manifest, cache)}{_signed(cache)}", summary=False)
+
+
+def _signed(cache: str) -> str:
+    """The lines of ``info`` on signatures, which only ``verify --signed`` checks."""
+    who = "; ".join(map(str, claimed(cache)))
+    return f"\n{'signed by':15} {who} (`verify --signed` checks it)" if who else ""
 
 
 def verify(
@@ -45,20 +53,46 @@ def verify(
             help="Also decode all shards, and check every number against the rules of SPEC.md.",
         ),
     ] = False,
+    signed: Annotated[
+        bool,
+        typer.Option(
+            "--signed", help="Also check that somebody has signed the cache, and say who."
+        ),
+    ] = False,
+    trusted_key: Annotated[
+        list[str],
+        typer.Option(
+            "--trusted-key",
+            metavar="KEY",
+            help="With --signed: a key, or its .pub file, by one of which it must be signed; repeat.",
+        ),
+    ] = [],  # noqa: B006  Typer reads it
 ) -> None:
     """Checks the size and sha256 of every shard, and with --deep the content. Exit code 1 for a
     damaged cache.
     """
-    shards = len(CacheReader(cache).manifest.shards)
+    reader = CacheReader(cache)
+    shards = len(reader.manifest.shards)
+    by = []
+    if signed or trusted_key:
+        by = [str(each) for each in check_signed(cache, reader.manifest_sha256, trusted_key)]
     with ProgressBar(total=shards, unit="shard", desc="verify", leave=False) as bar:
         problems = verify_cache(cache, deep=deep, on_shard=lambda _: bar.update())
     checked = "every number as the specification asks" if deep else "all as the manifest says"
-    found = {"cache": cache, "shards": shards, "deep": deep, "problems": problems}
+    found: dict[str, Any] = {
+        "cache": redacted(cache),
+        "shards": shards,
+        "deep": deep,
+        "problems": problems,
+    }
+    if by:
+        found["signed_by"] = by
+        checked += f"; signed by {'; '.join(by)}"
     if problems:
         if as_json():
             print_result(found, "")
         raise DamagedCacheError("; ".join(problems))
-    print_result(found, f"{cache}: {shards} shards, {checked}")
+    print_result(found, f"{redacted(cache)}: {shards} shards, {checked}")
 
 
 def derive(
@@ -78,7 +112,7 @@ def derive(
     print_result(facts(manifest, out), describe(manifest, out))
 
 
-def _options_of(model: type[BaseModel]) -> dict[str, Any]:
+def options_of(model: type[BaseModel]) -> dict[str, Any]:
     """The fields of ``model`` as annotations of Typer options, with the default None."""
     return {
         name: Annotated[field.annotation, typer.Option(help=field.description, show_default=False)]
@@ -86,7 +120,7 @@ def _options_of(model: type[BaseModel]) -> dict[str, Any]:
     }
 
 
-def _give_options(command: Callable[..., None], options: dict[str, Any]) -> None:
+def give_options(command: Callable[..., None], options: dict[str, Any]) -> None:
     """Replaces ``**changes`` by these options, in the signature that Typer reads."""
     own = [
         p
@@ -101,7 +135,7 @@ def _give_options(command: Callable[..., None], options: dict[str, Any]) -> None
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in (*own, *more)}
 
 
-_give_options(derive, _options_of(DeriveOptions))
+give_options(derive, options_of(DeriveOptions))
 
 
 def merge(

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from logitcask.cache_format.cli.result import print_result
+from logitcask.cache_format.redact import redacted
 from logitcask.cache_format.runtime.progress import ProgressBar
 from logitcask.cache_format.share import copy as share
 
@@ -50,6 +51,7 @@ def default_folder(url: str) -> Path:
 
 def print_copied(copied: share.Copied, place: str) -> None:
     """Prints the result of a push or a pull."""
+    place = redacted(place)
     files = copied.files_sent + copied.files_skipped
     print_result(
         {"place": place, "unchanged": copied.unchanged, **asdict(copied)},

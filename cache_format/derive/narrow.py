@@ -50,7 +50,7 @@ def head_sizes(logprobs: NDArray[np.float32], store: StoreSettings) -> NDArray[n
     if store.min_probability is not None:
         # Half a step of tolerance: an entry that was above the bound before rounding is kept.
         keep &= logprobs >= np.log(store.min_probability) - store.logprob_step / 2
-    if store.top_p is not None:
+    if store.top_p is not None and store.top_p < 1:
         mass = np.cumsum(np.exp(logprobs.astype(np.float64)), axis=1)
         keep[:, 1:] &= mass[:, :-1] < store.top_p
     size: NDArray[np.int64] = np.maximum(

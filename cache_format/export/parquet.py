@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from logitcask.cache_format.durable import sync
@@ -30,14 +31,28 @@ def write_parquet(
 
     Raises UserError if ``out`` exists or cannot be written.
     """
-    refuse_existing(out)
     schema = SCHEMA.with_metadata({"cache_fingerprint": reader.manifest.fingerprint})
+
+    def tables() -> Iterator[pa.Table]:
+        for table in iter_tables(reader, rows=rows, text=text):
+            yield table
+            on_tokens(table.num_rows)
+
+    return write_tables(out, schema, tables())
+
+
+def write_tables(out: Path, schema: pa.Schema, tables: Iterable[pa.Table]) -> int:
+    """Writes a Parquet file, compressed by zstd, of one row group for each table; returns its bytes.
+    The file has its name only once it is complete.
+
+    Raises UserError if ``out`` exists or cannot be written.
+    """
+    refuse_existing(out)
     temporary = out.with_name(f"{out.name}.tmp")
     try:
         with pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
-            for table in iter_tables(reader, rows=rows, text=text):
+            for table in tables:
                 writer.write_table(table, row_group_size=table.num_rows)
-                on_tokens(table.num_rows)
         sync(temporary)
         os.replace(temporary, out)
         sync(out.absolute().parent)

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from logitcask.cache_format.schema import UNKNOWN_RANK
 from logitcask.cache_format.sequence import CachedSequence
 
 if TYPE_CHECKING:
@@ -85,19 +86,20 @@ def _batch(sequence: CachedSequence, text: Text | None) -> pa.RecordBatch:
         if samples.logprobs is not None:
             draw_logprobs = samples.logprobs.reshape(p, sets * each)
     head = sequence.ids >= 0
+    unknown = np.isnan(sequence.tail_logprob)
     columns = {
         "sequence_id": pa.repeat(sequence.sequence_id, n),
         "position": pa.array(np.arange(n, dtype=np.int32)),
         "token_id": pa.array(sequence.input_ids),
         "token_text": None if text is None else pa.array(map(text, sequence.input_ids.tolist())),
         "target_id": rows.values(sequence.target_ids),
-        "target_logprob": rows.values(sequence.target_logprob),
-        "target_rank": rows.values(sequence.target_rank),
+        "target_logprob": rows.values(sequence.target_logprob, np.isnan(sequence.target_logprob)),
+        "target_rank": rows.values(sequence.target_rank, sequence.target_rank == UNKNOWN_RANK),
         "entropy": rows.values(sequence.entropy),
         "head_ids": rows.lists(sequence.ids, head),
         "head_logprobs": rows.lists(sequence.logprobs, head),
-        "head_mass": rows.values(_mass(sequence.logprobs)),
-        "tail_mass": rows.values(np.exp(sequence.tail_logprob)),
+        "head_mass": rows.values(_mass(sequence.logprobs), unknown),
+        "tail_mass": rows.values(np.exp(sequence.tail_logprob), unknown),
         "draws": rows.lists(draws, drawn),
         "draw_logprobs": rows.lists(draw_logprobs, drawn),
     }
@@ -123,13 +125,18 @@ class _Rows:
         self._absent = np.ones(n, np.bool_)
         self._absent[positions] = False
 
-    def values(self, at_positions: NDArray[Any] | None) -> pa.Array | None:
-        """A column of numbers."""
+    def values(
+        self, at_positions: NDArray[Any] | None, unknown: NDArray[np.bool_] | None = None
+    ) -> pa.Array | None:
+        """A column of numbers, null where they are ``unknown``, bool[P]."""
         if at_positions is None:
             return None
         column = np.zeros(self._n, at_positions.dtype)
         column[self._positions] = at_positions
-        return pa.array(column, mask=self._absent)
+        absent = self._absent.copy()
+        if unknown is not None:
+            absent[self._positions] = unknown
+        return pa.array(column, mask=absent)
 
     def lists(
         self, at_positions: NDArray[Any] | None, present: NDArray[np.bool_] | None

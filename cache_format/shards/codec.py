@@ -26,6 +26,8 @@ from logitcask.cache_format.schema import (
     MAX_DRAWS,
     NO_TAIL,
     POSITION_COLUMNS,
+    UNKNOWN_RANK,
+    UNKNOWN_TAIL,
     id_bytes,
     shard_schema,
 )
@@ -208,10 +210,12 @@ class Codec:
         )
 
     def _scalar_steps(self, logprobs: _Array) -> NDArray[np.uint16]:
-        """-logprob on the scalar grid; NO_TAIL for -inf."""
-        none = np.isneginf(logprobs)
+        """-logprob on the scalar grid; NO_TAIL for -inf, UNKNOWN_TAIL for NaN."""
+        none, unknown = np.isneginf(logprobs), np.isnan(logprobs)
+        logprobs = np.where(unknown, 0, logprobs)
         steps = np.rint(-np.where(none, 0, np.minimum(logprobs, 0)) / self.store.scalar_step)
-        return np.where(none, NO_TAIL, np.minimum(steps, NO_TAIL - 1)).astype(np.uint16)
+        steps = np.where(none, NO_TAIL, np.minimum(steps, NO_TAIL - 1))
+        return np.where(unknown, UNKNOWN_TAIL, steps).astype(np.uint16)
 
 
 class PackedBatch:
@@ -259,12 +263,17 @@ class PackedBatch:
             index,
             "its positions are not those of its loss mask",
         )
+        of_targets, ranks = target_logprob, target_rank
+        if {"targets", "ranks"} & set(store.unknown):
+            ranks = ranks[ranks != UNKNOWN_RANK]
+        if "targets" in store.unknown:
+            agree = bool((target_rank[np.isnan(target_logprob)] == UNKNOWN_RANK).all())
+            self._require(agree, index, "a target has a rank, but no logprob")
+            of_targets = of_targets[~np.isnan(of_targets)]
         # A logprob slightly above 0 comes from rounding (see ``validation.validate``).
-        finite = bool(np.isfinite(target_logprob).all() and (target_logprob <= 1e-3).all())
+        finite = bool(np.isfinite(of_targets).all() and (of_targets <= 1e-3).all())
         self._require(finite, index, "a target logprob is above 0 or not finite")
-        ranked = p == 0 or (
-            int(target_rank.min()) >= 0 and int(target_rank.max()) < store.vocab_size
-        )
+        ranked = len(ranks) == 0 or (int(ranks.min()) >= 0 and int(ranks.max()) < store.vocab_size)
         self._require(ranked, index, "a target rank is outside the vocabulary")
         # The ragged head, padded; then the scalars, from steps to nats.
         ids, logprobs, last = self._decode_head(index, size)
@@ -275,6 +284,10 @@ class PackedBatch:
             entropy = entropy * np.float32(store.scalar_step)
         tail_logprob = np.float32(0) - tail_step * np.float32(store.scalar_step)
         tail_logprob[tail_step == NO_TAIL] = -np.inf
+        if not store.tail_known:
+            unknown = bool((tail_step == UNKNOWN_TAIL).all())
+            self._require(unknown, index, "a tail has a mass, but the cache knows none")
+            tail_logprob[:] = np.nan
         return CachedSequence(
             sequence_id=self._ids[index].as_py(),
             # Copies: the caller may write to them, and they keep no record batch in memory.

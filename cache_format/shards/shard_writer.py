@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
-import numpy as np
 import pyarrow as pa
 
 from logitcask.cache_format.schema import BATCH_BYTES
@@ -62,8 +61,9 @@ class ShardWriter:
         self.sequences += 1
         self.tokens += len(sequence)
         self.positions += len(sequence.positions)
-        self._head_mass_sum -= float(np.expm1(sequence.tail_logprob.astype(np.float64)).sum())
-        self._target_nll_sum -= float(sequence.target_logprob.sum(dtype=np.float64))
+        mass, nll = sequence.mass_and_nll()
+        self._head_mass_sum += mass
+        self._target_nll_sum += nll
         if self._per_batch is None and self._size() >= BATCH_BYTES:
             self._fix_rows()
         self._flush_full()

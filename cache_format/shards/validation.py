@@ -9,7 +9,12 @@ import numpy as np
 
 from logitcask.cache_format.errors import UserError
 from logitcask.cache_format.manifest import StoreSettings
-from logitcask.cache_format.schema import MAX_DECODED_BYTES, MAX_DRAWS, TAIL_MASS_FLOOR
+from logitcask.cache_format.schema import (
+    MAX_DECODED_BYTES,
+    MAX_DRAWS,
+    TAIL_MASS_FLOOR,
+    UNKNOWN_RANK,
+)
 from logitcask.cache_format.sequence import CachedSequence
 
 
@@ -56,21 +61,16 @@ def validate(sequence: CachedSequence, store: StoreSettings, *, mass_slack: floa
         f"its head of {ids.shape} is larger than the format allows",
     )
     if p:
-        _validate_head(
-            sequence, vocab_size, mass_slack, require, may_be_empty=store.tail_samples > 0
-        )
+        _validate_head(sequence, store, mass_slack, require)
+        _validate_targets(sequence, store, require)
     _validate_samples(sequence, store, require)
 
 
 def _validate_head(
-    sequence: CachedSequence,
-    vocab_size: int,
-    mass_slack: float,
-    require: Any,
-    *,
-    may_be_empty: bool,
+    sequence: CachedSequence, store: StoreSettings, mass_slack: float, require: Any
 ) -> None:
     ids, logprobs, tail = sequence.ids, sequence.logprobs, sequence.tail_logprob
+    vocab_size, may_be_empty = store.vocab_size, store.tail_samples > 0
     stored = ids >= 0
     size = stored.sum(axis=1)
     require(may_be_empty or (size >= 1).all(), "a position has an empty head")
@@ -90,16 +90,32 @@ def _validate_head(
             (np.exp(padded).sum(axis=1, dtype=np.float64) <= 1 + mass_slack).all(),
             "a head's mass is above 1",
         )
+    if not store.tail_known:
+        require(np.isnan(tail).all(), "a tail has a mass, but the cache knows none")
+        require((size < vocab_size).all(), "a head is everything, so the tail's mass is known")
+        return
     require((tail <= 1e-3).all(), "a tail logprob is above 0 or not a number")
     require((np.isneginf(tail) == (size == vocab_size)).all(), "tail mass 0 without a full head")
     require((tail[~np.isneginf(tail)] > -255).all(), "a tail logprob is below -255 nats")
-    require(np.isfinite(sequence.target_logprob).all(), "a target logprob is not finite")
-    require((sequence.target_logprob <= 1e-3).all(), "a target logprob is above 0")
-    ranks = sequence.target_rank
+
+
+def _validate_targets(sequence: CachedSequence, store: StoreSettings, require: Any) -> None:
+    vocab_size, target, ranks = store.vocab_size, sequence.target_logprob, sequence.target_rank
+    unranked, unknown = ranks == UNKNOWN_RANK, np.isnan(target)
+    if "targets" in store.unknown:
+        require((unranked | ~unknown).all(), "a target has a rank, but no logprob")
+        if "ranks" not in store.unknown:
+            require((unknown | ~unranked).all(), "a target has a logprob, but no rank")
+        target = target[~unknown]
+    if {"targets", "ranks"} & set(store.unknown):
+        ranks = ranks[~unranked]
+    require(np.isfinite(target).all(), "a target logprob is not finite")
+    require((target <= 1e-3).all(), "a target logprob is above 0")
     require(((ranks >= 0) & (ranks < vocab_size)).all(), "a target rank is outside the vocabulary")
     if sequence.entropy is not None:
         require(
-            sequence.entropy.shape == ranks.shape, f"entropy has shape {sequence.entropy.shape}"
+            sequence.entropy.shape == sequence.target_rank.shape,
+            f"entropy has shape {sequence.entropy.shape}",
         )
         within = (sequence.entropy >= -1e-3) & (sequence.entropy <= math.log(vocab_size) + 0.1)
         require(

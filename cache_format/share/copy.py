@@ -1,6 +1,6 @@
 """``push`` and ``pull``: copies of a finished cache to or from any fsspec place, checked by hash.
 
-Both copy the missing shards, then the card, then the manifest, so an incomplete copy never counts
+Both copy the missing shards, then the card and signatures, then the manifest, so an incomplete copy never counts
 as a cache. They differ only in the destination: a local folder, a store that takes files, or a data
 set on the Hugging Face Hub.
 """
@@ -22,7 +22,14 @@ from logitcask.cache_format.errors import (
     UnsupportedCacheError,
     UserError,
 )
-from logitcask.cache_format.layout import CARD, MANIFEST, OWNER, PREVIEW, PUSH_MARK
+from logitcask.cache_format.layout import (
+    CARD,
+    MANIFEST,
+    OWNER,
+    PREVIEW,
+    PUSH_MARK,
+    SIGNATURE,
+)
 from logitcask.cache_format.manifest import MAX_MANIFEST_BYTES, Manifest, cache_files
 from logitcask.cache_format.share.destinations import (
     MAX_CARD_BYTES,
@@ -32,6 +39,7 @@ from logitcask.cache_format.share.destinations import (
     ignore,
     place_at,
 )
+from logitcask.cache_format.share.signature import MAX_SIGNATURE_BYTES, read_signatures
 from logitcask.cache_format.storage.files import (
     OnBytes,
     local_folder,
@@ -117,7 +125,7 @@ def _copy(
     if open_filesystem(place.where) == (source, root):
         raise UserError(f"{cache} is where it would be copied to; choose another place")
     text, manifest = read_manifest(source, root, cache)
-    readme = card_of(source, root, manifest)
+    readme, signature = card_of(source, root, manifest), read_signatures(source, root)
     if isinstance(place, Folder) and card.is_unedited(readme):
         readme = card.dataset_card(manifest).encode()  # names no preview, which is not copied
     beside = {CARD: readme, **given}
@@ -149,7 +157,11 @@ def _copy(
                 missing.append(file)
         if found_text is None and not force and not begun:
             place.refuse_strangers([*stale, *(file.path for file in missing)], beside[CARD])
-        if not missing and not stale and found_text == text:
+        signed = place.read(SIGNATURE, MAX_SIGNATURE_BYTES)
+        if signed is not None and signature is None and found_text != text:
+            stale.append(SIGNATURE)  # of another manifest
+        same = found_text == text and (signature is None or signed == signature)
+        if not missing and not stale and same:
             if begun:
                 place.remove([PUSH_MARK])
             added = _to_add(place, given, force)
@@ -163,7 +175,8 @@ def _copy(
             old = [name for name in (PREVIEW,) if name not in beside]
             place.remove([*stale, *old] if found_text is None else [MANIFEST, *stale, *old])
         place.send(source, root, missing, on_bytes)
-        place.finish({**beside, MANIFEST: text})
+        signatures = {} if signature is None else {SIGNATURE: signature}
+        place.finish({**beside, **signatures, MANIFEST: text})
         if begun:
             place.remove([PUSH_MARK])
     return Copied(len(missing), len(files) - len(missing), sum(file.bytes for file in missing))

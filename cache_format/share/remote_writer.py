@@ -21,7 +21,15 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from logitcask.cache_format import card
 from logitcask.cache_format.durable import load_state, write_durably, writing_to
 from logitcask.cache_format.errors import CacheError, CacheInUseError, DamagedCacheError, UserError
-from logitcask.cache_format.layout import BUILD_DIR, CARD, MANIFEST, OWNER, PRIOR, PUSH_MARK
+from logitcask.cache_format.layout import (
+    BUILD_DIR,
+    CARD,
+    MANIFEST,
+    OWNER,
+    PRIOR,
+    PUSH_MARK,
+    SIGNATURE,
+)
 from logitcask.cache_format.manifest import (
     MAX_MANIFEST_BYTES,
     AuditSummary,
@@ -91,7 +99,7 @@ def remove_remote_cache(url: str) -> None:
         ):
             store.refuse_strangers(shards, b"")
         # The manifest is removed first, so that no reader takes the rest for a whole cache.
-        store.remove([MANIFEST, *shards, PRIOR, CARD, OWNER, PUSH_MARK])
+        store.remove([MANIFEST, SIGNATURE, *shards, PRIOR, CARD, OWNER, PUSH_MARK])
 
 
 class RemoteCacheWriter(CacheWriter):

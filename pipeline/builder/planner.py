@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from logitcask.cache_format import UserError
 from logitcask.cache_format.durable import writing_to
 from logitcask.cache_format.manifest import DataIdentity, GenerationIdentity
+from logitcask.cache_format.redact import redacted
 from logitcask.cache_format.runtime.progress import ProgressBar
 from logitcask.pipeline.builder.inputs import Inputs, check_top_k
 from logitcask.pipeline.builder.lazy_teacher import LazyTeacher
@@ -131,7 +132,7 @@ def make_plan(
         tokenizer=tokenizer_of(text, config),
         data=DataIdentity.model_validate(
             {
-                "source": config.data.where,
+                "source": redacted(config.data.where),
                 "split": config.data.splits,
                 "kind": config.data.kind,
                 "mask_policy": config.data.mask_policy,

@@ -22,6 +22,7 @@ from typing import IO, Any, Self
 
 from logitcask.cache_format import UserError
 from logitcask.cache_format.manifest import Header, ShardEntry
+from logitcask.cache_format.redact import without_secrets
 from logitcask.cache_format.runtime.progress import ProgressBar
 
 log = logging.getLogger(__name__)
@@ -155,7 +156,7 @@ class Progress:
             **fields,
         }
         try:
-            self._file.write(json.dumps(line) + "\n")
+            self._file.write(json.dumps(without_secrets(line)) + "\n")
             self._file.flush()
         except OSError as error:
             self._file = None

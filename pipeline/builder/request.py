@@ -8,8 +8,9 @@ from __future__ import annotations
 import hashlib
 import logging
 from datetime import date
-from typing import Any
+from typing import Any, cast
 
+from logitcask.cache_format.redact import without_secrets
 from logitcask.pipeline.config import BuildConfig
 from logitcask.pipeline.identity import TextReader
 from logitcask.pipeline.teachers.own import code_of as teacher_code
@@ -21,6 +22,7 @@ _NOT_CONTENT: dict[str, Any] = {
     "output": True,
     "log": True,
     "audit": True,
+    "trusted_keys": True,
     "scale": True,
     "data": {"on_bad_rows"},  # builds that end have the same rows, whichever it is
     "teacher": {"route", "batch_tokens", "tensor_parallel_size", "server"},
@@ -47,7 +49,8 @@ def _fields(config: BuildConfig) -> dict[str, Any]:
     template = config.data.chat_template
     if template is not None and template.is_file():
         request["data"]["chat_template"] = hashlib.sha256(template.read_bytes()).hexdigest()
-    return request
+    # It is stored in the manifest.
+    return cast("dict[str, Any]", without_secrets(request))
 
 
 def dated(config: BuildConfig, written: dict[str, Any]) -> BuildConfig:

@@ -14,6 +14,7 @@ from logitcask.cache_format.share.remote_writer import (
     holds_cache,
     remove_traces,
 )
+from logitcask.cache_format.share.signature import check_signed
 from logitcask.pipeline.builder.inputs import Inputs
 from logitcask.pipeline.builder.request import as_of_today, dated, request_of
 from logitcask.pipeline.config import BuildConfig
@@ -30,7 +31,10 @@ def is_finished(output: Path | str) -> bool:
 
 def reuse(config: BuildConfig, inputs: Inputs) -> Manifest:
     """The existing cache if it matches the config; else UserError naming the difference."""
-    manifest = CacheReader(config.output).manifest
+    reader = CacheReader(config.output)
+    manifest = reader.manifest
+    if config.trusted_keys:
+        check_signed(reader.path, reader.manifest_sha256, config.trusted_keys)
     ways_out = "choose another output, or replace the cache with --restart"
     if manifest.derived_from is not None:
         raise UserError(

@@ -9,6 +9,7 @@ from logitcask.cache_format import CacheReader, UserError
 from logitcask.cache_format.card import dataset_card, is_unedited
 from logitcask.cache_format.export.preview import preview
 from logitcask.cache_format.layout import CARD, PREVIEW
+from logitcask.cache_format.redact import redacted
 from logitcask.cache_format.share.copy import card_of
 from logitcask.cache_format.storage.files import open_filesystem
 from logitcask.pipeline.commands.sequence_table import exact_text, token_text
@@ -37,7 +38,7 @@ def presentation(
     source, root = open_filesystem(cache)
     if is_unedited(card_of(source, root, reader.manifest)):
         text = dataset_card(
-            reader.manifest, where=url, licence=licence, with_preview=PREVIEW in files
+            reader.manifest, where=redacted(url), licence=licence, with_preview=PREVIEW in files
         )
         files[CARD] = text.encode()
     elif licence is not None or files:

@@ -30,6 +30,8 @@ _WIDE_TEXT, _NARROW_TEXT = 18, 14
 """Columns of a token's own text at most."""
 _WIDE_TAIL, _NARROW_TAIL = 26, 6
 """Columns of the tail with and without draws."""
+_UNKNOWN = "?"
+"""A value that an imported cache does not know."""
 
 
 def token_text(cache: CacheReader, tokenizer: str | None) -> TokenText:
@@ -154,7 +156,9 @@ def table(sequence: CachedSequence, text: TokenText, top: int, width: int) -> Ta
     )
     tokens = sequence.input_ids.tolist()
     written = [_visible(each) for each in text.sequence(tokens)]
-    ranks = [f"{rank:,}" for rank in sequence.target_rank.tolist()]
+    ranks = [_UNKNOWN if rank < 0 else f"{rank:,}" for rank in sequence.target_rank.tolist()]
+    # Without the tail's mass, probabilities are shares of the head.
+    unknown = np.isnan(sequence.target_logprob) | np.isnan(sequence.tail_logprob)
     own, tail = (_WIDE_TEXT, _WIDE_TAIL) if width >= _WIDE else (_NARROW_TEXT, _NARROW_TAIL)
     widths = {
         "token": max(5, len(str(len(tokens)))),
@@ -184,7 +188,7 @@ def table(sequence: CachedSequence, text: TokenText, top: int, width: int) -> Ta
         shown.add_row(
             str(at),
             Text(each),
-            f"{np.exp(sequence.target_logprob[row]):.1%}",
+            _UNKNOWN if unknown[row] else f"{np.exp(sequence.target_logprob[row]):.1%}",
             ranks[row],
             _most_probable(sequence, row, token, text, top, room),
             _tail(sequence, row, text, tail),
@@ -222,7 +226,7 @@ def _most_probable(
 def document(sequence: CachedSequence, text: TokenText, top: int) -> dict[str, Any]:
     """The same as ``table`` in JSON values, with all draws and logprobs in nats.
 
-    ``teacher`` is None for tokens outside the loss mask. A draw's ``logprob`` is nan if the cache
+    ``teacher`` is None for tokens outside the loss mask; a value that is not known is nan or None. A draw's ``logprob`` is nan if the cache
     does not store it.
     """
     row_of = {int(position) + 1: row for row, position in enumerate(sequence.positions)}
@@ -256,7 +260,7 @@ def _teacher(sequence: CachedSequence, row: int, text: TokenText, top: int) -> d
         )
     return {
         "logprob": float(sequence.target_logprob[row]),
-        "rank": int(sequence.target_rank[row]),
+        "rank": None if sequence.target_rank[row] < 0 else int(sequence.target_rank[row]),
         "top": entries(sequence.ids[row, :top], sequence.logprobs[row, :top]),
         "tail_logprob": float(sequence.tail_logprob[row]),
         "draws": drawn,
@@ -265,7 +269,8 @@ def _teacher(sequence: CachedSequence, row: int, text: TokenText, top: int) -> d
 
 def _tail(sequence: CachedSequence, row: int, text: TokenText, columns: int) -> Text:
     """The mass of the tail, and as many of its draws as fit in ``columns``."""
-    shown = Text(f"{np.exp(sequence.tail_logprob[row]):6.1%}")
+    tail = sequence.tail_logprob[row]
+    shown = Text(f"{_UNKNOWN:>6}" if np.isnan(tail) else f"{np.exp(tail):6.1%}")
     if sequence.samples is not None:
         drawn = sequence.samples.ids[row][sequence.samples.ids[row] >= 0].tolist()
         for each in dict.fromkeys(drawn):

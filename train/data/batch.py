@@ -99,9 +99,17 @@ def _stacked(parts: list[NDArray[Any]], filler: float) -> Tensor:
 
 
 def teacher_of(
-    batch: dict[str, Tensor], vocab_size: int, prior: Tensor | None = None
+    batch: dict[str, Tensor],
+    vocab_size: int,
+    prior: Tensor | None = None,
+    *,
+    tail_known: bool = True,
+    targets_known: bool = True,
 ) -> SparseTeacher:
-    """The SparseTeacher of a batch; ``prior``: the cache's, float32[vocab_size], or None."""
+    """The SparseTeacher of a batch; ``prior``: the cache's, float32[vocab_size], or None.
+
+    tail_known, targets_known: as the cache's manifest has them.
+    """
     drawn = batch.get("teacher_samples")
     return SparseTeacher(
         ids=batch["teacher_ids"],
@@ -113,6 +121,8 @@ def teacher_of(
         draws=None if drawn is None else TailDraws(drawn, batch.get("teacher_sample_logprobs")),
         entropy=batch.get("teacher_entropy"),
         prior=prior,
+        tail_known=tail_known,
+        targets_known=targets_known,
     )
 
 

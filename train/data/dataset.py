@@ -81,7 +81,13 @@ class CachedDataset(Dataset[CachedSequence]):
                 "teacher_ids": empty,
                 "teacher_logprobs": torch.full_like(empty, -torch.inf, dtype=torch.float32),
             }
-        return teacher_of(batch, self.vocab_size, prior)
+        return teacher_of(
+            batch,
+            self.vocab_size,
+            prior,
+            tail_known=store.tail_known,
+            targets_known=store.targets_known,
+        )
 
     @cached_property
     def _prior(self) -> Tensor | None:

@@ -221,6 +221,7 @@ def open_data(
                 f"selection.positions.by is entropy, but {entry.cache} stores none; use gap, or a cache with draws from the "
                 "tail (store.tail_samples), which has them"
             )
+        _refuse_unknown_targets(config, cache)
         _warn_of_thrashing(cache, config.data.shuffle)
         sources.append(CachedDataset(cache, train, rows))
         held_out.append(CachedDataset(cache, out, rows))
@@ -303,6 +304,19 @@ def _readable(path: str, index: CacheIndex, rows: int | None) -> NDArray[np.bool
             f"{rows:,}",
         )
     return readable
+
+
+def _refuse_unknown_targets(config: TrainConfig, cache: CacheReader) -> None:
+    """Raises UserError if the selection compares the student with the teacher on the next tokens,
+    and ``cache`` does not know the teacher's logprobs of them.
+    """
+    chosen, positions = config.selection.sequences, config.selection.positions
+    by_gap = positions is not None and positions.by == "gap"
+    if (chosen or by_gap) and not cache.manifest.store.targets_known:
+        raise UserError(
+            f"selection.{'sequences' if chosen else 'positions'} needs the teacher's logprob of every next token, which "
+            f"{cache.path} does not know; leave it out"
+        )
 
 
 def _warn_of_thrashing(cache: CacheReader, shuffle: str) -> None:

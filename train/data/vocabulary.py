@@ -72,7 +72,7 @@ def restricted(sequence: CachedSequence, rows: int, vocab_size: int) -> CachedSe
     # 1 - e. If e is most of the mass, the difference would lose all digits, so the remaining mass
     # is summed instead.
     outside = left_out(sequence, rows)
-    inside = np.exp(logprobs.astype(np.float64)).sum(axis=1) + tail * tail_share
+    inside = np.exp(logprobs.astype(np.float64)).sum(axis=1) + np.nan_to_num(tail) * tail_share
     log_inside = np.where(
         outside < 0.5,
         np.log1p(-np.minimum(outside, 0.5)),

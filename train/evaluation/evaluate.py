@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -151,7 +151,7 @@ def _measured(
         if k:
             agreement = rank_agreement(logits_CV, part, k)
             values |= {
-                "reverse_kl": reverse_kl(logits_CV, part, tail="ghost"),
+                "reverse_kl": reverse_kl(logits_CV, part, tail=reverse_tail(part)),
                 "top1_agreement": agreement.top_1.float(),
                 f"mor@{k}": agreement.overlap,
                 f"cr@{k}": agreement.identical.float(),
@@ -160,6 +160,11 @@ def _measured(
         return values["kl"], values
 
     return head_losses(head, hidden_PH, measure, chunk_size=logits_chunk).values
+
+
+def reverse_tail(teacher: SparseTeacher) -> Literal["ghost", "renormalised"]:
+    """The treatment of the tail in the metric ``reverse_kl``."""
+    return "ghost" if teacher.tail_known else "renormalised"
 
 
 def _confidence(logits_CV: Tensor, target_ids_C: Tensor) -> dict[str, Tensor]:
@@ -171,17 +176,21 @@ def _confidence(logits_CV: Tensor, target_ids_C: Tensor) -> dict[str, Tensor]:
     }
 
 
-def teacher_reference(data: HeldOut) -> dict[str, float]:
+def teacher_reference(data: HeldOut) -> dict[str, float | None]:
     """The teacher's own metrics on the same positions, from the cache: ce (nats), perplexity, ece;
     and the number of positions.
 
-    There is no ece for a cache without heads, because it lacks the teacher's most probable token.
+    There is no ece for a cache without heads, because it lacks the teacher's most probable token,
+    nor for one that does not know the mass outside its heads. ce and perplexity are None if a cache
+    does not know all targets' logprobs.
     ``left_out`` (if the student has fewer ids than a teacher): the mean share of the teacher's mass
     on ids that the student lacks.
     """
     total, positions = 0.0, 0
     calibration, heads = Calibration(), False
     lost: float | None = None
+    stores = [part.cache.manifest.store for part in data.parts]
+    known = all(s.tail_known for s in stores), all(s.targets_known for s in stores)
     for part in data.parts:
         for item in range(len(part)):
             sequence = part[item]
@@ -189,15 +198,15 @@ def teacher_reference(data: HeldOut) -> dict[str, float]:
             positions += len(sequence.positions)
             if part.vocab_size < part.cache.manifest.store.vocab_size:
                 lost = (lost or 0.0) + float(part.left_out(item).sum())
-            if sequence.ids.shape[1]:
+            if sequence.ids.shape[1] and known[0]:
                 heads = True
                 calibration.add(
                     torch.from_numpy(sequence.logprobs[:, 0]).exp(),
                     torch.from_numpy(sequence.target_rank == 0),
                 )
-    found = {
-        "ce": total / positions,
-        "perplexity": perplexity(total / positions),
+    found: dict[str, float | None] = {
+        "ce": total / positions if known[1] else None,
+        "perplexity": perplexity(total / positions) if known[1] else None,
         "positions": positions,
     }
     if lost is not None:

@@ -103,7 +103,7 @@ def judge(model: str, cache: str, baseline: str | None, settings: Settings) -> J
     if len(data) < 2:
         log.warning("one sequence has no spread, so there are no intervals")
     teacher = teacher_reference(data)
-    positions = int(teacher.pop("positions"))
+    positions = int(teacher.pop("positions") or 0)
     result: Judgement = {
         "model": model,
         "cache": reader.path,

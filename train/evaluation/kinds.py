@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from logitcask.train.data.batch import collate
 from logitcask.train.data.dataset import CachedDataset, HeldOut
+from logitcask.train.evaluation.evaluate import reverse_tail
 from logitcask.train.losses.base import Exactness
 from logitcask.train.losses.exactness import exactness_of, shortest_head, weakest
 
@@ -13,6 +14,8 @@ KL_KIND: dict[Exactness, str] = {
     "from the same draws before and after.",
     "lower": "The KL is from the stored head and the exact mass of everything outside it taken as one cell: a lower bound of "
     "the KL over the whole vocabulary, the same one before and after.",
+    "biased": "The KL is between the stored heads alone, both scaled to 1, since the cache does not know the mass outside "
+    "them: an approximation of the KL over the whole vocabulary, the same one before and after.",
 }
 """``kl`` in a sentence, by its exactness."""
 
@@ -31,7 +34,10 @@ def kinds_of_difference(kinds: dict[str, Exactness]) -> dict[str, Exactness]:
 def _kinds(data: CachedDataset, names: list[str]) -> dict[str, Exactness]:
     teacher = data.teacher(collate([data[0]]))
     shortest = shortest_head(data.cache.manifest.store)
-    losses = {"kl": ("forward_kl", {}), "reverse_kl": ("reverse_kl", {"tail": "ghost"})}
+    losses = {
+        "kl": ("forward_kl", {}),
+        "reverse_kl": ("reverse_kl", {"tail": reverse_tail(teacher)}),
+    }
     whole = exactness_of("forward_kl", {}, teacher, shortest) == "exact"
     kinds: dict[str, Exactness] = {}
     for name in names:

@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 _TAILS: dict[Tail, str] = {
     "samples": "tail samples (unbiased)",
     "ghost": "one cell of known mass (a lower bound; caches with tail samples are unbiased)",
+    "renormalised": "nothing: both heads are scaled to 1, since the mass outside them is not known (an approximation, "
+    "which teaches over-confidence)",
 }
 
 

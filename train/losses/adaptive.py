@@ -27,6 +27,7 @@ from logitcask.train.losses.tails import (
     log_ratio,
     over_the_prior,
     refined,
+    require_tail,
     softened,
 )
 
@@ -308,7 +309,7 @@ def self_evolution(
     and y are everything.
 
     Args, returns: as ``forward_kl``. Raises UserError for shares outside 0 to 1 (``mix``: below 1)
-    or a negative threshold.
+    or a negative threshold, and if the cache does not know a tail's mass or a target's logprob.
     """
     for option, value in (("ground_truth", ground_truth), ("mix", mix)):
         if not 0 <= value <= 1 or (option == "mix" and value == 1):
@@ -318,6 +319,12 @@ def self_evolution(
     if not threshold >= 0:
         raise UserError(
             f"self_evolution: threshold is {threshold}, expected a number of nats from 0"
+        )
+    require_tail("self_evolution", teacher)
+    if not teacher.targets_known:
+        raise UserError(
+            "self_evolution needs the teacher's logprob of every next token, and this cache does not know some of them (the "
+            "layout that it was imported from holds none outside the heads); use another loss"
         )
     student = StudentPass.of(student_logits, teacher)
     log_p, log_q, _ = _with_target(student, teacher)

@@ -51,15 +51,18 @@ class SparseTeacher:
     ids:             int64[P, K], head ids by falling logprob, padded with -1.
     logprobs:        float32[P, K], nats, padded with -inf.
     tail_logprob:    float32[P], log of the mass outside the head; -inf if the head is the whole
-                     distribution.
+                     distribution, NaN everywhere if it is not known.
     target_ids:      int64[P], the next tokens in the data.
-    target_logprob:  float32[P], the teacher's logprobs of the targets.
+    target_logprob:  float32[P], the teacher's logprobs of the targets; NaN where it is not known.
     vocab_size:      number of ids that the teacher can predict. The student's V may be larger,
                      never smaller (``logitcask.train.data.vocabulary``).
     draws:           None, or the draws from the tails.
     entropy:         None, or float32[P], nats, of the whole distribution.
     prior:           None, or float32[vocab_size]: probabilities over which a tail can be spread if
                      the cache holds only its mass.
+    tail_known:      whether the tails' masses are known. If not, logprobs are known up to a
+                     constant of each position.
+    targets_known:   whether all targets' logprobs are known.
     """
 
     ids: Tensor
@@ -71,6 +74,8 @@ class SparseTeacher:
     draws: TailDraws | None = None
     entropy: Tensor | None = None
     prior: Tensor | None = None
+    tail_known: bool = True
+    targets_known: bool = True
 
     def __len__(self) -> int:
         return self.ids.shape[0]
@@ -90,8 +95,11 @@ class SparseTeacher:
         ``stored`` is False for an id without a cached logprob. Its logprob here is the highest one
         possible: that of the head's last entry or that of the whole tail, whichever is lower.
         """
+        targets = self.target_ids
+        if not self.targets_known:
+            targets = targets.masked_fill(self.target_logprob.isnan(), -2)  # no id
         ids, logprobs = (
-            [self.ids, self.target_ids.unsqueeze(1)],
+            [self.ids, targets.unsqueeze(1)],
             [self.logprobs, self.target_logprob.unsqueeze(1)],
         )
         if self.draws is not None and self.draws.logprobs is not None:
@@ -101,7 +109,9 @@ class SparseTeacher:
         found_Pk = torch.where(match_PkE, torch.cat(logprobs, 1).unsqueeze(1), -torch.inf).amax(2)
         # Without a tail, the teacher cannot predict an id that is not stored. The bound is then the
         # head's last entry alone.
-        tail_P = torch.where(torch.isneginf(self.tail_logprob), self.least, self.tail_logprob)
+        # Of a tail whose mass is not known, nothing more is known either.
+        bounded = torch.isfinite(self.tail_logprob)
+        tail_P = torch.where(bounded, self.tail_logprob, self.least)
         most_P1 = torch.minimum(tail_P, self.least).unsqueeze(1)
         stored_Pk = match_PkE.any(2)
         return torch.where(stored_Pk, found_Pk, most_P1), stored_Pk

@@ -12,7 +12,8 @@ renormalised  the head's ids, both sides scaled to a mass of 1: teaches over-con
               comparison only
 
 ``auto`` uses the samples if the cache has them, else the ghost. It never uses the prior, because
-students learn less from it in most cases (docs/quality.md).
+students learn less from it in most cases (docs/quality.md). If the cache does not know the tails'
+masses, it uses the renormalised heads, and a loss without this treatment is refused.
 
 An estimate of a sum over the tail from draws of the *teacher* fails at ids to which the student
 gives much more mass than the teacher: there the ratio r = q/p is large, and such ids are rarely
@@ -54,8 +55,10 @@ def tail_of(teacher: SparseTeacher, *, logprobs: bool = False) -> Tail:
     """The tail of ``auto``: samples if ``teacher`` has what they need, else the ghost.
 
     Samples need the teacher's entropy or the logprobs of the draws; with ``logprobs`` they need the
-    latter.
+    latter. If the tails' masses are not known, the heads alone can be compared.
     """
+    if not teacher.tail_known:
+        return "renormalised"
     if teacher.draws is not None and (
         teacher.draws.logprobs is not None or (teacher.entropy is not None and not logprobs)
     ):
@@ -79,6 +82,8 @@ def choose_tail(
             f"{name}: tail is {tail!r}, expected {', '.join(('auto', *allowed[:-1]))} or {allowed[-1]}"
         )
     best = tail_of(teacher, logprobs=logprobs)
+    if not teacher.tail_known and ("renormalised" not in allowed or tail not in ("auto", best)):
+        require_tail(name, teacher, "" if tail == "auto" else f" with tail {tail!r}")
     if tail == "auto":
         return best
     if (tail == "samples" and best != "samples") or (tail == "prior" and teacher.prior is None):
@@ -88,6 +93,16 @@ def choose_tail(
             f"(it allows {best})"
         )
     return tail  # type: ignore[return-value]
+
+
+def require_tail(name: str, teacher: SparseTeacher, how: str = "") -> None:
+    """Raises UserError if the masses outside the heads, which loss ``name`` needs, are not known."""
+    if not teacher.tail_known:
+        raise UserError(
+            f"{name}{how} needs the mass outside each head, which this cache does not know (it was imported from logits of "
+            "the heads alone); use a loss on the order of the head, or forward_kl, reverse_kl, jsd, skew_kl or tvd, which "
+            "then compare the heads scaled to 1"
+        )
 
 
 def softened(

@@ -19,8 +19,8 @@ class TeacherMetrics(TypedDict):
 
     model: str
     engine: str
-    ce: float
-    perplexity: float
+    ce: float | None
+    perplexity: float | None
     positions: int
     left_out: NotRequired[float]
     ece: NotRequired[float]

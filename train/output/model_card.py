@@ -40,7 +40,7 @@ On {metrics["held_out_positions"]:,} {judged} ({metrics["kl_kind"]}):
 | --- | --- | --- | --- |
 {rows}
 
-The teacher's own cross-entropy there is {metrics["teacher"]["ce"]:.4f} nats. `report.html` shows the curves.
+{_of_teacher(metrics["teacher"]["ce"])}`report.html` shows the curves.
 
 ```python
 from transformers import AutoModelForCausalLM
@@ -60,3 +60,8 @@ Benchmarks, with `pip install 'logitcask[lm-eval]'`:
 lm_eval --model hf --model_args pretrained={output} --tasks hellaswag,arc_easy,piqa --batch_size auto
 ```
 """
+
+
+def _of_teacher(ce: float | None) -> str:
+    """The sentence on the teacher's own cross-entropy (nats); empty if it is not known."""
+    return "" if ce is None else f"The teacher's own cross-entropy there is {ce:.4f} nats. "

@@ -121,13 +121,14 @@ def _held_out_chart(metrics: RunMetrics, log: list[dict[str, float]]) -> str:
     ):
         steps, values = _curve(key, metrics, log)
         axes.plot(steps, values, color=colour, linewidth=2, marker="o", markersize=4, label=label)
-    axes.axhline(
-        metrics["teacher"]["ce"],
-        color=_QUIET,
-        linestyle="--",
-        linewidth=1.3,
-        label="the teacher's cross-entropy",
-    )
+    if (of_teacher := metrics["teacher"]["ce"]) is not None:
+        axes.axhline(
+            of_teacher,
+            color=_QUIET,
+            linestyle="--",
+            linewidth=1.3,
+            label="the teacher's cross-entropy",
+        )
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False)
     return _svg(figure)
