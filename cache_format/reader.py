@@ -109,9 +109,7 @@ class CacheReader:
                 for row in range(len(batch)):
                     yield batch.decode(row)
 
-    def iter_column(
-        self, name: str, shards: Iterable[int] | None = None
-    ) -> Iterator[pa.Array]:
+    def iter_column(self, name: str, shards: Iterable[int] | None = None) -> Iterator[pa.Array]:
         """One Arrow array of a column per record batch, in order, of some or all shards. Other
         columns stay compressed.
         """

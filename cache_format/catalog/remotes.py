@@ -49,7 +49,9 @@ def remotes_of(home: Home) -> tuple[str, ...]:
     except FileNotFoundError:
         return ()
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{file} cannot be read: {one_line(error)}; correct or remove it") from None
+        raise ConfigError(
+            f"{file} cannot be read: {one_line(error)}; correct or remove it"
+        ) from None
     import yaml
 
     try:

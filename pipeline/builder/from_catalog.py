@@ -305,9 +305,7 @@ class Catalog:
         self._left_out.add(entry.where)
         log.warning("%s is not used: %s", entry.where, one_line(error))
 
-    def _write_known(
-        self, plan: Plan, build_dir: Path, rows: _Rows, caches: list[_Stored]
-    ) -> None:
+    def _write_known(self, plan: Plan, build_dir: Path, rows: _Rows, caches: list[_Stored]) -> None:
         """Writes which rows are copied from which cache, the largest share first."""
         cache_of = np.full(len(rows.text), -1, np.int64)
         index_of = np.zeros(len(rows.text), np.int64)
@@ -511,5 +509,3 @@ def clear(output: Path | str) -> None:
         return
     if left.derived_from is not None and left.answers_build:
         remove_cache(output)
-
-

@@ -189,5 +189,3 @@ def _identity(teacher: TeacherIdentity) -> dict[str, Any]:
 
 def _name(teacher: TeacherIdentity) -> str:
     return f"{teacher.model} ({teacher.engine}, {teacher.dtype})"
-
-

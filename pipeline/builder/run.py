@@ -61,7 +61,11 @@ class BuildResult:
 
 
 def build(
-    config: BuildConfig, *, restart: bool = False, home: Home | None = None, reuse_known: bool = True
+    config: BuildConfig,
+    *,
+    restart: bool = False,
+    home: Home | None = None,
+    reuse_known: bool = True,
 ) -> BuildResult:
     """Makes the cache that ``config`` describes, or reuses it; ``restart`` removes it first.
 

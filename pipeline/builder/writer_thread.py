@@ -145,9 +145,7 @@ class WriterThread:
         rows = self._plan.shards[index].sequences_per_batch
         with self._writer.shard(index, sequences_per_batch=rows) as shard:
             while isinstance(pair := self._take(), tuple):
-                shard.append(
-                    kept(pair, self._store), rounded=isinstance(pair[1], CachedSequence)
-                )
+                shard.append(kept(pair, self._store), rounded=isinstance(pair[1], CachedSequence))
                 counts.written_tokens, counts.written_bytes = (
                     tokens + shard.flushed_tokens,
                     size + shard.flushed_bytes,
