@@ -4,12 +4,13 @@
 
 from __future__ import annotations
 
-from logitcask.cache_format.cli import cache_commands, share_commands
+from logitcask.cache_format.cli import cache_commands, catalog_commands, share_commands
 from logitcask.cache_format.cli.app import Group, new_app, run
 from logitcask.pipeline.commands.audit import audit
 from logitcask.pipeline.commands.build import build
 from logitcask.pipeline.commands.estimate import estimate
 from logitcask.pipeline.commands.export import export
+from logitcask.pipeline.commands.find import find
 from logitcask.pipeline.commands.inspect import generations, inspect
 from logitcask.pipeline.commands.model import model
 from logitcask.pipeline.memory import use_huge_pages
@@ -28,6 +29,10 @@ for command in (
     share_commands.push,
     share_commands.pull,
     build,
+    find,
+    catalog_commands.ls,
+    catalog_commands.rm,
+    catalog_commands.gc,
     inspect,
     generations,
     export,

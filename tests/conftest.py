@@ -21,6 +21,7 @@ import random
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable, Generator, Iterable, Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -199,6 +200,22 @@ def _no_shards_in_the_home_folder(tmp_path_factory: pytest.TempPathFactory) -> I
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LOGITCASK_CACHE", str(tmp_path_factory.mktemp("shards")))
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_caches_in_the_home_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOGITCASK_HOME", str(tmp_path_factory.mktemp("home")))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _a_catalogue_of_its_own(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No test finds the caches of another one. The folder is made by the first cache."""
+    folder = tmp_path_factory.getbasetemp() / "homes" / uuid.uuid4().hex
+    monkeypatch.setenv("LOGITCASK_HOME", str(folder))
 
 
 @pytest.fixture(scope="session")

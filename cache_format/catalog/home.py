@@ -18,11 +18,9 @@ import hashlib
 import json
 import logging
 import os
-import time
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +182,11 @@ class Home:
             removed = found is not None and found.removal
             yield not removed and os.path.exists(f"{local}/{MANIFEST}")
 
+    def update(self, entry: Entry, last_use: float | None) -> None:
+        """Writes a changed entry. The last use is now if ``last_use`` is None."""
+        with suppress(OSError):
+            self._write(entry, last_use)
+
     def forget(self, entry: Entry) -> None:
         """Removes the entry, and no cache."""
         self._file(entry.name).unlink(missing_ok=True)
@@ -230,6 +233,20 @@ def home() -> Home | None:
         return Home(Path(folder).expanduser().absolute())
     except RuntimeError:
         return None
+
+
+def note_use(cache: str) -> None:
+    """Makes now the last use of a local cache, if it has an entry. It never fails."""
+    here = home()
+    if here is not None and "://" not in cache:
+        here.note_use(cache)
+
+
+def register(where: str | Path, manifest: Manifest) -> None:
+    """Registers a new local cache in the home, if there is one. It never fails."""
+    here = home()
+    if here is not None:
+        here.register(where, manifest)
 
 
 @contextmanager
@@ -284,22 +301,6 @@ def _read(file: str) -> Entry | None:
             return Entry.model_validate_json(handle.read())
     except (OSError, ValidationError):
         return None
-
-
-def age(seconds: float) -> str:
-    """A time span in words: ``3 min``, ``5 h``, ``12 d``."""
-    for size, unit in ((86_400, "d"), (3_600, "h"), (60, "min")):
-        if seconds >= size:
-            return f"{int(seconds // size)} {unit}"
-    return "now"
-
-
-def since(created_at: str) -> float:
-    """Seconds since a manifest's ``created_at``; 0 if it is no date."""
-    try:
-        return max(0.0, time.time() - datetime.fromisoformat(created_at).timestamp())
-    except ValueError:
-        return 0.0
 
 
 def load_json(file: Path) -> Any:

@@ -87,6 +87,18 @@ class Found:
     options: dict[str, Any] | None = None
 
 
+@dataclass(frozen=True)
+class Holding:
+    """What a cache holds of a plan: sequences of the same text, and how a build would use it."""
+
+    shared: int
+    asked: int
+    use: str
+
+    def document(self) -> dict[str, Any]:
+        return {"shared_sequences": self.shared, "asked_sequences": self.asked, "use": self.use}
+
+
 class Catalog:
     """The catalogue as one build sees it."""
 
@@ -177,6 +189,43 @@ class Catalog:
                     readers.append(stored)
         self._write_known(plan, build_dir, rows, readers)
         return None
+
+    def holdings(self, plan: Plan, build_dir: Path, entries: list[Entry]) -> dict[str, Holding]:
+        """What each of ``entries`` holds of a plan, by its place; those that hold nothing are left
+        out.
+        """
+        wanted = self._config.store.settings(self._inputs.vocab_size)
+        rows, found = _Rows.of_plan(plan, build_dir), {}
+        for entry in entries:
+            manifest = self._manifest(entry)
+            if (
+                manifest is None
+                or manifest.tokenizer.vocab_sha256 != plan.tokenizer.vocab_sha256
+                or not self._same_weights(manifest)
+            ):
+                continue
+            stored = self._stored(entry, manifest, rows)
+            shared = 0 if stored is None else stored.shared(rows)
+            if stored is not None and shared:
+                use = self._use(stored, rows, narrowing(manifest.store, wanted), shared)
+                found[entry.where] = Holding(shared, len(rows.text), use)
+        return found
+
+    def _use(
+        self, stored: _Stored, rows: _Rows, options: dict[str, Any] | None, shared: int
+    ) -> str:
+        manifest = stored.manifest
+        if not self._same_teacher(manifest):
+            return "no use to a build: the teacher's engine or settings are others"
+        if manifest.derived_from is not None:
+            return "no use to a build: it is derived, and a build wants the teacher's own numbers"
+        if options is None:
+            return "no use to a build: its store keeps less, or other draws"
+        if shared == len(rows.text) == len(stored.rows.text) and not options:
+            return "a build reuses it"
+        if stored.slice_of(rows) is not None:
+            return "a build derives from it"
+        return "a build scores the others" if not options else "no use to a build: another store"
 
     def take(self, found: Found, plan: Plan | None) -> Manifest | None:
         """Puts a found cache in the output; None if it turns out to be of no use.
@@ -269,6 +318,10 @@ class Catalog:
         before = as_of_today(manifest.config, self._config)
         if _teacher_request(before) != _teacher_request(request_of(self._config)):
             return False
+        return self._same_weights(manifest, before_plan=before_plan)
+
+    def _same_weights(self, manifest: Manifest, *, before_plan: bool = False) -> bool:
+        """Whether the config names the model of ``manifest``."""
         asked, teacher = self._config.teacher, manifest.teacher
         if asked.model == teacher.model and (asked.is_synthetic or asked.model in BUILT_IN):
             return True
