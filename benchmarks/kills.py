@@ -81,6 +81,7 @@ class Build:
             "-c",
             "from logitcask.pipeline.cli import main; main()",
             "build",
+            "--no-reuse",
             str(self.config),
         ]
         with open(self.stderr, "ab") as stderr:
