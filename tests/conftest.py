@@ -58,6 +58,7 @@ _LONG = [
     "pipeline/end_to_end/test_bad_input.py",
     "pipeline/estimate/test_run.py",
     "pipeline/end_to_end/test_remote_build.py",
+    "pipeline/end_to_end/test_catalog.py",
     "test_tutorials.py",
     "pipeline/builder/test_score.py",
     "pipeline/end_to_end/test_alignment.py",

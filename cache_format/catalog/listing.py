@@ -92,7 +92,11 @@ def table(lines: list[Listed]) -> str:
                 f"{entry.tokens:,}",
                 f"{entry.bytes_per_token:.1f}",
                 span(now - _time_of(entry.created_at, now)),
-                "in use" if line.in_use else "" if line.last_use is None else span(now - line.last_use),
+                "in use"
+                if line.in_use
+                else ""
+                if line.last_use is None
+                else span(now - line.last_use),
                 f"{_from_here(entry.where)}{' (derived)' if entry.derived else ''}",
             )
         )

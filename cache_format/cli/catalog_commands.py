@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+import time
 from typing import Annotated, Any
 
 import typer
@@ -94,7 +95,9 @@ def rm(
 def gc(
     max_size: Annotated[
         str | None,
-        typer.Option(metavar="SIZE", help="Remove until all caches take at most this: 200GB, 1TiB."),
+        typer.Option(
+            metavar="SIZE", help="Remove until all caches take at most this: 200GB, 1TiB."
+        ),
     ] = None,
     unused_for: Annotated[
         str | None,
@@ -161,17 +164,18 @@ def _remove(
     }
     text = [f"{line.entry.where} ({_use(line)})" for line in removed]
     text += [f"{line.entry.where} is in use now: kept" for line in skipped]
-    text.append(f"{'would remove' if dry_run else 'removed'} {totals(removed)}")
-    if freed is not None:
-        text[-1] += f", which {'would free' if dry_run else 'freed'} {size:,}"
+    if removed:
+        text.append(f"{'would remove' if dry_run else 'removed'} {totals(removed)}")
+        if freed is not None:
+            text[-1] += f", which {'would free' if dry_run else 'freed'} {size:,}"
+    elif not skipped:
+        text.append("nothing to remove")
     if forgotten:
         text.append(f"forgot {forgotten:,} that {'was' if forgotten == 1 else 'were'} gone")
     print_result(document, "\n".join(text), summary=not dry_run)
 
 
 def _use(line: Listed) -> str:
-    import time
-
     return f"last use {span(time.time() - (line.last_use or 0))}"
 
 

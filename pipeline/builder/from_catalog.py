@@ -251,7 +251,6 @@ class Catalog:
             finally:
                 if local != output:
                     shutil.rmtree(local, ignore_errors=True)
-        self._home.note_use(found.entry.where)
         return manifest
 
     def _put(self, found: Found, plan: Plan | None, folder: Path) -> Manifest:

@@ -94,6 +94,8 @@ def build(
             )
     if home is not None:
         home.register(config.output, result.manifest)
+        for where in () if result.taken is None else result.taken.where:
+            home.note_use(where)
     return result
 
 

@@ -121,7 +121,9 @@ def test_the_same_request_is_linked(config, home, no_teacher):
     assert second.taken == Taken("same", (str(config("one").output),), ROWS)
     assert second.manifest == first.manifest
     for shard in first.manifest.shards:
-        assert os.path.samefile(config("one").output / shard.path, config("two").output / shard.path)
+        assert os.path.samefile(
+            config("one").output / shard.path, config("two").output / shard.path
+        )
     again = build(config("two"), home=home)
     assert (again.reused, again.taken) == (True, None)
     assert len(listing(home)) == 2
@@ -332,9 +334,7 @@ def test_a_part_of_the_text_is_derived(config, home, tmp_path, no_teacher, data,
 def test_a_part_of_the_text_in_a_smaller_store(config, home, tmp_path, no_teacher):
     build(config("one"), home=home)
     no_teacher()
-    result = build(
-        config("two", data={"split": "train[10:30]"}, store={"top_k": 5}), home=home
-    )
+    result = build(config("two", data={"split": "train[10:30]"}, store={"top_k": 5}), home=home)
     options = DeriveOptions(sequences="10:30", top_k=5)
     source = str(config("one").output)
     expected = derive(source, tmp_path / "expected", options, shard_tokens=700)
@@ -384,9 +384,7 @@ def test_a_killed_derivation_is_made_again(config, home, monkeypatch):
     shutil.rmtree(config("two").output)
     found = build(config("three", store={"top_k": 4}), home=home)
     assert found.taken is None
-    assert_same_content(
-        found.manifest, build(config("four", store={"top_k": 4})).manifest
-    )
+    assert_same_content(found.manifest, build(config("four", store={"top_k": 4})).manifest)
 
 
 # Some of it
