@@ -20,6 +20,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -34,6 +35,7 @@ from logitcask.cache_format import CacheReader
 from logitcask.cache_format.catalog.home import Home
 from logitcask.cache_format.catalog.listing import listing, table
 from logitcask.cache_format.catalog.removal import garbage, remove, tidy
+from logitcask.cache_format.errors import UserError
 from logitcask.cache_format.verify import verify
 from logitcask.pipeline.builder.run import build
 from logitcask.pipeline.config import BuildConfig
@@ -92,11 +94,14 @@ def kill_many(folder: Path, kills: int, random: np.random.Generator) -> dict[str
         allowed.add(build(config_in(folder, name, **store), home=other).manifest.content_sha256)
 
     def a_build(at: int) -> None:
-        build(config_in(folder, OUTPUTS[at % 5], **STORES[at % 4]), home=home)
+        build(config_of(at), home=home)
 
-    def two_builds(at: int) -> None:
-        config = config_in(folder, OUTPUTS[(at + 1) % 5], **STORES[at % 4])
-        build(config, restart=True, home=home)
+    def a_restart(at: int) -> None:
+        build(config_of(at), restart=True, home=home)
+
+    def config_of(at: int) -> BuildConfig:
+        # The first and the last output have the same request.
+        return config_in(folder, OUTPUTS[at % 5], **STORES[at % 5 % 4])
 
     def a_collection(at: int) -> None:
         lines = listing(home)
@@ -108,7 +113,7 @@ def kill_many(folder: Path, kills: int, random: np.random.Generator) -> dict[str
         for line in listing(home)[:1]:
             remove(home, line.entry)
 
-    works: list[Callable[[int], None]] = [a_build, two_builds, a_collection, a_build, a_removal]
+    works: list[Callable[[int], None]] = [a_build, a_restart, a_collection, a_build, a_removal]
     counts, undisturbed, at = Counter[str](), 0, 0
     while sum(counts.values()) < kills:
         work, at = works[int(random.integers(len(works)))], at + 1
@@ -127,7 +132,7 @@ def kill_many(folder: Path, kills: int, random: np.random.Generator) -> dict[str
         check(home, folder, allowed)
     for number, output in enumerate(OUTPUTS):
         shutil.rmtree(folder / output, ignore_errors=True)
-        a_build(number + 5 * (number % 4))
+        a_build(number)
         assert (folder / output / "manifest.json").exists()
     for line in garbage(listing(home)).lines:
         remove(home, line.entry)
@@ -141,7 +146,14 @@ def kill_many(folder: Path, kills: int, random: np.random.Generator) -> dict[str
 
 
 def start(work: Callable[[int], None], at: int) -> Any:
-    child = multiprocessing.get_context("fork").Process(target=work, args=(at,))
+    def quiet() -> None:
+        try:
+            work(at)
+        except UserError as error:  # another process writes there
+            print(error, file=sys.stderr)
+            os._exit(1)
+
+    child = multiprocessing.get_context("fork").Process(target=quiet)
     child.start()
     return child
 

@@ -81,7 +81,7 @@ def matching(lines: Iterable[Listed], **patterns: str | None) -> list[Listed]:
 
 def table(lines: list[Listed]) -> str:
     """The lines in columns, for people and for pipes."""
-    now = time.time()
+    now, here = time.time(), f"{Path.cwd()}{os.sep}"
     rows = [("teacher", "data", "tokens", "B/token", "age", "last use", "where")]
     for line in lines:
         entry = line.entry
@@ -97,7 +97,7 @@ def table(lines: list[Listed]) -> str:
                 else ""
                 if line.last_use is None
                 else span(now - line.last_use),
-                f"{_from_here(entry.where)}{' (derived)' if entry.derived else ''}",
+                f"{entry.where.removeprefix(here)}{' (derived)' if entry.derived else ''}",
             )
         )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -158,8 +158,3 @@ def _time_of(created_at: str, now: float) -> float:
 def _short(text: str, most: int) -> str:
     return text if len(text) <= most else f"...{text[3 - most :]}"
 
-
-def _from_here(where: str) -> str:
-    """A path relative to the working directory, if it is below it."""
-    here = f"{Path.cwd()}{os.sep}"
-    return where.removeprefix(here)

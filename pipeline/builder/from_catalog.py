@@ -142,13 +142,19 @@ class Catalog:
             yield
 
     def same_request(self) -> Found | None:
-        """A cache that a build with the same request has made, of unchanged data."""
+        """A cache that a build with the same request has made, of unchanged data: scored, or, if
+        there is none, derived.
+        """
         key = sha256_of_json(request_of(self._config))
         for entries in (self._here, lambda: self._remote):
-            for entry in entries():
-                if entry.request == key and not entry.derived:
+            for entry in sorted(entries(), key=lambda each: each.derived):
+                if entry.request == key:
                     manifest = self._manifest(entry)
-                    if manifest is not None and self._answers(manifest, entry):
+                    if (
+                        manifest is not None
+                        and manifest.answers_build
+                        and self._answers(manifest, entry)
+                    ):
                         return Found(entry, manifest)
         return None
 
@@ -322,7 +328,13 @@ class Catalog:
     def _same_weights(self, manifest: Manifest, *, before_plan: bool = False) -> bool:
         """Whether the config names the model of ``manifest``."""
         asked, teacher = self._config.teacher, manifest.teacher
-        if asked.model == teacher.model and (asked.is_synthetic or asked.model in BUILT_IN):
+        if asked.is_synthetic:
+            return (asked.model, asked.vocab_size, f"seed-{asked.seed}") == (
+                teacher.model,
+                teacher.vocab_size,
+                teacher.revision,
+            )
+        if asked.model == teacher.model and asked.model in BUILT_IN:
             return True
         try:
             model = self._inputs.model

@@ -31,7 +31,7 @@ def two(home, make_cache, tmp_path):
 
 def test_the_latest_use_comes_first(two):
     lines = listing(two)
-    assert [line.last_use for line in lines][0] == 2000
+    assert lines[0].last_use == 2000
     assert sorted(line.last_use for line in lines)[::-1] == [line.last_use for line in lines]
     assert len({line.entry.where for line in lines}) == 2
     assert not any(line.gone or line.in_use for line in lines)
