@@ -34,7 +34,9 @@ from machine import machine
 from logitcask.cache_format import CacheReader
 from logitcask.cache_format.catalog.home import Home
 from logitcask.cache_format.catalog.listing import listing, table
+from logitcask.cache_format.catalog.narrowing import narrowing
 from logitcask.cache_format.catalog.removal import garbage, remove, tidy
+from logitcask.cache_format.derive.derive import DeriveOptions, derive
 from logitcask.cache_format.errors import UserError
 from logitcask.cache_format.verify import verify
 from logitcask.pipeline.builder.run import build
@@ -83,15 +85,22 @@ def config_in(folder: Path, output: str, **store: Any) -> BuildConfig:
 def kill_many(folder: Path, kills: int, random: np.random.Generator) -> dict[str, Any]:
     """Kills until there are ``kills`` of them. Raises AssertionError for anything wrong."""
     home = Home(folder / "home")
-    allowed = set()
-    for number, store in enumerate(STORES):
-        built = build(config_in(folder, f"truth-{number}", **store)).manifest
-        allowed.add(built.content_sha256)
-    other = Home(folder / "other-home")
-    build(config_in(folder, "origin"), home=other)
-    for store in STORES[1:]:
-        name = f"less-{store}"
-        allowed.add(build(config_in(folder, name, **store), home=other).manifest.content_sha256)
+    truth = [
+        build(config_in(folder, f"truth-{number}", **store)).manifest
+        for number, store in enumerate(STORES)
+    ]
+    allowed = {manifest.content_sha256 for manifest in truth}
+    for one, had in enumerate(truth):
+        for other, wanted in enumerate(truth):
+            options = narrowing(had.store, wanted.store)
+            if options:
+                made = derive(
+                    str(folder / f"truth-{one}"),
+                    folder / f"derived-{one}-{other}",
+                    DeriveOptions.model_validate(options),
+                    shard_tokens=1500,
+                )
+                allowed.add(made.content_sha256)
 
     def a_build(at: int) -> None:
         build(config_of(at), home=home)

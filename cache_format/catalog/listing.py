@@ -157,4 +157,3 @@ def _time_of(created_at: str, now: float) -> float:
 
 def _short(text: str, most: int) -> str:
     return text if len(text) <= most else f"...{text[3 - most :]}"
-

@@ -167,7 +167,7 @@ def _remove(
     if removed:
         text.append(f"{'would remove' if dry_run else 'removed'} {totals(removed)}")
         if freed is not None:
-            text[-1] += f", which {'would free' if dry_run else 'freed'} {size:,}"
+            text[-1] += f", which {'would free' if dry_run else 'freed'} {size:,} bytes"
     elif not skipped:
         text.append("nothing to remove")
     if forgotten:

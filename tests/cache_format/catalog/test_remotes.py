@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import uuid
+from pathlib import Path
 
 import fsspec
 import pytest
@@ -110,6 +112,16 @@ def test_a_wrong_config_is_one_line(home, text, said):
     with pytest.raises(ConfigError, match=said) as error:
         remotes_of(home)
     assert "\n" not in str(error.value)
+
+
+def test_the_config_of_the_docs(home):
+    docs = Path(__file__).parents[3] / "docs" / "catalog.md"
+    (text,) = re.findall(r"^```yaml\n(remotes:.*?)^```", docs.read_text(), re.MULTILINE | re.DOTALL)
+    home.folder.mkdir()
+    config_file(home).write_text(text)
+    assert remotes_of(home) == (
+        *("s3://bucket/caches", "hf://datasets/ORG/NAME", "/shared/caches"),
+    )
 
 
 def test_a_damaged_memory_is_read_again(home, remote):

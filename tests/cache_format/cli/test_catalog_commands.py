@@ -193,11 +193,11 @@ def test_gc_by_size(run, home):
     sizes = {name: size_of(name) for name in ("old", "new")}
     goal = sizes["old"] + sizes["new"] - 1
     out = run("gc", "--max-size", goal, "--dry-run")[1]
-    assert out.splitlines()[-1].endswith(f"which would free {sizes['old']:,}")
+    assert out.splitlines()[-1].endswith(f"which would free {sizes['old']:,} bytes")
     assert Path("old").exists()
     code, out, _ = run("gc", "--max-size", goal, "--yes")
     assert code == 0
-    assert out.splitlines()[-1].endswith(f"which freed {sizes['old']:,}")
+    assert out.splitlines()[-1].endswith(f"which freed {sizes['old']:,} bytes")
     assert (Path("old").exists(), Path("new").exists()) == (False, True)
     assert run("gc", "--max-size", goal, "--yes")[1] == "nothing to remove\n"
 
