@@ -18,7 +18,7 @@ from pathlib import Path
 from logitcask.cache_format.catalog.home import Entry, Home
 from logitcask.cache_format.catalog.listing import Listed
 from logitcask.cache_format.errors import CacheInUseError, UserError
-from logitcask.cache_format.layout import MANIFEST
+from logitcask.cache_format.layout import BUILD_DIR, MANIFEST
 from logitcask.cache_format.writer import remove_cache
 
 log = logging.getLogger(__name__)
@@ -81,6 +81,9 @@ def remove(home: Home, entry: Entry) -> bool:
     if not home.begin_removal(entry):
         return False
     folder = Path(entry.where)
+    if not (folder / MANIFEST).exists() and not (folder / BUILD_DIR).exists():
+        home.forget(entry)  # removed by hand; other files may be there now
+        return True
     try:
         remove_cache(folder)
     except CacheInUseError:

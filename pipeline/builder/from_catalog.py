@@ -124,8 +124,8 @@ class Catalog:
     def _claim(self, key: str) -> AbstractContextManager[bool]:
         def waits(owner: dict[str, Any]) -> None:
             log.info(
-                "%s is being built by process %s on %s, for %s; waiting for it (--no-reuse builds at once)",
-                "the same cache",
+                "the same cache is being built by process %s on %s, for %s; waiting for it (--no-reuse "
+                "builds at once)",
                 owner.get("pid", "?"),
                 owner.get("host", "another machine"),
                 owner.get("what", "?"),
@@ -290,7 +290,7 @@ class Catalog:
 
     def _manifest(self, entry: Entry) -> Manifest | None:
         """The manifest of the cache, if it is the one of the entry."""
-        if entry.where in self._left_out or entry.where == str(self._config.output):
+        if entry.where in self._left_out:
             return None
         try:
             manifest = CacheReader(entry.where).manifest
@@ -320,8 +320,13 @@ class Catalog:
         """Whether a build with this config asks the teacher of ``manifest``, as far as is known
         before its engine starts: the same weights, engine, arithmetic and code.
         """
-        before = as_of_today(manifest.config, self._config)
-        if _teacher_request(before) != _teacher_request(request_of(self._config)):
+        now = request_of(self._config)
+        # Only this part of a manifest, which may be a stranger's, is taken for a config.
+        parts = ("teacher", "code_sha256")
+        theirs = {name: manifest.config[name] for name in parts if name in manifest.config}
+        rest = {name: value for name, value in now.items() if name not in parts}
+        before = as_of_today({**rest, **theirs}, self._config)
+        if _teacher_request(before) != _teacher_request(now):
             return False
         return self._same_weights(manifest, before_plan=before_plan)
 
@@ -548,7 +553,7 @@ def _teacher_request(request: dict[str, Any]) -> Any:
         return None
     fields = {name: value for name, value in teacher.items() if name not in ("model", "revision")}
     code = request.get("code_sha256")
-    return [fields, code.get(teacher.get("backend")) if isinstance(code, dict) else None]
+    return [fields, code.get(str(teacher.get("backend"))) if isinstance(code, dict) else None]
 
 
 def _has_local_paths(config: BuildConfig) -> bool:

@@ -111,6 +111,18 @@ def test_other_files_in_the_folder_stay(home, caches):
     assert [file.name for file in caches["a"].iterdir()] == ["notes.txt"]
 
 
+def test_a_folder_that_has_become_anothers_is_forgotten(home, caches):
+    entry = next(line.entry for line in listing(home) if line.entry.where == str(caches["a"]))
+    assert home.begin_removal(entry)
+    shutil.rmtree(caches["a"])
+    (caches["a"] / "data").mkdir(parents=True)
+    (caches["a"] / "data" / "mine.csv").write_text("1")
+    assert names(garbage(listing(home))) == "a"
+    assert remove(home, entry)
+    assert (caches["a"] / "data" / "mine.csv").exists()
+    assert len(listing(home)) == 3
+
+
 def test_a_folder_of_caches_alone_goes(home, caches):
     for line in listing(home):
         assert remove(home, line.entry)
