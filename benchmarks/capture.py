@@ -328,6 +328,7 @@ def measure_memory(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
                 "-c",
                 "from logitcask.pipeline.cli import main; main()",
                 "build",
+                "--no-reuse",
                 str(file),
             ],
             check=True,

@@ -81,6 +81,7 @@ class Build:
             "-c",
             "from logitcask.pipeline.cli import main; main()",
             "build",
+            "--no-reuse",
             str(self.config),
         ]
         with open(self.stderr, "ab") as stderr:
@@ -129,7 +130,13 @@ class Build:
 
 def environment() -> dict[str, str]:
     # With equal threads, vLLM gives equal bits.
-    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    home = str(Path(tempfile.gettempdir()) / "logitcask-kills")  # no entries in the user's own
+    return {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "LOGITCASK_HOME": home,
+    }
 
 
 def settings(kind: str, model: Path | None, tokens: int) -> dict[str, Any]:

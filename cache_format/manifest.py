@@ -30,6 +30,9 @@ from logitcask.cache_format.schema import (
     UNKNOWN_VALUES,
 )
 
+ANSWERS_BUILD = "answers_build"
+"""The key of a derived cache's manifest that is true if a build made it, in place of scoring."""
+
 MAX_MANIFEST_BYTES = 64 << 20
 MAX_MANIFEST_VALUES = 1 << 22
 """Lists, objects and what stands between commas: more than any shards of that many bytes take,
@@ -361,6 +364,11 @@ class Header(_Part):
                 mode="json", exclude_unset=as_written
             )
         return identity
+
+    @property
+    def answers_build(self) -> bool:
+        """Whether the cache is what the build of ``config`` gave: scored, or derived by it."""
+        return self.derived_from is None or (self.model_extra or {}).get(ANSWERS_BUILD) is True
 
     def with_fingerprint(self) -> Header:
         """A copy with the hash of its own content identity."""

@@ -115,10 +115,12 @@ class CacheReader:
                 for row in range(len(batch)):
                     yield batch.decode(row)
 
-    def iter_column(self, name: str) -> Iterator[pa.Array]:
-        """One Arrow array of a column per record batch, in order. Other columns stay compressed."""
+    def iter_column(self, name: str, shards: Iterable[int] | None = None) -> Iterator[pa.Array]:
+        """One Arrow array of a column per record batch, in order, of some or all shards. Other
+        columns stay compressed.
+        """
         index = self.codec.schema.get_field_index(name)
-        for shard in range(len(self.manifest.shards)):
+        for shard in range(len(self.manifest.shards)) if shards is None else shards:
             self.check_once(shard)
             file = self._open(shard, [index])
             for batch in range(len(file)):

@@ -4,12 +4,18 @@
 
 from __future__ import annotations
 
-from logitcask.cache_format.cli import cache_commands, share_commands, trust_commands
+from logitcask.cache_format.cli import (
+    cache_commands,
+    catalog_commands,
+    share_commands,
+    trust_commands,
+)
 from logitcask.cache_format.cli.app import Group, new_app, run
 from logitcask.pipeline.commands.audit import audit
 from logitcask.pipeline.commands.build import build
 from logitcask.pipeline.commands.estimate import estimate
 from logitcask.pipeline.commands.export import export
+from logitcask.pipeline.commands.find import find
 from logitcask.pipeline.commands.imports import import_
 from logitcask.pipeline.commands.inspect import generations, inspect
 from logitcask.pipeline.commands.model import model
@@ -32,6 +38,10 @@ for command in (
     trust_commands.keygen,
     trust_commands.sign,
     build,
+    find,
+    catalog_commands.ls,
+    catalog_commands.rm,
+    catalog_commands.gc,
     inspect,
     generations,
     export,

@@ -22,6 +22,7 @@ import random
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable, Generator, Iterable, Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -70,6 +71,7 @@ _LONG = [
     "train/end_to_end/test_loading.py",
     "pipeline/estimate/test_run.py",
     "pipeline/end_to_end/test_remote_build.py",
+    "pipeline/end_to_end/test_catalog.py",
     "test_tutorials.py",
     "train/loop/test_trainer_options.py",
     "test_namespace.py",
@@ -252,6 +254,22 @@ def _no_shards_in_the_home_folder(tmp_path_factory: pytest.TempPathFactory) -> I
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LOGITCASK_CACHE", str(tmp_path_factory.mktemp("shards")))
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_caches_in_the_home_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOGITCASK_HOME", str(tmp_path_factory.mktemp("home")))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _a_catalogue_of_its_own(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No test finds the caches of another one. The folder is made by the first cache."""
+    folder = tmp_path_factory.getbasetemp() / "homes" / uuid.uuid4().hex
+    monkeypatch.setenv("LOGITCASK_HOME", str(folder))
 
 
 @pytest.fixture(scope="session")

@@ -34,6 +34,7 @@ from pathlib import Path
 import pytest
 
 import logitcask.train.run  # noqa: F401  imported once, for all forks
+from logitcask.cache_format.catalog import listing
 from logitcask.cache_format.runtime import progress
 from logitcask.pipeline.cli import main as teacher_cache
 from logitcask.train.cli import main as train_student
@@ -325,6 +326,11 @@ def test_compare(follow, user_folder):
         assert max(abs(first - second) for first, second in (draws, heads)) < 0.1
     document = json.loads((user_folder / "evaluation.json").read_text())
     assert document["difference"]["kl"]["high"] < -0.2
+
+
+def test_catalog(follow, monkeypatch):
+    monkeypatch.setattr(listing, "span", lambda seconds: "now")  # whatever the load
+    follow(ROOT / "docs" / "catalog.md")
 
 
 def test_clusters(follow, s3):

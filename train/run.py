@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from transformers.utils import logging as transformers_logging
 
 from logitcask.cache_format import CacheReader, Manifest
+from logitcask.cache_format.catalog.home import training_from
 from logitcask.cache_format.durable import write_durably
 from logitcask.cache_format.redact import without_secrets
 from logitcask.train.config import TrainConfig
@@ -90,7 +91,9 @@ def train(config: TrainConfig, *, restart: bool = False) -> tuple[RunMetrics, bo
         before, metrics = on_main(lambda: found(output, run, restart=restart))
         if metrics is not None:
             return metrics, True
-        metrics = _train(config, arguments, caches, reference, run, before, restart=restart)
+        read = [*caches, *([] if reference is None else [reference])]
+        with training_from(cache.path for cache in read):
+            metrics = _train(config, arguments, caches, reference, run, before, restart=restart)
         return metrics, False
 
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 from pydantic import BaseModel
 
+from logitcask.cache_format.catalog.home import register
 from logitcask.cache_format.cli.config_file import parse_options
 from logitcask.cache_format.cli.result import as_json, print_result
 from logitcask.cache_format.derive.derive import DeriveOptions
@@ -109,6 +110,7 @@ def derive(
         raise ConfigError("nothing is to change; see the options in `teacher-cache derive --help`")
     with _bar("derive", CacheReader(cache).manifest.statistics.tokens) as bar:
         manifest = derive_cache(cache, out, asked, shard_tokens=shard_tokens, on_tokens=bar.update)
+    register(out, manifest)
     print_result(facts(manifest, out), describe(manifest, out))
 
 
@@ -160,6 +162,7 @@ def merge(
         manifest = merge_caches(
             caches, out, number_ids=number_ids, shard_tokens=shard_tokens, on_tokens=bar.update
         )
+    register(out, manifest)
     print_result(facts(manifest, out), describe(manifest, out))
 
 

@@ -10,7 +10,9 @@ from typing import Annotated
 
 import typer
 
+from logitcask.cache_format.catalog.home import register
 from logitcask.cache_format.cli.result import print_result
+from logitcask.cache_format.reader import CacheReader
 from logitcask.cache_format.redact import redacted
 from logitcask.cache_format.runtime.progress import ProgressBar
 from logitcask.cache_format.share import copy as share
@@ -41,6 +43,7 @@ def pull(
     folder = folder or default_folder(url)
     with progress("pull") as bar:
         copied = share.pull(url, folder, force=force, on_total=bar.reset, on_bytes=bar.update)
+    register(folder, CacheReader(folder).manifest)
     print_copied(copied, str(folder))
 
 

@@ -17,7 +17,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from logitcask.cache_format.derive.fidelity import reconstruction_kl
 from logitcask.cache_format.derive.narrow import head_sizes, narrow
-from logitcask.cache_format.derive.write import PUSH_IT, SHARD_TOKENS, OnTokens, Part, spread, write
+from logitcask.cache_format.derive.write import (
+    PUSH_IT,
+    SHARD_TOKENS,
+    Answers,
+    OnTokens,
+    Part,
+    spread,
+    write,
+)
 from logitcask.cache_format.errors import UserError
 from logitcask.cache_format.manifest import DerivedFrom, Manifest, StoreSettings, check_step
 from logitcask.cache_format.reader import CacheReader
@@ -117,15 +125,18 @@ def derive(
     *,
     shard_tokens: int = SHARD_TOKENS,
     on_tokens: OnTokens = lambda _: None,
+    answers: Answers | None = None,
 ) -> Manifest:
     """Writes a smaller cache made from the one at ``source``; resumes an interrupted run.
+
+    answers: the build that the new cache answers; None: the cache keeps the source's config.
 
     Raises UserError if the source does not hold the requested data, if no sequence would be left,
     and for a URL as output. Also raises the errors of opening and writing caches.
     """
     output = local_folder(output, PUSH_IT)
     cache = CacheReader(source)
-    store = _derived_settings(cache.manifest.store, options, source)
+    store = derived_settings(cache.manifest.store, options, source)
     part = Part(cache, keeps=_selection(options, len(cache)))
     if options.max_bytes_per_token is not None or options.max_kl is not None:
         store = _within_budget(part, store, options)
@@ -136,7 +147,8 @@ def derive(
     made_of = DerivedFrom(
         command="derive", fingerprints=(cache.manifest.fingerprint,), options=asked
     )
-    return write(output, [part], store, cache.manifest.data, made_of, shard_tokens, on_tokens)
+    data = cache.manifest.data
+    return write(output, [part], store, data, made_of, shard_tokens, on_tokens, answers)
 
 
 def _selection(options: DeriveOptions, total: int) -> Callable[[int, str], bool]:
@@ -158,7 +170,7 @@ def _slice(text: str) -> slice:
     )
 
 
-def _derived_settings(had: StoreSettings, options: DeriveOptions, source: str) -> StoreSettings:
+def derived_settings(had: StoreSettings, options: DeriveOptions, source: str) -> StoreSettings:
     """The settings of the new cache. Raises UserError if they need more than the source holds."""
     changes = {
         name: value

@@ -6,12 +6,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from logitcask.cache_format.errors import UserError
+from logitcask.cache_format.errors import DamagedCacheError, UserError
 from logitcask.cache_format.manifest import (
+    ANSWERS_BUILD,
     DataHash,
     DataIdentity,
     DerivedFrom,
@@ -32,6 +34,14 @@ _SAMPLE_POSITIONS = 32_768
 PUSH_IT = "write to a folder, then copy that with `teacher-cache push`"
 OnTokens = Callable[[int], object]
 """Called with the tokens of every sequence that is done."""
+
+
+@dataclass(frozen=True)
+class Answers:
+    """A build that a derived cache answers: its request, and its data with their sha256."""
+
+    request: dict[str, Any]
+    data: DataIdentity
 
 
 @dataclass(frozen=True)
@@ -111,18 +121,32 @@ def write(
     made_of: DerivedFrom,
     shard_tokens: int,
     on_tokens: OnTokens,
+    answers: Answers | None = None,
 ) -> Manifest:
-    """The sequences of all parts as one cache at ``output``."""
+    """The sequences of all parts as one cache at ``output``, perhaps as the answer to a build."""
     first = parts[0].cache.manifest
+    data_sha256 = _data_sha256(parts, shard_tokens)
+    if answers is not None:
+        data = answers.data
+        if data.sha256 != data_sha256:
+            raise DamagedCacheError(
+                f"{parts[0].cache.path} does not hold the sequences that {output} asks for; build it with --no-reuse"
+            )
     header = Header(
         required_features=store.required_features,
         created_by=f"logitcask {version('logitcask')}",
         teacher=first.teacher,
         tokenizer=first.tokenizer,
-        data=data.model_copy(update={"sha256": _data_sha256(parts, shard_tokens), "stamp": None}),
+        data=data.model_copy(
+            update={
+                "sha256": data_sha256,
+                "stamp": None if answers is None else answers.data.stamp,
+            }
+        ),
         store=store,
-        config=first.config,
+        config=first.config if answers is None else answers.request,
         derived_from=made_of,
+        **({} if answers is None else {ANSWERS_BUILD: True}),
     )
     with CacheWriter(output, afresh=f"remove {output} to start afresh") as writer:
         header = writer.begin(

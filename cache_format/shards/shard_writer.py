@@ -52,9 +52,12 @@ class ShardWriter:
         """In complete record batches, which take ``flushed_bytes`` so far."""
         self._head_mass_sum = self._target_nll_sum = 0.0
 
-    def append(self, sequence: CachedSequence) -> None:
-        """Adds one sequence. Raises UserError if it is invalid (see ``validation.validate``)."""
-        validate(sequence, self.codec.store, mass_slack=self._mass_slack)
+    def append(self, sequence: CachedSequence, *, rounded: bool = False) -> None:
+        """Adds one sequence; ``rounded``: it comes from another cache, so its logprobs have been
+        rounded before. Raises UserError if it is invalid (see ``validation.validate``).
+        """
+        slack = self._mass_slack + (2 * self.codec.store.rounding if rounded else 0)
+        validate(sequence, self.codec.store, mass_slack=slack)
         self._waiting.append(sequence)
         self._entries += int((sequence.ids >= 0).sum())
         self._draws += 0 if sequence.samples is None else int((sequence.samples.ids >= 0).sum())

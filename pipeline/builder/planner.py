@@ -13,8 +13,8 @@ from logitcask.cache_format.redact import redacted
 from logitcask.cache_format.runtime.progress import ProgressBar
 from logitcask.pipeline.builder.inputs import Inputs, check_top_k
 from logitcask.pipeline.builder.lazy_teacher import LazyTeacher
-from logitcask.pipeline.builder.plan import Plan, write_sequences
-from logitcask.pipeline.builder.request import with_date
+from logitcask.pipeline.builder.plan import Plan, PlannedShard, write_sequences
+from logitcask.pipeline.builder.request import request_of, with_date
 from logitcask.pipeline.config import BuildConfig
 from logitcask.pipeline.generate.answers import Generations
 from logitcask.pipeline.identity import TextReader, check_unchanged, tokenizer_of
@@ -118,6 +118,39 @@ def make_plan(
         with writing_to(config.folder):
             shards, digest = write_sequences(build_dir, counted(), config.store.shard_tokens)
     text.check_source()
+    counters = {**source.counters, **text.counters}
+    plan = _plan(config, request, text, shards, digest, counters, text.stamp, text.identity())
+    with writing_to(config.folder):
+        plan.save(build_dir)
+    return plan
+
+
+def plan_only(folder: Path, config: BuildConfig, inputs: Inputs) -> Plan:
+    """The plan of a build of given text that is not started. Its sequences are in ``folder``.
+
+    Raises UserError as ``make_plan`` does.
+    """
+    text = inputs.tokenization(config.data)
+    stamp = inputs.source.stamp()
+    with writing_to(folder):
+        shards, digest = write_sequences(
+            folder, text.sequences(inputs.source), config.store.shard_tokens
+        )
+    counters = {**inputs.source.counters, **text.counters}
+    return _plan(config, request_of(config), text, shards, digest, counters, stamp, None)
+
+
+def _plan(
+    config: BuildConfig,
+    request: dict[str, Any],
+    text: TextReader,
+    shards: tuple[PlannedShard, ...],
+    digest: str,
+    counters: dict[str, int],
+    stamp: str,
+    generation: GenerationIdentity | None,
+) -> Plan:
+    """The plan of these shards. Raises UserError if there is nothing to score or to learn."""
     if not shards:
         raise UserError(
             f"{config.data.where} gives no sequence to score; check its fields and max_tokens"
@@ -127,7 +160,7 @@ def make_plan(
             f"{config.data.where} gives no token to learn: every sequence is of one token, which nothing predicts; "
             f"raise data.max_length ({config.data.max_length})"
         )
-    plan = Plan(
+    return Plan(
         request=request,
         tokenizer=tokenizer_of(text, config),
         data=DataIdentity.model_validate(
@@ -139,13 +172,10 @@ def make_plan(
                 "max_length": config.data.max_length,
                 "overlong": config.data.overlong,
                 "sha256": digest,
-                "counters": {**source.counters, **text.counters},
-                "stamp": text.stamp,
-                "generation": text.identity(),
+                "counters": counters,
+                "stamp": stamp,
+                "generation": generation,
             }
         ),
         shards=shards,
     )
-    with writing_to(config.folder):
-        plan.save(build_dir)
-    return plan

@@ -19,6 +19,7 @@ from typing import Any
 
 from logitcask.cache_format.errors import LogitcaskError, UserError
 from logitcask.cache_format.writer import CacheWorker
+from logitcask.pipeline.builder.known import Known
 from logitcask.pipeline.builder.plan import Plan
 from logitcask.pipeline.builder.progress import Progress
 from logitcask.pipeline.builder.score import estimate_prior, score_shard, score_shards
@@ -195,10 +196,17 @@ class ShardWorker:
         header = plan.header(
             self._teacher.identity(), config.store.settings(self._teacher.vocab_size)
         )
+        known = Known.load(worker.build_dir)
+        if known is not None:
+            known.check_teacher(header.teacher)
         if not worker.begun:
             # A worker that starts this early would wait for the first one, so it does the same
             # work.
-            prior, _ = estimate_prior(score_shard(self._teacher, worker.build_dir, 0), header.store)
+            prior = known.prior() if known is not None else None
+            if prior is None:
+                prior, _ = estimate_prior(
+                    score_shard(self._teacher, worker.build_dir, 0), header.store
+                )
             self._coordinator.offer.remote(header.model_dump_json(), prior.to_bytes())
             while not worker.begun:
                 worker.check()

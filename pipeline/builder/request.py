@@ -67,6 +67,8 @@ def as_of_today(request: dict[str, Any], config: BuildConfig) -> dict[str, Any]:
     it no longer parses.
     """
     code = {_CODE: request[_CODE]} if _CODE in request else {}
+    if not isinstance(request.get("teacher"), dict):  # not of a build
+        return request
     try:
         # The server is not part of a request.
         teacher = {**request["teacher"], "server": config.teacher.server}

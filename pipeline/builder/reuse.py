@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 from logitcask.cache_format import CacheReader, Manifest, UserError
+from logitcask.cache_format.cli.models_folder import local_model
 from logitcask.cache_format.differences import describe_difference
 from logitcask.cache_format.layout import BUILD_DIR, MANIFEST
 from logitcask.cache_format.manifest import DataHash
@@ -20,6 +21,7 @@ from logitcask.pipeline.builder.request import as_of_today, dated, request_of
 from logitcask.pipeline.config import BuildConfig
 from logitcask.pipeline.generate.answers import prompts_sha256
 from logitcask.pipeline.identity import TextReader, tokenizer_changes, tokenizer_of
+from logitcask.pipeline.teachers.built_in_model import BUILT_IN
 from logitcask.pipeline.teachers.weights import weights_sha256
 
 log = logging.getLogger(__name__)
@@ -36,7 +38,7 @@ def reuse(config: BuildConfig, inputs: Inputs) -> Manifest:
     if config.trusted_keys:
         check_signed(reader.path, reader.manifest_sha256, config.trusted_keys)
     ways_out = "choose another output, or replace the cache with --restart"
-    if manifest.derived_from is not None:
+    if manifest.derived_from is not None and not manifest.answers_build:
         raise UserError(
             f"{config.output} holds a cache that `teacher-cache {manifest.derived_from.command}` made; {ways_out}"
         )
@@ -72,6 +74,21 @@ def reuse(config: BuildConfig, inputs: Inputs) -> Manifest:
     return manifest
 
 
+def answers_the_same(manifest: Manifest, config: BuildConfig, inputs: Inputs) -> bool:
+    """Whether the data, and a local teacher's tokenizer, are those of a cache with the same
+    request. Without written answers, only data with an unchanged stamp counts as the same.
+
+    Raises UserError for data that cannot be read.
+    """
+    try:
+        _check_tokenizer(manifest, config, inputs, "")
+    except UserError:
+        return False
+    if inputs.source.stamp() == manifest.data.stamp:
+        return True
+    return manifest.data.generation is not None and not _changed(manifest, config, inputs)
+
+
 def _changed(manifest: Manifest, config: BuildConfig, inputs: Inputs) -> bool:
     """Whether the source now gives other sequences, or, for written answers, other prompts."""
     if manifest.data.generation is not None:
@@ -100,7 +117,10 @@ def _check_tokenizer(
     manifest: Manifest, config: BuildConfig, inputs: Inputs, ways_out: str
 ) -> None:
     """Raises UserError if the teacher's folder now has another tokenizer or chat template."""
-    folder = Path(config.teacher.model).expanduser()
+    name = config.teacher.model
+    folder = Path(name).expanduser()
+    if not folder.is_dir() and name not in BUILT_IN:
+        folder = local_model(name) or folder
     if config.teacher.is_synthetic or not folder.is_dir():
         return
     text: TextReader

@@ -17,6 +17,7 @@ from logitcask.cache_format.manifest import StoreSettings
 from logitcask.cache_format.runtime.interruption import safe_point
 from logitcask.cache_format.shards.prior import TailPrior
 from logitcask.cache_format.writer import CacheWorker
+from logitcask.pipeline.builder.known import Known, KnownRows
 from logitcask.pipeline.builder.plan import Plan, read_sequences
 from logitcask.pipeline.builder.progress import Progress
 from logitcask.pipeline.builder.writer_thread import Pair, WriterThread, kept
@@ -24,9 +25,10 @@ from logitcask.pipeline.memory import give_back
 from logitcask.pipeline.teachers.base import Teacher, answers, bounded_groups
 from logitcask.pipeline.types import PendingScores, Sequence
 
-# Positions for the estimate of the prior, which changes little after some ten thousand. They are
-# held in memory until it is known.
-_PRIOR_POSITIONS = 16_384
+PRIOR_POSITIONS = 16_384
+"""Positions for the estimate of the prior, which changes little after some ten thousand. They are
+held in memory until it is known.
+"""
 
 # Tokens within which sequences are sorted by length. Results wait for the sequences before them in
 # the plan.
@@ -34,25 +36,39 @@ _WINDOW_TOKENS = 16_384
 
 
 def score_shard(
-    teacher: Teacher,
+    teacher: Teacher | None,
     build_dir: Path,
     shard: int,
     progress: Progress | None = None,
     check: Callable[[], None] = safe_point,
 ) -> Iterator[Pair]:
-    """Each sequence of a shard with its scores, in order; those without kept positions unscored.
+    """Each sequence of a shard with its scores, in order; those without kept positions unscored,
+    and those that another cache holds (``logitcask.pipeline.builder.known``) with their rows there.
 
-    The teacher gets the sequences of a window by descending length, so that the sequences of a
+    ``teacher`` is None if there is nothing to score. The teacher gets the sequences of a window by descending length, so that the sequences of a
     batch are similar. The shard's plan is read twice at the same time, so the engine may read ahead
     without a limit. ``check`` is called at every result, and may raise.
     """
     progress = progress or Progress()
-    given = (window[at] for window in _windows(build_dir, shard) for at in _by_length(window))
-    answered = answers(teacher, given)
-    for window in _windows(build_dir, shard):
-        order = iter(_by_length(window))
+    known = Known.load(build_dir)
+    rows: KnownRows | tuple[()] = () if known is None else known.rows(shard)
+    answered: Iterator[PendingScores] = iter(())
+    if teacher is not None:
+        given = (
+            window[at]
+            for first, window in _windows(build_dir, shard)
+            for at in _by_length(window, first, rows)
+        )
+        answered = answers(teacher, given)
+    for first, window in _windows(build_dir, shard):
+        order = iter(_by_length(window, first, rows))
         early: dict[int, PendingScores] = {}
         for place, sequence in enumerate(window):
+            if isinstance(rows, KnownRows) and first + place in rows:
+                progress.answered(len(sequence.input_ids), scored=False, engine_seconds=0.0)
+                check()
+                yield sequence, rows.get(first + place, sequence)
+                continue
             if not sequence.loss_mask.any():
                 progress.answered(len(sequence.input_ids), scored=False, engine_seconds=0.0)
                 yield sequence, None
@@ -75,7 +91,7 @@ def estimate_prior(pairs: Iterator[Pair], store: StoreSettings) -> tuple[TailPri
     """The prior, from the first positions of ``pairs`` (shard 0), and an iterator over all."""
     first: deque[Pair] = deque()
     positions = 0
-    while positions < _PRIOR_POSITIONS and (pair := next(pairs, None)) is not None:
+    while positions < PRIOR_POSITIONS and (pair := next(pairs, None)) is not None:
         first.append(_read(pair))
         positions += int(pair[0].loss_mask.sum())
     prior = TailPrior.estimate((kept(pair, store) for pair in first), store.vocab_size)
@@ -83,7 +99,7 @@ def estimate_prior(pairs: Iterator[Pair], store: StoreSettings) -> tuple[TailPri
 
 
 def score_shards(
-    teacher: Teacher,
+    teacher: Teacher | None,
     writer: CacheWorker,
     plan: Plan,
     shards: Iterable[int],
@@ -116,13 +132,21 @@ def score_shards(
             raise
 
 
-def _windows(build_dir: Path, shard: int) -> Iterator[list[Sequence]]:
-    return bounded_groups(read_sequences(build_dir, shard), _WINDOW_TOKENS)
+def _windows(build_dir: Path, shard: int) -> Iterator[tuple[int, list[Sequence]]]:
+    """Consecutive sequences of a shard, with the index of the first one there."""
+    first = 0
+    for window in bounded_groups(read_sequences(build_dir, shard), _WINDOW_TOKENS):
+        yield first, window
+        first += len(window)
 
 
-def _by_length(window: list[Sequence]) -> list[int]:
+def _by_length(window: list[Sequence], first: int, rows: KnownRows | tuple[()]) -> list[int]:
     """Indices of the sequences that are scored, by descending length."""
-    scored = (at for at, sequence in enumerate(window) if sequence.loss_mask.any())
+    scored = (
+        at
+        for at, sequence in enumerate(window)
+        if sequence.loss_mask.any() and first + at not in rows
+    )
     return sorted(scored, key=lambda at: -len(window[at].input_ids))
 
 
@@ -134,7 +158,7 @@ def _emptying(pairs: deque[Pair]) -> Iterator[Pair]:
 
 def _read(pair: Pair) -> Pair:
     sequence, answer = pair
-    if answer is None:
+    if not isinstance(answer, PendingScores):
         return pair
     scored = answer.scored()
     return sequence, PendingScores(answer.nbytes, lambda: scored)

@@ -21,8 +21,9 @@ from logitcask.pipeline.builder.progress import Progress
 from logitcask.pipeline.distribution.keep import keep, keep_nothing
 from logitcask.pipeline.types import PendingScores, Sequence
 
-# A sequence with its scores; None if it has no kept position and was not scored.
-Pair = tuple[Sequence, PendingScores | None]
+# A sequence with its scores, or its row of another cache; None if it has no kept position and was not
+# scored.
+Pair = tuple[Sequence, PendingScores | CachedSequence | None]
 
 QUEUE_BYTES = 32 << 20
 """Answers that may wait: sixty thousand positions of 64 entries."""
@@ -144,7 +145,7 @@ class WriterThread:
         rows = self._plan.shards[index].sequences_per_batch
         with self._writer.shard(index, sequences_per_batch=rows) as shard:
             while isinstance(pair := self._take(), tuple):
-                shard.append(kept(pair, self._store))
+                shard.append(kept(pair, self._store), rounded=isinstance(pair[1], CachedSequence))
                 counts.written_tokens, counts.written_bytes = (
                     tokens + shard.flushed_tokens,
                     size + shard.flushed_bytes,
@@ -159,10 +160,19 @@ class WriterThread:
 def kept(pair: Pair, store: StoreSettings) -> CachedSequence:
     """The stored form of a sequence."""
     sequence, answer = pair
+    if isinstance(answer, CachedSequence):
+        return answer
     return (
         keep_nothing(sequence, store) if answer is None else keep(sequence, answer.scored(), store)
     )
 
 
 def _size(item: int | Pair) -> int:
-    return item[1].nbytes if isinstance(item, tuple) and item[1] is not None else 0
+    if not isinstance(item, tuple) or item[1] is None:
+        return 0
+    return _bytes(item[1]) if isinstance(item[1], CachedSequence) else item[1].nbytes
+
+
+def _bytes(row: CachedSequence) -> int:
+    """Approximate bytes of a row of another cache in memory."""
+    return row.ids.nbytes + row.logprobs.nbytes + 32 * len(row.input_ids)

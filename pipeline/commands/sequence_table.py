@@ -137,6 +137,15 @@ def generations(cache: CacheReader, tokenizer: str | None) -> Iterator[dict[str,
         }
 
 
+def texts(cache: CacheReader) -> Iterator[str]:
+    """The text of every sequence; nothing, with a warning, if its tokenizer cannot be found."""
+    found = _tokenizer_if_here(cache, None, f"{cache.path} is not searched")
+    if found is not None:
+        for batch in cache.iter_column("input_ids"):
+            for ids in batch:
+                yield found.decode(ids.values.to_pylist())
+
+
 def table(sequence: CachedSequence, text: TokenText, top: int, width: int) -> Table:
     """A line per token: its text, the teacher's probability and rank of it, the most probable tokens
     there, and the tail.

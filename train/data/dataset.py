@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from logitcask.cache_format import CachedSequence, CacheReader
+from logitcask.cache_format.catalog.home import note_use
 from logitcask.cache_format.storage.files import is_local, open_filesystem
 from logitcask.train.data.batch import teacher_of
 from logitcask.train.data.vocabulary import left_out, restricted
@@ -37,6 +38,7 @@ class CachedDataset(Dataset[CachedSequence]):
         self.indices = indices
         predicted = cache.manifest.store.vocab_size
         self.vocab_size = predicted if rows is None else min(rows, predicted)
+        note_use(cache.path)
 
     def __len__(self) -> int:
         return len(self.indices)

@@ -21,6 +21,7 @@ import pytest
 import yaml
 
 from logitcask.cache_format import CacheReader, CacheWriter, DamagedCacheError, UserError, verify
+from logitcask.cache_format.catalog.home import Home
 from logitcask.cache_format.layout import BUILD_DIR
 from logitcask.cache_format.runtime.interruption import Stopped
 from logitcask.cache_format.share.remote_writer import RemoteCacheWriter
@@ -121,6 +122,20 @@ def test_the_same_cache_as_in_one_process(tmp_path):
         len(s) for s in CacheReader(tmp_path / "one") if len(s.positions)
     )
     assert build(BuildConfig.model_validate(fields | {"output": str(tmp_path / "two")})).reused
+
+
+def test_rows_of_another_cache_are_copied(tmp_path):
+    """Workers copy the sequences of a smaller cache, and score the others."""
+    home, fields = Home(tmp_path / "home"), settings(tmp_path / "one")
+    expected = build(BuildConfig.model_validate(fields)).manifest
+    less = {**fields["data"], "max_tokens": 50_000}
+    smaller = {**fields, "data": less, "output": str(tmp_path / "less")}
+    known = build(BuildConfig.model_validate(smaller), home=home).manifest
+    result = build(BuildConfig.model_validate(on_ray(fields, tmp_path / "two")), home=home)
+    same_cache(tmp_path / "two", expected)
+    assert result.taken.where == (str(tmp_path / "less"),)
+    assert result.taken.sequences == known.statistics.sequences
+    assert 0 < result.tokens_scored <= expected.statistics.tokens - known.statistics.tokens
 
 
 def test_into_a_store(tmp_path, monkeypatch):

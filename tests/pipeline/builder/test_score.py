@@ -149,7 +149,7 @@ def test_the_queue_is_bounded_in_bytes(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "Progress", Kept)
     monkeypatch.setattr(scoring, "answers", measured)
     monkeypatch.setattr(ShardWriter, "append", once_the_queue_is_full)
-    monkeypatch.setattr(scoring, "_PRIOR_POSITIONS", 1000)
+    monkeypatch.setattr(scoring, "PRIOR_POSITIONS", 1000)
     monkeypatch.setattr(behind, "QUEUE_BYTES", 100_000)
     build(config_for(tmp_path))
     assert 100_000 - largest <= most <= 100_000
@@ -177,7 +177,7 @@ def test_nothing_is_held_for_longer_than_it_waits(tmp_path, monkeypatch):
     bound: list[float] = []
     monkeypatch.setattr(scoring, "answers", tracked)
     monkeypatch.setattr(scoring, "_WINDOW_TOKENS", window)
-    monkeypatch.setattr(scoring, "_PRIOR_POSITIONS", prior)
+    monkeypatch.setattr(scoring, "PRIOR_POSITIONS", prior)
     monkeypatch.setattr(behind, "QUEUE_BYTES", queue)
     build(config_for(tmp_path, store={"top_k": 8, "shard_tokens": 10**6}))
     assert max(held) > 2 * max(bound), "the prior's positions must stand out"
@@ -212,7 +212,7 @@ def test_what_fails_behind_stops_the_engine_at_once(tmp_path, monkeypatch, error
 
     monkeypatch.setattr(scoring, "answers", counted)
     monkeypatch.setattr(ShardWriter, "append", fail)
-    monkeypatch.setattr(scoring, "_PRIOR_POSITIONS", 1)
+    monkeypatch.setattr(scoring, "PRIOR_POSITIONS", 1)
     config = config_for(tmp_path)
     with pytest.raises(UserError, match="cannot write"):
         build(config)

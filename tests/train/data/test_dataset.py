@@ -4,10 +4,13 @@ nothing of the others.
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 import torch
 
+from logitcask.cache_format.catalog.home import Home
 from logitcask.train.data.batch import collate
 from logitcask.train.data.dataset import CachedDataset, HeldOut
 from logitcask.train.data.packing import collate_packed
@@ -29,6 +32,20 @@ def data(request, write_cache):
     tokens = [1, 16, 1, 12]
     cache = write_cache("c", kind=request.param, shards=1, sequences=len(tokens), tokens=tokens)
     return CachedDataset(cache, range(len(tokens)))
+
+
+def test_opening_a_cache_for_training_is_its_last_use(write_cache, tmp_path, monkeypatch):
+    home = Home(tmp_path / "home")
+    monkeypatch.setenv("LOGITCASK_HOME", str(home.folder))
+    cache = write_cache("c", shards=1, sequences=2)
+    home.register(cache.path, cache.manifest)
+    ((entry, _),) = home.entries()
+    file = home.entries_folder / f"{entry.name}.json"
+    os.utime(file, (1000, 1000))
+    CachedDataset(cache, range(2))
+    assert file.stat().st_mtime > 1000
+    monkeypatch.setenv("LOGITCASK_HOME", str(file / "no folder"))
+    CachedDataset(cache, range(2))
 
 
 COLLATE = {

@@ -1,0 +1,580 @@
+"""The caches that a build finds in the catalogue, in place of scoring what was scored before.
+
+Before the plan, a cache with the same request is looked for, and taken if its data has not changed.
+After the plan, the tokens are known, so caches are compared by content, whatever their paths:
+
+the same      same teacher, tokenizer, sequences and store: linked or copied to the output.
+a part of it  a cache contains the plan's sequences as a slice, and its store contains the build's:
+              derived, as ``teacher-cache derive`` does.
+some of them  caches of the same teacher and store hold some sequences: their rows are copied
+              (``logitcask.pipeline.builder.known``), and the others scored.
+
+A cache that cannot be read, or is not what its entry says, is left out with a warning.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from logitcask.cache_format import CacheReader, Manifest
+from logitcask.cache_format.catalog.claims import claimed
+from logitcask.cache_format.catalog.home import Entry, Home
+from logitcask.cache_format.catalog.narrowing import narrowing
+from logitcask.cache_format.catalog.place import discard, place
+from logitcask.cache_format.catalog.remotes import remote_entries
+from logitcask.cache_format.derive.derive import DeriveOptions, derive
+from logitcask.cache_format.derive.write import Answers
+from logitcask.cache_format.errors import CacheError, CacheInUseError, UserError, one_line
+from logitcask.cache_format.layout import BUILD_DIR
+from logitcask.cache_format.manifest import Header, sha256_of_json
+from logitcask.cache_format.share.copy import push
+from logitcask.cache_format.storage.files import is_local, open_filesystem
+from logitcask.cache_format.writer import remove_cache
+from logitcask.pipeline.builder.inputs import Inputs
+from logitcask.pipeline.builder.known import Known, same_numbers
+from logitcask.pipeline.builder.plan import Plan, read_sequences
+from logitcask.pipeline.builder.request import as_of_today, request_of
+from logitcask.pipeline.builder.reuse import answers_the_same
+from logitcask.pipeline.builder.score import PRIOR_POSITIONS
+from logitcask.pipeline.config import BuildConfig
+from logitcask.pipeline.identity import tokenizer_changes
+from logitcask.pipeline.teachers.built_in_model import BUILT_IN
+
+log = logging.getLogger(__name__)
+
+_PROBED_SHARDS = 8
+"""Shards of a local cache of which the first record batch is compared with a plan; of a remote one,
+whose shards must be fetched, one."""
+
+_MOST_CACHES = 16
+"""Caches whose sequences are all compared with a plan."""
+
+
+@dataclass(frozen=True)
+class Taken:
+    """The origin of a cache that a build has not scored, or not all of it.
+
+    how:       ``same``, ``derived`` or ``part``.
+    where:     the caches.
+    sequences: number of sequences that come from them.
+    """
+
+    how: Literal["same", "derived", "part"]
+    where: tuple[str, ...]
+    sequences: int
+
+
+@dataclass(frozen=True)
+class Found:
+    """A cache that holds all that a build asks for; ``options``: those of ``derive``, or None."""
+
+    entry: Entry
+    manifest: Manifest
+    options: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Holding:
+    """What a cache holds of a plan: sequences of the same text, and how a build would use it."""
+
+    shared: int
+    asked: int
+    use: str
+
+    def document(self) -> dict[str, Any]:
+        return {"shared_sequences": self.shared, "asked_sequences": self.asked, "use": self.use}
+
+
+class Catalog:
+    """The catalogue as one build sees it."""
+
+    def __init__(self, home: Home, config: BuildConfig, inputs: Inputs) -> None:
+        self._home, self._config, self._inputs = home, config, inputs
+        self._left_out: set[str] = set()
+
+    def claim_request(self) -> AbstractContextManager[bool]:
+        """Holds the claim of builds with this request; waits for another one that runs."""
+        request = request_of(self._config)
+        here = os.getcwd() if _has_local_paths(self._config) else ""
+        return self._claim(sha256_of_json([request, here]))
+
+    def claim_plan(self, plan: Plan) -> AbstractContextManager[bool]:
+        """Holds the claim of builds with the content of this plan."""
+        store = self._config.store.model_dump(
+            mode="json", exclude={"shard_tokens", "compression_level"}
+        )
+        teacher = _teacher_request(plan.request)
+        parts = [plan.data.sha256, plan.data.mask_policy, plan.tokenizer.sha256, store, teacher]
+        return self._claim(sha256_of_json(parts))
+
+    def _claim(self, key: str) -> AbstractContextManager[bool]:
+        def waits(owner: dict[str, Any]) -> None:
+            log.info(
+                "the same cache is being built by process %s on %s, for %s; waiting for it (--no-reuse "
+                "builds at once)",
+                owner.get("pid", "?"),
+                owner.get("host", "another machine"),
+                owner.get("what", "?"),
+            )
+
+        return claimed(self._home.claims_folder, key, str(self._config.output), waits)
+
+    @contextmanager
+    def in_use(self, known: Known | None) -> Iterator[None]:
+        """Keeps the caches of ``known`` from garbage collection."""
+        with ExitStack() as stack:
+            for where in () if known is None else known.where:
+                stack.enter_context(self._home.in_use(where))
+            yield
+
+    def same_request(self) -> Found | None:
+        """A cache that a build with the same request has made, of unchanged data: scored, or, if
+        there is none, derived.
+        """
+        key = sha256_of_json(request_of(self._config))
+        for entries in (self._here, lambda: self._remote):
+            for entry in sorted(entries(), key=lambda each: each.derived):
+                if entry.request == key:
+                    manifest = self._manifest(entry)
+                    if (
+                        manifest is not None
+                        and manifest.answers_build
+                        and self._answers(manifest, entry)
+                    ):
+                        return Found(entry, manifest)
+        return None
+
+    def _answers(self, manifest: Manifest, entry: Entry) -> bool:
+        if not self._same_teacher(manifest, before_plan=True):
+            return False
+        try:
+            return answers_the_same(manifest, self._config, self._inputs)
+        except UserError as error:
+            log.debug("%s: %s", entry.where, error)
+            return False
+
+    def match(self, plan: Plan, build_dir: Path) -> Found | None:
+        """A cache that holds all that the plan asks for. If there is none, the rows that caches
+        hold are written to ``build_dir``.
+        """
+        wanted = self._config.store.settings(self._inputs.vocab_size)
+        candidates = list(self._candidates(plan))
+        for entry, manifest in candidates:
+            if _same_data(manifest, plan) and manifest.store == wanted:
+                return Found(entry, manifest)
+        rows = _Rows.of_plan(plan, build_dir)
+        readers: list[_Stored] = []
+        for entry, manifest in candidates:
+            options = narrowing(manifest.store, wanted)
+            if options is None:
+                continue
+            if _same_data(manifest, plan):
+                return Found(entry, manifest, options)
+            if len(readers) < _MOST_CACHES:
+                stored = self._stored(entry, manifest, rows)
+                if stored is None:
+                    continue
+                slice_ = stored.slice_of(rows)
+                if slice_ is not None and manifest.data.mask_policy == plan.data.mask_policy:
+                    return Found(entry, manifest, {**options, "sequences": slice_})
+                if not options:
+                    readers.append(stored)
+        self._write_known(plan, build_dir, rows, readers)
+        return None
+
+    def holdings(self, plan: Plan, build_dir: Path, entries: list[Entry]) -> dict[str, Holding]:
+        """What each of ``entries`` holds of a plan, by its place; those that hold nothing are left
+        out.
+        """
+        wanted = self._config.store.settings(self._inputs.vocab_size)
+        rows, found = _Rows.of_plan(plan, build_dir), {}
+        for entry in entries:
+            manifest = self._manifest(entry)
+            if (
+                manifest is None
+                or manifest.tokenizer.vocab_sha256 != plan.tokenizer.vocab_sha256
+                or not self._same_weights(manifest)
+            ):
+                continue
+            stored = self._stored(entry, manifest, rows)
+            shared = 0 if stored is None else stored.shared(rows)
+            if stored is not None and shared:
+                use = self._use(stored, rows, narrowing(manifest.store, wanted), shared)
+                found[entry.where] = Holding(shared, len(rows.text), use)
+        return found
+
+    def _use(
+        self, stored: _Stored, rows: _Rows, options: dict[str, Any] | None, shared: int
+    ) -> str:
+        manifest = stored.manifest
+        if not self._same_teacher(manifest):
+            return "no use to a build: the teacher's engine or settings are others"
+        if manifest.derived_from is not None:
+            return "no use to a build: it is derived, and a build wants the teacher's own numbers"
+        if options is None:
+            return "no use to a build: its store keeps less, or other draws"
+        if shared == len(rows.text) == len(stored.rows.text) and not options:
+            return "a build reuses it"
+        if stored.slice_of(rows) is not None:
+            return "a build derives from it"
+        return "a build scores the others" if not options else "no use to a build: another store"
+
+    def take(self, found: Found, plan: Plan | None) -> Manifest | None:
+        """Puts a found cache in the output; None if it turns out to be of no use.
+
+        plan: of the build, whose request and data the new manifest names; None if the cache has the
+              same request.
+        """
+        output = self._config.output
+        local = output if isinstance(output, Path) else self._temporary()
+        with self._home.reading(found.entry) as there:
+            try:
+                if not there:
+                    raise CacheError("it is gone")
+                manifest = self._put(found, plan, local)
+                if not isinstance(output, Path):
+                    push(local, output)
+            except CacheInUseError:
+                raise
+            except CacheError as error:
+                self._leave_out(found.entry, error)
+                discard(local)
+                return None
+            finally:
+                if local != output:
+                    shutil.rmtree(local, ignore_errors=True)
+        return manifest
+
+    def _put(self, found: Found, plan: Plan | None, folder: Path) -> Manifest:
+        if found.options is not None:
+            assert plan is not None
+            return derive(
+                found.entry.where,
+                folder,
+                DeriveOptions.model_validate(found.options),
+                shard_tokens=self._config.store.shard_tokens,
+                answers=Answers(plan.request, plan.data),
+            )
+        manifest = found.manifest
+        if plan is not None:
+            manifest = manifest.model_copy(
+                update={"config": plan.request, "data": plan.data, "tokenizer": plan.tokenizer}
+            )
+        place(found.entry.where, manifest, folder)
+        return manifest
+
+    def _temporary(self) -> Path:
+        return self._home.folder / "temporary" / uuid.uuid4().hex
+
+    def _here(self) -> list[Entry]:
+        entries = sorted(self._home.entries(), key=lambda each: -each[1])
+        return [entry for entry, _ in entries if not entry.removal]
+
+    @cached_property
+    def _remote(self) -> list[Entry]:
+        return remote_entries(self._home)
+
+    def _manifest(self, entry: Entry) -> Manifest | None:
+        """The manifest of the cache, if it is the one of the entry."""
+        if entry.where in self._left_out:
+            return None
+        try:
+            manifest = CacheReader(entry.where).manifest
+        except (CacheError, OSError) as error:
+            log.debug("%s: %s", entry.where, error)
+            return None
+        return manifest if manifest.fingerprint == entry.fingerprint else None
+
+    def _candidates(self, plan: Plan) -> Iterator[tuple[Entry, Manifest]]:
+        """Builds of this teacher with this tokenizer; those with the plan's data first."""
+        entries = [
+            entry
+            for entry in (*self._here(), *self._remote)
+            if entry.tokenizer_sha256 == plan.tokenizer.sha256 and not entry.derived
+        ]
+        for entry in sorted(entries, key=lambda each: each.data_sha256 != plan.data.sha256):
+            manifest = self._manifest(entry)
+            if (
+                manifest is not None
+                and manifest.data.generation is None
+                and not tokenizer_changes(manifest.tokenizer, plan.tokenizer)
+                and self._same_teacher(manifest)
+            ):
+                yield entry, manifest
+
+    def _same_teacher(self, manifest: Manifest, *, before_plan: bool = False) -> bool:
+        """Whether a build with this config asks the teacher of ``manifest``, as far as is known
+        before its engine starts: the same weights, engine, arithmetic and code.
+        """
+        now = request_of(self._config)
+        # Only this part of a manifest, which may be a stranger's, is taken for a config.
+        parts = ("teacher", "code_sha256")
+        theirs = {name: manifest.config[name] for name in parts if name in manifest.config}
+        rest = {name: value for name, value in now.items() if name not in parts}
+        before = as_of_today({**rest, **theirs}, self._config)
+        if _teacher_request(before) != _teacher_request(now):
+            return False
+        return self._same_weights(manifest, before_plan=before_plan)
+
+    def _same_weights(self, manifest: Manifest, *, before_plan: bool = False) -> bool:
+        """Whether the config names the model of ``manifest``."""
+        asked, teacher = self._config.teacher, manifest.teacher
+        if asked.is_synthetic:
+            return (asked.model, asked.vocab_size, f"seed-{asked.seed}") == (
+                teacher.model,
+                teacher.vocab_size,
+                teacher.revision,
+            )
+        if asked.model == teacher.model and asked.model in BUILT_IN:
+            return True
+        try:
+            model = self._inputs.model
+        except UserError as error:
+            if before_plan:
+                log.warning(
+                    "whether the teacher has changed since cannot be checked: %s", one_line(error)
+                )
+            return before_plan and asked.model == teacher.model
+        if model is None:
+            return asked.model == teacher.model
+        if teacher.weights_sha256 is not None:
+            return model.revision is None and model.weights_sha256() == teacher.weights_sha256
+        return (model.name, model.revision) == (teacher.model, teacher.revision)
+
+    def _stored(self, entry: Entry, manifest: Manifest, rows: _Rows) -> _Stored | None:
+        """The sequences of a cache, if a look at some of them finds any of the plan's."""
+        try:
+            reader = CacheReader(entry.where)
+            local = is_local(open_filesystem(entry.where)[0])
+            shards = len(manifest.shards)
+            some = np.linspace(0, shards - 1, min(shards, _PROBED_SHARDS if local else 1))
+            probed = (next(_stored_rows(reader, [int(shard)]), None) for shard in some)
+            if not any(each is not None and rows.holds_any(each.text) for each in probed):
+                return None
+            return _Stored(reader, manifest, _Rows.joined(_stored_rows(reader)))
+        except (CacheError, OSError) as error:
+            self._leave_out(entry, error)
+            return None
+
+    def _leave_out(self, entry: Entry, error: Exception) -> None:
+        self._left_out.add(entry.where)
+        log.warning("%s is not used: %s", entry.where, one_line(error))
+
+    def _write_known(self, plan: Plan, build_dir: Path, rows: _Rows, caches: list[_Stored]) -> None:
+        """Writes which rows are copied from which cache, the largest share first."""
+        cache_of = np.full(len(rows.text), -1, np.int64)
+        index_of = np.zeros(len(rows.text), np.int64)
+        used: list[_Stored] = []
+        for stored in sorted(caches, key=lambda each: -each.shared(rows)):
+            if used and not same_numbers(used[0].manifest.teacher, stored.manifest.teacher):
+                continue
+            at = stored.places(rows)
+            new = (at >= 0) & (cache_of < 0)
+            if new.any():
+                cache_of[new], index_of[new] = len(used), at[new]
+                used.append(stored)
+        if not used:
+            return
+        first = rows.of_prior(plan.shards[0].sequences)
+        prior = next((at for at, each in enumerate(used) if each.has_prior_of(first)), None)
+        found = int((cache_of >= 0).sum())
+        if prior is None:
+            cache_of[: len(first.text)] = -1
+        known = int((cache_of >= 0).sum())
+        names = " and ".join(each.reader.path for each in used)
+        if not known:
+            log.info(
+                "%d of %d sequences are in %s, but they are those from which the ranks of ids are "
+                "estimated, so all are scored",
+                found,
+                len(cache_of),
+                names,
+            )
+            return
+        ends = np.cumsum([shard.sequences for shard in plan.shards])[:-1]
+        places = np.split(np.stack([cache_of, index_of], axis=1), ends)
+        Known.save(build_dir, [each.reader for each in used], places, prior)
+        again = found - known
+        log.info(
+            "%d of %d sequences are taken from %s%s",
+            known,
+            len(cache_of),
+            names,
+            f"; the first {again} are scored again, for the ranks of ids" if again else "",
+        )
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Sequences, as hashes: text uint64[N] of tokens and mask, named uint64[N] also of the id.
+    ``kept`` int64[N]: kept positions.
+    """
+
+    text: NDArray[np.uint64]
+    named: NDArray[np.uint64]
+    kept: NDArray[np.int64]
+
+    @classmethod
+    def of_plan(cls, plan: Plan, build_dir: Path) -> _Rows:
+        return cls.joined(
+            _hashed(
+                (sequence.sequence_id, sequence.input_ids, sequence.loss_mask)
+                for sequence in read_sequences(build_dir, shard)
+            )
+            for shard in range(len(plan.shards))
+        )
+
+    @classmethod
+    def joined(cls, parts: Iterator[_Rows]) -> _Rows:
+        every = list(parts)
+        return cls(
+            np.concatenate([each.text for each in every]),
+            np.concatenate([each.named for each in every]),
+            np.concatenate([each.kept for each in every]),
+        )
+
+    def holds_any(self, text: NDArray[np.uint64]) -> bool:
+        return bool(np.isin(text, self._sorted_text).any())
+
+    @cached_property
+    def _sorted_text(self) -> NDArray[np.uint64]:
+        return np.unique(self.text)
+
+    def of_prior(self, of_first_shard: int) -> _Rows:
+        """The first sequences, from which a build with this first shard estimates its prior."""
+        enough = int(np.searchsorted(self.kept[:of_first_shard].cumsum(), PRIOR_POSITIONS)) + 1
+        end = min(enough, of_first_shard)
+        return _Rows(self.text[:end], self.named[:end], self.kept[:end])
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A cache with the hashes of its sequences."""
+
+    reader: CacheReader
+    manifest: Manifest
+    rows: _Rows
+
+    def places(self, plan: _Rows) -> NDArray[np.int64]:
+        """int64[N]: index here of each sequence of a plan, whatever its id; -1 if it is absent."""
+        order = np.argsort(self.rows.text, kind="stable")
+        ordered = self.rows.text[order]
+        at = np.minimum(np.searchsorted(ordered, plan.text), len(ordered) - 1)
+        return np.where(ordered[at] == plan.text, order[at], -1)
+
+    def shared(self, plan: _Rows) -> int:
+        return int((self.places(plan) >= 0).sum())
+
+    def slice_of(self, plan: _Rows) -> str | None:
+        """The plan's sequences, ids included, as a slice of this cache: START:STOP or
+        START:STOP:STEP.
+        """
+        order = np.argsort(self.rows.named, kind="stable")
+        ordered = self.rows.named[order]
+        at = np.minimum(np.searchsorted(ordered, plan.named), len(ordered) - 1)
+        if not (ordered[at] == plan.named).all():
+            return None
+        index = order[at]
+        steps = np.unique(np.diff(index))
+        if len(steps) > 1 or (len(steps) and steps[0] < 1):
+            return None
+        step = int(steps[0]) if len(steps) else 1
+        start, stop = int(index[0]), int(index[-1]) + 1
+        return f"{start}:{stop}" if step == 1 else f"{start}:{stop}:{step}"
+
+    def has_prior_of(self, first: _Rows) -> bool:
+        """Whether this cache's prior comes from the same first sequences, by the same program."""
+        manifest = self.manifest
+        mine = self.rows.of_prior(manifest.shards[0].sequences)
+        return (
+            manifest.tail_prior is not None
+            and manifest.created_by == _this_program()
+            and np.array_equal(mine.text, first.text)
+        )
+
+
+def _stored_rows(reader: CacheReader, shards: list[int] | None = None) -> Iterator[_Rows]:
+    """The hashed sequences of each record batch."""
+    columns = (
+        reader.iter_column(name, shards) for name in ("sequence_id", "input_ids", "loss_mask")
+    )
+    for names, ids, masks in zip(*columns, strict=True):
+        yield _hashed(
+            (
+                name,
+                row_ids.values.to_numpy(),
+                row_mask.values.to_numpy(zero_copy_only=False),
+            )
+            for name, row_ids, row_mask in zip(names.to_pylist(), ids, masks, strict=True)
+        )
+
+
+def _hashed(sequences: Iterator[tuple[str, Any, Any]]) -> _Rows:
+    text, named, kept = [], [], []
+    for name, ids, mask in sequences:
+        digest = hashlib.blake2b(ids.astype("<i4").tobytes(), digest_size=8)
+        digest.update(mask.astype(np.uint8).tobytes())
+        text.append(digest.digest())
+        digest.update(name.encode())
+        named.append(digest.digest())
+        kept.append(int(mask[1:].sum()))
+
+    def numbers(digests: list[bytes]) -> NDArray[np.uint64]:
+        return np.frombuffer(b"".join(digests), "<u8").astype(np.uint64)
+
+    return _Rows(numbers(text), numbers(named), np.array(kept, np.int64))
+
+
+def _same_data(manifest: Manifest, plan: Plan) -> bool:
+    return (manifest.data.sha256, manifest.data.mask_policy) == (
+        plan.data.sha256,
+        plan.data.mask_policy,
+    )
+
+
+def _teacher_request(request: dict[str, Any]) -> Any:
+    """The teacher's part of a request, without the place of its weights."""
+    teacher = request.get("teacher")
+    if not isinstance(teacher, dict):
+        return None
+    fields = {name: value for name, value in teacher.items() if name not in ("model", "revision")}
+    code = request.get("code_sha256")
+    return [fields, code.get(str(teacher.get("backend"))) if isinstance(code, dict) else None]
+
+
+def _has_local_paths(config: BuildConfig) -> bool:
+    """Whether a name in the config is a path relative to the working directory."""
+    names = [config.teacher.model, *(part.path for part in config.data.parts())]
+    return any(not os.path.isabs(name) and os.path.exists(name) for name in names)
+
+
+def _this_program() -> str:
+    return f"logitcask {version('logitcask')}"
+
+
+def clear(output: Path | str) -> None:
+    """Removes what an interrupted ``take`` has left in the output, and nothing else."""
+    if not isinstance(output, Path):
+        return
+    discard(output)
+    header = output / BUILD_DIR / "header.json"
+    try:
+        left = Header.model_validate_json(header.read_bytes())
+    except (OSError, ValueError):
+        return
+    if left.derived_from is not None and left.answers_build:
+        remove_cache(output)
