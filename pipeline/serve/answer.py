@@ -1,0 +1,70 @@
+"""Answers as vLLM's ``/v1/completions`` gives them: a dictionary ``{id: {logprob, rank,
+decoded_token}}`` per position, the target first.
+"""
+
+from __future__ import annotations
+
+from itertools import repeat
+
+import numpy as np
+from numpy.typing import NDArray
+
+from logitcask.cache_format.sequence import CachedSequence
+
+_MINUS_INFINITY = -9999.0
+"""vLLM's replacement for -inf, which JSON does not have."""
+
+_ENTRY = '"%d":{"logprob":%r,"rank":%d,"decoded_token":null}'
+
+Rows = tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.int64], NDArray[np.int64]]
+
+
+def rows_of(sequence: CachedSequence, k: int) -> Rows:
+    """The entries of all positions, one after another: ids, logprobs, ranks from 1 on; and
+    int64[P], how many each position has.
+
+    The target comes first. It has the rank of its place in the head, so that ranks are 1 to k; a
+    target outside the ``k`` most probable ids is an entry more. Its logprob is the one that is
+    stored for the target, on a finer grid than the head's, moved between its neighbours in the head
+    where the two grids disagree: logprobs fall with the rank.
+    """
+    targets, p = sequence.target_ids.astype(np.int64), len(sequence.positions)
+    width = sequence.ids.shape[1]
+    at_target = sequence.ids == targets[:, None]
+    inside = at_target.any(axis=1)
+    size = (sequence.ids >= 0).sum(axis=1)
+    place = np.where(inside, at_target.argmax(axis=1) if width else 0, size)
+    logprobs = sequence.logprobs.astype(np.float64)
+    rows = np.arange(p)
+    padded = np.column_stack([np.zeros(p), logprobs, np.full(p, -np.inf)])
+    # The neighbours above and below; 0 and -inf at the ends.
+    lowest = np.where(inside, padded[rows, np.minimum(place + 2, width + 1)], -np.inf)
+    target = np.clip(sequence.target_logprob.astype(np.float64), lowest, padded[rows, place])
+    # Below the head no stored id is less probable; ties at its end may be.
+    rank = np.where(inside, place, np.maximum(sequence.target_rank, size)) + 1
+    head = np.broadcast_to(np.arange(1, width + 1), (p, width))[:, :k]
+    others = ~at_target[:, :k]
+    listed = np.column_stack([np.ones(p, bool), others])
+    ids = np.column_stack([targets, sequence.ids[:, :k]])[listed]
+    values = np.column_stack([target, logprobs[:, :k]])[listed]
+    ranks = np.column_stack([rank, head])[listed]
+    return ids, np.maximum(values, _MINUS_INFINITY), ranks, listed.sum(axis=1)
+
+
+def prompt_logprobs(sequence: CachedSequence, k: int) -> bytes:
+    """JSON of the field ``prompt_logprobs`` with heads of ``k`` entries: null for the first token,
+    which nothing predicts, then a dictionary for each further one.
+    """
+    ids, logprobs, ranks, counts = rows_of(sequence, k)
+    flat = [
+        item
+        for each in zip(ids.tolist(), logprobs.tolist(), ranks.tolist(), strict=True)
+        for item in each
+    ]
+    parts, start = ["null"], 0
+    # One format string for all rows of a size, filled in one call.
+    of_size = {n: "{" + ",".join(repeat(_ENTRY, n)) + "}" for n in np.unique(counts).tolist()}
+    for count in counts.tolist():
+        parts.append(of_size[count] % tuple(flat[start : start + 3 * count]))
+        start += 3 * count
+    return ("[" + ",".join(parts) + "]").encode()
