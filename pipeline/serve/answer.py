@@ -4,8 +4,9 @@ decoded_token}}`` per position, the target first.
 
 from __future__ import annotations
 
-from itertools import repeat
+from itertools import islice
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -14,7 +15,13 @@ from logitcask.cache_format.sequence import CachedSequence
 _MINUS_INFINITY = -9999.0
 """vLLM's replacement for -inf, which JSON does not have."""
 
-_ENTRY = '"%d":{"logprob":%r,"rank":%d,"decoded_token":null}'
+
+# gc=False: many of these exist for a short time, and none refers to other objects.
+class _Entry(msgspec.Struct, gc=False):
+    logprob: float
+    rank: int
+    decoded_token: None = None
+
 
 Rows = tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.int64], NDArray[np.int64]]
 
@@ -56,15 +63,6 @@ def prompt_logprobs(sequence: CachedSequence, k: int) -> bytes:
     which nothing predicts, then a dictionary for each further one.
     """
     ids, logprobs, ranks, counts = rows_of(sequence, k)
-    flat = [
-        item
-        for each in zip(ids.tolist(), logprobs.tolist(), ranks.tolist(), strict=True)
-        for item in each
-    ]
-    parts, start = ["null"], 0
-    # One format string for all rows of a size, filled in one call.
-    of_size = {n: "{" + ",".join(repeat(_ENTRY, n)) + "}" for n in np.unique(counts).tolist()}
-    for count in counts.tolist():
-        parts.append(of_size[count] % tuple(flat[start : start + 3 * count]))
-        start += 3 * count
-    return ("[" + ",".join(parts) + "]").encode()
+    entries = zip(ids.tolist(), map(_Entry, logprobs.tolist(), ranks.tolist()), strict=True)
+    rows = [dict(islice(entries, count)) for count in counts.tolist()]
+    return msgspec.json.encode([None, *rows])
