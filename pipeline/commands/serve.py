@@ -54,6 +54,14 @@ def serve(
             show_default=False,
         ),
     ] = None,
+    allow_null: Annotated[
+        bool,
+        typer.Option(
+            "--allow-null",
+            help="Answer null for positions that a cache does not store, such as those of a chat's "
+            "prompt, if the last one is stored. For clients that read the answer's positions only.",
+        ),
+    ] = False,
     host: Annotated[
         str, typer.Option("--host", help="The address to listen at. By default only this machine.")
     ] = "127.0.0.1",
@@ -102,8 +110,13 @@ def serve(
     """Answers as a vLLM server does (/v1/completions with token ids and prompt_logprobs), from
     caches. docs/serve.md says what is answered, and when it pays.
     """
+    from logitcask.cache_format.cli.result import as_json, print_result
     from logitcask.pipeline.serve.run import ServeOptions
     from logitcask.pipeline.serve.run import serve as run
+
+    def tell(server: object, url: str) -> None:
+        if as_json():
+            print_result({"url": url}, "")
 
     run(
         ServeOptions(
@@ -114,9 +127,11 @@ def serve(
             top_k=top_k,
             upstream_model=upstream_model,
             tolerance=tolerance,
+            allow_null=allow_null,
             host=host,
             port=port,
             api_key_env=api_key_env,
             upstream_key_env=upstream_key_env,
-        )
+        ),
+        on_ready=tell,
     )

@@ -59,10 +59,12 @@ def rows_of(sequence: CachedSequence, k: int) -> Rows:
 
 
 def prompt_logprobs(sequence: CachedSequence, k: int) -> bytes:
-    """JSON of the field ``prompt_logprobs`` with heads of ``k`` entries: null for the first token,
-    which nothing predicts, then a dictionary for each further one.
+    """JSON of the field ``prompt_logprobs`` with heads of ``k`` entries: a dictionary per token;
+    null for the first token, which nothing predicts, and for those whose position is not kept.
     """
     ids, logprobs, ranks, counts = rows_of(sequence, k)
     entries = zip(ids.tolist(), map(_Entry, logprobs.tolist(), ranks.tolist()), strict=True)
-    rows = [dict(islice(entries, count)) for count in counts.tolist()]
-    return msgspec.json.encode([None, *rows])
+    rows: list[dict[int, _Entry] | None] = [None] * len(sequence)
+    for position, count in zip(sequence.positions.tolist(), counts.tolist(), strict=True):
+        rows[position + 1] = dict(islice(entries, count))
+    return msgspec.json.encode(rows)

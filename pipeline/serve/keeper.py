@@ -102,10 +102,12 @@ class Keeper:
     def top_k(self) -> int:
         return self.cache.header.store.top_k
 
-    def find(self, ids: NDArray[np.int32], k: int) -> CachedSequence | Missing:
+    def find(
+        self, ids: NDArray[np.int32], k: int, *, nulls: bool = False
+    ) -> CachedSequence | Missing:
         """As ``ServedCache.find``; also in what is not committed yet."""
         with self._lock:
-            return find_in(self._index, self._sequence, ids, k)
+            return find_in(self._index, self._sequence, ids, k, nulls=nulls)
 
     def _sequence(self, number: int) -> CachedSequence:
         if number >= self._committed:

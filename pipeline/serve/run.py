@@ -44,6 +44,7 @@ class ServeOptions:
     top_k: int | None = None
     upstream_model: str | None = None
     tolerance: float | None = None
+    allow_null: bool = False
     host: str = "127.0.0.1"
     port: int = 8000
     api_key_env: str | None = None
@@ -146,6 +147,7 @@ def _service(options: ServeOptions) -> Iterator[tuple[Service, str]]:
                 keeper=keeper,
                 upstream=upstream,
                 max_model_len=upstream.max_model_len if upstream else max(lengths),
+                nulls=options.allow_null,
             ),
             engine,
         )

@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -33,6 +33,7 @@ class Missing(NamedTuple):
 
 
 NOT_THERE = Missing(0, "no sequence begins with these tokens")
+UNMASKED = Missing(1, "some of its positions are outside the loss mask, so they are not stored")
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,14 @@ class ServedCache:
     def manifest(self) -> Manifest:
         return self.reader.manifest
 
-    def find(self, ids: NDArray[np.int32], k: int) -> CachedSequence | Missing:
-        """The rows of ``ids`` (int32[n], n >= 2) with heads of at least ``k`` entries."""
-        return find_in(self.index, self._sequence, ids, k)
+    def find(
+        self, ids: NDArray[np.int32], k: int, *, nulls: bool = False
+    ) -> CachedSequence | Missing:
+        """The rows of ``ids`` (int32[n], n >= 2) with heads of at least ``k`` entries.
+
+        nulls: whether rows may be missing, if the last one is there.
+        """
+        return find_in(self.index, self._sequence, ids, k, nulls=nulls)
 
     def _sequence(self, number: int) -> CachedSequence:
         with self.lock:
@@ -75,37 +81,37 @@ def find_in(
     sequence: Callable[[int], CachedSequence],
     ids: NDArray[np.int32],
     k: int,
+    *,
+    nulls: bool = False,
 ) -> CachedSequence | Missing:
     """``ServedCache.find`` for any numbered sequences.
 
     The rows of a beginning do not depend on what follows, so a longer sequence answers. A text that
     begins in the middle of a sequence has lost its left context: it is another text.
     """
-    missing = NOT_THERE
-    for number in index.find(ids):
+    whole = index.find(ids)
+    partial = [] if whole else index.find(ids, kept=0)
+    missing = UNMASKED if partial else NOT_THERE
+    for number in whole or (partial if nulls else []):
         found = beginning(sequence(number), len(ids))
+        if not len(found.positions) or found.positions[-1] != len(ids) - 2:
+            continue
         smallest = int((found.ids >= 0).sum(axis=1).min())
         if smallest >= k:
             return found
         missing = Missing(2, f"a stored head has {smallest} entries, fewer than the {k} asked for")
-    if missing is NOT_THERE and index.find(ids, kept=0):
-        return Missing(1, "some of its positions are outside the loss mask, so they are not stored")
     return missing
 
 
 def beginning(sequence: CachedSequence, tokens: int) -> CachedSequence:
-    """The first tokens of a sequence whose positions there are all kept."""
-    first = sequence.at(slice(0, tokens - 1))
-    return CachedSequence(
-        sequence_id=first.sequence_id,
+    """The first tokens of a sequence, and its kept positions there."""
+    first = sequence.at(np.flatnonzero(sequence.positions < tokens - 1))
+    return replace(
+        first,
         input_ids=first.input_ids[:tokens],
         loss_mask=first.loss_mask[:tokens],
-        positions=first.positions,
-        ids=first.ids,
-        logprobs=first.logprobs,
-        tail_logprob=first.tail_logprob,
-        target_logprob=first.target_logprob,
-        target_rank=first.target_rank,
+        entropy=None,
+        samples=None,
     )
 
 

@@ -16,7 +16,7 @@ from logitcask.cache_format.sequence import CachedSequence
 from logitcask.pipeline.serve.answer import prompt_logprobs
 from logitcask.pipeline.serve.keeper import Keeper
 from logitcask.pipeline.serve.request import RefusedError
-from logitcask.pipeline.serve.served import NOT_THERE, Missing, ServedCache, plain_name
+from logitcask.pipeline.serve.served import NOT_THERE, UNMASKED, Missing, ServedCache, plain_name
 from logitcask.pipeline.serve.upstream import Upstream
 
 CACHE, KEPT, UPSTREAM = "cache", "kept", "upstream"
@@ -34,6 +34,7 @@ class Service:
     model:      its name, as ``/v1/models`` lists it. ``names``: all names that requests may use.
     vocab_size: its ids.
     max_model_len: tokens of a prompt and the one that vLLM samples after it, at most.
+    nulls:      whether rows that a cache does not store are answered by null.
     """
 
     model: str
@@ -42,6 +43,7 @@ class Service:
     keeper: Keeper | None = None
     upstream: Upstream | None = None
     max_model_len: int | None = None
+    nulls: bool = False
     _running: dict[tuple[bytes, int], asyncio.Task[tuple[CachedSequence, str]]] = field(
         default_factory=dict
     )
@@ -111,7 +113,7 @@ class Service:
         if self.keeper is not None:
             sources.append((self.keeper.find, KEPT))
         for find, source in sources:
-            found = find(ids, k)
+            found = find(ids, k, nulls=self.nulls)
             if not isinstance(found, Missing):
                 return found, source
             nearest = max(nearest, found, key=lambda each: each.nearness)
@@ -140,4 +142,5 @@ def _explain(missing: Missing, tokens: int) -> str:
     what = f"a prompt of {tokens:,} tokens is in none of the caches: {missing.reason}"
     if missing.nearness == 2:
         return f"{what}; ask for fewer prompt_logprobs, or start the server with --upstream"
-    return f"{what}; start the server with --upstream to have it scored"
+    allow = ", or with --allow-null" if missing is UNMASKED else ""
+    return f"{what}; start the server with --upstream to have it scored{allow}"

@@ -97,6 +97,32 @@ def test_what_a_cache_lacks_is_refused_with_the_reason(
     assert client.http.get("/v1/chat/completions").status_code == 404
 
 
+def test_null_for_what_is_not_stored(
+    tmp_path: Path,
+    texts: list[list[int]],
+    table: Any,
+    make_cache: Callable[..., str],
+    running: Callable[..., Any],
+    assert_rows: Callable[..., None],
+) -> None:
+    """Where it is allowed, and the last position is stored; whole texts are preferred."""
+    text = texts[1]
+    mask = [False] * 5 + [True] * 10 + [False] * 5 + [True] * (len(text) - 20)
+    cache = make_cache(tmp_path / "c", [text, text[:8]], masks=[mask, [False] + [True] * 7])
+    client = running([cache], allow_null=True)
+    expected = table.prompt_logprobs(text, 4)
+    for n in (15, 21, len(text)):
+        rows = client.rows(text[:n], 4)
+        assert [row is not None for row in rows] == mask[:n]
+        stored = [t for t in range(n) if mask[t]]
+        assert_rows(
+            [None, *(rows[t] for t in stored)], [None, *(expected[t] for t in stored)], 1 / 64
+        )
+    assert_rows(client.rows(text[:8], 4), table.prompt_logprobs(text[:8], 4), 1 / 64)
+    assert_rows(client.rows(text[:6], 4), table.prompt_logprobs(text[:6], 4), 1 / 64)
+    assert client.post(prompt=text[:18], prompt_logprobs=4).status_code == 400
+
+
 def test_several_caches_of_one_teacher(
     tmp_path: Path,
     texts: list[list[int]],
