@@ -72,7 +72,7 @@ def make_app(
         try:
             body = await _body(request, max_body)
             start = time.monotonic()
-            asked = parse_request(body, service.vocab_size, service.longest_prompt)
+            asked = parse_request(body, service.vocab_size)
             del body
             response = await _complete(service, metrics, asked)
             metrics.took(time.monotonic() - start)

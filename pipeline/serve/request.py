@@ -71,7 +71,7 @@ class Request(NamedTuple):
     ids: bool
 
 
-def parse_request(body: bytes, vocab_size: int, max_length: int | None) -> Request:
+def parse_request(body: bytes, vocab_size: int) -> Request:
     """Raises RefusedError for anything that is not answered, naming the field."""
     try:
         fields = msgspec.json.decode(body)
@@ -84,7 +84,7 @@ def parse_request(body: bytes, vocab_size: int, max_length: int | None) -> Reque
     model = fields.get("model")
     if model is not None and not isinstance(model, str):
         raise RefusedError(400, f"model is a {_kind(model)}; expected a name", "model")
-    prompts = _prompts(fields.get("prompt"), vocab_size, max_length)
+    prompts = _prompts(fields.get("prompt"), vocab_size)
     for name, (neutral, why) in _NEUTRAL.items():
         if (value := fields.get(name)) not in neutral or _is_other_kind(value, neutral):
             raise RefusedError(400, f"{name} is {_short(value)}: {why}", name)
@@ -112,7 +112,7 @@ def parse_request(body: bytes, vocab_size: int, max_length: int | None) -> Reque
     return Request(model, prompts, k, fields.get("return_token_ids") is True)
 
 
-def _prompts(value: Any, vocab_size: int, max_length: int | None) -> list[NDArray[np.int32]]:
+def _prompts(value: Any, vocab_size: int) -> list[NDArray[np.int32]]:
     if isinstance(value, str) or (
         isinstance(value, list) and value and all(isinstance(each, str) for each in value)
     ):
@@ -133,10 +133,10 @@ def _prompts(value: Any, vocab_size: int, max_length: int | None) -> list[NDArra
         raise RefusedError(
             413, f"{len(lists):,} prompts; one request has at most {MAX_PROMPTS:,}", "prompt"
         )
-    return [_tokens(each, vocab_size, max_length) for each in lists]
+    return [_tokens(each, vocab_size) for each in lists]
 
 
-def _tokens(value: Any, vocab_size: int, max_length: int | None) -> NDArray[np.int32]:
+def _tokens(value: Any, vocab_size: int) -> NDArray[np.int32]:
     if not isinstance(value, list) or not value or not all(type(each) is int for each in value):
         raise RefusedError(
             400, "a prompt is not a list of token ids; text and ids cannot be mixed", "prompt"
@@ -145,12 +145,6 @@ def _tokens(value: Any, vocab_size: int, max_length: int | None) -> NDArray[np.i
         wrong = min(value) if min(value) < 0 else max(value)
         raise RefusedError(
             400, f"token id {_short(wrong)} is out of the vocabulary of {vocab_size} ids", "prompt"
-        )
-    if max_length is not None and len(value) > max_length:
-        raise RefusedError(
-            400,
-            f"a prompt has {len(value):,} tokens; the teacher takes at most {max_length:,}",
-            "prompt",
         )
     return np.array(value, np.int32)
 

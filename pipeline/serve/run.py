@@ -216,6 +216,10 @@ def _top_k(options: ServeOptions, headers: dict[str, Header], vocab_size: int) -
 def _url(url: str) -> str:
     from logitcask.pipeline.config import ServerConfig
 
+    if "@" in url:
+        raise UserError(
+            "--upstream holds a user or a password, which messages would show; give the server's key by --upstream-key-env"
+        )
     try:
         return ServerConfig(url=url).url
     except ValueError as error:

@@ -60,13 +60,6 @@ class Service:
             names.add(plain_name(self.upstream.served))
         return model is None or plain_name(model) in names
 
-    @property
-    def longest_prompt(self) -> int | None:
-        """Tokens that the upstream server takes; None if there is no such limit."""
-        if self.upstream is None or self.upstream.max_model_len is None:
-            return None
-        return self.upstream.max_model_len - 1
-
     async def score(self, ids: NDArray[np.int32], k: int) -> tuple[bytes, str]:
         """JSON of the prompt logprobs of ``ids``, and where they come from.
 
@@ -97,6 +90,13 @@ class Service:
             return found
         if self.upstream is None:
             raise RefusedError(400, _explain(found, len(ids)), "prompt")
+        limit = self.upstream.max_model_len
+        if limit is not None and len(ids) >= limit:
+            raise RefusedError(
+                400,
+                f"a prompt has {len(ids):,} tokens and is in none of the caches; the upstream server takes at most {limit - 1:,}",
+                "prompt",
+            )
         kept = self.keeper is not None and k <= self.keeper.top_k
         asked = self.keeper.top_k if kept and self.keeper else k
         sequence = await self.upstream.score(ids, asked)

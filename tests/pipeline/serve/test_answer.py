@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 
 from logitcask.cache_format import CachedSequence
+from logitcask.cache_format.shards.codec import Codec
 from logitcask.pipeline.serve.answer import prompt_logprobs
+from logitcask.pipeline.serve.keeper import LOGPROB_STEP
 from logitcask.pipeline.teachers.server.rows import parse_rows
+from tests.pipeline.serve.conftest import header
 
 
 def one_by_one(sequence: CachedSequence, k: int) -> list[dict[str, Any] | None]:
@@ -103,6 +106,22 @@ def test_heads_of_several_sizes(table: Any, rng: np.random.Generator) -> None:
     )
     for k in (0, 2, 3):
         assert json.loads(prompt_logprobs(ragged, k)) == table.prompt_logprobs(text, k)
+
+
+@pytest.mark.parametrize("step", [1 / 16, LOGPROB_STEP])
+def test_rounding(table: Any, rng: np.random.Generator, step: float) -> None:
+    """A quarter of a step on average, half a step at most (docs/serve.md)."""
+    codec, head, target = Codec(header(40, step=step).store, None), [], []
+    for _ in range(25):
+        text = rng.integers(0, 384, 101).tolist()
+        exact = table.cached("s", text, [False] + [True] * 100, 40)
+        read = codec.open(codec.encode([exact]), "s").decode(0)
+        head.append(np.abs(read.logprobs - exact.logprobs))
+        target.append(np.abs(read.target_logprob - exact.target_logprob))
+    assert np.size(head) == 100_000
+    assert np.mean(head) == pytest.approx(step / 4, rel=0.03)
+    assert np.max(head) <= step / 2
+    assert np.max(target) <= 1 / 512
 
 
 def test_a_target_of_probability_zero(table: Any) -> None:
