@@ -142,8 +142,7 @@ async def _complete(service: Service, metrics: Metrics, asked: Request) -> Respo
             task.cancel()
     choices: list[dict[str, object]] = []
     for index, (ids, (rows, source)) in enumerate(zip(asked.prompts, scored, strict=True)):
-        metrics.prompts.labels(source).inc()
-        metrics.tokens.labels(source).inc(len(ids))
+        metrics.answered(source, len(ids))
         choices.append(
             {
                 "index": index,

@@ -12,6 +12,7 @@ from logitcask.pipeline.serve.service import CACHE, KEPT, UPSTREAM, Service
 
 logger = logging.getLogger(__name__)
 
+_SOURCES = (CACHE, KEPT, UPSTREAM)
 _BUCKETS = (0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 
 
@@ -24,21 +25,21 @@ class Metrics:
         self.requests = Counter(
             "logitcask_requests", "Requests to /v1/completions.", ["status"], registry=registry
         )
-        self.prompts = Counter(
+        self._prompts = Counter(
             "logitcask_prompts", "Prompts answered, by source.", ["source"], registry=registry
         )
-        self.tokens = Counter(
+        self._tokens = Counter(
             "logitcask_tokens", "Tokens of these prompts.", ["source"], registry=registry
         )
-        self.seconds = Histogram(
+        self._seconds = Histogram(
             "logitcask_request_seconds",
             "Time from a request's last byte to its answer.",
             buckets=_BUCKETS,
             registry=registry,
         )
-        for source in (CACHE, KEPT, UPSTREAM):
-            self.prompts.labels(source)
-            self.tokens.labels(source)
+        for source in _SOURCES:
+            self._prompts.labels(source)
+            self._tokens.labels(source)
         gauges: dict[str, tuple[str, Callable[[], float]]] = {
             "logitcask_upstream_requests": (
                 "Requests sent to the upstream server.",
@@ -55,7 +56,8 @@ class Metrics:
         }
         for name, (description, value) in gauges.items():
             Gauge(name, description, registry=registry).set_function(value)
-        self._before: dict[str, float] = {}
+        self._new = dict.fromkeys(_SOURCES, 0)
+        self._new_tokens = 0
         self._slowest = 0.0
         self._since = time.monotonic()
 
@@ -63,34 +65,31 @@ class Metrics:
         """In Prometheus' text format."""
         return generate_latest(self._registry)
 
+    def answered(self, source: str, tokens: int) -> None:
+        """A prompt of so many tokens."""
+        self._prompts.labels(source).inc()
+        self._tokens.labels(source).inc(tokens)
+        self._new[source] += 1
+        self._new_tokens += tokens
+
     def took(self, seconds: float) -> None:
-        self.seconds.observe(seconds)
+        """The time of a request that was answered."""
+        self._seconds.observe(seconds)
         self._slowest = max(self._slowest, seconds)
 
     def log(self) -> None:
         """One line about the requests since the last line; none without requests."""
-        now = {
-            f"{name} {source}": counter.labels(source)._value.get()
-            for name, counter in (("prompts", self.prompts), ("tokens", self.tokens))
-            for source in (CACHE, KEPT, UPSTREAM)
-        }
-        new = {name: value - self._before.get(name, 0) for name, value in now.items()}
-        self._before = now
-        seconds, self._since = time.monotonic() - self._since, time.monotonic()
-        slowest, self._slowest = self._slowest, 0.0
-        prompts = sum(value for name, value in new.items() if name.startswith("prompts"))
-        if not prompts:
-            return
-        tokens = sum(value for name, value in new.items() if name.startswith("tokens"))
+        now = time.monotonic()
         keeper = self._service.keeper
-        logger.info(
-            "%.0f s: %s prompts of %s tokens: %s from caches, %s kept before, %s from upstream; slowest %.2f s%s",
-            seconds,
-            f"{prompts:,.0f}",
-            f"{tokens:,.0f}",
-            f"{new[f'prompts {CACHE}']:,.0f}",
-            f"{new[f'prompts {KEPT}']:,.0f}",
-            f"{new[f'prompts {UPSTREAM}']:,.0f}",
-            slowest,
-            f"; {keeper.cache.sequences:,} sequences kept" if keeper else "",
-        )
+        if any(self._new.values()):
+            logger.info(
+                "%.0f s: %s prompts of %s tokens: %s from caches, %s kept before, %s from upstream; slowest %.2f s%s",
+                now - self._since,
+                f"{sum(self._new.values()):,}",
+                f"{self._new_tokens:,}",
+                *(f"{self._new[source]:,}" for source in _SOURCES),
+                self._slowest,
+                f"; {keeper.cache.sequences:,} sequences kept" if keeper else "",
+            )
+        self._new, self._new_tokens = dict.fromkeys(_SOURCES, 0), 0
+        self._slowest, self._since = 0.0, now

@@ -6,8 +6,10 @@ Equal requests that arrive together share one look-up and one upstream request.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +25,7 @@ CACHE, KEPT, UPSTREAM = "cache", "kept", "upstream"
 """Where an answer comes from."""
 
 _THREADS = 4
+_Result = TypeVar("_Result")
 _NO_FIRST = b"[null]"
 """The answer for one token, which nothing predicts."""
 
@@ -134,7 +137,7 @@ class Service:
         self._writer.shutdown()
         self._readers.shutdown()
 
-    async def _in_thread(self, function, *arguments):  # type: ignore[no-untyped-def]
+    async def _in_thread(self, function: Callable[..., _Result], *arguments: Any) -> _Result:
         return await asyncio.get_running_loop().run_in_executor(self._readers, function, *arguments)
 
 
