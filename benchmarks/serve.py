@@ -32,6 +32,7 @@ from server import start_server
 from transformers import AutoTokenizer
 
 from logitcask.cache_format import CacheReader
+from logitcask.pipeline.serve.index import PrefixIndex
 from logitcask.pipeline.teachers.model import prepare_model
 
 COMMAND = "from logitcask.pipeline.cli import main; main()"
@@ -128,8 +129,38 @@ async def with_memory(process: psutil.Process, asking: Any) -> tuple[dict[str, f
     return figures, samples
 
 
+def index_figures(count: int = 100_000, length: int = 256, common: int = 100) -> dict[str, float]:
+    """An index of texts with a common beginning: CPU time to build it and to find a text in it,
+    whole and by what follows the common part; memory that it adds.
+    """
+    process, rng = psutil.Process(), np.random.default_rng(0)
+    before = process.memory_info().rss
+    beginning = rng.integers(0, 49_152, common).astype(np.int32)
+    texts = [
+        np.concatenate([beginning, rng.integers(0, 49_152, length - common).astype(np.int32)])
+        for _ in range(1000)
+    ]
+
+    def rows() -> Any:
+        for n in range(count):
+            text = texts[n % 1000]
+            yield n, np.concatenate([beginning, np.roll(text[common:], n // 1000)]), length - 1
+
+    index, start = PrefixIndex(), time.process_time()
+    index.add_all(rows())
+    built = time.process_time() - start
+    found: dict[str, float] = {"tokens": count * length, "cpu_seconds": round(built, 1)}
+    for name, tokens in (("whole", length), ("beginning", common + 10)):
+        start = time.process_time()
+        assert all(n in index.find(text[:tokens]) for n, text in enumerate(texts))
+        found[f"microseconds_{name}"] = round((time.process_time() - start) * 1000, 1)
+    found["memory_mib"] = round((process.memory_info().rss - before) / 2**20, 1)
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only-index", action="store_true", help="nothing but the index")
     parser.add_argument("--sequences", type=int, default=24)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--top-k", type=int, default=64)
@@ -137,10 +168,14 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
+    if options.only_index:
+        print(json.dumps(index_figures(), indent=2))
+        return
     model = prepare_model("smollm2-135m")
     texts = texts_of(model, options.sequences, options.length)
     found: dict[str, Any] = {
         "machine": machine(),
+        "index": index_figures(),
         "load_average": [round(each, 1) for each in os.getloadavg()],
         **{name: getattr(options, name) for name in ("sequences", "length", "top_k", "clients")},
     }
