@@ -20,7 +20,7 @@ from logitcask.cache_format.manifest import Header, TeacherIdentity, TokenizerId
 from logitcask.cache_format.reader import CacheReader
 from logitcask.pipeline.serve.app import MAX_BODY_BYTES, make_app
 from logitcask.pipeline.serve.keeper import Keeper, header_of
-from logitcask.pipeline.serve.served import ServedCache, check_one_teacher
+from logitcask.pipeline.serve.served import ServedCache, check_one_teacher, plain_name
 from logitcask.pipeline.serve.service import Service
 from logitcask.pipeline.serve.upstream import Upstream
 from logitcask.pipeline.teachers.server.checks import Probe
@@ -119,6 +119,10 @@ def _service(options: ServeOptions) -> Iterator[tuple[Service, str]]:
             check_one_teacher(headers)
             first = next(iter(headers.values()))
             teacher, tokenizer = first.teacher, first.tokenizer
+            if options.teacher and plain_name(options.teacher) != plain_name(teacher.model):
+                raise UserError(
+                    f"--teacher is {options.teacher}, but {next(iter(headers))} is of {teacher.model}; leave --teacher out, or name other caches"
+                )
         else:
             teacher, tokenizer, dense = _named_teacher(options)
         upstream, keeper = None, None

@@ -34,7 +34,7 @@ _NO_FIRST = b"[null]"
 class Service:
     """The teacher behind the HTTP server.
 
-    model:      its name, as ``/v1/models`` lists it. ``names``: all names that requests may use.
+    model:      its name, as ``/v1/models`` lists it.
     vocab_size: its ids.
     max_model_len: tokens of a prompt and the one that vLLM samples after it, at most.
     nulls:      whether rows that a cache does not store are answered by null.

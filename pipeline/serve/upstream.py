@@ -48,8 +48,8 @@ _FIRST_DELAY = 0.25
 _COMPARED_SEQUENCES = 4
 _COMPARED_TOKENS = 32
 _COMPARED_ENTRIES = 4
-TOLERANCE = {"float32": 0.01}
-"""Largest accepted mean difference from the caches, in nats, beside what they round."""
+# Largest accepted mean difference from the caches, in nats, beside what they round.
+_TOLERANCE_FLOAT32 = 0.01
 _TOLERANCE_16_BITS = 0.05
 
 
@@ -118,7 +118,8 @@ class Upstream:
             ) from None
         dtypes = {cache.manifest.teacher.dtype for cache in caches}
         exact = dtypes == {"float32"}
-        self._tolerance = tolerance or (TOLERANCE["float32"] if exact else _TOLERANCE_16_BITS)
+        default = _TOLERANCE_FLOAT32 if exact else _TOLERANCE_16_BITS
+        self._tolerance = default if tolerance is None else tolerance
         length = max(2, (self.max_model_len or 257) - 1)
         self._probe = self._ask_probe(probe_ids(self.vocab_size, length))
         check_distributions(self._probe, self.vocab_size, self.url, self.command)

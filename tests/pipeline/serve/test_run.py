@@ -496,6 +496,8 @@ def test_what_cannot_be_served(
     ]:
         with pytest.raises(UserError, match=message):
             running([], **options)
+    with pytest.raises(UserError, match=r"--teacher is larger, but .* is of tiny"):
+        running([cache], upstream=fake.url, teacher="larger")
     with pytest.raises(UserError, match="CACHE and --keep at once"):
         running([cache], upstream=fake.url, keep=Path(cache))
     with pytest.raises(UserError, match=r"cannot listen at 127\.0\.0\.1, port"):
