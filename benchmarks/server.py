@@ -52,7 +52,9 @@ def toy_model(folder: Path) -> None:
     LlamaForCausalLM(config).save_pretrained(folder)
 
 
-def start_server(model: Path, top_k: int, log: Any) -> tuple[subprocess.Popen[bytes], str]:
+def start_server(
+    model: Path, top_k: int, log: Any, max_length: int = MAX_LENGTH
+) -> tuple[subprocess.Popen[bytes], str]:
     with socket.socket() as any_port:
         any_port.bind(("127.0.0.1", 0))
         port = any_port.getsockname()[1]
@@ -66,7 +68,7 @@ def start_server(model: Path, top_k: int, log: Any) -> tuple[subprocess.Popen[by
     command += [
         f"--port={port}",
         "--dtype=float32",
-        f"--max-model-len={MAX_LENGTH + 1}",
+        f"--max-model-len={max_length + 1}",
         f"--max-logprobs={top_k}",
     ]
     command += [

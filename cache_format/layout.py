@@ -27,3 +27,6 @@ build's ``.build``.
 
 PUSH_MARK = ".push"
 """In a store, while a push to it is unfinished: what is pushed, so that the same push can go on."""
+
+GROW_DIR = ".growing"
+"""In a growing cache: the lock of its writer, and the shard that is being written."""

@@ -553,6 +553,12 @@ class DataHash:
             self._sha.update(len(part).to_bytes(8, "little"))
             self._sha.update(part)
 
+    def copy(self) -> DataHash:
+        """A hash that goes on from here on its own."""
+        copied = DataHash()
+        copied._sha = self._sha.copy()
+        return copied
+
     def hexdigest(self) -> str:
         return self._sha.hexdigest()
 

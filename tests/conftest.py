@@ -66,6 +66,8 @@ _LONG = [
     "train/test_distributed.py",
     "train/end_to_end/test_training.py",
     "pipeline/teachers/server/test_vllm_server.py",
+    "pipeline/serve/test_clients.py",
+    "pipeline/serve/test_kills.py",
     "pipeline/builder/test_run.py",
     "train/end_to_end/test_interruption.py",
     "train/end_to_end/test_loading.py",

@@ -145,6 +145,7 @@ JOBS = {
         command("teacher-cache", "push", "cache", "hf://datasets/a/b", says="pip install 'logitcask[hub]'")
         command("teacher-cache", "keygen", "key", says="pip install 'logitcask[trust]'")
         command("teacher-cache", "audit", "cache")
+        command("teacher-cache", "serve", "cache", says="pip install 'logitcask[serve]'")
         command("train-student", written("s.yaml", {"cache": "cache"}), says="pip install 'logitcask[train]'")
         """
     ),
@@ -238,6 +239,24 @@ JOBS = {
         """
         build(scale={"engine": "ray", "workers": 2})
         command("teacher-cache", "verify", "cache")
+        """
+    ),
+    "serve": Job(
+        """
+        import httpx
+        build()
+        serving = [BIN / "teacher-cache", "serve", "cache", "--port", "0", "--json"]
+        with subprocess.Popen(serving, stdout=subprocess.PIPE) as server:
+            document = b""
+            while not document.rstrip().endswith(b"}"):
+                document += server.stdout.readline()
+            from logitcask import CacheReader
+
+            asked = {"prompt": CacheReader("cache")[0].input_ids.tolist(), "prompt_logprobs": 8, "max_tokens": 1}
+            answer = httpx.post(json.loads(document)["url"] + "/v1/completions", json=asked)
+            server.terminate()
+        assert answer.status_code == 200, answer.text
+        assert len(answer.json()["choices"][0]["prompt_logprobs"]) == len(asked["prompt"])
         """
     ),
     "lm-eval": Job(

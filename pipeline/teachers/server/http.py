@@ -142,7 +142,7 @@ class PatientClient:
                 if answer.status_code == 200:
                     self._is_back()
                     return answer.content, fresh
-                reason = _message_of(answer)
+                reason = message_of(answer)
                 if answer.status_code < 500 and answer.status_code not in (408, 429):
                     raise self._final(path, answer.status_code, reason, refused)
                 reason = f"{answer.status_code} {reason}"
@@ -199,7 +199,7 @@ def patiently(future: Future[_Result]) -> _Result:
     return future.result()
 
 
-def _message_of(answer: httpx.Response) -> str:
+def message_of(answer: httpx.Response) -> str:
     """The server's own words, in one line."""
     text: object = answer.text or answer.reason_phrase
     with contextlib.suppress(msgspec.DecodeError, KeyError, TypeError):
