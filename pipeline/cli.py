@@ -12,6 +12,7 @@ from logitcask.pipeline.commands.estimate import estimate
 from logitcask.pipeline.commands.export import export
 from logitcask.pipeline.commands.inspect import generations, inspect
 from logitcask.pipeline.commands.model import model
+from logitcask.pipeline.commands.report import report
 from logitcask.pipeline.memory import use_huge_pages
 
 app = new_app(
@@ -31,6 +32,7 @@ for command in (
     inspect,
     generations,
     export,
+    report,
     model,
 ):
     app.command()(command)

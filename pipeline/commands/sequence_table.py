@@ -31,7 +31,7 @@ def token_text(cache: CacheReader, tokenizer: str | None) -> TokenText:
 
     Raises UserError for a named tokenizer that cannot be found or has other ids.
     """
-    return TokenText(_tokenizer_if_here(cache, tokenizer, "showing ids") or _Numbers())
+    return TokenText(tokenizer_if_here(cache, tokenizer, "showing ids") or _Numbers())
 
 
 def exact_text(cache: CacheReader, tokenizer: str | None) -> Callable[[int], str] | None:
@@ -40,7 +40,7 @@ def exact_text(cache: CacheReader, tokenizer: str | None) -> Callable[[int], str
 
     Raises UserError for a named tokenizer that cannot be found or has other ids.
     """
-    found = _tokenizer_if_here(cache, tokenizer, "without texts")
+    found = tokenizer_if_here(cache, tokenizer, "without texts")
     return None if found is None else functools.cache(TokenText(found).exact)
 
 
@@ -54,7 +54,7 @@ class _Numbers:
         return list(map(str, tokens))
 
 
-def _tokenizer_if_here(cache: CacheReader, name: str | None, otherwise: str) -> Any | None:
+def tokenizer_if_here(cache: CacheReader, name: str | None, otherwise: str) -> Any | None:
     """The named tokenizer, or the teacher's; None, with a warning that says what is done
     ``otherwise``, if the teacher's cannot be found.
     """
