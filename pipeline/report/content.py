@@ -100,14 +100,18 @@ def _cards(manifest: Manifest, figures: Figures) -> list[tuple[str, str, str]]:
         ("tokens", f"{totals.tokens:,}", f"in {totals.sequences:,} sequences"),
         ("predicted", f"{totals.positions:,}", "kept positions"),
         ("size", _bytes(totals.bytes), f"{totals.bytes_per_token:.1f} bytes per token"),
-        ("teacher's loss", number(_value(totals.teacher_ce)), "nats per token"),
+        ("teacher's loss", _two_digits(totals.teacher_ce), "nats per token"),
         (
             "mass in the heads",
             number(_value(totals.head_mass), "%"),
             f"{_value(totals.mean_head_size):.1f} ids each",
         ),
-        ("draws", number(_value(totals.mean_draws)), "per position, from the other ids"),
+        ("draws", _two_digits(totals.mean_draws), "per position, from the other ids"),
     ]
+
+
+def _two_digits(mean: float | None) -> str:
+    return "–" if mean is None else f"{mean:.2f}"
 
 
 def _value(mean: float | None) -> float:
@@ -236,7 +240,7 @@ def _loss(figures: Figures) -> list[Chart | None]:
 
 
 def _bar(label: str, mean: Mean) -> Bar:
-    shown = number(mean.mean) if mean.count else "–"
+    shown = f"{mean.mean:.2f}" if mean.count else "–"
     return Bar(label, mean.mean if mean.count else 0.0, shown, f"{mean.count:,} tokens")
 
 

@@ -410,7 +410,7 @@ class Reader {
     const size = starts[at + 1] - starts[at];
     if (!listed) row(this.view.label(target), Math.exp(-loss), "target", `is next, rank ${count(rank)}`);
     row(`all ${count(this.view.data.vocab_size - size)} others`, tail, "tail");
-    return [make("h5", { textContent: `The teacher's head, ${size} ids` }), make("table", { className: "bars" }, make("caption", { className: "hidden", textContent: "Stored head" }), make("tbody", {}, ...rows))];
+    return [make("h5", { textContent: `The teacher's head, ${size} ids, each within ${percent(this.view.data.rounding)}` }), make("table", { className: "bars" }, make("caption", { className: "hidden", textContent: "Stored head" }), make("tbody", {}, ...rows))];
   }
 
   draws(at) {

@@ -160,9 +160,9 @@ def _lists(
 def _draws(held: list[CachedSequence]) -> dict[str, NDArray[Any]]:
     """The draws of all sets of a position after each other, as ``_lists`` gives them."""
     samples = [each.samples for each in held if each.samples is not None]
-    ids = [each.ids.reshape(len(each.ids), -1) for each in samples]
+    ids = [each.ids.reshape(len(each.ids), math.prod(each.ids.shape[1:])) for each in samples]
     logprobs = [
-        each.logprobs.reshape(len(each.logprobs), -1)
+        each.logprobs.reshape(len(each.ids), math.prod(each.ids.shape[1:]))
         for each in samples
         if each.logprobs is not None
     ]

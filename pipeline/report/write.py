@@ -120,7 +120,11 @@ def write_report(
             view=view,
             **content(reader, figures, _smaller(reader, sized)),
         )
-        data = view.elements(shown, vocab_size=manifest.store.vocab_size) if len(view) else ()
+        facts = {
+            "vocab_size": manifest.store.vocab_size,
+            "rounding": math.expm1(manifest.store.rounding),
+        }
+        data = view.elements(shown, **facts) if len(view) else ()
         size = write_page(out, page, data)
     return Report(size, figures.sequences, figures.tokens, len(view), view.tokens)
 
