@@ -47,7 +47,6 @@ _EXTRAS = {
     "zstandard": "text",
     "ray": "scale",
     "accelerate": "train",
-    "matplotlib": "train",
     "rouge_score": "train",
     "safetensors": "train",
     "peft": "peft",

@@ -93,13 +93,16 @@ def data_element(name: str, packed: str) -> str:
     return f'<script type="text/plain" id="{name}">{packed}</script>\n'
 
 
-def write_page(out: Path, page: str, data: Iterable[str] = ()) -> int:
+def write_page(out: Path, page: str, data: Iterable[str] = (), *, replace: bool = False) -> int:
     """Writes a rendered page to ``out``, with the elements ``data`` in it, one at a time. Returns
     its bytes. An existing page is replaced once the new one is complete.
 
+    replace: whether any file is replaced: one in a folder that belongs to this package.
+
     Raises UserError for a file that is no page (``refuse_foreign``) or cannot be written.
     """
-    refuse_foreign(out)
+    if not replace:
+        refuse_foreign(out)
     before, _, after = page.partition(_DATA)
     temporary = out.with_name(f"{out.name}.tmp")
     try:
