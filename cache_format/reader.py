@@ -134,6 +134,17 @@ class CacheReader:
         for batch in range(len(file)):
             yield self._pack(file, shard, batch)
 
+    def column_bytes(self, shard: int) -> dict[str, int]:
+        """The bytes of each column of a shard as they are stored. Only sizes are read; the rest of
+        the shard's bytes are Arrow's headers and padding.
+        """
+        file = self._open(shard)
+        total = dict.fromkeys(self.codec.schema.names, 0)
+        for batch in range(len(file)):
+            for name, size in file.column_bytes(batch).items():
+                total[name] += size
+        return total
+
     def iter_tables(
         self, sequences: Iterable[int] | None = None, *, rows: int = ROWS, text: Text | None = None
     ) -> Iterator[pa.Table]:

@@ -20,6 +20,7 @@ from logitcask.pipeline.commands.imports import import_
 from logitcask.pipeline.commands.inspect import generations, inspect
 from logitcask.pipeline.commands.model import model
 from logitcask.pipeline.commands.push import push
+from logitcask.pipeline.commands.report import report
 from logitcask.pipeline.commands.serve import serve
 from logitcask.pipeline.memory import use_huge_pages
 
@@ -47,6 +48,7 @@ for command in (
     generations,
     export,
     serve,
+    report,
     model,
 ):
     app.command()(command)

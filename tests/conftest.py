@@ -19,6 +19,7 @@ import logging
 import multiprocessing
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -80,6 +81,7 @@ _LONG = [
     "train/end_to_end/test_command.py",
     "pipeline/text/test_long_texts.py",
     "train/losses/test_kernels.py",
+    "pipeline/report/test_browser.py",
 ]
 """Modules that start engines or processes, or train: minutes each, the longest first."""
 
@@ -763,3 +765,22 @@ server.start()
 print(server.get_host_and_port()[1], flush=True)
 time.sleep(3600)
 """
+
+
+@pytest.fixture(scope="session")
+def chromium() -> Iterator[Any]:
+    """A headless Chromium of this machine, driven by playwright. Skips where either is missing."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    path = next(
+        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+    )
+    if path is None:
+        pytest.skip("no Chromium is installed (Debian: apt-get install chromium)")
+    with playwright.sync_playwright() as started:
+        # Chromium's sandbox does not run as root.
+        root = hasattr(os, "geteuid") and os.geteuid() == 0
+        browser = started.chromium.launch(
+            executable_path=path, args=["--no-sandbox"] if root else []
+        )
+        yield browser
+        browser.close()

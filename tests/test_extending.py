@@ -28,11 +28,10 @@ TEXT = "the quick brown fox jumps over the lazy dog and does it again\n" * 60
 
 
 @pytest.fixture
-def folder(user_folder, monkeypatch):
+def folder(user_folder):
     for name, text in FILES.items():
         (user_folder / name).write_text(text)
     (user_folder / "text.txt").write_text(TEXT)
-    monkeypatch.setattr("logitcask.train.output.report._svg", lambda figure: "<svg></svg>")
     return user_folder
 
 

@@ -51,7 +51,6 @@ _EXTRAS = {
     "starlette": "serve",
     "uvicorn": "serve",
     "accelerate": "train",
-    "matplotlib": "train",
     "rouge_score": "train",
     "safetensors": "train",
     "peft": "peft",

@@ -114,7 +114,7 @@ class DeriveOptions(BaseModel):
         if self.logprob_step is not None:
             check_step(self.logprob_step)
         if self.sequences is not None:
-            _slice(self.sequences)
+            parse_slice(self.sequences)
         return self
 
 
@@ -152,12 +152,14 @@ def derive(
 
 
 def _selection(options: DeriveOptions, total: int) -> Callable[[int, str], bool]:
-    chosen = range(total) if options.sequences is None else range(total)[_slice(options.sequences)]
+    chosen = (
+        range(total) if options.sequences is None else range(total)[parse_slice(options.sequences)]
+    )
     pattern = options.match
     return lambda index, name: index in chosen and (pattern is None or fnmatchcase(name, pattern))
 
 
-def _slice(text: str) -> slice:
+def parse_slice(text: str) -> slice:
     """The slice START:STOP or START:STOP:STEP. Raises ValueError for other texts."""
     try:
         parts = [int(part) if part.strip() else None for part in text.split(":")]
@@ -266,7 +268,7 @@ def _within_budget(part: Part, store: StoreSettings, options: DeriveOptions) -> 
         return store.model_copy(update={"min_probability": bound})
 
     def size(log_bound: float) -> float:
-        return shared + _bytes_per_token(
+        return shared + bytes_per_token(
             sample, Codec(at(log_bound), prior), part.cache.manifest.fingerprint
         )
 
@@ -307,7 +309,7 @@ def _within_budget(part: Part, store: StoreSettings, options: DeriveOptions) -> 
     return at(good)
 
 
-def _bytes_per_token(sample: list[CachedSequence], codec: Codec, source: str) -> float:
+def bytes_per_token(sample: list[CachedSequence], codec: Codec, source: str) -> float:
     """Bytes per token of these sequences, of the cache with fingerprint ``source``, in a shard."""
     small = [narrow(sequence, codec.store, source) for sequence in sample]
     sink = pa.BufferOutputStream()

@@ -95,11 +95,18 @@ class TokenText:
 
     def _shown(self, text: str) -> str:
         """``text`` in one line."""
-        line = "".join(map(_letter, text))
+        line = printable(text)
         if self._longest is None or len(line) <= self._longest:
             return line
         half = (self._longest - 2) // 2
         return f"{line[:half]}…{line[-half:]} ({len(text)})"
+
+
+def printable(text: str) -> str:
+    """``text`` in one line, with control and formatting characters, line ends and backslashes as in
+    Python's literals, so that nothing in it is invisible or changes the order of what is shown.
+    """
+    return "".join(map(_letter, text))
 
 
 def _letter(letter: str) -> str:

@@ -86,6 +86,20 @@ class BoundedFile:
                 raise ValueError("it has nulls")
             return batch
 
+    def column_bytes(self, index: int) -> dict[str, int]:
+        """The bytes of each column in a record batch as they are stored: compressed, without the
+        padding between buffers.
+        """
+        with self._named(f"{self._where}, batch {index}", "cannot be read"):
+            lengths = iter([length for _, length in self._buffers(index)[2]])
+            # Validity and offsets, then the values; those of a list have a validity of their own.
+            return {
+                field.name: sum(
+                    next(lengths) for _ in range(4 if pa.types.is_list(field.type) else 3)
+                )
+                for field in self._file.schema
+            }
+
     def _give_back(self, index: int) -> None:
         """Drops the mapped pages of a batch. Uncompressed columns are mapped again on access."""
         if isinstance(self._data, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
@@ -128,6 +142,22 @@ class BoundedFile:
         return self._vector(batches) if batches else (0, 0)
 
     def _decompressed_bytes(self, index: int) -> int:
+        body, compressed, buffers = self._buffers(index)
+        total = 0
+        for offset, length in buffers:
+            size = length
+            if compressed and length:
+                (prefix,) = self._unpack("<q", body + offset)
+                size = length if prefix == _STORED else prefix
+            if size < 0:
+                raise ValueError("a buffer has a negative size")
+            total += size
+        return total
+
+    def _buffers(self, index: int) -> tuple[int, bool, list[tuple[int, ...]]]:
+        """Of a record batch: the start of its body, whether it is compressed, and offset and length
+        of each buffer in the body. Raises ValueError for what leaves the file.
+        """
         message, metadata, body_bytes = self._unpack("<qi4xq", self._blocks + _BLOCK_BYTES * index)
         body = message + metadata
         (first,) = self._unpack("<i", message)
@@ -145,23 +175,14 @@ class BoundedFile:
         if body_bytes > 2 * MAX_BATCH_BYTES:
             raise ValueError(f"its body has {body_bytes:,} bytes")
         batch = self._follow(self._field(root, _MESSAGE_HEADER))
-        compressed = self._field(batch, _BATCH_COMPRESSION) != 0
         start, count = self._vector(self._field(batch, _BATCH_BUFFERS))
         if count > _MAX_BUFFERS:
             raise ValueError(f"it has {count} buffers")
-        total = 0
-        for buffer in range(count):
-            offset, length = self._unpack("<qq", start + 16 * buffer)
+        buffers = [self._unpack("<qq", start + 16 * buffer) for buffer in range(count)]
+        for offset, length in buffers:
             if offset < 0 or length < 0 or body + offset + length > len(self._view):
                 raise ValueError("a buffer leaves the file")
-            size = length
-            if compressed and length:
-                (prefix,) = self._unpack("<q", body + offset)
-                size = length if prefix == _STORED else prefix
-            if size < 0:
-                raise ValueError("a buffer has a negative size")
-            total += size
-        return total
+        return body, self._field(batch, _BATCH_COMPRESSION) != 0, buffers
 
     def _require_v5(self, table: int, number: int) -> None:
         """Raises ValueError for metadata of a version other than V5, Arrow's version since 1.0.

@@ -40,7 +40,7 @@ def token_text(cache: CacheReader, tokenizer: str | None) -> TokenText:
 
     Raises UserError for a named tokenizer that cannot be found or has other ids.
     """
-    return TokenText(_tokenizer_if_here(cache, tokenizer, "showing ids") or _Numbers())
+    return TokenText(tokenizer_if_here(cache, tokenizer, "showing ids") or _Numbers())
 
 
 def exact_text(cache: CacheReader, tokenizer: str | None) -> Callable[[int], str] | None:
@@ -49,7 +49,7 @@ def exact_text(cache: CacheReader, tokenizer: str | None) -> Callable[[int], str
 
     Raises UserError for a named tokenizer that cannot be found or has other ids.
     """
-    found = _tokenizer_if_here(cache, tokenizer, "without texts")
+    found = tokenizer_if_here(cache, tokenizer, "without texts")
     return None if found is None else functools.cache(TokenText(found).exact)
 
 
@@ -63,7 +63,7 @@ class _Numbers:
         return list(map(str, tokens))
 
 
-def _tokenizer_if_here(cache: CacheReader, name: str | None, otherwise: str) -> Any | None:
+def tokenizer_if_here(cache: CacheReader, name: str | None, otherwise: str) -> Any | None:
     """The named tokenizer, or the teacher's; None, with a warning that says what is done
     ``otherwise``, if the teacher's cannot be found.
     """
@@ -139,7 +139,7 @@ def generations(cache: CacheReader, tokenizer: str | None) -> Iterator[dict[str,
 
 def texts(cache: CacheReader) -> Iterator[str]:
     """The text of every sequence; nothing, with a warning, if its tokenizer cannot be found."""
-    found = _tokenizer_if_here(cache, None, f"{cache.path} is not searched")
+    found = tokenizer_if_here(cache, None, f"{cache.path} is not searched")
     if found is not None:
         for batch in cache.iter_column("input_ids"):
             for ids in batch:

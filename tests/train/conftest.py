@@ -29,20 +29,6 @@ def _sequences():
 made = _sequences()
 
 
-@pytest.fixture(autouse=True)
-def _unprinted_figures(request, monkeypatch):
-    """Figures are drawn but not rendered, which would take longer than the rest of a small run. A
-    test that needs them asks for ``printed_figures``.
-    """
-    if "printed_figures" not in request.fixturenames:
-        monkeypatch.setattr("logitcask.train.output.report._svg", lambda figure: "<svg></svg>")
-
-
-@pytest.fixture
-def printed_figures():
-    """Renders the report's figures as real SVG."""
-
-
 @pytest.fixture
 def write_cache(tmp_path, rng):
     """``write_cache(name, kind=..., shards=..., sequences=..., tokens=(low, high))``: writes a

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import functools
-import io
 import json
+import math
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-from jinja2 import Environment, FileSystemLoader, Template, select_autoescape
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
-
 from logitcask.cache_format.errors import UserError
+from logitcask.cache_format.pages.charts import LineChart, Series
+from logitcask.cache_format.pages.page import render, write_page
 from logitcask.train.output.metrics_file import RunMetrics, kind_of, of_teacher
+
+Log = list[dict[str, float]]
 
 METRICS = {
     "kl": ("KL to the teacher", "nats", "less is better"),
@@ -29,13 +27,13 @@ METRICS = {
 }
 """Metric, without its @k -> (title, unit, which way is better)."""
 
-_INK, _ACCENT, _SECOND, _THIRD, _QUIET = "#1f2933", "#0b6e99", "#c2571a", "#5b7f2b", "#9aa5b1"
+_HERE = Path(__file__).parent
 
 
 def write_report(
     path: Path,
     metrics: RunMetrics,
-    log: list[dict[str, float]],
+    log: Log,
     examples: list[dict[str, Any]],
     answers: list[dict[str, Any]],
 ) -> None:
@@ -48,28 +46,28 @@ def write_report(
     answers:  as ``logitcask.train.evaluation.answers.answers`` gives them.
     """
     k = metrics["k"]
-    page = _template().render(
+    page = render(
+        _HERE,
+        "report.html.jinja",
+        styles=[_HERE / "report.css"],
         metrics=metrics,
         rows=[_row(name, k, metrics) for name in metrics["before"]],
-        loss_chart=_loss_chart(log),
-        held_out_chart=_held_out_chart(metrics, log),
-        agreement_chart=_agreement_chart(metrics, log)
-        if "top1_agreement" in metrics["before"]
-        else "",
+        charts=[
+            chart
+            for chart in (
+                _held_out(metrics, log),
+                _agreement(metrics, log),
+                _losses(log),
+                _logged("Learning rate", "", "learning_rate", log),
+                _logged("Gradient norm", "before clipping", "grad_norm", log),
+                _speed(log),
+            )
+            if any(each.x for each in chart.series)
+        ],
         examples=examples,
         answers=answers,
     )
-    path.write_text(page, encoding="utf-8")
-
-
-@functools.cache
-def _template() -> Template:
-    """The page's template, compiled once a process: a sweep writes many pages."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=select_autoescape(["html", "jinja"]),
-    )
-    return environment.get_template("report.html.jinja")
+    write_page(path, page, replace=True)
 
 
 def _row(name: str, k: int, metrics: RunMetrics) -> dict[str, str]:
@@ -83,8 +81,14 @@ def _row(name: str, k: int, metrics: RunMetrics) -> dict[str, str]:
         "teacher": "" if teacher is None else _number(teacher, unit),
         "better": better,
         "kind": kind_of(metrics, name),
-        "improved": "yes" if (after < before) == better.startswith("less") else "no",
+        "improved": _improved(before, after, less=better.startswith("less")),
     }
+
+
+def _improved(before: float, after: float, *, less: bool) -> str:
+    if after == before:
+        return "unchanged"
+    return "better" if (after < before) == less else "worse"
 
 
 def _number(value: float, unit: str) -> str:
@@ -93,102 +97,80 @@ def _number(value: float, unit: str) -> str:
     return f"{value:,.3f} {unit}".strip() if value < 1e4 else f"{value:,.0f} {unit}".strip()
 
 
-def _loss_chart(log: list[dict[str, float]]) -> str:
-    records = [record for record in log if "loss" in record]
-    figure, axes = _canvas("training loss", "step", "nats per position (weighted sum in black)")
-    steps = [record["step"] for record in records]
-    axes.plot(steps, [record["loss"] for record in records], color=_INK, linewidth=2, label="total")
-    parts = sorted({key for record in records for key in record if key.startswith("loss_")})
-    for part, colour in zip(parts, (_ACCENT, _SECOND, _THIRD, _QUIET), strict=False):
-        points = [(record["step"], record[part]) for record in records if part in record]
-        axes.plot(
-            *zip(*points, strict=True),
-            color=colour,
-            linewidth=1.3,
-            label=part.removeprefix("loss_"),
-        )
-    if records:
-        axes.legend(frameon=False)
-    return _svg(figure)
-
-
-def _held_out_chart(metrics: RunMetrics, log: list[dict[str, float]]) -> str:
-    figure, axes = _canvas("held-out text", "step", "nats per position")
+def _held_out(metrics: RunMetrics, log: Log) -> LineChart:
     kind = kind_of(metrics, "kl")
-    for key, colour, label in (
-        ("kl", _ACCENT, f"KL to the teacher{f' ({kind})' if kind else ''}"),
-        ("ce", _SECOND, "cross-entropy on the text"),
-    ):
-        steps, values = _curve(key, metrics, log)
-        axes.plot(steps, values, color=colour, linewidth=2, marker="o", markersize=4, label=label)
-    if (of_teacher := metrics["teacher"]["ce"]) is not None:
-        axes.axhline(
-            of_teacher,
-            color=_QUIET,
-            linestyle="--",
-            linewidth=1.3,
-            label="the teacher's cross-entropy",
-        )
-    axes.set_ylim(bottom=0)
-    axes.legend(frameon=False)
-    return _svg(figure)
+    teacher = metrics["teacher"]["ce"]
+    series = [
+        Series(f"KL to the teacher{f' ({kind})' if kind else ''}", *_curve("kl", metrics, log)),
+        Series("cross-entropy on the text", *_curve("ce", metrics, log)),
+    ]
+    if teacher is not None:
+        steps = [0.0, float(metrics["steps"])]
+        series.append(Series("the teacher's cross-entropy", steps, [float(teacher)] * 2))
+    return LineChart("Held-out text", "step", "nats per position", series)
 
 
-def _agreement_chart(metrics: RunMetrics, log: list[dict[str, float]]) -> str:
+def _agreement(metrics: RunMetrics, log: Log) -> LineChart:
     k = metrics["k"]
-    figure, axes = _canvas("agreement with the teacher, held-out text", "step", "% of positions")
-    for key, colour, label in (
-        ("top1_agreement", _ACCENT, "top-1 agreement"),
-        (f"mor@{k}", _SECOND, f"overlap of both top-{k} (MOR@{k})"),
-        (f"cr@{k}", _THIRD, f"identical top-{k} (CR@{k})"),
-    ):
-        steps, values = _curve(key, metrics, log)
-        axes.plot(
-            steps,
-            [100 * v for v in values],
-            color=colour,
-            linewidth=2,
-            marker="o",
-            markersize=4,
-            label=label,
-        )
-    axes.set_ylim(0, min(100, axes.get_ylim()[1] * 1.15))
-    axes.legend(frameon=False)
-    return _svg(figure)
+    labels = {
+        "top1_agreement": "top-1 agreement",
+        f"mor@{k}": f"overlap of both top-{k} (MOR@{k})",
+        f"cr@{k}": f"identical top-{k} (CR@{k})",
+    }
+    return LineChart(
+        "Agreement with the teacher, held-out text",
+        "step",
+        "share of positions",
+        [
+            Series(label, *_curve(name, metrics, log))
+            for name, label in labels.items()
+            if name in metrics["before"]
+        ],
+        unit="%",
+    )
 
 
-def _curve(
-    key: str, metrics: RunMetrics, log: list[dict[str, float]]
-) -> tuple[list[float], list[float]]:
+def _losses(log: Log) -> LineChart:
+    """The weighted sum of all losses, and each of them without its weight."""
+    parts = sorted({name for record in log for name in record if name.startswith("loss_")})
+    labels = {"loss": "weighted sum"} | {name: name.removeprefix("loss_") for name in parts}
+    series = [Series(label, *_column(name, log)) for name, label in labels.items()]
+    return LineChart("Training losses", "step", "nats per position", series)
+
+
+def _logged(title: str, unit: str, name: str, log: Log) -> LineChart:
+    return LineChart(title, "step", unit, [Series(title.lower(), *_column(name, log))])
+
+
+def _speed(log: Log) -> LineChart:
+    """Kept positions per second between two records. Both are logged as sums over the run."""
+    records = [record for record in log if {"positions", "seconds"} <= record.keys()]
+    steps, speeds, before = [], [], {"positions": 0.0, "seconds": 0.0}
+    for record in records:
+        seconds = record["seconds"] - before["seconds"]
+        if seconds > 0:
+            steps.append(record["step"])
+            speeds.append((record["positions"] - before["positions"]) / seconds)
+        before = record
+    return LineChart("Speed", "step", "kept positions per second", [Series("speed", steps, speeds)])
+
+
+def _column(name: str, log: Log) -> tuple[list[float], list[float]]:
+    """Steps and values of a name in the training records; a value that is not a number is a gap."""
+    records = [record for record in log if name in record and "loss" in record]
+    values = [record[name] for record in records]
+    return [record["step"] for record in records], [
+        math.nan if value is None else float(value) for value in values
+    ]
+
+
+def _curve(key: str, metrics: RunMetrics, log: Log) -> tuple[list[float], list[float]]:
     """The values of a held-out metric from before the first step to after the last."""
     points = {0.0: metrics["before"][key]}
     points |= {record["step"]: record[f"eval_{key}"] for record in log if f"eval_{key}" in record}
     points[metrics["steps"]] = metrics["after"][key]
     steps = sorted(points)
     return steps, [points[step] for step in steps]
-
-
-def _canvas(title: str, x: str, y: str) -> tuple[Figure, Any]:
-    figure = Figure(figsize=(7.2, 3.6), layout="constrained")
-    axes = figure.add_subplot()
-    axes.set_title(title, loc="left", color=_INK, fontsize=12)
-    axes.set_xlabel(x, color=_INK)
-    axes.set_ylabel(y, color=_INK)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(axis="y", color="#e4e7eb", linewidth=0.8)
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
-def _svg(figure: Figure) -> str:
-    """The figure as an SVG element with real text, in the page's font and searchable."""
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "logitcask"}):
-        buffer = io.StringIO()
-        figure.savefig(
-            buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        )
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]
 
 
 def rewrite_report(output: Path) -> Path:

@@ -139,7 +139,7 @@ def test_the_reference_is_part_of_a_run(run, stores, tmp_path, caplog):
     page = (out / "report.html").read_text()
     assert "sequences of the reference cache" in page
     assert "KL to the teacher (estimate)" in page
-    assert "<td>estimate</td>" in page
+    assert "estimate; less is better" in page
     table = summary(metrics).splitlines()
     assert table[0].startswith("on the reference")
     assert table[1].startswith("kl ")

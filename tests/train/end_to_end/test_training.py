@@ -34,7 +34,6 @@ from logitcask.train.run import train
 STEPS = 12  # what the fixture `config` trains for
 
 
-@pytest.mark.usefixtures("printed_figures")
 def test_a_student_comes_closer_to_its_teacher(config, tiny_llama):
     metrics, found = train(config())
     output = config().output_dir
@@ -60,10 +59,8 @@ def test_a_student_comes_closer_to_its_teacher(config, tiny_llama):
     student = AutoModelForCausalLM.from_pretrained(output)
     assert student.config.num_hidden_layers == 1
     page = (output / "report.html").read_text()
-    assert page.count("<svg") == 3
-    assert "http" not in page.replace("http://www.w3.org", "").replace(
-        "http://purl.org", ""
-    ).replace("http://creativecommons.org", "")
+    assert page.count('<figure class="chart">') == 6
+    assert "http" not in page.replace("http-equiv", "")
     assert f"{metrics['after']['kl']:.3f} nats" in page
     assert f"forward_kl ({metrics['exactness']['forward_kl']})" in page
     assert "library_name: transformers" in (output / "README.md").read_text()

@@ -1,0 +1,227 @@
+"""Charts of a page: the numbers of a line chart, a histogram or bars, placed on a plot.
+
+``charts.html.jinja`` draws them. The lines are SVG that stretches to any width; titles, ticks and
+legends are HTML text, so that they keep their size on a phone. Series differ in dashes as well as
+in colours. Each chart has its values as a table.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, NamedTuple
+
+SIDE = 1000
+"""Width and height of a plot in units of its SVG."""
+
+Unit = Literal["", "%"]
+
+
+class Tick(NamedTuple):
+    """A mark of an axis: its place in percent of the axis, and its text."""
+
+    place: float
+    text: str
+
+
+class Series(NamedTuple):
+    """A line. ``x`` ascends; a value that is not finite leaves a gap."""
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+
+
+def number(value: float, unit: Unit = "") -> str:
+    """Three digits of a number, or a share in percent."""
+    if not math.isfinite(value):
+        return "–"
+    if unit == "%":
+        return f"{100 * value:.1f} %"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def nice_ticks(low: float, high: float, most: int = 6) -> list[float]:
+    """Multiples of 1, 2 or 5 times a power of ten, from at most ``low`` to at least ``high``."""
+    span = high - low if high > low else abs(high) or 1.0
+    rough = span / (most - 1)
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(power * each for each in (1, 2, 5, 10) if power * each >= rough * (1 - 1e-9))
+    first = math.floor(low / step + 1e-9)
+    last = max(first + 1, math.ceil(high / step - 1e-9))
+    return [each * step for each in range(first, last + 1)]
+
+
+@dataclass(frozen=True)
+class LineChart:
+    """Lines over one x axis.
+
+    ticks: values of x that have a mark; None chooses them.
+    log:   whether x is logarithmic; it needs ``ticks``.
+    zero:  whether the y axis begins at 0.
+    unit:  of y; y_label names it in words.
+    """
+
+    title: str
+    x_label: str
+    y_label: str
+    series: Sequence[Series]
+    ticks: Sequence[float] | None = None
+    log: bool = False
+    zero: bool = True
+    unit: Unit = ""
+    note: str = ""
+
+    kind = "line"
+
+    @cached_property
+    def _y_ticks(self) -> list[float]:
+        values = [y for each in self.series for y in each.y if math.isfinite(y)] or [0.0]
+        return nice_ticks(min(0.0, *values) if self.zero else min(values), max(values))
+
+    @cached_property
+    def _x_range(self) -> tuple[float, float]:
+        values = [x for each in self.series for x in each.x] or [0.0]
+        values += self.ticks or []
+        low, high = min(values), max(values)
+        return low, high if high > low else low + 1
+
+    def _x(self, value: float) -> float:
+        low, high = self._x_range
+        if self.log:
+            value, low, high = math.log(value), math.log(low), math.log(high)
+        return (value - low) / (high - low)
+
+    def _y(self, value: float) -> float:
+        low, high = self._y_ticks[0], self._y_ticks[-1]
+        return (value - low) / (high - low)
+
+    def x_ticks(self) -> list[Tick]:
+        values = self.ticks
+        if values is None:
+            low, high = self._x_range
+            values = [each for each in nice_ticks(low, high) if low <= each <= high]
+        return [Tick(100 * self._x(each), number(each)) for each in values]
+
+    def y_ticks(self) -> list[Tick]:
+        return [
+            Tick(100 * self._y(each), number(each, self.unit).replace(".0 %", " %"))
+            for each in self._y_ticks
+        ]
+
+    def paths(self) -> list[str]:
+        """The SVG path of each series, in units of ``SIDE``."""
+        return [self._path(each) for each in self.series]
+
+    def _path(self, series: Series) -> str:
+        parts, pen = [], "M"
+        for x, y in zip(series.x, series.y, strict=True):
+            if math.isfinite(y):
+                parts.append(f"{pen}{SIDE * self._x(x):.1f} {SIDE * (1 - self._y(y)):.1f}")
+                pen = "L"
+            else:
+                pen = "M"
+        return "".join(parts)
+
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        """Header and rows of the values; an x that a series lacks leaves its cell empty."""
+        at = sorted({x for each in self.series for x in each.x})
+        known = [dict(zip(each.x, each.y, strict=True)) for each in self.series]
+        rows = [
+            [number(x), *(number(values[x], self.unit) if x in values else "" for values in known)]
+            for x in at
+        ]
+        return [self.x_label, *(each.label for each in self.series)], rows
+
+    def summary(self) -> str:
+        """The chart in a sentence, for those who do not see it."""
+        found = [
+            f"{each.label} from {number(each.y[0], self.unit)} to {number(each.y[-1], self.unit)}"
+            for each in self.series
+            if len(each.y)
+        ]
+        return f"{self.title}, {self.y_label} against {self.x_label}: {'; '.join(found)}"
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Counts of values between ``edges``, which ascend in equal steps; one more than counts."""
+
+    title: str
+    x_label: str
+    y_label: str
+    edges: Sequence[float]
+    counts: Sequence[int]
+    unit: Unit = ""
+    note: str = ""
+
+    kind = "histogram"
+
+    @cached_property
+    def _y_ticks(self) -> list[float]:
+        return nice_ticks(0, max([*self.counts, 1]), 5)
+
+    def x_ticks(self) -> list[Tick]:
+        low, high = self.edges[0], self.edges[-1]
+        return [
+            Tick(100 * (each - low) / (high - low), number(each, self.unit).replace(".0 %", " %"))
+            for each in nice_ticks(low, high)
+            if low <= each <= high
+        ]
+
+    def y_ticks(self) -> list[Tick]:
+        return [Tick(100 * each / self._y_ticks[-1], number(each)) for each in self._y_ticks]
+
+    def bars(self) -> list[tuple[float, float, float, float]]:
+        """x, y, width and height of each bar, in units of ``SIDE``."""
+        width, top = SIDE / len(self.counts), self._y_ticks[-1]
+        return [
+            (at * width + width * 0.06, SIDE - SIDE * count / top, width * 0.88, SIDE * count / top)
+            for at, count in enumerate(self.counts)
+        ]
+
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        rows = [
+            [f"{number(low, self.unit)} to {number(high, self.unit)}", f"{count:,}"]
+            for low, high, count in zip(self.edges, self.edges[1:], self.counts, strict=False)
+        ]
+        return [self.x_label, self.y_label], rows
+
+    def summary(self) -> str:
+        """The chart in a sentence, for those who do not see it."""
+        most = max(range(len(self.counts)), key=self.counts.__getitem__)
+        low, high = number(self.edges[most], self.unit), number(self.edges[most + 1], self.unit)
+        return (
+            f"{self.title}: {sum(self.counts):,} {self.y_label}, most of them from {low} to {high}"
+        )
+
+
+class Bar(NamedTuple):
+    """A bar with its name, its value, and the value in words. ``note`` is shown dim."""
+
+    label: str
+    value: float
+    shown: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Bars:
+    """Horizontal bars from 0, one a row."""
+
+    title: str
+    y_label: str
+    bars: Sequence[Bar]
+    note: str = ""
+
+    kind = "bars"
+
+    def widths(self) -> list[float]:
+        """Percent of the longest bar."""
+        most = max((each.value for each in self.bars), default=0) or 1
+        return [100 * max(0.0, each.value) / most for each in self.bars]
+
+
+Chart = LineChart | Histogram | Bars

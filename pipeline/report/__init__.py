@@ -1,0 +1,1 @@
+"""The report on a cache: ``teacher-cache report``."""

@@ -1,0 +1,118 @@
+"""Charts: places on the plot, ticks, and the tables beside them."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import numpy as np
+import pytest
+
+from logitcask.cache_format.pages.charts import (
+    SIDE,
+    Bar,
+    Bars,
+    Histogram,
+    LineChart,
+    Series,
+    nice_ticks,
+    number,
+)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "ticks"),
+    [
+        (0, 10, [0, 2, 4, 6, 8, 10]),
+        (0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1]),
+        (0, 0.77, [0, 0.2, 0.4, 0.6, 0.8]),
+        (-3, 4, [-4, -2, 0, 2, 4]),
+        (5, 5, [5, 6]),
+        (0, 0, [0, 0.2]),
+    ],
+)
+def test_ticks(low, high, ticks):
+    np.testing.assert_allclose(nice_ticks(low, high), ticks, atol=1e-12)
+
+
+def test_ticks_hold_all_values(rng):
+    for low, span in zip(rng.normal(0, 1e3, 200), np.exp(rng.uniform(-8, 25, 200)), strict=True):
+        ticks = nice_ticks(low, low + span)
+        slack = 1e-6 * (ticks[1] - ticks[0])
+        assert ticks[0] <= low + slack
+        assert ticks[-1] >= low + span - slack
+        assert 2 <= len(ticks) <= 8
+        mantissa = (ticks[1] - ticks[0]) / 10.0 ** math.floor(
+            math.log10(ticks[1] - ticks[0]) + 1e-9
+        )
+        assert min(abs(mantissa - nice) for nice in (1, 2, 5, 10)) < 1e-3
+
+
+def points(path):
+    return [tuple(map(float, pair)) for pair in re.findall(r"[ML]([-\d.]+) ([-\d.]+)", path)]
+
+
+def test_lines_are_where_their_values_are():
+    chart = LineChart("t", "step", "nats", [Series("a", [0, 5, 10], [0, 2.5, 5])])
+    assert points(chart.paths()[0]) == [(0, SIDE), (SIDE / 2, SIDE / 2), (SIDE, 0)]
+    assert [(tick.place, tick.text) for tick in chart.y_ticks()][-1] == (100, "5")
+    assert [tick.text for tick in chart.x_ticks()] == ["0", "2", "4", "6", "8", "10"]
+
+
+def test_a_logarithmic_axis():
+    chart = LineChart("t", "k", "share", [Series("a", [1, 4, 16], [1, 1, 1])], [1, 4, 16], log=True)
+    assert [x for x, _ in points(chart.paths()[0])] == [0, SIDE / 2, SIDE]
+    assert [tick.place for tick in chart.x_ticks()] == [0, 50, 100]
+
+
+def test_a_value_that_is_not_finite_leaves_a_gap():
+    series = Series("a", [0, 1, 2, 3], [1, math.nan, math.inf, 2])
+    chart = LineChart("t", "x", "y", [series])
+    assert chart.paths()[0].count("M") == 2
+    assert len(points(chart.paths()[0])) == 2
+    assert [row[1] for row in chart.table()[1]] == ["1", "–", "–", "2"]
+
+
+def test_the_table_has_every_value():
+    chart = LineChart(
+        "t", "x", "y", [Series("a", [0, 2], [0.5, 1]), Series("b", [2, 3], [0.25, 0])], unit="%"
+    )
+    assert chart.table() == (
+        ["x", "a", "b"],
+        [["0", "50.0 %", ""], ["2", "100.0 %", "25.0 %"], ["3", "", "0.0 %"]],
+    )
+
+
+def test_an_empty_chart_is_drawn():
+    chart = LineChart("t", "x", "y", [Series("a", [], [])])
+    assert (chart.paths(), chart.table()[1]) == ([""], [])
+    assert chart.summary()
+    assert Bars("t", "y", []).widths() == []
+
+
+def test_histograms():
+    chart = Histogram("t", "nats", "positions", [0, 1, 2], [3, 12])
+    assert chart.y_ticks()[-1].text == "15"
+    (x, y, width, height), second = chart.bars()
+    assert (y, height) == (SIDE * 12 / 15, SIDE * 3 / 15)
+    assert second[0] - x == SIDE / 2 > width
+    assert second[3] == pytest.approx(SIDE * 12 / 15)
+    assert chart.table()[1] == [["0 to 1", "3"], ["1 to 2", "12"]]
+    assert "15 positions, most of them from 1 to 2" in chart.summary()
+
+
+def test_bars():
+    chart = Bars("t", "y", [Bar("a", 2, "2"), Bar("b", 0.5, "0.5"), Bar("c", -1, "-1")])
+    assert chart.widths() == [100, 25, 0]
+
+
+def test_numbers():
+    assert [number(each) for each in (0, 0.12345, 12.345, 999.4, 123456.0, math.nan)] == [
+        "0",
+        "0.123",
+        "12.3",
+        "999",
+        "123,456",
+        "–",
+    ]
+    assert number(0.1234, "%") == "12.3 %"

@@ -1,0 +1,218 @@
+"""The report of a run: numbers of the log and the metrics, hostile text, and the page in a browser."""
+
+from __future__ import annotations
+
+import re
+from html import unescape
+
+import pytest
+
+from logitcask.train.output.report import METRICS, write_report
+
+STEPS = 6
+
+
+@pytest.fixture
+def metrics():
+    names = [
+        "kl",
+        "reverse_kl",
+        "ce",
+        "perplexity",
+        "top1_agreement",
+        "mor@5",
+        "cr@5",
+        "spearman@5",
+        "ece",
+    ]
+    return {
+        "before": {name: 2.0 + 0.1 * i for i, name in enumerate(names)},
+        "after": {name: 1.0 + 0.1 * i for i, name in enumerate(names)},
+        "teacher": {"ce": 0.75, "perplexity": 2.117, "model": "the teacher", "engine": "none", "positions": 9},
+        "rouge_l": {"before": 0.125, "after": 0.25, "answers": 1},
+        "k": 5,
+        "kl_tail": "samples",
+        "kl_kind": "The KL is an estimate.",
+        "kinds": {"kl": "unbiased"},
+        "steps": STEPS,
+        "final_loss": 1.0,
+        "seconds": 12.0,
+        "positions_trained": 600,
+        "train_sequences": 3,
+        "held_out_sequences": 1,
+        "held_out_positions": 9,
+        "losses": [["forward_kl", "1.0"]],
+        "exactness": {"forward_kl": "unbiased"},
+        "student": {"parameters": 1234567, "trained": 1, "architecture": "A"},
+        "cache": {"path": "caches/c", "fingerprint": "f" * 64, "source": "s", "tokens": 4321, "bytes_per_token": 40.9},
+        "run": "a run",
+        "seed": 1,
+        "created_by": "logitcask",
+        "config": {},
+    }  # fmt: skip
+
+
+@pytest.fixture
+def log(rng):
+    records = [
+        {
+            "step": step,
+            "loss": float(rng.random() + 1),
+            "loss_forward_kl": float(rng.random()),
+            "loss_ce": float(rng.random()),
+            "grad_norm": float(rng.random() * 10),
+            "learning_rate": 1e-4 * step,
+            "positions": 100 * step,
+            "seconds": 2.0 * step if step < 4 else 2.0 * step + 4,
+        }
+        for step in range(1, STEPS + 1)
+    ]
+    return [
+        *records[:3],
+        {"step": 3, "eval_kl": 1.5, "eval_ce": 1.6, "eval_top1_agreement": 0.4},
+        *records[3:],
+    ]
+
+
+EXAMPLES = [
+    {
+        "context": "once\nupon",
+        "target": " a",
+        "teacher": [(" a", 0.75), ("\n", 0.25)],
+        "before": [("x", 0.5)],
+        "after": [(" a", 1.0)],
+    }
+]
+ANSWERS = [{"prompt": "why", "reference": "because", "student": "so", "rouge_l": 0.25}]
+
+
+@pytest.fixture
+def page(tmp_path):
+    """``page(metrics, log, examples, answers)``: the HTML."""
+
+    def write(metrics, log, examples=EXAMPLES, answers=ANSWERS):
+        write_report(tmp_path / "report.html", metrics, log, examples, answers)
+        return (tmp_path / "report.html").read_text()
+
+    return write
+
+
+def charts(html):
+    """Title -> (header, rows) of the table of each chart."""
+    found = {}
+    for figure in re.findall(r'<figure class="chart">.*?</figure>', html, re.DOTALL):
+        title = re.search(r"<figcaption>(.*?) <span", figure)[1]
+        cells = [
+            [unescape(cell) for cell in re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row)]
+            for row in re.findall(r"<tr>(.*?)</tr>", figure)
+        ]
+        found[title] = cells[0], cells[1:]
+    return found
+
+
+def test_the_charts_have_the_numbers_of_the_log(page, metrics, log):
+    found = charts(page(metrics, log))
+    assert list(found) == ["Held-out text", "Agreement with the teacher, held-out text", "Training losses", "Learning rate", "Gradient norm", "Speed"]  # fmt: skip
+    assert found["Held-out text"] == (
+        ["step", "KL to the teacher (estimate)", "cross-entropy on the text", "the teacher's cross-entropy"],
+        [["0", "2", "2.2", "0.75"], ["3", "1.5", "1.6", ""], ["6", "1", "1.2", "0.75"]],
+    )  # fmt: skip
+    training = [record for record in log if "loss" in record]
+    header, rows = found["Training losses"]
+    assert header == ["step", "weighted sum", "ce", "forward_kl"]
+    for row, record in zip(rows, training, strict=True):
+        values = [record["step"], record["loss"], record["loss_ce"], record["loss_forward_kl"]]
+        assert row == [f"{value:.3g}" for value in values]
+    for title, name in (("Learning rate", "learning_rate"), ("Gradient norm", "grad_norm")):
+        assert found[title][1] == [[str(r["step"]), f"{r[name]:.3g}"] for r in training]
+    # 100 positions in 2 seconds, but for one step of 6 seconds.
+    assert [row[1] for row in found["Speed"][1]] == ["50", "50", "50", "16.7", "50", "50"]
+
+
+def test_every_metric_is_in_the_table(page, metrics, log):
+    html = page(metrics, log)
+    assert len(metrics["before"]) == len(METRICS)
+    for name, before in metrics["before"].items():
+        title, unit, better = METRICS[name.partition("@")[0]]
+        scale, digits, unit = (100, 1, " %") if unit == "%" else (1, 3, f" {unit}".rstrip())
+        row = re.search(
+            rf'<th scope="row">{re.escape(title.format(k=5))} <span class="quiet note">(.*?)</span></th>(.*?)</tr>',
+            html,
+        )
+        assert row[1].endswith(better)
+        cells = re.findall(r"<td[^>]*>(.*?)</td>", row[2])
+        expected = [
+            f"{scale * value:.{digits}f}{unit}" for value in (before, metrics["after"][name])
+        ]
+        assert cells[:2] == expected
+    assert "estimate; less is better" in html
+    assert (
+        'card better"><span class="name">KL to the teacher (estimate)</span><span class="now">1.000 nats'
+        in html
+    )
+    assert 'card worse"><span class="name">Top-1 agreement' in html
+    assert "0.750 nats" in html
+
+
+def test_predictions_and_answers(page, metrics, log):
+    text = " ".join(unescape(re.sub(r"<[^>]+>", " ", page(metrics, log))).split())
+    assert (
+        "…once upon next a teacher a 75 % \\n 25 % student before x 50 % student after a 100 %"
+        in text
+    )
+    assert "Rouge-L with the cached answers over 1 of them: 0.125 before, 0.250 after." in text
+    assert "student, Rouge-L 0.250 so" in text
+
+
+def test_hostile_text_stays_text(page, metrics, log):
+    evil = "</style><script>alert(1)</script>{{ 7 * 7 }}\u202e\x1b"
+    metrics |= {
+        "run": evil,
+        "teacher": metrics["teacher"] | {"model": evil},
+        "cache": metrics["cache"] | {"path": evil},
+    }
+    example = {**EXAMPLES[0], "context": evil, "target": evil, "teacher": [(evil, 1.0)]}
+    html = page(metrics, log, [example], [{**ANSWERS[0], "student": evil}])
+    assert "<script" not in html
+    assert html.count("</style>") == 1
+    assert html.count("{{ 7 * 7 }}") == 9
+    assert "script-src &#39;none&#39;" in html
+
+
+def test_an_old_report_of_the_run_is_replaced(page, tmp_path, metrics, log):
+    (tmp_path / "report.html").write_text("<html>of an older version</html>")
+    assert "older" not in page(metrics, log)
+    assert len(page(metrics, log)) < 100_000
+
+
+def test_without_a_log(page, metrics):
+    assert list(charts(page(metrics, []))) == [
+        "Held-out text",
+        "Agreement with the teacher, held-out text",
+    ]
+
+
+def test_a_value_that_is_not_a_number_is_a_gap(page, metrics, log):
+    log[0]["grad_norm"] = float("nan")
+    assert charts(page(metrics, log))["Gradient norm"][1][0] == ["1", "–"]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("width", [390, 1000, 1600])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_in_a_browser(chromium, page, tmp_path, metrics, log, width, scheme):
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright")
+    page(metrics, log)
+    context = chromium.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    context.set_default_timeout(300_000)
+    opened, wrong, requests = context.new_page(), [], []
+    opened.on("console", lambda message: wrong.append(message.text))
+    opened.on("request", lambda request: requests.append(request.url))
+    opened.goto(f"file://{tmp_path}/report.html")
+    for each in opened.locator("details.values summary").all():
+        each.click()
+    found = axe.Axe().run(opened).response["violations"]
+    assert [(each["id"], each["nodes"][0]["html"]) for each in found] == []
+    assert opened.evaluate("document.documentElement.scrollWidth") <= width
+    assert (wrong, len(requests)) == ([], 1)
+    context.close()
