@@ -9,7 +9,15 @@ from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from logitcask.cache_format.errors import CacheError, DamagedCacheError, UnsupportedCacheError
 from logitcask.cache_format.schema import (
@@ -19,6 +27,7 @@ from logitcask.cache_format.schema import (
     MAX_DRAWS,
     MAX_VOCAB_SIZE,
     SCALAR_STEP,
+    WRITER_LOGPROBS,
 )
 
 MAX_MANIFEST_BYTES = 64 << 20
@@ -75,14 +84,30 @@ class TokenizerIdentity(_Part):
     chat_template_sha256: str | None = None
 
 
+class WriterIdentity(_Part):
+    """The model that wrote the text, if it is not the teacher, and its sampling."""
+
+    model: str = Field(description="As the user named it.")
+    revision: str | None = Field(None, description="Commit of a hub model.")
+    weights_sha256: str | None = Field(None, description="Of the weight files of a local model.")
+    backend: str
+    engine: str
+    dtype: str
+    vocab_size: int = Field(ge=2, le=MAX_VOCAB_SIZE)
+    temperature: float = Field(ge=0, description="Of the sampling, not of the stored logprobs.")
+    top_p: float = Field(gt=0, le=1)
+    seed: int
+
+
 class GenerationIdentity(_Part):
-    """The writing of the text by the teacher: settings in ``config``, ``sha256`` of the text."""
+    """The writing of the text by a model: settings in ``config``, ``sha256`` of the text."""
 
     prompts_sha256: str = Field(description="Over ids and tokens of all prompts.")
     end_tokens: tuple[int, ...] = Field(description="Ids that end an answer, and belong to it.")
     max_new_tokens: int | None = Field(
         None, description="Longest answer; null: as long as max_length allows."
     )
+    writer: WriterIdentity | None = Field(None, description="null: the teacher wrote.")
 
 
 class DataIdentity(_Part):
@@ -93,14 +118,12 @@ class DataIdentity(_Part):
     kind: Literal["documents", "chats", "mixed"]
     mask_policy: str = Field(
         description="all: every token but the first; assistant: the assistant's; completion: those of the "
-        "completions; generated: what the teacher wrote; mixed: several of the first three."
+        "completions; generated: what the teacher or another model wrote; mixed: several of the first three."
     )
     max_length: int
     overlong: str
     sha256: str = Field(description="Over ids, tokens and masks of all sequences in order.")
-    generation: GenerationIdentity | None = Field(
-        None, description="Where the teacher wrote the text itself."
-    )
+    generation: GenerationIdentity | None = Field(None, description="Where a model wrote the text.")
     stamp: str | None = Field(
         None,
         description="Cheap identity of the source (sizes, times), to see at once if it changed.",
@@ -144,6 +167,20 @@ class StoreSettings(_Part):
         description="Largest rounding error of a stored logprob, nats; null: half of logprob_step.",
     )
     scalar_step: float = Field(SCALAR_STEP, gt=0, le=1, description="Grid of the scalars, nats.")
+    writer_logprobs: bool = Field(
+        False,
+        description="Whether the logprobs of the text's writer are stored; absent if not.",
+    )
+
+    @model_serializer(mode="wrap")
+    def _without_absent(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without ``writer_logprobs`` if it is false, as versions before it wrote and hashed
+        it.
+        """
+        fields: dict[str, Any] = serialise(self)
+        if not self.writer_logprobs:
+            fields.pop("writer_logprobs", None)
+        return fields
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -161,6 +198,11 @@ class StoreSettings(_Part):
     def ragged(self) -> bool:
         """Whether heads may differ in size."""
         return self.top_p is not None or self.min_probability is not None
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """The ``required_features`` of a cache with these settings."""
+        return (WRITER_LOGPROBS,) if self.writer_logprobs else ()
 
     @property
     def bytes_per_draw(self) -> int:
@@ -277,6 +319,14 @@ class Header(_Part):
     )
     config: dict[str, Any] = Field(default_factory=dict, description="The build config as given.")
     derived_from: DerivedFrom | None = Field(None, description="Where it was made of other caches.")
+
+    @model_validator(mode="after")
+    def _features_are_named(self) -> Self:
+        if set(self.store.features) != set(self.required_features) & KNOWN_FEATURES:
+            raise ValueError(
+                f"required_features is {list(self.required_features)}, but the store's fields need {list(self.store.features)}"
+            )
+        return self
 
     def content_identity(self, *, as_written: bool = False) -> dict[str, Any]:
         """Everything that decides the content. ``fingerprint`` is its hash.

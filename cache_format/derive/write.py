@@ -115,6 +115,7 @@ def write(
     """The sequences of all parts as one cache at ``output``."""
     first = parts[0].cache.manifest
     header = Header(
+        required_features=store.features,
         created_by=f"logitcask {version('logitcask')}",
         teacher=first.teacher,
         tokenizer=first.tokenizer,

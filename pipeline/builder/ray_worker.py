@@ -193,7 +193,7 @@ class ShardWorker:
             config.teacher, max_length=config.data.max_length, capture=config.store.capture()
         )
         header = plan.header(
-            self._teacher.identity(), config.store.settings(self._teacher.vocab_size)
+            self._teacher.identity(), config.store_settings(self._teacher.vocab_size)
         )
         if not worker.begun:
             # A worker that starts this early would wait for the first one, so it does the same

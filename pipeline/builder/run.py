@@ -143,11 +143,11 @@ def _score_here(
 ) -> tuple[Header, float, int]:
     """Scores and commits shards with a teacher in this process."""
     teacher = engine.start()
-    if config.data.generate is not None:
+    if config.data.generate is not None and config.writer is None:
         check_teacher(writer.build_dir, teacher.identity())
     tokens = sum(plan.shards[index].tokens for index in pending)
     try:
-        header = plan.header(teacher.identity(), config.store.settings(teacher.vocab_size))
+        header = plan.header(teacher.identity(), config.store_settings(teacher.vocab_size))
         with (
             Progress(tokens, len(pending), bar=True, file=config.log_file()) as progress,
             at_safe_points(),
