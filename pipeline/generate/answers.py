@@ -19,7 +19,7 @@ import math
 import time
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -437,7 +437,7 @@ def cut(
     return WrittenAnswer(ids, finish if len(content) else "empty")
 
 
-def _sampled(writer: Writer, prompts: Iterable[Prompt]) -> Iterator[SampledAnswer]:
+def _sampled(writer: Writer, prompts: Iterable[Prompt]) -> Generator[SampledAnswer, None, None]:
     """The writer's answers, checked. Raises UserError for a logprob that is none."""
     for answer in writer.sample(prompts):
         logprobs = answer.logprobs
