@@ -15,13 +15,17 @@ log = logging.getLogger(__name__)
 
 
 class LazyTeacher:
-    """The teacher, started at its first use. The same engine writes answers and scores them."""
+    """The teacher, started at its first use. The same engine writes answers and scores them.
+
+    writing_seconds: time in which the build's answers were written, by whichever model.
+    """
 
     def __init__(
         self, config: BuildConfig, inputs: Inputs, build_dir: Path, *, who: str = "teacher"
     ) -> None:
         self._config, self._inputs, self._build_dir, self._who = config, inputs, build_dir, who
         self._teacher: Teacher | None = None
+        self.writing_seconds = 0.0
 
     def start(self, sampling: Sampling | None = None) -> Teacher:
         """The started teacher. If this call starts it with ``sampling``, it can also write text."""

@@ -133,6 +133,8 @@ def make_plan(
                 text = _written(
                     prompts, source, build_dir, config, as_teacher, request, writers, writer
                 )
+    if isinstance(text, Generations):
+        engine.writing_seconds = text.seconds
     with ProgressBar(
         unit="tok", unit_scale=True, desc="tokenise", leave=False, total=config.data.max_tokens
     ) as bar:

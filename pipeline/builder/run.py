@@ -40,12 +40,15 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class BuildResult:
-    """Result of ``build``: the manifest, whether the cache existed, and seconds spent scoring."""
+    """Result of ``build``: the manifest, whether the cache existed, seconds spent scoring, and
+    seconds spent writing answers.
+    """
 
     manifest: Manifest
     reused: bool
     seconds: float
     tokens_scored: int
+    writing_seconds: float = 0.0
 
 
 def build(config: BuildConfig, *, restart: bool = False) -> BuildResult:
@@ -87,7 +90,13 @@ def build(config: BuildConfig, *, restart: bool = False) -> BuildResult:
         header, seconds, scored = _write_shards(writer, plan, config, engine)
         found = audit_build(config.output, header, writer.entries(), config.audit, config.teacher)
         manifest = writer.finish(header, len(plan.shards), audit=found)
-    return BuildResult(manifest, reused=False, seconds=seconds, tokens_scored=scored)
+    return BuildResult(
+        manifest,
+        reused=False,
+        seconds=seconds,
+        tokens_scored=scored,
+        writing_seconds=engine.writing_seconds,
+    )
 
 
 def _open_writer(config: BuildConfig) -> CacheWriter:

@@ -47,6 +47,7 @@ def build(
         "reused": result.reused,
         "tokens_scored": result.tokens_scored,
         "seconds": result.seconds,
+        "writing_seconds": result.writing_seconds,
     }
     rejects, here = settings.rejects_file(), Path.cwd()
     if rejects.is_relative_to(here):

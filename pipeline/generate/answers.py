@@ -102,7 +102,7 @@ class Generations:
     ``counters`` are those of ``Prompts``, and of the latest ``sequences()``: ``generations``;
     ``generated_tokens``; ``finished_stop``, ``finished_length``, ``finished_empty`` (the teacher
     says nothing; sequences all the same where its end token is left to be learnt); ``sequences``;
-    ``tokens``; ``kept_positions``; ``stopped_at_max_tokens``.
+    ``tokens``; ``kept_positions``; ``stopped_at_max_tokens``. ``seconds``: spent writing.
     """
 
     def __init__(
@@ -124,6 +124,7 @@ class Generations:
         self._request = request
         self._folder = build_dir / "generations"
         self._counters: Counter[str] = Counter()
+        self.seconds = 0.0
 
     @property
     def counters(self) -> dict[str, int]:
@@ -331,6 +332,7 @@ class Generations:
                     if written > self._limit:
                         return
         finally:
+            self.seconds = time.monotonic() - started
             answers.close()
 
     def _check_ids(self, ids: NDArray[np.int32]) -> None:
