@@ -40,6 +40,8 @@ from logitcask.rounds.state import (
 log = logging.getLogger(__name__)
 
 REPLAY = 0.25
+OWN_TEXT = "policy_gradient"
+"""The loss that learns from students' text alone. The warm-up has forward KL in its place."""
 _MISLED = ("reverse_kl", "skew_reverse_kl", "policy_gradient")
 """Losses that text of earlier students misleads (arXiv 2606.24143)."""
 
@@ -71,6 +73,11 @@ class Rounds:
         self.losses = [
             (str(each.get("name")), each) for each in self.student.get("losses") or [] if each
         ]
+        if self.rounds.on_policy_fraction < 1 and any(name == OWN_TEXT for name, _ in self.losses):
+            raise ConfigError(
+                f"rounds.on_policy_fraction is {self.rounds.on_policy_fraction:g}, but {OWN_TEXT} learns from the students' own text "
+                "alone; set it to 1"
+            )
         self.replay = self._replay()
         self._ended: float | None = None
 
@@ -249,6 +256,8 @@ class Rounds:
             "training.max_steps": state.horizons[str(number)],
             "training.output_dir": str(self.model(number)),
         }
+        if number == 0 and any(name == OWN_TEXT for name, _ in self.losses):
+            changes["losses"] = [{"name": "forward_kl"}]
         if number > 0 and self.last_step(number - 1) > 0:
             changes["part.start"] = str(self.checkpoint(number - 1))
         self.of_round(number).mkdir(exist_ok=True)
@@ -268,8 +277,9 @@ class Rounds:
             number,
         )
         self._record(state, name, ended, known, None, figures)
-        if number > 0:  # nothing goes on from there any more
-            shutil.rmtree(self.checkpoint(number - 1), ignore_errors=True)
+        for earlier in range(number):  # nothing goes on from there any more
+            for each in self.model(earlier).glob("checkpoint-*"):
+                shutil.rmtree(each, ignore_errors=True)
 
     def mixture(self, number: int) -> list[dict[str, Any]]:
         """The caches that a round learns from, with their shares of the positions."""

@@ -61,6 +61,8 @@ _LONG = [
     "pipeline/builder/test_score.py",
     "pipeline/end_to_end/test_alignment.py",
     "train/loop/test_trainer_options.py",
+    "rounds/test_run.py",
+    "rounds/test_stage.py",
     "benchmarks/test_gpu.py",
     "test_namespace.py",
     "pipeline/text/test_long_texts.py",

@@ -196,7 +196,12 @@ def _prepare(
         compat.check_vocabulary(source)
     if config.evaluation.answers:
         import logitcask.train.evaluation.rouge  # noqa: F401  a missing package is said now
-    objective, tail, exactness = try_objective(config, data.sources)
+    learnt = [
+        source
+        for source, entry in zip(data.sources, config.caches, strict=True)
+        if entry.weight != 0
+    ]
+    objective, tail, exactness = try_objective(config, learnt)
     if reference is not None and is_main():
         kind = metric_kinds(held_out, ["kl"])["kl"]
         log.info(

@@ -105,7 +105,9 @@ class Mixture(Dataset[Drawn]):
             if draws is not None and not store.sample_logprobs:
                 draws = replace(draws, logprobs=None)
             entropy = teacher.entropy if store.entropy else None
-            found.append((rows, replace(teacher, draws=draws, entropy=entropy)))
+            written = teacher.writer_logprob if store.writer_logprobs else None
+            fields = {"draws": draws, "entropy": entropy, "writer_logprob": written}
+            found.append((rows, replace(teacher, **fields)))
             start = stop
         return found
 
