@@ -212,8 +212,14 @@ class Rounds:
     # --- stages
 
     def _text(self, state: State) -> None:
+        """The cache of given text, built or only looked at."""
         config = self.student.get("cache_config")
-        if config is None or state.of("text") is not None:
+        if state.of("text") is not None:
+            return
+        if config is None:
+            self._began, state.starts["text"] = time.monotonic(), 0
+            nothing = Ended({"seconds": 0.0, "writing_seconds": 0.0}, 0.0, 0)
+            self._record_cache(state, "text", nothing, self.text)
             return
         ended = self._stage(state, "text", ["teacher-cache", "build", str(config)])
         if Path(ended.document["cache"]).resolve() != Path(self.text).expanduser().resolve():

@@ -73,7 +73,12 @@ class State(BaseModel):
 def load(folder: Path, settings: dict[str, Any]) -> State:
     """The state in ``folder``, or a new one. Raises UserError for a run with other settings."""
     if not (folder / STATE).exists():
-        taken = sorted(each.name for each in folder.iterdir() if not each.name.startswith("."))
+        ours = {f"{STATE}.tmp"}  # of a run that was killed at its first write
+        taken = sorted(
+            each.name
+            for each in folder.iterdir()
+            if not each.name.startswith(".") and each.name not in ours
+        )
         if taken:
             raise UserError(
                 f"{folder} has files that are not of a run of rounds ({', '.join(taken[:3])}); choose an empty or new folder as "

@@ -145,6 +145,16 @@ def test_a_cache_removed_or_exchanged(rounds):
     run_rounds(config, [])
 
 
+def test_given_text_exchanged(rounds, text, tmp_path):
+    given = shutil.copytree(text[0], tmp_path / "given")
+    student = {"cache": str(given)}
+    run_rounds(rounds(count=1, student=student), [])
+    shutil.rmtree(given)
+    shutil.copytree(tmp_path / "run" / "round-001" / "cache", given)
+    with pytest.raises(UserError, match="is another cache than text has made"):
+        run_rounds(rounds(count=2, student=student), [])
+
+
 def test_a_checkpoint_exchanged(rounds):
     run_rounds(rounds(count=1), [])
     config = rounds(count=2)
@@ -188,6 +198,27 @@ def test_old_text_misleads_some_losses(rounds, caplog, losses, replay):
     assert ("misled by text" in caplog.text) == (replay == 0)
 
 
+def test_a_policy_gradient_learns_from_two_numbers_a_token(rounds):
+    """The loss of every step is the mean that the caches alone give, where the student is the
+    writer: before its first step.
+    """
+    store = {"top_k": 1, "min_k": 1, "min_probability": None, "tail_samples": 0}
+    student = {"losses": [{"name": "policy_gradient"}]}
+    with pytest.raises(ConfigError, match="policy_gradient learns from the students' own text"):
+        run_rounds(rounds(student=student, on_policy_fraction=0.5), [])
+    # One batch is the whole round.
+    student["training"] = {"per_device_train_batch_size": 4}
+    config = rounds(
+        count=1, steps_per_round=1, warmup_steps=1, teacher={"store": store}, student=student
+    )
+    document, _ = run_rounds(config, [])
+    logged = json.loads((config.output / "round-001" / "student" / "log.json").read_text())
+    first = next(record for record in logged if record.get("step") == 2 and "loss" in record)
+    assert first["loss"] == pytest.approx(document["rounds"][1]["cache"]["reverse_kl"], abs=5e-3)
+    assert document["rounds"][1]["staleness"] == 0
+    assert document["rounds"][1]["passes"] == {"text": 0.0, "round-1": 1.0}
+
+
 def test_bad_input(rounds, tmp_path, tiny_llama):
     with pytest.raises(UserError, match=r"no prompt came out of .* 10 overlong_prompts"):
         run_rounds(rounds(teacher={"data": _overlong(tmp_path)}, output="a"), [])
@@ -218,7 +249,7 @@ def test_restart(rounds, monkeypatch):
     assert not same(before, weights(config, 1))
 
 
-KILLS = (3, 40, 75, 110)
+KILLS = (2, 40, 75, 15)
 """Events at which a run is killed, one after the other: each start goes on from the one before."""
 
 

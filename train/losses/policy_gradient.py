@@ -50,8 +50,9 @@ def policy_gradient(
     if clip is not None and not clip >= 0:
         raise UserError(f"policy_gradient: clip is {clip}, expected a number of at least 0")
     log_q = StudentPass.of(student_logits, teacher).log_target
-    advantage = teacher.target_logprob - teacher.writer_logprob
-    ratio = (log_q - teacher.writer_logprob).exp()
+    written = teacher.writer_logprob.to(log_q.dtype)
+    advantage = teacher.target_logprob.to(log_q.dtype) - written
+    ratio = (log_q - written).exp()
     gain = ratio * advantage
     if clip is not None:
         gain = torch.minimum(gain, ratio.clamp(1 - clip, 1 + clip) * advantage)
