@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 CONFIG ?=
 TEACHER_CONFIG = $(or $(CONFIG),pipeline/configs/quickstart.yaml)
 STUDENT_CONFIG = $(or $(CONFIG),train/configs/quickstart.yaml)
+ROUNDS_CONFIG = $(or $(CONFIG),rounds/configs/quickstart.yaml)
 
 HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU && echo yes)
 ENGINE := $(if $(HAS_GPU),teacher,teacher-cpu)
@@ -21,11 +22,11 @@ SHUFFLED = $(if $(ORDER),--random-order-bucket=module --random-order-seed=$(ORDE
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup teacher-cache train-student test fuzz test-engines test-extras test-families lint bench bench-quality bench-gpu report clean
+.PHONY: help setup teacher-cache train-student student-rounds test fuzz test-engines test-extras test-families lint bench bench-quality bench-gpu report clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
-	@echo "  CONFIG=FILE picks another config for teacher-cache, train-student and report"
+	@echo "  CONFIG=FILE picks another config for teacher-cache, train-student, student-rounds and report"
 
 setup: $(VENV)/ready ## build .venv with everything in it
 
@@ -49,6 +50,9 @@ train-student: setup ## build the cache if it is missing, then train and evaluat
 	@build=$$($(BIN)/train-student $(STUDENT_CONFIG) --print-cache-config) || exit $$?; \
 	if [ -n "$$build" ]; then $(BIN)/teacher-cache build "$$build" || exit $$?; fi
 	$(BIN)/train-student $(STUDENT_CONFIG)
+
+student-rounds: setup ## the student writes, the teacher scores, training goes on (CONFIG=rounds/configs/quickstart.yaml)
+	$(BIN)/student-rounds $(ROUNDS_CONFIG)
 
 report: setup ## write the report of a finished run again
 	$(BIN)/train-student $(STUDENT_CONFIG) --report

@@ -28,6 +28,7 @@ from logitcask.cache_format.schema import (
     MAX_VOCAB_SIZE,
     SCALAR_STEP,
     UNKNOWN_VALUES,
+    WRITER_LOGPROBS,
 )
 
 ANSWERS_BUILD = "answers_build"
@@ -87,14 +88,30 @@ class TokenizerIdentity(_Part):
     chat_template_sha256: str | None = None
 
 
+class WriterIdentity(_Part):
+    """The model that wrote the text, if it is not the teacher, and its sampling."""
+
+    model: str = Field(description="As the user named it.")
+    revision: str | None = Field(None, description="Commit of a hub model.")
+    weights_sha256: str | None = Field(None, description="Of the weight files of a local model.")
+    backend: str
+    engine: str
+    dtype: str
+    vocab_size: int = Field(ge=2, le=MAX_VOCAB_SIZE)
+    temperature: float = Field(ge=0, description="Of the sampling, not of the stored logprobs.")
+    top_p: float = Field(gt=0, le=1)
+    seed: int
+
+
 class GenerationIdentity(_Part):
-    """The writing of the text by the teacher: settings in ``config``, ``sha256`` of the text."""
+    """The writing of the text by a model: settings in ``config``, ``sha256`` of the text."""
 
     prompts_sha256: str = Field(description="Over ids and tokens of all prompts.")
     end_tokens: tuple[int, ...] = Field(description="Ids that end an answer, and belong to it.")
     max_new_tokens: int | None = Field(
         None, description="Longest answer; null: as long as max_length allows."
     )
+    writer: WriterIdentity | None = Field(None, description="null: the teacher wrote.")
 
 
 class DataIdentity(_Part):
@@ -105,14 +122,12 @@ class DataIdentity(_Part):
     kind: Literal["documents", "chats", "mixed"]
     mask_policy: str = Field(
         description="all: every token but the first; assistant: the assistant's; completion: those of the "
-        "completions; generated: what the teacher wrote; mixed: several of the first three."
+        "completions; generated: what the teacher or another model wrote; mixed: several of the first three."
     )
     max_length: int
     overlong: str
     sha256: str = Field(description="Over ids, tokens and masks of all sequences in order.")
-    generation: GenerationIdentity | None = Field(
-        None, description="Where the teacher wrote the text itself."
-    )
+    generation: GenerationIdentity | None = Field(None, description="Where a model wrote the text.")
     stamp: str | None = Field(
         None,
         description="Cheap identity of the source (sizes, times), to see at once if it changed.",
@@ -156,11 +171,26 @@ class StoreSettings(_Part):
         description="Largest rounding error of a stored logprob, nats; null: half of logprob_step.",
     )
     scalar_step: float = Field(SCALAR_STEP, gt=0, le=1, description="Grid of the scalars, nats.")
+    writer_logprobs: bool = Field(
+        False,
+        description="Whether the logprobs of the text's writer are stored; absent if not.",
+    )
     unknown: tuple[Literal["tail", "targets", "ranks"], ...] = Field(
         (),
         description="Values that the source of the cache did not hold. tail: the mass outside the heads; targets: "
         "logprob and rank of some targets; ranks: the rank of some. Absent if all are known.",
     )
+
+    @model_serializer(mode="wrap")
+    def _without_absent(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without ``writer_logprobs`` and ``unknown`` if they are false and empty, as versions
+        before them wrote and hashed it.
+        """
+        fields: dict[str, Any] = serialise(self)
+        for name in ("writer_logprobs", "unknown"):
+            if not getattr(self, name):
+                fields.pop(name, None)
+        return fields
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -180,14 +210,6 @@ class StoreSettings(_Part):
             )
         return self
 
-    @model_serializer(mode="wrap")
-    def _without_nothing_unknown(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # Caches that know everything are written as before there was this key.
-        written: dict[str, Any] = handler(self)
-        if not self.unknown:
-            written.pop("unknown", None)
-        return written
-
     @property
     def tail_known(self) -> bool:
         """Whether the mass outside each head is known."""
@@ -199,14 +221,15 @@ class StoreSettings(_Part):
         return not {"tail", "targets"} & set(self.unknown)
 
     @property
-    def required_features(self) -> tuple[str, ...]:
-        """Names for the manifest's ``required_features``."""
-        return (UNKNOWN_VALUES,) if self.unknown else ()
-
-    @property
     def ragged(self) -> bool:
         """Whether heads may differ in size."""
         return self.top_p is not None or self.min_probability is not None
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """The ``required_features`` of a cache with these settings."""
+        stored = {WRITER_LOGPROBS: self.writer_logprobs, UNKNOWN_VALUES: self.unknown}
+        return tuple(name for name, needed in stored.items() if needed)
 
     @property
     def bytes_per_draw(self) -> int:
@@ -333,11 +356,11 @@ class Header(_Part):
     derived_from: DerivedFrom | None = Field(None, description="Where it was made of other caches.")
 
     @model_validator(mode="after")
-    def _unknown_values_are_required(self) -> Self:
+    def _features_are_named(self) -> Self:
         # A reader without the feature would take an unknown value for a number.
-        if (UNKNOWN_VALUES in self.required_features) != bool(self.store.unknown):
+        if set(self.store.features) != set(self.required_features) & KNOWN_FEATURES:
             raise ValueError(
-                f"store.unknown and the required feature {UNKNOWN_VALUES} do not agree"
+                f"required_features is {list(self.required_features)}, but the store's fields need {list(self.store.features)}"
             )
         return self
 

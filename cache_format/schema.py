@@ -9,7 +9,10 @@ FORMAT_VERSION = 1
 UNKNOWN_VALUES = "unknown_values"
 """The feature of caches that lack tail masses or values of targets (SPEC.md section 5)."""
 
-KNOWN_FEATURES: frozenset[str] = frozenset({UNKNOWN_VALUES})
+WRITER_LOGPROBS = "writer_logprobs"
+"""The feature of caches with the column ``writer_logprob``."""
+
+KNOWN_FEATURES: frozenset[str] = frozenset({UNKNOWN_VALUES, WRITER_LOGPROBS})
 """Names in a manifest's ``required_features`` that this package can read."""
 
 MAX_VOCAB_SIZE = 1 << 24
@@ -60,7 +63,12 @@ def id_bytes(vocab_size: int) -> int:
 
 
 def shard_schema(
-    vocab_size: int, *, entropy: bool = False, samples: bool = False, sample_logprobs: bool = False
+    vocab_size: int,
+    *,
+    entropy: bool = False,
+    samples: bool = False,
+    sample_logprobs: bool = False,
+    writer_logprobs: bool = False,
 ) -> pa.Schema:
     """Arrow schema of every shard of a cache with ``vocab_size`` ids and these optional columns."""
 
@@ -98,4 +106,6 @@ def shard_schema(
         ]
     if sample_logprobs:
         fields += steps("sample_step")
+    if writer_logprobs:
+        fields.append(lists("writer_logprob", pa.float32()))
     return pa.schema(fields)

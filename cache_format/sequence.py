@@ -43,6 +43,8 @@ class CachedSequence:
     target_rank:    int32[P], 0 = the teacher's argmax; -1 if it is not known.
     entropy:        float32[P], nats, of the whole distribution; None if not stored.
     samples:        draws from the tail; None if there are none.
+    writer_logprob: float32[P], the logprob of token i + 1 by the model that wrote the text, at
+                    temperature 1; None if not stored.
     """
 
     sequence_id: str
@@ -56,6 +58,7 @@ class CachedSequence:
     target_rank: NDArray[np.int32]
     entropy: NDArray[np.float32] | None = None
     samples: TailSamples | None = None
+    writer_logprob: NDArray[np.float32] | None = None
 
     def __len__(self) -> int:
         """Tokens of the sequence."""
@@ -83,4 +86,5 @@ class CachedSequence:
             target_rank=self.target_rank[rows],
             entropy=None if self.entropy is None else self.entropy[rows],
             samples=None if self.samples is None else self.samples.at(rows),
+            writer_logprob=None if self.writer_logprob is None else self.writer_logprob[rows],
         )

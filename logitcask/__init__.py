@@ -9,6 +9,7 @@ packages:
     logitcask.cache_format   what is on disk: reading, writing, verifying, deriving, sharing caches
     logitcask.pipeline       teacher to cache: ``teacher-cache``
     logitcask.train          cache to student: losses, data, ``train-student``
+    logitcask.rounds         both in turns: ``student-rounds``
 """
 
 from __future__ import annotations

@@ -333,11 +333,15 @@ class StoreConfig(ConfigModel):
             seed=self.seed,
         )
 
-    def settings(self, vocab_size: int) -> StoreSettings:
+    def settings(self, vocab_size: int, *, writer_logprobs: bool = False) -> StoreSettings:
         """These settings in the manifest's form."""
         shared = self.model_dump(exclude={"shard_tokens", "compression_level"})
         return StoreSettings(
-            **shared, vocab_size=vocab_size, capture_k=self.top_k, entropy=self.tail_samples > 0
+            **shared,
+            vocab_size=vocab_size,
+            capture_k=self.top_k,
+            entropy=self.tail_samples > 0,
+            writer_logprobs=writer_logprobs,
         )
 
 
@@ -434,6 +438,15 @@ class BuildConfig(ConfigModel):
         return log if isinstance(log, bool) else expanded(log)
 
     @property
+    def writer(self) -> str | None:
+        """The model that writes the text, if there is one and it is not the teacher."""
+        return None if self.data.generate is None else self.data.generate.writer
+
+    def store_settings(self, vocab_size: int) -> StoreSettings:
+        """The settings of the store in the manifest's form."""
+        return self.store.settings(vocab_size, writer_logprobs=self.writer is not None)
+
+    @property
     def folder(self) -> Path:
         """The folder on this machine where the build works: ``output``, or a URL's work folder."""
         return self.output if isinstance(self.output, Path) else work_folder(self.output)
@@ -462,8 +475,12 @@ class BuildConfig(ConfigModel):
             raise ValueError(
                 "scale starts engines of its own; a server is kept busy by teacher.server.concurrency"
             )
-        if self.teacher.backend == "server" and self.data.generate is not None:
-            raise ValueError("a server only scores; for data.generate use another teacher.backend")
+        generate = self.data.generate
+        if self.teacher.backend == "server" and generate is not None and generate.writer is None:
+            raise ValueError(
+                "a server only scores; for data.generate use another teacher.backend, or let another model write "
+                "(data.generate.writer)"
+            )
         if self.teacher.backend == "server" and self.store.tail_samples:
             raise ValueError(
                 "a server sends no draws from the tail (teacher.backend is server, store.tail_samples is "

@@ -61,9 +61,12 @@ def tokenizer_changes(before: TokenizerIdentity, now: TokenizerIdentity) -> str:
     )
 
 
-def check_teacher(build_dir: Path, teacher: TeacherIdentity) -> None:
-    """Refuses a teacher other than the one that wrote the answers. The first call records it."""
-    file = build_dir / "generations" / "teacher.json"
+def check_teacher(build_dir: Path, teacher: TeacherIdentity, *, who: str = "teacher") -> None:
+    """Refuses a model other than the one that wrote the answers. The first call records it.
+
+    who: ``teacher``, or ``writer`` for another model that writes.
+    """
+    file = build_dir / "generations" / f"{who}.json"
     if not file.exists():
         write_durably(file, teacher.model_dump_json(indent=2))
         return
@@ -71,6 +74,6 @@ def check_teacher(build_dir: Path, teacher: TeacherIdentity) -> None:
     before, now = (each.model_dump(mode="json", exclude={"route"}) for each in (first, teacher))
     if before != now:
         raise UserError(
-            f"{build_dir.parent} holds answers of another teacher: {describe_difference(before, now)}; "
+            f"{build_dir.parent} holds answers of another {who}: {describe_difference(before, now)}; "
             "go on with that one, start afresh with --restart, or choose another output"
         )

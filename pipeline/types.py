@@ -25,11 +25,14 @@ class Sequence:
     input_ids:   int32[n], n >= 1.
     loss_mask:   bool[n]; token ``t`` is learnt if ``loss_mask[t]``. ``loss_mask[0]`` is always
                  False, because no position predicts the first token.
+    writer_logprob: float32[P], nats, of the targets of the kept positions, by the model that wrote
+                 the text, if it is not the teacher; else None.
     """
 
     sequence_id: str
     input_ids: NDArray[np.int32]
     loss_mask: NDArray[np.bool_]
+    writer_logprob: NDArray[np.float32] | None = None
 
     def positions(self) -> NDArray[np.int32]:
         """int32[P]: the kept positions, ascending: every ``i`` with token ``i + 1`` in the loss

@@ -77,6 +77,8 @@ _LONG = [
     "pipeline/end_to_end/test_catalog.py",
     "test_tutorials.py",
     "train/loop/test_trainer_options.py",
+    "rounds/test_run.py",
+    "rounds/test_stage.py",
     "test_namespace.py",
     "train/end_to_end/test_command.py",
     "pipeline/text/test_long_texts.py",

@@ -13,12 +13,14 @@ import pytest
 from logitcask.cache_format.runtime.extensions import LOSS, SOURCE, TEACHER
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("cache_format", "pipeline", "train")
+PACKAGES = ("cache_format", "pipeline", "train", "rounds")
 DOCUMENTS = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "cache_format/SPEC.md")),
     *sorted((ROOT / "docs").glob("*.md")),
 ]
-PATH = re.compile(r"(?<![\w/.-])(?:cache_format|pipeline|train|tests|benchmarks|docs)(?:/[\w.-]+)+")
+PATH = re.compile(
+    r"(?<![\w/.-])(?:cache_format|pipeline|train|rounds|tests|benchmarks|docs)(?:/[\w.-]+)+"
+)
 SUFFIXES = {".py", ".md", ".yaml", ".json", ".jinja", ".svg", ".png", ".txt"}
 TEST = re.compile(r"(?<![\w/])(test_\w+)(\.py)?(?!\w)")
 NAME = re.compile(r"(?<![\w.-])logitcask(?:\.\w+)+")

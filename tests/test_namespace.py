@@ -57,6 +57,7 @@ def _copy_of_the_tree(folder: Path) -> Path:
         "logitcask",
         "pipeline",
         "train",
+        "rounds",
     )
     for name in keep:
         source, target = ROOT / name, folder / "source" / name

@@ -250,9 +250,16 @@ class CacheEntry(ConfigModel):
     cache: str = Field(description="Folder or URL of the cache.")
     weight: float | None = Field(
         None,
-        gt=0,
+        ge=0,
         description="The cache's share of the kept positions, relative to the other caches. All "
-        "caches have a weight, or none has.",
+        "caches have a weight, or none has. 0, with `part` only: the cache is evaluated on and "
+        "never learnt from.",
+    )
+    held_out: float | None = Field(
+        None,
+        ge=0,
+        lt=1,
+        description="Share of this cache's rows that is held out. Default: evaluation.held_out.",
     )
     name: str | None = Field(None, description="Name in logs. Default: the last part of `cache`.")
 
@@ -333,6 +340,20 @@ class SelectionConfig(ConfigModel):
     positions: SelectPositions | None = None
 
 
+class PartConfig(ConfigModel):
+    """A part of a longer training, such as a round of `student-rounds`: it goes on where the part
+    before ended, on caches of its own. Optimizer, schedule and random state continue; the length of
+    the schedule is training.max_steps.
+    """
+
+    start: Path | None = Field(
+        None,
+        description="The checkpoint-N folder in which the part before ended. Default: this is the "
+        "first part.",
+    )
+    until: int = Field(ge=0, description="The step of the whole training at which this part ends.")
+
+
 class TrainConfig(ConfigModel):
     """A `train-student` config."""
 
@@ -369,6 +390,9 @@ class TrainConfig(ConfigModel):
         description="Positions whose logits are in memory at a time. Default: as many as have 96 "
         "MiB of float32 logits (512 MiB on a GPU), at least 512.",
     )
+    part: PartConfig | None = Field(
+        None, description="A part of a longer training. Default: a training of its own."
+    )
     training: dict[str, Any] = Field(
         default_factory=dict,
         description="Fields of transformers.TrainingArguments. output_dir is required.",
@@ -396,6 +420,25 @@ class TrainConfig(ConfigModel):
             raise ValueError(
                 "cache_config builds one cache; with a list of caches, build them before"
             )
+        if self.part is not None:
+            steps = self.training.get("max_steps")
+            if not isinstance(steps, int) or steps < max(1, self.part.until):
+                raise ValueError(
+                    f"part.until is {self.part.until} and training.max_steps {steps}; with part, max_steps is the number of steps "
+                    "of all parts together, at least part.until"
+                )
+            if self.training.get("load_best_model_at_end"):
+                raise ValueError(
+                    "training.load_best_model_at_end is set, but a part ends with its last student, from which the next part "
+                    "goes on; remove it"
+                )
+        elif any(entry.weight == 0 for entry in self.caches):
+            raise ValueError(
+                "a cache has weight 0; only with part may caches be evaluated on alone: remove it, or name it as "
+                "evaluation.cache"
+            )
+        if not any(entry.weight is None or entry.weight > 0 for entry in self.caches):
+            raise ValueError("all caches have weight 0, so there is nothing to learn from")
         if self.data.packing and self.selection.sequences is not None:
             raise ValueError(
                 "selection.sequences chooses sequences one by one and cannot have them packed; set data.packing to false"

@@ -77,7 +77,11 @@ def identity_of_config(config: TrainConfig) -> dict[str, Any]:
         "trusted_keys": True,
         "evaluation": {"cache"},
     }
+    if config.part is not None:
+        apart |= {"part": {"start"}}
     identity = config.model_dump(mode="json", exclude=apart)
+    if config.part is None:
+        del identity["part"]  # as before there were parts
     # The settings of the workers do not change the batches.
     identity["training"] = {
         key: value
@@ -98,5 +102,6 @@ def _identity_of_caches(config: TrainConfig, caches: list[CacheReader]) -> Any:
         return caches[0].manifest.fingerprint
     return [
         {"fingerprint": cache.manifest.fingerprint, "weight": entry.weight, "name": entry.label}
+        | ({} if entry.held_out is None else {"held_out": entry.held_out})
         for entry, cache in zip(config.caches, caches, strict=True)
     ]

@@ -46,6 +46,7 @@ from logitcask.train.loop.checkpoints import (
     warn_of_other_batches,
 )
 from logitcask.train.loop.objective import Objective
+from logitcask.train.loop.part import Part, check_weights, part_of
 from logitcask.train.loop.trainer import DistillationTrainer
 from logitcask.train.loop.try_objective import try_objective
 from logitcask.train.losses.base import Exactness
@@ -108,18 +109,22 @@ def _train(
     restart: bool,
 ) -> RunMetrics:
     output = config.output_dir
-    parts = _prepare(config, arguments, caches, reference)
+    parts = _prepare(config, arguments, caches, reference, restart=restart)
     if restart:  # only after all checks of the new run
         on_main(lambda: remove_run(output))
     trainer, examination = parts.trainer, _Examination(config, arguments, parts)
     fingerprints = tuple(cache.manifest.fingerprint for cache in caches)
     trainer.add_callback(CacheStamp(fingerprints))
     if before is None:
+        if parts.part is not None and parts.part.start is not None:
+            check_weights(parts.part.start, parts.student)
+            trainer.start_from(parts.part.start)
         before = _measure_before(arguments, examination, run, output)
     checkpoint = _start_of(arguments, fingerprints, parts, output)
     # Again: the training must not depend on whether the evaluation above ran now or earlier.
     set_seed(arguments.seed)
-    trainer.run(None if checkpoint is None else str(checkpoint))
+    if parts.part is None or parts.part.until > parts.part.first:
+        trainer.run(None if checkpoint is None else str(checkpoint))
 
     # Saved before anything else that can fail. Metrics are those before the adapters are merged.
     save_student(trainer, output)
@@ -157,6 +162,7 @@ class _Parts:
     checkpoint_size: CheckpointSize
     parameters: int
     trained: int
+    part: Part | None
 
 
 def _prepare(
@@ -164,6 +170,8 @@ def _prepare(
     arguments: TrainingArguments,
     caches: list[CacheReader],
     reference: CacheReader | None,
+    *,
+    restart: bool,
 ) -> _Parts:
     """Makes and checks the parts of a run. Raises UserError and its subclasses before any lasting
     file is written.
@@ -178,17 +186,26 @@ def _prepare(
     tokenizer = load_student_tokenizer(config.student)
     compat.check_together([entry.cache for entry in config.caches], manifests)
     for entry, manifest in zip(config.caches, manifests, strict=True):
-        compat.check(config, entry.cache, manifest, student, tokenizer)
+        compat.check(
+            config, entry.cache, manifest, student, tokenizer, held_out=entry.held_out != 0
+        )
     if reference is not None:
         _check_reference(config, manifests, reference, student, tokenizer)
 
     data_seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
-    data, held_out = open_data(config, caches, data_seed, rows_of(student), reference)
+    part = on_main(lambda: _part(config, restart=restart))
+    read = None if part is None else (part.first, part.read)
+    data, held_out = open_data(config, caches, data_seed, rows_of(student), reference, read)
     for source in (*data.sources, *(held_out.parts if reference is not None else ())):
         compat.check_vocabulary(source)
     if config.evaluation.answers:
         import logitcask.train.evaluation.rouge  # noqa: F401  a missing package is said now
-    objective, tail, exactness = try_objective(config, data.sources)
+    learnt = [
+        source
+        for source, entry in zip(data.sources, config.caches, strict=True)
+        if entry.weight != 0
+    ]
+    objective, tail, exactness = try_objective(config, learnt)
     if reference is not None and is_main():
         kind = metric_kinds(held_out, ["kl"])["kl"]
         log.info(
@@ -209,6 +226,7 @@ def _prepare(
         data=config.data,
         selection=config.selection,
         exactness=exactness,
+        part=part,
     )
     steps = trainer.total_steps()
     check_schedule(arguments, optimizer, steps)
@@ -226,7 +244,14 @@ def _prepare(
         checkpoint_size=checkpoint_size(student, optimizer, arguments),
         parameters=student.num_parameters(),
         trained=student.num_parameters(only_trainable=True),
+        part=part,
     )
+
+
+def _part(config: TrainConfig, *, restart: bool) -> Part | None:
+    if config.part is None:
+        return None
+    return part_of(config.part, config.output_dir, restart=restart)
 
 
 def _check_reference(
@@ -304,6 +329,8 @@ def _start_of(
 ) -> Path | None:
     """The checkpoint from which the training resumes: the run's last one, else the named one."""
     checkpoint = on_main(lambda: last_checkpoint(output))
+    if checkpoint is None and parts.part is not None:
+        checkpoint = parts.part.start
     if checkpoint is None and isinstance(arguments.resume_from_checkpoint, str):
         checkpoint = named_checkpoint(arguments.resume_from_checkpoint, fingerprints, parts.steps)
     if checkpoint is not None:

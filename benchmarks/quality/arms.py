@@ -149,11 +149,11 @@ _SOURCES = {"random_sampling": "50 draws, independent"}
 
 
 def losses_arms() -> list[Arm]:
-    """(c): every loss of the library on one cache, and those that only order ids with a KL
+    """(c): every loss of the library for given text on one cache, and those that only order ids with a KL
     beside them as well.
     """
     arms = []
-    for name in sorted(LOSSES.keys() - {"ce"}):
+    for name in sorted(LOSSES.keys() - {"ce", "policy_gradient"}):
         source = _SOURCES.get(name, FOR_LOSSES)
         arms.append(Arm("losses", name, source, ({"name": name},), start=PRETRAINED))
         if name in _ORDER_ONLY:

@@ -133,7 +133,7 @@ def write(
                 f"{parts[0].cache.path} does not hold the sequences that {output} asks for; build it with --no-reuse"
             )
     header = Header(
-        required_features=store.required_features,
+        required_features=store.features,
         created_by=f"logitcask {version('logitcask')}",
         teacher=first.teacher,
         tokenizer=first.tokenizer,

@@ -31,6 +31,10 @@ COLUMNS = {
     "target_logprob": (pa.float32(), "the teacher's logprob of the next token, in nats"),
     "target_rank": (pa.int32(), "number of ids that the teacher finds more probable; 0: none"),
     "entropy": (pa.float32(), "entropy of the whole distribution, in nats; null if not stored"),
+    "writer_logprob": (
+        pa.float32(),
+        "logprob of the target by the model that wrote the text, at temperature 1; null if not stored",
+    ),
     "head_ids": (pa.list_(pa.int32()), "the most probable ids, by falling probability"),
     "head_logprobs": (pa.list_(pa.float32()), "their logprobs, in nats, as stored"),
     "head_mass": (pa.float32(), "the sum of their probabilities"),
@@ -96,6 +100,7 @@ def _batch(sequence: CachedSequence, text: Text | None) -> pa.RecordBatch:
         "target_logprob": rows.values(sequence.target_logprob, np.isnan(sequence.target_logprob)),
         "target_rank": rows.values(sequence.target_rank, sequence.target_rank == UNKNOWN_RANK),
         "entropy": rows.values(sequence.entropy),
+        "writer_logprob": rows.values(sequence.writer_logprob),
         "head_ids": rows.lists(sequence.ids, head),
         "head_logprobs": rows.lists(sequence.logprobs, head),
         "head_mass": rows.values(_mass(sequence.logprobs), unknown),

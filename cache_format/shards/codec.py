@@ -36,6 +36,7 @@ from logitcask.cache_format.shards.prior import TailPrior
 
 ESCAPE = 255
 _Array = NDArray[Any]
+_NO_LOGPROB = "a {} logprob is above 0 or not finite"
 
 
 class Codec:
@@ -51,6 +52,7 @@ class Codec:
             entropy=store.entropy,
             samples=store.tail_samples > 0,
             sample_logprobs=store.sample_logprobs,
+            writer_logprobs=store.writer_logprobs,
         )
         # Without a prior an id is its own rank.
         self.rank_of = None if prior is None else prior.rank_of
@@ -79,6 +81,11 @@ class Codec:
                 [s.entropy for s in sequences if s.entropy is not None], np.float32
             )
             columns["entropy_step"] = _lists(kept, self._scalar_steps(-entropy))
+        if self.store.writer_logprobs:
+            written = _concatenate(
+                [s.writer_logprob for s in sequences if s.writer_logprob is not None], np.float32
+            )
+            columns["writer_logprob"] = _lists(kept, self._rounded(written))
         last_steps = self._encode_heads(sequences, kept, columns)
         if self.store.tail_samples:
             self._encode_samples(sequences, kept, last_steps, columns)
@@ -271,8 +278,7 @@ class PackedBatch:
             self._require(agree, index, "a target has a rank, but no logprob")
             of_targets = of_targets[~np.isnan(of_targets)]
         # A logprob slightly above 0 comes from rounding (see ``validation.validate``).
-        finite = bool(np.isfinite(of_targets).all() and (of_targets <= 1e-3).all())
-        self._require(finite, index, "a target logprob is above 0 or not finite")
+        self._require(_are_logprobs(of_targets), index, _NO_LOGPROB.format("target"))
         ranked = len(ranks) == 0 or (int(ranks.min()) >= 0 and int(ranks.max()) < store.vocab_size)
         self._require(ranked, index, "a target rank is outside the vocabulary")
         # The ragged head, padded; then the scalars, from steps to nats.
@@ -282,6 +288,11 @@ class PackedBatch:
             entropy = self._row("entropy_step", index)
             self._require(len(entropy) == p, index, "its position columns differ in length")
             entropy = entropy * np.float32(store.scalar_step)
+        writer_logprob = None
+        if store.writer_logprobs:
+            writer_logprob = self._row("writer_logprob", index).copy()
+            self._require(len(writer_logprob) == p, index, "its position columns differ in length")
+            self._require(_are_logprobs(writer_logprob), index, _NO_LOGPROB.format("writer"))
         tail_logprob = np.float32(0) - tail_step * np.float32(store.scalar_step)
         tail_logprob[tail_step == NO_TAIL] = -np.inf
         if not store.tail_known:
@@ -301,6 +312,7 @@ class PackedBatch:
             target_rank=target_rank.copy(),
             entropy=entropy,
             samples=self._decode_samples(index, p, last) if store.tail_samples else None,
+            writer_logprob=writer_logprob,
         )
 
     def _decode_head(
@@ -489,6 +501,10 @@ class ContentHash:
 
     def hexdigest(self) -> str:
         return self._sha.hexdigest()
+
+
+def _are_logprobs(values: _Array) -> bool:
+    return bool(np.isfinite(values).all() and (values <= 1e-3).all())
 
 
 def _concatenate(arrays: list[_Array], dtype: Any) -> _Array:

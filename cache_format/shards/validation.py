@@ -56,6 +56,17 @@ def validate(sequence: CachedSequence, store: StoreSettings, *, mass_slack: floa
         (sequence.entropy is not None) == store.entropy,
         f"entropy is {'missing' if store.entropy else 'not asked for'}",
     )
+    written = sequence.writer_logprob
+    require(
+        (written is not None) == store.writer_logprobs,
+        f"the writer's logprobs are {'missing' if store.writer_logprobs else 'not asked for'}",
+    )
+    if written is not None:
+        require(written.shape == (p,), f"writer_logprob has shape {written.shape}, expected ({p},)")
+        require(
+            (np.isfinite(written) & (written <= 1e-3)).all(),
+            "a logprob of the writer is above 0 or not finite",
+        )
     require(
         8 * max(1, ids.shape[1]) * p <= MAX_DECODED_BYTES,
         f"its head of {ids.shape} is larger than the format allows",

@@ -1,4 +1,4 @@
-"""The teacher of a build. Its engine starts at the first use."""
+"""The teacher of a build, or the writer of its text. Its engine starts at the first use."""
 
 from __future__ import annotations
 
@@ -15,18 +15,27 @@ log = logging.getLogger(__name__)
 
 
 class LazyTeacher:
-    """The teacher, started at its first use. The same engine writes answers and scores them."""
+    """The teacher, started at its first use. The same engine writes answers and scores them.
 
-    def __init__(self, config: BuildConfig, inputs: Inputs, build_dir: Path) -> None:
-        self._config, self._inputs, self._build_dir = config, inputs, build_dir
+    writing_seconds: time in which the build's answers were written, by whichever model.
+    """
+
+    def __init__(
+        self, config: BuildConfig, inputs: Inputs, build_dir: Path, *, who: str = "teacher"
+    ) -> None:
+        self._config, self._inputs, self._build_dir, self._who = config, inputs, build_dir, who
         self._teacher: Teacher | None = None
+        self.writing_seconds = 0.0
 
     def start(self, sampling: Sampling | None = None) -> Teacher:
         """The started teacher. If this call starts it with ``sampling``, it can also write text."""
         if self._teacher is None:
             config = self._config
             log.info(
-                "starting the teacher: %s with %s", config.teacher.model, config.teacher.backend
+                "starting the %s: %s with %s",
+                self._who,
+                config.teacher.model if self._who == "teacher" else config.writer,
+                config.teacher.backend,
             )
             self._teacher = open_teacher(
                 config.teacher,

@@ -35,6 +35,7 @@ _SCHEMA = pa.schema(
         ("sequence_id", pa.string()),
         ("input_ids", pa.list_(pa.int32())),
         ("loss_mask", pa.list_(pa.bool_())),
+        ("writer_logprob", pa.list_(pa.float32())),
     ]
 )
 _ROWS_PER_BATCH = 64
@@ -72,6 +73,7 @@ class Plan(BaseModel):
     def header(self, teacher: TeacherIdentity, store: StoreSettings) -> Header:
         """The fixed part of the manifest of this plan's cache."""
         return Header(
+            required_features=store.features,
             created_by=f"logitcask {version('logitcask')}",
             teacher=teacher,
             tokenizer=self.tokenizer,
@@ -111,6 +113,7 @@ def write_sequences(
                 [s.sequence_id for s in waiting],
                 [s.input_ids for s in waiting],
                 [s.loss_mask for s in waiting],
+                [s.writer_logprob for s in waiting],
             ]
             file.write_batch(
                 pa.record_batch(
@@ -156,9 +159,18 @@ def read_sequences(build_dir: Path, shard: int) -> Iterator[Sequence]:
     ) as file:
         for index in range(file.num_record_batches):
             batch = file.get_batch(index)
-            for sequence_id, input_ids, loss_mask in zip(*batch.columns, strict=True):
+            names = ("sequence_id", "input_ids", "loss_mask")
+            # Plans of earlier versions have no column for the writer.
+            written = (
+                batch.column("writer_logprob")
+                if "writer_logprob" in batch.schema.names
+                else pa.nulls(len(batch), pa.list_(pa.float32()))
+            )
+            columns = [*(batch.column(name) for name in names), written]
+            for sequence_id, input_ids, loss_mask, logprobs in zip(*columns, strict=True):
                 yield Sequence(
                     sequence_id=sequence_id.as_py(),
                     input_ids=input_ids.values.to_numpy().copy(),
                     loss_mask=loss_mask.values.to_numpy(zero_copy_only=False),
+                    writer_logprob=logprobs.values.to_numpy().copy() if logprobs.is_valid else None,
                 )

@@ -16,7 +16,9 @@ from logitcask.pipeline.builder.lazy_teacher import LazyTeacher
 from logitcask.pipeline.builder.plan import Plan, PlannedShard, write_sequences
 from logitcask.pipeline.builder.request import request_of, with_date
 from logitcask.pipeline.config import BuildConfig
+from logitcask.pipeline.generate import writer as other_writer
 from logitcask.pipeline.generate.answers import Generations
+from logitcask.pipeline.generate.prompts import Prompts
 from logitcask.pipeline.identity import TextReader, check_unchanged, tokenizer_of
 from logitcask.pipeline.teachers.open import sampling_of
 from logitcask.pipeline.text.rejects import Rejects
@@ -73,6 +75,32 @@ class _GivenText:
         return None
 
 
+def _written(
+    prompts: Prompts,
+    source: RowSource,
+    build_dir: Path,
+    config: BuildConfig,
+    as_teacher: BuildConfig,
+    request: dict[str, Any],
+    inputs: Inputs,
+    engine: LazyTeacher,
+) -> Generations:
+    """The answers to ``prompts``, all on disk. ``as_teacher``, ``inputs`` and ``engine`` are those
+    of the model that writes them.
+    """
+    assert config.data.generate is not None
+    sampling = sampling_of(
+        as_teacher.teacher,
+        config.data.generate,
+        prompts.tokenizer,
+        prompts.template,
+        inputs.model,
+    )
+    answers = Generations(prompts, config, sampling, build_dir, request)
+    answers.complete(source, engine.start)
+    return answers
+
+
 def make_plan(
     build_dir: Path,
     config: BuildConfig,
@@ -96,16 +124,18 @@ def make_plan(
     else:
         prompts = inputs.prompts(config.data)
         request = with_date(request, prompts)
-        sampling = sampling_of(
-            config.teacher,
-            config.data.generate,
-            prompts.tokenizer,
-            prompts.template,
-            inputs.model,
-        )
-        answers = Generations(prompts, config, sampling, build_dir, request)
-        answers.complete(source, engine.start)
-        text = answers
+        if config.writer is None:
+            text = _written(prompts, source, build_dir, config, config, request, inputs, engine)
+        else:
+            as_teacher = other_writer.as_teacher(config)
+            writers = Inputs(as_teacher)
+            other_writer.check_tokenizer(config, inputs.tokenizer, writers.tokenizer)
+            with LazyTeacher(as_teacher, writers, build_dir, who="writer") as writer:
+                text = _written(
+                    prompts, source, build_dir, config, as_teacher, request, writers, writer
+                )
+    if isinstance(text, Generations):
+        engine.writing_seconds = text.seconds
     with ProgressBar(
         unit="tok", unit_scale=True, desc="tokenise", leave=False, total=config.data.max_tokens
     ) as bar:

@@ -194,7 +194,7 @@ class ShardWorker:
             config.teacher, max_length=config.data.max_length, capture=config.store.capture()
         )
         header = plan.header(
-            self._teacher.identity(), config.store.settings(self._teacher.vocab_size)
+            self._teacher.identity(), config.store_settings(self._teacher.vocab_size)
         )
         known = Known.load(worker.build_dir)
         if known is not None:

@@ -101,16 +101,19 @@ def _changed(manifest: Manifest, config: BuildConfig, inputs: Inputs) -> bool:
 
 
 def _check_weights(manifest: Manifest, config: BuildConfig, ways_out: str) -> None:
-    """Raises UserError if the teacher's folder has another model; other models are pinned."""
-    folder = Path(config.teacher.model).expanduser()
-    if (
-        manifest.teacher.weights_sha256
-        and folder.is_dir()
-        and weights_sha256(folder) != manifest.teacher.weights_sha256
-    ):
-        raise UserError(
-            f"the model in {folder} has changed since {config.output} was built; {ways_out}"
-        )
+    """Raises UserError if the folder of the teacher or of the writer has another model; other
+    models are pinned. A writer's folder may be gone.
+    """
+    found = [(config.teacher.model, manifest.teacher.weights_sha256)]
+    generation = manifest.data.generation
+    if config.writer is not None and generation is not None and generation.writer is not None:
+        found.append((config.writer, generation.writer.weights_sha256))
+    for name, before in found:
+        folder = Path(name).expanduser()
+        if before and folder.is_dir() and weights_sha256(folder) != before:
+            raise UserError(
+                f"the model in {folder} has changed since {config.output} was built; {ways_out}"
+            )
 
 
 def _check_tokenizer(

@@ -48,7 +48,8 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class BuildResult:
-    """Result of ``build``: the manifest, whether the cache existed, and seconds spent scoring.
+    """Result of ``build``: the manifest, whether the cache existed, seconds spent scoring, and
+    seconds spent writing answers.
 
     taken: the caches of the catalogue that it comes from, if any.
     """
@@ -58,6 +59,7 @@ class BuildResult:
     seconds: float
     tokens_scored: int
     taken: Taken | None = None
+    writing_seconds: float = 0.0
 
 
 def build(
@@ -188,8 +190,14 @@ def _scored(
     known = Known.load(writer.build_dir)
     found = audit_build(config.output, header, writer.entries(), config.audit, config.teacher)
     manifest = writer.finish(header, len(plan.shards), audit=found)
-    taken = None if known is None else Taken("part", known.where, known.sequences)
-    return BuildResult(manifest, reused=False, seconds=seconds, tokens_scored=scored, taken=taken)
+    return BuildResult(
+        manifest,
+        reused=False,
+        seconds=seconds,
+        tokens_scored=scored,
+        taken=None if known is None else Taken("part", known.where, known.sequences),
+        writing_seconds=engine.writing_seconds,
+    )
 
 
 def _open_writer(config: BuildConfig) -> CacheWriter:
@@ -256,13 +264,13 @@ def _score_here(
     else:
         teacher = engine.start()
         identity = teacher.identity()
-    if config.data.generate is not None:
+    if config.data.generate is not None and config.writer is None:
         check_teacher(writer.build_dir, identity)
     if known is not None:
         known.check_teacher(identity)
     tokens = sum(plan.shards[index].tokens for index in pending)
     try:
-        header = plan.header(identity, config.store.settings(identity.vocab_size))
+        header = plan.header(identity, config.store_settings(identity.vocab_size))
         with (
             Progress(tokens, len(pending), bar=True, file=config.log_file()) as progress,
             at_safe_points(),

@@ -57,6 +57,7 @@ def build(
         "tokens_scored": result.tokens_scored,
         "seconds": result.seconds,
         "taken": None if result.taken is None else asdict(result.taken),
+        "writing_seconds": result.writing_seconds,
     }
     rejects, here = settings.rejects_file(), Path.cwd()
     if rejects.is_relative_to(here):

@@ -101,6 +101,7 @@ def keep(sequence: Sequence, scored: Scored, store: StoreSettings) -> CachedSequ
         target_rank=scored.target_rank[rows],
         entropy=draws.entropy[rows] if store.entropy and draws.entropy is not None else None,
         samples=samples,
+        writer_logprob=sequence.writer_logprob if store.writer_logprobs else None,
     )
 
 
@@ -119,6 +120,7 @@ def keep_nothing(sequence: Sequence, store: StoreSettings) -> CachedSequence:
         target_rank=np.empty(0, np.int32),
         entropy=none if store.entropy else None,
         samples=_no_samples(store) if store.tail_samples else None,
+        writer_logprob=none if store.writer_logprobs else None,
     )
 
 

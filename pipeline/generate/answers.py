@@ -1,8 +1,9 @@
-"""``data.generate``: the teacher's own answers, committed to disk before they are used.
+"""``data.generate``: answers of the teacher, or of another model, committed to disk before they are
+used.
 
 Rows become prompts, prompts become answers, and a prompt with its answer is a sequence like any
-other: planned, scored by prefill, stored. The sampled tokens of the teacher are learnt. Text is
-never tokenised again.
+other: planned, scored by prefill, stored. The sampled tokens are learnt. Text is never tokenised
+again. Of another writer than the teacher, the logprobs of its tokens are kept, too.
 
 All files are in ``.build/generations/``. The prompts are streamed there first, in units of a few
 hundred answers. A unit is committed when the file with its answers exists (``write_durably``), and
@@ -18,8 +19,8 @@ import math
 import time
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,10 +32,16 @@ from pydantic import BaseModel, ConfigDict
 from logitcask.cache_format.differences import describe_difference
 from logitcask.cache_format.durable import load_state, sync, write_durably, writing_to
 from logitcask.cache_format.errors import UserError
-from logitcask.cache_format.manifest import DataHash, GenerationIdentity, TokenizerIdentity
+from logitcask.cache_format.manifest import (
+    DataHash,
+    GenerationIdentity,
+    TeacherIdentity,
+    TokenizerIdentity,
+)
 from logitcask.cache_format.runtime.interruption import at_safe_points, safe_point
 from logitcask.cache_format.runtime.progress import ProgressBar
 from logitcask.pipeline.config import BuildConfig
+from logitcask.pipeline.generate import writer as other_writer
 from logitcask.pipeline.generate.prompts import PromptRow, Prompts
 from logitcask.pipeline.identity import (
     check_teacher,
@@ -42,14 +49,21 @@ from logitcask.pipeline.identity import (
     tokenizer_changes,
     tokenizer_of,
 )
-from logitcask.pipeline.teachers.base import Generator, Prompt, Sampling
+from logitcask.pipeline.teachers.base import Prompt, SampledAnswer, Sampling, Writer
 from logitcask.pipeline.text.rejects import Rejects
 from logitcask.pipeline.text.sources import RowSource
 from logitcask.pipeline.types import Sequence
 
 _PROMPTS = pa.schema([("row_id", pa.string()), ("input_ids", pa.list_(pa.int32()))])
-_ANSWERS = pa.schema([("answer", pa.list_(pa.int32())), ("finish", pa.string())])
+_ANSWERS = pa.schema(
+    [
+        ("answer", pa.list_(pa.int32())),
+        ("finish", pa.string()),
+        ("logprobs", pa.list_(pa.float32())),
+    ]
+)
 _UNIT_ANSWERS = 256
+_NO_LOGPROBS = np.empty(0, np.float32)
 
 Finish = Literal["stop", "length", "empty"]
 
@@ -71,13 +85,15 @@ class GenerationState(BaseModel):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class WrittenAnswer:
-    """The teacher's text, int32[m], with its end token, if any, and the reason of its end.
+    """The writer's text, int32[m], with its end token, if any, and the reason of its end.
 
     ``stop``: an end token or a stop string; ``length``: the length limit; ``empty``: no content.
+    ``logprobs``, float32[m], are those of another writer than the teacher.
     """
 
     input_ids: NDArray[np.int32]
     finish: Finish
+    logprobs: NDArray[np.float32] | None = None
 
 
 class Generations:
@@ -86,7 +102,7 @@ class Generations:
     ``counters`` are those of ``Prompts``, and of the latest ``sequences()``: ``generations``;
     ``generated_tokens``; ``finished_stop``, ``finished_length``, ``finished_empty`` (the teacher
     says nothing; sequences all the same where its end token is left to be learnt); ``sequences``;
-    ``tokens``; ``kept_positions``; ``stopped_at_max_tokens``.
+    ``tokens``; ``kept_positions``; ``stopped_at_max_tokens``. ``seconds``: spent writing.
     """
 
     def __init__(
@@ -108,6 +124,7 @@ class Generations:
         self._request = request
         self._folder = build_dir / "generations"
         self._counters: Counter[str] = Counter()
+        self.seconds = 0.0
 
     @property
     def counters(self) -> dict[str, int]:
@@ -132,6 +149,11 @@ class Generations:
             prompts_sha256=self._state().prompts_sha256,
             end_tokens=self.sampling.end_tokens,
             max_new_tokens=self._settings.max_new_tokens,
+            writer=None
+            if self._config.writer is None
+            else other_writer.identity(
+                load_state(TeacherIdentity, self._folder / "writer.json"), self._settings
+            ),
         )
 
     def complete(self, source: RowSource, start: Callable[[Sampling], Any]) -> None:
@@ -159,7 +181,8 @@ class Generations:
             written = self._tokens(range(missing[0])) if missing else 0
             if missing and written <= self._limit:
                 teacher = start(self.sampling)
-                check_teacher(self._folder.parent, teacher.identity())
+                who = "teacher" if self._config.writer is None else "writer"
+                check_teacher(self._folder.parent, teacher.identity(), who=who)
                 self._answer(teacher, missing, state.answers, written)
 
     def sequences(self, rows: Iterable[Any] = ()) -> Iterator[Sequence]:
@@ -188,7 +211,13 @@ class Generations:
                 count["tokens"] += tokens
                 count["kept_positions"] += len(answer.input_ids)
                 input_ids = np.concatenate([prompt.input_ids, answer.input_ids])
-                yield Sequence(sequence_id, input_ids, np.arange(tokens) >= len(prompt.input_ids))
+                learnt = np.arange(tokens) >= len(prompt.input_ids)
+                yield Sequence(sequence_id, input_ids, learnt, answer.logprobs)
+        if self._config.writer is not None and count["finished_empty"] == count["generations"] > 0:
+            raise UserError(
+                f"the writer {self._config.writer} wrote nothing: all of its {count['generations']:,} answers are empty; train it "
+                "on given text first, or look at data.generate.stop and the chat template"
+            )
 
     # --- prompts
 
@@ -258,12 +287,17 @@ class Generations:
 
     # --- answers
 
-    def _answer(self, generator: Generator, missing: list[int], total: int, written: int) -> None:
+    def _answer(self, generator: Any, missing: list[int], total: int, written: int) -> None:
         """Writes the answers of the missing units, in order, until there is enough text;
         ``written``: tokens that exist already.
         """
         started, sampled = time.monotonic(), 0
-        answers = generator.generate(prompt for unit in missing for _, prompt in self._asked(unit))
+        prompts = (prompt for unit in missing for _, prompt in self._asked(unit))
+        answers = (
+            (SampledAnswer(ids, _NO_LOGPROBS) for ids in generator.generate(prompts))
+            if self._config.writer is None
+            else _sampled(generator, prompts)
+        )
         done = total - sum(1 for unit in missing for _ in self._asked(unit))
         try:
             with (
@@ -276,32 +310,47 @@ class Generations:
                     unit_answers: list[WrittenAnswer] = []
                     for _ in self._asked(unit):
                         safe_point()
-                        ids = next(answers)
-                        sampled += len(ids)
+                        sample = next(answers)
+                        sampled += len(sample.input_ids)
                         bar.set_postfix_str(
                             f"{sampled / (time.monotonic() - started):,.0f} tok/s", refresh=False
                         )
                         bar.update()
-                        unit_answers.append(
-                            cut(
-                                ids,
-                                self.sampling,
-                                self._decode,
-                                include_stop=self._settings.include_stop,
-                            )
+                        answer = cut(
+                            sample.input_ids,
+                            self.sampling,
+                            self._decode,
+                            include_stop=self._settings.include_stop,
                         )
+                        if self._config.writer is not None:
+                            self._check_ids(answer.input_ids)
+                            logprobs = sample.logprobs[: len(answer.input_ids)]
+                            answer = replace(answer, logprobs=logprobs)
+                        unit_answers.append(answer)
                     self._commit(unit, unit_answers)
                     written += self._tokens([unit])
                     if written > self._limit:
                         return
         finally:
-            close = getattr(answers, "close", None)
-            if close is not None:
-                close()
+            self.seconds = time.monotonic() - started
+            answers.close()
+
+    def _check_ids(self, ids: NDArray[np.int32]) -> None:
+        """Raises UserError for a token that the teacher does not have."""
+        if len(ids) and int(ids.max()) >= self._prompts.vocab_size:
+            raise UserError(
+                f"the writer {self._config.writer} sampled id {int(ids.max())}, but the teacher {self._config.teacher.model} "
+                f"predicts {self._prompts.vocab_size} ids; use a writer whose lm_head has no further rows (resize_token_embeddings "
+                "of transformers)"
+            )
 
     def _commit(self, unit: int, answers: list[WrittenAnswer]) -> None:
         sink = pa.BufferOutputStream()
-        columns = [[answer.input_ids for answer in answers], [answer.finish for answer in answers]]
+        columns = [
+            [answer.input_ids for answer in answers],
+            [answer.finish for answer in answers],
+            [answer.logprobs for answer in answers],
+        ]
         with pa.ipc.new_file(sink, _ANSWERS) as out:
             out.write_batch(
                 pa.record_batch(
@@ -318,14 +367,20 @@ class Generations:
         if not self._answers_file(unit).exists():
             return
         with pa.ipc.open_file(pa.memory_map(str(self._answers_file(unit)))) as file:
-            ids, finish = file.get_batch(0).columns
-            for (sequence_id, prompt), answer, why in zip(
-                self._asked(unit), ids, finish, strict=True
+            # Files of earlier versions have two columns.
+            ids, finish, *logprobs = file.get_batch(0).columns
+            given = logprobs[0] if logprobs else pa.nulls(len(ids), pa.list_(pa.float32()))
+            for (sequence_id, prompt), answer, why, each in zip(
+                self._asked(unit), ids, finish, given, strict=True
             ):
                 yield (
                     sequence_id,
                     prompt,
-                    WrittenAnswer(answer.values.to_numpy().copy(), why.as_py()),
+                    WrittenAnswer(
+                        answer.values.to_numpy().copy(),
+                        why.as_py(),
+                        each.values.to_numpy().copy() if each.is_valid else None,
+                    ),
                 )
 
     def _tokens(self, units: Iterable[int]) -> int:
@@ -382,6 +437,18 @@ def cut(
         before = bisect_left(counts, True, key=lambda n: decode(ids[:n])[:at] == text[:at])
         ids, content, finish = ids[: through if include_stop else before], ids[:before], "stop"
     return WrittenAnswer(ids, finish if len(content) else "empty")
+
+
+def _sampled(writer: Writer, prompts: Iterable[Prompt]) -> Generator[SampledAnswer, None, None]:
+    """The writer's answers, checked. Raises UserError for a logprob that is none."""
+    for answer in writer.sample(prompts):
+        logprobs = answer.logprobs
+        if logprobs.shape != answer.input_ids.shape or not np.isfinite(logprobs).all():
+            raise UserError(
+                "the writer's logprobs are NaN or infinite: its arithmetic overflows (set teacher.dtype to bfloat16 or float32), "
+                "or its weights are damaged"
+            )
+        yield answer
 
 
 def answer_seed(seed: int, row_id: str, sample: int) -> int:

@@ -7,6 +7,7 @@ A prompt is never cut. If it leaves no room for an answer, it is left out and co
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -53,7 +54,7 @@ class Prompts:
         self.template = ChatTemplate(tokenizer, config) if config.kind == "chats" else None
         self._config = config
         self._settings = config.generate
-        self._vocab_size = vocab_size
+        self.vocab_size = vocab_size
         self._counters: Counter[str] = Counter()
         self._refusal = ""
         self.report: Report = ignore
@@ -64,13 +65,59 @@ class Prompts:
         return dict(self._counters)
 
     def prompts(self, rows: Iterable[Row]) -> Iterator[PromptRow]:
-        """Streams prompts until they, with one token of answer each, would exceed ``max_tokens``.
+        """Streams the prompts that the config chooses, until they, with one token of answer each,
+        would exceed ``max_tokens``. ``rows`` may be read several times.
 
         Raises UserError for an id outside the vocabulary, and if there is no prompt.
         """
-        self._counters = Counter(prompts=0)
+        counters = self._counters = Counter(prompts=0)
         self._refusal = ""
         tokens = 0
+        for row in self._chosen(rows):
+            tokens += self._settings.samples * (len(row.input_ids) + 1)
+            if (
+                self._config.max_tokens is not None
+                and tokens > self._config.max_tokens
+                and counters["prompts"]
+            ):
+                return
+            counters["prompts"] += 1
+            yield row
+        if counters["prompts"] == 0:
+            raise UserError(self._nothing_made())
+
+    def _chosen(self, rows: Iterable[Row]) -> Iterator[PromptRow]:
+        """The prompts that ``skip_prompts`` and ``max_prompts`` choose, each once."""
+        start = self._settings.skip_prompts
+        wanted: float = math.inf if (most := self._settings.max_prompts) is None else most
+        if not start and most is None:
+            yield from self._all(rows)
+            return
+        counters, report = self._counters, self.report
+        try:
+            while wanted > 0:
+                total = 0
+                for row in self._all(rows):
+                    if total >= start:
+                        yield row
+                        wanted -= 1
+                        if wanted == 0:
+                            return
+                    total += 1
+                if total == 0:
+                    return
+                # Behind the last prompt the first one follows, up to where this began.
+                start, wanted = (
+                    (0, min(wanted, start))
+                    if start < total
+                    else (start % total, min(wanted, total))
+                )
+                # What is read again is not counted again.
+                self._counters, self.report = Counter(), ignore
+        finally:
+            self._counters, self.report = counters, report
+
+    def _all(self, rows: Iterable[Row]) -> Iterator[PromptRow]:
         for batch in batches(rows):
             for row_id, ids in self._tokenised(batch):
                 if not ids:
@@ -79,19 +126,9 @@ class Prompts:
                 if len(ids) >= self._config.max_length:
                     self._leave_out(row_id, "overlong_prompts")
                     continue
-                tokens += self._settings.samples * (len(ids) + 1)
-                if (
-                    self._config.max_tokens is not None
-                    and tokens > self._config.max_tokens
-                    and self._counters["prompts"]
-                ):
-                    return
                 input_ids = np.asarray(ids, np.int32)
-                check_ids(input_ids, self._vocab_size, f"prompt {row_id}")
-                self._counters["prompts"] += 1
+                check_ids(input_ids, self.vocab_size, f"prompt {row_id}")
                 yield PromptRow(row_id, input_ids)
-        if self._counters["prompts"] == 0:
-            raise UserError(self._nothing_made())
 
     def _leave_out(self, row_id: str, reason: str, detail: str = "") -> None:
         self._counters[reason] += 1

@@ -159,7 +159,7 @@ def _header(source: Source, survey: Survey, logits: bool) -> Header:
     policy = "assistant" if chats else "completion"
     given: dict[str, Any] = options.model_dump(mode="json", exclude_unset=True)
     return Header(
-        required_features=store.required_features,
+        required_features=store.features,
         created_by=f"logitcask {version('logitcask')}",
         teacher=TeacherIdentity(
             model=options.teacher,

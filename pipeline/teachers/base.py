@@ -92,6 +92,16 @@ class Prompt:
     seed: int
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class SampledAnswer:
+    """The tokens that a model has sampled, int32[m], and their logprobs, float32[m], nats: of its
+    whole distribution at temperature 1, whatever it sampled with.
+    """
+
+    input_ids: NDArray[np.int32]
+    logprobs: NDArray[np.float32]
+
+
 class Generator(Protocol):
     """A teacher that was opened with a ``Sampling``, and so can write text too.
 
@@ -102,6 +112,15 @@ class Generator(Protocol):
     """
 
     def generate(self, prompts: Iterable[Prompt]) -> Iterator[NDArray[np.int32]]: ...
+
+
+@runtime_checkable
+class Writer(Protocol):
+    """A ``Generator`` that also tells the logprobs of its tokens: ``sample`` yields the answers of
+    ``generate`` with them.
+    """
+
+    def sample(self, prompts: Iterable[Prompt]) -> Iterator[SampledAnswer]: ...
 
 
 class Backend(Protocol):

@@ -32,7 +32,7 @@ from logitcask.pipeline.distribution.draws import (
     padded,
     set_sizes,
 )
-from logitcask.pipeline.teachers.base import Prompt, Sampling
+from logitcask.pipeline.teachers.base import Prompt, SampledAnswer, Sampling
 from logitcask.pipeline.types import Scored, Sequence
 
 # Part of the teacher's identity: a change of any of its numbers needs a new version.
@@ -111,6 +111,9 @@ class SyntheticTeacher:
             )
 
     def generate(self, prompts: Iterable[Prompt]) -> Iterator[NDArray[np.int32]]:
+        return (answer.input_ids for answer in self.sample(prompts))
+
+    def sample(self, prompts: Iterable[Prompt]) -> Iterator[SampledAnswer]:
         """Answers by inverse CDF, exactly the same in any batch: token ``t`` uses the ``t``-th
         number of its seed.
         """
@@ -122,7 +125,7 @@ class SyntheticTeacher:
 
     def _answers(
         self, group: list[Prompt], cdf: NDArray[np.float64], end_tokens: tuple[int, ...]
-    ) -> list[NDArray[np.int32]]:
+    ) -> list[SampledAnswer]:
         """All answers of a group, a token of each at a time."""
         longest = max(prompt.max_tokens for prompt in group)
         uniforms = np.stack(
@@ -134,6 +137,7 @@ class SyntheticTeacher:
             [p.input_ids[-2] if len(p.input_ids) > 1 else self.vocab_size for p in group], np.int64
         )
         answers = np.zeros((len(group), longest), np.int32)
+        logprobs = np.zeros((len(group), longest), np.float32)
         length = np.zeros(len(group), np.int64)
         going = np.arange(len(group))
         for step in range(longest):
@@ -144,12 +148,19 @@ class SyntheticTeacher:
                 ranks[rows] = np.searchsorted(cdf[each], uniforms[going[rows], step], side="right")
             ids = self._ids(ranks, which, shift)
             answers[going, step] = ids
+            logprobs[going, step] = self._laws32[law, ranks]
             length[going] = step + 1
             before[going], last[going] = last[going], ids
             going = going[~np.isin(ids, end_tokens) & (step + 1 < room[going])]
             if not len(going):
                 break
-        return [answer[:n] for answer, n in zip(answers, length, strict=True)]
+        return [
+            SampledAnswer(*each)
+            for each in (
+                (answer[:n], of_answer[:n])
+                for answer, of_answer, n in zip(answers, logprobs, length, strict=True)
+            )
+        ]
 
     def dense_logprobs(self, input_ids: NDArray[np.int32]) -> NDArray[np.float64]:
         """float64[n-1, V]: the truth, nats; row ``i`` predicts token ``i + 1``."""

@@ -22,7 +22,7 @@ from logitcask.pipeline.distribution.capture import Capture
 from logitcask.pipeline.distribution.draws import KEY_IDS, no_draws
 from logitcask.pipeline.distribution.draws_torch import draw, to_numpy
 from logitcask.pipeline.distribution.keep import not_a_number
-from logitcask.pipeline.teachers.base import Prompt, Sampling, bounded_groups
+from logitcask.pipeline.teachers.base import Prompt, SampledAnswer, Sampling, bounded_groups
 from logitcask.pipeline.teachers.model import (
     ResolvedModel,
     attention,
@@ -121,6 +121,9 @@ class TransformersTeacher:
                 yield scored.pop(index)
 
     def generate(self, prompts: Iterable[Prompt]) -> Iterator[NDArray[np.int32]]:
+        return (answer.input_ids for answer in self.sample(prompts))
+
+    def sample(self, prompts: Iterable[Prompt]) -> Iterator[SampledAnswer]:
         """Answers in batches of prompts of similar length. Each answer has its own generator."""
         assert self._sampling is not None
         tokenizer = None
@@ -128,7 +131,7 @@ class TransformersTeacher:
             tokenizer = load_tokenizer(self._model)
         prompts = iter(prompts)
         while group := list(itertools.islice(prompts, _ANSWERS_PER_GROUP)):
-            answers: dict[int, NDArray[np.int32]] = {}
+            answers: dict[int, SampledAnswer] = {}
             by_length = sorted(range(len(group)), key=lambda index: -len(group[index].input_ids))
             while by_length:
                 first = group[by_length[0]]
@@ -147,7 +150,7 @@ class TransformersTeacher:
     @torch.inference_mode()
     def _write(
         self, batch: list[Prompt], sampling: Sampling, tokenizer: Any
-    ) -> list[NDArray[np.int32]]:
+    ) -> list[SampledAnswer]:
         """One answer per prompt. Padding is on the left, so all answers begin in one column."""
         width = max(len(prompt.input_ids) for prompt in batch)
         input_ids = torch.zeros((len(batch), width), dtype=torch.int64)
@@ -161,16 +164,21 @@ class TransformersTeacher:
         self._lm.generation_config = transformers.GenerationConfig(
             do_sample=False, pad_token_id=0, eos_token_id=list(sampling.end_tokens) or None
         )
+        seen = _Logprobs()
         ends = _Ends(width, [prompt.max_tokens for prompt in batch], sampling.stop, tokenizer)
         out = self._lm.generate(
             input_ids=input_ids.to(self._device),
             attention_mask=attention_mask.to(self._device),
             max_new_tokens=max(prompt.max_tokens for prompt in batch),
-            logits_processor=_processors(sampling, [prompt.seed for prompt in batch]),
+            logits_processor=_processors(sampling, [prompt.seed for prompt in batch], seen),
             stopping_criteria=transformers.StoppingCriteriaList([ends]),
         )[:, width:]
-        rows = zip(out.to(torch.int32).cpu().numpy(), ends.lengths, strict=True)
-        return [_until_end(ids[:length], sampling.end_tokens) for ids, length in rows]
+        logprobs = seen.of(out)
+        answers = []
+        for row, length in enumerate(ends.lengths):
+            ids = _until_end(out[row, :length].to(torch.int32).cpu().numpy(), sampling.end_tokens)
+            answers.append(SampledAnswer(ids, logprobs[row, : len(ids)]))
+        return answers
 
     def dense_logprobs(self, input_ids: NDArray[np.int32]) -> NDArray[np.float32]:
         """float32[n-1, V]: the whole distribution, nats; row ``i`` predicts token ``i + 1``."""
@@ -229,6 +237,28 @@ def _cause(error: Exception) -> str:
     return cause
 
 
+class _Logprobs(transformers.LogitsProcessor):
+    """Keeps the logprob of each sampled token, before anything changes the logits. Holds the
+    distributions of one step.
+    """
+
+    def __init__(self) -> None:
+        self._last: Tensor | None = None
+        self._columns: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if self._last is not None:
+            self._columns.append(self._last.gather(1, input_ids[:, -1:]))
+        self._last = scores.float().log_softmax(dim=-1)
+        return scores
+
+    def of(self, answers: Tensor) -> NDArray[np.float32]:
+        """float32[B, m]: the logprobs of ``answers``, int64[B, m], after their last step."""
+        assert self._last is not None
+        columns = [*self._columns, self._last.gather(1, answers[:, -1:].to(self._last.device))]
+        return torch.cat(columns, dim=1).cpu().numpy()
+
+
 class _Noise(transformers.LogitsProcessor):
     """Turns a greedy choice into a draw: the argmax of logits with Gumbel noise.
 
@@ -276,8 +306,8 @@ class _Ends(transformers.StoppingCriteria):
         return any(stop in text for stop in self._stop)
 
 
-def _processors(sampling: Sampling, seeds: list[int]) -> Any:
-    processors = transformers.LogitsProcessorList()
+def _processors(sampling: Sampling, seeds: list[int], seen: _Logprobs) -> Any:
+    processors = transformers.LogitsProcessorList([seen])
     if sampling.temperature > 0:
         processors.append(transformers.TemperatureLogitsWarper(sampling.temperature))
         if sampling.top_p < 1:

@@ -35,10 +35,27 @@ _NOT_ARGUMENTS = {
 
 
 class GenerateConfig(ConfigModel):
-    """Answers that the teacher writes to the prompts of a data set. They are then scored like any
-    other text.
+    """Answers that the teacher, or another model, writes to the prompts of a data set. The teacher
+    then scores them like any other text.
     """
 
+    writer: str | None = Field(
+        None,
+        min_length=1,
+        description="The model that writes, if it is not the teacher: a folder or a hub name, such "
+        "as a student's checkpoint. It needs the teacher's tokenizer, runs with the teacher's "
+        "engine settings, and has left the memory when the teacher starts. The logprobs that it "
+        "gave its tokens are stored, too. `synthetic:SEED` for the synthetic teacher.",
+    )
+    skip_prompts: int = Field(
+        0,
+        ge=0,
+        description="Number of prompts that are passed over. After the last prompt of the data "
+        "the first one follows again.",
+    )
+    max_prompts: int | None = Field(
+        None, ge=1, description="Number of prompts to answer, each once. Default: all."
+    )
     samples: int = Field(
         1, ge=1, description="Answers per prompt. The sequences are named `row/sample`."
     )
@@ -78,6 +95,11 @@ class GenerateConfig(ConfigModel):
         description="System message for every prompt without one. Only with messages_field or "
         "prompt_field.",
     )
+
+    @field_validator("writer")
+    @classmethod
+    def _writer_has_a_home(cls, writer: str | None) -> str | None:
+        return None if writer is None else with_home(writer)
 
     @model_validator(mode="after")
     def _stops_are_strings(self) -> Self:
@@ -168,7 +190,7 @@ class DataConfig(ConfigModel):
     )
     generate: GenerateConfig | None = Field(
         None,
-        description="Lets the teacher write text first. It answers the prompts in prompt_field, "
+        description="Lets the teacher, or another model, write text first. It answers the prompts in prompt_field, "
         "or the last message of each chat in messages_field (an existing answer is replaced), or "
         "continues the texts in text_field.",
     )

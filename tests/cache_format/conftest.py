@@ -27,6 +27,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "samples": {"min_probability": 0.01, "tail_samples": 6, "sample_sets": 2, "entropy": True},
     "sample logprobs": {"tail_samples": 6, "sample_logprobs": True},
     "random sampling": {"top_k": 0, "tail_samples": 40, "entropy": True},
+    "writer logprobs": {"writer_logprobs": True},
 }
 """What a cache may hold, as fields of its store settings."""
 
@@ -64,6 +65,7 @@ def make_header(
             sha256="0",
         ),
         store=StoreSettings(**store),
+        required_features=StoreSettings(**store).features,
     )
 
 
@@ -127,6 +129,9 @@ def make_sequence(
         if "entropy" in settings
         else None,
         samples=samples,
+        writer_logprob=-rng.exponential(3, p).astype(np.float32)
+        if "writer_logprobs" in settings
+        else None,
     )
 
 
@@ -138,7 +143,7 @@ def assert_same(expected: CachedSequence, found: CachedSequence, step: float) ->
     stored = expected.ids >= 0
     assert np.isneginf(found.logprobs[~stored]).all()
     assert (np.abs(found.logprobs[stored] - expected.logprobs[stored]) <= step / 2).all()
-    for name in ("tail_logprob", "target_logprob", "entropy"):
+    for name in ("tail_logprob", "target_logprob", "entropy", "writer_logprob"):
         a, b = getattr(found, name), getattr(expected, name)
         assert (a is None) == (b is None), name
         if b is not None:

@@ -8,6 +8,7 @@ import pytest
 
 from logitcask.cache_format.cli.config_docs import markdown
 from logitcask.pipeline.config import BuildConfig
+from logitcask.rounds.config import RoundsConfig
 from logitcask.train.config import TrainConfig
 
 DOCS = Path(__file__).parents[2] / "docs" / "config.md"
@@ -15,7 +16,11 @@ DOCS = Path(__file__).parents[2] / "docs" / "config.md"
 
 @pytest.mark.parametrize(
     ("command", "model"),
-    [("logitcask.pipeline.config", BuildConfig), ("logitcask.train.config", TrainConfig)],
+    [
+        ("logitcask.pipeline.config", BuildConfig),
+        ("logitcask.train.config", TrainConfig),
+        ("logitcask.rounds.config", RoundsConfig),
+    ],
 )
 def test_the_tables_are_in_sync(command, model):
     shown = (

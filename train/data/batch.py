@@ -43,8 +43,8 @@ def at_positions(sequences: list[CachedSequence]) -> dict[str, Tensor]:
                after this.
     teacher_*: the fields of SparseTeacher, [P, ...]; teacher_samples and teacher_sample_logprobs
                are those of its draws, with all sets pooled. If only some sequences have a field
-               (they come from different caches), it is padded for the others, an entropy with NaN
-               (see ``Mixture.teachers``).
+               (they come from different caches), it is padded for the others, an entropy and a
+               writer's logprob with NaN (see ``Mixture.teachers``).
     """
     batch = {
         "labels": torch.cat([torch.from_numpy(s.target_ids).long() for s in sequences]),
@@ -55,12 +55,14 @@ def at_positions(sequences: list[CachedSequence]) -> dict[str, Tensor]:
             [torch.from_numpy(s.target_logprob) for s in sequences]
         ),
     }
-    if any(s.entropy is not None for s in sequences):
-        unknown = [
-            np.full(len(s.positions), np.nan, np.float32) if s.entropy is None else s.entropy
-            for s in sequences
-        ]
-        batch["teacher_entropy"] = torch.cat([torch.from_numpy(values) for values in unknown])
+    for name in ("entropy", "writer_logprob"):
+        values = [getattr(s, name) for s in sequences]
+        if any(each is not None for each in values):
+            known = [
+                np.full(len(s.positions), np.nan, np.float32) if each is None else each
+                for s, each in zip(sequences, values, strict=True)
+            ]
+            batch[f"teacher_{name}"] = torch.cat([torch.from_numpy(each) for each in known])
     samples = [s.samples for s in sequences]
     if any(s is not None for s in samples):
         ids = [
@@ -120,6 +122,7 @@ def teacher_of(
         vocab_size=vocab_size,
         draws=None if drawn is None else TailDraws(drawn, batch.get("teacher_sample_logprobs")),
         entropy=batch.get("teacher_entropy"),
+        writer_logprob=batch.get("teacher_writer_logprob"),
         prior=prior,
         tail_known=tail_known,
         targets_known=targets_known,

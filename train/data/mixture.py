@@ -29,7 +29,7 @@ from logitcask.train.config import DataConfig, SelectPositions, TrainConfig
 from logitcask.train.data.batch import Place, collate
 from logitcask.train.data.dataset import CachedDataset, HeldOut, check_shards
 from logitcask.train.data.held_out import CacheIndex, Reference, read_index
-from logitcask.train.data.order import Plan, Units, single_units
+from logitcask.train.data.order import PartPlan, Plan, Units, single_units
 from logitcask.train.data.packing import collate_packed, packed_units
 from logitcask.train.data.selection import highest_entropy, share_of
 from logitcask.train.losses import SparseTeacher
@@ -105,7 +105,9 @@ class Mixture(Dataset[Drawn]):
             if draws is not None and not store.sample_logprobs:
                 draws = replace(draws, logprobs=None)
             entropy = teacher.entropy if store.entropy else None
-            found.append((rows, replace(teacher, draws=draws, entropy=entropy)))
+            written = teacher.writer_logprob if store.writer_logprobs else None
+            fields = {"draws": draws, "entropy": entropy, "writer_logprob": written}
+            found.append((rows, replace(teacher, **fields)))
             start = stop
         return found
 
@@ -186,8 +188,12 @@ def open_data(
     seed: int,
     rows: int | None = None,
     reference: CacheReader | None = None,
+    part: tuple[int, dict[str, int]] | None = None,
 ) -> tuple[Mixture, HeldOut]:
     """Training and held-out data for a student of ``rows`` ids; None: all ids of the teachers.
+
+    part: of a part of a longer training, the steps made before it, and the units of each cache that
+          were read before, by the fingerprint.
 
     With a ``reference``, the held-out data is its sequences, and no sequence whose text is in it
     is in the training data. Raises UserError for data that cannot be used.
@@ -195,7 +201,11 @@ def open_data(
     entries = config.caches
     check_shards(caches if reference is None else [*caches, reference])
     texts = None if reference is None else Reference.read(reference)
-    indexes = [read_index(cache, config.evaluation.held_out, texts) for cache in caches]
+    shares = [
+        config.evaluation.held_out if entry.held_out is None else entry.held_out
+        for entry in entries
+    ]
+    indexes = [read_index(cache, share, texts) for cache, share in zip(caches, shares, strict=True)]
     sources, held_out, units = [], [], []
     capacity = config.data.row_tokens or max(
         max(cache.manifest.data.max_length, int(index.tokens.max(initial=0)))
@@ -207,7 +217,7 @@ def open_data(
         train, out = (np.flatnonzero(usable & chosen) for chosen in (learnt, index.held_out))
         if reference is not None:
             _say_what_is_in_the_reference(entry.cache, index, len(train), reference.path)
-        elif not len(train) or not len(out):
+        elif (not len(train) and entry.weight != 0) or (not len(out) and shares[number]):
             raise UserError(
                 f"{entry.cache} splits into {len(train)} sequences to train on and {len(out)} held out; "
                 "both need some: change evaluation.held_out or use a larger cache"
@@ -227,13 +237,10 @@ def open_data(
         held_out.append(CachedDataset(cache, out, rows))
         units.append(_units(config.data, capacity, cache, index, train, (seed, 0, number)))
     weights = [entry.weight for entry in entries if entry.weight is not None]
-    plan = Plan(
-        units,
-        weights or None,
-        seed=seed,
-        shuffle=config.data.shuffle,
-        window=config.data.shuffle_window,
-        epoch=config.data.epoch,
+    plan = (
+        _plan(config, units, weights or None, seed)
+        if part is None
+        else _part_plan(config, caches, units, weights or None, seed, *part)
     )
     limit = config.evaluation.max_sequences
     if reference is not None:
@@ -243,6 +250,11 @@ def open_data(
             CachedDataset(data.cache, data.indices[: max(1, round(limit * share))], rows)
             for data, share in zip(held_out, _shares(weights, held_out), strict=True)
         ]
+    held_out = [data for data in held_out if len(data)]
+    if not held_out:
+        raise UserError(
+            "no cache has held-out sequences to evaluate on; set held_out of one of the caches, or evaluation.cache"
+        )
     data = Mixture(
         sources,
         [entry.label for entry in entries],
@@ -251,6 +263,39 @@ def open_data(
         in_reference=sum(int(index.in_reference.sum()) for index in indexes),
     )
     return data, HeldOut(held_out)
+
+
+def _plan(config: TrainConfig, units: list[Units], weights: list[float] | None, seed: int) -> Plan:
+    return Plan(
+        units,
+        weights,
+        seed=seed,
+        shuffle=config.data.shuffle,
+        window=config.data.shuffle_window,
+        epoch=config.data.epoch,
+    )
+
+
+def _part_plan(
+    config: TrainConfig,
+    caches: list[CacheReader],
+    units: list[Units],
+    weights: list[float] | None,
+    seed: int,
+    first: int,
+    read: dict[str, int],
+) -> PartPlan:
+    names = [cache.manifest.fingerprint for cache in caches]
+    return PartPlan(
+        units,
+        weights,
+        keys=[(int(name[:16], 16),) for name in names],
+        read=[read.get(name, 0) for name in names],
+        first=first,
+        seed=seed,
+        shuffle=config.data.shuffle,
+        window=config.data.shuffle_window,
+    )
 
 
 def sequences_of(
@@ -335,8 +380,12 @@ def _warn_of_thrashing(cache: CacheReader, shuffle: str) -> None:
 
 
 def _shares(weights: list[float], held_out: list[CachedDataset]) -> list[float]:
-    """Number of held-out sequences per cache: by weight, or by size without weights."""
-    sizes = weights or [float(len(data)) for data in held_out]
+    """Number of held-out sequences per cache: by weight, or by size without weights. A cache of
+    weight 0 counts by its size.
+    """
+    sizes = [float(len(data)) for data in held_out]
+    if weights and all(weights) and all(sizes):
+        sizes = weights
     return [size / sum(sizes) for size in sizes]
 
 

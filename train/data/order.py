@@ -162,6 +162,10 @@ class Plan:
                 self.orders, self.counts, self.first_unit[:-1], strict=True
             )
         ]
+        return self._mixed(drawn, number)
+
+    def _mixed(self, drawn: list[Ints], number: int) -> Ints:
+        """The units of all caches in one order; ``number`` seeds it."""
         if len(drawn) == 1:
             return drawn[0]
         # The n units of a cache divide the epoch into n intervals, and each unit gets a random time
@@ -175,6 +179,68 @@ class Plan:
             (np.arange(len(each)) + at) / len(each) for each, at in zip(drawn, wobble, strict=True)
         ]
         return np.concatenate(drawn)[np.argsort(np.concatenate(when), kind="stable")]
+
+
+class PartPlan(Plan):
+    """The units of a part of a longer training. Each cache is a stream, which is read on from where
+    earlier parts have left it.
+
+    keys:   the seed of each cache's stream, the same in every part.
+    read:   units of each cache that earlier parts have read.
+    first:  steps made before this part, which seed the order of its units.
+    """
+
+    def __init__(
+        self,
+        caches: list[Units],
+        weights: list[float] | None,
+        *,
+        keys: list[tuple[int, ...]],
+        read: list[int],
+        first: int,
+        seed: int,
+        shuffle: Shuffle,
+        window: int,
+    ) -> None:
+        super().__init__(caches, None, seed=seed, shuffle=shuffle, window=window, epoch="first")
+        self.orders = [
+            CacheOrder(units, (seed, 1, *key), shuffle, window)
+            for units, key in zip(caches, keys, strict=True)
+        ]
+        self.read, self.first = read, first
+        kept = [float(units.kept.sum()) for units in caches] if weights is None else weights
+        self._rates = np.array(
+            [
+                each / units.kept.mean() if each > 0 else 0.0
+                for each, units in zip(kept, caches, strict=True)
+            ]
+        )
+
+    def shares(self, count: int) -> list[int]:
+        """The units of each cache among ``count``: as the weights say, rounded down, and the rest
+        to those whose share lost most by it.
+        """
+        exact = count * self._rates / self._rates.sum()
+        shares = np.floor(exact).astype(np.int64)
+        shares[np.argsort(shares - exact, kind="stable")[: count - int(shares.sum())]] += 1
+        found: list[int] = shares.tolist()
+        return found
+
+    def draw(self, count: int) -> Ints:
+        """int64[count]: the units of the part, in order."""
+        return self._mixed(
+            [
+                order.take(read, share) + first
+                for order, read, share, first in zip(
+                    self.orders,
+                    self.read,
+                    self.shares(count),
+                    self.first_unit[:-1],
+                    strict=True,
+                )
+            ],
+            self.first,
+        )
 
 
 class Batches(BatchSampler):
@@ -232,3 +298,43 @@ class Batches(BatchSampler):
             # The rest of the window is an incomplete group at its end.
             grouped += [dealt.reshape(-1), window[full * together :]]
         return np.concatenate(grouped)
+
+
+class PartBatches(Batches):
+    """The batches of a part of a longer training, as the end of one long epoch. Those of the steps
+    before the part are placeholders, which a resumed training skips unread.
+
+    steps: (before the part, at its end). per_step: batches of all processes in an optimizer step.
+    """
+
+    plan: PartPlan
+
+    def __init__(
+        self,
+        plan: PartPlan,
+        batch_size: int,
+        *,
+        steps: tuple[int, int],
+        per_step: int,
+        group_by_length: bool = False,
+        processes: int = 1,
+    ) -> None:
+        super().__init__(plan, batch_size, group_by_length=group_by_length, processes=processes)
+        self._before, self._all = (each * per_step for each in steps)
+
+    @property
+    def units(self) -> int:
+        """Units that the part reads."""
+        return (self._all - self._before) * self.batch_size
+
+    def __len__(self) -> int:
+        return self._all
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for _ in range(self._before):
+            yield [0] * self.batch_size
+        units = self.plan.draw(self.units)
+        if self.group_by_length:
+            units = self._grouped(units)
+        for start in range(0, len(units), self.batch_size):
+            yield units[start : start + self.batch_size].tolist()

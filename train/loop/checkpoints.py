@@ -42,7 +42,7 @@ def last_checkpoint(output: Path) -> Path | None:
     """The newest complete checkpoint in ``output``. Removes incomplete ones."""
     last: tuple[int, Path] | None = None
     for folder in output.glob("checkpoint-*"):
-        state = _state(folder)
+        state = read_state(folder)
         if state is None:
             shutil.rmtree(folder)
             continue
@@ -52,7 +52,7 @@ def last_checkpoint(output: Path) -> Path | None:
 
 def is_complete(folder: Path) -> bool:
     """Whether ``folder`` is a checkpoint with all its files."""
-    return _state(folder) is not None
+    return read_state(folder) is not None
 
 
 def named_checkpoint(name: str, fingerprints: tuple[str, ...], steps: int) -> Path:
@@ -62,7 +62,7 @@ def named_checkpoint(name: str, fingerprints: tuple[str, ...], steps: int) -> Pa
     made this run's ``steps``.
     """
     folder = Path(name).expanduser()
-    state = _state(folder)
+    state = read_state(folder)
     if state is None:
         raise UserError(
             f"training.resume_from_checkpoint is {name}, which is no complete checkpoint (no {_STATE}); "
@@ -93,7 +93,7 @@ def best_checkpoint(recorded: str, output: Path) -> Path:
     Raises UserError if it is missing, because the run would end with another student.
     """
     for folder in (output / Path(recorded).name, Path(recorded)):
-        if _state(folder) is not None:
+        if read_state(folder) is not None:
             return folder
     raise UserError(
         f"the best student so far was saved in {Path(recorded).name}, which is no complete checkpoint in {output}; put it back, "
@@ -103,7 +103,7 @@ def best_checkpoint(recorded: str, output: Path) -> Path:
 
 def warn_of_other_batches(checkpoint: Path) -> None:
     """Warns if ``checkpoint`` is of another number of processes: they divided the data."""
-    before = _stamp(_state(checkpoint) or {}).get("attributes", {}).get("processes")
+    before = _stamp(read_state(checkpoint) or {}).get("attributes", {}).get("processes")
     now = processes()[1]
     if before not in (None, now):
         log.warning(
@@ -119,7 +119,7 @@ def _stamp(state: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _state(folder: Path) -> dict[str, Any] | None:
+def read_state(folder: Path) -> dict[str, Any] | None:
     """The content of trainer_state.json; None for an incomplete checkpoint."""
     try:
         state = json.loads((folder / _STATE).read_text())

@@ -28,7 +28,7 @@ from logitcask.cache_format.errors import UserError
 from logitcask.train.config import DataConfig, SelectionConfig
 from logitcask.train.data.dataset import HeldOut
 from logitcask.train.data.mixture import Collator, Mixture
-from logitcask.train.data.order import Batches
+from logitcask.train.data.order import Batches, PartBatches, PartPlan
 from logitcask.train.data.selection import learnability, most_learnable, only_sequences
 from logitcask.train.distributed import on_main
 from logitcask.train.evaluation.evaluate import evaluate
@@ -43,6 +43,7 @@ from logitcask.train.loop.callbacks import (
 )
 from logitcask.train.loop.checkpoints import best_checkpoint, is_complete
 from logitcask.train.loop.objective import Objective
+from logitcask.train.loop.part import Part, PartEnd
 from logitcask.train.loop.stop import StopOnSignal, outlive_signals
 from logitcask.train.loop.totals import LogTotals, StepTotals
 from logitcask.train.losses.base import Exactness
@@ -78,6 +79,7 @@ class DistillationTrainer(Trainer):
         data: DataConfig,
         selection: SelectionConfig,
         exactness: dict[str, Exactness] | None = None,
+        part: Part | None = None,
     ) -> None:
         with as_exact_as_it_can(student, args):
             self.head = LogitsHead(student)
@@ -115,6 +117,9 @@ class DistillationTrainer(Trainer):
                 TellObjective(objective, self.end_step),
             ],
         )
+        self._part = part
+        if part is not None:
+            self.add_callback(PartEnd(part, self._drawn_by_cache(part)))
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
         self.add_callback(self._stop)
@@ -194,16 +199,8 @@ class DistillationTrainer(Trainer):
         """Batches in the plan's order. They are known beforehand, so skipping costs nothing, and
         workers change nothing.
         """
-        size = self._train_batch_size
-        if self.selection.sequences is not None:
-            size = round(size / (1 - self.selection.sequences.filter_ratio))
-        self._batches = Batches(
-            self._mixture.plan,
-            size,
-            drop_last=self.args.dataloader_drop_last,
-            group_by_length=self.data.group_by_length,
-            processes=self.args.world_size,
-        )
+        size = self._sequences_per_batch()
+        self._batches = self._batches_of(size)
         if not len(self._batches):
             raise UserError(
                 f"an epoch has {len(self._mixture)} sequences or rows, and training.dataloader_drop_last leaves out a batch that "
@@ -221,6 +218,47 @@ class DistillationTrainer(Trainer):
             worker_init_fn=outlive_signals,
         )
         return cast(DataLoader, self.accelerator.prepare(loader))
+
+    def _sequences_per_batch(self) -> int:
+        size: int = self._train_batch_size
+        if self.selection.sequences is not None:
+            size = round(size / (1 - self.selection.sequences.filter_ratio))
+        return size
+
+    def _batches_of(self, size: int) -> Batches:
+        if self._part is not None:
+            return self._part_batches(self._part, size)
+        return Batches(
+            self._mixture.plan,
+            size,
+            drop_last=self.args.dataloader_drop_last,
+            group_by_length=self.data.group_by_length,
+            processes=self.args.world_size,
+        )
+
+    def _part_batches(self, part: Part, size: int) -> PartBatches:
+        plan = self._mixture.plan
+        assert isinstance(plan, PartPlan)
+        return PartBatches(
+            plan,
+            size,
+            steps=(part.first, part.until),
+            per_step=self.args.gradient_accumulation_steps * self.args.world_size,
+            group_by_length=self.data.group_by_length,
+            processes=self.args.world_size,
+        )
+
+    def _drawn_by_cache(self, part: Part) -> dict[str, int]:
+        """Units that the whole part reads, by the cache's fingerprint."""
+        plan = self._mixture.plan
+        assert isinstance(plan, PartPlan)
+        shares = plan.shares(self._part_batches(part, self._sequences_per_batch()).units)
+        names = [source.cache.manifest.fingerprint for source in self._mixture.sources]
+        return dict(zip(names, shares, strict=True))
+
+    def start_from(self, checkpoint: Path) -> None:
+        """Loads the weights of a checkpoint, before anything is measured. ``run`` loads the rest."""
+        self._load_from_checkpoint(str(checkpoint))
 
     def tell_epoch(self, loader: DataLoader) -> None:
         """Sets the epoch of the data's order. Trainer's own call does not reach samplers that
@@ -321,7 +359,8 @@ class DistillationTrainer(Trainer):
         if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
             best = str(best_checkpoint(state.best_model_checkpoint, Path(self.args.output_dir)))
             self.add_callback(FindBest(best))
-        if state.global_step >= self.total_steps():
+        last = self.total_steps() if self._part is None else self._part.until
+        if state.global_step >= last:
             # Killed after the last step. Trainer itself would make one more step.
             self._load_from_checkpoint(best or checkpoint)
             self.state = state

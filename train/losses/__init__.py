@@ -24,6 +24,7 @@ from logitcask.train.losses.base import (
 from logitcask.train.losses.divergences import jsd, reverse_kl, skew_kl, skew_reverse_kl, tvd
 from logitcask.train.losses.forward_kl import ce, forward_kl, random_sampling
 from logitcask.train.losses.pairs import bild, dpkd_token, listmle, pairwise_logistic
+from logitcask.train.losses.policy_gradient import policy_gradient
 from logitcask.train.losses.ranking import ranking
 from logitcask.train.losses.student_pass import StudentPass
 
@@ -46,6 +47,7 @@ __all__ = [
     "listmle",
     "loss",
     "pairwise_logistic",
+    "policy_gradient",
     "random_sampling",
     "ranking",
     "reverse_kl",

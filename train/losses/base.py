@@ -58,6 +58,8 @@ class SparseTeacher:
                      never smaller (``logitcask.train.data.vocabulary``).
     draws:           None, or the draws from the tails.
     entropy:         None, or float32[P], nats, of the whole distribution.
+    writer_logprob:  None, or float32[P], nats, of the targets, by the model that wrote the text, at
+                     temperature 1.
     prior:           None, or float32[vocab_size]: probabilities over which a tail can be spread if
                      the cache holds only its mass.
     tail_known:      whether the tails' masses are known. If not, logprobs are known up to a
@@ -76,6 +78,7 @@ class SparseTeacher:
     prior: Tensor | None = None
     tail_known: bool = True
     targets_known: bool = True
+    writer_logprob: Tensor | None = None
 
     def __len__(self) -> int:
         return self.ids.shape[0]

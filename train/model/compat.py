@@ -41,9 +41,12 @@ def check(
     manifest: Manifest,
     student: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    held_out: bool = True,
 ) -> None:
     """Raises UserError naming the first mismatch with the cache at ``path``, from which the student
-    learns: the value found, the value expected, and the remedies.
+    learns: the value found, the value expected, and the remedies. ``held_out``: whether a part of
+    the cache is evaluated on.
     """
     check_model(path, manifest, student, tokenizer)
     defaults = {term.name: SPECS[term.name].options for term in config.losses}
@@ -52,8 +55,8 @@ def check(
         for term in config.losses
         if "k" in defaults[term.name]
     }
-    # The student is evaluated on this cache or on a reference.
-    if config.evaluation.cache is None and manifest.store.top_k:
+    # The student is evaluated on this cache or on others.
+    if config.evaluation.cache is None and manifest.store.top_k and held_out:
         by_loss["evaluation.k"] = config.evaluation.k
     asked, wanted = max(by_loss.items(), key=lambda item: item[1], default=("", 0))
     _check_k(asked, wanted, path, manifest)

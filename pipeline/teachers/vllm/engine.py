@@ -29,7 +29,7 @@ from logitcask.cache_format.runtime.interruption import safe_point
 from logitcask.pipeline.config import TeacherConfig
 from logitcask.pipeline.distribution.capture import Capture
 from logitcask.pipeline.memory import map_large_blocks
-from logitcask.pipeline.teachers.base import Prompt, Sampling
+from logitcask.pipeline.teachers.base import Prompt, SampledAnswer, Sampling
 from logitcask.pipeline.teachers.model import (
     ResolvedModel,
     check_context,
@@ -173,6 +173,12 @@ class VllmTeacher:
         return self._answers(sequences, self.route, all_rows=False)
 
     def generate(self, prompts: Iterable[Prompt]) -> Iterator[NDArray[np.int32]]:
+        return (answer.input_ids for answer in self._write(prompts, logprobs=False))
+
+    def sample(self, prompts: Iterable[Prompt]) -> Iterator[SampledAnswer]:
+        return self._write(prompts, logprobs=True)
+
+    def _write(self, prompts: Iterable[Prompt], *, logprobs: bool) -> Iterator[SampledAnswer]:
         assert self._sampling is not None
         engine = self._llm.llm_engine
         self._engine_log.harmless = self._engine_log.printed()
@@ -182,7 +188,8 @@ class VllmTeacher:
             with eager(on_cpu=self._on_cpu), self._explained("writing"):
                 return [output for output in engine.step() if output.finished]
 
-        return write(engine, self._vllm.SamplingParams, prompts, self._sampling, step)
+        params = self._vllm.SamplingParams
+        return write(engine, params, prompts, self._sampling, step, logprobs=logprobs)
 
     def close(self) -> None:
         """Shuts the engine down and frees its memory."""

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from logitcask.pipeline.teachers.base import Prompt, Sampling
+from logitcask.cache_format.errors import UserError
+from logitcask.pipeline.teachers.base import Prompt, SampledAnswer, Sampling
 
 # Answers in the engine or waiting for earlier ones, as a multiple of the engine's batch.
 _AHEAD = 4
@@ -38,8 +38,10 @@ def write(
     prompts: Iterable[Prompt],
     sampling: Sampling,
     step: Callable[[], Iterable[Any]],
-) -> Iterator[NDArray[np.int32]]:
-    """One answer per prompt, int32[m], in order. ``params`` is ``vllm.SamplingParams``; ``step``
+    *,
+    logprobs: bool = False,
+) -> Iterator[SampledAnswer]:
+    """One answer per prompt, in order; with NaN for its logprobs unless ``logprobs``. ``params`` is ``vllm.SamplingParams``; ``step``
     runs a step of the engine.
 
     The engine gets a prompt whenever it finishes another, so it never waits for the longest answer
@@ -48,14 +50,14 @@ def write(
     """
     ahead = _AHEAD * engine.vllm_config.scheduler_config.max_num_seqs
     prompts = iter(prompts)
-    finished: dict[int, NDArray[np.int32]] = {}
+    finished: dict[int, SampledAnswer] = {}
     asked = given = 0
     try:
         while True:
             for prompt in itertools.islice(prompts, ahead - (asked - given)):
                 ids = {"prompt_token_ids": prompt.input_ids.tolist()}
                 engine.add_request(
-                    f"answer-{asked}", ids, _sampling_params(params, prompt, sampling)
+                    f"answer-{asked}", ids, _sampling_params(params, prompt, sampling, logprobs)
                 )
                 asked += 1
             if given == asked:
@@ -63,7 +65,7 @@ def write(
             if given not in finished:
                 for output in step():
                     number = int(output.request_id.removeprefix("answer-"))
-                    finished[number] = np.array(output.outputs[0].token_ids, np.int32)
+                    finished[number] = _answer(output.outputs[0], logprobs)
             while given in finished:
                 yield finished.pop(given)
                 given += 1
@@ -73,7 +75,28 @@ def write(
             engine.abort_request(left)
 
 
-def _sampling_params(params: Any, prompt: Prompt, sampling: Sampling) -> Any:
+def _answer(output: Any, logprobs: bool) -> SampledAnswer:
+    """A finished request's tokens. vLLM names each sampled token in the dict of its logprobs.
+
+    Raises UserError if it does not.
+    """
+    ids = np.array(output.token_ids, np.int32)
+    if not logprobs:
+        return SampledAnswer(ids, np.full(len(ids), np.nan, np.float32))
+    try:
+        found = [
+            each[token].logprob
+            for token, each in zip(output.token_ids, output.logprobs, strict=True)
+        ]
+    except (TypeError, KeyError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"this vLLM does not say the logprobs of the tokens that it samples ({type(error).__name__}); "
+            "set teacher.backend=transformers"
+        ) from error
+    return SampledAnswer(ids, np.array(found, np.float32))
+
+
+def _sampling_params(params: Any, prompt: Prompt, sampling: Sampling, logprobs: bool) -> Any:
     from vllm.sampling_params import RequestOutputKind
 
     return params(
@@ -84,5 +107,6 @@ def _sampling_params(params: Any, prompt: Prompt, sampling: Sampling) -> Any:
         stop_token_ids=list(sampling.end_tokens),
         stop=list(sampling.stop),
         detokenize=bool(sampling.stop),
+        logprobs=0 if logprobs else None,  # of the sampled token alone
         output_kind=RequestOutputKind.FINAL_ONLY,
     )

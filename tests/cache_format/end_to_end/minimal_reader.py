@@ -25,7 +25,7 @@ def read(folder: Path) -> list[dict]:
     if (
         manifest["format"] != "logitcask"
         or manifest["format_version"] > 1
-        or manifest["required_features"]
+        or set(manifest["required_features"]) - {"writer_logprobs"}
     ):
         raise ValueError("not a cache that this reader knows")
     store, id_at = manifest["store"], np.arange(manifest["store"]["vocab_size"])
@@ -84,6 +84,8 @@ def decode(row: dict, store: dict, id_at: np.ndarray) -> dict:
     found = {name: row[name] for name in plain} | {"heads": heads, "tail_logprob": tail}
     if store["entropy"]:
         found["entropy"] = [q * store["scalar_step"] for q in row["entropy_step"]]
+    if store.get("writer_logprobs"):
+        found["writer_logprob"] = row["writer_logprob"]
     if store["tail_samples"]:
         found["samples"] = decode_samples(row, store, id_at, last)
     return found

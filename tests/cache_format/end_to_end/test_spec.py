@@ -40,6 +40,8 @@ def as_lists(sequence):
     ]
     if sequence.entropy is not None:
         found["entropy"] = sequence.entropy.tolist()
+    if sequence.writer_logprob is not None:
+        found["writer_logprob"] = sequence.writer_logprob.tolist()
     if sequence.samples is not None:
         found["samples"] = [
             [
@@ -74,7 +76,8 @@ def in_any_order(found):
 
 @pytest.mark.parametrize("vocab_size", [200, 60_000, 1 << 24])
 @pytest.mark.parametrize(
-    "kind", ["head", "ragged", "samples", "sample logprobs", "random sampling"]
+    "kind",
+    ["head", "ragged", "samples", "sample logprobs", "random sampling", "writer logprobs"],
 )
 def test_the_minimal_reader_agrees(tmp_path, rng, header, sequence, minimal, vocab_size, kind):
     sequences = [

@@ -69,6 +69,8 @@ def expected(reader):
                 }
                 if sequence.entropy is not None:
                     row["entropy"] = float(sequence.entropy[p])
+                if sequence.writer_logprob is not None:
+                    row["writer_logprob"] = float(sequence.writer_logprob[p])
                 if sequence.samples is not None:
                     sets, draws = sequence.samples.ids.shape[1:]
                     real = [(t, s) for t in range(sets) for s in range(draws)]

@@ -41,6 +41,8 @@ def test_every_position_has_its_token_and_its_teacher(write_cache, kind):
             assert teacher.target_logprob[at] == sequence.target_logprob[i]
             if sequence.entropy is not None:
                 assert teacher.entropy[at] == sequence.entropy[i]
+            if sequence.writer_logprob is not None:
+                assert teacher.writer_logprob[at] == sequence.writer_logprob[i]
             if sequence.samples is not None:
                 drawn = sequence.samples.ids[i].ravel()
                 assert sorted(teacher.draws.ids[at].tolist()) == sorted(
@@ -50,6 +52,7 @@ def test_every_position_has_its_token_and_its_teacher(write_cache, kind):
     assert at == len(teacher) == len(batch["kept"])
     assert (teacher.draws is None) == (cache.manifest.store.tail_samples == 0)
     assert (teacher.entropy is None) == (not cache.manifest.store.entropy)
+    assert (teacher.writer_logprob is None) == (not cache.manifest.store.writer_logprobs)
 
 
 def test_logprobs_stay_beside_their_draws(write_cache):
@@ -72,6 +75,16 @@ def test_what_only_some_caches_store_is_padded_for_the_others(write_cache):
     assert (batch["teacher_samples"][:p] == -1).all()
     assert (batch["teacher_samples"][p:] >= 0).sum() == (rich.samples.ids >= 0).sum()
     assert "teacher_sample_logprobs" not in batch
+
+
+def test_a_writers_logprob_is_no_number_where_nobody_else_wrote(write_cache):
+    plain = next(iter(write_cache("plain", kind="head", shards=1, sequences=1, tokens=[30])))
+    kind = "writer logprobs"
+    written = next(iter(write_cache("written", kind=kind, shards=1, sequences=1, tokens=[20])))
+    found = collate([plain, written])["teacher_writer_logprob"]
+    p = len(plain.positions)
+    assert torch.isnan(found[:p]).all()
+    assert found[p:].tolist() == written.writer_logprob.tolist()
 
 
 def test_a_sequence_without_kept_positions_adds_none(write_cache):

@@ -157,7 +157,7 @@ def test_another_weight_is_another_run(write_cache, scratch_config):
         ([], "list of caches is empty"),
         ([{"cache": "x/a"}, {"cache": "y/a"}], "a name of its own"),
         ([{"cache": "a", "weight": 1}, {"cache": "b"}], "all of them one, or none"),
-        ([{"cache": "a", "weight": 0}], "greater than 0"),
+        ([{"cache": "a", "weight": 0}], "a cache has weight 0"),
     ],
 )
 def test_mixtures_that_make_no_sense_are_refused(scratch_config, cache, match):

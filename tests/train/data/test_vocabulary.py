@@ -109,7 +109,11 @@ def test_whole_heads_are_the_dense_distribution_over_the_common_ids(sizes, posit
     assert LOSSES["forward_kl"](z, ours).numpy() == pytest.approx(
         (p * (p.log() - log_q)).sum(1).numpy(), abs=2e-4
     )
-    for name in LOSSES if rows == TEACHER else ("forward_kl", "reverse_kl", "ranking"):
+    for name in (
+        LOSSES.keys() - {"policy_gradient"}
+        if rows == TEACHER
+        else ("forward_kl", "reverse_kl", "ranking")
+    ):
         both = [LOSSES[name](z.requires_grad_(), teacher) for teacher in (ours, truth)]
         torch.testing.assert_close(*both, rtol=1e-4, atol=2e-4, msg=name)
         torch.testing.assert_close(
@@ -190,6 +194,8 @@ def test_a_tail_of_which_every_draw_was_lost_keeps_some_mass():
     assert np.isfinite(found.tail_logprob).all()
     z = torch.zeros(1, 50)
     for name, loss in LOSSES.items():
+        if name == "policy_gradient":  # needs a writer, and no tail
+            continue
         assert loss(z, teacher_of(collate([found]), 50)).abs().item() < 50, name
     nothing = restricted(cached(log_p, [0], np.zeros(1, np.int64), draws), 50, 60)
     assert np.isfinite(nothing.tail_logprob).all()

@@ -52,6 +52,7 @@ def teacher(draw: torch.Generator) -> SparseTeacher:
         draws=TailDraws(samples, log_p.gather(1, samples)),
         entropy=-(log_p.exp() * log_p).sum(1),
         prior=torch.full((V,), 1 / V),
+        writer_logprob=top.values[:, 1] - 0.5,
     )
 
 

@@ -252,7 +252,7 @@ CASES = [
 
 def test_every_loss_has_a_truth() -> None:
     """ranking has its own, with loops and sets, in test_losses.py."""
-    assert {*TRUTHS, "ranking"} == set(LOSSES) == set(SPECS)
+    assert {*TRUTHS, "ranking", "policy_gradient"} == set(LOSSES) == set(SPECS)
 
 
 def value_and_gradient(loss: Callable[[Tensor], Tensor], z: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,97 @@
+"""The config of ``student-rounds``: two other configs, and how rounds are made of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Self
+
+from pydantic import Field, field_validator, model_validator
+
+from logitcask.cache_format.cli.config_docs import markdown
+from logitcask.cache_format.cli.config_model import ConfigModel, expanded
+
+
+class StopConfig(ConfigModel):
+    """The end of the rounds before `count`, by the KL on held-out text after each round."""
+
+    patience: int = Field(
+        1, ge=1, description="Rounds in a row that may fail to improve on the lowest KL so far."
+    )
+    min_improvement: float = Field(
+        0.0, ge=0, description="Smallest decrease of the KL that is an improvement, in nats."
+    )
+
+
+class RoundsSettings(ConfigModel):
+    """The rounds."""
+
+    count: int = Field(
+        ge=1,
+        description="Number of rounds. It may be raised later: finished rounds are kept, and the "
+        "training goes on.",
+    )
+    prompts: int = Field(
+        ge=1,
+        description="Prompts that the student answers in a round: the next ones of the data. After "
+        "the last prompt the first one follows again.",
+    )
+    steps_per_round: int = Field(ge=1, description="Optimizer steps in a round.")
+    warmup_steps: int = Field(
+        0,
+        ge=0,
+        description="Optimizer steps on the student's own cache of given text, before the first "
+        "round.",
+    )
+    on_policy_fraction: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Share of the learnt positions that students have written (GKD's lambda). The "
+        "rest is of the cache that the student config names: text of data, or of the teacher.",
+    )
+    replay: float | None = Field(
+        None,
+        ge=0,
+        lt=1,
+        description="Share of the students' positions that is of earlier rounds. Default: 0.25, or "
+        "0 with a loss that old text misleads (reverse_kl, skew_reverse_kl, policy_gradient, jsd "
+        "with beta above 0.5).",
+    )
+    stop: StopConfig | None = Field(None, description="An early end. Default: none.")
+
+
+class RoundsConfig(ConfigModel):
+    """A `student-rounds` config."""
+
+    teacher_config: Path = Field(
+        description="A teacher-cache config with data.generate: the teacher, the prompts, the "
+        "sampling, and what is stored. Its output is not used."
+    )
+    student_config: Path = Field(
+        description="A train-student config: the student, the losses and the training. Its `cache` "
+        "has given text to evaluate on, and to learn from; `cache_config` builds it. "
+        "training.max_steps is the length of the learning rate's schedule. Default: all steps of "
+        "all rounds."
+    )
+    rounds: RoundsSettings
+    output: Path = Field(
+        description="Folder of the run: a cache and a student of each round, state.json and "
+        "rounds.json."
+    )
+
+    @field_validator("teacher_config", "student_config", "output")
+    @classmethod
+    def _home(cls, path: Path) -> Path:
+        return expanded(path)
+
+    @model_validator(mode="after")
+    def _files_are_there(self) -> Self:
+        for name in ("teacher_config", "student_config"):
+            path: Path = getattr(self, name)
+            if not path.is_file():
+                raise ValueError(f"{name} is {path}, and there is no such file")
+        return self
+
+
+if __name__ == "__main__":  # for docs/config.md
+    print(markdown(RoundsConfig))

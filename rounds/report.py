@@ -1,0 +1,113 @@
+"""The report of a run of rounds: ``rounds.json``, and a table of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from logitcask.cache_format.durable import write_durably
+from logitcask.rounds.config import RoundsConfig
+from logitcask.rounds.state import Done, State
+
+
+def write_report(folder: Path, state: State, config: RoundsConfig) -> None:
+    """Writes ``rounds.json`` of the rounds that are done."""
+    document = summary_of(folder, state, config)[0]
+    write_durably(folder / "rounds.json", json.dumps(document, indent=1) + "\n")
+
+
+def summary_of(folder: Path, state: State, config: RoundsConfig) -> tuple[dict[str, Any], str]:
+    """The report as a document and as text."""
+    rounds = [_round(state, number) for number in range(state.rounds + 1)]
+    found = [each for each in rounds if each is not None]
+    lowest = min(found, key=lambda each: each["held_out"]["kl"], default=None)
+    whole = sum(done.seconds + done.handover for done in state.done)
+    useful = sum(
+        done.figures.get(name, 0.0) or 0.0
+        for done in state.done
+        for name in ("writing_seconds", "scoring_seconds", "training_seconds")
+    )
+    document = {
+        "output": str(folder),
+        "student": str(folder / f"round-{state.rounds:03d}" / "student"),
+        "rounds_done": state.rounds,
+        "rounds_asked": config.rounds.count,
+        "lowest_kl_round": None if lowest is None else lowest["round"],
+        "seconds": whole,
+        "overhead_share": 1 - useful / whole if whole else None,
+        "rounds": found,
+    }
+    return document, _table(document)
+
+
+def _round(state: State, number: int) -> dict[str, Any] | None:
+    trained = state.of(f"train-{number}" if number else "start")
+    written = state.of(f"write-{number}" if number else "text")
+    if trained is None:
+        return None
+    found: dict[str, Any] = {"round": number}
+    if written is not None:
+        found["cache"] = {"fingerprint": written.fingerprint, **written.figures}
+    stages = {"write": written, "train": trained}
+    return {
+        **found,
+        **trained.figures,
+        "stages": {name: _stage(done) for name, done in stages.items() if done is not None},
+    }
+
+
+def _stage(done: Done) -> dict[str, Any]:
+    return {
+        "seconds": done.seconds,
+        "handover_seconds": done.handover,
+        "starts": done.starts,
+        "peak_bytes": done.peak_bytes,
+    }
+
+
+def _table(document: dict[str, Any]) -> str:
+    """A line for each round. Round 0 is the student at the start, and the cache of given text."""
+    columns = ("written", "length", "repeated", "own KL", "kl", "ce", "write", "score", "train")
+    head = ["round", *columns, "other"]
+    rows = [[*_row(each)] for each in document["rounds"]]
+    widths = [max(len(row[at]) for row in [head, *rows]) for at in range(len(head))]
+    lines = [
+        "  ".join(text.rjust(width) for text, width in zip(row, widths, strict=True))
+        for row in [head, *rows]
+    ]
+    share = document["overhead_share"]
+    lines += [
+        "written: tokens; length: tokens per answer; repeated: share of 4-grams; own KL: KL(student || teacher) on the",
+        "student's text, as written; kl, ce: held-out text after the round; the last four columns: seconds",
+        f"{document['seconds']:,.0f} seconds in all, {share or 0:.0%} of them for neither writing, scoring nor training steps",
+        f"student: {document['student']}",
+    ]
+    if document["lowest_kl_round"] not in (None, document["rounds_done"]):
+        lines.append(f"the lowest held-out KL is that of round {document['lowest_kl_round']}")
+    return "\n".join(lines)
+
+
+def _row(found: dict[str, Any]) -> list[str]:
+    cache = found.get("cache", {})
+    seconds = [
+        cache.get("writing_seconds"),
+        cache.get("scoring_seconds"),
+        found["training_seconds"],
+    ]
+    whole = sum(each["seconds"] + each["handover_seconds"] for each in found["stages"].values())
+    return [
+        str(found["round"]),
+        _number(cache.get("written_tokens"), ",d"),
+        _number(cache.get("mean_answer_tokens"), ".1f"),
+        _number(cache.get("repetition"), ".2f"),
+        _number(cache.get("reverse_kl"), ".4f"),
+        _number(found["held_out"]["kl"], ".4f"),
+        _number(found["held_out"].get("ce"), ".4f"),
+        *(_number(each, ".1f") for each in seconds),
+        _number(whole - sum(each or 0.0 for each in seconds), ".1f"),
+    ]
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)

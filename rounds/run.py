@@ -1,0 +1,429 @@
+"""The stages of a run of rounds, in order. Each is on disk before the next one starts, so a run can
+be killed at any moment and started again.
+
+    text                the cache of given text, if the student config says how it is built
+    start               the untrained student, or one warmed up on given text
+    write-1, write-2    the newest student writes, the teacher scores: a cache for each round
+    train-1, train-2    the training goes on, on the new cache, earlier ones, and given text
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import filelock
+from omegaconf import OmegaConf
+
+from logitcask.cache_format import CacheReader
+from logitcask.cache_format.errors import ConfigError, UserError, first_line
+from logitcask.rounds.config import RoundsConfig
+from logitcask.rounds.figures import figures_of_cache, figures_of_training
+from logitcask.rounds.report import summary_of, write_report
+from logitcask.rounds.stage import Ended, run_stage
+from logitcask.rounds.state import (
+    Done,
+    State,
+    check_cache,
+    check_checkpoint,
+    checkpoint_sha256,
+    load,
+)
+
+log = logging.getLogger(__name__)
+
+REPLAY = 0.25
+OWN_TEXT = "policy_gradient"
+"""The loss that learns from students' text alone. The warm-up has forward KL in its place."""
+_MISLED = ("reverse_kl", "skew_reverse_kl", "policy_gradient")
+"""Losses that text of earlier students misleads (arXiv 2606.24143)."""
+
+
+class Rounds:
+    """A run of rounds in ``config.output``. ``options`` are given to every command.
+
+    Raises UserError for configs that do not go together.
+    """
+
+    def __init__(self, config: RoundsConfig, options: list[str]) -> None:
+        self.config, self.options = config, options
+        self.folder, self.rounds = config.output, config.rounds
+        self.teacher = _read(config.teacher_config)
+        self.student = _read(config.student_config)
+        generate = (self.teacher.get("data") or {}).get("generate")
+        if not isinstance(generate, dict):
+            raise ConfigError(
+                f"{config.teacher_config} has no data.generate, so there is nothing for the student to write; name the prompts "
+                "there: prompt_field, messages_field or text_field, with generate"
+            )
+        self.generate: dict[str, Any] = generate
+        if not isinstance(self.student.get("cache"), str):
+            raise ConfigError(
+                f"{config.student_config}: cache is {self.student.get('cache')!r}; expected the path of one cache of given text, "
+                "on which the student is evaluated"
+            )
+        self.text: str = self.student["cache"]
+        self.losses = [
+            (str(each.get("name")), each) for each in self.student.get("losses") or [] if each
+        ]
+        if self.rounds.on_policy_fraction < 1 and any(name == OWN_TEXT for name, _ in self.losses):
+            raise ConfigError(
+                f"rounds.on_policy_fraction is {self.rounds.on_policy_fraction:g}, but {OWN_TEXT} learns from the students' own text "
+                "alone; set it to 1"
+            )
+        self.replay = self._replay()
+        self._ended: float | None = None
+
+    def _replay(self) -> float:
+        misled = [
+            name
+            for name, each in self.losses
+            if name in _MISLED or (name == "jsd" and each.get("beta", 0.5) > 0.5)
+        ]
+        if self.rounds.replay is None:
+            return 0.0 if misled else REPLAY
+        if self.rounds.replay and misled:
+            log.warning(
+                "rounds.replay is %g, and %s is misled by text that earlier students have written; forward KL stands it "
+                "(arXiv 2606.24143): set rounds.replay to 0",
+                self.rounds.replay,
+                " and ".join(misled),
+            )
+        return self.rounds.replay
+
+    # --- places
+
+    def of_round(self, number: int) -> Path:
+        return self.folder / f"round-{number:03d}"
+
+    def cache(self, number: int) -> Path:
+        return self.of_round(number) / "cache"
+
+    def model(self, number: int) -> Path:
+        """The student after a round; after round 0, the one that the first round begins with."""
+        return self.of_round(number) / "student"
+
+    def last_step(self, number: int) -> int:
+        """Steps of the whole training at the end of a round."""
+        return self.rounds.warmup_steps + number * self.rounds.steps_per_round
+
+    def checkpoint(self, number: int) -> Path:
+        return self.model(number) / f"checkpoint-{self.last_step(number)}"
+
+    # --- the run
+
+    def settings(self) -> dict[str, Any]:
+        """Everything that may not change while rounds go on. Their number may."""
+        apart = {"count", "stop"}
+        return {
+            "rounds": self.rounds.model_dump(mode="json", exclude=apart),
+            "teacher_config": _plain(self.teacher, without=("output", "log", "scale")),
+            "student_config": _plain(self.student, without=("cache_config",)),
+        }
+
+    def run(self) -> State:
+        """Runs everything that is not done yet. Raises UserError, StageFailed and Stopped."""
+        state = load(self.folder, self.settings())
+        self._check(state)
+        for number in range(self.rounds.count + 1):
+            if number > 0 and self._stop(state):
+                break
+            if str(number) not in state.horizons:
+                state.horizons[str(number)] = self._horizon(state)
+                state.save(self.folder)
+            if number == 0:
+                self._text(state)
+                self._train(state, 0, "start")
+                continue
+            self._write(state, number)
+            self._train(state, number, f"train-{number}")
+            write_report(self.folder, state, self.config)
+        write_report(self.folder, state, self.config)
+        return state
+
+    def _check(self, state: State) -> None:
+        """Raises UserError if finished rounds are more than the config has, or not as they were."""
+        if state.begun > self.rounds.count:
+            raise UserError(
+                f"rounds.count is {self.rounds.count}, but {state.begun} rounds have begun in {self.folder} ({state.rounds} are "
+                f"finished); set it to at least {state.begun}, or begin afresh with --restart"
+            )
+        if state.rounds and self.rounds.count > state.rounds:
+            log.info("%d of %d rounds are done already", state.rounds, self.rounds.count)
+        for done in state.done:
+            kind, _, number = done.stage.partition("-")
+            if kind == "text":
+                check_cache(done, self.text, self.folder)
+            elif kind == "write":
+                check_cache(done, self.cache(int(number)), self.folder)
+        last = next((each for each in reversed(state.done) if each.content_sha256 is None), None)
+        if last is not None and last.fingerprint:
+            number = last.stage.partition("-")[2]
+            check_checkpoint(last, self.checkpoint(int(number or 0)), self.folder)
+
+    def _horizon(self, state: State) -> int:
+        """The steps of the learning rate's schedule, for a round that begins now."""
+        given = (self.student.get("training") or {}).get("max_steps")
+        if given is not None:
+            if not isinstance(given, int) or given < self.last_step(self.rounds.count):
+                raise ConfigError(
+                    f"training.max_steps in {self.config.student_config} is {given}, but the rounds make "
+                    f"{self.last_step(self.rounds.count)} steps; raise it, or remove it"
+                )
+            return given
+        steps = self.last_step(self.rounds.count)
+        before = set(state.horizons.values()) - {steps}
+        if before:
+            log.warning(
+                "the learning rate's schedule is now %d steps long; of earlier rounds it was %d (set training.max_steps in the "
+                "student config for one length)",
+                steps,
+                max(before),
+            )
+        return steps
+
+    def _stop(self, state: State) -> bool:
+        """Whether the KL on held-out text has not improved for too long."""
+        stop, found = self.rounds.stop, _held_out_kl(state)
+        if stop is None or len(found) <= stop.patience:
+            return False
+        best = found[0]
+        waited = 0
+        for kl in found[1:]:
+            waited = 0 if kl < best - stop.min_improvement else waited + 1
+            best = min(best, kl)
+            if waited >= stop.patience:
+                break
+        if waited >= stop.patience:
+            log.info(
+                "no more rounds: the held-out KL has not improved on %.4f for %d rounds (rounds.stop)",
+                best,
+                waited,
+            )
+        return waited >= stop.patience
+
+    # --- stages
+
+    def _text(self, state: State) -> None:
+        """The cache of given text, built or only looked at."""
+        config = self.student.get("cache_config")
+        if state.of("text") is not None:
+            return
+        if config is None:
+            self._began, state.starts["text"] = time.monotonic(), 0
+            nothing = Ended({"seconds": 0.0, "writing_seconds": 0.0}, 0.0, 0)
+            self._record_cache(state, "text", nothing, self.text)
+            return
+        ended = self._stage(state, "text", ["teacher-cache", "build", str(config)])
+        if Path(ended.document["cache"]).resolve() != Path(self.text).expanduser().resolve():
+            raise ConfigError(
+                f"{config} builds {ended.document['cache']}, but the cache in {self.config.student_config} is {self.text}; make "
+                "them one"
+            )
+        self._record_cache(state, "text", ended, self.text)
+
+    def _write(self, state: State, number: int) -> None:
+        name = f"write-{number}"
+        if state.of(name) is not None:
+            return
+        skip = self.generate.get("skip_prompts", 0) + (number - 1) * self.rounds.prompts
+        changes: dict[str, Any] = {
+            "data.generate.writer": str(self.model(number - 1)),
+            "data.generate.skip_prompts": skip,
+            "data.generate.max_prompts": self.rounds.prompts,
+            "data.generate.seed": self.generate.get("seed", 0) + number,
+            "output": str(self.cache(number)),
+        }
+        if number > 1 and "audit" not in self.teacher:
+            changes["audit.sequences"] = 0  # the first round's says it all
+        self.of_round(number).mkdir(exist_ok=True)
+        command = ["teacher-cache", "build", str(self.config.teacher_config), *_overrides(changes)]
+        log.info(
+            "round %d of %d: the student writes, the teacher scores", number, self.rounds.count
+        )
+        ended = self._stage(state, name, command)
+        self._record_cache(state, name, ended, self.cache(number))
+
+    def _train(self, state: State, number: int, name: str) -> None:
+        if state.of(name) is not None:
+            return
+        until = self.last_step(number)
+        changes: dict[str, Any] = {
+            "cache": self.mixture(number),
+            "cache_config": None,
+            "part.until": until,
+            "training.max_steps": state.horizons[str(number)],
+            "training.output_dir": str(self.model(number)),
+        }
+        if number == 0 and any(name == OWN_TEXT for name, _ in self.losses):
+            changes["losses"] = [{"name": "forward_kl"}]
+        if number > 0 and self.last_step(number - 1) > 0:
+            changes["part.start"] = str(self.checkpoint(number - 1))
+        self.of_round(number).mkdir(exist_ok=True)
+        command = ["train-student", "train", str(self.config.student_config), *_overrides(changes)]
+        log.info(
+            "%s",
+            f"round {number} of {self.rounds.count}: the training goes on to step {until}"
+            if number
+            else "the student at the start",
+        )
+        ended = self._stage(state, name, command)
+        known = "" if until == 0 else checkpoint_sha256(self.checkpoint(number))
+        figures = figures_of_training(
+            self.model(number),
+            self.model(number - 1) if number else None,
+            self._caches(number),
+            number,
+        )
+        self._record(state, name, ended, known, None, figures)
+        for earlier in range(number):  # nothing goes on from there any more
+            for each in self.model(earlier).glob("checkpoint-*"):
+                shutil.rmtree(each, ignore_errors=True)
+
+    def mixture(self, number: int) -> list[dict[str, Any]]:
+        """The caches that a round learns from, with their shares of the positions."""
+        text = {"cache": self.text, "name": "text"}
+        if number == 0:
+            return [{**text, "weight": 1.0}]
+        given, students = 1 - self.rounds.on_policy_fraction, self.rounds.on_policy_fraction
+        replay = self.replay if number > 1 else 0.0
+        shares = {number: students * (1 - replay)}
+        if replay:
+            shares |= dict.fromkeys(range(1, number), students * replay / (number - 1))
+        found = [
+            {
+                "cache": str(self.cache(each)),
+                "name": f"round-{each}",
+                "weight": shares[each],
+                "held_out": 0.0,
+            }
+            for each in sorted(shares)
+        ]
+        if given or (self.student.get("evaluation") or {}).get("cache") is None:
+            found.insert(0, {**text, "weight": given})
+        return found
+
+    def _caches(self, number: int) -> dict[str, tuple[str, int]]:
+        """The name and the number of sequences of a round's caches, by fingerprint."""
+        manifests = {
+            each["name"]: CacheReader(each["cache"]).manifest for each in self.mixture(number)
+        }
+        return {m.fingerprint: (name, m.statistics.sequences) for name, m in manifests.items()}
+
+    def _stage(self, state: State, name: str, command: list[str]) -> Ended:
+        state.starts[name] = state.starts.get(name, 0) + 1
+        state.save(self.folder)
+        self._began = time.monotonic()
+        return run_stage(command, self.options)
+
+    def _record_cache(self, state: State, name: str, ended: Ended, path: str | Path) -> None:
+        manifest = CacheReader(path).manifest
+        figures = figures_of_cache(path) | {
+            "scoring_seconds": ended.document["seconds"],
+            "writing_seconds": ended.document["writing_seconds"],
+        }
+        self._record(state, name, ended, manifest.fingerprint, manifest.content_sha256, figures)
+
+    def _record(
+        self,
+        state: State,
+        name: str,
+        ended: Ended,
+        fingerprint: str,
+        content_sha256: str | None,
+        figures: dict[str, Any],
+    ) -> None:
+        """Puts a finished stage on disk. From here on it is never run again."""
+        handover = 0.0 if self._ended is None else self._began - self._ended
+        self._ended = self._began + ended.seconds
+        state.done.append(
+            Done(
+                stage=name,
+                fingerprint=fingerprint,
+                content_sha256=content_sha256,
+                seconds=ended.seconds,
+                handover=handover,
+                starts=state.starts.pop(name),
+                peak_bytes=ended.peak_bytes,
+                figures=figures,
+            )
+        )
+        state.save(self.folder)
+
+
+def run_rounds(
+    config: RoundsConfig, options: list[str], *, restart: bool = False
+) -> tuple[dict[str, Any], str]:
+    """Runs the rounds of ``config``. Returns the document and the table of the report."""
+    rounds = Rounds(config, options)
+    with _exclusive(config.output):
+        if restart:
+            _remove(config.output)
+        state = rounds.run()
+    return summary_of(config.output, state, config)
+
+
+@contextmanager
+def _exclusive(folder: Path) -> Iterator[None]:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(folder / ".lock", timeout=0):
+            yield
+    except filelock.Timeout:
+        raise UserError(
+            f"another process runs rounds in {folder}; wait for it, or choose another output"
+        ) from None
+
+
+def _remove(folder: Path) -> None:
+    """Removes the rounds of an earlier run, its state last."""
+    if not (folder / "state.json").exists():
+        return
+    for each in folder.glob("round-*"):
+        shutil.rmtree(each)
+    for name in ("rounds.json", "state.json"):
+        (folder / name).unlink(missing_ok=True)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A config of a command, as far as it is needed here. The command checks it."""
+    try:
+        found = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    except Exception as error:  # of the file system, of YAML, of OmegaConf
+        raise ConfigError(f"{path} cannot be read as a config: {first_line(error)}") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path} is not a config: expected keys and values at the top level")
+    return {str(name): value for name, value in found.items()}
+
+
+def _plain(config: dict[str, Any], without: tuple[str, ...]) -> dict[str, Any]:
+    """A config in JSON's terms, and the content of a template file as its hash."""
+    plain: dict[str, Any] = json.loads(json.dumps(config, default=str))
+    for name in without:
+        plain.pop(name, None)
+    template = (plain.get("data") or {}).get("chat_template")
+    if template and Path(template).expanduser().is_file():
+        content = Path(template).expanduser().read_bytes()
+        plain["data"]["chat_template"] = hashlib.sha256(content).hexdigest()
+    return plain
+
+
+def _overrides(changes: dict[str, Any]) -> list[str]:
+    """KEY=VALUE of a command; JSON is YAML of one line."""
+    return [f"{key}={json.dumps(value)}" for key, value in changes.items()]
+
+
+def _held_out_kl(state: State) -> list[float]:
+    """The held-out KL at the start and after each round."""
+    return [
+        each.figures["held_out"]["kl"]
+        for each in state.done
+        if each.stage == "start" or each.stage.startswith("train-")
+    ]

@@ -1,0 +1,132 @@
+"""``state.json``: what a run of rounds has finished. It is written at every hand-over, after the
+stage's own files are on disk.
+
+A stage that was killed is run again. Its command goes on where it was, or finds itself finished.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from logitcask.cache_format import CacheReader
+from logitcask.cache_format.differences import describe_difference
+from logitcask.cache_format.durable import load_state, write_durably
+from logitcask.cache_format.errors import LogitcaskError, UserError
+
+STATE = "state.json"
+
+
+class Done(BaseModel):
+    """A finished stage, and what it is recognised by.
+
+    stage:       ``text``, ``start``, ``write-1``, ``train-1``, ...
+    fingerprint: of its cache, and content_sha256 of that; or, of a training, the sha256 of the
+                 last checkpoint's trainer_state.json.
+    seconds:     of its command. handover: from the end of the command before. starts: how often the
+                 command was started. figures: of the report.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    stage: str
+    fingerprint: str
+    content_sha256: str | None = None
+    seconds: float
+    handover: float
+    starts: int
+    peak_bytes: int
+    figures: dict[str, Any]
+
+
+class State(BaseModel):
+    """settings: everything that may not change between starts. horizons: the length of the
+    schedule in each round, fixed when the round begins. starts: of the unfinished stage.
+    """
+
+    settings: dict[str, Any]
+    horizons: dict[str, int] = {}
+    done: list[Done] = []
+    starts: dict[str, int] = {}
+
+    def of(self, stage: str) -> Done | None:
+        """The finished stage of this name."""
+        return next((each for each in self.done if each.stage == stage), None)
+
+    @property
+    def rounds(self) -> int:
+        """Number of finished rounds."""
+        return sum(each.stage.startswith("train-") for each in self.done)
+
+    @property
+    def begun(self) -> int:
+        """Number of rounds that have begun."""
+        return sum(name != "0" for name in self.horizons)
+
+    def save(self, folder: Path) -> None:
+        write_durably(folder / STATE, self.model_dump_json(indent=1))
+
+
+def load(folder: Path, settings: dict[str, Any]) -> State:
+    """The state in ``folder``, or a new one. Raises UserError for a run with other settings."""
+    if not (folder / STATE).exists():
+        ours = {f"{STATE}.tmp"}  # of a run that was killed at its first write
+        taken = sorted(
+            each.name
+            for each in folder.iterdir()
+            if not each.name.startswith(".") and each.name not in ours
+        )
+        if taken:
+            raise UserError(
+                f"{folder} has files that are not of a run of rounds ({', '.join(taken[:3])}); choose an empty or new folder as "
+                "output"
+            )
+        return State(settings=settings)
+    state = load_state(State, folder / STATE)
+    if state.settings != settings:
+        raise UserError(
+            f"{folder} holds rounds with other settings: {describe_difference(state.settings, settings)}; go back to them, "
+            "begin afresh with --restart, or choose another output"
+        )
+    return state
+
+
+def check_cache(done: Done, path: str | Path, folder: Path) -> None:
+    """Raises UserError if the cache of a finished stage is gone, or another one is in its place."""
+    ways_out = f"put it back, or begin afresh with --restart ({folder})"
+    try:
+        manifest = CacheReader(path).manifest
+    except LogitcaskError as error:
+        raise UserError(
+            f"the cache of {done.stage}, {path}, with the fingerprint {done.fingerprint[:16]}, cannot be read: {error}; {ways_out}"
+        ) from error
+    found = (manifest.fingerprint, manifest.content_sha256)
+    if found != (done.fingerprint, done.content_sha256):
+        what = (
+            f"its fingerprint is {found[0][:16]}, expected {done.fingerprint[:16]}"
+            if found[0] != done.fingerprint
+            else f"with the fingerprint {found[0][:16]}, but other content ({found[1][:16]}, expected "
+            f"{(done.content_sha256 or '')[:16]})"
+        )
+        raise UserError(f"{path} is another cache than {done.stage} has made: {what}; {ways_out}")
+
+
+def checkpoint_sha256(checkpoint: Path) -> str:
+    """What a checkpoint is recognised by: the sha256 of its log and counters."""
+    return hashlib.sha256((checkpoint / "trainer_state.json").read_bytes()).hexdigest()
+
+
+def check_checkpoint(done: Done, checkpoint: Path, folder: Path) -> None:
+    """Raises UserError if the checkpoint of a finished training is gone, or is another one."""
+    ways_out = f"put it back, or begin afresh with --restart ({folder})"
+    if not (checkpoint / "trainer_state.json").is_file():
+        raise UserError(
+            f"{checkpoint}, from which the training goes on, is gone or incomplete; {ways_out}"
+        )
+    if checkpoint_sha256(checkpoint) != done.fingerprint:
+        raise UserError(
+            f"{checkpoint} is not the checkpoint in which {done.stage} has ended: its trainer_state.json differs; {ways_out}"
+        )
