@@ -37,6 +37,9 @@ log = logging.getLogger(__name__)
 
 VERSION = 1
 
+_MOST_BYTES = 1 << 16
+"""Of an entry, which has one or two thousand."""
+
 
 class Entry(BaseModel):
     """The catalogue's knowledge of one cache.
@@ -154,11 +157,8 @@ class Home:
         """Every entry with its last use, in seconds since 1970. Unreadable ones are left out."""
         with suppress(OSError), os.scandir(self.entries_folder) as found:
             for file in found:
-                if file.name.endswith(".json"):
-                    entry = _read(file.path)
-                    if entry is not None:
-                        with suppress(OSError):
-                            yield entry, file.stat().st_mtime
+                if file.name.endswith(".json") and (read := _read(file.path)) is not None:
+                    yield read
 
     def begin_removal(self, entry: Entry) -> bool:
         """Records that the cache is being removed, unless it is in use. Returns whether it is."""
@@ -179,7 +179,7 @@ class Home:
                 return
             with self._lock(entry.name):
                 found = _read(str(self._file(entry.name)))
-            removed = found is not None and found.removal
+            removed = found is not None and found[0].removal
             yield not removed and os.path.exists(f"{local}/{MANIFEST}")
 
     def update(self, entry: Entry, last_use: float | None) -> None:
@@ -295,10 +295,15 @@ def is_there(entry: Entry) -> bool:
         return False
 
 
-def _read(file: str) -> Entry | None:
+def _read(file: str) -> tuple[Entry, float] | None:
+    """An entry and its last use. A listing reads thousands: this is the fastest way."""
     try:
-        with open(file, "rb") as handle:
-            return Entry.model_validate_json(handle.read())
+        descriptor = os.open(file, os.O_RDONLY)
+        try:
+            content, status = os.read(descriptor, _MOST_BYTES), os.fstat(descriptor)
+        finally:
+            os.close(descriptor)
+        return Entry.model_validate_json(content), status.st_mtime
     except (OSError, ValidationError):
         return None
 

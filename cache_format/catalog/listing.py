@@ -58,7 +58,7 @@ def listing(home: Home) -> list[Listed]:
             now, gone = found or entry, found is None
             if found is not None:
                 home.update(found, last_use)
-        lines.append(Listed(now, last_use, entry.name in used, gone))
+        lines.append(Listed(now, last_use, bool(used) and entry.name in used, gone))
     return sorted(lines, key=lambda each: -(each.last_use or 0))
 
 
