@@ -75,8 +75,9 @@ def reuse(config: BuildConfig, inputs: Inputs) -> Manifest:
 
 
 def answers_the_same(manifest: Manifest, config: BuildConfig, inputs: Inputs) -> bool:
-    """Whether the data, and a local teacher's tokenizer, are those of a cache with the same
-    request. Without written answers, only data with an unchanged stamp counts as the same.
+    """Whether the data, the model that writes answers, and a local teacher's tokenizer are those of
+    a cache with the same request. Without written answers, only data with an unchanged stamp counts
+    as the same.
 
     Raises UserError for data that cannot be read.
     """
@@ -84,9 +85,24 @@ def answers_the_same(manifest: Manifest, config: BuildConfig, inputs: Inputs) ->
         _check_tokenizer(manifest, config, inputs, "")
     except UserError:
         return False
+    if not _same_writer(manifest, config):
+        return False
     if inputs.source.stamp() == manifest.data.stamp:
         return True
     return manifest.data.generation is not None and not _changed(manifest, config, inputs)
+
+
+def _same_writer(manifest: Manifest, config: BuildConfig) -> bool:
+    """Whether the folder of the writer, if there is one, has the model that wrote the answers."""
+    if config.writer is None:
+        return True
+    generation = manifest.data.generation
+    if generation is None or generation.writer is None:
+        return False
+    folder, written = Path(config.writer).expanduser(), generation.writer.weights_sha256
+    if folder.is_dir():
+        return weights_sha256(folder) == written
+    return written is None
 
 
 def _changed(manifest: Manifest, config: BuildConfig, inputs: Inputs) -> bool:

@@ -12,6 +12,7 @@ import torch
 
 import logitcask.pipeline.builder.lazy_teacher as lazy
 from logitcask.cache_format import CacheReader, UserError, verify
+from logitcask.cache_format.catalog.home import Home
 from logitcask.cache_format.manifest import Manifest
 from logitcask.pipeline.builder.run import build
 from logitcask.pipeline.config import BuildConfig, TeacherConfig
@@ -194,6 +195,22 @@ def test_answers_of_other_weights_are_not_mixed(tmp_path, tiny_llama, monkeypatc
     other_weights(tiny_llama, writer, seed=2)
     with pytest.raises(UserError, match="answers of another writer: weights_sha256"):
         build(config)
+
+
+def test_the_catalogue_knows_a_writer_by_its_weights(tmp_path, tiny_llama):
+    """A student's folder is written again and again, under one name."""
+    home = Home(tmp_path / "home")
+    writer = other_weights(tiny_llama, tmp_path / "writer")
+    config = tiny(tmp_path, writer, tiny_llama)
+    first = build(config, home=home).manifest
+    again = build(config.model_copy(update={"output": tmp_path / "again"}), home=home)
+    assert again.taken is not None
+    assert again.manifest.content_sha256 == first.content_sha256
+    shutil.rmtree(writer)
+    other_weights(tiny_llama, writer, seed=2)
+    trained = build(config.model_copy(update={"output": tmp_path / "trained"}), home=home)
+    assert trained.taken is None
+    assert trained.manifest.content_sha256 != first.content_sha256
 
 
 def test_a_writer_with_another_tokenizer_is_named(tmp_path, tiny_llama):
