@@ -76,7 +76,8 @@ class ImportOptions(ConfigModel):
     )
     delta_encoding: bool = Field(
         True,
-        description="DistillKit's codec: whether an entry is the difference to the one before.",
+        description="DistillKit's codec: whether an entry is the difference to the one before. "
+        "Default: yes.",
     )
     normalize_t: bool = Field(
         False, description="DistillKit's codec: whether terms are over 0 to 1 instead of 0 to k."
@@ -85,7 +86,7 @@ class ImportOptions(ConfigModel):
         None, ge=0, description="DistillKit's legacy codec: degree of the polynomial."
     )
     invert_polynomial: bool = Field(
-        True, description="DistillKit's legacy codec: whether powers are negative."
+        True, description="DistillKit's legacy codec: whether powers are negative. Default: yes."
     )
     with_sqrt_term: bool = Field(
         False, description="DistillKit's legacy codec: whether a square root is a term."

@@ -15,7 +15,7 @@ from logitcask.cache_format.schema import UNKNOWN_RANK
 from logitcask.pipeline.distribution.keep import tail_logprob
 from logitcask.pipeline.imports.base import Held
 
-_LEAST = -128.0  # nats; entries below count as padding, which some layouts write as -100 and less
+_FARTHEST = 128.0  # nats below a row's first entry; what is lower is padding, which some layouts write as numbers
 _SAME = 1e-6  # nats; an id that stands twice in a row must have the same value
 
 
@@ -26,6 +26,8 @@ def sorted_rows(held: Held) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """
     there = (held.ids >= 0) & np.isfinite(held.values)
     values = np.where(there, held.values, -np.inf)
+    there &= values >= values.max(axis=1, initial=-np.inf, keepdims=True) - _FARTHEST
+    values = np.where(there, values, -np.inf)
     order = np.argsort(-values, axis=1, kind="stable")
     values = np.take_along_axis(values, order, axis=1)
     ids = np.take_along_axis(np.where(there, held.ids, -1), order, axis=1)
@@ -104,8 +106,6 @@ def as_sequence(
     of_target = np.full(len(ids), np.nan)
     if forced:
         of_target = without_forced(ids, values, targets)
-    negligible = values < _LEAST
-    ids, values = np.where(negligible, -1, ids), np.where(negligible, -np.inf, values)
     width = int((ids >= 0).sum(axis=1).max(initial=0))
     ids, logprobs = ids[:, :width], values[:, :width].astype(np.float32)
     size = (ids >= 0).sum(axis=1)

@@ -82,6 +82,9 @@ def test_round_trips(write, layout, kept, rng, tmp_path):
     import_cache(layout, str(tmp_path / "out.parquet"), tmp_path / "back", _OPTIONS)
     back = CacheReader(str(tmp_path / "back"))
     assert len(back) == len(reader)
+    sizes = np.concatenate([(s.ids >= 0).sum(axis=1) for s in reader])
+    store = back.manifest.store
+    assert (store.ragged, store.min_k, store.top_k) == (True, sizes.min(), sizes.max())
     for one, other in zip(reader, back, strict=True):
         np.testing.assert_array_equal(one.input_ids, other.input_ids)
         np.testing.assert_array_equal(one.loss_mask, other.loss_mask)
