@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from logitcask.cache_format.errors import CacheError, DamagedCacheError
+from logitcask.cache_format.errors import CacheError, DamagedCacheError, UserError
 from logitcask.cache_format.export.tables import ROWS, SCHEMA, Text, iter_tables
 from logitcask.cache_format.layout import MANIFEST
 from logitcask.cache_format.manifest import CacheFile, Manifest, ShardEntry, TailPriorEntry
@@ -97,6 +97,15 @@ class CacheReader:
 
     def __len__(self) -> int:
         return int(self._first[-1])
+
+    def require_known(self, so_that: str) -> None:
+        """Raises UserError if the source of the cache did not hold some values (``store.unknown``),
+        which ``so_that`` needs.
+        """
+        if unknown := self.manifest.store.unknown:
+            raise UserError(
+                f"{self.path} does not know all values of its positions (store.unknown: {', '.join(unknown)}), so {so_that}"
+            )
 
     def __getitem__(self, index: int) -> CachedSequence:
         if not -len(self) <= index < len(self):

@@ -53,7 +53,8 @@ def preview(
 
     A row is a kept position: the end of the text before it, the token that follows, the teacher's
     probability and rank of this token, the five most probable tokens, the probability of all ids
-    outside the head, and the entropy in nats (null if not stored).
+    outside the head, and the entropy in nats (null if not stored). What an imported cache does not
+    know is null.
 
     token:     from an id to its text in one line.
     exact:     from an id to its text as it is.
@@ -79,12 +80,17 @@ def _rows(
                 "position": position,
                 "text_before": before[-_CONTEXT:],
                 "next_token": token(int(sequence.input_ids[position + 1])),
-                "probability": float(np.exp(sequence.target_logprob[row])),
-                "rank": int(sequence.target_rank[row]),
+                "probability": _known(np.exp(sequence.target_logprob[row])),
+                "rank": None if sequence.target_rank[row] < 0 else int(sequence.target_rank[row]),
                 "top_5": _top(sequence, row, token),
-                "tail_mass": float(np.exp(sequence.tail_logprob[row])),
+                "tail_mass": _known(np.exp(sequence.tail_logprob[row])),
                 "entropy": None if sequence.entropy is None else float(sequence.entropy[row]),
             }
+
+
+def _known(value: np.floating) -> float | None:
+    """None for NaN, a value that an imported cache does not know."""
+    return None if np.isnan(value) else float(value)
 
 
 def _top(sequence: CachedSequence, row: int, token: Callable[[int], str]) -> str:

@@ -17,7 +17,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from logitcask.cache_format import CacheReader, Manifest, UserError
+from logitcask.cache_format import CacheReader, Manifest
 from logitcask.cache_format.manifest import AuditSummary, TeacherIdentity
 from logitcask.pipeline.audit.diagnosis import diagnose
 from logitcask.pipeline.audit.figures import Sums
@@ -102,11 +102,7 @@ def audit(
     """
     reader = cache if isinstance(cache, CacheReader) else CacheReader(cache)
     manifest = reader.manifest
-    if manifest.store.unknown:
-        raise UserError(
-            f"{reader.path} does not know all values of its positions (store.unknown: {', '.join(manifest.store.unknown)}), so "
-            "that it cannot be compared with a reference"
-        )
+    reader.require_known("it cannot be compared with a reference")
     with open_reference(manifest, teacher, trust_remote_code=trust_remote_code) as reference:
         limit = max_engine_difference
         if limit is None:

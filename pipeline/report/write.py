@@ -73,9 +73,10 @@ def write_report(
     tokenizer: of the teacher; None shows ids as numbers.
     on_tokens: receives the number of tokens of each sequence that was read.
 
-    Raises UserError for a file that is no report, and for sequences that the cache does not have.
+    Raises UserError for a file that is no report, for a cache that does not know all its values, and for sequences that the cache does not have.
     """
     refuse_foreign(out)
+    reader.require_known("there is no report on it; `teacher-cache inspect` shows its tokens")
     manifest = reader.manifest
     totals = manifest.statistics
     if options.sequences is not None and not len(options.sequences):

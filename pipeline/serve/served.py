@@ -46,8 +46,12 @@ class ServedCache:
 
     @classmethod
     def open(cls, path: str) -> ServedCache:
-        """Raises the errors of opening the cache. Takes the time of reading all its tokens."""
+        """Raises the errors of opening the cache, and UserError for one that does not know all its
+        values. Takes the time of reading all its tokens."""
         reader, start = CacheReader(path), time.monotonic()
+        reader.require_known(
+            "its numbers cannot stand for the teacher's; serve a cache that was built"
+        )
         index = PrefixIndex.of(reader)
         logger.info(
             "%s: %s sequences of %s, found by their tokens in %.1f s",

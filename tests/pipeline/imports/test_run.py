@@ -70,6 +70,22 @@ def test_inspect_derive_and_export_say_what_is_not_known(rng, tmp_path, capsys):
     assert frame["head_mass"].is_null().all()
     assert frame["target_rank"].is_null().sum() > frame["target_id"].is_null().sum()
     assert frame["head_ids"].is_not_null().any()
+    run("push", tmp_path / "small", tmp_path / "copy", "--preview")
+    shown = polars.read_parquet(tmp_path / "copy" / "preview" / "preview.parquet")
+    assert len(shown)
+    assert shown["tail_mass"].is_null().all()
+
+
+def test_what_needs_the_unknown_values_is_refused(rng, tmp_path):
+    source = write(tmp_path / "rows.parquet", make_texts(rng, 4), lambda text: text.logits)
+    imported("distillkit-raw", source, tmp_path / "cache")
+    for refused in (
+        lambda: run("audit", tmp_path / "cache"),
+        lambda: run("report", tmp_path / "cache", "--out", tmp_path / "report.html"),
+        lambda: run("serve", tmp_path / "cache", "--port", "0"),
+    ):
+        with pytest.raises(UserError, match=r"does not know all values .*tail, targets"):
+            refused()
 
 
 @pytest.mark.parametrize(
