@@ -17,7 +17,7 @@ const NAMES = { "\n": "\\n", "\r": "\\r", "\t": "\\t" };
 const SIGNS = { "\n": "⏎\n", "\r": "␍", "\t": "→\t" };
 
 const byId = (id) => document.getElementById(id);
-const percent = (p) => (p >= 0.9995 || p === 0 ? `${Math.round(100 * p)}` : (100 * p).toPrecision(p < 0.1 ? 2 : 3)) + " %";
+const percent = (p) => (p >= 0.9995 || p === 0 ? `${Math.round(100 * p)}` : (100 * p).toPrecision(p < 0.1 ? 2 : 3)) + "\u00a0%";
 const nats = (x) => (Number.isFinite(x) ? x.toFixed(3) : "∞");
 const count = (n) => n.toLocaleString("en");
 
@@ -206,8 +206,10 @@ class Reader {
 
   async show(at, { token = -1, hit = null, focus = false } = {}) {
     const sequence = this.view.sequences[at];
+    this.wanted = at;
     if (this.shown !== sequence) {
       const [chunk, teacher] = await Promise.all([this.view.chunk(sequence.chunk), this.view.teacher(sequence.chunk)]);
+      if (this.wanted !== at) return;  // another one was asked for in the meantime
       const end = sequence.start + sequence.tokens;
       this.shown = sequence;
       this.tokens = chunk.token.subarray(sequence.start, end);
@@ -410,7 +412,7 @@ class Reader {
     const size = starts[at + 1] - starts[at];
     if (!listed) row(this.view.label(target), Math.exp(-loss), "target", `is next, rank ${count(rank)}`);
     row(`all ${count(this.view.data.vocab_size - size)} others`, tail, "tail");
-    return [make("h5", { textContent: `The teacher's head, ${size} ids, each within ${percent(this.view.data.rounding)}` }), make("table", { className: "bars" }, make("caption", { className: "hidden", textContent: "Stored head" }), make("tbody", {}, ...rows))];
+    return [make("h5", { textContent: `The teacher's head, ${size} ids, each within ${percent(this.view.data.rounding)}` }), make("table", { className: "bars", ariaLabel: "The stored head" }, make("tbody", {}, ...rows))];
   }
 
   draws(at) {

@@ -103,7 +103,7 @@ def test_sizes_by_part(reader, tokenizer, out):
     write_report(reader, out, ReportOptions(), tokenizer)
     said = page_text(out)
     total = reader.manifest.statistics.bytes
-    parts = re.search(rf"Size by part, of {total:,} bytes (.*?) Origin", said)[1]
+    parts = re.search(rf"Size by part of {total:,} bytes (.*?) Origin", said)[1]
     sizes = [int(each.replace(",", "")) for each in re.findall(r"([\d,]+) bytes", parts)]
     assert sum(sizes) == total
     columns = sum(np.array(list(reader.column_bytes(i).values())) for i in range(2))
@@ -163,6 +163,13 @@ def test_it_is_read_once_and_said(reader, tokenizer, out):
     write_report(reader, out, ReportOptions(), tokenizer, on_tokens=read.append)
     assert sum(read) == reader.manifest.statistics.tokens
     assert len(read) == 40
+
+
+def test_an_empty_cache(make_reader, out):
+    reader, tokenizer = make_reader(["<s>"], {})
+    report = write_report(reader, out, ReportOptions(), tokenizer)
+    assert (report.sequences, report.tokens, report.view_sequences) == (0, 0, 0)
+    assert "tokens 0 in 0 sequences" in page_text(out)
 
 
 def test_no_file_of_somebody_else_is_replaced(reader, out):
