@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +15,9 @@ from torch.utils.data import DataLoader
 
 import logitcask.cache_format.reader
 import logitcask.cache_format.storage.files
+import logitcask.train.run
 from logitcask.cache_format import CacheReader, UserError
+from logitcask.cache_format.catalog.home import Home
 from logitcask.cache_format.share.copy import push
 from logitcask.cache_format.storage.shard_cache import ShardCache
 from logitcask.train.config import DataConfig
@@ -22,6 +25,7 @@ from logitcask.train.data.dataset import CachedDataset
 from logitcask.train.data.mixture import Collator, Mixture, open_data
 from logitcask.train.data.order import Batches
 from logitcask.train.loop.arguments import training_arguments
+from logitcask.train.loop.trainer import DistillationTrainer
 from logitcask.train.run import train
 
 STEPS = 14
@@ -194,6 +198,26 @@ def test_streaming_fetches_each_shard_once_an_epoch(
         assert len(fetched) >= len(names) - 4
     if not workers:  # and this is what it saves
         assert sum(epochs("all")[1].values()) > 2 * len(names)
+
+
+def test_caches_are_in_use_while_a_training_reads_them(
+    write_cache, scratch_config, monkeypatch, tmp_path
+):
+    home = Home(tmp_path / "home")
+    monkeypatch.setenv("LOGITCASK_HOME", str(home.folder))
+    cache = write_cache("c", sequences=60)
+    used = []
+
+    class Looks(DistillationTrainer):
+        def training_step(self, *arguments, **options):
+            used.append([entry.where for entry, _ in home.entries() if entry.name in home.used()])
+            return super().training_step(*arguments, **options)
+
+    monkeypatch.setattr(logitcask.train.run, "DistillationTrainer", Looks)
+    train(scratch_config(cache=cache.path, training={"max_steps": 2}))
+    assert used
+    assert all(each == [str(Path(cache.path).resolve())] for each in used)
+    assert home.used() == set()
 
 
 def test_the_wait_for_data_is_logged_as_a_share(write_cache, scratch_config):
