@@ -235,7 +235,9 @@ def open_data(
         _warn_of_thrashing(cache, config.data.shuffle)
         sources.append(CachedDataset(cache, train, rows))
         held_out.append(CachedDataset(cache, out, rows))
-        units.append(_units(config.data, capacity, cache, index, train, (seed, 0, number)))
+        # In a later part of a training the same rows, wherever the cache is in the list.
+        key = number if part is None else _key(cache)
+        units.append(_units(config.data, capacity, cache, index, train, (seed, 0, key)))
     weights = [entry.weight for entry in entries if entry.weight is not None]
     plan = (
         _plan(config, units, weights or None, seed)
@@ -276,6 +278,11 @@ def _plan(config: TrainConfig, units: list[Units], weights: list[float] | None, 
     )
 
 
+def _key(cache: CacheReader) -> int:
+    """A part of the seeds of a cache's order, the same in every part of a training."""
+    return int(cache.manifest.fingerprint[:16], 16)
+
+
 def _part_plan(
     config: TrainConfig,
     caches: list[CacheReader],
@@ -289,7 +296,7 @@ def _part_plan(
     return PartPlan(
         units,
         weights,
-        keys=[(int(name[:16], 16),) for name in names],
+        keys=[(_key(cache),) for cache in caches],
         read=[read.get(name, 0) for name in names],
         first=first,
         seed=seed,

@@ -267,3 +267,20 @@ def test_prompts_follow_each_other_around(tmp_path, skip, most):
     found = [sequence.sequence_id for sequence in cache]
     assert found == [f"train/{n}/0" for n in wanted]
     assert cache.manifest.data.counters["prompts"] == len(wanted)
+
+
+def test_vllms_dicts_of_logprobs():
+    """The sampled token of each step is named in its dict, perhaps beside others."""
+    from types import SimpleNamespace
+
+    from logitcask.pipeline.teachers.vllm.writing import _answer
+
+    steps = [{7: -0.5}, {3: -0.1, 9: -2.0}]
+    dicts = [{i: SimpleNamespace(logprob=p) for i, p in each.items()} for each in steps]
+    found = _answer(SimpleNamespace(token_ids=[7, 9], logprobs=dicts), True)
+    assert found.input_ids.tolist() == [7, 9]
+    assert found.logprobs.tolist() == [-0.5, -2.0]
+    with pytest.raises(UserError, match="does not say the logprobs"):
+        _answer(SimpleNamespace(token_ids=[7, 8], logprobs=dicts), True)
+    with pytest.raises(UserError, match="does not say the logprobs"):
+        _answer(SimpleNamespace(token_ids=[7], logprobs=None), True)

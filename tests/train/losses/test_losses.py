@@ -48,6 +48,7 @@ def teacher_of(logits_PV: Tensor, k: int | Tensor, *, width: int | None = None) 
         target_ids=ids[:, 0],
         target_logprob=logprobs[:, 0],
         vocab_size=vocab,
+        writer_logprob=logprobs[:, 0] - 0.5,
     )
 
 
@@ -116,7 +117,6 @@ def test_public_contract(draw: torch.Generator) -> None:
     assert {"forward_kl", "ranking", "ce"} <= set(LOSSES)
     teacher_logits, logits = normal(draw, 6, 40), normal(draw, 6, 40, dtype=torch.float32)
     teacher = with_draws(draw, teacher_of(teacher_logits, 8), teacher_logits)
-    teacher = dataclasses.replace(teacher, writer_logprob=teacher.target_logprob - 0.5)
     for name, loss in LOSSES.items():
         options = {"mean_tail_mass": 0.1} if name == "tail_aware" else {}
         value = loss(logits, teacher, **options)
