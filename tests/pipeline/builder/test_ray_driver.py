@@ -99,7 +99,8 @@ class Driver:
             time.sleep(0.005)
 
     def end(self):
-        return self.process.wait(timeout=300), self.said.read_text()
+        # Well above what it takes on any machine, and below the limit of a test.
+        return self.process.wait(timeout=800), self.said.read_text()
 
 
 @pytest.fixture(scope="module")
