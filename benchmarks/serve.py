@@ -32,6 +32,8 @@ from server import start_server
 from transformers import AutoTokenizer
 
 from logitcask.cache_format import CacheReader
+from logitcask.pipeline.builder.run import build
+from logitcask.pipeline.config import BuildConfig
 from logitcask.pipeline.serve.index import PrefixIndex
 from logitcask.pipeline.teachers.model import prepare_model
 
@@ -114,9 +116,12 @@ async def ask(
     }
 
 
-async def with_memory(process: psutil.Process, asking: Any) -> tuple[dict[str, float], list[float]]:
-    """The figures, and the server's resident memory in MiB every ten seconds."""
+async def with_costs(process: psutil.Process, asking: Any) -> dict[str, Any]:
+    """The figures, with the server's CPU time per request and its resident memory, sampled every
+    ten seconds.
+    """
     samples: list[float] = []
+    before = process.cpu_times()
 
     async def sample() -> None:
         while True:
@@ -124,9 +129,16 @@ async def with_memory(process: psutil.Process, asking: Any) -> tuple[dict[str, f
             await asyncio.sleep(10)
 
     sampling = asyncio.create_task(sample())
-    figures = await asking
+    figures: dict[str, Any] = await asking
     sampling.cancel()
-    return figures, samples
+    after = process.cpu_times()
+    spent = after.user + after.system - before.user - before.system
+    figures["cpu_milliseconds_per_request"] = round(1000 * spent / figures["requests"], 1)
+    figures["memory_mib"] = {
+        "first minute": max(samples[:6]),
+        "last minute": max(samples[-6:]),
+    }
+    return figures
 
 
 def index_figures(count: int = 100_000, length: int = 256, common: int = 100) -> dict[str, float]:
@@ -158,8 +170,36 @@ def index_figures(count: int = 100_000, length: int = 256, common: int = 100) ->
     return found
 
 
+def cache_figures(options: argparse.Namespace) -> dict[str, Any]:
+    """A server of a cache by the synthetic teacher, asked for some minutes."""
+    with tempfile.TemporaryDirectory() as folder, open(Path(folder) / "log", "wb") as log:
+        config = BuildConfig.model_validate(
+            {
+                "teacher": {"model": "synthetic", "backend": "synthetic"},
+                "data": {
+                    "path": "python-docs",
+                    "max_length": options.length,
+                    "max_tokens": 2 * options.sequences * options.length,
+                },
+                "store": {"top_k": options.top_k, "min_probability": None, "tail_samples": 0},
+                "audit": {"sequences": 0},
+                "output": f"{folder}/cache",
+            }
+        )
+        build(config)
+        cache = CacheReader(config.output)
+        texts = [each.input_ids.tolist() for each in cache if len(each) == options.length]
+        with served(log, str(config.output)) as (process, url):
+            seconds = options.minutes * 60
+            asking = ask(url, "synthetic", texts, options.clients, options.top_k, seconds)
+            return asyncio.run(with_costs(psutil.Process(process.pid), asking))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--only-cache", action="store_true", help="a synthetic teacher's cache, without vLLM"
+    )
     parser.add_argument("--only-index", action="store_true", help="nothing but the index")
     parser.add_argument("--sequences", type=int, default=24)
     parser.add_argument("--length", type=int, default=512)
@@ -170,6 +210,9 @@ def main() -> None:
     options = parser.parse_args()
     if options.only_index:
         print(json.dumps(index_figures(), indent=2))
+        return
+    if options.only_cache:
+        print(json.dumps(cache_figures(options), indent=2))
         return
     model = prepare_model("smollm2-135m")
     texts = texts_of(model, options.sequences, options.length)
@@ -197,15 +240,10 @@ def main() -> None:
             os.killpg(vllm.pid, signal.SIGKILL)
         found["kept_bytes_per_token"] = CacheReader(kept).manifest.statistics.bytes_per_token
         with served(log, kept) as (process, alone):
-            seconds = options.minutes * 60
-            asking = ask(alone, "smollm2-135m", texts, options.clients, options.top_k, seconds)
-            found["from the cache"], memory = asyncio.run(
-                with_memory(psutil.Process(process.pid), asking)
+            asking = ask(
+                alone, "smollm2-135m", texts, options.clients, options.top_k, options.minutes * 60
             )
-    found["memory_mib"] = {
-        "after one minute": max(memory[:7]),
-        "largest in the last minute": max(memory[-6:]),
-    }
+            found["from the cache"] = asyncio.run(with_costs(psutil.Process(process.pid), asking))
     found["ratio"] = round(
         found["from the cache"]["tokens_per_second"] / found["vllm"]["tokens_per_second"], 1
     )

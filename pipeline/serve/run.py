@@ -32,6 +32,11 @@ TOP_K = 64
 
 _BACKLOG = 2048
 
+_KEEP_ALIVE_SECONDS = 300
+"""For which a connection waits for its next request. A trainer may take a while for a step, and a
+connection that closes just as it sends costs it an error.
+"""
+
 
 @dataclass(frozen=True)
 class ServeOptions:
@@ -76,6 +81,7 @@ def serve(
                 access_log=False,
                 server_header=False,
                 timeout_graceful_shutdown=30,
+                timeout_keep_alive=_KEEP_ALIVE_SECONDS,
                 backlog=_BACKLOG,
             )
         )

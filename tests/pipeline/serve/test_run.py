@@ -506,6 +506,23 @@ def test_what_cannot_be_served(
         running([cache], upstream=fake.url, keep=Path(make_cache(tmp_path / "d", texts)))
 
 
+def test_a_connection_waits_for_a_slow_trainer(
+    tmp_path: Path,
+    texts: list[list[int]],
+    make_cache: Any,
+    running: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Longer than uvicorn's five seconds."""
+    configs: list[Any] = []
+    real = run.uvicorn.Config
+    monkeypatch.setattr(
+        run.uvicorn, "Config", lambda *a, **k: (configs.append(real(*a, **k)), configs[-1])[1]
+    )
+    assert running([make_cache(tmp_path / "c", texts)]).rows(texts[1], 1)
+    assert configs[0].timeout_keep_alive >= 60
+
+
 def test_a_damaged_shard_is_no_answer(
     tmp_path: Path, texts: list[list[int]], make_cache: Any, running: Any
 ) -> None:
