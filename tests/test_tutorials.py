@@ -38,7 +38,6 @@ from logitcask.cache_format.catalog import listing
 from logitcask.cache_format.runtime import progress
 from logitcask.pipeline.cli import main as teacher_cache
 from logitcask.train.cli import main as train_student
-from logitcask.train.output import report
 
 ROOT = Path(__file__).parents[1]
 CHATS, COMPARE, CLUSTERS = (
@@ -239,7 +238,6 @@ def _python() -> None:
 @pytest.fixture
 def follow(user_folder, tmp_path_factory, monkeypatch, request) -> Callable[[Path], None]:
     """``follow(page)``: runs a page and compares its output, or writes it into the page."""
-    monkeypatch.setattr(report, "_svg", lambda figure: "<svg></svg>")
     monkeypatch.setattr(progress, "EVERY_SECONDS", 1e9)  # no line that depends on the load
     monkeypatch.setenv("LOGITCASK_CACHE", str(tmp_path_factory.mktemp("shards")))
     shell = Shell(tmp_path_factory.mktemp("bin"))

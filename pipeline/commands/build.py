@@ -56,8 +56,8 @@ def build(
         "reused": result.reused,
         "tokens_scored": result.tokens_scored,
         "seconds": result.seconds,
-        "taken": None if result.taken is None else asdict(result.taken),
         "writing_seconds": result.writing_seconds,
+        "taken": None if result.taken is None else asdict(result.taken),
     }
     rejects, here = settings.rejects_file(), Path.cwd()
     if rejects.is_relative_to(here):

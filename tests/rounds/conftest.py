@@ -42,7 +42,6 @@ def in_process(command: list[str], options: list[str]) -> Ended:
 def _in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     COMMANDS.clear()
     monkeypatch.setattr(rounds_run, "run_stage", in_process)
-    monkeypatch.setattr("logitcask.train.output.report._svg", lambda figure: "<svg></svg>")
 
 
 @pytest.fixture(scope="session")

@@ -25,7 +25,6 @@ from logitcask.cache_format import CacheReader
 from logitcask.train.config import TrainConfig
 from logitcask.train.distributed import gathered, is_main, leave, processes
 from logitcask.train.loop.trainer import DistillationTrainer
-from logitcask.train.output import report
 from logitcask.train.run import train
 
 
@@ -97,7 +96,6 @@ def watch(
 
 
 def main(file: Path) -> None:
-    report._svg = lambda figure: "<svg></svg>"  # as in other tests, no figure is rendered
     work = json.loads(file.read_text())
     CacheReader.check_shard = counted
     if work["fsdp"]:

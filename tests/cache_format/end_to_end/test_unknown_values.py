@@ -31,7 +31,7 @@ UNKNOWN = [("tail",), ("targets",), ("ranks",), ("tail", "targets", "ranks")]
 def header_of(unknown):
     header = make_header()
     store = header.store.model_copy(update={"unknown": unknown})
-    return header.model_copy(update={"store": store, "required_features": store.required_features})
+    return header.model_copy(update={"store": store, "required_features": store.features})
 
 
 def forget(sequence, unknown):

@@ -139,12 +139,12 @@ def test_the_queue_is_bounded_in_bytes(tmp_path, monkeypatch):
 
     append = ShardWriter.append
 
-    def once_the_queue_is_full(self, sequence):
+    def once_the_queue_is_full(self, sequence, **options):
         nonlocal most
         while most <= 100_000 - largest:
             most = max(most, progress.counts.queued_bytes)
             time.sleep(0.001)
-        append(self, sequence)
+        append(self, sequence, **options)
 
     monkeypatch.setattr(run, "Progress", Kept)
     monkeypatch.setattr(scoring, "answers", measured)
@@ -206,7 +206,7 @@ def test_what_fails_behind_stops_the_engine_at_once(tmp_path, monkeypatch, error
                         thread.join()
             yield answer
 
-    def fail(self, sequence):
+    def fail(self, sequence, **options):
         failed.set()
         raise error
 
@@ -238,9 +238,9 @@ def test_what_fails_in_the_engine_leaves_every_whole_shard(tmp_path, monkeypatch
                 raise UserError("the engine is gone")
             yield answer
 
-    def slowly(self, sequence):
+    def slowly(self, sequence, **options):
         time.sleep(0.002)
-        append(self, sequence)
+        append(self, sequence, **options)
 
     monkeypatch.setattr(scoring, "answers", dies)
     monkeypatch.setattr(ShardWriter, "append", slowly)

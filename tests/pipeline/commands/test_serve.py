@@ -46,6 +46,8 @@ def test_from_start_to_end(
             os.dup2(stderr.fileno(), 2)
             sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
             logging.root.handlers.clear()  # those of pytest
+            # A shell that starts the tests in the background ignores it.
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             sys.argv = ["teacher-cache", "serve", str(cache), "--port", "0", "--json"]
             main()
 

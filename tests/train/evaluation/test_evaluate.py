@@ -13,7 +13,7 @@ from logitcask.train.head.lm_head import LogitsHead
 class HalfCharacters:
     """A tokenizer whose every token is the first byte of a Chinese character."""
 
-    def decode(self, tokens):
+    def decode(self, tokens, **options):
         return "\N{REPLACEMENT CHARACTER}" * len(tokens)
 
     def convert_ids_to_tokens(self, tokens):
