@@ -281,7 +281,8 @@ class Catalog:
         return self._home.folder / "temporary" / uuid.uuid4().hex
 
     def _here(self) -> list[Entry]:
-        entries = sorted(self._home.entries(), key=lambda each: -each[1])
+        # The last used first. Some file systems tell times only to some milliseconds.
+        entries = sorted(self._home.entries(), key=lambda each: (-each[1], each[0].where))
         return [entry for entry, _ in entries if not entry.removal]
 
     @cached_property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -70,8 +71,10 @@ def test_a_command_that_fails_has_said_why(config, capfd):
 def wait_for_child(parent: psutil.Process) -> psutil.Process:
     """The stage below ``parent`` whose build has begun."""
     while True:
-        for each in parent.children():
-            return each
+        for each in parent.children():  # other tests' children may be there, too
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if "logitcask.rounds.child" in each.cmdline():
+                    return each
         time.sleep(0.01)
 
 
