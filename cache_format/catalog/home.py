@@ -18,6 +18,7 @@ import hashlib
 import json
 import logging
 import os
+import time
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
@@ -139,7 +140,8 @@ class Home:
         if path is None:
             return False
         try:
-            os.utime(self._file(name_of(path)))
+            now = time.time_ns()  # the file system's own clock may tick in milliseconds only
+            os.utime(self._file(name_of(path)), ns=(now, now))
         except OSError as error:
             return not isinstance(error, FileNotFoundError)
         return True
