@@ -74,13 +74,21 @@ def describe(manifest: Manifest, path: str | Path) -> str:
         "tail": describe_tail(manifest),
         "teacher's loss": loss,
         "audit": "" if manifest.derived_from else describe_audit(manifest.audit),
-        "size": f"{totals.bytes:,} bytes in {len(manifest.shards)} shards, {totals.bytes_per_token:.1f} bytes per token",
+        "size": (
+            f"{totals.bytes:,} bytes in {numbered(len(manifest.shards), 'shard')}, "
+            f"{totals.bytes_per_token:.1f} bytes per token"
+        ),
         "made of": _origin(manifest),
         "format": f"version {manifest.format_version}, logprobs within {store.rounding:g} nats",
         "fingerprint": manifest.fingerprint,
         "next": _next(manifest, path),
     }
     return "\n".join(f"{name:15} {value}" for name, value in rows.items() if value)
+
+
+def numbered(count: int, noun: str) -> str:
+    """``1 shard``, ``2 shards``."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def _next(manifest: Manifest, path: str | Path) -> str:

@@ -18,7 +18,7 @@ from logitcask.cache_format.derive.derive import DeriveOptions
 from logitcask.cache_format.derive.derive import derive as derive_cache
 from logitcask.cache_format.derive.merge import merge as merge_caches
 from logitcask.cache_format.derive.write import SHARD_TOKENS
-from logitcask.cache_format.describe import describe, facts
+from logitcask.cache_format.describe import describe, facts, numbered
 from logitcask.cache_format.errors import ConfigError, DamagedCacheError
 from logitcask.cache_format.reader import CacheReader
 from logitcask.cache_format.redact import redacted
@@ -93,7 +93,7 @@ def verify(
         if as_json():
             print_result(found, "")
         raise DamagedCacheError("; ".join(problems))
-    print_result(found, f"{redacted(cache)}: {shards} shards, {checked}")
+    print_result(found, f"{redacted(cache)}: {numbered(shards, 'shard')}, {checked}")
 
 
 def derive(
