@@ -15,6 +15,9 @@ import torch
 
 from logitcask import LOSSES, CachedDataset, collate
 from logitcask.cache_format import CacheReader, UserError, verify
+from logitcask.cache_format.catalog import home as homes
+from logitcask.cache_format.catalog.listing import listing
+from logitcask.cache_format.catalog.removal import remove
 from logitcask.cache_format.growing import is_growing
 from logitcask.pipeline.serve import keeper, run
 
@@ -559,3 +562,24 @@ def test_metrics_and_log(
     assert (
         f"{len(texts)} prompts of {sum(map(len, texts))} tokens: {len(texts)} from caches" in line
     )
+
+
+def test_a_served_cache_is_in_use(
+    tmp_path: Path,
+    texts: list[list[int]],
+    fake: Any,
+    make_cache: Any,
+    running: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("LOGITCASK_HOME", str(tmp_path / "home"))
+    cache, kept = make_cache(tmp_path / "c", texts[:3], k=K), tmp_path / "kept"
+    for _ in range(2):  # the second server finds the kept cache of the first
+        client = running([cache], upstream=fake.url, keep=kept)
+        client.rows(texts[5], K)
+        lines = listing(homes.home())
+        assert all(line.in_use for line in lines)
+        assert not any(remove(homes.home(), line.entry) for line in lines)
+        client.stop()
+    assert [Path(line.entry.where) for line in lines] == [kept, Path(cache)]
+    assert not any(line.in_use for line in listing(homes.home()))
