@@ -19,7 +19,7 @@ from logitcask.cache_format.catalog import home as homes
 from logitcask.cache_format.catalog.listing import listing
 from logitcask.cache_format.catalog.removal import remove
 from logitcask.cache_format.growing import is_growing
-from logitcask.pipeline.serve import keeper, run
+from logitcask.pipeline.serve import app, keeper, run, served
 
 K = 8
 
@@ -583,3 +583,67 @@ def test_a_served_cache_is_in_use(
         client.stop()
     assert [Path(line.entry.where) for line in lines] == [kept, Path(cache)]
     assert not any(line.in_use for line in listing(homes.home()))
+
+
+def test_the_target_alone_from_upstream(
+    tmp_path: Path,
+    texts: list[list[int]],
+    table: Any,
+    fake: Any,
+    make_cache: Any,
+    running: Any,
+    assert_rows: Any,
+) -> None:
+    client = running([make_cache(tmp_path / "c", texts[:1])], upstream=fake.url)
+    assert_rows(client.rows(texts[3], 0), table.prompt_logprobs(texts[3], 0), 0)
+
+
+def test_errors_of_its_own_are_answered_and_logged(
+    tmp_path: Path,
+    texts: list[list[int]],
+    make_cache: Any,
+    running: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    client = running([make_cache(tmp_path / "c", texts)])
+    with monkeypatch.context() as patch:
+        patch.setattr(served.ServedCache, "find", lambda *_, **__: 1 / 0)
+        answer = client.post(prompt=texts[1], prompt_logprobs=1)
+    assert answer.status_code == 500
+    assert (
+        answer.json()["error"]["message"] == "an error of this server, of which its log says more"
+    )
+    assert "ZeroDivisionError" in caplog.text
+    assert client.metric('logitcask_requests_total{status="500"}') == 1
+    assert client.rows(texts[1], 1)
+
+
+def test_a_commit_that_fails_is_tried_again(
+    tmp_path: Path,
+    texts: list[list[int]],
+    fake: Any,
+    make_cache: Any,
+    running: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(keeper, "SHARD_SECONDS", 0.0)
+    monkeypatch.setattr(app, "_COMMIT_SECONDS", 0.01)
+    real, failed, went_on = keeper.Keeper.commit, threading.Event(), threading.Event()
+
+    def commit(self: Any) -> None:
+        if not failed.is_set():
+            failed.set()
+            raise RuntimeError("out of order")
+        real(self)
+        went_on.set()
+
+    monkeypatch.setattr(keeper.Keeper, "commit", commit)
+    client = running(
+        [make_cache(tmp_path / "c", texts[:1])], upstream=fake.url, keep=tmp_path / "kept"
+    )
+    client.rows(texts[2], K)
+    assert went_on.wait(60)
+    assert "RuntimeError: out of order" in caplog.text
+    assert len(CacheReader(tmp_path / "kept")) == 1
