@@ -103,15 +103,15 @@ def table(lines: list[Listed]) -> str:
                 f"{entry.where.removeprefix(here)}{' (derived)' if entry.derived else ''}",
             )
         )
-    rows = [tuple(map(printable, row)) for row in rows]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    cells = [[printable(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     right = {2, 3, 4, 5}
     return "\n".join(
         "  ".join(
             cell.rjust(width) if at in right else cell.ljust(width)
             for at, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
-        for row in rows
+        for row in cells
     )
 
 
