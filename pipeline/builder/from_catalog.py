@@ -15,6 +15,7 @@ A cache that cannot be read, is not what its entry says, or has no signature by 
 
 from __future__ import annotations
 
+import glob
 import logging
 import os
 import shutil
@@ -110,7 +111,7 @@ class Catalog:
     def claim_request(self) -> AbstractContextManager[bool]:
         """Holds the claim of builds with this request; waits for another one that runs."""
         request = request_of(self._config)
-        here = os.getcwd() if _has_local_paths(self._config) else ""
+        here = os.getcwd() if _has_relative_paths(self._config) else ""
         return self._claim(sha256_of_json([request, here]))
 
     def claim_plan(self, plan: Plan) -> AbstractContextManager[bool]:
@@ -147,24 +148,29 @@ class Catalog:
         there is none, derived.
         """
         key = sha256_of_json(request_of(self._config))
-        for entries in (self._here, lambda: self._remote):
+        # A remote's caches come from other machines, whose paths are others.
+        relative, local = _has_relative_paths(self._config), bool(_local_paths(self._config))
+        for entries, same_place in (
+            (self._here, not relative),
+            (lambda: self._remote, not local),
+        ):
             for entry in sorted(entries(), key=lambda each: each.derived):
                 if entry.request == key:
                     reader = self._open(entry)
                     if (
                         reader is not None
                         and reader.manifest.answers_build
-                        and self._answers(reader.manifest, entry)
+                        and self._answers(reader.manifest, entry, same_place=same_place)
                         and self._is_trusted(reader, entry)
                     ):
                         return Found(entry, reader)
         return None
 
-    def _answers(self, manifest: Manifest, entry: Entry) -> bool:
+    def _answers(self, manifest: Manifest, entry: Entry, *, same_place: bool) -> bool:
         if not self._same_teacher(manifest, before_plan=True):
             return False
         try:
-            return answers_the_same(manifest, self._config, self._inputs)
+            return answers_the_same(manifest, self._config, self._inputs, same_place=same_place)
         except UserError as error:
             log.debug("%s: %s", entry.where, error)
             return False
@@ -412,10 +418,19 @@ def _teacher_request(request: dict[str, Any]) -> Any:
     return [fields, code.get(str(teacher.get("backend"))) if isinstance(code, dict) else None]
 
 
-def _has_local_paths(config: BuildConfig) -> bool:
-    """Whether a name in the config is a path relative to the working directory."""
+def _local_paths(config: BuildConfig) -> list[str]:
+    """The names in the config that are paths here, or have wildcards."""
     names = [config.teacher.model, *(part.path for part in config.data.parts())]
-    return any(not os.path.isabs(name) and os.path.exists(name) for name in names)
+    return [
+        name
+        for name in names
+        if os.path.exists(os.path.expanduser(name)) or ("://" not in name and glob.has_magic(name))
+    ]
+
+
+def _has_relative_paths(config: BuildConfig) -> bool:
+    """Whether a name in the config is a path relative to the working directory."""
+    return any(not os.path.isabs(os.path.expanduser(name)) for name in _local_paths(config))
 
 
 def clear(output: Path | str) -> None:

@@ -684,3 +684,19 @@ def test_rows_of_another_manifest_are_not_copied(config, rows, home, tmp_path, m
     result, full = overlap_with(config, rows, home, range(72))
     assert_same_content(result.manifest, full)
     assert result.tokens_scored == full.statistics.tokens
+
+
+@pytest.mark.parametrize("path", ["rows.jsonl", "*.jsonl"])
+def test_the_same_name_in_another_folder_is_other_text(config, home, tmp_path, monkeypatch, path):
+    """Of equal size and time, as files of an archive may be; and of the same text, it is found."""
+    results = {}
+    for folder, word in (("a", "one"), ("b", "two"), ("c", "one")):
+        (tmp_path / folder).mkdir()
+        monkeypatch.chdir(tmp_path / folder)
+        Path("rows.jsonl").write_text(json.dumps({"text": f"text {word}"}) + "\n")
+        os.utime("rows.jsonl", (1000, 1000))
+        results[folder] = build(config(f"from-{folder}", data={"path": path}), home=home)
+    assert texts(config("from-b").output) != texts(config("from-a").output)
+    assert results["b"].tokens_scored > 0
+    assert results["c"].taken.how == "same"
+    assert texts(config("from-c").output) == texts(config("from-a").output)

@@ -16,12 +16,13 @@ import pytest
 import torch
 
 from logitcask import LOSSES, CachedDataset, collate
-from logitcask.cache_format import CacheReader, UserError, verify
+from logitcask.cache_format import CacheReader, CacheWriter, UserError, verify
 from logitcask.cache_format.catalog import home as homes
 from logitcask.cache_format.catalog.listing import listing
 from logitcask.cache_format.catalog.removal import remove
 from logitcask.cache_format.growing import is_growing
 from logitcask.pipeline.serve import app, keeper, run, served
+from tests.pipeline.serve.conftest import header
 
 K = 8
 
@@ -506,6 +507,12 @@ def test_what_cannot_be_served(
         running([cache], upstream=fake.url, keep=Path(cache))
     with pytest.raises(UserError, match=r"cannot listen at 127\.0\.0\.1, port"):
         run.serve(run.ServeOptions(caches=[cache], port=port))
+    with pytest.raises(UserError, match=r"holds distributions at temperature 0\.7, and those at 1"):
+        running([make_cache(tmp_path / "cool", texts, temperature=0.7)])
+    with CacheWriter(tmp_path / "empty") as writer:
+        writer.finish(writer.begin(header(K)), 0)
+    with pytest.raises(UserError, match="has no sequences, so there is nothing to serve"):
+        running([str(tmp_path / "empty")])
     with pytest.raises(UserError, match="finished cache, which does not grow"):
         running([cache], upstream=fake.url, keep=Path(make_cache(tmp_path / "d", texts)))
 
