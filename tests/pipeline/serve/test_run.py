@@ -273,11 +273,9 @@ def test_a_shard_is_committed_when_it_is_full_or_old(
     assert len(CacheReader(tmp_path / "kept")) == 1
     monkeypatch.setattr(keeper, "SHARD_SECONDS", 0)
     waited = threading.Event()
-    for _ in range(600):
-        if len(CacheReader(tmp_path / "kept")) == 2:
-            break
+    # The manifest is seen a moment before the commit ends.
+    while len(CacheReader(tmp_path / "kept")) < 2 or client.metric("logitcask_open_tokens"):
         waited.wait(0.1)
-    assert client.metric("logitcask_open_tokens") == 0
     fake.asked()
     client.rows(texts[2][:9], K)
     client.rows(texts[1], K)
