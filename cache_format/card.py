@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from logitcask.cache_format.describe import describe_head, describe_tail
+from logitcask.cache_format.export.token_text import printable
 from logitcask.cache_format.layout import PREVIEW
 
 if TYPE_CHECKING:
@@ -43,10 +44,11 @@ def dataset_card(
     """
     teacher, data, totals = manifest.teacher, manifest.data, manifest.statistics
     loss = "-" if totals.teacher_ce is None else f"{totals.teacher_ce:.3f} nats"
+    model, text_of = _in_cell(teacher.model), _in_cell(data.source)
     title = f"Teacher logprobs of {teacher.model} on {data.source}"
     front = [f"license: {json.dumps(licence)}"] if licence else []
     text = f"""---
-{"".join(f"{line}{chr(10)}" for line in front)}pretty_name: {json.dumps(title)}
+{"".join(f"{line}{chr(10)}" for line in front)}pretty_name: {_quoted(title)}
 task_categories:
 - text-generation
 size_categories:
@@ -58,14 +60,14 @@ tags:
 - teacher-logprobs
 - logitcask
 ---
-# {title}
+# Teacher logprobs of {model} on {text_of}
 
 A Logitcask cache: a sparse summary of the teacher's next-token distribution per token.
 
 | | |
 | --- | --- |
-| teacher | {teacher.model} ({teacher.engine}, {teacher.dtype}) |
-| data | {data.source}, split {data.split}, {data.kind}, loss mask: {data.mask_policy} |
+| teacher | {model} ({teacher.engine}, {teacher.dtype}) |
+| data | {text_of}, split {data.split}, {data.kind}, loss mask: {data.mask_policy} |
 | tokens | {totals.tokens:,} in {totals.sequences:,} sequences; {totals.positions:,} kept positions |
 | head | {describe_head(manifest)} |
 | tail | {describe_tail(manifest)} |
@@ -84,6 +86,19 @@ sequence = cache[0]  # input_ids, positions, ids, logprobs, tail_logprob, sample
 {_PREVIEW_TEXT if with_preview else _SHARDS_TEXT}
 """
     return f"{text}\n{_signature(text.encode()).decode()}\n"
+
+
+def _quoted(text: str) -> str:
+    """``text`` as a string of YAML: that of JSON, but for characters that JSON writes as two halves,
+    and invisible ones.
+    """
+    letters = json.dumps(text, ensure_ascii=False)
+    return "".join(each if each.isprintable() else f"\\U{ord(each):08x}" for each in letters)
+
+
+def _in_cell(text: str) -> str:
+    """``text`` in a cell of a table of Markdown."""
+    return printable(text).replace("|", "\\|")
 
 
 def is_unedited(card: bytes) -> bool:

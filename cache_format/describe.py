@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from logitcask.cache_format.export.token_text import printable
 from logitcask.cache_format.manifest import AuditSummary, Manifest
 from logitcask.cache_format.redact import redacted
 
@@ -42,7 +43,9 @@ _SHOWN_ELSEWHERE = ("sequences", "tokens", "kept_positions")
 
 
 def describe(manifest: Manifest, path: str | Path) -> str:
-    """The page of ``teacher-cache info`` on the cache at ``path``: its content and size."""
+    """The page of ``teacher-cache info`` on the cache at ``path``: its content and size. Its names may
+    be a stranger's, so control characters are shown as in Python's literals.
+    """
     teacher, data, store, totals = (
         manifest.teacher,
         manifest.data,
@@ -83,7 +86,7 @@ def describe(manifest: Manifest, path: str | Path) -> str:
         "fingerprint": manifest.fingerprint,
         "next": _next(manifest, path),
     }
-    return "\n".join(f"{name:15} {value}" for name, value in rows.items() if value)
+    return "\n".join(f"{name:15} {printable(value)}" for name, value in rows.items() if value)
 
 
 def numbered(count: int, noun: str) -> str:

@@ -14,14 +14,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import filelock
-
 from logitcask.cache_format import card
 from logitcask.cache_format.derive.write import Part
 from logitcask.cache_format.differences import describe_difference
 from logitcask.cache_format.durable import sync, write_durably, writing_to
-from logitcask.cache_format.errors import CacheInUseError, UserError
-from logitcask.cache_format.layout import BUILD_DIR, CARD, GROW_DIR, MANIFEST
+from logitcask.cache_format.errors import UserError
+from logitcask.cache_format.layout import BUILD_DIR, CARD, GROW_DIR, MANIFEST, SIGNATURE
 from logitcask.cache_format.manifest import DataHash, Header, Manifest, ShardEntry
 from logitcask.cache_format.reader import CacheReader
 from logitcask.cache_format.schema import MAX_SHARDS
@@ -30,7 +28,7 @@ from logitcask.cache_format.shards.codec import Codec, PackedBatch
 from logitcask.cache_format.shards.shard_writer import ShardWriter
 from logitcask.cache_format.shards.validation import validate
 from logitcask.cache_format.storage.files import local_folder
-from logitcask.cache_format.writer import refuse_other_files
+from logitcask.cache_format.writer import locked, refuse_other_files
 
 logger = logging.getLogger(__name__)
 
@@ -92,17 +90,10 @@ class GrowingCache:
                 )
             if not (self.path / MANIFEST).exists() and not (self.path / GROW_DIR).exists():
                 refuse_other_files(self.path)
+            self._refuse_finished()
             # First of all: it marks the folder as a growing cache's.
-            (self.path / GROW_DIR).mkdir(parents=True, exist_ok=True)
+            opening.enter_context(locked(self.path, GROW_DIR))
             (self.path / "data").mkdir(exist_ok=True)
-            lock = filelock.FileLock(self.path / GROW_DIR / "lock")
-            try:
-                lock.acquire(timeout=0)
-            except filelock.Timeout:
-                raise CacheInUseError(
-                    f"{self.path} is being written by another process; wait for it, or choose another folder"
-                ) from None
-            opening.callback(lock.release)
             self._take_up()
             self._exit = opening.pop_all()
         return self
@@ -117,15 +108,18 @@ class GrowingCache:
         self.drop()
         self._exit.close()
 
+    def _refuse_finished(self) -> None:
+        """Before anything is written there."""
+        if (self.path / MANIFEST).exists() and not is_growing(CacheReader(self.path).manifest):
+            raise UserError(
+                f"{self.path} is a finished cache, which does not grow; choose another folder for what is kept"
+            )
+
     def _take_up(self) -> None:
         """Reads the manifest that is there, and removes what it does not list."""
         if (self.path / MANIFEST).exists():
             reader = CacheReader(self.path)
             found = reader.manifest
-            if not is_growing(found):
-                raise UserError(
-                    f"{self.path} is a finished cache, which does not grow; choose another folder for what is kept"
-                )
             ours, theirs = _common_ground(found), _common_ground(self.header)
             if ours != theirs:
                 raise UserError(
@@ -173,11 +167,11 @@ class GrowingCache:
         """
         if self._shard is None or not self._names:
             return self.manifest
-        if len(self._entries) >= MAX_SHARDS:
-            raise UserError(
-                f"{self.path} has {MAX_SHARDS:,} shards, the most that a manifest can list; go on in another folder"
-            )
         try:
+            if len(self._entries) >= MAX_SHARDS:
+                raise UserError(
+                    f"{self.path} has {MAX_SHARDS:,} shards, the most that a manifest can list; go on in another folder"
+                )
             with writing_to(self.path):
                 return self._commit(self._shard)
         finally:
@@ -207,6 +201,7 @@ class GrowingCache:
         scratch = self.path / GROW_DIR
         write_durably(self.path / CARD, card.dataset_card(manifest), scratch=scratch)
         text = manifest.to_json()
+        (self.path / SIGNATURE).unlink(missing_ok=True)  # of the state before
         try:
             write_durably(self.path / MANIFEST, text, scratch=scratch)
         except OSError as error:

@@ -12,17 +12,21 @@ from typing import Any
 
 HIDDEN = "***"
 
-_ENVIRONMENT = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_KEY|CREDENTIAL", re.I)
+_ENVIRONMENT = re.compile(
+    r"^(?!.*_(?:PATH|FILE|DIR)$).*(?:TOKEN(?!IZ)|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_KEY|CREDENTIAL)",
+    re.I,
+)  # not TOKENIZER, nor the place of a file: what they hold is said in many messages
 _SECRET_KEY = re.compile(r"(?:^|_)(?:token|password|secret|api_key|access_key)$", re.I)
 _LEAST = 8  # characters of a value of the environment; a shorter one would hide ordinary words
 _NAMES = (
-    r"(?:access[_-]?)?token|(?:api[_-]?)?key|secret|password|passwd|sig|signature|credential|"
+    r"(?:[\w-]*[_-])?(?:token|secret|password|passwd|signature|credential)|accesstoken|"
+    r"(?:api[_-]?)?key|sig|"
     r"x-amz-(?:signature|credential|security-token)|x-goog-(?:signature|credential)|awsaccesskeyid"
 )
 _PATTERNS = (
-    # user:password@host, and token@host
-    (re.compile(r"(?<=://)[^/\s:@'\"?#]*:[^/\s@'\"]*@"), f"{HIDDEN}@"),
-    (re.compile(r"(?<=https://)[^/\s:@'\"?#]+@"), f"{HIDDEN}@"),
+    # user:password@host, where the password may hold an @, and token@host
+    (re.compile(r"(?<=://)[^/\s:@'\"?#]*:[^/\s'\"]*@"), f"{HIDDEN}@"),
+    (re.compile(r"(?:(?<=https://)|(?<=http://))[^/\s:@'\"?#]+@"), f"{HIDDEN}@"),
     (re.compile(rf"([?&;](?:{_NAMES})=)[^&\s'\"#;]+", re.I), rf"\1{HIDDEN}"),
     (re.compile(r"\b(Bearer|Basic)\s+[\w.~+/=-]{8,}", re.I), rf"\1 {HIDDEN}"),
     (re.compile(r"\b(?:hf_[A-Za-z0-9]{16,}|sk-[\w-]{16,}|AKIA[0-9A-Z]{16})\b"), HIDDEN),

@@ -20,9 +20,9 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from datetime import UTC, datetime
-from pathlib import Path
+from pathlib import Path, PurePath
 from types import TracebackType
 from typing import Self
 
@@ -32,7 +32,15 @@ from logitcask.cache_format import card
 from logitcask.cache_format.differences import describe_difference
 from logitcask.cache_format.durable import RESTART, load_state, sync, write_durably, writing_to
 from logitcask.cache_format.errors import CacheInUseError, DamagedCacheError, UserError
-from logitcask.cache_format.layout import BUILD_DIR, MANIFEST, PRIOR, SIGNATURE
+from logitcask.cache_format.layout import (
+    BUILD_DIR,
+    CARD,
+    GROW_DIR,
+    MANIFEST,
+    PREVIEW,
+    PRIOR,
+    SIGNATURE,
+)
 from logitcask.cache_format.manifest import (
     AuditSummary,
     Header,
@@ -243,7 +251,7 @@ class CacheWriter(CacheWorker):
         if not (self.build_dir).exists():
             refuse_other_files(self.path)
         with writing_to(self.path), ExitStack() as opening:
-            opening.enter_context(_locked(self.path))
+            opening.enter_context(locked(self.path))
             self._refuse_finished()  # another process may have finished it since
             _revoke(self.build_dir / "runs")
             (self.build_dir / "commits").mkdir(exist_ok=True)
@@ -273,7 +281,7 @@ class CacheWriter(CacheWorker):
         for record in sorted((self.build_dir / "commits").glob("*.json")):
             self.adopt(int(record.stem.removeprefix("shard-")))
         known = {self.path / entry.path for entry in self.committed.values()}
-        for file in _shard_files(self.path):
+        for file in shard_files(self.path):
             if file not in known:
                 file.unlink()
         for file in self.build_dir.rglob("*.tmp"):
@@ -313,9 +321,7 @@ class CacheWriter(CacheWorker):
         manifest = self._complete(header, shards, audit)
         with writing_to(self.path):
             _revoke(self.build_dir / "runs")
-            write_durably(
-                self.path / "README.md", card.dataset_card(manifest), scratch=self.build_dir
-            )
+            write_durably(self.path / CARD, card.dataset_card(manifest), scratch=self.build_dir)
             write_durably(self.path / MANIFEST, manifest.to_json(), scratch=self.build_dir)
             shutil.rmtree(self.build_dir, ignore_errors=True)
         return manifest
@@ -337,23 +343,26 @@ def remove_cache(path: Path) -> None:
         return
     if not (path / BUILD_DIR).exists() and not _is_cache(path):
         refuse_other_files(path)
-    with writing_to(path), _locked(path):
+    growing = (path / GROW_DIR).exists()
+    with writing_to(path), locked(path), locked(path, GROW_DIR) if growing else nullcontext():
         _revoke(path / BUILD_DIR / "runs")
         # The manifest is removed first, so that no reader takes the rest for a whole cache.
-        for name in (MANIFEST, SIGNATURE, "README.md", PRIOR):
+        for name in (MANIFEST, SIGNATURE, CARD, PREVIEW, PRIOR):
             (path / name).unlink(missing_ok=True)
-        for shard in _shard_files(path):
+        for shard in shard_files(path):
             shard.unlink()
-        with suppress(OSError):
-            (path / "data").rmdir()
-        shutil.rmtree(path / BUILD_DIR, ignore_errors=True)
+        for folder in ("data", PurePath(PREVIEW).parent):
+            with suppress(OSError):
+                (path / folder).rmdir()
+        for folder in (GROW_DIR, BUILD_DIR):
+            shutil.rmtree(path / folder, ignore_errors=True)
 
 
 def refuse_other_files(path: Path) -> None:
     """Raises UserError if ``path`` is not a cache but has files with the names of cache files: a
     build would replace them.
     """
-    taken = [name for name in ("data", "README.md", PRIOR, MANIFEST) if (path / name).exists()]
+    taken = [name for name in ("data", CARD, PRIOR, MANIFEST) if (path / name).exists()]
     if taken:
         raise UserError(
             f"{path} is no cache, but has {' and '.join(taken)} of its own, where a cache puts its files; "
@@ -363,7 +372,7 @@ def refuse_other_files(path: Path) -> None:
 
 def may_be_cache(path: Path) -> bool:
     """Whether a manifest there is a cache's; a damaged one counts if the cache's card is there."""
-    return _is_cache(path) or ((path / MANIFEST).exists() and card.is_card(path / "README.md"))
+    return _is_cache(path) or ((path / MANIFEST).exists() and card.is_card(path / CARD))
 
 
 def _is_cache(path: Path) -> bool:
@@ -396,18 +405,18 @@ def _revoke(folder: Path) -> None:
         time.sleep(0.1)
 
 
-def _shard_files(path: Path) -> list[Path]:
+def shard_files(path: Path) -> list[Path]:
     """The files in ``data/`` that a writer may have put there."""
     return [file for file in (path / "data").glob("shard-*.arrow") if _SHARD.fullmatch(file.name)]
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Holds the writer's lock on the cache at ``path``. Raises CacheInUseError if another process
-    has it, without waiting.
+def locked(path: Path, state: str = BUILD_DIR) -> Iterator[None]:
+    """Holds the writer's lock on the cache at ``path``, in its folder ``state``. Raises
+    CacheInUseError if another process has it, without waiting.
     """
-    (path / BUILD_DIR).mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(path / BUILD_DIR / "lock")
+    (path / state).mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(path / state / "lock")
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout:

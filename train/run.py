@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from transformers.utils import logging as transformers_logging
 
 from logitcask.cache_format import CacheReader, Manifest
-from logitcask.cache_format.catalog.home import training_from
+from logitcask.cache_format.catalog.home import using
 from logitcask.cache_format.durable import write_durably
 from logitcask.cache_format.redact import without_secrets
 from logitcask.train.config import TrainConfig
@@ -93,7 +93,7 @@ def train(config: TrainConfig, *, restart: bool = False) -> tuple[RunMetrics, bo
         if metrics is not None:
             return metrics, True
         read = [*caches, *([] if reference is None else [reference])]
-        with training_from(cache.path for cache in read):
+        with using(cache.path for cache in read):
             metrics = _train(config, arguments, caches, reference, run, before, restart=restart)
         return metrics, False
 

@@ -46,14 +46,15 @@ def claimed(
             folder.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=0)
         except filelock.Timeout:
-            owner = _owner(file)
+            owner = _owner(_content(file))
         except (OSError, NotImplementedError):
             yield False
             return
         else:
-            owner = _elsewhere(file)
+            seen = _content(file)
+            owner = _elsewhere(file, seen)
             try:
-                if owner is None and _take(file, what):
+                if owner is None and (mine := _take(file, seen, what)):
                     break
             except OSError:
                 lock.release()
@@ -69,21 +70,28 @@ def claimed(
             yield waited
     finally:
         with suppress(OSError):
-            file.unlink()
+            _remove(file, mine)
         lock.release()
 
 
-def _owner(file: Path) -> dict[str, Any] | None:
+def _content(file: Path) -> bytes:
     try:
-        found = json.loads(file.read_bytes())
-    except (OSError, ValueError):
+        return file.read_bytes()
+    except OSError:
+        return b""
+
+
+def _owner(content: bytes) -> dict[str, Any] | None:
+    try:
+        found = json.loads(content)
+    except ValueError:
         return None
     return found if isinstance(found, dict) else None
 
 
-def _elsewhere(file: Path) -> dict[str, Any] | None:
+def _elsewhere(file: Path, content: bytes) -> dict[str, Any] | None:
     """The owner on another machine, if it is alive. The caller holds the lock."""
-    owner = _owner(file)
+    owner = _owner(content)
     if owner is None or owner.get("host") == signature()["host"]:
         return None
     try:
@@ -93,18 +101,40 @@ def _elsewhere(file: Path) -> dict[str, Any] | None:
     return owner if age < EXPIRES else None
 
 
-def _take(file: Path, what: str) -> bool:
-    """Writes the claim, unless another machine was faster. The caller holds the lock."""
-    file.unlink(missing_ok=True)  # of a dead process
+def _take(file: Path, seen: bytes, what: str) -> bytes:
+    """Writes the claim in place of ``seen``, that of a dead process, and returns it; empty if
+    another machine was faster. The caller holds the lock.
+    """
+    if not _remove(file, seen):
+        return b""
     draft = file.with_suffix(f".{uuid.uuid4().hex}")
     now = time.strftime("%Y-%m-%d %H:%M:%S")
-    draft.write_text(json.dumps({**signature(), "what": what, "since": now}))
+    facts = {**signature(), "what": what, "since": now, "mark": uuid.uuid4().hex}
+    mine = json.dumps(facts).encode()
+    draft.write_bytes(mine)
     try:
         os.link(draft, file)  # fails if the file exists, on network file systems, too
     except FileExistsError:
-        return False
+        return b""
     except OSError:  # a file system without links
         os.replace(draft, file)
     finally:
         draft.unlink(missing_ok=True)
-    return True
+    return mine
+
+
+def _remove(file: Path, content: bytes) -> bool:
+    """Removes the claim if it is still this one; returns whether it is gone. It is renamed first,
+    which of two machines only one can do.
+    """
+    gone = file.with_suffix(f".{uuid.uuid4().hex}")
+    try:
+        os.rename(file, gone)
+    except FileNotFoundError:
+        return True
+    same = _content(gone) == content
+    if not same:
+        with suppress(OSError):
+            os.link(gone, file)
+    gone.unlink(missing_ok=True)
+    return same

@@ -41,6 +41,9 @@ VERSION = 1
 _MOST_BYTES = 1 << 16
 """Of an entry, which has one or two thousand."""
 
+_MOST_LETTERS = 1000
+"""Of a name in an entry: a mixture of many files has a long one."""
+
 
 class Entry(BaseModel):
     """The catalogue's knowledge of one cache.
@@ -82,12 +85,12 @@ class Entry(BaseModel):
             fingerprint=manifest.fingerprint,
             content_sha256=manifest.content_sha256,
             request=sha256_of_json(manifest.config),
-            teacher=teacher.model,
+            teacher=teacher.model[:_MOST_LETTERS],
             engine=teacher.engine,
             dtype=teacher.dtype,
-            tokenizer=manifest.tokenizer.name,
+            tokenizer=manifest.tokenizer.name[:_MOST_LETTERS],
             tokenizer_sha256=manifest.tokenizer.sha256,
-            data=f"{manifest.data.source}, {manifest.data.split}",
+            data=f"{manifest.data.source}, {manifest.data.split}"[:_MOST_LETTERS],
             data_sha256=manifest.data.sha256,
             derived=manifest.derived_from is not None,
             sequences=totals.sequences,
@@ -119,10 +122,12 @@ class Home:
         self.uses_folder = folder / "uses"
 
     def register(self, where: str | Path, manifest: Manifest) -> None:
-        """Writes the entry of the finished cache at a local folder; its last use is now."""
+        """Writes the entry of the finished cache at a local folder; its last use is now. A folder
+        whose name is no text, which JSON cannot hold, has no entry.
+        """
         path = place_of(where)
         if path is not None:
-            with suppress(OSError):
+            with suppress(OSError, ValueError):
                 self._write(Entry.of(path, manifest, stamp_of(path)))
 
     def register_at(self, where: str | Path) -> None:
@@ -252,8 +257,9 @@ def register(where: str | Path, manifest: Manifest) -> None:
 
 
 @contextmanager
-def training_from(caches: Iterable[str | Path]) -> Iterator[None]:
-    """A context in which a training reads ``caches``: they are in use, and this is their last use.
+def using(caches: Iterable[str | Path]) -> Iterator[None]:
+    """A context in which a training or a server reads ``caches``: they are in use, and this is
+    their last use.
 
     It never fails, and costs some small files.
     """
@@ -268,7 +274,7 @@ def training_from(caches: Iterable[str | Path]) -> Iterator[None]:
 
 def name_of(where: str) -> str:
     """The name of the entry of the cache at ``where``."""
-    return hashlib.sha256(where.encode()).hexdigest()[:32]
+    return hashlib.sha256(where.encode("utf-8", "surrogateescape")).hexdigest()[:32]
 
 
 def place_of(where: str | Path) -> str | None:

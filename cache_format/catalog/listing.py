@@ -14,6 +14,7 @@ from typing import Any
 
 from logitcask.cache_format.catalog.home import Entry, Home, is_there, place_of
 from logitcask.cache_format.errors import CacheError
+from logitcask.cache_format.export.token_text import printable
 from logitcask.cache_format.layout import MANIFEST
 from logitcask.cache_format.storage.files import open_filesystem, read_manifest
 
@@ -80,7 +81,9 @@ def matching(lines: Iterable[Listed], **patterns: str | None) -> list[Listed]:
 
 
 def table(lines: list[Listed]) -> str:
-    """The lines in columns, for people and for pipes."""
+    """The lines in columns, for people and for pipes. Names come from strangers, too, so control
+    characters are shown as in Python's literals.
+    """
     now, here = time.time(), f"{Path.cwd()}{os.sep}"
     rows = [("teacher", "data", "tokens", "B/token", "age", "last use", "where")]
     for line in lines:
@@ -100,14 +103,15 @@ def table(lines: list[Listed]) -> str:
                 f"{entry.where.removeprefix(here)}{' (derived)' if entry.derived else ''}",
             )
         )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    cells = [[printable(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     right = {2, 3, 4, 5}
     return "\n".join(
         "  ".join(
             cell.rjust(width) if at in right else cell.ljust(width)
             for at, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
-        for row in rows
+        for row in cells
     )
 
 

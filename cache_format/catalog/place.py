@@ -16,10 +16,17 @@ import fsspec
 from logitcask.cache_format import card
 from logitcask.cache_format.durable import sync
 from logitcask.cache_format.errors import DamagedCacheError
-from logitcask.cache_format.layout import CARD, MANIFEST, PULL_DIR
+from logitcask.cache_format.layout import CARD, MANIFEST, PRIOR, PULL_DIR, SIGNATURE
 from logitcask.cache_format.manifest import CacheFile, Manifest, cache_files
 from logitcask.cache_format.share.destinations import Folder
-from logitcask.cache_format.storage.files import OnBytes, has_content, is_local, open_filesystem
+from logitcask.cache_format.share.signature import read_signatures
+from logitcask.cache_format.storage.files import (
+    OnBytes,
+    has_content,
+    is_local,
+    open_filesystem,
+    read_manifest,
+)
 
 _MARK = "for-a-build"
 
@@ -44,7 +51,7 @@ class _Links(Folder):
         temporary = self._scratch / f"{final.name}.tmp"
         temporary.unlink(missing_ok=True)
         try:
-            os.link(origin, temporary)
+            os.link(os.path.realpath(origin), temporary)  # of a link, the file itself
         except OSError:  # another file system, or one without links
             return False
         if not has_content(temporary, file):
@@ -64,15 +71,17 @@ def place(source: str, manifest: Manifest, output: Path) -> None:
     """
     filesystem, root = open_filesystem(source)
     folder = _Links(output)
-    files = cache_files(manifest)
+    files, text = cache_files(manifest), manifest.to_json().encode()
+    beside = {CARD: card.dataset_card(manifest).encode()}
+    if read_manifest(filesystem, root, source)[0] == text:  # then its signatures hold, too
+        signatures = read_signatures(filesystem, root)
+        beside |= {} if signatures is None else {SIGNATURE: signatures}
     with folder.claimed():
         (output / PULL_DIR / _MARK).touch()
         folder.remove(sorted(set(folder.shards()) - {file.path for file in files}))
         missing = [file for file in files if not folder.holds(file, deep=True)]
         folder.send(filesystem, root, missing, lambda _: None)
-        folder.finish(
-            {CARD: card.dataset_card(manifest).encode(), MANIFEST: manifest.to_json().encode()}
-        )
+        folder.finish({**beside, MANIFEST: text})
 
 
 def discard(output: Path) -> None:
@@ -81,7 +90,7 @@ def discard(output: Path) -> None:
         return
     for name in Folder(output).shards():
         (output / name).unlink(missing_ok=True)
-    for name in ("tail_prior.arrow", CARD):
+    for name in (PRIOR, CARD, SIGNATURE):
         (output / name).unlink(missing_ok=True)
     with suppress(OSError):
         (output / "data").rmdir()

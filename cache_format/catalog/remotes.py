@@ -128,7 +128,15 @@ def _folders(filesystem: fsspec.AbstractFileSystem, root: str) -> list[str]:
         for each in listed
         if each["type"] == "directory"
     )
-    return ["", *sorted(names)[:_MOST]]
+    found = sorted(names)
+    if len(found) > _MOST:
+        log.warning(
+            "%s has %s folders, of which the first %s are looked at; name others as remotes of their own",
+            filesystem.unstrip_protocol(root),
+            f"{len(found):,}",
+            f"{_MOST:,}",
+        )
+    return ["", *found[:_MOST]]
 
 
 def _remembered(known: Any, where: str, stamp: str) -> Entry | None:

@@ -7,7 +7,6 @@ cache in use is never removed: one that a training or a build reads, or that a p
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 import time
 from collections import Counter
@@ -18,8 +17,8 @@ from pathlib import Path
 from logitcask.cache_format.catalog.home import Entry, Home
 from logitcask.cache_format.catalog.listing import Listed
 from logitcask.cache_format.errors import CacheInUseError, UserError
-from logitcask.cache_format.layout import BUILD_DIR, MANIFEST
-from logitcask.cache_format.writer import remove_cache
+from logitcask.cache_format.layout import BUILD_DIR, MANIFEST, PRIOR
+from logitcask.cache_format.writer import remove_cache, shard_files
 
 log = logging.getLogger(__name__)
 
@@ -31,8 +30,8 @@ _OLD = 86_400.0
 class Garbage:
     """The caches to remove, the longest unused first.
 
-    freed: bytes that their removal frees. Files that other caches share are not freed.
-    total: bytes of all caches of the home now, shared files counted once.
+    freed: bytes of shards that their removal frees. Shards that other caches share are not freed.
+    total: bytes of the shards of all caches of the home now, shared ones counted once.
     """
 
     lines: list[Listed]
@@ -62,7 +61,7 @@ def garbage(
         for inode, size, count in files[line.entry.name]:
             removed[inode] += 1
             freed += size if removed[inode] == count else 0
-    # A cache whose files all stay, because others share them, is not removed for its size.
+    # A cache whose shards all stay, because others share them, is not removed for its size.
     kept = [
         line
         for line in chosen
@@ -78,8 +77,11 @@ def remove(home: Home, entry: Entry) -> bool:
 
     Raises UserError if it cannot be removed.
     """
-    if not home.begin_removal(entry):
-        return False
+    try:
+        if not home.begin_removal(entry):
+            return False
+    except FileNotFoundError:
+        return True  # another process has removed it since
     folder = Path(entry.where)
     if not (folder / MANIFEST).exists() and not (folder / BUILD_DIR).exists():
         home.forget(entry)  # removed by hand; other files may be there now
@@ -119,13 +121,11 @@ def tidy(home: Home, lines: list[Listed]) -> int:
 
 
 def _files(folder: Path) -> list[tuple[tuple[int, int], int, int]]:
-    """(inode, bytes, links) of every file of a cache."""
+    """(inode, bytes, links) of every shard of a cache, and of its prior."""
     found = []
-    for file in (folder / "data", folder):
-        with suppress(OSError), os.scandir(file) as entries:
-            for each in entries:
-                if each.is_file(follow_symlinks=False):
-                    status = each.stat(follow_symlinks=False)
-                    inode = (status.st_dev, status.st_ino)
-                    found.append((inode, status.st_size, status.st_nlink))
+    for file in (folder / PRIOR, *shard_files(folder)):
+        with suppress(OSError):
+            status = file.lstat()
+            inode = (status.st_dev, status.st_ino)
+            found.append((inode, status.st_size, status.st_nlink))
     return found

@@ -118,8 +118,8 @@ def gc(
     _remove(home, found.lines, lines, yes=yes, dry_run=dry_run, freed=found.freed)
     if size is not None and found.total - found.freed > size:
         raise CacheInUseError(
-            f"{found.total - found.freed:,} bytes are left, more than {size:,}: the other caches are in use; "
-            "run it again when they are not"
+            f"{found.total - found.freed:,} bytes are left, more than {size:,}: the other caches are in use, or "
+            "others outside this home share their shards; run it again when they are not"
         )
 
 
@@ -136,8 +136,8 @@ def _remove(
     busy = [line for line in lines if line.in_use]
     if busy and freed is None:
         raise CacheInUseError(
-            f"{busy[0].entry.where} is in use; wait for the training or build that reads it (a killed one counts for two "
-            "minutes)"
+            f"{busy[0].entry.where} is in use; wait for the training, build or server that reads it (a killed one counts "
+            "for two minutes)"
         )
     size = sum(line.entry.bytes for line in lines) if freed is None else freed
     if lines and not dry_run and not yes:

@@ -119,7 +119,7 @@ class DeriveOptions(BaseModel):
 
 
 def derive(
-    source: str,
+    source: str | CacheReader,
     output: Path,
     options: DeriveOptions,
     *,
@@ -127,7 +127,8 @@ def derive(
     on_tokens: OnTokens = lambda _: None,
     answers: Answers | None = None,
 ) -> Manifest:
-    """Writes a smaller cache made from the one at ``source``; resumes an interrupted run.
+    """Writes a smaller cache made from the one at ``source``, or from an opened one; resumes an
+    interrupted run.
 
     answers: the build that the new cache answers; None: the cache keeps the source's config.
 
@@ -135,8 +136,8 @@ def derive(
     and for a URL as output. Also raises the errors of opening and writing caches.
     """
     output = local_folder(output, PUSH_IT)
-    cache = CacheReader(source)
-    store = derived_settings(cache.manifest.store, options, source)
+    cache = source if isinstance(source, CacheReader) else CacheReader(source)
+    store = derived_settings(cache.manifest.store, options, cache.path)
     part = Part(cache, keeps=_selection(options, len(cache)))
     if options.max_bytes_per_token is not None or options.max_kl is not None:
         store = _within_budget(part, store, options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -48,7 +49,8 @@ def write_tables(out: Path, schema: pa.Schema, tables: Iterable[pa.Table]) -> in
     Raises UserError if ``out`` exists or cannot be written.
     """
     refuse_existing(out)
-    temporary = out.with_name(f"{out.name}.tmp")
+    # A name of its own: another export to the same file writes beside it, not into it.
+    temporary = out.with_name(f"{out.name}.{uuid.uuid4().hex}.tmp")
     try:
         with pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
             for table in tables:

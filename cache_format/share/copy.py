@@ -75,7 +75,8 @@ def push(
 
     ``beside`` has small files by name, for people and viewers, such as another card than that of
     the cache. If the place holds the same cache already, only missing ones are sent, or with
-    ``force`` those that differ, since people edit cards.
+    ``force`` those that differ, since people edit cards. An edited card stays there without
+    ``force``, whatever else of the cache is sent.
 
     Files already there with the right size and sha256 are not sent again. If the place holds the
     same cache, only sizes are checked. ``force`` replaces another cache, an unfinished build (its
@@ -160,6 +161,9 @@ def _copy(
         signed = place.read(SIGNATURE, MAX_SIGNATURE_BYTES)
         if signed is not None and signature is None and found_text != text:
             stale.append(SIGNATURE)  # of another manifest
+        if found is not None and not force and _is_edited(place.read(CARD, MAX_CARD_BYTES), beside):
+            del beside[CARD]
+            log.info("%s/%s was edited there and stays; --force replaces it", place.where, CARD)
         same = found_text == text and (signature is None or signed == signature)
         if not missing and not stale and same:
             if begun:
@@ -194,6 +198,11 @@ def _to_add(place: Folder | Store, given: Mapping[str, bytes], force: bool) -> d
         elif there != content:
             log.warning("%s/%s is another one; --force replaces it", place.where, name)
     return added
+
+
+def _is_edited(there: bytes | None, beside: Mapping[str, bytes]) -> bool:
+    """Whether people have written the card ``there``, and it is another one than that of ``beside``."""
+    return there is not None and there != beside[CARD] and not card.is_unedited(there)
 
 
 def card_of(source: fsspec.AbstractFileSystem, root: str, manifest: Manifest) -> bytes:

@@ -26,6 +26,7 @@ from logitcask.cache_format.layout import (
     CARD,
     MANIFEST,
     OWNER,
+    PREVIEW,
     PRIOR,
     PUSH_MARK,
     SIGNATURE,
@@ -99,7 +100,7 @@ def remove_remote_cache(url: str) -> None:
         ):
             store.refuse_strangers(shards, b"")
         # The manifest is removed first, so that no reader takes the rest for a whole cache.
-        store.remove([MANIFEST, SIGNATURE, *shards, PRIOR, CARD, OWNER, PUSH_MARK])
+        store.remove([MANIFEST, SIGNATURE, *shards, PRIOR, CARD, PREVIEW, OWNER, PUSH_MARK])
 
 
 class RemoteCacheWriter(CacheWriter):

@@ -24,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from logitcask.cache_format.durable import sync, write_durably, writing_to
 from logitcask.cache_format.errors import DamagedCacheError, UserError, first_line
+from logitcask.cache_format.export.token_text import printable
 from logitcask.cache_format.layout import MANIFEST, SIGNATURE
 from logitcask.cache_format.manifest import canonical_json
 from logitcask.cache_format.storage.files import (
@@ -78,7 +79,8 @@ class Signed(NamedTuple):
     at: str
 
     def __str__(self) -> str:
-        return f"{self.signer} ({self.key[:20]}...), {self.at}"
+        # A stranger may have written them.
+        return printable(f"{self.signer} ({self.key[:20]}...), {self.at}")
 
 
 def keygen(file: Path, signer: str) -> str:

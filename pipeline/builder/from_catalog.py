@@ -9,12 +9,13 @@ a part of it  a cache contains the plan's sequences as a slice, and its store co
 some of them  caches of the same teacher and store hold some sequences: their rows are copied
               (``logitcask.pipeline.builder.known``), and the others scored.
 
-A cache that cannot be read, or is not what its entry says, is left out with a warning.
+A cache that cannot be read, is not what its entry says, or has no signature by one of the config's
+``trusted_keys``, is left out with a warning.
 """
 
 from __future__ import annotations
 
-import hashlib
+import glob
 import logging
 import os
 import shutil
@@ -23,12 +24,10 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from logitcask.cache_format import CacheReader, Manifest
 from logitcask.cache_format.catalog.claims import claimed
@@ -42,14 +41,15 @@ from logitcask.cache_format.errors import CacheError, CacheInUseError, UserError
 from logitcask.cache_format.layout import BUILD_DIR
 from logitcask.cache_format.manifest import Header, sha256_of_json
 from logitcask.cache_format.share.copy import push
+from logitcask.cache_format.share.signature import check_signed, trusted_key
 from logitcask.cache_format.storage.files import is_local, open_filesystem
 from logitcask.cache_format.writer import remove_cache
 from logitcask.pipeline.builder.inputs import Inputs
-from logitcask.pipeline.builder.known import Known, same_numbers
-from logitcask.pipeline.builder.plan import Plan, read_sequences
+from logitcask.pipeline.builder.known import Known
+from logitcask.pipeline.builder.overlap import Rows, Stored, stored_rows, write_known
+from logitcask.pipeline.builder.plan import Plan
 from logitcask.pipeline.builder.request import as_of_today, request_of
 from logitcask.pipeline.builder.reuse import answers_the_same
-from logitcask.pipeline.builder.score import PRIOR_POSITIONS
 from logitcask.pipeline.config import BuildConfig
 from logitcask.pipeline.identity import tokenizer_changes
 from logitcask.pipeline.teachers.built_in_model import BUILT_IN
@@ -83,7 +83,7 @@ class Found:
     """A cache that holds all that a build asks for; ``options``: those of ``derive``, or None."""
 
     entry: Entry
-    manifest: Manifest
+    reader: CacheReader
     options: dict[str, Any] | None = None
 
 
@@ -100,16 +100,18 @@ class Holding:
 
 
 class Catalog:
-    """The catalogue as one build sees it."""
+    """The catalogue as one build sees it. Raises UserError for trusted keys that are none."""
 
     def __init__(self, home: Home, config: BuildConfig, inputs: Inputs) -> None:
+        for key in config.trusted_keys:
+            trusted_key(key)
         self._home, self._config, self._inputs = home, config, inputs
         self._left_out: set[str] = set()
 
     def claim_request(self) -> AbstractContextManager[bool]:
         """Holds the claim of builds with this request; waits for another one that runs."""
         request = request_of(self._config)
-        here = os.getcwd() if _has_local_paths(self._config) else ""
+        here = os.getcwd() if _has_relative_paths(self._config) else ""
         return self._claim(sha256_of_json([request, here]))
 
     def claim_plan(self, plan: Plan) -> AbstractContextManager[bool]:
@@ -146,23 +148,29 @@ class Catalog:
         there is none, derived.
         """
         key = sha256_of_json(request_of(self._config))
-        for entries in (self._here, lambda: self._remote):
+        # A remote's caches come from other machines, whose paths are others.
+        relative, local = _has_relative_paths(self._config), bool(_local_paths(self._config))
+        for entries, same_place in (
+            (self._here, not relative),
+            (lambda: self._remote, not local),
+        ):
             for entry in sorted(entries(), key=lambda each: each.derived):
                 if entry.request == key:
-                    manifest = self._manifest(entry)
+                    reader = self._open(entry)
                     if (
-                        manifest is not None
-                        and manifest.answers_build
-                        and self._answers(manifest, entry)
+                        reader is not None
+                        and reader.manifest.answers_build
+                        and self._answers(reader.manifest, entry, same_place=same_place)
+                        and self._is_trusted(reader, entry)
                     ):
-                        return Found(entry, manifest)
+                        return Found(entry, reader)
         return None
 
-    def _answers(self, manifest: Manifest, entry: Entry) -> bool:
+    def _answers(self, manifest: Manifest, entry: Entry, *, same_place: bool) -> bool:
         if not self._same_teacher(manifest, before_plan=True):
             return False
         try:
-            return answers_the_same(manifest, self._config, self._inputs)
+            return answers_the_same(manifest, self._config, self._inputs, same_place=same_place)
         except UserError as error:
             log.debug("%s: %s", entry.where, error)
             return False
@@ -173,27 +181,28 @@ class Catalog:
         """
         wanted = self._config.store.settings(self._inputs.vocab_size)
         candidates = list(self._candidates(plan))
-        for entry, manifest in candidates:
-            if _same_data(manifest, plan) and manifest.store == wanted:
-                return Found(entry, manifest)
-        rows = _Rows.of_plan(plan, build_dir)
-        readers: list[_Stored] = []
-        for entry, manifest in candidates:
+        for entry, reader in candidates:
+            if _same_data(reader.manifest, plan) and reader.manifest.store == wanted:
+                return Found(entry, reader)
+        rows = Rows.of_plan(plan, build_dir)
+        overlapping: list[Stored] = []
+        for entry, reader in candidates:
+            manifest = reader.manifest
             options = narrowing(manifest.store, wanted)
             if options is None:
                 continue
             if _same_data(manifest, plan):
-                return Found(entry, manifest, options)
-            if len(readers) < _MOST_CACHES:
-                stored = self._stored(entry, manifest, rows)
+                return Found(entry, reader, options)
+            if len(overlapping) < _MOST_CACHES:
+                stored = self._stored(entry, reader, rows)
                 if stored is None:
                     continue
                 slice_ = stored.slice_of(rows)
                 if slice_ is not None and manifest.data.mask_policy == plan.data.mask_policy:
-                    return Found(entry, manifest, {**options, "sequences": slice_})
+                    return Found(entry, reader, {**options, "sequences": slice_})
                 if not options:
-                    readers.append(stored)
-        self._write_known(plan, build_dir, rows, readers)
+                    overlapping.append(stored)
+        write_known(plan, build_dir, rows, overlapping)
         return None
 
     def holdings(self, plan: Plan, build_dir: Path, entries: list[Entry]) -> dict[str, Holding]:
@@ -201,26 +210,29 @@ class Catalog:
         out.
         """
         wanted = self._config.store.settings(self._inputs.vocab_size)
-        rows, found = _Rows.of_plan(plan, build_dir), {}
+        rows, found = Rows.of_plan(plan, build_dir), {}
         for entry in entries:
-            manifest = self._manifest(entry)
+            reader = self._open(entry)
             if (
-                manifest is None
-                or manifest.tokenizer.vocab_sha256 != plan.tokenizer.vocab_sha256
-                or not self._same_weights(manifest)
+                reader is None
+                or reader.manifest.tokenizer.vocab_sha256 != plan.tokenizer.vocab_sha256
+                or not self._same_weights(reader.manifest)
             ):
                 continue
-            stored = self._stored(entry, manifest, rows)
+            stored = self._stored(entry, reader, rows)
             shared = 0 if stored is None else stored.shared(rows)
             if stored is not None and shared:
-                use = self._use(stored, rows, narrowing(manifest.store, wanted), shared)
+                options = narrowing(reader.manifest.store, wanted)
+                use = (
+                    self._use(stored, rows, options, shared)
+                    if self._is_trusted(reader, entry)
+                    else "no use to a build: no trusted key has signed it"
+                )
                 found[entry.where] = Holding(shared, len(rows.text), use)
         return found
 
-    def _use(
-        self, stored: _Stored, rows: _Rows, options: dict[str, Any] | None, shared: int
-    ) -> str:
-        manifest = stored.manifest
+    def _use(self, stored: Stored, rows: Rows, options: dict[str, Any] | None, shared: int) -> str:
+        manifest = stored.reader.manifest
         if not self._same_teacher(manifest):
             return "no use to a build: the teacher's engine or settings are others"
         if manifest.derived_from is not None:
@@ -263,13 +275,13 @@ class Catalog:
         if found.options is not None:
             assert plan is not None
             return derive(
-                found.entry.where,
+                found.reader,
                 folder,
                 DeriveOptions.model_validate(found.options),
                 shard_tokens=self._config.store.shard_tokens,
                 answers=Answers(plan.request, plan.data),
             )
-        manifest = found.manifest
+        manifest = found.reader.manifest
         if plan is not None:
             manifest = manifest.model_copy(
                 update={"config": plan.request, "data": plan.data, "tokenizer": plan.tokenizer}
@@ -289,18 +301,31 @@ class Catalog:
     def _remote(self) -> list[Entry]:
         return remote_entries(self._home)
 
-    def _manifest(self, entry: Entry) -> Manifest | None:
-        """The manifest of the cache, if it is the one of the entry."""
+    def _open(self, entry: Entry) -> CacheReader | None:
+        """The cache, if it is the one of the entry."""
         if entry.where in self._left_out:
             return None
         try:
-            manifest = CacheReader(entry.where).manifest
+            reader = CacheReader(entry.where)
         except (CacheError, OSError) as error:
             log.debug("%s: %s", entry.where, error)
             return None
-        return manifest if manifest.fingerprint == entry.fingerprint else None
+        return reader if reader.manifest.fingerprint == entry.fingerprint else None
 
-    def _candidates(self, plan: Plan) -> Iterator[tuple[Entry, Manifest]]:
+    def _is_trusted(self, reader: CacheReader, entry: Entry) -> bool:
+        """Whether a trusted key of the config has signed the manifest of ``reader``, if there are
+        such keys.
+        """
+        if not self._config.trusted_keys:
+            return True
+        try:
+            check_signed(reader.path, reader.manifest_sha256, self._config.trusted_keys)
+        except UserError as error:
+            self._leave_out(entry, error)
+            return False
+        return True
+
+    def _candidates(self, plan: Plan) -> Iterator[tuple[Entry, CacheReader]]:
         """Builds of this teacher with this tokenizer; those with the plan's data first."""
         entries = [
             entry
@@ -308,14 +333,15 @@ class Catalog:
             if entry.tokenizer_sha256 == plan.tokenizer.sha256 and not entry.derived
         ]
         for entry in sorted(entries, key=lambda each: each.data_sha256 != plan.data.sha256):
-            manifest = self._manifest(entry)
+            reader = self._open(entry)
             if (
-                manifest is not None
-                and manifest.data.generation is None
-                and not tokenizer_changes(manifest.tokenizer, plan.tokenizer)
-                and self._same_teacher(manifest)
+                reader is not None
+                and reader.manifest.data.generation is None
+                and not tokenizer_changes(reader.manifest.tokenizer, plan.tokenizer)
+                and self._same_teacher(reader.manifest)
+                and self._is_trusted(reader, entry)
             ):
-                yield entry, manifest
+                yield entry, reader
 
     def _same_teacher(self, manifest: Manifest, *, before_plan: bool = False) -> bool:
         """Whether a build with this config asks the teacher of ``manifest``, as far as is known
@@ -356,17 +382,16 @@ class Catalog:
             return model.revision is None and model.weights_sha256() == teacher.weights_sha256
         return (model.name, model.revision) == (teacher.model, teacher.revision)
 
-    def _stored(self, entry: Entry, manifest: Manifest, rows: _Rows) -> _Stored | None:
+    def _stored(self, entry: Entry, reader: CacheReader, rows: Rows) -> Stored | None:
         """The sequences of a cache, if a look at some of them finds any of the plan's."""
         try:
-            reader = CacheReader(entry.where)
             local = is_local(open_filesystem(entry.where)[0])
-            shards = len(manifest.shards)
+            shards = len(reader.manifest.shards)
             some = np.linspace(0, shards - 1, min(shards, _PROBED_SHARDS if local else 1))
-            probed = (next(_stored_rows(reader, [int(shard)]), None) for shard in some)
+            probed = (next(stored_rows(reader, [int(shard)]), None) for shard in some)
             if not any(each is not None and rows.holds_any(each.text) for each in probed):
                 return None
-            return _Stored(reader, manifest, _Rows.joined(_stored_rows(reader)))
+            return Stored(reader, Rows.joined(stored_rows(reader)))
         except (CacheError, OSError) as error:
             self._leave_out(entry, error)
             return None
@@ -374,170 +399,6 @@ class Catalog:
     def _leave_out(self, entry: Entry, error: Exception) -> None:
         self._left_out.add(entry.where)
         log.warning("%s is not used: %s", entry.where, one_line(error))
-
-    def _write_known(self, plan: Plan, build_dir: Path, rows: _Rows, caches: list[_Stored]) -> None:
-        """Writes which rows are copied from which cache, the largest share first."""
-        cache_of = np.full(len(rows.text), -1, np.int64)
-        index_of = np.zeros(len(rows.text), np.int64)
-        used: list[_Stored] = []
-        for stored in sorted(caches, key=lambda each: -each.shared(rows)):
-            if used and not same_numbers(used[0].manifest.teacher, stored.manifest.teacher):
-                continue
-            at = stored.places(rows)
-            new = (at >= 0) & (cache_of < 0)
-            if new.any():
-                cache_of[new], index_of[new] = len(used), at[new]
-                used.append(stored)
-        if not used:
-            return
-        first = rows.of_prior(plan.shards[0].sequences)
-        prior = next((at for at, each in enumerate(used) if each.has_prior_of(first)), None)
-        found = int((cache_of >= 0).sum())
-        if prior is None:
-            cache_of[: len(first.text)] = -1
-        known = int((cache_of >= 0).sum())
-        names = " and ".join(each.reader.path for each in used)
-        if not known:
-            log.info(
-                "%d of %d sequences are in %s, but they are those from which the ranks of ids are "
-                "estimated, so all are scored",
-                found,
-                len(cache_of),
-                names,
-            )
-            return
-        ends = np.cumsum([shard.sequences for shard in plan.shards])[:-1]
-        places = np.split(np.stack([cache_of, index_of], axis=1), ends)
-        Known.save(build_dir, [each.reader for each in used], places, prior)
-        again = found - known
-        log.info(
-            "%d of %d sequences are taken from %s%s",
-            known,
-            len(cache_of),
-            names,
-            f"; the first {again} are scored again, for the ranks of ids" if again else "",
-        )
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """Sequences, as hashes: text uint64[N] of tokens and mask, named uint64[N] also of the id.
-    ``kept`` int64[N]: kept positions.
-    """
-
-    text: NDArray[np.uint64]
-    named: NDArray[np.uint64]
-    kept: NDArray[np.int64]
-
-    @classmethod
-    def of_plan(cls, plan: Plan, build_dir: Path) -> _Rows:
-        return cls.joined(
-            _hashed(
-                (sequence.sequence_id, sequence.input_ids, sequence.loss_mask)
-                for sequence in read_sequences(build_dir, shard)
-            )
-            for shard in range(len(plan.shards))
-        )
-
-    @classmethod
-    def joined(cls, parts: Iterator[_Rows]) -> _Rows:
-        every = list(parts)
-        return cls(
-            np.concatenate([each.text for each in every]),
-            np.concatenate([each.named for each in every]),
-            np.concatenate([each.kept for each in every]),
-        )
-
-    def holds_any(self, text: NDArray[np.uint64]) -> bool:
-        return bool(np.isin(text, self._sorted_text).any())
-
-    @cached_property
-    def _sorted_text(self) -> NDArray[np.uint64]:
-        return np.unique(self.text)
-
-    def of_prior(self, of_first_shard: int) -> _Rows:
-        """The first sequences, from which a build with this first shard estimates its prior."""
-        enough = int(np.searchsorted(self.kept[:of_first_shard].cumsum(), PRIOR_POSITIONS)) + 1
-        end = min(enough, of_first_shard)
-        return _Rows(self.text[:end], self.named[:end], self.kept[:end])
-
-
-@dataclass(frozen=True)
-class _Stored:
-    """A cache with the hashes of its sequences."""
-
-    reader: CacheReader
-    manifest: Manifest
-    rows: _Rows
-
-    def places(self, plan: _Rows) -> NDArray[np.int64]:
-        """int64[N]: index here of each sequence of a plan, whatever its id; -1 if it is absent."""
-        order = np.argsort(self.rows.text, kind="stable")
-        ordered = self.rows.text[order]
-        at = np.minimum(np.searchsorted(ordered, plan.text), len(ordered) - 1)
-        return np.where(ordered[at] == plan.text, order[at], -1)
-
-    def shared(self, plan: _Rows) -> int:
-        return int((self.places(plan) >= 0).sum())
-
-    def slice_of(self, plan: _Rows) -> str | None:
-        """The plan's sequences, ids included, as a slice of this cache: START:STOP or
-        START:STOP:STEP.
-        """
-        order = np.argsort(self.rows.named, kind="stable")
-        ordered = self.rows.named[order]
-        at = np.minimum(np.searchsorted(ordered, plan.named), len(ordered) - 1)
-        if not (ordered[at] == plan.named).all():
-            return None
-        index = order[at]
-        steps = np.unique(np.diff(index))
-        if len(steps) > 1 or (len(steps) and steps[0] < 1):
-            return None
-        step = int(steps[0]) if len(steps) else 1
-        start, stop = int(index[0]), int(index[-1]) + 1
-        return f"{start}:{stop}" if step == 1 else f"{start}:{stop}:{step}"
-
-    def has_prior_of(self, first: _Rows) -> bool:
-        """Whether this cache's prior comes from the same first sequences, by the same program."""
-        manifest = self.manifest
-        mine = self.rows.of_prior(manifest.shards[0].sequences)
-        return (
-            manifest.tail_prior is not None
-            and manifest.created_by == _this_program()
-            and np.array_equal(mine.text, first.text)
-        )
-
-
-def _stored_rows(reader: CacheReader, shards: list[int] | None = None) -> Iterator[_Rows]:
-    """The hashed sequences of each record batch."""
-    columns = (
-        reader.iter_column(name, shards) for name in ("sequence_id", "input_ids", "loss_mask")
-    )
-    for names, ids, masks in zip(*columns, strict=True):
-        yield _hashed(
-            (
-                name,
-                row_ids.values.to_numpy(),
-                row_mask.values.to_numpy(zero_copy_only=False),
-            )
-            for name, row_ids, row_mask in zip(names.to_pylist(), ids, masks, strict=True)
-        )
-
-
-def _hashed(sequences: Iterator[tuple[str, Any, Any]]) -> _Rows:
-    text, named, kept = [], [], []
-    for name, ids, mask in sequences:
-        digest = hashlib.blake2b(ids.astype("<i4").tobytes(), digest_size=8)
-        digest.update(mask.astype(np.uint8).tobytes())
-        text.append(digest.digest())
-        digest.update(name.encode())
-        named.append(digest.digest())
-        kept.append(int(mask[1:].sum()))
-
-    def numbers(digests: list[bytes]) -> NDArray[np.uint64]:
-        return np.frombuffer(b"".join(digests), "<u8").astype(np.uint64)
-
-    return _Rows(numbers(text), numbers(named), np.array(kept, np.int64))
 
 
 def _same_data(manifest: Manifest, plan: Plan) -> bool:
@@ -557,14 +418,19 @@ def _teacher_request(request: dict[str, Any]) -> Any:
     return [fields, code.get(str(teacher.get("backend"))) if isinstance(code, dict) else None]
 
 
-def _has_local_paths(config: BuildConfig) -> bool:
-    """Whether a name in the config is a path relative to the working directory."""
+def _local_paths(config: BuildConfig) -> list[str]:
+    """The names in the config that are paths here, or have wildcards."""
     names = [config.teacher.model, *(part.path for part in config.data.parts())]
-    return any(not os.path.isabs(name) and os.path.exists(name) for name in names)
+    return [
+        name
+        for name in names
+        if os.path.exists(os.path.expanduser(name)) or ("://" not in name and glob.has_magic(name))
+    ]
 
 
-def _this_program() -> str:
-    return f"logitcask {version('logitcask')}"
+def _has_relative_paths(config: BuildConfig) -> bool:
+    """Whether a name in the config is a path relative to the working directory."""
+    return any(not os.path.isabs(os.path.expanduser(name)) for name in _local_paths(config))
 
 
 def clear(output: Path | str) -> None:

@@ -40,6 +40,7 @@ class _Sources(BaseModel):
 
     where: tuple[str, ...]
     fingerprints: tuple[str, ...]
+    manifests: tuple[str, ...] = ()  # sha256 of each; builds of earlier versions have none
     teacher: TeacherIdentity
     prior: int | None
     missing: int
@@ -84,6 +85,7 @@ class Known:
         sources = _Sources(
             where=tuple(cache.path for cache in caches),
             fingerprints=tuple(cache.manifest.fingerprint for cache in caches),
+            manifests=tuple(cache.manifest_sha256 for cache in caches),
             teacher=caches[0].manifest.teacher,
             prior=prior,
             missing=missing,
@@ -147,7 +149,12 @@ class Known:
                 reader = CacheReader(where)
             except (CacheError, OSError) as error:
                 raise KnownRowsLostError(f"{where}: {one_line(error)}") from error
-            if reader.manifest.fingerprint != self._sources.fingerprints[cache]:
+            # The bytes are compared: a signature that was checked is over them.
+            as_before = reader.manifest.fingerprint == self._sources.fingerprints[cache] and (
+                not self._sources.manifests
+                or reader.manifest_sha256 == self._sources.manifests[cache]
+            )
+            if not as_before:
                 raise KnownRowsLostError(f"{where}: another cache is there now")
             self._readers[cache] = reader
         return self._readers[cache]

@@ -74,10 +74,15 @@ def reuse(config: BuildConfig, inputs: Inputs) -> Manifest:
     return manifest
 
 
-def answers_the_same(manifest: Manifest, config: BuildConfig, inputs: Inputs) -> bool:
+def answers_the_same(
+    manifest: Manifest, config: BuildConfig, inputs: Inputs, *, same_place: bool
+) -> bool:
     """Whether the data, the model that writes answers, and a local teacher's tokenizer are those of
     a cache with the same request. Without written answers, only data with an unchanged stamp counts
     as the same.
+
+    same_place: whether the request's paths name the same files here as where the cache was built.
+                If not, files of equal size and time may be others, and their text is compared.
 
     Raises UserError for data that cannot be read.
     """
@@ -88,7 +93,7 @@ def answers_the_same(manifest: Manifest, config: BuildConfig, inputs: Inputs) ->
     if not _same_writer(manifest, config):
         return False
     if inputs.source.stamp() == manifest.data.stamp:
-        return True
+        return same_place or not _changed(manifest, config, inputs)
     return manifest.data.generation is not None and not _changed(manifest, config, inputs)
 
 

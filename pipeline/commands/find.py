@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,10 +14,12 @@ from logitcask.cache_format.catalog.remotes import remote_entries
 from logitcask.cache_format.cli.catalog_commands import this_home
 from logitcask.cache_format.cli.config_file import load_config
 from logitcask.cache_format.cli.result import print_result
-from logitcask.cache_format.errors import ConfigError
+from logitcask.cache_format.errors import ConfigError, UserError, one_line
 
 if TYPE_CHECKING:
     from logitcask.pipeline.builder.from_catalog import Holding
+
+log = logging.getLogger(__name__)
 
 
 def find(
@@ -98,7 +101,6 @@ def _page(lines: list[Listed], found: list[dict[str, Any]]) -> str:
 
 
 def _holdings(config: Path, overrides: list[str], lines: list[Listed]) -> dict[str, Holding]:
-    from logitcask.cache_format.errors import UserError
     from logitcask.pipeline.builder.from_catalog import Catalog
     from logitcask.pipeline.builder.inputs import Inputs
     from logitcask.pipeline.builder.planner import plan_only
@@ -118,8 +120,14 @@ def _holdings(config: Path, overrides: list[str], lines: list[Listed]) -> dict[s
 
 
 def _holding_text(line: Listed, text: str) -> int:
-    """The number of sequences in which ``text`` occurs."""
+    """The number of sequences in which ``text`` occurs; 0, with a warning, in a cache that cannot be
+    searched.
+    """
     from logitcask.cache_format import CacheReader
     from logitcask.pipeline.commands.sequence_table import texts
 
-    return sum(text in each for each in texts(CacheReader(line.entry.where)))
+    try:
+        return sum(text in each for each in texts(CacheReader(line.entry.where)))
+    except UserError as error:
+        log.warning("%s is not searched: %s", line.entry.where, one_line(error))
+        return 0

@@ -12,6 +12,7 @@ scaled so that a row's probabilities add up to 1, so the mass outside is not kno
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -113,9 +114,10 @@ def _entries(cell: pa.Scalar, name: str) -> tuple[NDArray[np.int64], NDArray[np.
     try:
         ids = pc.cast(numbers, pa.int64())
     except pa.ArrowInvalid:
-        wrong = next(each for each in texts.to_pylist() if not str(each).startswith("token_id:"))
+        there = (each for each in texts.to_pylist() if each is not None)
+        wrong = next(each for each in there if not re.fullmatch(r"token_id:[0-9]{1,18}", each))
         raise UserError(
-            f"{name} has the token {wrong!r}, expected token_id:NUMBER; the data must have been made with "
+            f"{name} has the token {wrong[:60]!r}, expected token_id:NUMBER; the data must have been made with "
             "--return-tokens-as-token-ids"
         ) from None
     logprobs = pc.struct_field(flat, "logprob").to_numpy(zero_copy_only=False).astype(np.float64)

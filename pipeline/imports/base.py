@@ -59,7 +59,9 @@ class ImportOptions(ConfigModel):
     logprob_step: float = Field(
         2.0**-6, description="Step of stored logprobs, in nats, a power of two."
     )
-    k: int | None = Field(None, ge=1, description="DistillKit's codec: entries of a row.")
+    k: int | None = Field(
+        None, ge=1, le=1 << 16, description="DistillKit's codec: entries of a row."
+    )
     exact_k: int | None = Field(
         None, ge=0, description="DistillKit's codec: entries that are stored as they are."
     )
@@ -83,7 +85,7 @@ class ImportOptions(ConfigModel):
         False, description="DistillKit's codec: whether terms are over 0 to 1 instead of 0 to k."
     )
     polynomial_degree: int | None = Field(
-        None, ge=0, description="DistillKit's legacy codec: degree of the polynomial."
+        None, ge=0, lt=100, description="DistillKit's legacy codec: degree of the polynomial."
     )
     invert_polynomial: bool = Field(
         True, description="DistillKit's legacy codec: whether powers are negative. Default: yes."

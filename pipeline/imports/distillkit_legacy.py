@@ -29,13 +29,18 @@ def read(source: Source) -> Iterator[Held]:
         exact = matrix(row["exact_values"], np.float64, np.nan, f"{name}: exact_values")
         coefficients = matrix(row["coeffs"], np.float64, np.nan, f"{name}: coeffs")
         lengths, packed = ragged(row["packed_indices"], f"{name}: packed_indices")
+        if not len(exact) == len(coefficients) == len(lengths):
+            raise UserError(
+                f"{name} has {len(lengths)} rows of ids, {len(exact)} of exact values and {len(coefficients)} of coefficients"
+            )
+        others = lengths[lengths != words]
         found = {
             "exact_k": (exact.shape[1], exact_k),
             "terms (polynomial_degree + 1, and with_sqrt_term)": (
                 coefficients.shape[1],
                 terms.shape[1] if k > exact_k else 0,
             ),
-            "words of ids (k, vocab_size)": (int(lengths.max(initial=0)), words),
+            "words of ids (k, vocab_size)": (int(others[0]) if len(others) else words, words),
         }
         for setting, (there, expected) in found.items():
             if len(exact) and there != expected:

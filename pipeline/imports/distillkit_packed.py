@@ -14,6 +14,7 @@ Shapes: R rows, K entries of a row.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -118,7 +119,14 @@ class Codec:
         others = np.zeros((len(rows), self.k - self.exact_k))
         if self.terms:
             coefficients = take(len(self.terms), self.term_dtype)
-            others = coefficients @ self._powers(others.shape[1]).T
+            with np.errstate(over="ignore", invalid="ignore"):
+                others = coefficients @ self._powers(others.shape[1]).T
+            # The codec has no padding; what is not finite would be taken for it.
+            if not np.isfinite(others).all():
+                raise UserError(
+                    "the polynomial of a row is not finite, so polynomial_terms, term_dtype or normalize_t are other than "
+                    "those of the data (logprob_compressor in DistillKit's config), or the data is damaged"
+                )
         begin = 0
         for each in self.bins:
             scale = take(1, each.dtype)
@@ -186,10 +194,10 @@ def _unpacked(rows: NDArray[np.uint8], bits: int, count: int) -> NDArray[np.int6
 def _terms(text: str) -> tuple[int | str, ...]:
     names = [each.strip() for each in text.strip("[] ").split(",") if each.strip()]
     names = [each.strip("'\"") for each in names]
-    wrong = [each for each in names if each not in ("sqrt", "exp") and not each.isdigit()]
+    wrong = [each for each in names if not re.fullmatch(r"sqrt|exp|[0-9]{1,2}", each)]
     if wrong:
         raise UserError(
-            f"polynomial_terms has {wrong[0]!r}; expected numbers, sqrt and exp, such as 0,1,2,sqrt"
+            f"polynomial_terms has {wrong[0][:40]!r}; expected numbers below 100, sqrt and exp, such as 0,1,2,sqrt"
         )
     return tuple(int(each) if each.isdigit() else each for each in names)
 
@@ -197,13 +205,12 @@ def _terms(text: str) -> tuple[int | str, ...]:
 def _bins(text: str) -> tuple[_Bin, ...]:
     found = []
     for each in filter(None, text.replace(" ", "").split(",")):
-        entries, _, rest = each.partition(":")
-        bits, _, dtype = rest.partition(":")
-        if not (entries.isdigit() and bits.isdigit() and 1 <= int(bits) <= 62 and dtype in _BYTES):
+        parts = re.fullmatch(r"([0-9]{1,6}):([0-9]{1,2}):(\w+)", each)
+        if parts is None or not 1 <= int(parts[2]) <= 62 or parts[3] not in _BYTES:
             raise UserError(
-                f"residual_bins has {each!r}; expected ENTRIES:BITS:TYPE, such as 32:4:float16"
+                f"residual_bins has {each[:40]!r}; expected ENTRIES:BITS:TYPE, such as 32:4:float16"
             )
-        found.append(_Bin(int(entries), int(bits), dtype))
+        found.append(_Bin(int(parts[1]), int(parts[2]), parts[3]))
     return tuple(found)
 
 

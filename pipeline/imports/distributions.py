@@ -22,8 +22,13 @@ _SAME = 1e-6  # nats; an id that stands twice in a row must have the same value
 def sorted_rows(held: Held) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """(ids, values), each [R, K], by falling value, padded with -1 and -inf; each id once.
 
-    Raises UserError if an id stands twice in a row with different values.
+    Raises UserError if an id stands twice in a row with different values, and for a value of +inf:
+    padding would be the most probable entry then.
     """
+    if np.isposinf(held.values).any():
+        raise UserError(
+            f"{held.name} has the value inf, expected logprobs or logits; numbers of 16 bits may have overflowed"
+        )
     there = (held.ids >= 0) & np.isfinite(held.values)
     values = np.where(there, held.values, -np.inf)
     there &= values >= values.max(axis=1, initial=-np.inf, keepdims=True) - _FARTHEST

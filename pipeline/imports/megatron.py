@@ -28,7 +28,7 @@ from logitcask.pipeline.imports.tables import token_rows, vector
 from logitcask.pipeline.imports.torch_items import array, files_of, load
 
 _TAR = re.compile(r"^(?:cp(?P<cp>\d+)_)?dp(?P<dp>\d+)__(?P<last>\d+)\.tar$")
-_MEMBER = re.compile(r"^(\d+)\.pt\.zst$")
+_MEMBER = re.compile(r"^([0-9]{1,18})\.pt\.zst$")
 _NOTHING = -900.0  # entries outside a nucleus have -1e3 or -1e4
 _MAX_PAYLOAD = 16 << 30
 
@@ -122,7 +122,7 @@ def _iterations(files: list[Path]) -> Iterator[_Iteration]:
             with tarfile.open(file) as archive:
                 micro_batch: int | None = None
                 for member in archive:
-                    content = archive.extractfile(member)
+                    content = archive.extractfile(member) if member.isreg() else None
                     if member.name == "_meta.json" and content is not None:
                         micro_batch = _micro_batch(content.read(1 << 20))
                     match = _MEMBER.match(member.name)
@@ -148,7 +148,7 @@ def _micro_batch(text: bytes) -> int | None:
 
     try:
         size = json.loads(text).get("saver", {}).get("mbs_save")
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         return None
     return size if isinstance(size, int) and size > 0 else None
 
@@ -169,7 +169,11 @@ def _iteration(found: Any, number: int, micro_batch: int | None, name: str) -> _
         for v, b, h in zip(values, low, high, strict=True)
     ):
         raise UserError(f"{name} has tensors of other shapes than [tokens, samples, entries]")
-    ids = [(h.astype(np.int64) << 16) | b.astype(np.int64) for b, h in zip(low, high, strict=True)]
+    # Signed integers hold the upper half of the low bits as negative numbers.
+    ids = [
+        (h.astype(np.int64) << 16) | (b.astype(np.int64) & 0xFFFF)
+        for b, h in zip(low, high, strict=True)
+    ]
     if whole:
         samples = values[0].shape[1]
         if micro_batch is None or samples % micro_batch:

@@ -15,6 +15,7 @@ from typing import Any
 
 from logitcask.cache_format import CacheWriter
 from logitcask.cache_format.derive.write import SHARD_TOKENS
+from logitcask.cache_format.differences import describe_difference
 from logitcask.cache_format.errors import UserError
 from logitcask.cache_format.manifest import (
     AuditSummary,
@@ -40,6 +41,9 @@ from logitcask.pipeline.teachers.open import open_tokenizer
 
 _PRIOR_POSITIONS = 32_768
 """Positions from which the prior that orders ids is estimated."""
+
+_PLACES = ("source", "tokens")
+"""Options that say where the data is, not what it means."""
 
 OnTokens = Callable[[int], object]
 
@@ -75,6 +79,8 @@ def import_cache(
             yield as_sequence(held, name, header.store, logits=logits, forced=source.layout.forced)
 
     with CacheWriter(output, afresh=f"remove {output} to start afresh") as writer:
+        if writer.begun:
+            _refuse_other_options(writer.header(), header, output)
         prior = None if writer.begun else TailPrior.estimate(_first(cached()), source.vocab_size)
         header = writer.begin(header, prior)
         # Shards are filled in order, so the committed ones are the first ones.
@@ -95,6 +101,21 @@ def import_cache(
             shards += 1
         skipped = f"imported from {layout}"
         return writer.finish(header, shards, audit=AuditSummary(skipped=skipped))
+
+
+def _refuse_other_options(begun: Header, header: Header, output: Path) -> None:
+    """Raises UserError if an unfinished import was told something else about the data, such as
+    other settings of a codec: its shards hold other numbers for the same tokens.
+    """
+    before, now = (
+        {name: value for name, value in each.config["import"].items() if name not in _PLACES}
+        for each in (begun, header)
+    )
+    if before != now:
+        raise UserError(
+            f"{output} holds an unfinished import with other options: {describe_difference(before, now)}; go on with the old "
+            f"ones, or remove {output} to start afresh"
+        )
 
 
 def _open(name: str, path: str, options: ImportOptions) -> Source:

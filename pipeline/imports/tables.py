@@ -124,7 +124,7 @@ def _files(path: str, split: str, layout: str) -> list[str]:
 def _reading(file: str) -> Iterator[None]:
     try:
         yield
-    except pa.ArrowException as error:
+    except (pa.ArrowException, OverflowError) as error:
         raise UserError(f"{file} cannot be read: {one_line(error)}; fetch it again") from error
 
 
@@ -160,20 +160,33 @@ def _batches(file: str, check: Any) -> Iterator[pa.RecordBatch]:
 def vector(cell: pa.Scalar, dtype: Any, name: str) -> NDArray[Any]:
     """A cell that is a list of numbers. Raises UserError if it is none."""
     values = _values(cell, name)
-    if not (pa.types.is_integer(values.type) or _is_number(values.type)):
+    if not _is_number(values.type):
         raise UserError(f"{name} is {cell.type}, expected a list of numbers")
-    return np.asarray(values.to_numpy(zero_copy_only=False)).astype(dtype)
+    if values.null_count:
+        raise UserError(f"{name} has a null, expected numbers")
+    return as_numbers(np.asarray(values.to_numpy(zero_copy_only=False)), dtype, name)
 
 
 def matrix(cell: pa.Scalar, dtype: Any, filler: float, name: str) -> NDArray[Any]:
-    """[R, K]: a cell that is a list of lists of numbers, padded with ``filler``; a null row is
-    empty.
+    """[R, K]: a cell that is a list of lists of numbers, padded with ``filler``, as nulls are; a
+    null row is empty.
     """
     lengths, values = ragged(cell, name)
     if not _is_number(values.type):
         raise UserError(f"{name} is {cell.type}, expected a list of lists of numbers")
-    flat = values.to_numpy(zero_copy_only=False).astype(dtype)
-    return padded(lengths, flat, filler)
+    flat = np.asarray(values.to_numpy(zero_copy_only=False))
+    if values.null_count:
+        flat = np.where(values.is_null().to_numpy(zero_copy_only=False), filler, flat)
+    return padded(lengths, as_numbers(flat, dtype, name), filler)
+
+
+def as_numbers(values: NDArray[Any], dtype: Any, name: str) -> NDArray[Any]:
+    """``values`` as ``dtype``. Raises UserError for numbers that an integer cannot hold."""
+    if np.issubdtype(dtype, np.integer) and np.issubdtype(values.dtype, np.floating):
+        whole = np.isfinite(values) & (np.trunc(values) == values) & (np.abs(values) < 2.0**53)
+        if not whole.all():
+            raise UserError(f"{name} has {values[~whole][0]:g}, expected integers")
+    return values.astype(dtype)
 
 
 def ragged(cell: pa.Scalar, name: str) -> tuple[NDArray[np.int64], pa.Array]:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from logitcask.cache_format.errors import UserError, first_line
 from logitcask.pipeline.imports.base import Held, Layout, Source
+from logitcask.pipeline.imports.tables import as_numbers
 
 _FIELDS = ("full_ids", "indices", "values")
 
@@ -62,10 +63,14 @@ def array(value: Any, name: str) -> NDArray[Any]:
     import torch
 
     try:
-        tensor = torch.as_tensor(value)
+        tensor = torch.as_tensor(value).detach()
         return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{name} is no tensor: {first_line(error)}") from None
+
+
+def _integers(value: Any, name: str) -> NDArray[np.int64]:
+    return as_numbers(array(value, name), np.int64, name)
 
 
 def _items(found: Any, file: Path) -> list[dict[str, Any]]:
@@ -84,11 +89,14 @@ def _items(found: Any, file: Path) -> list[dict[str, Any]]:
 
 
 def _held(item: dict[str, Any], name: str) -> Held:
-    tokens = array(item["full_ids"], f"{name}: full_ids").astype(np.int64).reshape(-1)
-    ids = array(item["indices"], f"{name}: indices").astype(np.int64)
-    values = array(item["values"], f"{name}: values").astype(np.float64)
-    prompt = int(item.get("prompt_len") or 1)
-    n = len(tokens)
+    tokens = _integers(item["full_ids"], f"{name}: full_ids").reshape(-1)
+    ids = _integers(item["indices"], f"{name}: indices")
+    values = as_numbers(array(item["values"], f"{name}: values"), np.float64, f"{name}: values")
+    given = item.get("prompt_len")
+    prompts = _integers(1 if given is None else given, f"{name}: prompt_len").reshape(-1)
+    if len(prompts) != 1:
+        raise UserError(f"{name} has {len(prompts)} numbers in prompt_len, expected one")
+    n, prompt = len(tokens), int(prompts[0]) or 1
     if ids.ndim != 2 or ids.shape != values.shape or not 1 <= prompt <= n:
         raise UserError(
             f"{name} has {n} tokens, a prompt of {prompt}, indices {ids.shape} and values {values.shape}; expected equal "

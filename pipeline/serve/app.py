@@ -86,6 +86,9 @@ def make_app(
             response = _error(500, one_line(error))
         except ClientDisconnect:
             response = Response(status_code=499)
+        except Exception:
+            logger.exception("a request failed; this is an error of logitcask itself")
+            response = _error(500, "an error of this server, of which its log says more")
         metrics.requests.labels(response.status_code).inc()
         return response
 
@@ -188,7 +191,10 @@ async def _body(request: HttpRequest, limit: int) -> bytes:
 async def _every(seconds: float, action: Callable[[], Awaitable[None]]) -> None:
     while True:
         await asyncio.sleep(seconds)
-        await action()
+        try:
+            await action()
+        except Exception:  # the next time may go well
+            logger.exception("this is an error of logitcask itself")
 
 
 def _in_loop(action: Callable[[], None]) -> Callable[[], Awaitable[None]]:

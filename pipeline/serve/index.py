@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from logitcask.cache_format.derive.write import Part
+from logitcask.cache_format.errors import UserError, one_line
 from logitcask.cache_format.reader import CacheReader
 
 _PAGE_BYTES = 1 << 16
@@ -37,7 +38,7 @@ class PrefixIndex:
         for pragma in (
             f"page_size={_PAGE_BYTES}",
             f"cache_size=-{_MEMORY_KIB}",
-            "journal_mode=OFF",
+            "journal_mode=MEMORY",  # a statement that finds no room on disk leaves the tree whole
             "synchronous=OFF",
         ):
             self._db.execute(f"PRAGMA {pragma}")
@@ -48,9 +49,17 @@ class PrefixIndex:
 
     @classmethod
     def of(cls, cache: CacheReader) -> PrefixIndex:
-        """All sequences of ``cache``. Reads its tokens and masks; heads stay compressed."""
+        """All sequences of ``cache``. Reads its tokens and masks; heads stay compressed. Raises
+        UserError if there is no room for the index.
+        """
         index = cls()
-        index.add_all((n, ids, leading(mask)) for n, _, ids, mask in Part(cache).chosen())
+        try:
+            index.add_all((n, ids, leading(mask)) for n, _, ids, mask in Part(cache).chosen())
+        except sqlite3.Error as error:
+            raise UserError(
+                f"the index of {cache.path} cannot be written ({one_line(error)}); it takes four bytes a token in the folder "
+                "for temporary files: make room there, or set TMPDIR to another folder"
+            ) from error
         return index
 
     def add(self, sequence: int, ids: NDArray[np.int32], kept: int) -> None:
@@ -77,7 +86,8 @@ class PrefixIndex:
             self._db.execute("DELETE FROM texts WHERE sequence >= ?", (sequence,))
 
     def find(self, ids: NDArray[np.int32], kept: int | None = None) -> list[int]:
-        """Some sequences that begin with ``ids``, the shortest first.
+        """Some sequences that begin with ``ids``: first those that are no longer, then others in the
+        order of their tokens.
 
         kept: only those with at least so many leading positions stored; by default all that the
               tokens have, ``len(ids) - 1``.
@@ -87,7 +97,7 @@ class PrefixIndex:
         where = "tokens >= ? AND tokens < ? AND kept >= ?"
         with self._lock:
             found = self._db.execute(
-                f"SELECT sequence FROM texts WHERE {where} LIMIT {_CANDIDATES}",
+                f"SELECT sequence FROM texts WHERE {where} ORDER BY tokens, sequence LIMIT {_CANDIDATES}",
                 (key, key + b"\xff", len(ids) - 1 if kept is None else kept),
             ).fetchall()
         return [sequence for (sequence,) in found]

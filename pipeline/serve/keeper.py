@@ -5,6 +5,7 @@ shard.
 from __future__ import annotations
 
 import logging
+import sqlite3
 import threading
 import time
 from importlib.metadata import version
@@ -121,20 +122,21 @@ class Keeper:
         Commits if the open shard is full. A sequence that cannot be kept, or a disk that is full,
         is logged: the answer stays right, and is asked again another time.
         """
-        try:
-            if self._index.has(sequence.input_ids):
-                return sequence
-            packed = self.cache.append(sequence)
-        except UserError as error:
-            logger.warning("not kept: %s", one_line(error))
-            self._forget()
-            return sequence
         with self._lock:
+            number = self._committed + len(self._open)
+            try:
+                if self._index.has(sequence.input_ids):
+                    return sequence
+                # First of all: what is kept and not found would be kept again.
+                self._index.add(number, sequence.input_ids, leading(sequence.loss_mask))
+                packed = self.cache.append(sequence)
+            except (UserError, sqlite3.Error) as error:
+                logger.warning("not kept: %s", one_line(error))
+                self._forget(number)
+                return sequence
             if not self._open:
                 self._since = time.monotonic()
-            number = self._committed + len(self._open)
             self._open.append(packed)
-            self._index.add(number, sequence.input_ids, leading(sequence.loss_mask))
         kept = packed.decode(0)
         entry_bytes = 4 * self.top_k
         if self.cache.open_tokens >= min(SHARD_TOKENS, _HEAD_BYTES // entry_bytes):
@@ -155,7 +157,7 @@ class Keeper:
             manifest = self.cache.commit()
         except UserError as error:
             logger.error("%s tokens are not kept: %s", f"{tokens:,}", one_line(error))
-            self._forget()
+            self._forget(self._committed)
             return
         reader = CacheReader(self.cache.path, manifest=manifest)
         if self._reader is not None:
@@ -164,13 +166,14 @@ class Keeper:
             self._reader, self._open, self._committed = reader, [], self.cache.sequences
         self.kept_tokens += tokens
 
-    def _forget(self) -> None:
-        """Forgets what was not committed, if the cache has lost it."""
-        if self.cache.open_tokens and self._open:
-            return
+    def _forget(self, number: int) -> None:
+        """Forgets the sequence of this number and those after it; also all that was not committed,
+        if the cache has lost it.
+        """
         with self._lock:
-            self._index.remove_from(self._committed)
-            self._open = []
+            if not self.cache.open_tokens:
+                number, self._open = self._committed, []
+            self._index.remove_from(number)
 
     def close(self) -> None:
         """Commits the open shard."""

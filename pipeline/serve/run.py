@@ -13,6 +13,7 @@ from pathlib import Path
 
 import uvicorn
 
+from logitcask.cache_format.catalog.home import using
 from logitcask.cache_format.errors import UserError
 from logitcask.cache_format.growing import GrowingCache, is_growing
 from logitcask.cache_format.layout import MANIFEST
@@ -109,6 +110,8 @@ def _check(options: ServeOptions) -> None:
 def _service(options: ServeOptions) -> Iterator[tuple[Service, str]]:
     """Everything opened and checked, and what ``/version`` says."""
     with ExitStack() as exit_:
+        kept_in = [] if options.keep is None else [options.keep]
+        exit_.enter_context(using([*options.caches, *kept_in]))
         caches = [ServedCache.open(path) for path in options.caches]
         headers: dict[str, Header] = {
             path: cache.manifest for path, cache in zip(options.caches, caches, strict=True)

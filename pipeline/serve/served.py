@@ -52,6 +52,12 @@ class ServedCache:
         reader.require_known(
             "its numbers cannot stand for the teacher's; serve a cache that was built"
         )
+        if (temperature := reader.manifest.teacher.temperature) != 1:
+            raise UserError(
+                f"{path} holds distributions at temperature {temperature:g}, and those at 1 are served; name another"
+            )
+        if not len(reader):
+            raise UserError(f"{path} has no sequences, so there is nothing to serve; name another")
         index = PrefixIndex.of(reader)
         logger.info(
             "%s: %s sequences of %s, found by their tokens in %.1f s",

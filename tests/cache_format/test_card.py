@@ -57,3 +57,16 @@ def test_an_edited_card_is_known(cache):
 )
 def test_size_categories_are_those_of_the_hub(rows, name):
     assert _size_category(rows) == name
+
+
+def test_names_of_any_letters(cache):
+    """Also such that JSON writes as two halves, line ends, and what ends a cell of a table."""
+    manifest = CacheReader(cache).manifest
+    source = "\N{GRINNING FACE} a|b\nc\x85d\x7f"
+    other = manifest.model_copy(
+        update={"data": manifest.data.model_copy(update={"source": source})}
+    )
+    card = dataset_card(other)
+    assert front(card)["pretty_name"] == f"Teacher logprobs of {manifest.teacher.model} on {source}"
+    (row,) = [line for line in card.splitlines() if line.startswith("| data |")]
+    assert row.startswith("| data | \N{GRINNING FACE} a\\|b\\nc\\x85d\\x7f, split train, ")

@@ -17,11 +17,13 @@ from logitcask.cache_format import (
     CacheReader,
     CacheWriter,
     UserError,
+    growing,
     verify,
 )
 from logitcask.cache_format.growing import GrowingCache, is_growing
 from logitcask.cache_format.layout import BUILD_DIR, GROW_DIR, MANIFEST
 from logitcask.cache_format.manifest import DataHash, Header
+from logitcask.cache_format.share.signature import check_signed, keygen, sign
 
 COMMITS = 3
 
@@ -247,8 +249,10 @@ def test_what_it_refuses(
     with pytest.raises(UserError, match=r"begun with other settings: store\.capture_k: 8 -> 4"):
         GrowingCache(tmp_path / "c", header(top_k=4)).__enter__()
     finished = write_cache(tmp_path / "finished")
+    before = sorted(Path(finished).rglob("*"))
     with pytest.raises(UserError, match="finished cache, which does not grow"):
         GrowingCache(finished, header()).__enter__()
+    assert sorted(Path(finished).rglob("*")) == before
     with (
         GrowingCache(tmp_path / "c", header()),
         pytest.raises(CacheInUseError, match="another process"),
@@ -262,3 +266,35 @@ def test_what_it_refuses(
         GrowingCache(tmp_path / "other", header()).__enter__()
     with pytest.raises(UserError, match="is a URL"):
         GrowingCache("s3://bucket/c", header())
+
+
+def test_as_many_shards_as_a_manifest_lists(
+    tmp_path: Path,
+    header: Callable[..., Header],
+    sequences: list[CachedSequence],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(growing, "MAX_SHARDS", 2)
+    with GrowingCache(tmp_path / "c", header()) as cache:
+        for each in sequences[:2]:
+            cache.append(each)
+            cache.commit()
+        cache.append(sequences[2])
+        with pytest.raises(UserError, match="has 2 shards, the most that a manifest can list"):
+            cache.commit()
+        assert cache.open_tokens == 0, "what cannot be committed is in memory for ever"
+    assert names(tmp_path / "c") == ["s0", "s1"]
+
+
+def test_a_signature_is_of_one_state(
+    tmp_path: Path, header: Callable[..., Header], sequences: list[CachedSequence]
+) -> None:
+    keygen(tmp_path / "me", "Ada")
+    grow(tmp_path / "c", header(), sequences[:3])
+    sign(tmp_path / "c", tmp_path / "me")
+    reader = CacheReader(tmp_path / "c")
+    assert check_signed(reader.path, reader.manifest_sha256)
+    grow(tmp_path / "c", header(), sequences)
+    reader = CacheReader(tmp_path / "c")
+    with pytest.raises(UserError, match="is not signed"):
+        check_signed(reader.path, reader.manifest_sha256)

@@ -30,6 +30,10 @@ SECRET = "s3cr3t-pa55word"
         f"https://user:{SECRET}@host/path?x=1",
         f"sftp://user:{SECRET}@host:22/caches",
         f"ftp://:{SECRET}@host/",
+        f"https://user:p@{SECRET}@host/",
+        f"http://{SECRET}@host/repository",
+        f"https://host/a?client_secret={SECRET}&x=1",
+        f"https://host/a?private-token={SECRET}",
         f"https://{SECRET}@host/repository",
         f"https://bucket.host/a?X-Amz-Algorithm=A&X-Amz-Signature={SECRET}&x=1",
         f"https://host/a?token={SECRET}",
@@ -68,6 +72,15 @@ def test_values_of_the_environment(monkeypatch):
     monkeypatch.setenv("MY_API_KEY", "short")
     assert redacted(f"rejected: {SECRET}") == "rejected: ***"
     assert redacted("short words stay") == "short words stay"
+    # Names that only look like secrets, whose values are in messages and manifests.
+    monkeypatch.setenv("TOKENIZER", "org/a-model")
+    monkeypatch.setenv("TOKENIZERS_FOLDER", "/models/tokenizers")
+    monkeypatch.setenv("HF_TOKEN_PATH", "/home/me/token")
+    text = "org/a-model of /models/tokenizers beside /home/me/token"
+    assert redacted(text) == text
+    monkeypatch.setenv("PGPASSWORD", SECRET[::-1])
+    monkeypatch.setenv("SECRET_OF_MINE", "another secret")
+    assert redacted(f"{SECRET[::-1]}, another secret") == "***, ***"
 
 
 def test_keys_of_configs():

@@ -225,14 +225,14 @@ def test_files_that_are_not_a_caches_are_left_alone(tmp_path, header):
 def test_finished_between_look_and_lock(tmp_path, header, sequences, monkeypatch):
     """Another process finishes the cache just before this one gets the lock: its shards stay."""
     path = tmp_path / "c"
-    locked = logitcask.cache_format.writer._locked
+    locked = logitcask.cache_format.writer.locked
 
     def late(where):
-        monkeypatch.setattr(logitcask.cache_format.writer, "_locked", locked)
+        monkeypatch.setattr(logitcask.cache_format.writer, "locked", locked)
         build(path, header(), sequences)
         return locked(where)
 
-    monkeypatch.setattr(logitcask.cache_format.writer, "_locked", late)
+    monkeypatch.setattr(logitcask.cache_format.writer, "locked", late)
     with pytest.raises(UserError, match="finished cache"):
         CacheWriter(path).__enter__()
     assert len(CacheReader(path)) == len(sequences)

@@ -142,3 +142,33 @@ def test_an_error_inside_ends_the_claim(tmp_path):
     with pytest.raises(ZeroDivisionError), claimed(tmp_path, "k", "cache", print):
         raise ZeroDivisionError
     assert not (tmp_path / "k.json").exists()
+
+
+def test_of_two_machines_that_replace_a_dead_one_one_waits(tmp_path, monkeypatch):
+    """The other one has taken its place between the look and the removal."""
+    of_another_machine(tmp_path, age=presence.EXPIRES + 1)
+    real, seen = os.rename, []
+
+    def slower(source, target):
+        monkeypatch.setattr(os, "rename", real)
+        (tmp_path / "k.json").write_text('{"host": "a third", "pid": 1}')
+        real(source, target)
+
+    monkeypatch.setattr(os, "rename", slower)
+
+    def end(owner):
+        seen.append(json.loads((tmp_path / "k.json").read_text())["host"])
+        (tmp_path / "k.json").unlink()
+
+    with claimed(tmp_path, "k", "cache", end) as waited:
+        assert waited
+    assert seen == ["a third"]
+    assert [file.name for file in tmp_path.iterdir()] == ["k.lock"]
+
+
+def test_only_the_own_claim_is_removed(tmp_path):
+    """Another machine has taken this one for dead."""
+    with claimed(tmp_path, "k", "cache", print):
+        file = of_another_machine(tmp_path, age=0)
+    assert json.loads(file.read_text())["host"] == "another"
+    assert {each.name for each in tmp_path.iterdir()} == {"k.json", "k.lock"}

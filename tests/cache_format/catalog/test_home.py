@@ -16,7 +16,7 @@ from logitcask.cache_format.catalog.home import (
     name_of,
     note_use,
     place_of,
-    training_from,
+    using,
 )
 
 
@@ -72,7 +72,7 @@ def test_a_training_registers_what_it_reads_and_keeps_it_in_use(
 ):
     monkeypatch.setenv("LOGITCASK_HOME", str(home.folder))
     make_cache(tmp_path / "cache")
-    with training_from([str(tmp_path / "cache"), "memory://elsewhere/cache"]):
+    with using([str(tmp_path / "cache"), "memory://elsewhere/cache"]):
         entry, _ = the_entry(home)
         assert entry.name in home.used()
         assert name_of("memory://elsewhere/cache") in home.used()
@@ -125,7 +125,7 @@ def test_a_home_that_takes_no_files_is_no_error(make_cache, tmp_path, monkeypatc
     manifest = make_cache(tmp_path / "cache")
     home.register(tmp_path / "cache", manifest)
     home.note_use(tmp_path / "cache")
-    with training_from([str(tmp_path / "cache")]):
+    with using([str(tmp_path / "cache")]):
         note_use(str(tmp_path / "cache"))
     assert list(home.entries()) == []
 
@@ -140,7 +140,7 @@ def test_a_full_disk_leaves_the_old_entry(home, make_cache, tmp_path, monkeypatc
 
     monkeypatch.setattr(homes.os, "fsync", full)
     home.register(tmp_path / "cache", manifest)
-    with training_from([tmp_path / "cache"]):
+    with using([tmp_path / "cache"]):
         pass
     assert the_entry(home)[0] == before[0]
     assert [file.suffix for file in home.entries_folder.iterdir()] == [".json"]
@@ -166,3 +166,23 @@ def test_an_entry_of_a_later_version_is_read(home, make_cache, tmp_path):
     file = next(home.entries_folder.iterdir())
     file.write_text(json.dumps({**json.loads(file.read_text()), "new": 1}))
     assert the_entry(home)[0].teacher == "m"
+
+
+def test_a_folder_whose_name_is_no_text(home, make_cache, tmp_path):
+    """JSON cannot hold it, so it is not registered; nothing else fails."""
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    home.register(folder, make_cache(folder))
+    home.register_at(folder)
+    with home.in_use(folder):
+        assert home.used() == {name_of(str(folder))}
+    assert list(home.entries()) == []
+    assert list(home.entries_folder.iterdir()) == []
+
+
+def test_a_cache_of_very_many_files_is_listed(home, make_cache, tmp_path):
+    manifest = make_cache(tmp_path / "cache")
+    source = ", ".join(f"part-{n}.jsonl" for n in range(10_000))
+    data = manifest.data.model_copy(update={"source": source})
+    home.register(tmp_path / "cache", manifest.model_copy(update={"data": data}))
+    entry, _ = the_entry(home)
+    assert entry.data.startswith("part-0.jsonl, part-1.jsonl, ")

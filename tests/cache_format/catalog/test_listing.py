@@ -121,3 +121,11 @@ def test_documents_are_json(two):
         assert document["where"] == line.entry.where
         assert document["last_use"].startswith("1970-01-01T00:")
         assert set(document) >= {"teacher", "tokens", "bytes", "fingerprint", "in_use", "gone"}
+
+
+def test_names_of_strangers_stay_in_their_line(home, make_cache, tmp_path):
+    manifest = make_cache(tmp_path / "c", teacher="m\x1b[2J")
+    data = manifest.data.model_copy(update={"source": "one\ntwo\u2028three"})
+    home.register(tmp_path / "c", manifest.model_copy(update={"data": data}))
+    _, line = table(listing(home)).splitlines()
+    assert line.startswith("m\\x1b[2J  one\\ntwo\\u2028three, train ")

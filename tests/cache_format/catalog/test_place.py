@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,9 @@ import pytest
 from logitcask.cache_format import CacheReader, DamagedCacheError, UserError
 from logitcask.cache_format.catalog import place as placing
 from logitcask.cache_format.catalog.place import discard, place
+from logitcask.cache_format.layout import SIGNATURE
 from logitcask.cache_format.share.copy import push
+from logitcask.cache_format.share.signature import check_signed, keygen, sign
 from logitcask.cache_format.verify import verify
 
 
@@ -52,6 +55,30 @@ def test_without_links_files_are_copied(source, tmp_path, monkeypatch):
         copy = tmp_path / "out" / "data" / file.name
         assert copy.read_bytes() == file.read_bytes()
         assert not os.path.samefile(file, copy)
+
+
+def test_links_are_followed(source, tmp_path):
+    """A folder of links, as the hub's client makes, may be removed afterwards."""
+    files = tmp_path / "files"
+    files.mkdir()
+    for file in (source / "data").iterdir():
+        file.rename(files / file.name)
+        file.symlink_to(Path("../../files") / file.name)
+    place(str(source), manifest_of(source), tmp_path / "out")
+    assert not any(file.is_symlink() for file in (tmp_path / "out" / "data").iterdir())
+    shutil.rmtree(files)
+    assert verify(str(tmp_path / "out")) == []
+
+
+def test_signatures_come_with_the_same_manifest_alone(source, tmp_path):
+    key = keygen(tmp_path / "me", "Ada")
+    sign(source, tmp_path / "me")
+    reader = CacheReader(str(source))
+    place(str(source), reader.manifest, tmp_path / "out")
+    assert check_signed(str(tmp_path / "out"), reader.manifest_sha256, [key])
+    other = reader.manifest.model_copy(update={"config": {"other": 1}})
+    place(str(source), other, tmp_path / "other")
+    assert not (tmp_path / "other" / SIGNATURE).exists()
 
 
 def test_from_a_store(source, tmp_path):

@@ -168,3 +168,16 @@ def test_the_columns_in_the_docs():
     kinds = {name: str(kind).replace("item: ", "") for name, (kind, _) in COLUMNS.items()}
     documented = [(name, kind, said) for name, kind, said in rows if name in COLUMNS]
     assert documented == [(name, kinds[name], said) for name, (_, said) in COLUMNS.items()]
+
+
+def test_two_exports_to_one_file(reader, tmp_path):
+    """Each writes a file of its own; the one that ends last stays, whole."""
+    out = tmp_path / "out.parquet"
+
+    def in_between(tokens):
+        if not out.exists():
+            write_parquet(reader, out, rows=1)
+
+    write_parquet(reader, out, rows=1, on_tokens=in_between)
+    assert pq.read_table(out).num_rows == reader.manifest.statistics.tokens
+    assert list(tmp_path.glob("*.tmp")) == []

@@ -13,6 +13,7 @@ from logitcask.cache_format import CacheReader, DamagedCacheError, UserError
 from logitcask.cache_format.errors import LogitcaskError
 from logitcask.cache_format.layout import SIGNATURE
 from logitcask.cache_format.share import copy, signature
+from logitcask.cache_format.storage.files import open_filesystem
 from logitcask.cache_format.writer import CacheWriter, remove_cache
 from logitcask.pipeline.builder.run import build
 from logitcask.pipeline.cli import app
@@ -215,3 +216,30 @@ def test_without_the_package(cache, tmp_path, key, monkeypatch):
     with pytest.raises(UserError, match=r"pip install 'logitcask\[trust\]'"):
         checked(cache)
     assert [each.signer for each in signature.claimed(str(cache))] == ["Ada"]
+
+
+def test_names_of_strangers_are_printable(cache, tmp_path, key, capsys):
+    """A file with the signature of anybody, whose name would write over the terminal."""
+    signature.sign(cache, tmp_path / "me")
+    file = cache / SIGNATURE
+    document = json.loads(file.read_text())
+    document["signatures"][0]["signer"] = "Ada\x1b[2J\nsigned by: everybody"
+    file.write_text(json.dumps(document))
+    run("info", cache)
+    shown = capsys.readouterr().out
+    assert "\x1b" not in shown
+    (line,) = [each for each in shown.splitlines() if each.startswith("signed by")]
+    assert r"Ada\x1b[2J\nsigned by: everybody" in line
+
+
+def test_an_edited_card_stays_when_a_signature_comes(cache, tmp_path, key):
+    for url in (f"memory://{tmp_path}/copy", str(tmp_path / "copy")):
+        copy.push(cache, url)
+        filesystem, root = open_filesystem(url)
+        filesystem.pipe_file(f"{root}/README.md", b"my words")
+        signature.sign(cache, tmp_path / "me")
+        copy.push(cache, url)
+        assert filesystem.cat_file(f"{root}/README.md") == b"my words"
+        assert checked(url, key)
+        copy.push(cache, url, force=True, beside={"README.md": b"new"})
+        assert filesystem.cat_file(f"{root}/README.md") == b"new"

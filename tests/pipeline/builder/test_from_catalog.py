@@ -25,8 +25,9 @@ from logitcask.cache_format.derive.derive import DeriveOptions, derive
 from logitcask.cache_format.derive.merge import merge
 from logitcask.cache_format.layout import BUILD_DIR
 from logitcask.cache_format.share.copy import push
+from logitcask.cache_format.share.signature import keygen, sign
 from logitcask.cache_format.verify import verify
-from logitcask.pipeline.builder import from_catalog, score
+from logitcask.pipeline.builder import from_catalog, overlap, score
 from logitcask.pipeline.builder.from_catalog import Taken
 from logitcask.pipeline.builder.run import build
 from logitcask.pipeline.config import BuildConfig
@@ -44,7 +45,7 @@ def home(tmp_path: Path) -> Home:
 def few_positions(monkeypatch: pytest.MonkeyPatch) -> None:
     """The prior comes from the first 200 positions, so that small caches have others, too."""
     monkeypatch.setattr(score, "PRIOR_POSITIONS", 200)
-    monkeypatch.setattr(from_catalog, "PRIOR_POSITIONS", 200)
+    monkeypatch.setattr(overlap, "PRIOR_POSITIONS", 200)
 
 
 @pytest.fixture
@@ -402,7 +403,7 @@ def test_a_killed_derivation_is_made_again(config, home, monkeypatch):
 # Some of it
 
 
-def overlap(config, rows, home, numbers, **fields):
+def overlap_with(config, rows, home, numbers, **fields):
     """(result with the catalogue, manifest of a full build without one)."""
     data = {"path": str(rows("more", numbers))}
     result = build(config("more", data=data, **fields), home=home)
@@ -420,7 +421,7 @@ def overlap(config, rows, home, numbers, **fields):
 )
 def test_a_fifth_more_documents_are_scored_alone(config, rows, home, store):
     before = build(config("one", store=store), home=home)
-    result, full = overlap(config, rows, home, range(ROWS * 6 // 5), store=store)
+    result, full = overlap_with(config, rows, home, range(ROWS * 6 // 5), store=store)
     assert_same_content(result.manifest, full)
     assert result.taken == Taken("part", (str(config("one").output),), ROWS)
     new = full.statistics.tokens - before.manifest.statistics.tokens
@@ -436,7 +437,7 @@ def test_rows_between_and_with_other_names(config, rows, home):
     """Other row numbers, so other ids: the tokens count."""
     build(config("one"), home=home)
     numbers = [*range(20), 500, *range(20, 45), 501, 502, *range(45, ROWS)]
-    result, full = overlap(config, rows, home, numbers)
+    result, full = overlap_with(config, rows, home, numbers)
     assert_same_content(result.manifest, full)
     assert result.taken.sequences == ROWS
     assert texts(config("more").output) == texts(config("full").output)
@@ -446,7 +447,7 @@ def test_new_rows_in_front_score_the_first_ones_again(config, rows, home, caplog
     """The ranks of ids come from the first rows, in unrounded numbers."""
     build(config("one"), home=home)
     with caplog.at_level(logging.INFO):
-        result, full = overlap(config, rows, home, [700, *range(ROWS)])
+        result, full = overlap_with(config, rows, home, [700, *range(ROWS)])
     assert_same_content(result.manifest, full)
     assert 0 < result.taken.sequences < ROWS
     again = ROWS - result.taken.sequences
@@ -468,7 +469,7 @@ def test_the_same_rows_in_another_order_need_no_teacher_but_for_the_ranks(
 def test_two_caches_give_rows(config, rows, home):
     build(config("one", data={"path": str(rows("a", range(40)))}), home=home)
     build(config("two", data={"path": str(rows("b", range(30, 70)))}), home=home)
-    result, full = overlap(config, rows, home, range(75))
+    result, full = overlap_with(config, rows, home, range(75))
     assert_same_content(result.manifest, full)
     assert result.taken.sequences == 70
     assert set(result.taken.where) == {str(config("one").output), str(config("two").output)}
@@ -477,7 +478,7 @@ def test_two_caches_give_rows(config, rows, home):
 def test_a_small_overlap_of_the_first_rows_alone_is_built(config, rows, home, caplog):
     build(config("one", data={"path": str(rows("a", range(3)))}), home=home)
     with caplog.at_level(logging.INFO):
-        result, full = overlap(config, rows, home, range(1, 60))
+        result, full = overlap_with(config, rows, home, range(1, 60))
     assert_same_content(result.manifest, full)
     assert result.taken is None
     assert "so all are scored" in caplog.text
@@ -485,7 +486,7 @@ def test_a_small_overlap_of_the_first_rows_alone_is_built(config, rows, home, ca
 
 def test_another_store_gives_no_rows(config, rows, home):
     build(config("one", store={"top_k": 32}), home=home)
-    result, full = overlap(config, rows, home, range(70), store={"top_k": 8})
+    result, full = overlap_with(config, rows, home, range(70), store={"top_k": 8})
     assert_same_content(result.manifest, full)
     assert result.taken is None
 
@@ -531,7 +532,7 @@ def test_another_engine_scores_all(config, rows, home, monkeypatch, caplog):
         "identity",
         lambda self: real(self).model_copy(update={"engine": "synthetic 2"}),
     )
-    result, full = overlap(config, rows, home, range(70))
+    result, full = overlap_with(config, rows, home, range(70))
     assert_same_content(result.manifest, full)
     assert result.taken is None
     assert "scored by synthetic (synthetic 1, float32), and this teacher is" in caplog.text
@@ -589,7 +590,7 @@ def test_a_smaller_store_is_derived_from_a_remote(config, home, remote, no_teach
 
 
 def test_rows_come_from_a_remote(config, rows, home, remote):
-    result, full = overlap(config, rows, home, range(72))
+    result, full = overlap_with(config, rows, home, range(72))
     assert_same_content(result.manifest, full)
     assert result.taken == Taken("part", (f"{remote}/cache",), ROWS)
 
@@ -623,3 +624,79 @@ def test_an_unreachable_remote_is_a_warning(config, home, caplog):
     config_file(home).write_text("remotes: [nosuchprotocol://x]\n")
     assert build(config("here"), home=home).tokens_scored > 0
     assert caplog.text.count("the remote nosuchprotocol://x is left out") == 1
+
+
+@pytest.mark.parametrize("store", [{}, {"top_k": 4}], ids=["same", "derived"])
+@pytest.mark.parametrize("place", ["home", "remote"])
+def test_trusted_keys_are_asked_of_what_is_taken(
+    config, home, remote, tmp_path, caplog, place, store
+):
+    """Of the home and of remotes; by the same request, by a derivation and by rows."""
+    for name in ("mine", "theirs"):
+        keygen(tmp_path / name, name)
+    if place == "home":
+        config_file(home).unlink()
+        made = build(config("first"), home=home)
+        where = str(config("first").output)
+    else:
+        made = build(config("first"))
+        where = f"{remote}/cache"
+    keys = [str(tmp_path / "mine.pub")]
+
+    def asked(output: str) -> Any:
+        caplog.clear()
+        return build(config(output, trusted_keys=keys, store=store), home=home)
+
+    def signed_by(name: str) -> None:
+        sign(config("first").output, tmp_path / name)
+        if place == "remote":
+            push(config("first").output, where, force=True)
+
+    with pytest.raises(UserError, match="no public key"):
+        build(config("none", trusted_keys=["ed25519:x"]), home=home)
+    assert asked("unsigned").tokens_scored > 0
+    assert f"{where} is not used: {where} is not signed" in caplog.text
+    shutil.rmtree(config("unsigned").output)
+    signed_by("theirs")
+    assert asked("by-others").tokens_scored > 0
+    assert f"{where} is not used: {where} is signed by theirs" in caplog.text
+    shutil.rmtree(config("by-others").output)
+    signed_by("mine")
+    found = asked("by-me")
+    assert found.tokens_scored == 0
+    assert found.taken.where == (where,)
+    if not store:
+        assert found.manifest.content_sha256 == made.manifest.content_sha256
+
+
+def test_rows_of_another_manifest_are_not_copied(config, rows, home, tmp_path, monkeypatch):
+    """A manifest that is replaced between the plan and the copying has not been checked."""
+    first = build(config("first"), home=home)
+    real = overlap.Known.save
+
+    def save(*arguments: Any) -> Any:
+        found = real(*arguments)
+        file = config("first").output / "manifest.json"
+        file.write_text(json.dumps(json.loads(first.manifest.to_json())))
+        return found
+
+    monkeypatch.setattr(overlap.Known, "save", save)
+    result, full = overlap_with(config, rows, home, range(72))
+    assert_same_content(result.manifest, full)
+    assert result.tokens_scored == full.statistics.tokens
+
+
+@pytest.mark.parametrize("path", ["rows.jsonl", "*.jsonl"])
+def test_the_same_name_in_another_folder_is_other_text(config, home, tmp_path, monkeypatch, path):
+    """Of equal size and time, as files of an archive may be; and of the same text, it is found."""
+    results = {}
+    for folder, word in (("a", "one"), ("b", "two"), ("c", "one")):
+        (tmp_path / folder).mkdir()
+        monkeypatch.chdir(tmp_path / folder)
+        Path("rows.jsonl").write_text(json.dumps({"text": f"text {word}"}) + "\n")
+        os.utime("rows.jsonl", (1000, 1000))
+        results[folder] = build(config(f"from-{folder}", data={"path": path}), home=home)
+    assert texts(config("from-b").output) != texts(config("from-a").output)
+    assert results["b"].tokens_scored > 0
+    assert results["c"].taken.how == "same"
+    assert texts(config("from-c").output) == texts(config("from-a").output)

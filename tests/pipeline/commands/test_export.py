@@ -2,37 +2,13 @@
 
 from __future__ import annotations
 
-import json
-
 import polars
 import pytest
 
 from logitcask.cache_format import CacheReader, UserError
-from logitcask.pipeline.builder.run import build
-from logitcask.pipeline.cli import app
-from logitcask.pipeline.config import BuildConfig
 
 
-def run(*arguments):
-    app([str(each) for each in arguments], standalone_mode=False)
-
-
-@pytest.fixture
-def cache(tmp_path):
-    rows = [{"text": "naïve 漢字\n"}, {"text": "<|im_end|> end"}]
-    file = tmp_path / "rows.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = BuildConfig(
-        teacher={"model": "synthetic", "vocab_size": 300},
-        data={"path": str(file)},
-        audit={"sequences": 0},
-        output=tmp_path / "cache",
-    )
-    build(config)
-    return config.output
-
-
-def test_a_file(cache, tmp_path, capsys):
+def test_a_file(run, cache, tmp_path, capsys):
     out = tmp_path / "out.parquet"
     run("export", "parquet", cache, out)
     reader = CacheReader(cache)
@@ -50,7 +26,7 @@ def test_a_file(cache, tmp_path, capsys):
     assert (kept["head_mass"] + kept["tail_mass"]).is_between(0.97, 1.03).all()
 
 
-def test_without_a_tokenizer(cache, tmp_path, monkeypatch, caplog):
+def test_without_a_tokenizer(run, cache, tmp_path, monkeypatch, caplog):
     def gone(config):
         raise UserError("no such model")
 
@@ -64,7 +40,7 @@ def test_without_a_tokenizer(cache, tmp_path, monkeypatch, caplog):
         run("export", "parquet", cache, tmp_path / "other.parquet", "--tokenizer", "mine")
 
 
-def test_an_existing_file_is_refused_first(tmp_path):
+def test_an_existing_file_is_refused_first(run, tmp_path):
     (tmp_path / "out.parquet").touch()
     with pytest.raises(UserError, match=r"out\.parquet exists; remove it"):
         run("export", "parquet", "no cache", tmp_path / "out.parquet")

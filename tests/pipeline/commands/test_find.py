@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from logitcask.cache_format import CacheReader
+from logitcask.cache_format import CacheReader, Manifest
 from logitcask.cache_format.catalog.home import home as find_home
 from logitcask.cache_format.catalog.remotes import config_file
 from logitcask.cache_format.share.copy import push
@@ -124,3 +124,21 @@ def test_written_answers_cannot_be_known(run, caches):
     code, _, err = run("find", "c.yaml", *words)
     assert code == 2
     assert err.startswith("error: the teacher writes the texts of this config (data.generate)")
+
+
+def test_a_cache_that_cannot_be_searched_is_left_out(run, caches, caplog):
+    """One with a damaged shard, and one whose tokenizer has changed; the others are found."""
+    shard = next(Path("five/data").iterdir())
+    shard.write_bytes(shard.read_bytes()[:-1])
+    manifest = Path("small/manifest.json")
+    text = manifest.read_text()
+    sha = json.loads(text)["tokenizer"]["vocab_sha256"]
+    document = json.loads(text.replace(sha, "0" * 64))
+    found = Manifest.model_validate(document).with_fingerprint()
+    document["fingerprint"] = found.fingerprint
+    manifest.write_text(json.dumps(document))
+    code, out, _ = run("find", "--text", "document 3 is", "--json")
+    assert code == 0
+    assert {Path(each["where"]).name for each in json.loads(out)["caches"]} == {"ten", "other"}
+    assert "five is not searched: " in caplog.text
+    assert "small is not searched: the tokenizer " in caplog.text

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import math
 
 import datasets
@@ -13,31 +12,9 @@ import pytest
 
 from logitcask.cache_format import CacheReader, UserError
 from logitcask.cache_format.export import preview
-from logitcask.pipeline.builder.run import build
-from logitcask.pipeline.cli import app
-from logitcask.pipeline.config import BuildConfig
 
 
-def run(*arguments):
-    app([str(each) for each in arguments], standalone_mode=False)
-
-
-@pytest.fixture
-def cache(tmp_path):
-    rows = [{"text": "naïve 漢字\n"}, {"text": "a second text"}]
-    file = tmp_path / "rows.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = BuildConfig(
-        teacher={"model": "synthetic", "vocab_size": 300},
-        data={"path": str(file)},
-        audit={"sequences": 0},
-        output=tmp_path / "cache",
-    )
-    build(config)
-    return config.output
-
-
-def test_the_preview_says_what_the_cache_says(cache, tmp_path, monkeypatch):
+def test_the_preview_says_what_the_cache_says(run, cache, tmp_path, monkeypatch):
     monkeypatch.setattr(preview, "ROW_GROUP", 8)
     copy = tmp_path / "copy"
     run("push", cache, copy, "--preview", "--license", "apache-2.0")
@@ -70,7 +47,7 @@ def test_the_preview_says_what_the_cache_says(cache, tmp_path, monkeypatch):
     assert 'license: "apache-2.0"' in (copy / "README.md").read_text()
 
 
-def test_datasets_reads_the_preview_or_the_shards(cache, tmp_path):
+def test_datasets_reads_the_preview_or_the_shards(run, cache, tmp_path):
     copy, options = tmp_path / "copy", {"cache_dir": str(tmp_path / "hf")}
     run("push", cache, copy, "--preview")
     shown = datasets.load_dataset(str(copy), **options)
@@ -95,14 +72,14 @@ def test_few_rows_of_each_sequence(cache):
     assert table["sequence_id"].to_pylist() == ["train/0"] * 3 + ["train/1"] * 2
 
 
-def test_an_edited_card_is_sent_as_it_is(cache, tmp_path, caplog):
+def test_an_edited_card_is_sent_as_it_is(run, cache, tmp_path, caplog):
     (cache / "README.md").write_text((cache / "README.md").read_text() + "My words.\n")
     run("push", cache, tmp_path / "copy", "--license", "mit")
     assert (tmp_path / "copy" / "README.md").read_text().endswith("My words.\n")
     assert "was edited, so it is sent as it is" in caplog.text
 
 
-def test_without_a_tokenizer_there_is_no_preview(cache, tmp_path, monkeypatch, caplog):
+def test_without_a_tokenizer_there_is_no_preview(run, cache, tmp_path, monkeypatch, caplog):
     def gone(config):
         raise UserError("no such model")
 
@@ -113,6 +90,6 @@ def test_without_a_tokenizer_there_is_no_preview(cache, tmp_path, monkeypatch, c
     assert "preview" not in (tmp_path / "copy" / "README.md").read_text()
 
 
-def test_no_licence(cache, tmp_path):
+def test_no_licence(run, cache, tmp_path):
     with pytest.raises(UserError, match="is no identifier of a licence"):
         run("push", cache, tmp_path / "copy", "--license", "do what\nyou want")

@@ -110,13 +110,14 @@ def test_chats_are_rendered(rng, tmp_path):
         imported("axolotl", tmp_path / "other.jsonl", tmp_path / "other")
 
 
-def test_tokens_as_text_are_refused(rng, tmp_path):
+@pytest.mark.parametrize("token", [" the", "token_id:x", "token_id:" + "9" * 30])
+def test_tokens_as_text_are_refused(token, rng, tmp_path):
     (text,) = make_texts(rng, 1)
     found, _ = lists(text, 1)
-    found[0][0]["token"] = " the"
+    found[0][0]["token"] = token
     row = {"input_ids": text.tokens.tolist(), _FIELD: [None, *found]}
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
-    with pytest.raises(UserError, match="has the token ' the', expected token_id:NUMBER"):
+    with pytest.raises(UserError, match=f"has the token '{token}', expected token_id:NUMBER"):
         imported("axolotl", tmp_path / "rows.jsonl", tmp_path / "cache")
 
 

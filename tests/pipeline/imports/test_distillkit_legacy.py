@@ -82,3 +82,24 @@ def test_wrong_settings_are_refused(change, said, rng, tmp_path):
         imported(
             "distillkit-legacy", tmp_path / "rows.parquet", tmp_path / "cache", **_OPTIONS | change
         )
+
+
+@pytest.mark.parametrize("column", ["packed_indices", "exact_values", "coeffs"])
+def test_unequal_rows_are_refused(column, rng, tmp_path):
+    file = tmp_path / "rows.parquet"
+    write(file, make_texts(rng, 20))
+    columns = pq.read_table(file).to_pydict()
+    columns[column][3].pop()
+    pq.write_table(pa.table(columns, schema=pq.read_schema(file)), file)
+    with pytest.raises(UserError, match=r"row 3 has \d rows of ids, \d of exact values and \d of"):
+        imported("distillkit-legacy", file, tmp_path / "cache", **_OPTIONS)
+
+
+def test_rows_of_unequal_ids_are_refused(rng, tmp_path):
+    file = tmp_path / "rows.parquet"
+    write(file, make_texts(rng, 20))
+    columns = pq.read_table(file).to_pydict()
+    columns["packed_indices"][3][0].pop()
+    pq.write_table(pa.table(columns, schema=pq.read_schema(file)), file)
+    with pytest.raises(UserError, match=r"row 3 has 1 words of ids .* make 2"):
+        imported("distillkit-legacy", file, tmp_path / "cache", **_OPTIONS)

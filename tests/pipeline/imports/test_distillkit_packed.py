@@ -166,3 +166,37 @@ def test_wrong_settings_are_refused(change, said, rng, tmp_path):
     with pytest.raises((UserError, ValueError), match=said):
         imported("distillkit-packed", tmp_path / "rows.parquet", tmp_path / "cache", **options)
     assert not (tmp_path / "cache" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"polynomial_terms": "0,1,\N{SUPERSCRIPT TWO}"},
+            "polynomial_terms has '\N{SUPERSCRIPT TWO}'",
+        ),
+        ({"polynomial_terms": "0,1,1000"}, "has '1000'; expected numbers below 100"),
+        ({"residual_bins": "\N{SUPERSCRIPT TWO}:4:float16"}, "residual_bins has"),
+        ({"residual_bins": "2:63:float16"}, "residual_bins has '2:63:float16'"),
+    ],
+    ids=["digit", "power", "entries", "bits"],
+)
+def test_settings_that_are_none(changes, said, rng, tmp_path):
+    write(tmp_path / "rows.parquet", make_texts(rng, 5), 12, exact_k=4, terms=(0, 1, 2))
+    options = {"k": 12, "exact_k": 4, "polynomial_terms": "0,1,2", **changes}
+    with pytest.raises(UserError, match=said):
+        imported("distillkit-packed", tmp_path / "rows.parquet", tmp_path / "cache", **options)
+
+
+def test_a_fit_that_is_not_finite_is_no_padding(rng, tmp_path):
+    """Coefficients of one type read as another: as many bytes, and no number."""
+    file = tmp_path / "rows.parquet"
+    write(file, make_texts(rng, 5), 12, exact_k=4, terms=(0, 1, 2))
+    table = pq.read_table(file).to_pydict()
+    for row in table["compressed_logprobs"]:
+        for data in row:
+            data[4 * 4 :] = np.full(3, np.inf, "<f4").view(np.uint8).tolist()
+    pq.write_table(pa.table(table, schema=pq.read_schema(file)), file)
+    options = {"k": 12, "exact_k": 4, "polynomial_terms": "0,1,2"}
+    with pytest.raises(UserError, match="the polynomial of a row is not finite"):
+        imported("distillkit-packed", file, tmp_path / "cache", **options)

@@ -14,6 +14,7 @@ import torch
 import zstandard
 
 from logitcask.cache_format import UserError
+from logitcask.pipeline.imports import megatron
 from tests.pipeline.imports.conftest import KL_BY_ROUNDING, ROWS, K, imported, make_texts, mean_kl
 
 RANKS, MICRO, BATCHES, LENGTH = 2, 3, 2, 5
@@ -26,13 +27,13 @@ def add(archive, name, data):
     archive.addfile(info, io.BytesIO(data))
 
 
-def payload(groups, *, whole):
+def payload(groups, *, whole, low=torch.uint16):
     """The bytes of an iteration: [tokens, samples, K] of each microbatch, or of all side by side."""
     parts = {"values": [], "indices_low": [], "bit_17": []}
     for group in groups:
         ids, values = (np.stack([s[at] for s in group], axis=1) for at in (0, 1))
         parts["values"].append(torch.tensor(values).half())
-        parts["indices_low"].append(torch.tensor(ids & 0xFFFF).to(torch.uint16))
+        parts["indices_low"].append(torch.tensor(ids & 0xFFFF).to(low))
         parts["bit_17"].append(torch.tensor((ids >> 16) != 0))
     if whole:
         parts = {name: torch.cat(tensors, dim=1) for name, tensors in parts.items()}
@@ -127,3 +128,31 @@ def test_what_is_missing_is_named(rng, tmp_path):
     write(tmp_path, samples)
     pq.write_table(pq.read_table(tokens).slice(0, 30), tokens)
     refused("--tokens has no rows left")
+
+
+@pytest.mark.parametrize("low", [torch.uint16, torch.int16, torch.int32])
+def test_ids_of_17_bits(low, rng):
+    """In signed integers of 16 bits, the upper half of the low bits is negative."""
+    ids = rng.integers(0, 1 << 17, (MICRO, LENGTH, K))
+    values = -np.ones(ids.shape)
+    data = zstandard.decompress(
+        payload([list(zip(ids, values, strict=True))], whole=False, low=low)
+    )
+    found = torch.load(io.BytesIO(data), weights_only=True)
+    (read,) = megatron._iteration(found, 1, None, "x").ids
+    np.testing.assert_array_equal(read, ids.transpose(1, 0, 2))
+
+
+def test_members_that_are_no_files(rng, tmp_path):
+    """Links, folders and numbers without end are passed over."""
+    _, samples = make(rng, tmp_path, 36)
+    write(tmp_path, samples)
+    with tarfile.open(tmp_path / "dp0__2.tar", "a") as archive:
+        for kind, name in ((tarfile.SYMTYPE, "7.pt.zst"), (tarfile.DIRTYPE, "8.pt.zst")):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, "nowhere"
+            archive.addfile(info)
+        add(archive, "9" * 5000 + ".pt.zst", b"")
+        add(archive, "_meta.json", b"[" * 100_000)
+    tokens = str(tmp_path / "tokens.parquet")
+    assert len(imported("megatron", tmp_path, tmp_path / "cache", tokens=tokens)) == 36

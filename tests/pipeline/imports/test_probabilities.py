@@ -47,3 +47,19 @@ def test_logits_are_refused(rng, tmp_path):
     pq.write_table(pa.table(columns), tmp_path / "rows.parquet")
     with pytest.raises(UserError, match="in exp_logits, expected probabilities"):
         imported("probabilities", tmp_path / "rows.parquet", tmp_path / "cache")
+
+
+def test_exponentials_that_overflowed_are_refused(rng, tmp_path):
+    """Of the most probable entry nothing is known, so it is no padding."""
+    (text,) = make_texts(rng, 1)
+    ids, values = text.top(text.logits)
+    exponentials = np.exp(values)
+    exponentials[1, 0] = np.inf
+    columns = {
+        "input_ids": [text.tokens.tolist()],
+        "exp_logits": [exponentials.tolist()],
+        "index": [ids.tolist()],
+    }
+    pq.write_table(pa.table(columns), tmp_path / "rows.parquet")
+    with pytest.raises(UserError, match="has the value inf, expected logprobs or logits"):
+        imported("probabilities", tmp_path / "rows.parquet", tmp_path / "cache")

@@ -14,7 +14,7 @@ from logitcask.cache_format.errors import ConfigError
 from logitcask.pipeline.cli import app
 from logitcask.pipeline.imports import run as imports
 from logitcask.pipeline.imports.base import ImportOptions
-from tests.pipeline.imports.conftest import V, imported, make_texts
+from tests.pipeline.imports.conftest import K, V, imported, make_texts
 from tests.pipeline.imports.test_distillkit_raw import write
 
 
@@ -184,3 +184,97 @@ def test_heads_scaled_to_1_are_no_logprobs(rng, tmp_path, caplog):
 
 def test_only_the_first_sequences(source, tmp_path):
     assert len(imported("distillkit-raw", source, tmp_path / "cache", max_sequences=7)) == 7
+
+
+def test_other_options_do_not_go_on(rng, tmp_path, monkeypatch):
+    """The shards of a killed import hold what its options made of the data."""
+    source = write(tmp_path / "rows.parquet", make_texts(rng, 60), lambda text: text.logprobs)
+    given = {"teacher": "m", "tokenizer": "synthetic", "vocab_size": V}
+    out, real = tmp_path / "out", imports.as_sequence
+
+    def killed(held, name, *arguments, **options):
+        if name == "59":
+            raise KeyboardInterrupt
+        return real(held, name, *arguments, **options)
+
+    monkeypatch.setattr(imports, "_first", lambda sequences: [])
+    monkeypatch.setattr(imports, "as_sequence", killed)
+    with pytest.raises(KeyboardInterrupt):
+        imports.import_cache(
+            "distillkit-raw", str(source), out, ImportOptions(**given), shard_tokens=20
+        )
+    monkeypatch.setattr(imports, "as_sequence", real)
+    other = ImportOptions(**given, values="logprobs")
+    with pytest.raises(UserError, match="unfinished import with other options: values"):
+        imports.import_cache("distillkit-raw", str(source), out, other)
+    moved = tmp_path / "moved.parquet"
+    source.rename(moved)
+    imports.import_cache("distillkit-raw", str(moved), out, ImportOptions(**given))
+    assert len(CacheReader(str(out))) == 60
+
+
+def test_columns_that_the_first_rows_lack(rng, tmp_path):
+    """Labels of the third row count, although the first has none; a missing column is named."""
+    texts = make_texts(rng, 40, 6)
+    rows = []
+    for text in texts:
+        ids, top = text.top(text.logprobs)
+        rows.append(
+            {
+                "input_ids": text.tokens.tolist(),
+                "token_ids": ids.tolist(),
+                "top_values": top.tolist(),
+            }
+        )
+    labels = [*[-100] * 3, *texts[2].tokens[3:].tolist()]
+    rows[2]["labels"] = labels
+
+    def file(name):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return tmp_path / name
+
+    with pytest.raises(UserError, match="row 0: labels is null"):
+        imported("distillkit-raw", file("some.jsonl"), tmp_path / "some")
+    for text, row in zip(texts, rows, strict=True):
+        row.setdefault("labels", text.tokens.tolist())
+    reader = imported("distillkit-raw", file("all.jsonl"), tmp_path / "all")
+    assert reader[2].positions.tolist() == [2, 3, 4]
+    assert reader[3].positions.tolist() == [0, 1, 2, 3, 4]
+    del rows[0]["top_values"]
+    with pytest.raises(UserError, match="row 0: top_values is null"):
+        imported("distillkit-raw", file("lacking.jsonl"), tmp_path / "lacking")
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "said"),
+    [
+        ("labels", None, "labels has a null, expected numbers"),
+        ("input_ids", 1.5, "input_ids has 1.5, expected integers"),
+        ("input_ids", 10**30, "too large to convert"),
+        ("input_ids", 1e300, r"input_ids has 1e\+300, expected integers"),
+    ],
+    ids=["null", "half", "huge", "far"],
+)
+def test_cells_that_are_no_tokens(column, value, said, rng, tmp_path):
+    (text,) = make_texts(rng, 1, 6)
+    ids, top = text.top(text.logprobs)
+    row = {"token_ids": ids.tolist(), "top_values": top.tolist()}
+    row |= {"input_ids": text.tokens.tolist(), "labels": text.tokens.tolist()}
+    row[column][2] = value
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(UserError, match=said):
+        imported("distillkit-raw", tmp_path / "rows.jsonl", tmp_path / "cache")
+
+
+def test_nulls_in_heads_are_padding(rng, tmp_path):
+    texts = make_texts(rng, 20, 6)
+    rows = []
+    for text in texts:
+        ids, top = (part.tolist() for part in text.top(text.logprobs))
+        for row in range(len(ids)):
+            ids[row][-1] = top[row][-1] = None
+        rows.append({"input_ids": text.tokens.tolist(), "token_ids": ids, "top_values": top})
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    reader = imported("distillkit-raw", tmp_path / "rows.jsonl", tmp_path / "cache")
+    assert reader.manifest.store.top_k == K - 1
+    assert reader[0].ids.tolist() == texts[0].top(texts[0].logprobs)[0][:, :-1].tolist()

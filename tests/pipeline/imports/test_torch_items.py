@@ -48,6 +48,16 @@ def test_rows_for_every_token_and_half_precision(rng, tmp_path):
     assert mean_kl(held, reader) < KL_BY_ROUNDING
 
 
+_ONE = {"full_ids": [1, 2], "indices": [[1]], "values": [[-0.5]]}
+
+
+def test_tensors_with_gradients(rng, tmp_path):
+    text = make_texts(rng, 1)[0]
+    made = item(text, 1)
+    torch.save({**made, "values": made["values"].requires_grad_()}, tmp_path / "a.pt")
+    assert len(imported("torch", tmp_path / "a.pt", tmp_path / "cache")) == 1
+
+
 class Evil:
     def __reduce__(self):
         return print, ("this must not be printed",)
@@ -62,8 +72,12 @@ class Evil:
             "has 5 rows, expected 1",
         ),
         ({"full_ids": [1, 2], "indices": [1], "values": [0.0]}, "equal shapes of two dimensions"),
+        ({**_ONE, "prompt_len": torch.tensor([1, 2])}, "has 2 numbers in prompt_len"),
+        ({**_ONE, "prompt_len": "two"}, "prompt_len is no tensor"),
+        ({**_ONE, "full_ids": [1, 2.5]}, "full_ids has 2.5, expected integers"),
+        ({**_ONE, "indices": [[float("nan")]]}, "indices has nan, expected integers"),
     ],
-    ids=["fields", "rows", "shape"],
+    ids=["fields", "rows", "shape", "prompts", "prompt", "half", "nan"],
 )
 def test_other_content_is_refused(content, said, tmp_path):
     torch.save(content, tmp_path / "a.pt")

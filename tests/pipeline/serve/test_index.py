@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from logitcask.cache_format import CacheReader
+from logitcask.cache_format import CacheReader, UserError
 from logitcask.pipeline.serve.index import PrefixIndex, leading
 
 TEXTS = st.lists(
@@ -72,3 +75,38 @@ def test_of_a_cache(tmp_path: Path, texts: list[list[int]], make_cache: Callable
     for number, text in enumerate(texts):
         assert index.find(array(text)) == [number]
         assert index.has(array(text))
+
+
+def limited(index: PrefixIndex) -> None:
+    """As on a full disk."""
+    (pages,) = index._db.execute("PRAGMA page_count").fetchone()
+    index._db.execute(f"PRAGMA max_page_count={pages}")
+
+
+def test_a_full_disk_is_one_line(
+    tmp_path: Path, texts: list[list[int]], make_cache: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = PrefixIndex.__init__
+
+    def small(self: PrefixIndex) -> None:
+        real(self)
+        limited(self)
+
+    reader = CacheReader(make_cache(tmp_path / "c", texts))
+    monkeypatch.setattr(PrefixIndex, "__init__", small)
+    with pytest.raises(UserError, match=r"index of .* cannot be written .*full.* set TMPDIR"):
+        PrefixIndex.of(reader)
+
+
+def test_what_finds_no_room_leaves_the_rest(rng: np.random.Generator) -> None:
+    index, kept = PrefixIndex(), []
+    limited(index)
+    with pytest.raises(sqlite3.Error):
+        for number in range(100_000):
+            text = rng.integers(0, 1 << 17, 500).astype(np.int32)
+            index.add(number, text, 499)
+            kept.append(text)
+    assert kept
+    assert [index.find(text) for text in kept] == [[number] for number in range(len(kept))]
+    index.remove_from(1)
+    assert [index.find(text) for text in kept] == [[0], *[[]] * (len(kept) - 1)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sqlite3
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from logitcask.cache_format import CachedSequence, CacheReader
+from logitcask.cache_format import CachedSequence, CacheReader, growing
 from logitcask.cache_format.growing import GrowingCache
 from logitcask.pipeline.serve import keeper as keeper_module
 from logitcask.pipeline.serve.keeper import LOGPROB_STEP, Keeper, header_of
@@ -151,3 +152,45 @@ def test_many_readers_beside_the_writer(
             thread.join()
         assert not failures
         assert keeper.cache.sequences > 50
+
+
+def test_an_index_without_room(
+    opened: Any, sequences: list[CachedSequence], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What cannot be found again is answered and not kept, so that nothing is kept twice."""
+    with opened() as keeper:
+        keeper.add(sequences[1])
+        real, keeper._index.add = keeper._index.add, full
+        for _ in range(2):
+            assert keeper.add(sequences[2]) is sequences[2]
+        keeper._index.add = real
+        assert "not kept: database or disk is full" in caplog.text
+        assert isinstance(keeper.find(sequences[2].input_ids, K), Missing)
+        keeper.add(sequences[2])
+        keeper.add(sequences[3])
+        for each in sequences[1:4]:
+            assert is_right(keeper.find(each.input_ids, K), each, len(each))
+    assert [each.sequence_id for each in CacheReader(tmp_path / "kept")] == ["s1", "s2", "s3"]
+
+
+def full(*_: Any) -> None:
+    raise sqlite3.OperationalError("database or disk is full")
+
+
+def test_as_many_shards_as_a_manifest_lists(
+    opened: Any,
+    sequences: list[CachedSequence],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Then nothing more is kept, neither on disk nor in memory."""
+    monkeypatch.setattr(growing, "MAX_SHARDS", 1)
+    with opened() as keeper:
+        keeper.add(sequences[1])
+        keeper.commit()
+        keeper.add(sequences[2])
+        keeper.commit()
+        assert "the most that a manifest can list" in caplog.text
+        assert keeper._open == []
+        assert isinstance(keeper.find(sequences[2].input_ids, K), Missing)
+        assert is_right(keeper.find(sequences[1].input_ids, K), sequences[1], len(sequences[1]))
