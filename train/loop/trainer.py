@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from accelerate.utils import DynamoBackend, TorchDynamoPlugin
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import (
     PreTrainedModel,
@@ -259,6 +260,19 @@ class DistillationTrainer(Trainer):
     def start_from(self, checkpoint: Path) -> None:
         """Loads the weights of a checkpoint, before anything is measured. ``run`` loads the rest."""
         self._load_from_checkpoint(str(checkpoint))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As Trainer does. The first step then has the learning rate of this run's schedule: that
+        of the checkpoint is another one if its schedule was shorter, at its end usually 0.
+        """
+        super()._load_optimizer_and_scheduler(checkpoint)
+        schedule = self.lr_scheduler
+        if checkpoint is None or not isinstance(schedule, LambdaLR):
+            return
+        for group, base, share in zip(
+            schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True
+        ):
+            group["lr"] = base * share(schedule.last_epoch)
 
     def tell_epoch(self, loader: DataLoader) -> None:
         """Sets the epoch of the data's order. Trainer's own call does not reach samplers that
