@@ -332,12 +332,12 @@ class Rounds:
             found.insert(0, {**text, "weight": given})
         return found
 
-    def _caches(self, number: int) -> dict[str, tuple[str, int]]:
-        """The name and the number of sequences of a round's caches, by fingerprint."""
-        manifests = {
-            each["name"]: CacheReader(each["cache"]).manifest for each in self.mixture(number)
+    def _caches(self, number: int) -> dict[str, str]:
+        """The names of a round's caches, by fingerprint."""
+        return {
+            CacheReader(each["cache"]).manifest.fingerprint: each["name"]
+            for each in self.mixture(number)
         }
-        return {m.fingerprint: (name, m.statistics.sequences) for name, m in manifests.items()}
 
     def _stage(self, state: State, name: str, command: list[str]) -> Ended:
         state.starts[name] = state.starts.get(name, 0) + 1

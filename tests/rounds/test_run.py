@@ -18,6 +18,7 @@ from logitcask.cache_format.cli.config_file import load_config
 from logitcask.cache_format.cli.config_model import ConfigModel
 from logitcask.cache_format.errors import ConfigError, UserError
 from logitcask.rounds.figures import repetition
+from logitcask.rounds.report import _useful
 from logitcask.rounds.run import Rounds, _overrides, run_rounds
 from logitcask.rounds.state import State
 
@@ -88,6 +89,12 @@ def test_repetition_counts_what_has_occurred_before():
     grams = [tuple(ids[i : i + 4]) for i in range(6)]
     assert repetition(ids) == pytest.approx(1 - len(set(grams)) / 6)
     assert repetition(ids[:3]) == 0
+
+
+def test_seconds_of_earlier_starts_are_no_negative_overhead():
+    """A training of 100 seconds that was killed after 80 has a last start of 30."""
+    assert _useful(30.0, {"training_seconds": 100.0}) == 30.0
+    assert _useful(30.0, {"writing_seconds": 4.0, "scoring_seconds": 5.0}) == 9.0
 
 
 def test_a_finished_run_is_found(rounds):

@@ -120,7 +120,7 @@ class DistillationTrainer(Trainer):
         )
         self._part = part
         if part is not None:
-            self.add_callback(PartEnd(part, self._drawn_by_cache(part)))
+            self.add_callback(PartEnd(part, *self._drawn_by_cache(part)))
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
         self.add_callback(self._stop)
@@ -249,13 +249,16 @@ class DistillationTrainer(Trainer):
             processes=self.args.world_size,
         )
 
-    def _drawn_by_cache(self, part: Part) -> dict[str, int]:
-        """Units that the whole part reads, by the cache's fingerprint."""
+    def _drawn_by_cache(self, part: Part) -> tuple[dict[str, int], dict[str, int]]:
+        """Units that the whole part reads of each cache, and all that it has to learn from, by the
+        cache's fingerprint.
+        """
         plan = self._mixture.plan
         assert isinstance(plan, PartPlan)
         shares = plan.shares(self._part_batches(part, self._sequences_per_batch()).units)
         names = [source.cache.manifest.fingerprint for source in self._mixture.sources]
-        return dict(zip(names, shares, strict=True))
+        sizes = [len(units) for units in self._mixture.units]
+        return dict(zip(names, shares, strict=True)), dict(zip(names, sizes, strict=True))
 
     def start_from(self, checkpoint: Path) -> None:
         """Loads the weights of a checkpoint, before anything is measured. ``run`` loads the rest."""

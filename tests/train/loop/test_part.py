@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from logitcask.cache_format import CacheReader
 from logitcask.cache_format.errors import ConfigError, UserError
 from logitcask.train.data.order import PartBatches, PartPlan, single_units
 from logitcask.train.loop.callbacks import TellObjective
@@ -133,8 +134,11 @@ def test_a_cache_of_weight_0_is_only_evaluated_on(part, write_cache):
     ]
     folder, metrics = part("run", mixture, 2)
     state = json.loads((folder / "checkpoint-2" / "trainer_state.json").read_text())
-    drawn = state["stateful_callbacks"]["PartEnd"]["attributes"]["drawn"]
-    assert sorted(drawn.values()) == [0, 16]
+    found = state["stateful_callbacks"]["PartEnd"]["attributes"]
+    assert sorted(found["drawn"].values()) == [0, 16]
+    # What may be learnt, without what is held out.
+    learnable = {name: len(CacheReader(each)) for name, each in (("1", evaluated), ("2", learnt))}
+    assert sum(found["units"].values()) == sum(learnable.values()) - metrics["held_out_sequences"]
     assert metrics["held_out_sequences"] > 0
 
 
