@@ -66,26 +66,28 @@ def _answer(sequence: CachedSequence) -> NDArray[np.int32]:
 
 
 def figures_of_training(
-    model: Path, before: Path | None, caches: dict[str, tuple[str, int]], number: int
+    model: Path, before: Path | None, caches: dict[str, str], number: int
 ) -> dict[str, Any]:
     """What a round's training has done.
 
     before:  folder of the round before. Seconds and positions count over all rounds, so its own are
              subtracted.
-    caches:  name and sequences of each cache, by fingerprint.
-    passes:  how often each cache's sequences were read in this round.
+    caches:  name of each cache, by fingerprint.
+    passes:  how often what each cache has to learn from was read in this round.
     staleness: mean age, in rounds, of the students' sequences that were read; 0: all are new.
     """
     metrics = _json(model / "metrics.json")
     earlier = {} if before is None else _json(before / "metrics.json")
-    drawn = _drawn(model)
+    drawn, units_of = _drawn(model)
     passes = {
-        caches[name][0]: units / caches[name][1] for name, units in drawn.items() if name in caches
+        caches[name]: units / max(1, units_of[name])
+        for name, units in drawn.items()
+        if name in caches
     }
     ages = [
-        (units, number - int(caches[name][0].removeprefix("round-")))
+        (units, number - int(caches[name].removeprefix("round-")))
         for name, units in drawn.items()
-        if name in caches and caches[name][0].startswith("round-")
+        if name in caches and caches[name].startswith("round-")
     ]
     units = sum(count for count, _ in ages)
     return {
@@ -100,14 +102,16 @@ def figures_of_training(
     }
 
 
-def _drawn(model: Path) -> dict[str, int]:
-    """Sequences or rows that a part has read of each cache; none if it made no step."""
+def _drawn(model: Path) -> tuple[dict[str, int], dict[str, int]]:
+    """Sequences or packed rows that a part has read of each cache, and those that the cache has;
+    none if it made no step.
+    """
     steps = [int(each.name.rpartition("-")[2]) for each in model.glob("checkpoint-*")]
     if not steps:
-        return {}
+        return {}, {}
     state = _json(model / f"checkpoint-{max(steps)}" / "trainer_state.json")
-    drawn: dict[str, int] = state["stateful_callbacks"]["PartEnd"]["attributes"]["drawn"]
-    return drawn
+    found = state["stateful_callbacks"]["PartEnd"]["attributes"]
+    return found["drawn"], found["units"]
 
 
 def _json(file: Path) -> Any:

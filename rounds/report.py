@@ -23,11 +23,7 @@ def summary_of(folder: Path, state: State, config: RoundsConfig) -> tuple[dict[s
     found = [each for each in rounds if each is not None]
     lowest = min(found, key=lambda each: each["held_out"]["kl"], default=None)
     whole = sum(done.seconds + done.handover for done in state.done)
-    useful = sum(
-        done.figures.get(name, 0.0) or 0.0
-        for done in state.done
-        for name in ("writing_seconds", "scoring_seconds", "training_seconds")
-    )
+    useful = sum(_useful(done.seconds, done.figures) for done in state.done)
     document = {
         "output": str(folder),
         "student": str(folder / f"round-{state.rounds:03d}" / "student"),
@@ -39,6 +35,14 @@ def summary_of(folder: Path, state: State, config: RoundsConfig) -> tuple[dict[s
         "rounds": found,
     }
     return document, _table(document)
+
+
+def _useful(seconds: float, figures: dict[str, Any]) -> float:
+    """The seconds of a command's last start in which it wrote, scored or trained. Those of a
+    training count over all its starts.
+    """
+    names = ("writing_seconds", "scoring_seconds", "training_seconds")
+    return min(seconds, sum(figures.get(name) or 0.0 for name in names))
 
 
 def _round(state: State, number: int) -> dict[str, Any] | None:
@@ -95,7 +99,11 @@ def _row(found: dict[str, Any]) -> list[str]:
         cache.get("scoring_seconds"),
         found["training_seconds"],
     ]
-    whole = sum(each["seconds"] + each["handover_seconds"] for each in found["stages"].values())
+    figures = {"write": cache, "train": found}
+    other = sum(
+        each["seconds"] + each["handover_seconds"] - _useful(each["seconds"], figures[name])
+        for name, each in found["stages"].items()
+    )
     return [
         str(found["round"]),
         _number(cache.get("written_tokens"), ",d"),
@@ -105,7 +113,7 @@ def _row(found: dict[str, Any]) -> list[str]:
         _number(found["held_out"]["kl"], ".4f"),
         _number(found["held_out"].get("ce"), ".4f"),
         *(_number(each, ".1f") for each in seconds),
-        _number(whole - sum(each or 0.0 for each in seconds), ".1f"),
+        _number(other, ".1f"),
     ]
 
 

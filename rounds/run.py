@@ -23,7 +23,9 @@ import filelock
 from omegaconf import OmegaConf
 
 from logitcask.cache_format import CacheReader
+from logitcask.cache_format.cli.config_file import load_config
 from logitcask.cache_format.errors import ConfigError, UserError, first_line
+from logitcask.pipeline.config import BuildConfig
 from logitcask.rounds.config import RoundsConfig
 from logitcask.rounds.figures import figures_of_cache, figures_of_training
 from logitcask.rounds.report import summary_of, write_report
@@ -57,22 +59,34 @@ class Rounds:
         self.folder, self.rounds = config.output, config.rounds
         self.teacher = _read(config.teacher_config)
         self.student = _read(config.student_config)
-        generate = (self.teacher.get("data") or {}).get("generate")
-        if not isinstance(generate, dict):
+        data = self.teacher.get("data")
+        if not isinstance(data, dict) or not isinstance(data.get("generate"), dict):
             raise ConfigError(
                 f"{config.teacher_config} has no data.generate, so there is nothing for the student to write; name the prompts "
                 "there: prompt_field, messages_field or text_field, with generate"
             )
-        self.generate: dict[str, Any] = generate
+        # With a name in the place of the writer, which a round sets.
+        generate = load_config(
+            BuildConfig, config.teacher_config, _overrides({"data.generate.writer": "synthetic:0"})
+        ).data.generate
+        assert generate is not None
+        self.generate = generate
         if not isinstance(self.student.get("cache"), str):
             raise ConfigError(
                 f"{config.student_config}: cache is {self.student.get('cache')!r}; expected the path of one cache of given text, "
                 "on which the student is evaluated"
             )
         self.text: str = self.student["cache"]
-        self.losses = [
-            (str(each.get("name")), each) for each in self.student.get("losses") or [] if each
-        ]
+        for name in ("training", "evaluation"):
+            self._check(name, dict, "fields and their values")
+        self._check("losses", list, "a list of losses, each with a name")
+        self.losses: list[tuple[str, dict[str, Any]]] = []
+        for each in self.student.get("losses") or []:
+            if not isinstance(each, dict) or not isinstance(each.get("name"), str):
+                raise ConfigError(
+                    f"{config.student_config}: losses has {each!r}; expected a loss as {{name: NAME}}"
+                )
+            self.losses.append((each["name"], each))
         if self.rounds.on_policy_fraction < 1 and any(name == OWN_TEXT for name, _ in self.losses):
             raise ConfigError(
                 f"rounds.on_policy_fraction is {self.rounds.on_policy_fraction:g}, but {OWN_TEXT} learns from the students' own text "
@@ -81,12 +95,18 @@ class Rounds:
         self.replay = self._replay()
         self._ended: float | None = None
 
+    def _check(self, name: str, kind: type, expected: str) -> None:
+        """Raises ConfigError if a field of the student config, as far as it is read here, is of
+        another kind. The command checks the rest.
+        """
+        found = self.student.get(name)
+        if found is not None and not isinstance(found, kind):
+            raise ConfigError(
+                f"{self.config.student_config}: {name} is {found!r}; expected {expected}"
+            )
+
     def _replay(self) -> float:
-        misled = [
-            name
-            for name, each in self.losses
-            if name in _MISLED or (name == "jsd" and each.get("beta", 0.5) > 0.5)
-        ]
+        misled = [name for name, each in self.losses if _is_misled(name, each)]
         if self.rounds.replay is None:
             return 0.0 if misled else REPLAY
         if self.rounds.replay and misled:
@@ -131,7 +151,7 @@ class Rounds:
     def run(self) -> State:
         """Runs everything that is not done yet. Raises UserError, StageFailed and Stopped."""
         state = load(self.folder, self.settings())
-        self._check(state)
+        self._check_what_is_done(state)
         for number in range(self.rounds.count + 1):
             if number > 0 and self._stop(state):
                 break
@@ -148,7 +168,7 @@ class Rounds:
         write_report(self.folder, state, self.config)
         return state
 
-    def _check(self, state: State) -> None:
+    def _check_what_is_done(self, state: State) -> None:
         """Raises UserError if finished rounds are more than the config has, or not as they were."""
         if state.begun > self.rounds.count:
             raise UserError(
@@ -221,7 +241,9 @@ class Rounds:
             nothing = Ended({"seconds": 0.0, "writing_seconds": 0.0}, 0.0, 0)
             self._record_cache(state, "text", nothing, self.text)
             return
-        ended = self._stage(state, "text", ["teacher-cache", "build", str(config)])
+        ended = self._stage(
+            state, "text", ["teacher-cache", "build", str(Path(config).expanduser())]
+        )
         if Path(ended.document["cache"]).resolve() != Path(self.text).expanduser().resolve():
             raise ConfigError(
                 f"{config} builds {ended.document['cache']}, but the cache in {self.config.student_config} is {self.text}; make "
@@ -233,12 +255,12 @@ class Rounds:
         name = f"write-{number}"
         if state.of(name) is not None:
             return
-        skip = self.generate.get("skip_prompts", 0) + (number - 1) * self.rounds.prompts
+        skip = self.generate.skip_prompts + (number - 1) * self.rounds.prompts
         changes: dict[str, Any] = {
             "data.generate.writer": str(self.model(number - 1)),
             "data.generate.skip_prompts": skip,
             "data.generate.max_prompts": self.rounds.prompts,
-            "data.generate.seed": self.generate.get("seed", 0) + number,
+            "data.generate.seed": self.generate.seed + number,
             "output": str(self.cache(number)),
         }
         if number > 1 and "audit" not in self.teacher:
@@ -310,12 +332,12 @@ class Rounds:
             found.insert(0, {**text, "weight": given})
         return found
 
-    def _caches(self, number: int) -> dict[str, tuple[str, int]]:
-        """The name and the number of sequences of a round's caches, by fingerprint."""
-        manifests = {
-            each["name"]: CacheReader(each["cache"]).manifest for each in self.mixture(number)
+    def _caches(self, number: int) -> dict[str, str]:
+        """The names of a round's caches, by fingerprint."""
+        return {
+            CacheReader(each["cache"]).manifest.fingerprint: each["name"]
+            for each in self.mixture(number)
         }
-        return {m.fingerprint: (name, m.statistics.sequences) for name, m in manifests.items()}
 
     def _stage(self, state: State, name: str, command: list[str]) -> Ended:
         state.starts[name] = state.starts.get(name, 0) + 1
@@ -417,7 +439,15 @@ def _plain(config: dict[str, Any], without: tuple[str, ...]) -> dict[str, Any]:
 
 def _overrides(changes: dict[str, Any]) -> list[str]:
     """KEY=VALUE of a command; JSON is YAML of one line."""
-    return [f"{key}={json.dumps(value)}" for key, value in changes.items()]
+    # YAML reads no escapes of two halves, as JSON has them for emoji.
+    return [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in changes.items()]
+
+
+def _is_misled(name: str, options: dict[str, Any]) -> bool:
+    """Whether text of earlier students misleads a loss."""
+    beta = options.get("beta")
+    above = isinstance(beta, int | float) and beta > 0.5  # if it is no number, the command says so
+    return name in _MISLED or (name == "jsd" and above)
 
 
 def _held_out_kl(state: State) -> list[float]:

@@ -6,16 +6,16 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from logitcask.cache_format.errors import UserError
-from logitcask.cache_format.runtime.interruption import Stopped
+from logitcask.cache_format.runtime.interruption import signals_given_to
 
 _KILOBYTE = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
 
@@ -46,27 +46,27 @@ def run_stage(command: list[str], options: list[str]) -> Ended:
     """
     started = time.monotonic()
     arguments = [sys.executable, "-m", "logitcask.rounds.child", str(os.getpid()), *command]
-    # In a group of its own: Ctrl-C at a terminal reaches it once, from here.
-    process = subprocess.Popen(
-        [*arguments, "--json", *options], stdout=subprocess.PIPE, process_group=0
-    )
-    assert process.stdout is not None
-    stopped: KeyboardInterrupt | None = None
-    usage: resource.struct_rusage | None = None
-    output = b""
-    while usage is None:
-        try:
-            if stopped is None:
-                output += process.stdout.read()
-            _, status, usage = os.wait4(process.pid, 0)
-            process.returncode = os.waitstatus_to_exitcode(status)
-        except KeyboardInterrupt as signalled:
-            stopped = signalled
-            number = signalled.number if isinstance(signalled, Stopped) else signal.SIGINT
-            process.send_signal(number)
-    process.stdout.close()
-    if stopped is not None:
-        raise stopped
+    process: subprocess.Popen[bytes] | None = None
+    waiting: list[int] = []  # signals that have not reached the command yet
+
+    def send(*numbers: int) -> None:
+        waiting.extend(numbers)
+        # A signal may arrive in this very loop. The process is there until it has been waited for.
+        with suppress(IndexError, ProcessLookupError):
+            while process is not None and process.returncode is None:
+                os.kill(process.pid, waiting.pop(0))
+
+    with signals_given_to(send):
+        # In a group of its own: Ctrl-C at a terminal reaches it once, from here.
+        process = subprocess.Popen(
+            [*arguments, "--json", *options], stdout=subprocess.PIPE, process_group=0
+        )
+        send()
+        assert process.stdout is not None
+        with process.stdout:
+            output = process.stdout.read()
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode < 0:
         raise UserError(
             f"{command[0]} was killed by {signal.Signals(-process.returncode).name}, which is how a machine without memory ends a "

@@ -7,6 +7,7 @@ A stage that was killed is run again. Its command goes on where it was, or finds
 from __future__ import annotations
 
 import hashlib
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,15 @@ from logitcask.cache_format.durable import load_state, write_durably
 from logitcask.cache_format.errors import LogitcaskError, UserError
 
 STATE = "state.json"
+
+_MAY_CHANGE = (
+    *("teacher.route", "teacher.batch_tokens", "teacher.tensor_parallel_size"),
+    *("store.shard_tokens", "store.compression_level", "data.on_bad_rows"),
+    "data.generate.writer_engine.tensor_parallel_size",
+)
+"""Fields of the teacher config that change no cache, such as those that a message about too little
+memory advises to lower.
+"""
 
 
 class Done(BaseModel):
@@ -86,12 +96,26 @@ def load(folder: Path, settings: dict[str, Any]) -> State:
             )
         return State(settings=settings)
     state = load_state(State, folder / STATE)
-    if state.settings != settings:
+    before, now = _compared(state.settings), _compared(settings)
+    if before != now:
         raise UserError(
-            f"{folder} holds rounds with other settings: {describe_difference(state.settings, settings)}; go back to them, "
+            f"{folder} holds rounds with other settings: {describe_difference(before, now)}; go back to them, "
             "begin afresh with --restart, or choose another output"
         )
     return state
+
+
+def _compared(settings: dict[str, Any]) -> dict[str, Any]:
+    """``settings`` without the fields that may change between starts."""
+    found = deepcopy(settings)
+    for name in _MAY_CHANGE:
+        *parts, last = name.split(".")
+        inside = found["teacher_config"]
+        for part in parts:
+            inside = inside.get(part) if isinstance(inside, dict) else None
+        if isinstance(inside, dict):
+            inside.pop(last, None)
+    return found
 
 
 def check_cache(done: Done, path: str | Path, folder: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -397,6 +398,8 @@ def _metrics(
         "created_by": f"logitcask {version('logitcask')}",
         "config": run["config"],
     }
+    if parts.part is not None:
+        found["first_step"] = parts.part.first
     if judge is not None:
         found["reference"] = {
             "path": judge.path,
@@ -416,6 +419,7 @@ def _write(
 ) -> None:
     """Writes the other files of a finished run, last ``metrics.json``, which marks its end."""
     told = [each._asdict() for each in answered]
+    history = [_in_json(record) for record in history]
     metrics = cast(RunMetrics, without_secrets(dict(metrics)))
     write_durably(output / "log.json", json.dumps(history, indent=1))
     write_durably(output / "examples.json", json.dumps(shown, indent=1, ensure_ascii=False))
@@ -423,6 +427,16 @@ def _write(
     write_durably(output / "README.md", model_card(metrics, output))
     write_report(output / "report.html", metrics, history, shown, told)
     write_durably(output / "metrics.json", json.dumps(metrics, indent=2))
+
+
+def _in_json(record: dict[str, float]) -> dict[str, Any]:
+    """A record of the log in which a number that JSON does not have, such as the gradient norm of
+    an overflow in float16, is null.
+    """
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in record.items()
+    }
 
 
 def _tail_of_kind(kind: Exactness) -> Tail:

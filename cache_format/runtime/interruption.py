@@ -71,6 +71,25 @@ def sigterm_at_once() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def signals_given_to(send: Callable[[int], object]) -> Iterator[None]:
+    """A context, for the main thread, in which a signal calls ``send`` with its number and has no
+    other effect, such as for a process that ends another one first. Its end raises Stopped if a
+    signal has arrived.
+    """
+    first = 0
+
+    def give(number: int, frame: FrameType | None) -> None:
+        nonlocal first
+        first = first or number
+        send(number)
+
+    with _handling(give, _SIGNALS):
+        yield
+    if first:
+        raise Stopped(first)
+
+
 def asked_to_stop() -> int:
     """Number of the signal that has arrived inside ``at_safe_points``; 0 if none has."""
     return _first[0] if _first else 0

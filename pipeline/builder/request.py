@@ -24,7 +24,10 @@ _NOT_CONTENT: dict[str, Any] = {
     "audit": True,
     "trusted_keys": True,
     "scale": True,
-    "data": {"on_bad_rows"},  # builds that end have the same rows, whichever it is
+    "data": {
+        "on_bad_rows": True,  # builds that end have the same rows, whichever it is
+        "generate": {"writer_engine": {"tensor_parallel_size"}},
+    },
     "teacher": {"route", "batch_tokens", "tensor_parallel_size", "server"},
     "store": {"shard_tokens", "compression_level"},
 }
@@ -46,6 +49,10 @@ def request_of(config: BuildConfig) -> dict[str, Any]:
 
 def _fields(config: BuildConfig) -> dict[str, Any]:
     request = config.model_dump(mode="json", exclude=_NOT_CONTENT)
+    generate = request["data"]["generate"]
+    engine = None if generate is None else generate["writer_engine"]
+    if engine is not None and all(value is None for value in engine.values()):
+        generate["writer_engine"] = None
     template = config.data.chat_template
     if template is not None and template.is_file():
         request["data"]["chat_template"] = hashlib.sha256(template.read_bytes()).hexdigest()

@@ -42,7 +42,7 @@ from logitcask.cache_format.runtime.interruption import at_safe_points, safe_poi
 from logitcask.cache_format.runtime.progress import ProgressBar
 from logitcask.pipeline.config import BuildConfig
 from logitcask.pipeline.generate import writer as other_writer
-from logitcask.pipeline.generate.prompts import PromptRow, Prompts
+from logitcask.pipeline.generate.prompts import CountedOnce, PromptRow, Prompts
 from logitcask.pipeline.identity import (
     check_teacher,
     check_unchanged,
@@ -245,8 +245,9 @@ class Generations:
             Rejects(self._config.rejects_file()) as rejects,
             pa.ipc.new_file(str(file), _PROMPTS) as out,
         ):
-            self._prompts.report = source.report = rejects.add
-            for row in self._prompts.prompts(source):
+            self._prompts.report = rejects.add
+            rows = CountedOnce(source, rejects.add)
+            for row in self._prompts.prompts(rows):
                 digest.update(row.row_id, row.input_ids, np.zeros(0, np.bool_))
                 waiting.append(row)
                 if len(waiting) == per_unit:
@@ -255,7 +256,7 @@ class Generations:
                 flush()
         sync(file)
         check_unchanged(source, stamp, self._config)
-        counters = {**source.counters, **self._prompts.counters}
+        counters = {**rows.counters, **self._prompts.counters}
         state = GenerationState(
             request=self._request,
             units=units,

@@ -23,7 +23,7 @@ from logitcask.pipeline.text.chat_template import ChatTemplate, Refused
 from logitcask.pipeline.text.config import DataConfig
 from logitcask.pipeline.text.long_texts import LONG, LongTexts, pieces
 from logitcask.pipeline.text.rejects import Reject, Report, ignore
-from logitcask.pipeline.text.sources import Row
+from logitcask.pipeline.text.sources import Row, RowSource
 from logitcask.pipeline.text.tokenize import AddedTokens, batches, check_ids, refused_row
 
 
@@ -33,6 +33,27 @@ class PromptRow:
 
     row_id: str
     input_ids: NDArray[np.int32]
+
+
+class CountedOnce:
+    """The rows of a source, which may be read several times. Counters and reports are those of the
+    first time.
+    """
+
+    def __init__(self, source: RowSource, report: Report) -> None:
+        self._source, self._report = source, report
+        self._counted: dict[str, int] | None = None
+
+    def __iter__(self) -> Iterator[Row]:
+        again = self._counted is not None
+        self._source.report = ignore if again else self._report
+        yield from self._source
+        if not again:
+            self._counted = self._source.counters
+
+    @property
+    def counters(self) -> dict[str, int]:
+        return self._source.counters if self._counted is None else self._counted
 
 
 class Prompts:

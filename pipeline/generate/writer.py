@@ -1,6 +1,7 @@
 """The model that writes answers in the teacher's place, such as a student: ``data.generate.writer``.
 
-It runs with the engine settings of the teacher, before the teacher is started.
+It runs before the teacher is started, with the engine settings of the teacher unless
+``data.generate.writer_engine`` has others.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from logitcask.cache_format.errors import ConfigError, UserError
 from logitcask.cache_format.manifest import TeacherIdentity, WriterIdentity
 from logitcask.cache_format.tokenizer_identity import tokenizer_identity
 from logitcask.pipeline.config import BuildConfig, StoreConfig, TeacherConfig
+from logitcask.pipeline.teachers.vllm.arguments import check_engine_args
 from logitcask.pipeline.text.config import GenerateConfig
 
 _SYNTHETIC = re.compile(r"synthetic:(\d+)")
@@ -21,7 +23,8 @@ def as_teacher(config: BuildConfig) -> BuildConfig:
     """``config`` with the writer in place of the teacher, and the smallest store: its engine scores
     nothing.
 
-    Raises ConfigError for a name that the teacher's backend cannot run.
+    Raises ConfigError for a name that the teacher's backend cannot run, and for engine arguments
+    that would make the stored data wrong.
     """
     name, teacher = config.writer, config.teacher
     assert name is not None
@@ -36,6 +39,11 @@ def as_teacher(config: BuildConfig) -> BuildConfig:
         writer = teacher.model_copy(update={"model": name, "revision": None, "route": "auto"})
     else:  # a server, or a backend outside this project: neither tells logprobs of its own text
         writer = TeacherConfig(model=name, dtype=teacher.dtype)
+    assert config.data.generate is not None
+    if (engine := config.data.generate.writer_engine) is not None:
+        writer = writer.model_copy(update=engine.model_dump(exclude_none=True))
+        if writer.backend == "vllm":
+            check_engine_args(writer, "data.generate.writer_engine.engine_args")
     least = StoreConfig(top_k=1, min_k=1, min_probability=None, tail_samples=0)
     # Checked already as a part of ``config``; a copy keeps paths as they are.
     return config.model_copy(update={"teacher": writer, "store": least})

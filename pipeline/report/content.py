@@ -35,6 +35,7 @@ _PARTS = {
         "tail_step",
         "entropy_step",
     ),
+    "writer's logprobs": ("writer_logprob",),
 }
 """Part of a cache -> columns of a shard, by the beginnings of their names."""
 
@@ -255,7 +256,7 @@ def _facts(manifest: Manifest) -> dict[str, str]:
         "engine": f"{teacher.engine}, {teacher.dtype}, route {teacher.route}, temperature {teacher.temperature:g}",
         "tokenizer": f"{manifest.tokenizer.name}, {manifest.tokenizer.vocab_size:,} ids, sha256 {manifest.tokenizer.sha256}",
         "data": f"{data.source}, split {data.split}, {data.kind}, at most {data.max_length:,} tokens, longer ones: {data.overlong}",
-        "text by": f"{_WRITTEN.get(data.mask_policy, data.mask_policy)} (loss mask: {data.mask_policy})",
+        "text by": f"{_written_by(manifest)} (loss mask: {data.mask_policy})",
         "head": describe_head(manifest),
         "tail": describe_tail(manifest),
         "rounding": f"logprobs within {store.rounding:g} nats",
@@ -270,3 +271,17 @@ def _facts(manifest: Manifest) -> dict[str, str]:
         "format": f"version {manifest.format_version}",
         "fingerprint": manifest.fingerprint,
     }
+
+
+def _written_by(manifest: Manifest) -> str:
+    """Who wrote the text: the data set, the teacher, or another model and how it was sampled."""
+    generation = manifest.data.generation
+    if generation is None or generation.writer is None:
+        return _WRITTEN.get(manifest.data.mask_policy, manifest.data.mask_policy)
+    writer = generation.writer
+    revision = f", revision {writer.revision}" if writer.revision else ""
+    weights = f", weights sha256 {writer.weights_sha256}" if writer.weights_sha256 else ""
+    return (
+        f"{writer.model}{revision}{weights} wrote the answers with {writer.engine}, {writer.dtype}, "
+        f"at temperature {writer.temperature:g} and top_p {writer.top_p:g}"
+    )

@@ -31,7 +31,10 @@ FEWEST = 16
 GROUPS = 1000
 """Sources that are counted one by one; the rest is one group."""
 
-_NUMBERS = re.compile(r"(?:[/#]\d+)+$")
+LONGEST_TEXT = 400
+"""Characters of a name or a token that a page holds; of a longer one its beginning and its end."""
+
+_NUMBERS = re.compile(r"(?:\d+[/#])+")  # of a name that is read from its end: in linear time
 _OTHERS = "all others"
 
 
@@ -79,12 +82,22 @@ def sequence_figures(index: int, sequence: CachedSequence) -> SequenceFigures:
     """The figures of one sequence."""
     loss = -sequence.target_logprob.astype(np.float64)
     mean = float(loss.mean()) if len(loss) else math.nan
-    return SequenceFigures(index, sequence.sequence_id, len(sequence), len(loss), mean)
+    name = shortened(sequence.sequence_id)
+    return SequenceFigures(index, name, len(sequence), len(loss), mean)
+
+
+def shortened(text: str) -> str:
+    """A text for a page: whole, or its beginning, its end and its length."""
+    if len(text) <= LONGEST_TEXT:
+        return text
+    half = LONGEST_TEXT // 2
+    return f"{text[:half]} … ({len(text):,} characters) … {text[-half:]}"
 
 
 def source_of(sequence_id: str) -> str:
     """The source of a sequence: its id without the numbers of the row and the piece."""
-    return _NUMBERS.sub("", sequence_id)
+    numbers = _NUMBERS.match(sequence_id[::-1])
+    return shortened(sequence_id[: len(sequence_id) - numbers.end()] if numbers else sequence_id)
 
 
 class Figures:

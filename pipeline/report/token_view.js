@@ -12,6 +12,7 @@ const MOST_SURPRISING = 500;
 const MOST_HITS = 10000;
 const LIST_STEP = 100;
 const BLOCK = { least: 60, most: 160 };  // tokens; a block ends at a line end between these
+const AT_ONCE = 4;  // blocks: about as many as the screen shows
 const HIDDEN = /[\p{C}\p{Zl}\p{Zp}\p{Zs}]/u;  // and not a space: what Python calls not printable
 const NAMES = { "\n": "\\n", "\r": "\\r", "\t": "\\t" };
 const SIGNS = { "\n": "⏎\n", "\r": "␍", "\t": "→\t" };
@@ -19,7 +20,9 @@ const SIGNS = { "\n": "⏎\n", "\r": "␍", "\t": "→\t" };
 const byId = (id) => document.getElementById(id);
 const percent = (p) => (p >= 0.9995 || p === 0 ? `${Math.round(100 * p)}` : (100 * p).toPrecision(p < 0.1 ? 2 : 3)) + "\u00a0%";
 const nats = (x) => (Number.isFinite(x) ? x.toFixed(3) : "∞");
-const count = (n) => n.toLocaleString("en");
+const inEnglish = new Intl.NumberFormat("en");  // one for all: each new one takes a millisecond
+const count = (n) => inEnglish.format(n);
+const nextFrame = () => new Promise((resolve) => requestAnimationFrame(() => setTimeout(resolve)));
 
 function make(tag, properties = {}, ...children) {
   const element = document.createElement(tag);
@@ -46,20 +49,36 @@ function named(text) {
   return line;
 }
 
+// The distributions of a chunk, and where the lists of each token begin.
+async function unpackedTeacher(number) {
+  const found = await unpackedArrays(`teacher-${number}`);
+  for (const name of ["head", "draw"]) {
+    const sizes = found[`${name}_size`];
+    if (!sizes) continue;
+    const starts = new Int32Array(sizes.length + 1);
+    for (let i = 0; i < sizes.length; i++) starts[i + 1] = starts[i] + sizes[i];
+    found[`${name}_start`] = starts;
+  }
+  return found;
+}
+
 class View {
-  constructor(data) {
+  // first: what `unpackChunk(0)` gives, which is asked for while `data` is on its way.
+  constructor(data, first) {
     this.data = data;
     this.sequences = data.sequences.map(([index, id, tokens, positions, mean, most, chunk, start]) => ({ index, id, tokens, positions, mean, most, chunk, start }));
-    this.place = new Map(data.ids.map((id, place) => [id, place]));
-    this.chunks = [];       // {token, loss, text, starts} by number
-    this.teachers = new Map();
+    this.place = new Int32Array(data.vocab_size).fill(-1);  // by id
+    data.ids.forEach((id, place) => { this.place[id] = place; });
+    this.chunks = [];       // {token, loss, text, starts} by number, once they are there
+    this.coming = [first.text];
+    this.teachers = new Map([[0, first.teacher]]);
     this.byChunk = Array.from({ length: data.chunks }, () => []);
     this.sequences.forEach((sequence, at) => this.byChunk[sequence.chunk].push(at));
     this.surprising = [];
     this.order = this.sequences.map((_, at) => at);
   }
 
-  textOf(id) { return this.data.texts[this.place.get(id)]; }
+  textOf(id) { return this.data.texts[this.place[id]]; }
 
   label(id) {
     const text = this.textOf(id);
@@ -68,26 +87,17 @@ class View {
   }
 
   async chunk(number) {
-    if (!this.chunks[number]) this.chunks[number] = await unpackedArrays(`text-${number}`);
-    return this.chunks[number];
+    this.coming[number] ??= unpackedArrays(`text-${number}`);
+    return (this.chunks[number] ??= await this.coming[number]);
   }
 
-  // The distributions of a chunk, and where the lists of each token begin. Two chunks are kept.
-  async teacher(number) {
-    let found = this.teachers.get(number);
-    if (!found) {
-      found = await unpackedArrays(`teacher-${number}`);
-      for (const name of ["head", "draw"]) {
-        const sizes = found[`${name}_size`];
-        if (!sizes) continue;
-        const starts = new Int32Array(sizes.length + 1);
-        for (let i = 0; i < sizes.length; i++) starts[i + 1] = starts[i] + sizes[i];
-        found[`${name}_start`] = starts;
-      }
-      this.teachers.set(number, found);
+  // The distributions of a chunk. Two chunks are kept.
+  teacher(number) {
+    if (!this.teachers.has(number)) {
+      this.teachers.set(number, unpackedTeacher(number));
       if (this.teachers.size > 2) this.teachers.delete(this.teachers.keys().next().value);
     }
-    return found;
+    return this.teachers.get(number);
   }
 
   // Characters that tokens complete which are only parts of them: token -> text.
@@ -111,6 +121,7 @@ class View {
     let least = -Infinity;
     for (let number = 0; number < this.data.chunks; number++) {
       const chunk = await this.chunk(number);
+      if (number + 1 < this.data.chunks) this.chunk(number + 1);  // unpacked while this one is read
       chunk.text = this.searchable(number, chunk);
       for (let i = 0; i < chunk.loss.length; i++) {
         if (chunk.loss[i] > least) this.surprising.push([chunk.loss[i], number, i]);
@@ -131,7 +142,7 @@ class View {
     const wholes = this.wholes(tokens);
     this.lower ??= this.data.texts.map((text) => (typeof text === "string" ? text.toLowerCase() : ""));
     for (let i = 0, at = 0; i < tokens.length; i++) {
-      const part = (wholes.get(i)?.toLowerCase() ?? this.lower[this.place.get(tokens[i])] ?? "") + (ends.has(i) ? "\u{10ffff}" : "");
+      const part = (wholes.get(i)?.toLowerCase() ?? this.lower[this.place[tokens[i]]] ?? "") + (ends.has(i) ? "\u{10ffff}" : "");
       parts[i] = part;
       at += part.length;
       starts[i + 1] = at;
@@ -256,6 +267,7 @@ class Reader {
         begin = i + 1; letters = lines = 0;
       }
     }
+    this.blocks.slice(0, AT_ONCE).forEach((block) => this.fill(block));  // the watcher waits for a frame
   }
 
   fill(block) {
@@ -489,7 +501,8 @@ async function start() {
     byId("reading-more").textContent = "This browser is too old for the token view (it has no DecompressionStream).";
     return;
   }
-  const view = new View(await unpackedJson("view"));
+  const first = { text: unpackedArrays("text-0"), teacher: unpackedTeacher(0) };
+  const view = new View(await unpackedJson("view"), first);
   if (matchMedia("(max-width: 44rem)").matches) byId("list").open = false;
   reader = new Reader(view);
   const open = (at, more) => { reader.show(at, more); };
@@ -503,9 +516,10 @@ async function start() {
     const place = view.sequenceAt(number, first), begin = view.sequences[place].start;
     return reader.show(place, { token: first - begin, hit: [first - begin, Math.max(first, last) - begin], focus });
   };
-  const opened = { done: null };
+  let allOpened;
+  const opened = new Promise((resolve) => { allOpened = resolve; });
   const find = async (way) => {
-    await opened.done;
+    await opened;
     const wanted = byId("query").value;
     if (wanted !== query) {
       query = wanted;
@@ -521,7 +535,7 @@ async function start() {
   byId("next").addEventListener("click", () => find(1));
   byId("previous").addEventListener("click", () => find(-1));
   const jump = async (way) => {
-    await opened.done;
+    await opened;
     if (!view.surprising.length) return;
     surprise = (surprise + way + view.surprising.length + (surprise < 0 && way < 0 ? 1 : 0)) % view.surprising.length;
     const [loss, number, token] = view.surprising[surprise];
@@ -541,8 +555,9 @@ async function start() {
   };
   addEventListener("hashchange", follow);
   if (!follow() && list.found.length) await reader.show(list.found[0]);
-  opened.done = view.openAll();
-  await opened.done;
+  await nextFrame();  // the text is on the screen before everything else is opened
+  await view.openAll();
+  allOpened();
   document.documentElement.dataset.ready = "yes";
 }
 

@@ -22,9 +22,6 @@ from logitcask.pipeline.report.figures import sequence_figures
 CHUNK_TOKENS = 8192
 """Tokens of a chunk at least, but for the last one: some hundred kilobytes."""
 
-LONGEST_TEXT = 400
-"""Characters of a token that a page holds; of a longer one its beginning and its end."""
-
 Shown = str | list[int]
 """The text of a token, or its bytes if they are only part of a character."""
 
@@ -167,11 +164,3 @@ def _draws(held: list[CachedSequence]) -> dict[str, NDArray[Any]]:
         if each.logprobs is not None
     ]
     return _lists("draw", held, ids, logprobs if len(logprobs) == len(held) else None)
-
-
-def shortened(text: str) -> str:
-    """A token's text for a page: whole, or its beginning, its end and its length."""
-    if len(text) <= LONGEST_TEXT:
-        return text
-    half = LONGEST_TEXT // 2
-    return f"{text[:half]} … ({len(text):,} characters) … {text[-half:]}"

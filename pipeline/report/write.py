@@ -19,9 +19,9 @@ from logitcask.cache_format.pages.page import HERE as PAGES
 from logitcask.cache_format.pages.page import refuse_foreign, render, write_page
 from logitcask.cache_format.shards.codec import Codec
 from logitcask.pipeline.report.content import content
-from logitcask.pipeline.report.figures import Figures, choose, sizes_up_to
+from logitcask.pipeline.report.figures import Figures, choose, shortened, sizes_up_to
 from logitcask.pipeline.report.token_class import Classes, TokenClass, token_class
-from logitcask.pipeline.report.token_view import Shown, TokenView, shortened
+from logitcask.pipeline.report.token_view import Shown, TokenView
 
 HERE = Path(__file__).parent
 

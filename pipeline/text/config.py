@@ -34,6 +34,20 @@ _NOT_ARGUMENTS = {
 }
 
 
+class WriterEngineConfig(ConfigModel):
+    """The engine of the writer, where it differs from that of the teacher."""
+
+    dtype: str | None = Field(None, description="As teacher.dtype. Default: that of the teacher.")
+    tensor_parallel_size: int | None = Field(
+        None, ge=1, description="As teacher.tensor_parallel_size. Default: that of the teacher."
+    )
+    engine_args: dict[str, object] | None = Field(
+        None,
+        description="In the place of all of teacher.engine_args. `{}` for none. Default: those of "
+        "the teacher.",
+    )
+
+
 class GenerateConfig(ConfigModel):
     """Answers that the teacher, or another model, writes to the prompts of a data set. The teacher
     then scores them like any other text.
@@ -46,6 +60,11 @@ class GenerateConfig(ConfigModel):
         "as a student's checkpoint. It needs the teacher's tokenizer, runs with the teacher's "
         "engine settings, and has left the memory when the teacher starts. The logprobs that it "
         "gave its tokens are stored, too. `synthetic:SEED` for the synthetic teacher.",
+    )
+    writer_engine: WriterEngineConfig | None = Field(
+        None,
+        description="Engine settings of the writer that are not the teacher's: a quantised teacher "
+        "of many GPUs, say, has arguments that a small student cannot run with.",
     )
     skip_prompts: int = Field(
         0,
@@ -100,6 +119,15 @@ class GenerateConfig(ConfigModel):
     @classmethod
     def _writer_has_a_home(cls, writer: str | None) -> str | None:
         return None if writer is None else with_home(writer)
+
+    @model_validator(mode="after")
+    def _an_engine_is_of_a_writer(self) -> Self:
+        if self.writer_engine is not None and self.writer is None:
+            raise ValueError(
+                "writer_engine is set, but no writer; name the model that writes, or set the engine of the teacher, which "
+                "writes itself (teacher.engine_args)"
+            )
+        return self
 
     @model_validator(mode="after")
     def _stops_are_strings(self) -> Self:

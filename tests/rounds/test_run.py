@@ -10,12 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 from logitcask.cache_format import CacheReader
+from logitcask.cache_format.cli.config_file import load_config
+from logitcask.cache_format.cli.config_model import ConfigModel
 from logitcask.cache_format.errors import ConfigError, UserError
 from logitcask.rounds.figures import repetition
-from logitcask.rounds.run import Rounds, run_rounds
+from logitcask.rounds.report import _useful
+from logitcask.rounds.run import Rounds, _overrides, run_rounds
 from logitcask.rounds.state import State
 
 from .conftest import COMMANDS, kill_at
@@ -87,6 +91,12 @@ def test_repetition_counts_what_has_occurred_before():
     assert repetition(ids[:3]) == 0
 
 
+def test_seconds_of_earlier_starts_are_no_negative_overhead():
+    """A training of 100 seconds that was killed after 80 has a last start of 30."""
+    assert _useful(30.0, {"training_seconds": 100.0}) == 30.0
+    assert _useful(30.0, {"writing_seconds": 4.0, "scoring_seconds": 5.0}) == 9.0
+
+
 def test_a_finished_run_is_found(rounds):
     config = rounds(count=1)
     first = run_rounds(config, [])
@@ -127,6 +137,16 @@ def test_other_settings_are_named(rounds):
         run_rounds(rounds(count=1, prompts=5), [])
     with pytest.raises(UserError, match=r"student_config.losses"):
         run_rounds(rounds(count=1, student={"losses": [{"name": "jsd"}]}), [])
+
+
+def test_settings_that_change_no_cache_may_change(rounds, tiny_llama):
+    """Such as those that an engine without memory advises to lower."""
+    run_rounds(rounds(count=1), [])
+    teacher = {"model": str(tiny_llama), "backend": "transformers", "batch_tokens": 64}
+    document, _ = run_rounds(rounds(count=2, teacher={"teacher": teacher}), [])
+    assert document["rounds_done"] == 2
+    with pytest.raises(UserError, match=r"teacher_config\.teacher\.dtype"):
+        run_rounds(rounds(count=2, teacher={"teacher": {**teacher, "dtype": "bfloat16"}}), [])
 
 
 def test_a_cache_removed_or_exchanged(rounds):
@@ -232,6 +252,48 @@ def test_bad_input(rounds, tmp_path, tiny_llama):
     (tmp_path / "taken" / "thesis.txt").write_text("mine")
     with pytest.raises(UserError, match=r"thesis.txt"):
         run_rounds(rounds(output="taken"), [])
+
+
+@pytest.mark.parametrize(
+    ("which", "change", "said"),
+    [
+        ("student", {"losses": ["forward_kl"]}, "losses has 'forward_kl'; expected a loss as"),
+        ("student", {"losses": {"name": "forward_kl"}}, "expected a list of losses"),
+        ("student", {"training": []}, "training is \\[\\]; expected fields"),
+        ("student", {"evaluation": "x"}, "evaluation is 'x'; expected fields"),
+        ("teacher", {"data": "x"}, "has no data.generate"),
+        ("teacher", {"taecher": 1}, "unknown key taecher; did you mean teacher?"),
+        ("generate", {"seed": "x"}, "data.generate.seed: .* valid integer"),
+        ("generate", {"skip_prompts": None}, "data.generate.skip_prompts: .* valid integer"),
+    ],
+)
+def test_mistakes_in_the_two_configs_are_said_before_anything_runs(
+    rounds, tmp_path, which, change, said
+):
+    config = rounds()
+    file = tmp_path / f"{'student' if which == 'student' else 'teacher'}.yaml"
+    fields = yaml.safe_load(file.read_text())
+    (fields["data"]["generate"] if which == "generate" else fields).update(change)
+    file.write_text(yaml.safe_dump(fields))
+    with pytest.raises(ConfigError, match=said):
+        run_rounds(config, [])
+    assert COMMANDS == []
+
+
+def test_the_options_of_a_loss_are_left_to_the_command(rounds):
+    losses = [{"name": "jsd", "beta": None}]
+    assert Rounds(rounds(student={"losses": losses}), []).replay == 0.25
+
+
+class _Folder(ConfigModel):
+    folder: str
+
+
+@pytest.mark.parametrize("name", ["run-😀", "é", 'a"b', "a\\b", "a: b # c", "\u2028"])
+def test_paths_of_any_characters_reach_the_commands(tmp_path, name):
+    (tmp_path / "config.yaml").write_text("folder: x\n")
+    found = load_config(_Folder, tmp_path / "config.yaml", _overrides({"folder": name}))
+    assert found.folder == name
 
 
 def _overlong(tmp_path: Any) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -107,6 +108,23 @@ def test_a_signal_goes_on_to_the_command(config):
     thread.join()
     assert stopped.value.exit_code == 143
     assert not stages[0].is_running()
+
+
+def test_a_signal_while_the_command_is_started(config, monkeypatch):
+    """It is not lost, and leaves no command behind that nobody waits for."""
+    started: list[psutil.Process] = []
+
+    class Interrupted(subprocess.Popen):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            started.append(psutil.Process(self.pid))
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(subprocess, "Popen", Interrupted)
+    with sigterm_at_once(), pytest.raises(Stopped) as stopped:
+        run_stage(["teacher-cache", "build", str(config)], [])
+    assert stopped.value.exit_code == 143
+    assert not started[0].is_running()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such request")

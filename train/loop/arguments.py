@@ -30,6 +30,7 @@ SAVE_TOTAL_LIMIT = 2
 _UNSUPPORTED = {
     "label_smoothing_factor": "the hard labels are a loss of their own: ce_weight",
     "save_only_model": "a run could not go on exactly",
+    "ignore_data_skip": "a run that goes on would read the beginning of its data again, and skipping costs nothing here",
     "group_by_length": "set data.group_by_length instead",
     "auto_find_batch_size": "it begins again with a smaller batch, but keeps the weights of the steps before; set "
     "per_device_train_batch_size and gradient_accumulation_steps instead",

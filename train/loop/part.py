@@ -76,16 +76,17 @@ class PartEnd(TrainerCallback, ExportableState):
     """Ends the training at the last step of the part, with a log record and a checkpoint, and puts
     into each checkpoint what the next part needs of this one.
 
-    drawn: units that the whole part reads, by the cache's fingerprint.
+    drawn: units that the whole part reads, by the cache's fingerprint. units: those of the cache.
     """
 
-    def __init__(self, part: Part, drawn: dict[str, int]) -> None:
-        self._part, self._drawn = part, drawn
+    def __init__(self, part: Part, drawn: dict[str, int], units: dict[str, int]) -> None:
+        self._part, self._drawn, self._units = part, drawn, units
 
     def state(self) -> dict[str, Any]:
         part = self._part
         attributes = {"first": part.first, "until": part.until, "read": part.read}
-        return {"args": {}, "attributes": {**attributes, "drawn": self._drawn}}
+        read = {"drawn": self._drawn, "units": self._units}
+        return {"args": {}, "attributes": {**attributes, **read}}
 
     def on_step_end(
         self,

@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from accelerate.utils import DynamoBackend, TorchDynamoPlugin
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import (
     PreTrainedModel,
@@ -119,7 +120,7 @@ class DistillationTrainer(Trainer):
         )
         self._part = part
         if part is not None:
-            self.add_callback(PartEnd(part, self._drawn_by_cache(part)))
+            self.add_callback(PartEnd(part, *self._drawn_by_cache(part)))
         self.remove_callback(ProgressCallback)
         self.remove_callback(PrinterCallback)
         self.add_callback(self._stop)
@@ -248,17 +249,33 @@ class DistillationTrainer(Trainer):
             processes=self.args.world_size,
         )
 
-    def _drawn_by_cache(self, part: Part) -> dict[str, int]:
-        """Units that the whole part reads, by the cache's fingerprint."""
+    def _drawn_by_cache(self, part: Part) -> tuple[dict[str, int], dict[str, int]]:
+        """Units that the whole part reads of each cache, and all that it has to learn from, by the
+        cache's fingerprint.
+        """
         plan = self._mixture.plan
         assert isinstance(plan, PartPlan)
         shares = plan.shares(self._part_batches(part, self._sequences_per_batch()).units)
         names = [source.cache.manifest.fingerprint for source in self._mixture.sources]
-        return dict(zip(names, shares, strict=True))
+        sizes = [len(units) for units in self._mixture.units]
+        return dict(zip(names, shares, strict=True)), dict(zip(names, sizes, strict=True))
 
     def start_from(self, checkpoint: Path) -> None:
         """Loads the weights of a checkpoint, before anything is measured. ``run`` loads the rest."""
         self._load_from_checkpoint(str(checkpoint))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As Trainer does. The first step then has the learning rate of this run's schedule: that
+        of the checkpoint is another one if its schedule was shorter, at its end usually 0.
+        """
+        super()._load_optimizer_and_scheduler(checkpoint)
+        schedule = self.lr_scheduler
+        if checkpoint is None or not isinstance(schedule, LambdaLR):
+            return
+        for group, base, share in zip(
+            schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True
+        ):
+            group["lr"] = base * share(schedule.last_epoch)
 
     def tell_epoch(self, loader: DataLoader) -> None:
         """Sets the epoch of the data's order. Trainer's own call does not reach samplers that

@@ -12,7 +12,7 @@ from logitcask.train.data.batch import collate
 from logitcask.train.data.dataset import CachedDataset
 from logitcask.train.exactness_words import IN_WORDS
 from logitcask.train.loop.objective import Objective
-from logitcask.train.losses import LOSSES
+from logitcask.train.losses import LOSSES, SPECS
 from logitcask.train.losses.base import Exactness, is_own
 from logitcask.train.losses.exactness import shortest_head, weakest
 from logitcask.train.losses.others import check_gradient
@@ -56,9 +56,27 @@ def _try_on(objective: Objective, data: CachedDataset) -> tuple[Tail, dict[str, 
     objective.per_chunk(teacher)(logits.clone(), rows)
     for name in (name for name, _ in objective.weights() if not is_own(LOSSES[name])):
         check_gradient(name, lambda z: objective.per_chunk(teacher)(z, rows)[1], logits.clone())
+    _warn_of_the_sampling(objective, data)
     tail = tail_of(teacher)
     log.info("beyond the heads stored in %s, KL uses %s", data.cache.path, _TAILS[tail])
     exactness = objective.exactness(teacher, shortest_head(data.cache.manifest.store))
     for name, kind in exactness.items():
         log.info("with this cache, %s is %s", name, IN_WORDS[kind])
     return tail, exactness
+
+
+def _warn_of_the_sampling(objective: Objective, data: CachedDataset) -> None:
+    """Warns of a loss that takes the text for samples of a distribution from which it is not."""
+    generation = data.cache.manifest.data.generation
+    writer = None if generation is None else generation.writer
+    if writer is None or (writer.temperature, writer.top_p) == (1, 1):
+        return
+    for name in (name for name, _ in objective.weights() if SPECS[name].own_samples):
+        log.warning(
+            "%s is for samples of the writer's whole distribution, but %s was sampled at temperature %g and top_p %g, so its "
+            "mean is another one; sample at temperature 1 and top_p 1 (data.generate)",
+            name,
+            data.cache.path,
+            writer.temperature,
+            writer.top_p,
+        )

@@ -208,6 +208,8 @@ class LossSpec:
     same_as:      the name of the loss that it equals with these options, or None.
     prior_product: whether ``tail: prior`` needs only the product of logits and prior; other losses
                   need all logits.
+    own_samples:  whether it takes the text for samples of the whole distribution of the model that
+                  wrote it.
     dynamic:      whether its term can scale the other terms by the overlap of the teacher's and the
                   student's top ``top_k``.
     by_overlap:   whether such a term scales this loss.
@@ -229,6 +231,7 @@ class LossSpec:
     prepare: Callable[[SparseTeacher, dict[str, Any]], dict[str, Any]] | None = None
     same_as: Callable[[dict[str, Any]], str | None] = lambda options: None
     prior_product: bool = False
+    own_samples: bool = False
     dynamic: bool = False
     by_overlap: bool = True
 

@@ -20,6 +20,7 @@ from logitcask.train.losses.student_pass import StudentPass
     from_head="exact",
     from_samples=None,
     use="the newest student's own text: reverse KL from two numbers per token, without heads and draws",
+    own_samples=True,
 )
 def policy_gradient(
     student_logits: Tensor | StudentPass, teacher: SparseTeacher, *, clip: float | None = 0.2

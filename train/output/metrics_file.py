@@ -75,6 +75,7 @@ class RunMetrics(TypedDict):
     losses:    (name, weight as text) of every term.
     exactness: of each loss with this cache, in words.
     seconds, positions_trained: over all starts of the run.
+    first_step: of a part of a longer training, the step at which ``before`` was measured.
     """
 
     before: dict[str, float]
@@ -87,6 +88,7 @@ class RunMetrics(TypedDict):
     kinds: NotRequired[dict[str, str]]
     reference: NotRequired[ReferenceFacts]
     steps: int
+    first_step: NotRequired[int]
     final_loss: float | None
     seconds: float
     positions_trained: int

@@ -166,8 +166,8 @@ def _column(name: str, log: Log) -> tuple[list[float], list[float]]:
 
 def _curve(key: str, metrics: RunMetrics, log: Log) -> tuple[list[float], list[float]]:
     """The values of a held-out metric from before the first step to after the last."""
-    points = {0.0: metrics["before"][key]}
-    points |= {record["step"]: record[f"eval_{key}"] for record in log if f"eval_{key}" in record}
+    points = {record["step"]: record[f"eval_{key}"] for record in log if f"eval_{key}" in record}
+    points[metrics.get("first_step", 0)] = metrics["before"][key]
     points[metrics["steps"]] = metrics["after"][key]
     steps = sorted(points)
     return steps, [points[step] for step in steps]

@@ -58,13 +58,13 @@ _RESERVED = {
 }
 
 
-def check_engine_args(config: TeacherConfig) -> None:
+def check_engine_args(config: TeacherConfig, where: str = "teacher.engine_args") -> None:
     """Raises ConfigError for engine arguments that have their own config field, or that would make
-    the stored data wrong.
+    the stored data wrong. ``where`` is their place in the user's config.
     """
     for key in config.engine_args:
         if key in _RESERVED:
-            raise ConfigError(f"teacher.engine_args.{key} cannot be set; {_RESERVED[key]}")
+            raise ConfigError(f"{where}.{key} cannot be set; {_RESERVED[key]}")
 
 
 CHUNK_ROWS = 1024

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,10 @@ import pytest
 import torch
 
 import logitcask.pipeline.builder.lazy_teacher as lazy
-from logitcask.cache_format import CacheReader, UserError, verify
+from logitcask.cache_format import CacheReader, ConfigError, UserError, verify
 from logitcask.cache_format.catalog.home import Home
 from logitcask.cache_format.manifest import Manifest
+from logitcask.pipeline.builder.request import as_of_today, request_of
 from logitcask.pipeline.builder.run import build
 from logitcask.pipeline.config import BuildConfig, TeacherConfig
 from logitcask.pipeline.distribution.capture import Capture
@@ -26,7 +28,9 @@ VOCAB = 3000
 ROUNDING = 2.0**-9
 
 
-def config_of(folder: Path, writer: str, teacher: dict[str, Any], **generate: Any) -> BuildConfig:
+def config_of(
+    folder: Path, writer: str | None, teacher: dict[str, Any], **generate: Any
+) -> BuildConfig:
     rows = folder / "questions.jsonl"
     if not rows.exists():
         rows.write_text("".join(f'{{"q": "what is {n}?"}}\n' for n in range(7)))
@@ -253,6 +257,69 @@ def test_ids_that_the_teacher_lacks(tmp_path, monkeypatch):
 def test_the_synthetic_teachers_writer_is_synthetic(tmp_path, name):
     with pytest.raises(UserError, match="synthetic:SEED"):
         other_writer.as_teacher(synthetic(tmp_path, name))
+
+
+def test_a_writer_has_the_teachers_engine_or_its_own(tmp_path):
+    teacher = {
+        "model": "big",
+        "dtype": "bfloat16",
+        "tensor_parallel_size": 8,
+        "engine_args": {"quantization": "awq", "max_num_seqs": 4},
+    }
+    as_it_is = other_writer.as_teacher(config_of(tmp_path, "small", teacher)).teacher
+    assert as_it_is.model_dump() == TeacherConfig(**{**teacher, "model": "small"}).model_dump()
+    own = {"engine_args": {}, "tensor_parallel_size": 1}
+    config = config_of(tmp_path, "small", teacher, writer_engine=own)
+    writer = other_writer.as_teacher(config).teacher
+    assert (writer.engine_args, writer.tensor_parallel_size, writer.dtype) == ({}, 1, "bfloat16")
+    assert config.teacher.engine_args == teacher["engine_args"]
+    server = {"model": "big", "backend": "server", "server": {"url": "http://h:1"}}
+    scored = {"tail_samples": 0, "min_probability": None}
+    fields = config_of(tmp_path, "small", {"model": "big"}, writer_engine=own).model_dump()
+    behind = BuildConfig.model_validate({**fields, "teacher": server, "store": scored})
+    assert other_writer.as_teacher(behind).teacher.backend == "vllm"
+    assert other_writer.as_teacher(behind).teacher.engine_args == {}
+
+
+def test_mistakes_about_the_writers_engine(tmp_path):
+    wrong = {"engine_args": {"enable_prefix_caching": True}}
+    config = config_of(tmp_path, "small", {"model": "big"}, writer_engine=wrong)
+    with pytest.raises(
+        ConfigError,
+        match=r"data.generate.writer_engine.engine_args.enable_prefix_caching cannot be",
+    ):
+        other_writer.as_teacher(config)
+    with pytest.raises(ValueError, match="writer_engine is set, but no writer"):
+        config_of(tmp_path, None, {"model": "big"}, writer_engine=wrong)
+
+
+def test_the_writers_engine_is_a_part_of_the_request(tmp_path):
+    """Its arguments may change the text, its GPUs do not; earlier caches had none of it."""
+
+    def request(**engine: Any) -> dict[str, Any]:
+        return request_of(config_of(tmp_path, "small", {"model": "big"}, **engine))
+
+    plain = request()
+    assert request(writer_engine={"engine_args": {"seed": 1}}) != plain
+    one, two = (request(writer_engine={"tensor_parallel_size": n}) for n in (1, 2))
+    assert one == two == plain
+    earlier = json.loads(json.dumps(plain))
+    del earlier["data"]["generate"]["writer_engine"]
+    assert as_of_today(earlier, config_of(tmp_path, "small", {"model": "big"})) == plain
+
+
+def test_rows_that_are_read_again_are_counted_and_reported_once(tmp_path):
+    config = synthetic(tmp_path, skip_prompts=599, max_prompts=3)
+    rows = [f'{{"q": "what is {n}?"}}' for n in range(600)]
+    rows[1:1] = ['{"q": null}']
+    rows.append('{"q": 3}')
+    Path(config.data.path).write_text("\n".join(rows))
+    counters = build(config).manifest.data.counters
+    assert (counters["rows_read"], counters["prompts"]) == (602, 3)
+    rejects = [json.loads(line) for line in config.rejects_file().read_text().splitlines()]
+    assert [each["id"] for each in rejects] == ["train/1", "train/601"]
+    skipped = sum(n for name, n in counters.items() if name.startswith("rows_skipped"))
+    assert skipped == 2
 
 
 @pytest.mark.parametrize(

@@ -264,6 +264,44 @@ def test_search(opened, make_reader):
     assert find("cat<s>") == "not found"
 
 
+_HELD_BACK = """
+const whole = Response.prototype.arrayBuffer;
+let left = 3;  // the index, and both halves of the first chunk
+Response.prototype.arrayBuffer = async function () {
+  const found = await whole.call(this);
+  if (--left < 0) await (window.released ??= new Promise((resolve) => { window.release = resolve; }));
+  return found;
+};
+"""
+
+
+def test_text_is_shown_before_all_is_opened_and_a_search_waits_for_that(
+    chromium, make_reader, tmp_path
+):
+    texts = ["<s>", " common", " rare"]
+    rows = {"a": [0, *[1] * 9000], "b": [0, 1, 2]}
+    reader, tokenizer = make_reader(texts, rows, max_length=10_000)
+    write_report(reader, tmp_path / "report.html", ReportOptions(), tokenizer)
+    page = chromium.new_context().new_page()
+    page.set_default_timeout(_PATIENCE)
+    errors = []
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.add_init_script(_HELD_BACK)
+    page.goto(f"file://{tmp_path / 'report.html'}")
+    page.wait_for_selector('.t[data-i="1"]')
+    page.fill("#query", "rare")
+    page.click("#next")
+    page.evaluate("new Promise((resolve) => setTimeout(resolve, 50))")
+    assert page.locator("#hits").text_content() == ""
+    assert page.locator("html[data-ready]").count() == 0
+    page.evaluate("window.release()")
+    page.wait_for_selector("html[data-ready]", state="attached")
+    page.wait_for_selector("#hits:not(:empty)")
+    assert page.locator("#hits").text_content() == "1 of 1"
+    assert errors == []
+    page.context.close()
+
+
 def test_the_most_surprising(opened, reader, tokenizer):
     view = opened(reader, tokenizer)
     losses = sorted(

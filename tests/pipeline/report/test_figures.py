@@ -10,7 +10,14 @@ import numpy as np
 import polars as pl
 import pytest
 
-from logitcask.pipeline.report.figures import FEWEST, Figures, choose, sizes_up_to, source_of
+from logitcask.pipeline.report.figures import (
+    FEWEST,
+    Figures,
+    choose,
+    shortened,
+    sizes_up_to,
+    source_of,
+)
 from logitcask.pipeline.report.token_class import token_class
 
 
@@ -181,6 +188,13 @@ def test_sources_are_bounded(reader, monkeypatch):
 )
 def test_sources_of_ids(name, source):
     assert source_of(name) == source
+
+
+def test_a_name_of_a_megabyte_takes_no_time():
+    """With a number of steps that grows with the square of the length, this would take hours."""
+    assert source_of("/1" * 500_000 + "x") == shortened("/1" * 500_000 + "x")
+    assert source_of("x" + "/1" * 500_000) == "x"
+    assert source_of("1" * 1_000_000) == shortened("1" * 1_000_000)
 
 
 def test_sizes():

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from logitcask.pipeline.report import token_view
-from logitcask.pipeline.report.token_view import LONGEST_TEXT, TokenView, shortened
+from logitcask.pipeline.report.figures import LONGEST_TEXT, shortened
+from logitcask.pipeline.report.token_view import TokenView
 
 
 def data_of(page):

@@ -13,6 +13,10 @@ import pytest
 
 from logitcask.cache_format import CacheReader, UserError
 from logitcask.cache_format.derive.derive import DeriveOptions, derive
+from logitcask.cache_format.schema import shard_schema
+from logitcask.pipeline.builder.run import build
+from logitcask.pipeline.config import BuildConfig
+from logitcask.pipeline.report.content import _PARTS
 from logitcask.pipeline.report.write import ReportOptions, write_report
 
 
@@ -110,6 +114,53 @@ def test_sizes_by_part(reader, tokenizer, out):
     by_name = dict(zip(reader.codec.schema.names, columns.tolist(), strict=True))
     draws = sum(size for name, size in by_name.items() if name.startswith("sample"))
     assert f"draws {draws / total:.1%} {draws:,} bytes" in said
+
+
+def test_who_wrote_the_text_and_its_logprobs(tmp_path, out):
+    """Of a writer that is not the teacher: it is named, and its column is a part of its own."""
+    (tmp_path / "prompts.jsonl").write_text("".join(f'{{"q": "number {n}"}}\n' for n in range(40)))
+    config = {
+        "teacher": {"model": "synthetic", "vocab_size": 400},
+        "data": {
+            "path": str(tmp_path / "prompts.jsonl"),
+            "prompt_field": "q",
+            "max_length": 64,
+            "generate": {"writer": "synthetic:7", "temperature": 0.5, "max_new_tokens": 20},
+        },
+        "store": {"top_k": 4},
+        "audit": {"sequences": 0},
+        "log": False,
+        "output": str(tmp_path / "cache"),
+    }
+    build(BuildConfig.model_validate(config))
+    reader = CacheReader(tmp_path / "cache")
+    write_report(reader, out, ReportOptions())
+    said = page_text(out)
+    writer = reader.manifest.data.generation.writer
+    assert f"text by {writer.model}" in said
+    assert "at temperature 0.5 and top_p 1 (loss mask: generated)" in said
+    assert "the teacher wrote" not in said
+    (size,) = [reader.column_bytes(0)["writer_logprob"]]
+    assert f"writer's logprobs {size / reader.manifest.statistics.bytes:.1%} {size:,} bytes" in said
+
+
+def test_every_column_of_a_shard_has_a_part():
+    schema = shard_schema(
+        400, entropy=True, samples=True, sample_logprobs=True, writer_logprobs=True
+    )
+    beginnings = tuple(each for names in _PARTS.values() for each in names)
+    assert [name for name in schema.names if not name.startswith(beginnings)] == []
+
+
+def test_names_of_a_megabyte_and_of_hidden_characters(make_reader, out):
+    names = {"n" * 1_000_000: [0, 1], "\u202egnirts/1": [1, 2]}
+    reader, tokenizer = make_reader(["a", "b", "c"], names)
+    report = write_report(reader, out, ReportOptions(), tokenizer)
+    assert report.bytes < 200_000
+    assert "\u202e" not in out.read_text()
+    said = page_text(out)
+    assert r"\u202egnirts" in said
+    assert "(1,000,000 characters)" in said
 
 
 def test_a_large_cache_is_sampled_and_the_page_says_so(reader, tokenizer, out):

@@ -488,6 +488,7 @@ def test_a_newer_cache(config, tmp_path, cache):
             "num_hidden_layers",
         ),
         ({"training": {"save_only_model": True}}, "save_only_model"),
+        ({"training": {"ignore_data_skip": True}}, "ignore_data_skip"),
         ({"training": {"max_stepz": 3}}, "max_stepz"),
         ({"training": {"output_dir": "/proc/run"}}, "cannot write to"),
         ({"student": {"config": {"model_type": "unheard-of"}}}, "unheard-of"),

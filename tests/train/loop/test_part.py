@@ -10,11 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from logitcask.cache_format import CacheReader
 from logitcask.cache_format.errors import ConfigError, UserError
 from logitcask.train.data.order import PartBatches, PartPlan, single_units
 from logitcask.train.loop.callbacks import TellObjective
 from logitcask.train.model.student import build_student
-from logitcask.train.run import train
+from logitcask.train.output.report import _curve
+from logitcask.train.run import _in_json, train
 
 SEED = 3
 
@@ -68,6 +70,29 @@ def test_two_parts_are_one_training(part, write_cache):
     assert rates[0][-1] < rates[0][0] / 4
 
 
+def test_a_longer_schedule_begins_with_the_next_step(part, write_cache):
+    """At the end of the shorter schedule the learning rate is 0. The step behind it has that of the
+    longer one.
+    """
+    cache = write_cache("one", shards=1).path
+    first, _ = part("first", cache, 2, training={"max_steps": 2})
+    second, metrics = part("second", cache, 3, first / "checkpoint-2", training={"max_steps": 4})
+    assert metrics["steps"] == 3
+    assert not same(first, second)
+
+
+def test_the_log_and_the_curves_of_a_part(part, write_cache):
+    """What was measured before a part stands at its first step, and no number is outside JSON."""
+    cache = write_cache("one", shards=1).path
+    first, _ = part("first", cache, 3)
+    second, metrics = part("second", cache, 5, first / "checkpoint-3")
+    assert metrics["first_step"] == 3
+    log = json.loads((second / "log.json").read_text())
+    assert _curve("kl", metrics, log) == ([3, 5], [metrics[n]["kl"] for n in ("before", "after")])
+    overflow = {"step": 1, "loss": 1.0, "grad_norm": float("inf")}
+    assert json.loads(json.dumps(_in_json(overflow))) == {**overflow, "grad_norm": None}
+
+
 def test_a_part_killed_in_its_middle(part, write_cache, monkeypatch):
     cache = write_cache("one", shards=1).path
     other = write_cache("two", shards=1, kind="ragged").path
@@ -109,8 +134,11 @@ def test_a_cache_of_weight_0_is_only_evaluated_on(part, write_cache):
     ]
     folder, metrics = part("run", mixture, 2)
     state = json.loads((folder / "checkpoint-2" / "trainer_state.json").read_text())
-    drawn = state["stateful_callbacks"]["PartEnd"]["attributes"]["drawn"]
-    assert sorted(drawn.values()) == [0, 16]
+    found = state["stateful_callbacks"]["PartEnd"]["attributes"]
+    assert sorted(found["drawn"].values()) == [0, 16]
+    # What may be learnt, without what is held out.
+    learnable = {name: len(CacheReader(each)) for name, each in (("1", evaluated), ("2", learnt))}
+    assert sum(found["units"].values()) == sum(learnable.values()) - metrics["held_out_sequences"]
     assert metrics["held_out_sequences"] > 0
 
 

@@ -5,12 +5,13 @@ refuses.
 from __future__ import annotations
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 
 from logitcask.cache_format.errors import ConfigError
 from logitcask.train.data.dataset import CachedDataset
-from logitcask.train.loop.try_objective import try_objective
+from logitcask.train.loop.try_objective import _warn_of_the_sampling, try_objective
 
 
 @pytest.fixture
@@ -55,6 +56,24 @@ def test_every_cache_is_said_to_have_its_own_tail(scratch_config, data, caplog):
     lines = [r.message for r in caplog.records if "beyond the heads" in r.message]
     assert "/head, KL uses one cell of known mass" in lines[0]
     assert "/samples, KL uses tail samples (unbiased)" in lines[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "temperature", "top_p", "warned"),
+    [
+        ("policy_gradient", 0.7, 1, True),
+        ("policy_gradient", 1, 0.9, True),
+        ("policy_gradient", 1, 1, False),
+        ("forward_kl", 0.7, 0.9, False),
+        ("policy_gradient", None, None, False),
+    ],
+)
+def test_text_that_was_not_sampled_as_a_loss_wants_it(caplog, name, temperature, top_p, warned):
+    writer = None if top_p is None else SimpleNamespace(temperature=temperature, top_p=top_p)
+    manifest = SimpleNamespace(data=SimpleNamespace(generation=SimpleNamespace(writer=writer)))
+    data = SimpleNamespace(cache=SimpleNamespace(path="caches/own", manifest=manifest))
+    _warn_of_the_sampling(SimpleNamespace(weights=lambda: [(name, "1"), ("ce", "0.5")]), data)
+    assert ("caches/own was sampled at temperature" in caplog.text) == warned
 
 
 def test_what_a_cache_cannot_serve_is_one_line(scratch_config, data):
