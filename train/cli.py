@@ -14,6 +14,7 @@ from logitcask.cache_format.cli.app import Group, new_app, run
 from logitcask.cache_format.cli.config_file import load_config
 from logitcask.cache_format.cli.result import print_result
 from logitcask.cache_format.runtime.interruption import exit_on_signal
+from logitcask.train.commands.compare import compare_runs
 from logitcask.train.commands.evaluate import evaluate, number
 from logitcask.train.commands.losses import losses
 from logitcask.train.commands.sweep import sweep
@@ -35,6 +36,7 @@ app = new_app(
     "models on a cache. `train-student CONFIG` is short for `train-student train CONFIG`.",
     group=TrainByDefault,
 )
+app.command("compare")(compare_runs)
 app.command("evaluate")(evaluate)
 app.command("losses")(losses)
 app.command("sweep")(sweep)

@@ -31,6 +31,7 @@ from logitcask.train.distributed import is_main, on_main
 from logitcask.train.evaluation.answers import Answer, answers, mean_rouge_l
 from logitcask.train.evaluation.evaluate import evaluate, examples, teacher_reference
 from logitcask.train.evaluation.kinds import KL_KIND, metric_kinds
+from logitcask.train.evaluation.measured import Measured
 from logitcask.train.exactness_words import IN_WORDS
 from logitcask.train.identity import found, identity, open_caches
 from logitcask.train.loop.arguments import (
@@ -56,6 +57,7 @@ from logitcask.train.model.divergence import check_finite
 from logitcask.train.model.precision import check_attention
 from logitcask.train.model.student import build_student, load_student_tokenizer
 from logitcask.train.output.disk import CheckpointSize, checkpoint_size, say_disk_space
+from logitcask.train.output.held_out_file import HELD_OUT, HeldOutValues, held_out_values
 from logitcask.train.output.metrics_file import CacheFacts, RunMetrics, TeacherMetrics
 from logitcask.train.output.model_card import model_card
 from logitcask.train.output.report import write_report
@@ -128,7 +130,8 @@ def _train(
 
     # Saved before anything else that can fail. Metrics are those before the adapters are merged.
     save_student(trainer, output)
-    after = examination.measure()
+    measured = examination.measure()
+    after = measured.means()
     check_finite(after, "on held-out text after training")
     shown = [
         {**then, "before": then["student"], "after": now["student"]}
@@ -137,7 +140,9 @@ def _train(
     answered = examination.answer()
     save_merged(trainer, output)
     metrics = _metrics(config, caches, reference, parts, run, before, after, answered)
-    on_main(lambda: _write(output, metrics, trainer.state.log_history, shown, answered))
+    held_out = held_out_values(parts.held_out, measured, before.get("bins"))
+    history = trainer.state.log_history
+    on_main(lambda: _write(output, metrics, history, held_out, shown, answered))
     return metrics
 
 
@@ -279,7 +284,7 @@ class _Examination:
     def __init__(self, config: TrainConfig, arguments: TrainingArguments, parts: _Parts) -> None:
         self._config, self._arguments, self._parts = config, arguments, parts
 
-    def measure(self) -> dict[str, float]:
+    def measure(self) -> Measured:
         with self._parts.trainer.precision():
             return evaluate(
                 self._parts.trainer.head,
@@ -310,8 +315,10 @@ def _measure_before(
     arguments: TrainingArguments, examination: _Examination, run: dict[str, Any], output: Path
 ) -> dict[str, Any]:
     """Measures the untrained student, then writes ``run.json``, which marks the run as begun."""
+    found = examination.measure()
     measured: dict[str, Any] = {
-        "metrics": examination.measure(),
+        "metrics": found.means(),
+        "bins": found.bins(),
         "examples": examination.show(),
         "rouge_l": mean_rouge_l(examination.answer()),
     }
@@ -411,6 +418,7 @@ def _write(
     output: Path,
     metrics: RunMetrics,
     history: list[dict[str, float]],
+    held_out: HeldOutValues,
     shown: list[dict[str, Any]],
     answered: list[Answer],
 ) -> None:
@@ -418,10 +426,11 @@ def _write(
     told = [each._asdict() for each in answered]
     metrics = cast(RunMetrics, without_secrets(dict(metrics)))
     write_durably(output / "log.json", json.dumps(history, indent=1))
+    write_durably(output / HELD_OUT, json.dumps(held_out))
     write_durably(output / "examples.json", json.dumps(shown, indent=1, ensure_ascii=False))
     write_durably(output / "answers.json", json.dumps(told, indent=1, ensure_ascii=False))
     write_durably(output / "README.md", model_card(metrics, output))
-    write_report(output / "report.html", metrics, history, shown, told)
+    write_report(output / "report.html", metrics, history, shown, told, held_out)
     write_durably(output / "metrics.json", json.dumps(metrics, indent=2))
 
 
