@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,13 @@ _HERE = Path(__file__).parent
 
 _POINTS = 400
 """Points of a curve at most, so that a page of long runs stays small."""
+_COSTS: list[tuple[str, str, Callable[[Compared], str]]] = [
+    ("Training", "seconds", lambda each: f"{each['seconds']:,.1f} s"),
+    ("Steps", "", lambda each: f"{each['steps']:,}"),
+    ("Cache", "bytes per token", lambda each: f"{each['bytes_per_token']:,.1f}"),
+    ("Cache", "bytes in all", lambda each: f"{each['bytes']:,}"),
+    ("Student", "parameters", lambda each: f"{each['parameters']:,}"),
+]
 _Numbered = tuple[int, Run]
 _CURVES = ("kl", "ce", "top1_agreement", "mor", "ece")
 
@@ -42,8 +49,8 @@ def write_comparison(out: Path, runs: Sequence[Run], found: Comparison) -> int:
         groups=[
             {
                 "judged_on": words,
-                "names": _names(group),
-                "rows": [_row(run, each, group) for run, each in group],
+                "runs": [each["run"] for _, each in group],
+                "rows": _rows([each for _, each in group]),
                 "charts": _held_out_charts(
                     [each for each in charted if any(each[1] is run for run, _ in group)]
                 ),
@@ -73,44 +80,24 @@ def signed(value: float, unit: str) -> str:
     return f"{value:+,.4f} {unit}".rstrip()
 
 
-def _names(group: list[tuple[Run, Compared]]) -> list[dict[str, str]]:
-    names = dict.fromkeys(name for _, each in group for name in each["metrics"])
-    found = []
-    for name in names:
-        kind = next(
-            each["metrics"][name]["exactness"] for _, each in group if name in each["metrics"]
-        )
-        better = METRICS[name.partition("@")[0]][2]
-        found.append(
-            {
-                "title": metric_title(name),
-                "note": "; ".join(filter(None, [IN_A_WORD.get(kind, ""), better])),
-            }
-        )
-    return found
+def _rows(group: list[Compared]) -> list[dict[str, Any]]:
+    """A row for each metric and cost, with a cell for each run of ``group``."""
+    rows = []
+    for name in dict.fromkeys(name for each in group for name in each["metrics"]):
+        _, unit, better = METRICS[name.partition("@")[0]]
+        kind = next(each["metrics"][name]["exactness"] for each in group if name in each["metrics"])
+        note = "; ".join(filter(None, [IN_A_WORD.get(kind, ""), better]))
+        cells = [_cell(each["metrics"].get(name), unit, name in each["best"]) for each in group]
+        rows.append({"title": metric_title(name), "note": note, "cells": cells})
+    for title, note, text in _COSTS:
+        cells = [{"value": text(each), "interval": "", "best": False} for each in group]
+        rows.append({"title": title, "note": note, "cells": cells})
+    return rows
 
 
-def _row(run: Run, compared: Compared, group: list[tuple[Run, Compared]]) -> dict[str, Any]:
-    names = dict.fromkeys(name for _, each in group for name in each["metrics"])
-    cells = []
-    for name in names:
-        unit, figure = METRICS[name.partition("@")[0]][1], compared["metrics"].get(name)
-        cells.append(
-            {
-                "value": "" if figure is None else shown(figure["mean"], unit),
-                "interval": _interval(figure, unit),
-                "best": name in compared["best"],
-            }
-        )
-    return {
-        "run": compared["run"],
-        "cells": cells,
-        "seconds": f"{compared['seconds']:,.1f}",
-        "steps": f"{compared['steps']:,}",
-        "bytes_per_token": f"{compared['bytes_per_token']:,.1f}",
-        "bytes": f"{compared['bytes']:,}",
-        "parameters": f"{compared['parameters']:,}",
-    }
+def _cell(figure: Figure | None, unit: str, best: bool) -> dict[str, Any]:
+    value = "" if figure is None else shown(figure["mean"], unit)
+    return {"value": value, "interval": _interval(figure, unit), "best": best}
 
 
 def _interval(figure: Figure | None, unit: str) -> str:
