@@ -61,6 +61,14 @@ def train_student(
         bool,
         typer.Option("--restart", help="Discard the run in the output folder and start again."),
     ] = False,
+    watch: Annotated[
+        bool,
+        typer.Option(
+            "--watch",
+            help="Write report.html at the start and again at every evaluation (training.eval_strategy), "
+            "to look at while the run goes.",
+        ),
+    ] = False,
     report: Annotated[
         bool, typer.Option("--report", help="Only rewrite the report of a finished run.")
     ] = False,
@@ -99,7 +107,7 @@ def train_student(
         from logitcask.train.distributed import is_main
         from logitcask.train.run import train
 
-        metrics, found = train(settings, restart=restart)
+        metrics, found = train(settings, restart=restart, watch=watch)
         if not is_main():
             return
     page = settings.output_dir / "report.html"

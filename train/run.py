@@ -9,19 +9,23 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
+from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import logging as transformers_logging
 
 from logitcask.cache_format import CacheReader, Manifest
 from logitcask.cache_format.catalog.home import training_from
 from logitcask.cache_format.durable import write_durably
+from logitcask.cache_format.errors import UserError
 from logitcask.cache_format.redact import without_secrets
 from logitcask.train.config import TrainConfig
 from logitcask.train.data.dataset import HeldOut
@@ -40,6 +44,7 @@ from logitcask.train.loop.arguments import (
     check_schedule,
     training_arguments,
 )
+from logitcask.train.loop.callbacks import TellEvaluation
 from logitcask.train.loop.checkpoints import (
     CacheStamp,
     last_checkpoint,
@@ -60,7 +65,7 @@ from logitcask.train.output.disk import CheckpointSize, checkpoint_size, say_dis
 from logitcask.train.output.held_out_file import HELD_OUT, HeldOutValues, held_out_values
 from logitcask.train.output.metrics_file import CacheFacts, RunMetrics, TeacherMetrics
 from logitcask.train.output.model_card import model_card
-from logitcask.train.output.report import write_report
+from logitcask.train.output.report import Running, write_report
 from logitcask.train.output.run_folder import exclusive, remove_run
 from logitcask.train.output.saving import (
     mend_generation_config,
@@ -79,8 +84,12 @@ _MAY_MISLEAD: dict[Exactness, str] = {
 }
 
 
-def train(config: TrainConfig, *, restart: bool = False) -> tuple[RunMetrics, bool]:
+def train(
+    config: TrainConfig, *, restart: bool = False, watch: bool = False
+) -> tuple[RunMetrics, bool]:
     """Trains the student that ``config`` describes, resumes its training, or finds it finished.
+
+    watch: whether report.html is written at the start and at every evaluation, too.
 
     Returns the content of metrics.json, and whether the run was finished before. Raises UserError
     and its subclasses.
@@ -88,6 +97,11 @@ def train(config: TrainConfig, *, restart: bool = False) -> tuple[RunMetrics, bo
     output = config.output_dir
     # From here on, the processes of a launcher can communicate.
     arguments = training_arguments(config)
+    if watch and arguments.eval_strategy == IntervalStrategy.NO:
+        raise UserError(
+            "--watch writes the report at every evaluation, and training.eval_strategy is no; set training.eval_strategy=steps "
+            "training.eval_steps=50"
+        )
     with exclusive(output) if is_main() else nullcontext():
         caches, reference = open_caches(config)
         run = identity(config, caches, reference)
@@ -96,7 +110,9 @@ def train(config: TrainConfig, *, restart: bool = False) -> tuple[RunMetrics, bo
             return metrics, True
         read = [*caches, *([] if reference is None else [reference])]
         with training_from(cache.path for cache in read):
-            metrics = _train(config, arguments, caches, reference, run, before, restart=restart)
+            metrics = _train(
+                config, arguments, caches, reference, run, before, restart=restart, watch=watch
+            )
         return metrics, False
 
 
@@ -109,6 +125,7 @@ def _train(
     before: dict[str, Any] | None,
     *,
     restart: bool,
+    watch: bool,
 ) -> RunMetrics:
     output = config.output_dir
     parts = _prepare(config, arguments, caches, reference, restart=restart)
@@ -117,11 +134,23 @@ def _train(
     trainer, examination = parts.trainer, _Examination(config, arguments, parts)
     fingerprints = tuple(cache.manifest.fingerprint for cache in caches)
     trainer.add_callback(CacheStamp(fingerprints))
+    begins = before is None
     if before is None:
         if parts.part is not None and parts.part.start is not None:
             check_weights(parts.part.start, parts.student)
             trainer.start_from(parts.part.start)
         before = _measure_before(arguments, examination, run, output)
+
+    def described(after: dict[str, float], answered: list[Answer]) -> RunMetrics:
+        return _metrics(
+            config, caches, reference, parts, run, before, after, answered, examination.teacher
+        )
+
+    if watch:
+        watching = _Watching(examination, parts, before, described, output)
+        if begins:  # a resumed run leaves the page of its last evaluation
+            watching.write()
+        trainer.add_callback(TellEvaluation(watching.write))
     checkpoint = _start_of(arguments, fingerprints, parts, output)
     # Again: the training must not depend on whether the evaluation above ran now or earlier.
     set_seed(arguments.seed)
@@ -133,13 +162,10 @@ def _train(
     measured = examination.measure()
     after = measured.means()
     check_finite(after, "on held-out text after training")
-    shown = [
-        {**then, "before": then["student"], "after": now["student"]}
-        for then, now in zip(before["examples"], examination.show(), strict=True)
-    ]
+    shown = _before_and_now(before["examples"], examination.show())
     answered = examination.answer()
     save_merged(trainer, output)
-    metrics = _metrics(config, caches, reference, parts, run, before, after, answered)
+    metrics = described(after, answered)
     held_out = held_out_values(parts.held_out, measured, before.get("bins"))
     history = trainer.state.log_history
     on_main(lambda: _write(output, metrics, history, held_out, shown, answered))
@@ -284,6 +310,11 @@ class _Examination:
     def __init__(self, config: TrainConfig, arguments: TrainingArguments, parts: _Parts) -> None:
         self._config, self._arguments, self._parts = config, arguments, parts
 
+    @cached_property
+    def teacher(self) -> dict[str, float | None]:
+        """The teacher's own metrics."""
+        return teacher_reference(self._parts.held_out)
+
     def measure(self) -> Measured:
         with self._parts.trainer.precision():
             return evaluate(
@@ -309,6 +340,50 @@ class _Examination:
             return []
         with self._parts.trainer.precision():
             return answers(self._parts.student, tokenizer, self._parts.held_out, wanted)
+
+
+class _Watching:
+    """The report of a run that is going on.
+
+    described: the content of metrics.json from metrics and answers.
+    """
+
+    def __init__(
+        self,
+        examination: _Examination,
+        parts: _Parts,
+        before: dict[str, Any],
+        described: Callable[[dict[str, float], list[Answer]], RunMetrics],
+        output: Path,
+    ) -> None:
+        self._examination, self._parts, self._before = examination, parts, before
+        self._described, self._output = described, output
+
+    def write(self) -> None:
+        """Writes the page of the newest evaluation, or of the student before its first step."""
+        measured, state = self._parts.trainer.measured, self._parts.trainer.state
+        after = self._before["metrics"] if measured is None else measured.means()
+        held_out = None
+        if measured is not None:
+            held_out = held_out_values(self._parts.held_out, measured, self._before.get("bins"))
+        shown = _before_and_now(self._before["examples"], self._examination.show())
+        metrics = cast(RunMetrics, without_secrets(dict(self._described(after, []))))
+        now = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"
+        running = Running(state.global_step, self._parts.steps, now)
+        page = self._output / "report.html"
+        on_main(
+            lambda: write_report(page, metrics, state.log_history, shown, [], held_out, running)
+        )
+
+
+def _before_and_now(
+    before: list[dict[str, Any]], now: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """The examples of the untrained student and of the current one as one list."""
+    return [
+        {**then, "before": then["student"], "after": each["student"]}
+        for then, each in zip(before, now, strict=True)
+    ]
 
 
 def _measure_before(
@@ -357,10 +432,11 @@ def _metrics(
     before: dict[str, Any],
     after: dict[str, float],
     answered: list[Answer],
+    reference: dict[str, float | None],
 ) -> RunMetrics:
-    """The content of metrics.json."""
+    """The content of metrics.json. ``reference``: the teacher's own metrics."""
     manifests, state = [cache.manifest for cache in caches], parts.trainer.state
-    history, reference = state.log_history, teacher_reference(parts.held_out)
+    history = state.log_history
     teacher = {
         "model": _joined(manifest.teacher.model for manifest in manifests),
         "engine": _joined(manifest.teacher.engine for manifest in manifests),

@@ -68,6 +68,7 @@ class LineChart:
     log:   whether x is logarithmic; it needs ``ticks``.
     zero:  whether the y axis begins at 0.
     unit:  of y; y_label names it in words.
+    dots:  whether the points are marked: for series of few or single points.
     """
 
     title: str
@@ -79,6 +80,7 @@ class LineChart:
     zero: bool = True
     unit: Unit = ""
     note: str = ""
+    dots: bool = False
 
     kind = "line"
 
@@ -120,6 +122,19 @@ class LineChart:
     def paths(self) -> list[str]:
         """The SVG path of each series, in units of ``SIDE``."""
         return [self._path(each) for each in self.series]
+
+    def marks(self) -> list[str]:
+        """The SVG path of the dots of each series: lines without length, whose ends are round."""
+        if not self.dots:
+            return []
+        return [
+            "".join(
+                f"M{SIDE * self._x(x):.1f} {SIDE * (1 - self._y(y)):.1f}h0"
+                for x, y in zip(each.x, each.y, strict=True)
+                if math.isfinite(y)
+            )
+            for each in self.series
+        ]
 
     def style(self, at: int) -> int:
         """The number of the style of a series."""

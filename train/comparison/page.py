@@ -52,10 +52,11 @@ def write_comparison(out: Path, runs: Sequence[Run], found: Comparison) -> int:
                 "runs": [each["run"] for _, each in group],
                 "rows": _rows([each for _, each in group]),
                 "charts": _held_out_charts(
-                    [each for each in charted if any(each[1] is run for run, _ in group)]
+                    [each for each in charted if any(each[1] is run for run, _ in group)],
+                    f" (text {number})" if number > 1 else "",
                 ),
             }
-            for words, group in zip(found["judged_on"], groups, strict=True)
+            for number, (words, group) in enumerate(zip(found["judged_on"], groups, strict=True), 1)
         ],
         differences=_differences(groups[0]),
         training=_training_charts(charted),
@@ -149,8 +150,10 @@ def _span(name: str, run: Compared) -> Span:
     )
 
 
-def _held_out_charts(runs: list[_Numbered]) -> list[LineChart]:
-    """The held-out metrics of runs that were judged on one text, over each other."""
+def _held_out_charts(runs: list[_Numbered], text: str) -> list[LineChart]:
+    """The held-out metrics of runs that were judged on one text, over each other. ``text``: the end
+    of the titles, which tells texts apart.
+    """
     charts = []
     for metric in _CURVES:
         names = [
@@ -173,7 +176,7 @@ def _held_out_charts(runs: list[_Numbered]) -> list[LineChart]:
     by_seconds = [_line(run, *_kl_by_seconds(run[1])) for run in runs]
     charts.append(
         LineChart(
-            "KL to the teacher against time",
+            f"KL to the teacher against time{text}",
             "seconds of training",
             "nats",
             by_seconds,

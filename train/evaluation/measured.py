@@ -148,7 +148,7 @@ def teacher_values(data: CachedDataset, batch: dict[str, Any]) -> TeacherValues:
     kind: EntropyKind = "lower" if entropy is None else "exact"
     if entropy is None and heads:
         cells = torch.cat([logprobs, batch["teacher_tail_logprob"][:, None]], 1).double()
-        entropy = -(cells.exp() * cells.clamp_min(-1e4)).sum(1).float().clamp_min(0)
+        entropy = (-cells.exp() * cells.clamp_min(-1e4)).sum(1).clamp_min(0).float()
         if bool(torch.isinf(batch["teacher_tail_logprob"]).all()):
             kind = "exact"
     if not heads or bool((ids[:, 0] < 0).any()):  # an empty head hides the most probable id

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from logitcask.cache_format.errors import UserError
 from logitcask.cache_format.pages.charts import LineChart, Series
 from logitcask.cache_format.pages.page import render, write_page
-from logitcask.train.output.held_out_file import HeldOutValues, read_held_out
+from logitcask.train.evaluation.figures import Bootstrap, Figure, figures_of
+from logitcask.train.output.held_out_charts import held_out_charts
+from logitcask.train.output.held_out_file import HeldOutValues, by_sequence_of, read_held_out
 from logitcask.train.output.metrics_file import RunMetrics, kind_of, of_teacher
 
 Log = list[dict[str, float]]
@@ -31,6 +33,16 @@ METRICS = {
 _HERE = Path(__file__).parent
 
 
+class Running(NamedTuple):
+    """A run that is going on. step: of its newest evaluation, of all ``steps``. written: the time,
+    in UTC.
+    """
+
+    step: int
+    steps: int
+    written: str
+
+
 def write_report(
     path: Path,
     metrics: RunMetrics,
@@ -38,8 +50,9 @@ def write_report(
     examples: list[dict[str, Any]],
     answers: list[dict[str, Any]],
     held_out: HeldOutValues | None = None,
+    running: Running | None = None,
 ) -> None:
-    """Writes the page.
+    """Writes the page. An existing one is replaced once the new one is complete.
 
     metrics:  the content of metrics.json.
     log:      the Trainer's log history: training records have ``loss``, evaluations ``eval_kl`` and
@@ -47,14 +60,21 @@ def write_report(
     examples: held-out positions as ``logitcask.train.evaluation.evaluate.examples`` gives them.
     answers:  as ``logitcask.train.evaluation.answers.answers`` gives them.
     held_out: the content of held_out.json; runs of older versions have none.
+    running:  of a run that is not finished: ``metrics`` are then of its newest evaluation.
     """
     k = metrics["k"]
+    spread: dict[str, Figure] = {}
+    if held_out is not None and "kinds" in metrics:
+        spread = figures_of(by_sequence_of(held_out), metrics["kinds"], Bootstrap())
     page = render(
         _HERE,
         "report.html.jinja",
         styles=[_HERE / "report.css"],
+        scripts=[] if running is None else [_HERE / "watch.js"],
         metrics=metrics,
-        rows=[_row(name, k, metrics) for name in metrics["before"]],
+        running=running,
+        rows=[_row(name, k, metrics) | _spread(name, spread) for name in metrics["before"]],
+        held_out_charts=[] if held_out is None else held_out_charts(held_out, k),
         charts=[
             chart
             for chart in (
@@ -85,6 +105,19 @@ def _row(name: str, k: int, metrics: RunMetrics) -> dict[str, str]:
         "better": better,
         "kind": kind_of(metrics, name),
         "improved": _improved(before, after, less=better.startswith("less")),
+    }
+
+
+def _spread(name: str, figures: dict[str, Figure]) -> dict[str, str]:
+    """The interval and the deviation of a metric after training; empty where there is none."""
+    found, unit = figures.get(name), METRICS[name.partition("@")[0]][1]
+    if found is None or found["low"] is None or found["high"] is None:
+        return {"interval": "", "deviation": ""}
+    plain = "%" if unit == "%" else ""
+    deviation = found["deviation"]
+    return {
+        "interval": f"{shown(found['low'], plain)} to {shown(found['high'], plain)}",
+        "deviation": "" if deviation is None else shown(deviation, plain),
     }
 
 
