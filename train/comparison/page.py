@@ -171,7 +171,9 @@ def _held_out_charts(runs: list[_Numbered], text: str) -> list[LineChart]:
             share = unit == "%"
             label = "share of positions" if share and metric != "ece" else unit
             charts.append(
-                LineChart(title, "step", label, series, unit="%" if share else "", zero=share)
+                LineChart(
+                    title + text, "step", label, series, unit="%" if share else "", zero=share
+                )
             )
     by_seconds = [_line(run, *_kl_by_seconds(run[1])) for run in runs]
     charts.append(

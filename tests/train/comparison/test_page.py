@@ -144,6 +144,7 @@ def test_text_of_others_is_told_apart(page, make_run):
     assert [row[0] for row in figure(section(html, "differences"), "KL to the teacher")] == ["b"]
     heads = re.findall(r"<figcaption>KL to the teacher(?: \(text 2\))? <.*?</figure>", section(html, "curves"), re.DOTALL)  # fmt: skip
     assert [cells(each)[0] for each in heads] == [["step", "a", "b"], ["step", "c"]]
+    assert ["(text 2)" in each for each in heads] == [False, True]
     # A run has one style in all charts.
     assert 'class="line s2"' in heads[1]
 
