@@ -14,6 +14,7 @@ from logitcask.cache_format.cli.app import Group, new_app, run
 from logitcask.cache_format.cli.config_file import load_config
 from logitcask.cache_format.cli.result import print_result
 from logitcask.cache_format.runtime.interruption import exit_on_signal
+from logitcask.train.commands.compare import compare_runs
 from logitcask.train.commands.evaluate import evaluate, number
 from logitcask.train.commands.losses import losses
 from logitcask.train.commands.sweep import sweep
@@ -35,6 +36,7 @@ app = new_app(
     "models on a cache. `train-student CONFIG` is short for `train-student train CONFIG`.",
     group=TrainByDefault,
 )
+app.command("compare")(compare_runs)
 app.command("evaluate")(evaluate)
 app.command("losses")(losses)
 app.command("sweep")(sweep)
@@ -58,6 +60,14 @@ def train_student(
     restart: Annotated[
         bool,
         typer.Option("--restart", help="Discard the run in the output folder and start again."),
+    ] = False,
+    watch: Annotated[
+        bool,
+        typer.Option(
+            "--watch",
+            help="Write report.html at the start and again at every evaluation (training.eval_strategy), "
+            "to look at while the run goes.",
+        ),
     ] = False,
     report: Annotated[
         bool, typer.Option("--report", help="Only rewrite the report of a finished run.")
@@ -97,7 +107,7 @@ def train_student(
         from logitcask.train.distributed import is_main
         from logitcask.train.run import train
 
-        metrics, found = train(settings, restart=restart)
+        metrics, found = train(settings, restart=restart, watch=watch)
         if not is_main():
             return
     page = settings.output_dir / "report.html"

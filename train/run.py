@@ -10,19 +10,23 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
+from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import logging as transformers_logging
 
 from logitcask.cache_format import CacheReader, Manifest
 from logitcask.cache_format.catalog.home import using
 from logitcask.cache_format.durable import write_durably
+from logitcask.cache_format.errors import UserError
 from logitcask.cache_format.redact import without_secrets
 from logitcask.train.config import TrainConfig
 from logitcask.train.data.dataset import HeldOut
@@ -32,6 +36,7 @@ from logitcask.train.distributed import is_main, on_main
 from logitcask.train.evaluation.answers import Answer, answers, mean_rouge_l
 from logitcask.train.evaluation.evaluate import evaluate, examples, teacher_reference
 from logitcask.train.evaluation.kinds import KL_KIND, metric_kinds
+from logitcask.train.evaluation.measured import Measured
 from logitcask.train.exactness_words import IN_WORDS
 from logitcask.train.identity import found, identity, open_caches
 from logitcask.train.loop.arguments import (
@@ -40,6 +45,7 @@ from logitcask.train.loop.arguments import (
     check_schedule,
     training_arguments,
 )
+from logitcask.train.loop.callbacks import TellEvaluation
 from logitcask.train.loop.checkpoints import (
     CacheStamp,
     last_checkpoint,
@@ -57,9 +63,10 @@ from logitcask.train.model.divergence import check_finite
 from logitcask.train.model.precision import check_attention
 from logitcask.train.model.student import build_student, load_student_tokenizer
 from logitcask.train.output.disk import CheckpointSize, checkpoint_size, say_disk_space
+from logitcask.train.output.held_out_file import HELD_OUT, HeldOutValues, held_out_values
 from logitcask.train.output.metrics_file import CacheFacts, RunMetrics, TeacherMetrics
 from logitcask.train.output.model_card import model_card
-from logitcask.train.output.report import write_report
+from logitcask.train.output.report import Running, write_report
 from logitcask.train.output.run_folder import exclusive, remove_run
 from logitcask.train.output.saving import (
     mend_generation_config,
@@ -78,8 +85,12 @@ _MAY_MISLEAD: dict[Exactness, str] = {
 }
 
 
-def train(config: TrainConfig, *, restart: bool = False) -> tuple[RunMetrics, bool]:
+def train(
+    config: TrainConfig, *, restart: bool = False, watch: bool = False
+) -> tuple[RunMetrics, bool]:
     """Trains the student that ``config`` describes, resumes its training, or finds it finished.
+
+    watch: whether report.html is written at the start and at every evaluation, too.
 
     Returns the content of metrics.json, and whether the run was finished before. Raises UserError
     and its subclasses.
@@ -87,6 +98,11 @@ def train(config: TrainConfig, *, restart: bool = False) -> tuple[RunMetrics, bo
     output = config.output_dir
     # From here on, the processes of a launcher can communicate.
     arguments = training_arguments(config)
+    if watch and arguments.eval_strategy == IntervalStrategy.NO:
+        raise UserError(
+            "--watch writes the report at every evaluation, and training.eval_strategy is no; set training.eval_strategy=steps "
+            "training.eval_steps=50"
+        )
     with exclusive(output) if is_main() else nullcontext():
         caches, reference = open_caches(config)
         run = identity(config, caches, reference)
@@ -95,7 +111,9 @@ def train(config: TrainConfig, *, restart: bool = False) -> tuple[RunMetrics, bo
             return metrics, True
         read = [*caches, *([] if reference is None else [reference])]
         with using(cache.path for cache in read):
-            metrics = _train(config, arguments, caches, reference, run, before, restart=restart)
+            metrics = _train(
+                config, arguments, caches, reference, run, before, restart=restart, watch=watch
+            )
         return metrics, False
 
 
@@ -108,6 +126,7 @@ def _train(
     before: dict[str, Any] | None,
     *,
     restart: bool,
+    watch: bool,
 ) -> RunMetrics:
     output = config.output_dir
     parts = _prepare(config, arguments, caches, reference, restart=restart)
@@ -116,11 +135,23 @@ def _train(
     trainer, examination = parts.trainer, _Examination(config, arguments, parts)
     fingerprints = tuple(cache.manifest.fingerprint for cache in caches)
     trainer.add_callback(CacheStamp(fingerprints))
+    begins = before is None
     if before is None:
         if parts.part is not None and parts.part.start is not None:
             check_weights(parts.part.start, parts.student)
             trainer.start_from(parts.part.start)
         before = _measure_before(arguments, examination, run, output)
+
+    def described(after: dict[str, float], answered: list[Answer]) -> RunMetrics:
+        return _metrics(
+            config, caches, reference, parts, run, before, after, answered, examination.teacher
+        )
+
+    if watch:
+        watching = _Watching(examination, parts, before, described, output)
+        if begins:  # a resumed run leaves the page of its last evaluation
+            watching.write()
+        trainer.add_callback(TellEvaluation(watching.write))
     checkpoint = _start_of(arguments, fingerprints, parts, output)
     # Again: the training must not depend on whether the evaluation above ran now or earlier.
     set_seed(arguments.seed)
@@ -129,16 +160,16 @@ def _train(
 
     # Saved before anything else that can fail. Metrics are those before the adapters are merged.
     save_student(trainer, output)
-    after = examination.measure()
+    measured = examination.measure()
+    after = measured.means()
     check_finite(after, "on held-out text after training")
-    shown = [
-        {**then, "before": then["student"], "after": now["student"]}
-        for then, now in zip(before["examples"], examination.show(), strict=True)
-    ]
+    shown = _before_and_now(before["examples"], examination.show())
     answered = examination.answer()
     save_merged(trainer, output)
-    metrics = _metrics(config, caches, reference, parts, run, before, after, answered)
-    on_main(lambda: _write(output, metrics, trainer.state.log_history, shown, answered))
+    metrics = described(after, answered)
+    held_out = held_out_values(parts.held_out, measured, before.get("bins"))
+    history = trainer.state.log_history
+    on_main(lambda: _write(output, metrics, history, held_out, shown, answered))
     return metrics
 
 
@@ -280,7 +311,12 @@ class _Examination:
     def __init__(self, config: TrainConfig, arguments: TrainingArguments, parts: _Parts) -> None:
         self._config, self._arguments, self._parts = config, arguments, parts
 
-    def measure(self) -> dict[str, float]:
+    @cached_property
+    def teacher(self) -> dict[str, float | None]:
+        """The teacher's own metrics."""
+        return teacher_reference(self._parts.held_out)
+
+    def measure(self) -> Measured:
         with self._parts.trainer.precision():
             return evaluate(
                 self._parts.trainer.head,
@@ -307,12 +343,58 @@ class _Examination:
             return answers(self._parts.student, tokenizer, self._parts.held_out, wanted)
 
 
+class _Watching:
+    """The report of a run that is going on.
+
+    described: the content of metrics.json from metrics and answers.
+    """
+
+    def __init__(
+        self,
+        examination: _Examination,
+        parts: _Parts,
+        before: dict[str, Any],
+        described: Callable[[dict[str, float], list[Answer]], RunMetrics],
+        output: Path,
+    ) -> None:
+        self._examination, self._parts, self._before = examination, parts, before
+        self._described, self._output = described, output
+
+    def write(self) -> None:
+        """Writes the page of the newest evaluation, or of the student before its first step."""
+        measured, state = self._parts.trainer.measured, self._parts.trainer.state
+        after = self._before["metrics"] if measured is None else measured.means()
+        held_out = None
+        if measured is not None:
+            held_out = held_out_values(self._parts.held_out, measured, self._before.get("bins"))
+        shown = _before_and_now(self._before["examples"], self._examination.show())
+        metrics = cast(RunMetrics, without_secrets(dict(self._described(after, []))))
+        now = f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC"
+        running = Running(state.global_step, self._parts.steps, now)
+        page = self._output / "report.html"
+        on_main(
+            lambda: write_report(page, metrics, state.log_history, shown, [], held_out, running)
+        )
+
+
+def _before_and_now(
+    before: list[dict[str, Any]], now: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """The examples of the untrained student and of the current one as one list."""
+    return [
+        {**then, "before": then["student"], "after": each["student"]}
+        for then, each in zip(before, now, strict=True)
+    ]
+
+
 def _measure_before(
     arguments: TrainingArguments, examination: _Examination, run: dict[str, Any], output: Path
 ) -> dict[str, Any]:
     """Measures the untrained student, then writes ``run.json``, which marks the run as begun."""
+    found = examination.measure()
     measured: dict[str, Any] = {
-        "metrics": examination.measure(),
+        "metrics": found.means(),
+        "bins": found.bins(),
         "examples": examination.show(),
         "rouge_l": mean_rouge_l(examination.answer()),
     }
@@ -351,10 +433,11 @@ def _metrics(
     before: dict[str, Any],
     after: dict[str, float],
     answered: list[Answer],
+    reference: dict[str, float | None],
 ) -> RunMetrics:
-    """The content of metrics.json."""
+    """The content of metrics.json. ``reference``: the teacher's own metrics."""
     manifests, state = [cache.manifest for cache in caches], parts.trainer.state
-    history, reference = state.log_history, teacher_reference(parts.held_out)
+    history = state.log_history
     teacher = {
         "model": _joined(manifest.teacher.model for manifest in manifests),
         "engine": _joined(manifest.teacher.engine for manifest in manifests),
@@ -414,6 +497,7 @@ def _write(
     output: Path,
     metrics: RunMetrics,
     history: list[dict[str, float]],
+    held_out: HeldOutValues,
     shown: list[dict[str, Any]],
     answered: list[Answer],
 ) -> None:
@@ -422,10 +506,11 @@ def _write(
     history = [_in_json(record) for record in history]
     metrics = cast(RunMetrics, without_secrets(dict(metrics)))
     write_durably(output / "log.json", json.dumps(history, indent=1))
+    write_durably(output / HELD_OUT, json.dumps(held_out))
     write_durably(output / "examples.json", json.dumps(shown, indent=1, ensure_ascii=False))
     write_durably(output / "answers.json", json.dumps(told, indent=1, ensure_ascii=False))
     write_durably(output / "README.md", model_card(metrics, output))
-    write_report(output / "report.html", metrics, history, shown, told)
+    write_report(output / "report.html", metrics, history, shown, told, held_out)
     write_durably(output / "metrics.json", json.dumps(metrics, indent=2))
 
 

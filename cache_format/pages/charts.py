@@ -1,4 +1,4 @@
-"""Charts of a page: the numbers of a line chart, a histogram or bars, placed on a plot.
+"""Charts of a page: the numbers of a line chart, a histogram, bars or spans, placed on a plot.
 
 ``charts.html.jinja`` draws them. The lines are SVG that stretches to any width; titles, ticks and
 legends are HTML text, so that they keep their size on a phone. Series differ in dashes as well as
@@ -12,6 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, NamedTuple
+
+STYLES = 12
+"""Lines that a chart can tell apart: six colours, two dashes each."""
 
 SIDE = 1000
 """Width and height of a plot in units of its SVG."""
@@ -27,11 +30,14 @@ class Tick(NamedTuple):
 
 
 class Series(NamedTuple):
-    """A line. ``x`` ascends; a value that is not finite leaves a gap."""
+    """A line. ``x`` ascends; a value that is not finite leaves a gap. ``style``: number of its colour
+    and dashes; None: its place in the chart.
+    """
 
     label: str
     x: Sequence[float]
     y: Sequence[float]
+    style: int | None = None
 
 
 def number(value: float, unit: Unit = "") -> str:
@@ -62,6 +68,7 @@ class LineChart:
     log:   whether x is logarithmic; it needs ``ticks``.
     zero:  whether the y axis begins at 0.
     unit:  of y; y_label names it in words.
+    dots:  whether the points are marked: for series of few or single points.
     """
 
     title: str
@@ -73,6 +80,7 @@ class LineChart:
     zero: bool = True
     unit: Unit = ""
     note: str = ""
+    dots: bool = False
 
     kind = "line"
 
@@ -114,6 +122,24 @@ class LineChart:
     def paths(self) -> list[str]:
         """The SVG path of each series, in units of ``SIDE``."""
         return [self._path(each) for each in self.series]
+
+    def marks(self) -> list[str]:
+        """The SVG path of the dots of each series: lines without length, whose ends are round."""
+        if not self.dots:
+            return []
+        return [
+            "".join(
+                f"M{SIDE * self._x(x):.1f} {SIDE * (1 - self._y(y)):.1f}h0"
+                for x, y in zip(each.x, each.y, strict=True)
+                if math.isfinite(y)
+            )
+            for each in self.series
+        ]
+
+    def style(self, at: int) -> int:
+        """The number of the style of a series."""
+        style = self.series[at].style
+        return (at if style is None else style) % STYLES
 
     def _path(self, series: Series) -> str:
         parts, pen = [], "M"
@@ -224,4 +250,44 @@ class Bars:
         return [100 * max(0.0, each.value) / most for each in self.bars]
 
 
-Chart = LineChart | Histogram | Bars
+class Span(NamedTuple):
+    """A value between ``low`` and ``high`` (None: no interval), with its name, and in words."""
+
+    label: str
+    value: float
+    low: float | None
+    high: float | None
+    shown: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Spans:
+    """Values with intervals over one axis that has a line at 0, one a row."""
+
+    title: str
+    y_label: str
+    spans: Sequence[Span]
+    note: str = ""
+
+    kind = "spans"
+
+    @cached_property
+    def _range(self) -> tuple[float, float]:
+        ends = [0.0] + [
+            end
+            for each in self.spans
+            for end in (each.value, each.low, each.high)
+            if end is not None and math.isfinite(end)
+        ]
+        low, high = min(ends), max(ends)
+        room = 0.04 * (high - low) or 1.0
+        return low - room, high + room
+
+    def place(self, value: float) -> float:
+        """Percent of the axis."""
+        low, high = self._range
+        return 100 * (value - low) / (high - low)
+
+
+Chart = LineChart | Histogram | Bars | Spans

@@ -10,11 +10,12 @@ import typer
 from logitcask.cache_format.cli.result import print_result
 from logitcask.cache_format.durable import write_durably
 from logitcask.cache_format.errors import UserError
+from logitcask.train.evaluation.figures import Figure
 from logitcask.train.exactness_words import IN_A_WORD
 
 if TYPE_CHECKING:
     # Imports torch and transformers, which take seconds.
-    from logitcask.train.evaluation.judge import Figure, Judgement
+    from logitcask.train.evaluation.judge import Judgement
 
 
 def evaluate(
@@ -85,7 +86,7 @@ def tables(found: Judgement) -> str:
         f"data       {found['sequences']:,} sequences{held_out}, {found['positions']:,} positions",
         f"intervals  95 %, {found['resamples']:,} bootstrap resamples of sequences, seed {found['seed']}",
         "",
-        *_table(found["metrics"], "mean"),
+        *figure_table(found["metrics"], "mean"),
         _row("teacher's ce", [number(found["teacher"]["ce"])], ""),
     ]
     if "difference" in found:
@@ -93,18 +94,19 @@ def tables(found: Judgement) -> str:
             "",
             f"baseline   {found['baseline_model']}",
             "",
-            *_table(found["baseline"], "mean"),
+            *figure_table(found["baseline"], "mean"),
         ]
         lines += ["", "model minus baseline, paired by sequence", ""]
-        lines += _table(found["difference"], "difference")
+        lines += figure_table(found["difference"], "difference")
     return "\n".join(lines)
 
 
-def _table(figures: dict[str, Figure], value: str) -> list[str]:
+def figure_table(figures: dict[str, Figure], value: str) -> list[str]:
+    """A line for each metric, after a header; ``value`` names the column of the means."""
     lines = [_row("metric", [value, "from", "to", "sd"], "exactness")]
     for name, each in figures.items():
         numbers = [number(each[key]) for key in ("mean", "low", "high", "deviation")]
-        lines.append(_row(name, numbers, IN_A_WORD[each["exactness"]]))
+        lines.append(_row(name, numbers, IN_A_WORD.get(each["exactness"], "")))
     return lines
 
 

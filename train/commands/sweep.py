@@ -6,7 +6,6 @@ import itertools
 import json
 import logging
 import re
-import statistics
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -17,10 +16,10 @@ import yaml
 from logitcask.cache_format.cli.config_file import load_config
 from logitcask.cache_format.cli.result import print_result
 from logitcask.cache_format.errors import LogitcaskError, UserError, first_line
+from logitcask.train.comparison.seeds import without_seeds
 
 log = logging.getLogger(__name__)
 
-SEED = "training.seed"
 _SHOWN = ("kl", "ce", "top1_agreement", "ece")
 
 
@@ -140,34 +139,6 @@ def combinations(over: list[str]) -> list[Combination]:
         width = len(str(len(names) - 1))
         names = [f"{number:0{width}}-{name}" for number, name in enumerate(names)]
     return [Combination(*each) for each in zip(names, chosen, strict=True)]
-
-
-def without_seeds(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Mean and standard deviation of each metric over the runs that differ in the seed alone; none
-    if no seed varies.
-
-    deviation: of a sample (n - 1); None for one run.
-    """
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for result in found:
-        if SEED in result["values"] and "after" in result:
-            apart = {key: value for key, value in result["values"].items() if key != SEED}
-            groups.setdefault(json.dumps(apart, sort_keys=True), []).append(result)
-    return [
-        {
-            "values": {key: value for key, value in results[0]["values"].items() if key != SEED},
-            "runs": len(results),
-            "after": {
-                name: {
-                    "mean": statistics.fmean(numbers),
-                    "deviation": statistics.stdev(numbers) if len(numbers) > 1 else None,
-                }
-                for name in results[0]["after"]
-                for numbers in [[result["after"][name] for result in results]]
-            },
-        }
-        for results in groups.values()
-    ]
 
 
 def _overrides(output: Path, run: Combination) -> list[str]:

@@ -1,6 +1,7 @@
 """Metrics of a model for each sequence, their spread, and bootstrap intervals of their means.
 
-Sequences are resampled, because positions of one sequence depend on each other.
+Sequences are resampled, because positions of one sequence depend on each other. Imports no torch:
+the values of finished runs are read from files.
 
 Shapes: M metrics that are means over positions, N sequences, B resamples.
 """
@@ -10,13 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from logitcask.train.data.dataset import HeldOut
-from logitcask.train.evaluation.evaluate import measured_batches, metric_names
-from logitcask.train.evaluation.metrics import MOST_NATS, Calibration
-from logitcask.train.head.lm_head import LogitsHead
+from logitcask.train.evaluation.names import MOST_NATS, metric_names
 
 Floats = NDArray[np.float64]
 
@@ -73,26 +70,6 @@ class BySequence:
             values["perplexity"] = float(_perplexity(np.float64(values["ce"])))
         k = next((name.partition("@")[2] for name in values if "@" in name), "0")
         return {name: values[name] for name in metric_names(int(k)) if name in values}
-
-
-def measure_by_sequence(
-    head: LogitsHead, data: HeldOut, *, k: int, batch_size: int, logits_chunk: int | None = None
-) -> BySequence:
-    """The metrics of ``evaluate`` for each sequence of ``data``, in one pass, in one process."""
-    sums: dict[str, Floats] = {}
-    positions = np.zeros(len(data), np.int64)
-    calibration = Calibration()
-    for first, sequence_P, values in measured_batches(
-        head, data, k=k, batch_size=batch_size, logits_chunk=logits_chunk
-    ):
-        calibration.add(values.pop("confidence"), values.pop("right"))
-        count = torch.bincount(sequence_P).numpy()
-        here = slice(first, first + len(count))
-        positions[here] = count
-        for name, value in values.items():
-            total = torch.bincount(sequence_P, weights=value.cpu().double())
-            sums.setdefault(name, np.zeros(len(data)))[here] = total.numpy()
-    return BySequence(sums, positions, calibration.error())
 
 
 def resampled_means(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from logitcask.cache_format.runtime.progress import ProgressBar
 from logitcask.train import distributed
 from logitcask.train.data.batch import collate
 from logitcask.train.data.dataset import CachedDataset, HeldOut
+from logitcask.train.evaluation.measured import Measured, MeasuredBatch, teacher_values
 from logitcask.train.evaluation.metrics import (
     Calibration,
     perplexity,
@@ -30,23 +31,10 @@ SHOWN = 5
 """Most probable tokens shown per example."""
 
 
-class MeasuredBatch(NamedTuple):
-    """The metrics at the P positions of a batch.
-
-    first:    number of the batch's first sequence in the data.
-    sequence: int64[P], the sequence of each position, from 0 for that one.
-    values:   metric -> float32[P], and ``confidence`` and ``right`` (``Calibration``).
-    """
-
-    first: int
-    sequence: Tensor
-    values: dict[str, Tensor]
-
-
 def evaluate(
     head: LogitsHead, data: HeldOut, *, k: int, batch_size: int, logits_chunk: int | None
-) -> dict[str, float]:
-    """Means over the kept positions of ``data``, in the order of the report.
+) -> Measured:
+    """The metrics at the kept positions of ``data``, as sums; ``Measured.means`` has their means.
 
     kl: KL(teacher || student), nats. reverse_kl: KL(student || teacher) with everything outside the
     head as one cell, nats. ``logitcask.train.evaluation.kinds`` has the exactness of both. ce,
@@ -59,42 +47,14 @@ def evaluate(
 
     The batches are divided among the processes, and all processes get the same result.
     """
-    sums: dict[str, float] = {}
-    calibration = Calibration()
-    positions = 0
-    for _, sequence_P, values in measured_batches(
-        head, data, k=k, batch_size=batch_size, logits_chunk=logits_chunk
-    ):
-        calibration.add(values.pop("confidence"), values.pop("right"))
-        for name, value in values.items():
-            sums[name] = sums.get(name, 0.0) + value.cpu().double().sum().item()
-        positions += len(sequence_P)
-    parts = distributed.gathered((sums, positions, calibration))
-    positions = sum(count for _, count, _ in parts)
-    names = next(part for part, count, _ in parts if count)
-    means = {name: sum(part.get(name, 0.0) for part, _, _ in parts) / positions for name in names}
-    means["perplexity"] = perplexity(means["ce"])
-    means["ece"] = Calibration.merged(part for _, _, part in parts).error()
-    return {name: means[name] for name in metric_names(k) if name in means}
-
-
-def metric_names(k: int) -> list[str]:
-    """All metrics, in the order of reports."""
-    return [
-        "kl",
-        "reverse_kl",
-        "ce",
-        "perplexity",
-        "top1_agreement",
-        f"mor@{k}",
-        f"cr@{k}",
-        f"spearman@{k}",
-        "ece",
-    ]
+    found = Measured(len(data))
+    for batch in _batches(head, data, k=k, batch_size=batch_size, logits_chunk=logits_chunk):
+        found.add(batch)
+    return Measured.merged(distributed.gathered(found))
 
 
 @torch.no_grad()
-def measured_batches(
+def _batches(
     head: LogitsHead, data: HeldOut, *, k: int, batch_size: int, logits_chunk: int | None
 ) -> Iterator[MeasuredBatch]:
     """The metrics of ``evaluate`` at every kept position of ``data``, batch by batch: those of the
@@ -128,7 +88,8 @@ def measured_batches(
             )
         if at < len(batches):
             sequence_P = batch["kept"] // batch["input_ids"].shape[1]
-            yield MeasuredBatch(offset + items.start, sequence_P, values)
+            teacher = teacher_values(cached, batch)
+            yield MeasuredBatch(offset + items.start, sequence_P, values, teacher)
 
 
 def _measured(

@@ -20,26 +20,15 @@ from logitcask.train.data.dataset import HeldOut
 from logitcask.train.data.held_out import is_held_out
 from logitcask.train.data.mixture import sequences_of
 from logitcask.train.data.vocabulary import rows_of
-from logitcask.train.evaluation.by_sequence import BySequence, interval, measure_by_sequence
-from logitcask.train.evaluation.evaluate import teacher_reference
-from logitcask.train.evaluation.kinds import kinds_of_difference, metric_kinds
+from logitcask.train.evaluation.by_sequence import BySequence
+from logitcask.train.evaluation.evaluate import evaluate, teacher_reference
+from logitcask.train.evaluation.figures import Bootstrap, Figure, differences, figures_of
+from logitcask.train.evaluation.kinds import metric_kinds
 from logitcask.train.head.lm_head import LogitsHead
 from logitcask.train.model import compat
 from logitcask.train.model.saved import RUN, load_saved, run_of
 
 log = logging.getLogger(__name__)
-
-
-class Figure(TypedDict):
-    """One metric. low, high: its 95 % interval. deviation: over sequences. exactness: as
-    ``logitcask.train.losses.base.Exactness``. None where there is none.
-    """
-
-    mean: float
-    low: float | None
-    high: float | None
-    deviation: float | None
-    exactness: str
 
 
 class Judgement(TypedDict):
@@ -97,9 +86,8 @@ def judge(model: str, cache: str, baseline: str | None, settings: Settings) -> J
     found = [
         _measured(name, each, data, settings) for name, each in zip(names, models, strict=True)
     ]
-    means = found[0].means()
-    kinds = metric_kinds(data, list(means))
-    resampled = [each.resampled(seed=settings.seed, resamples=settings.resamples) for each in found]
+    kinds = metric_kinds(data, list(found[0].means()))
+    bootstrap = Bootstrap(settings.seed, settings.resamples)
     if len(data) < 2:
         log.warning("one sequence has no spread, so there are no intervals")
     teacher = teacher_reference(data)
@@ -116,19 +104,12 @@ def judge(model: str, cache: str, baseline: str | None, settings: Settings) -> J
         "seed": settings.seed,
         "resamples": settings.resamples,
         "teacher": {"model": reader.manifest.teacher.model, **teacher},
-        "metrics": _figures(means, resampled[0], found[0].deviations(), kinds, len(data)),
+        "metrics": figures_of(found[0], kinds, bootstrap),
     }
     if baseline is not None:
-        others = found[1].means()
         result["baseline_model"] = baseline
-        result["baseline"] = _figures(others, resampled[1], found[1].deviations(), kinds, len(data))
-        result["difference"] = _figures(
-            {name: means[name] - others[name] for name in means},
-            {name: resampled[0][name] - resampled[1][name] for name in resampled[0]},
-            _paired_deviations(*found),
-            kinds_of_difference(kinds),
-            len(data),
-        )
+        result["baseline"] = figures_of(found[1], kinds, bootstrap)
+        result["difference"] = differences(found[0], found[1], kinds, bootstrap)
     return result
 
 
@@ -144,7 +125,9 @@ def _measured(name: str, model: PreTrainedModel, data: HeldOut, settings: Settin
     # The check of the halves is in full precision, as before a training.
     head = LogitsHead(model)
     with torch.autocast(device.type, torch.bfloat16) if settings.bf16 else nullcontext():
-        found = measure_by_sequence(head, data, k=settings.k, batch_size=settings.batch_size)
+        found = evaluate(
+            head, data, k=settings.k, batch_size=settings.batch_size, logits_chunk=None
+        ).by_sequence()
     model.to("cpu")
     wrong = [metric for metric, value in found.means().items() if not math.isfinite(value)]
     if wrong:
@@ -153,34 +136,6 @@ def _measured(name: str, model: PreTrainedModel, data: HeldOut, settings: Settin
             "use another checkpoint"
         )
     return found
-
-
-def _figures(
-    means: dict[str, float],
-    resampled: dict[str, NDArray[np.float64]],
-    deviations: dict[str, float],
-    kinds: dict[str, Any],
-    sequences: int,
-) -> dict[str, Figure]:
-    figures: dict[str, Figure] = {}
-    for name, mean in means.items():
-        known = sequences > 1 and name in resampled
-        low, high = interval(resampled[name]) if known else (None, None)
-        figures[name] = {
-            "mean": mean,
-            "low": low,
-            "high": high,
-            "deviation": deviations.get(name),
-            "exactness": kinds[name],
-        }
-    return figures
-
-
-def _paired_deviations(one: BySequence, other: BySequence) -> dict[str, float]:
-    sums = {name: one.sums[name] - other.sums[name] for name in one.sums}
-    paired = BySequence(sums, one.positions, math.nan).deviations()
-    paired.pop("perplexity", None)  # of differences of cross-entropies, there
-    return paired
 
 
 def _chosen(run: str | None, names: list[str], cache: CacheReader) -> NDArray[np.bool_] | None:

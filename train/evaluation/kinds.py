@@ -26,11 +26,6 @@ def metric_kinds(data: HeldOut, names: list[str]) -> dict[str, Exactness]:
     return {name: weakest(found[name] for found in kinds) for name in names}
 
 
-def kinds_of_difference(kinds: dict[str, Exactness]) -> dict[str, Exactness]:
-    """The exactness of differences of two models' metrics: that of two lower bounds is no bound."""
-    return {name: "biased" if kind == "lower" else kind for name, kind in kinds.items()}
-
-
 def _kinds(data: CachedDataset, names: list[str]) -> dict[str, Exactness]:
     teacher = data.teacher(collate([data[0]]))
     shortest = shortest_head(data.cache.manifest.store)

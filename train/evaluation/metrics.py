@@ -15,15 +15,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, no_grad
 
+from logitcask.train.evaluation.names import MOST_NATS
 from logitcask.train.losses.base import SparseTeacher
 from logitcask.train.losses.ranking import ranking
 
 BINS = 15
 """Of equal width, into which confidences are sorted for the calibration error."""
-
-
-MOST_NATS = 700.0
-"""Cross-entropy at which a perplexity is capped, so that it does not overflow."""
 
 
 class RankAgreement(NamedTuple):
@@ -100,6 +97,13 @@ class Calibration:
         for part in parts:
             whole._sums += part._sums
         return whole
+
+    def sums(self) -> list[list[float]]:
+        """Of each bin: the number of positions, and the sums of their probabilities and of their
+        correct tokens.
+        """
+        found: list[list[float]] = self._sums.tolist()
+        return found
 
     def error(self) -> float:
         """Between 0 and 1; 0 without positions."""

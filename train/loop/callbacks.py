@@ -57,6 +57,18 @@ class TellEpoch(TrainerCallback):
         self._tell(kwargs["train_dataloader"])
 
 
+class TellEvaluation(TrainerCallback):
+    """Calls ``tell`` after every evaluation, in every process."""
+
+    def __init__(self, tell: Callable[[], None]) -> None:
+        self._tell = tell
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._tell()
+
+
 class FindBest(TrainerCallback):
     """Sets the path of the best student, which Trainer forgets if the recorded path is gone."""
 

@@ -33,6 +33,7 @@ from logitcask.train.data.order import Batches, PartBatches, PartPlan
 from logitcask.train.data.selection import learnability, most_learnable, only_sequences
 from logitcask.train.distributed import on_main
 from logitcask.train.evaluation.evaluate import evaluate
+from logitcask.train.evaluation.measured import Measured
 from logitcask.train.head.lm_head import LogitsHead
 from logitcask.train.loop.batch_loss import BatchLoss, chosen_positions
 from logitcask.train.loop.callbacks import (
@@ -92,6 +93,7 @@ class DistillationTrainer(Trainer):
         self.data, self.selection = data, selection
         self._mixture = train_data
         self._batches: Batches | None = None
+        self.measured: Measured | None = None  # by the newest evaluation
         self.k = k
         self.logits_chunk = logits_chunk
         self._totals = LogTotals(train_data.names)
@@ -294,13 +296,14 @@ class DistillationTrainer(Trainer):
         """Metrics of ``logitcask.train.evaluation.evaluate``, logged with ``metric_key_prefix``."""
         began = time.monotonic()
         with self.precision():
-            found = evaluate(
+            self.measured = evaluate(
                 self.head,
                 eval_dataset or self.eval_dataset,
                 k=self.k,
                 batch_size=self.args.per_device_eval_batch_size,
                 logits_chunk=self.logits_chunk,
             )
+        found = self.measured.means()
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         self.log(metrics)
         self.control: TrainerControl = self.callback_handler.on_evaluate(

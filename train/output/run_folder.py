@@ -22,7 +22,8 @@ ADAPTER = "adapter"
 TRIAL = ".trial"
 """Where the untrained student is saved, to see whether it can be."""
 _WHAT_A_RUN_WRITES = (
-    *("metrics.json", "log.json", "examples.json", "answers.json", "report.html", "README.md"),
+    *("metrics.json", "log.json", "examples.json", "answers.json", "held_out.json"),
+    *("report.html", "README.md"),
     *("config.json", "generation_config.json", "model.safetensors"),
     "run.json",
 )

@@ -15,9 +15,12 @@ from logitcask.cache_format.pages.charts import (
     Histogram,
     LineChart,
     Series,
+    Span,
+    Spans,
     nice_ticks,
     number,
 )
+from logitcask.cache_format.pages.page import HERE, environment
 
 
 @pytest.mark.parametrize(
@@ -116,3 +119,31 @@ def test_numbers():
         "–",
     ]
     assert number(0.1234, "%") == "12.3 %"
+
+
+def test_spans():
+    spans = [Span("a", 1.0, 0.5, 2.0, "+1"), Span("b", -2.0, None, None, "-2", "no interval")]
+    chart = Spans("T", "nats", spans)
+    # From -2 to 2, with 4 % of that on each side.
+    assert [chart.place(each) for each in (-2.16, 0, 2.16)] == pytest.approx([0, 50, 100])
+    assert chart.place(1.08) == pytest.approx(75)
+    drawn = environment(HERE).from_string(
+        '{% from "charts.html.jinja" import draw %}{{ draw(chart) }}'
+    )
+    html = drawn.render(chart=chart)
+    assert html.count('class="span"') == 1
+    assert html.count('class="dot"') == 2
+    assert f'class="dot" style="left:{chart.place(1):.2f}%"' in html
+    assert Spans("T", "", [Span("a", 0.0, 0.0, 0.0, "0")]).place(0) == 50
+
+
+def test_a_line_keeps_its_style():
+    series = [Series("a", [0], [0]), Series("b", [0], [0], 7), Series("c", [0], [0], 25)]
+    chart = LineChart("T", "x", "y", series)
+    assert [chart.style(at) for at in range(3)] == [0, 7, 1]
+    assert chart.marks() == []
+
+
+def test_dots_are_where_their_values_are():
+    chart = LineChart("T", "x", "y", [Series("a", [0, 1, 2], [0, math.nan, 4])], dots=True)
+    assert chart.marks() == ["M0.0 1000.0h0M1000.0 0.0h0"]

@@ -14,7 +14,6 @@ from logitcask.train.data.dataset import CachedDataset, HeldOut
 from logitcask.train.evaluation.by_sequence import (
     BySequence,
     interval,
-    measure_by_sequence,
     resampled_means,
 )
 from logitcask.train.evaluation.evaluate import evaluate
@@ -37,8 +36,8 @@ def test_the_means_are_those_of_a_run(write_cache, head, kinds):
     data = HeldOut(
         [CachedDataset(write_cache(k, kind=k, shards=1, sequences=9), range(1, 9)) for k in kinds]
     )
-    expected = evaluate(head, data, k=5, batch_size=4, logits_chunk=None)
-    found = measure_by_sequence(head, data, k=5, batch_size=3)
+    expected = evaluate(head, data, k=5, batch_size=4, logits_chunk=None).means()
+    found = evaluate(head, data, k=5, batch_size=3, logits_chunk=None).by_sequence()
     assert found.means() == pytest.approx(expected, rel=1e-5)
     assert list(found.means()) == list(expected)
     assert found.positions.tolist() == [len(s.positions) for s in data]
@@ -46,7 +45,7 @@ def test_the_means_are_those_of_a_run(write_cache, head, kinds):
     for at in (0, len(data) - 1):
         part = data.parts[0 if at == 0 else -1]
         alone = HeldOut([CachedDataset(part.cache, [part.indices[0 if at == 0 else -1]])])
-        values = evaluate(head, alone, k=5, batch_size=1, logits_chunk=None)
+        values = evaluate(head, alone, k=5, batch_size=1, logits_chunk=None).means()
         for name in found.sums:
             assert found.sums[name][at] / found.positions[at] == pytest.approx(
                 values[name], rel=1e-4, abs=1e-6

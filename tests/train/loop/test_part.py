@@ -15,7 +15,7 @@ from logitcask.cache_format.errors import ConfigError, UserError
 from logitcask.train.data.order import PartBatches, PartPlan, single_units
 from logitcask.train.loop.callbacks import TellObjective
 from logitcask.train.model.student import build_student
-from logitcask.train.output.report import _curve
+from logitcask.train.output.report import curve
 from logitcask.train.run import _in_json, train
 
 SEED = 3
@@ -88,7 +88,7 @@ def test_the_log_and_the_curves_of_a_part(part, write_cache):
     second, metrics = part("second", cache, 5, first / "checkpoint-3")
     assert metrics["first_step"] == 3
     log = json.loads((second / "log.json").read_text())
-    assert _curve("kl", metrics, log) == ([3, 5], [metrics[n]["kl"] for n in ("before", "after")])
+    assert curve("kl", metrics, log) == ([3, 5], [metrics[n]["kl"] for n in ("before", "after")])
     overflow = {"step": 1, "loss": 1.0, "grad_norm": float("inf")}
     assert json.loads(json.dumps(_in_json(overflow))) == {**overflow, "grad_norm": None}
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import re
 from html import unescape
 
+import numpy as np
 import pytest
 
-from logitcask.train.output.report import METRICS, write_report
+from logitcask.train.evaluation.by_sequence import BySequence, interval
+from logitcask.train.evaluation.measured import ENTROPY_EDGES
+from logitcask.train.output.report import METRICS, Running, write_report
 
 STEPS = 6
 
@@ -90,8 +93,8 @@ ANSWERS = [{"prompt": "why", "reference": "because", "student": "so", "rouge_l":
 def page(tmp_path):
     """``page(metrics, log, examples, answers)``: the HTML."""
 
-    def write(metrics, log, examples=EXAMPLES, answers=ANSWERS):
-        write_report(tmp_path / "report.html", metrics, log, examples, answers)
+    def write(metrics, log, examples=EXAMPLES, answers=ANSWERS, held_out=None, running=None):
+        write_report(tmp_path / "report.html", metrics, log, examples, answers, held_out, running)
         return (tmp_path / "report.html").read_text()
 
     return write
@@ -101,7 +104,7 @@ def charts(html):
     """Title -> (header, rows) of the table of each chart."""
     found = {}
     for figure in re.findall(r'<figure class="chart">.*?</figure>', html, re.DOTALL):
-        title = re.search(r"<figcaption>(.*?) <span", figure)[1]
+        title = unescape(re.search(r"<figcaption>(.*?) <span", figure)[1])
         cells = [
             [unescape(cell) for cell in re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row)]
             for row in re.findall(r"<tr>(.*?)</tr>", figure)
@@ -197,12 +200,155 @@ def test_a_value_that_is_not_a_number_is_a_gap(page, metrics, log):
     assert charts(page(metrics, log))["Gradient norm"][1][0] == ["1", "–"]
 
 
+@pytest.fixture
+def held_out(rng, metrics):
+    """Values by sequence and bins with random numbers; one bin of each has no position."""
+    metrics["kinds"] = dict.fromkeys(metrics["before"], "exact")
+    positions = rng.integers(3, 30, 12)
+    names = ["kl", "reverse_kl", "ce", "top1_agreement", "mor@5", "cr@5", "spearman@5"]
+
+    def bins():
+        count = np.array([0, *rng.integers(1, 50, 14)])
+        sure = count * (np.arange(15) + 0.5) / 15
+        each = np.array([4, 0, *rng.integers(1, 40, len(ENTROPY_EDGES) - 1)])
+        centres = np.array([0, *ENTROPY_EDGES]) + 0.1
+        return {
+            "calibration": [count.tolist(), sure.tolist(), (count * 0.4).tolist()],
+            "entropy": {
+                "positions": each.tolist(),
+                "entropy": (each * centres).tolist(),
+                "top1_agreement": (each * rng.random(len(each))).tolist(),
+                "mor@5": (each * rng.random(len(each))).tolist(),
+            },
+            "entropy_kind": "lower",
+        }
+
+    after = bins()
+    before = bins()
+    before["entropy"]["positions"] = after["entropy"]["positions"]
+    return {
+        "parts": [{"fingerprint": "f", "ids": 60, "sequences": [*range(12)]}],
+        "positions": positions.tolist(),
+        "sums": {name: (positions * (1 + rng.random(12))).tolist() for name in names},
+        "ece": 0.1,
+        "before": before,
+        "after": after,
+        "teacher_calibration": bins()["calibration"],
+    }
+
+
+def test_held_out_charts_have_the_numbers_of_the_bins(page, metrics, log, held_out):
+    found = charts(page(metrics, log, held_out=held_out))
+    header, rows = found["Agreement by the teacher's entropy"]
+    assert header[1:] == ["top-1 agreement", "overlap of both top-5", "top-1 before training", "share of the positions"]  # fmt: skip
+    after, before = held_out["after"]["entropy"], held_out["before"]["entropy"]
+    total, expected = sum(after["positions"]), []
+    for at, count in enumerate(after["positions"]):
+        if count:
+            values = [after["top1_agreement"][at] / count, after["mor@5"][at] / count,
+                      before["top1_agreement"][at] / count, count / total]  # fmt: skip
+            x = after["entropy"][at] / count
+            expected.append([f"{x:.3g}", *(f"{100 * value:.1f} %" for value in values)])
+    assert rows == expected
+    assert len(rows) == len(ENTROPY_EDGES)
+
+    header, rows = found["Calibration"]
+    assert header[1:] == ["student", "before training", "teacher", "calibrated"]
+    assert (rows[0], rows[-1]) == (["0", "", "", "", "0.0 %"], ["1", "", "", "", "100.0 %"])
+    for column in (1, 2, 3):
+        points = [(row[0], row[column]) for row in rows if row[column]]
+        assert points == [(f"{(at + 0.5) / 15:.3g}", "40.0 %") for at in range(1, 15)]
+    counts = [row[1] for row in found["How sure the student is"][1]]
+    assert counts == [f"{count:,}" for count in held_out["after"]["calibration"][0]]
+    each = np.array(held_out["sums"]["kl"]) / held_out["positions"]
+    rows = found["KL of each sequence"][1]
+    low = min(each)
+    for number, row in enumerate(rows):
+        first = low + number * (max(each) - low) / 12
+        last = low + (number + 1) * (max(each) - low) / 12
+        assert int(row[1]) == sum((first <= v < last) or (number == 11 and v == max(each)) for v in each)  # fmt: skip
+
+
+def test_the_spread_of_every_metric(page, metrics, log, held_out):
+    html = page(metrics, log, held_out=held_out)
+    sums = {name: np.array(values) for name, values in held_out["sums"].items()}
+    sequences = BySequence(sums, np.array(held_out["positions"]), 0.1)
+    resampled, deviations = sequences.resampled(seed=0, resamples=1000), sequences.deviations()
+    notes = re.findall(r'<span class="quiet note spread">(.*?)</span>', html)
+    assert len(notes) == 16
+    names = [name for name in metrics["before"] if name != "ece"]
+    for name, bounds, deviation in zip(names, notes[::2], notes[1::2], strict=True):
+        share = METRICS[name.partition("@")[0]][1] == "%"
+        low, high = interval(resampled[name])
+        written = [f"{100 * v:.1f} %" if share else f"{v:.3f}" for v in (low, high, deviations[name])]  # fmt: skip
+        assert bounds == f"{written[0]} to {written[1]}"
+        assert deviation == f"sd {written[2]}"
+
+
+def test_what_is_not_known_is_left_out(page, metrics, log, held_out):
+    for bins in (held_out["before"], held_out["after"]):
+        bins["entropy_kind"] = None
+    held_out["teacher_calibration"] = None
+    del held_out["before"]
+    found = charts(page(metrics, log, held_out=held_out))
+    assert "Agreement by the teacher's entropy" not in found
+    assert found["Calibration"][0][1:] == ["student", "calibrated"]
+
+
+def test_exactness_of_entropies_is_said(page, metrics, log, held_out):
+    assert "a lower bound." in page(metrics, log, held_out=held_out)
+    held_out["after"]["entropy_kind"] = "exact"
+    html = page(metrics, log, held_out=held_out)
+    assert "which the cache stores for each whole distribution" in html
+    assert "a lower bound." not in html
+
+
+@pytest.mark.long
+def test_a_running_page_loads_itself_again(chromium, page, tmp_path, metrics, log):
+    """Unless a table is open or the box is off, which is remembered."""
+    page(metrics, log, running=Running(3, 6, "2026-01-01 00:00:00 UTC"))
+    file = tmp_path / "report.html"
+    context = chromium.new_context()
+    context.set_default_timeout(300_000)
+    opened = context.new_page()
+    # The test's own clock: the page's only timer is called by hand.
+    opened.add_init_script(
+        "window.setInterval = (work, period) => { window.work = work; window.period = period; }"
+    )
+
+    def loads_again():
+        opened.evaluate("window.old = true")
+        opened.evaluate("work()")
+        opened.wait_for_timeout(200)
+        return not opened.evaluate("window.old === true")
+
+    opened.goto(f"file://{file}")
+    assert opened.evaluate("period") == 30_000
+    file.write_text(file.read_text().replace("step 3 of 6", "step 4 of 6"))
+    with opened.expect_event("load"):
+        opened.evaluate("setTimeout(work, 0)")
+    assert "step 4 of 6" in opened.locator(".running").text_content()
+    opened.locator("#refresh").uncheck()
+    assert not loads_again()
+    opened.reload()
+    assert not opened.locator("#refresh").is_checked(), "remembered"
+    assert not loads_again()
+    opened.locator("#refresh").check()
+    values = opened.locator("details.values summary").first
+    values.click()
+    assert not loads_again(), "a table of values is open"
+    values.click()
+    with opened.expect_event("load"):
+        opened.evaluate("setTimeout(work, 0)")
+    context.close()
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("width", [390, 1000, 1600])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_in_a_browser(chromium, page, tmp_path, metrics, log, width, scheme):
+def test_in_a_browser(chromium, page, tmp_path, metrics, log, held_out, width, scheme):
     axe = pytest.importorskip("axe_playwright_python.sync_playwright")
-    page(metrics, log)
+    page(metrics, log, held_out=held_out, running=Running(3, 6, "2026-01-01 00:00:00 UTC"))
     context = chromium.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
     context.set_default_timeout(300_000)
     opened, wrong, requests = context.new_page(), [], []

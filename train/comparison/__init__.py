@@ -1,0 +1,1 @@
+"""Several finished runs side by side: their metrics, curves, costs and configs. No torch."""
