@@ -35,14 +35,20 @@ if TYPE_CHECKING:
         UserError,
         verify,
     )
+    from logitcask.cache_format.export.rows import RowDecoder
     from logitcask.train.data.batch import collate
     from logitcask.train.data.dataset import CachedDataset
     from logitcask.train.losses import LOSSES, SparseTeacher, TailDraws
+    from logitcask.train.trainers.distillation import Distillation
+    from logitcask.train.trainers.transformers_trainer import DistillationMixin
 
 _FORMAT = "logitcask.cache_format"
 _HOMES = {
     "CachedDataset": "logitcask.train.data.dataset",
+    "Distillation": "logitcask.train.trainers.distillation",
+    "DistillationMixin": "logitcask.train.trainers.transformers_trainer",
     "LOSSES": "logitcask.train.losses",
+    "RowDecoder": "logitcask.cache_format.export.rows",
     "SparseTeacher": "logitcask.train.losses",
     "TailDraws": "logitcask.train.losses",
     "collate": "logitcask.train.data.batch",
@@ -60,9 +66,12 @@ __all__ = [
     "CachedSequence",
     "ConfigError",
     "DamagedCacheError",
+    "Distillation",
+    "DistillationMixin",
     "IncompleteCacheError",
     "LogitcaskError",
     "Manifest",
+    "RowDecoder",
     "SparseTeacher",
     "TailDraws",
     "TailSamples",

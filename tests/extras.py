@@ -190,6 +190,31 @@ JOBS = {
         """,
         torch=True,
     ),
+    # The example of docs/trainers.md, with a student from scratch.
+    "lightning": Job(
+        f"""
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        texts("a.jsonl")
+        build(data={{"path": "a.jsonl", "max_length": 64}})
+        config = LlamaConfig(
+            vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=1, head_dim=16, max_position_embeddings=128,
+        )
+        LlamaForCausalLM(config).save_pretrained("my-student")
+        example = Path({str(ROOT / "examples" / "trainers" / "lightning_module.py")!r}).read_text()
+        for old, new in (
+            ('AutoTokenizer.from_pretrained("my-student")', "None"),
+            ('"caches/mine"', '"cache", evaluation={{"held_out": 0.5}}'),
+            ("max_epochs=1", 'max_epochs=1, accelerator="cpu"'),
+        ):
+            assert example.count(old) == 1, old
+            example = example.replace(old, new)
+        exec(example)
+        assert Path("runs/lightning/model.safetensors").is_file()
+        """,
+        torch=True,
+    ),
     # Each tracker gets the losses, without a network.
     "trackers": Job(
         """

@@ -82,7 +82,7 @@ class BoundedFile:
             batch.validate(full=True)
             if not batch.schema.equals(self._schema):
                 raise ValueError("it has another Arrow schema than its file")
-            if any(_has_nulls(column) for column in batch.columns):
+            if any(has_nulls(column) for column in batch.columns):
                 raise ValueError("it has nulls")
             return batch
 
@@ -223,5 +223,6 @@ class BoundedFile:
         return start + 4, count
 
 
-def _has_nulls(column: pa.Array) -> bool:
+def has_nulls(column: pa.Array) -> bool:
+    """Whether a column has nulls, in itself or in its lists."""
     return bool(column.null_count or (pa.types.is_list(column.type) and column.values.null_count))

@@ -1,0 +1,1 @@
+"""A cache inside other trainers: its data, its collator and its losses (docs/trainers.md)."""
