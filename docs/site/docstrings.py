@@ -7,12 +7,11 @@ from typing import Any
 
 import griffe
 
-_FIELD = re.compile(r"^(\w+):(?: {2,}| (?=\S))(?=.*\S)")
-_BLOCK = re.compile(r"^ {4}", re.MULTILINE)
+_FIELD = re.compile(r"^(\w+(?:, [\w*]+)*): +(?=\S)")
 
 
 class Markdown(griffe.Extension):
-    """Turns the tables of fields in docstrings into lists, and links RST's code into Markdown's."""
+    """Turns the fields that docstrings describe, a line each, into lists."""
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
         if obj.docstring:
@@ -20,22 +19,19 @@ class Markdown(griffe.Extension):
 
 
 def markdown(text: str) -> str:
-    """A docstring as Markdown. A paragraph of lines ``name:  meaning``, whose continuations are
+    """A docstring as Markdown. A paragraph of lines ``name: meaning``, whose continuations are
     indented, becomes a list. Anything else stays.
     """
     return "\n\n".join(map(_paragraph, text.split("\n\n")))
 
 
 def _paragraph(text: str) -> str:
-    lines = text.splitlines()
-    if len(lines) < 2 or not all(_FIELD.match(line) or line.startswith("  ") for line in lines):
-        return text
-    if not _FIELD.match(lines[0]):
-        return text
-    joined: list[str] = []
-    for line in lines:
+    items: list[str] = []
+    for line in text.splitlines():
         if _FIELD.match(line):
-            joined.append(_FIELD.sub(r"- `\1`: ", line))
+            items.append(_FIELD.sub(r"- `\1`: ", line))
+        elif items and line.startswith("  "):
+            items[-1] += f" {line.strip()}"
         else:
-            joined[-1] += f" {line.strip()}"
-    return "\n".join(joined)
+            return text
+    return "\n".join(items)

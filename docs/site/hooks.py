@@ -33,8 +33,15 @@ DOCUMENTS = {
 """Documents outside ``docs/``, and their pages. The README's place in the site is the first page,
 which has a text of its own."""
 
+BOOSTS = {"Start": 4, "How to": 4, "Understand": 4, "Measured": 0.5, "Log": 0.25}
+"""Weights of the parts of the site in its search: a page that explains a word goes before a list in
+which it occurs."""
+BOOSTS_OF_PAGES = {"losses.md": 4, "own-teacher.md": 12, "extending.md": 1}
+"""Losses and own teachers: people mean the ones that there are, and only then code of one's own."""
+
 _LINK = re.compile(r"(?<=\]\()([^)\s]+)(?=\))")
 _CODE = re.compile(r"(^```.*?^```$|``.+?``|`[^`\n]+`)", re.DOTALL | re.MULTILINE)
+_CELL = re.compile(r"<td.*?</td>", re.DOTALL)
 _LANGUAGES = {".py": "python", ".yaml": "yaml", ".json": "json"}
 _LONGEST = 100_000
 """Bytes of a file that is shown as code; the rest of a longer one is left out."""
@@ -58,6 +65,9 @@ def on_files(files: Any, *, config: Any) -> Any:
 def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Any) -> str:
     """The page with links to pages in place of links to files of the repository."""
     folder = PurePosixPath(page.file.src_uri).parent
+    part = page.ancestors[-1].title if page.ancestors else ""
+    boost = BOOSTS_OF_PAGES.get(page.file.src_uri, BOOSTS.get(part, 1))
+    page.meta.setdefault("search", {}).setdefault("boost", boost)
 
     def replaced(link: re.Match[str]) -> str:
         path = _in_repository(link[1], page.file.src_uri)
@@ -71,6 +81,13 @@ def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Any) -> st
     return "".join(
         part if place % 2 else _LINK.sub(replaced, part) for place, part in enumerate(parts)
     )
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """The page without the backslashes of ``\\|`` in the cells of tables: a forge leaves them out,
+    Python-Markdown keeps them within code.
+    """
+    return _CELL.sub(lambda cell: cell[0].replace("\\|", "|"), html)
 
 
 def on_post_build(*, config: Any) -> None:
