@@ -58,7 +58,7 @@ report: setup ## write the report of a finished run again
 	$(BIN)/train-student $(STUDENT_CONFIG) --report
 
 docs: setup ## build the site of the documentation, its links checked: build/docs/index.html, which opens offline
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 	@echo "open build/docs/index.html"
 
 test: setup ## run all tests (ORDER=N shuffles them, WORKERS=N side by side, TESTS="files or options of pytest")
