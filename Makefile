@@ -22,7 +22,7 @@ SHUFFLED = $(if $(ORDER),--random-order-bucket=module --random-order-seed=$(ORDE
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup teacher-cache train-student student-rounds test fuzz test-engines test-extras test-families lint bench bench-quality bench-gpu report clean
+.PHONY: help setup teacher-cache train-student student-rounds test fuzz test-engines test-extras test-families lint bench bench-quality bench-gpu report docs clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -56,6 +56,10 @@ student-rounds: setup ## the student writes, the teacher scores, training goes o
 
 report: setup ## write the report of a finished run again
 	$(BIN)/train-student $(STUDENT_CONFIG) --report
+
+docs: setup ## build the site of the documentation, its links checked: build/docs/index.html, which opens offline
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+	@echo "open build/docs/index.html"
 
 test: setup ## run all tests (ORDER=N shuffles them, WORKERS=N side by side, TESTS="files or options of pytest")
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE) $(SHUFFLED) $(TESTS)

@@ -87,6 +87,8 @@ _LONG = [
     "pipeline/text/test_long_texts.py",
     "train/losses/test_kernels.py",
     "pipeline/report/test_browser.py",
+    "test_site.py",
+    "test_notebook.py",
 ]
 """Modules that start engines or processes, or train: minutes each, the longest first."""
 

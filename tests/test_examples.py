@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import tomllib
@@ -24,6 +25,14 @@ def example(request) -> Path:
     return request.param
 
 
+def text_of(path: Path) -> str:
+    """The text of an example; of a notebook, that of its cells."""
+    if path.suffix != ".ipynb":
+        return path.read_text()
+    cells = json.loads(path.read_text())["cells"]
+    return "\n".join("".join(cell["source"]) for cell in cells)
+
+
 def parse(program: str, arguments: list[str]) -> None:
     """Raises an error if the program has no such command or option."""
     app = teacher_cache if program == "teacher-cache" else train_student
@@ -44,13 +53,13 @@ def commands(text: str) -> list[tuple[str, list[str]]]:
 
 
 def test_every_command_exists(example):
-    for program, arguments in commands(example.read_text()):
+    for program, arguments in commands(text_of(example)):
         if arguments and arguments[0] not in ("@", "&"):
             parse(program, [each for each in arguments if each not in ("&",)])
 
 
 def test_commands_are_found_and_wrong_ones_refused():
-    found = [each for path in EXAMPLES for each in commands(path.read_text())]
+    found = [each for path in EXAMPLES for each in commands(text_of(path))]
     assert len(found) >= 10
     with pytest.raises(AssertionError, match="no command biuld"):
         parse("teacher-cache", ["biuld", "teacher.yaml"])

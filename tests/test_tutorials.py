@@ -1,4 +1,4 @@
-"""The tutorials in docs/, as a newcomer follows them: every file and every command of a page, in
+"""The tutorials and other pages with commands in docs/, as a newcomer follows them: every file and every command of a page, in
 order, in an empty folder, with the output that the page shows.
 
 Blocks: ```` ```sh ```` holds lines ``$ command`` (lines beginning with ``> `` continue it, and a
@@ -24,6 +24,7 @@ import os
 import re
 import runpy
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -43,6 +44,10 @@ ROOT = Path(__file__).parents[1]
 CHATS, COMPARE, CLUSTERS = (
     ROOT / "docs" / f"tutorial-{name}.md" for name in ("chats", "compare", "clusters")
 )
+START = ROOT / "docs" / "start.md"
+BY_THEMSELVES = ("own-teacher", "sparse-losses", "why-draws")
+AFTER_START = ("choose-store", "own-loop", "record", "resume", "share")
+"""Pages that begin in the folder of START, after its build."""
 STORES = ("draws", "heads")
 PROGRAMS: dict[str, Callable[[], object]] = {
     "teacher-cache": teacher_cache,
@@ -349,3 +354,46 @@ def test_catalog(follow, monkeypatch):
 def test_clusters(follow, s3):
     pytest.importorskip("ray")
     follow(CLUSTERS)
+
+
+def test_start(follow):
+    follow(START)
+
+
+@pytest.mark.parametrize("name", BY_THEMSELVES)
+def test_a_page_by_itself(name, follow):
+    follow(ROOT / "docs" / f"{name}.md")
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory) -> Path:
+    """The folder of START after its build, with all its files."""
+    folder = tmp_path_factory.mktemp("started")
+    commands = []
+    for step in steps(START.read_text()):
+        if isinstance(step, File):
+            (folder / step.name).write_text(step.text)
+        else:
+            commands.append(step.text)
+    text, build = commands[:2]
+    assert (text, build) == ("python make_text.py", "teacher-cache build teacher.yaml")
+    shell = Shell(tmp_path_factory.mktemp("bin"))
+    for command in (text, f"{build} --quiet"):
+        code, found = shell.run(f"cd {shlex.quote(str(folder))} && {command}")
+        assert code == 0, found
+    return folder
+
+
+@pytest.mark.parametrize("name", AFTER_START)
+def test_a_page_after_the_start(name, follow, started, user_folder):
+    shutil.copytree(started, user_folder, dirs_exist_ok=True)
+    follow(ROOT / "docs" / f"{name}.md")
+
+
+@pytest.mark.parametrize("name", ["index", "api", "start", *BY_THEMSELVES, *AFTER_START])
+def test_every_block_of_a_page_runs(name):
+    """No block is only to be looked at: it is a file that has a name, or commands."""
+    page = (ROOT / "docs" / f"{name}.md").read_text()
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    idle = [text for kind, text in blocks if kind != "sh" and not re.match(r"# \S+\.\w+\n", text)]
+    assert idle == []
