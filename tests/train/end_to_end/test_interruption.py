@@ -229,7 +229,12 @@ def test_two_processes_stop_at_the_same_step(cache, scratch_config, tmp_path, fo
 
 @pytest.mark.parametrize(
     ("moment", "made"),
-    [("build_student", 0), ("_measure_before", 0), ("save_student", 3), ("model_card", 3)],
+    [
+        ("preparation.build_student", 0),
+        ("run._measure_before", 0),
+        ("run.save_student", 3),
+        ("results.model_card", 3),
+    ],
 )
 def test_outside_the_training_a_signal_takes_effect_at_once(
     cache, scratch_config, tmp_path, fork, monkeypatch, moment, made
@@ -244,7 +249,7 @@ def test_outside_the_training_a_signal_takes_effect_at_once(
         pytest.fail("it has waited")
 
     with monkeypatch.context() as patch:
-        patch.setattr(f"logitcask.train.run.{moment}", stop)
+        patch.setattr(f"logitcask.train.{moment}", stop)
         child = Child(fork, file)
         assert child.end() == 143, child.said.read_text()
     assert (child.made, _last(tmp_path / "run")) == (made, made)

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 import logitcask.cache_format.reader
 import logitcask.cache_format.storage.files
-import logitcask.train.run
+import logitcask.train.preparation
 from logitcask.cache_format import CacheReader, UserError
 from logitcask.cache_format.catalog.home import Home
 from logitcask.cache_format.share.copy import push
@@ -213,7 +213,7 @@ def test_caches_are_in_use_while_a_training_reads_them(
             used.append([entry.where for entry, _ in home.entries() if entry.name in home.used()])
             return super().training_step(*arguments, **options)
 
-    monkeypatch.setattr(logitcask.train.run, "DistillationTrainer", Looks)
+    monkeypatch.setattr(logitcask.train.preparation, "DistillationTrainer", Looks)
     train(scratch_config(cache=cache.path, training={"max_steps": 2}))
     assert used
     assert all(each == [str(Path(cache.path).resolve())] for each in used)

@@ -16,7 +16,8 @@ from logitcask.train.data.order import PartBatches, PartPlan, single_units
 from logitcask.train.loop.callbacks import TellObjective
 from logitcask.train.model.student import build_student
 from logitcask.train.output.report import curve
-from logitcask.train.run import _in_json, train
+from logitcask.train.results import in_json
+from logitcask.train.run import train
 
 SEED = 3
 
@@ -90,7 +91,7 @@ def test_the_log_and_the_curves_of_a_part(part, write_cache):
     log = json.loads((second / "log.json").read_text())
     assert curve("kl", metrics, log) == ([3, 5], [metrics[n]["kl"] for n in ("before", "after")])
     overflow = {"step": 1, "loss": 1.0, "grad_norm": float("inf")}
-    assert json.loads(json.dumps(_in_json(overflow))) == {**overflow, "grad_norm": None}
+    assert json.loads(json.dumps(in_json(overflow))) == {**overflow, "grad_norm": None}
 
 
 def test_a_part_killed_in_its_middle(part, write_cache, monkeypatch):

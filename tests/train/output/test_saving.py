@@ -20,8 +20,9 @@ from transformers import (
     PreTrainedModel,
 )
 
+import logitcask.train.examination
 import logitcask.train.output.saving
-import logitcask.train.run
+import logitcask.train.preparation
 from logitcask.cache_format.errors import ConfigError, UserError
 from logitcask.train.config import AnswersConfig, StudentConfig
 from logitcask.train.evaluation.answers import answers
@@ -157,7 +158,7 @@ def test_answers_are_greedy_whatever_the_student_prefers(tiny_llama):
 def test_weights_that_cannot_be_saved_are_found_before_the_first_step(
     sound_cache, scratch_config, monkeypatch
 ):
-    built = logitcask.train.run.build_student
+    built = logitcask.train.preparation.build_student
 
     def shared(*arguments):
         student = built(*arguments)
@@ -165,7 +166,7 @@ def test_weights_that_cannot_be_saved_are_found_before_the_first_step(
         second.mlp.up_proj.weight = first.mlp.up_proj.weight
         return student
 
-    monkeypatch.setattr(logitcask.train.run, "build_student", shared)
+    monkeypatch.setattr(logitcask.train.preparation, "build_student", shared)
     config = scratch_config(cache=sound_cache)
     with pytest.raises(
         UserError, match=r"could not be saved after training \(RuntimeError: "
@@ -313,7 +314,7 @@ def test_adapters_that_do_not_merge_are_refused(tiny_llama):
 )
 def test_an_evaluation_that_fails_loses_no_weights(config, tiny_llama, monkeypatch, peft):
     """Without checkpoints, the saved student is all there is."""
-    measure, calls = logitcask.train.run.evaluate, []
+    measure, calls = logitcask.train.examination.evaluate, []
 
     def fail_after_training(*arguments, **options):
         calls.append(1)
@@ -321,7 +322,7 @@ def test_an_evaluation_that_fails_loses_no_weights(config, tiny_llama, monkeypat
             raise RuntimeError("out of memory")
         return measure(*arguments, **options)
 
-    monkeypatch.setattr(logitcask.train.run, "evaluate", fail_after_training)
+    monkeypatch.setattr(logitcask.train.examination, "evaluate", fail_after_training)
     changes = {"student": {"model": str(tiny_llama), "peft": peft}}
     with pytest.raises(RuntimeError, match="out of memory"):
         train_student(config(**changes, training={"max_steps": 1, "save_strategy": "no"}))
@@ -333,13 +334,13 @@ def test_an_evaluation_that_fails_loses_no_weights(config, tiny_llama, monkeypat
 
 
 def test_weights_that_are_no_numbers_are_not_saved(config, tiny_llama, monkeypatch):
-    run = logitcask.train.run.DistillationTrainer.run
+    run = logitcask.train.preparation.DistillationTrainer.run
 
     def spoil(self, checkpoint):
         run(self, checkpoint)
         self.model.model.norm.weight.data[3] = float("nan")
 
-    monkeypatch.setattr(logitcask.train.run.DistillationTrainer, "run", spoil)
+    monkeypatch.setattr(logitcask.train.preparation.DistillationTrainer, "run", spoil)
     with pytest.raises(UserError, match=r"diverged: model\.norm\.weight is nan after training"):
         train_student(config(training={"max_steps": 1, "save_strategy": "no"}))
     assert not (config().output_dir / "model.safetensors").exists()
