@@ -787,7 +787,7 @@ def chromium() -> Iterator[Any]:
         # Chromium's sandbox does not run as root.
         root = hasattr(os, "geteuid") and os.geteuid() == 0
         browser = started.chromium.launch(
-            executable_path=path, args=["--no-sandbox"] if root else []
+            executable_path=path, args=["--no-sandbox"] if root else [], timeout=300_000
         )
         yield browser
         browser.close()

@@ -438,6 +438,7 @@ def test_without_scripts_the_figures_are_there(chromium, reader, tokenizer, tmp_
     out = tmp_path / "report.html"
     write_report(reader, out, ReportOptions(), tokenizer)
     page = chromium.new_context(java_script_enabled=False).new_page()
+    page.set_default_timeout(_PATIENCE)
     page.goto(f"file://{out}")
     assert "The token view needs JavaScript." in page.inner_text("main")
     assert page.get_by_role("img", name="Entropy of the teacher").is_visible()
