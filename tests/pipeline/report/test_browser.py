@@ -65,6 +65,12 @@ class Opened:
         self.page.goto(f"file://{out}")
         self.page.wait_for_selector("html[data-ready]", state="attached")
 
+    def wait_for(self, condition):
+        """Waits for a condition in JavaScript. As a function, since the page's policy lets no text
+        be evaluated, and a condition that does not hold at once is evaluated again in the page.
+        """
+        self.page.wait_for_function(f"() => {condition}")
+
     def texts(self):
         """Of the tokens that are drawn."""
         return self.page.eval_on_selector_all(".t", "all => all.map((each) => each.textContent)")
@@ -167,9 +173,7 @@ def test_colours(opened, reader, tokenizer):
     at = max(range(len(reader)), key=lambda index: len(reader[index]))
     view.page.evaluate(f"location.hash = '#sequence-{at}'")
     sequence = reader[at]
-    view.page.wait_for_function(
-        f"document.querySelector('#reading').textContent === {sequence.sequence_id!r}"
-    )
+    view.wait_for(f"document.querySelector('#reading').textContent === {sequence.sequence_id!r}")
     for metric, values, bounds in (
         ("loss", -sequence.target_logprob, [0.1, 0.5, 1, 2, 3, 5, 7, 10]),
         ("entropy", sequence.entropy, [0.1, 0.5, 1, 1.5, 2, 3, 4, 6]),
@@ -187,9 +191,7 @@ def test_keys(opened, reader, tokenizer):
     view = opened(reader, tokenizer)
     at = max(range(len(reader)), key=lambda index: len(reader[index]))
     view.page.evaluate(f"location.hash = '#sequence-{at}-token-4'")
-    view.page.wait_for_function(
-        "document.querySelector('.t[aria-selected=\"true\"]')?.dataset.i === '4'"
-    )
+    view.wait_for("document.querySelector('.t[aria-selected=\"true\"]')?.dataset.i === '4'")
     view.page.locator('.t[aria-selected="true"]').focus()
     view.page.keyboard.press("ArrowRight")
     view.page.keyboard.press("ArrowRight")
@@ -235,7 +237,7 @@ def test_search(opened, make_reader):
     def find(query, button="next"):
         view.page.fill("#query", query)
         view.page.click(f"#{button}")
-        view.page.wait_for_function("document.getElementById('hits').textContent !== ''")
+        view.wait_for("document.getElementById('hits').textContent !== ''")
         return view.page.locator("#hits").text_content()
 
     assert find("cat sat") == "1 of 2"
@@ -245,13 +247,13 @@ def test_search(opened, make_reader):
         ".t.hit", "all => all.map((each) => each.textContent)"
     ) == [" Cat", " sat"]
     view.page.click("#next")
-    view.page.wait_for_function("document.getElementById('reading').textContent === 'b'")
+    view.wait_for("document.getElementById('reading').textContent === 'b'")
     assert view.chosen() == 5
     assert view.page.locator("#hits").text_content() == "2 of 2"
     view.page.click("#next")
-    view.page.wait_for_function("document.getElementById('reading').textContent === 'a'")
+    view.wait_for("document.getElementById('reading').textContent === 'a'")
     view.page.click("#previous")
-    view.page.wait_for_function("document.getElementById('hits').textContent === '2 of 2'")
+    view.wait_for("document.getElementById('hits').textContent === '2 of 2'")
     assert find("#2") == "1 of 4"
     assert find("中") == "1 of 1"
     assert view.chosen() == 3
@@ -311,11 +313,11 @@ def test_the_most_surprising(opened, reader, tokenizer):
     )  # fmt: skip
     for place in range(3):
         view.page.click("#less-surprising")
-        view.page.wait_for_function(
+        view.wait_for(
             f"document.getElementById('surprise').textContent.startsWith('{place + 1} of 500')"
         )
         loss, name, token = losses[place]
-        view.page.wait_for_function(f"document.getElementById('reading').textContent === {name!r}")
+        view.wait_for(f"document.getElementById('reading').textContent === {name!r}")
         assert view.chosen() == token
         assert number(view.facts()["surprise"]) == pytest.approx(loss, abs=6e-4)
 
@@ -393,7 +395,7 @@ def test_only_what_is_near_the_screen_is_drawn(opened, make_reader, rng):
     height = view.page.evaluate("document.getElementById('text').scrollHeight")
     for place in (0.3, 0.6, 1):
         view.page.evaluate(f"document.getElementById('text').scrollTop = {place * height}")
-        view.page.wait_for_function(
+        view.wait_for(
             "(() => { const box = document.getElementById('text').getBoundingClientRect();"
             " return document.elementFromPoint(box.left + 60, box.top + 200)?.closest('.t') !== null; })()"
         )
@@ -402,7 +404,7 @@ def test_only_what_is_near_the_screen_is_drawn(opened, make_reader, rng):
     assert view.chosen() == len(tokens) - 1
     # The chosen token stays, with the focus, however far the text is scrolled.
     view.page.evaluate("document.getElementById('text').scrollTop = 0")
-    view.page.wait_for_function("document.querySelector('.t[data-i=\"1\"]')")
+    view.wait_for("document.querySelector('.t[data-i=\"1\"]')")
     assert view.page.evaluate("document.activeElement.dataset.i") == str(len(tokens) - 1)
 
 

@@ -202,7 +202,7 @@ def test_in_a_browser(chromium, page, make_run, tmp_path, width, scheme):
     room = region.evaluate("each => each.scrollWidth - each.clientWidth")
     if room > 40:
         opened.keyboard.press("ArrowRight")
-        opened.wait_for_function("document.activeElement.scrollLeft > 0")
+        opened.wait_for_function("() => document.activeElement.scrollLeft > 0")
     assert (room > 40) == (width == 390) or width == 1000
     assert (wrong, len(requests)) == ([], 1)
     context.close()
