@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import os
+import uuid
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -104,7 +105,9 @@ def write_page(out: Path, page: str, data: Iterable[str] = (), *, replace: bool 
     if not replace:
         refuse_foreign(out)
     before, _, after = page.partition(_DATA)
-    temporary = out.with_name(f"{out.name}.tmp")
+    # A folder of this package has one writer. Elsewhere two commands may write one file.
+    own = "" if replace else f".{uuid.uuid4().hex}"
+    temporary = out.with_name(f"{out.name}{own}.tmp")
     try:
         with temporary.open("w", encoding="utf-8", errors="replace", newline="\n") as file:
             file.write(before)

@@ -101,6 +101,22 @@ def test_a_page_that_cannot_be_written_leaves_the_old_one(folder, tmp_path):
         write_page(tmp_path / "no" / "out.html", rendered(folder))
 
 
+def test_two_that_write_one_file_leave_one_whole_page(folder, tmp_path):
+    out = tmp_path / "out.html"
+
+    def meanwhile():
+        write_page(out, rendered(folder, "second"))
+        assert "second" in out.read_text()
+        yield data_element("a", "AAAA")
+
+    write_page(out, rendered(folder, "first"), meanwhile())
+    text = out.read_text()
+    assert "first" in text
+    assert "second" not in text
+    assert text.count("</html>") == 1
+    assert list(tmp_path.glob("*.tmp")) == []
+
+
 def test_reading_a_cache_needs_no_templates():
     code = "import sys, logitcask.cache_format.pages.page, logitcask; logitcask.CacheReader; assert 'jinja2' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
