@@ -89,8 +89,8 @@ sequence = cache[0]  # input_ids, positions, ids, logprobs, tail_logprob, sample
 
 
 def _quoted(text: str) -> str:
-    """``text`` as a string of YAML: that of JSON, but for characters that JSON writes as two halves,
-    and invisible ones.
+    """``text`` as a string of YAML: that of JSON, but for invisible characters and those that JSON
+    writes as two halves.
     """
     letters = json.dumps(text, ensure_ascii=False)
     return "".join(each if each.isprintable() else f"\\U{ord(each):08x}" for each in letters)
