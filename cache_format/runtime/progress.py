@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
+import threading
 import time
-from typing import Any
+from typing import Any, ClassVar
+from weakref import WeakSet
 
 from tqdm import tqdm
 
@@ -20,7 +23,13 @@ class ProgressBar(tqdm):
 
     It shows nothing where warnings are not logged (``--quiet``). Work that takes less than
     ``EVERY_SECONDS`` has no line.
+
+    tqdm's own lock is shared with forked processes. If one of them is killed while it holds the
+    lock, every other process waits for ever. The lock here is one of threads, new in each process.
     """
+
+    _instances: ClassVar[WeakSet[Any]] = WeakSet()  # those that the lock guards
+    monitor = None
 
     def __init__(self, *args: Any, **options: Any) -> None:
         self._lines = not sys.stderr.isatty()
@@ -46,3 +55,12 @@ class ProgressBar(tqdm):
         if self._lines:
             self.sp = None  # tqdm then writes nothing: no last state, no carriage return
         super().close()
+
+
+def _new_lock() -> None:
+    ProgressBar.set_lock(threading.RLock())
+
+
+_new_lock()
+if hasattr(os, "register_at_fork"):  # a thread that exists only in the parent may hold it
+    os.register_at_fork(after_in_child=_new_lock)

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
+import os
+import signal
 import sys
+import threading
 import time
 
 import pytest
 
 from logitcask.cache_format.runtime import progress
 from logitcask.cache_format.runtime.progress import ProgressBar
+
+_FORK = multiprocessing.get_context("fork")
 
 
 @pytest.fixture
@@ -81,3 +87,36 @@ def test_quiet(capsys, monkeypatch, clock, terminal):
         assert (bar.n, capsys.readouterr().err) == (0, "")
     finally:
         logger.setLevel(before)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_process_killed_in_a_bar_stops_no_other():
+    child = _FORK.Process(target=lambda: (ProgressBar.get_lock().acquire(), _die()))
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+    made = threading.Thread(target=lambda: ProgressBar(total=1).close(), daemon=True)
+    made.start()
+    made.join(60)
+    assert not made.is_alive(), "the lock is held by a process that is dead"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_fork_while_a_thread_draws_a_bar():
+    with ProgressBar.get_lock():
+        child = _FORK.Process(target=_draws_in_a_thread)
+        child.start()
+        child.join()
+    assert child.exitcode == 0
+
+
+def _die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _draws_in_a_thread() -> None:
+    """Ends with 0 once another thread than the one that was forked has made a bar."""
+    made = threading.Thread(target=lambda: ProgressBar(total=1).close(), daemon=True)
+    made.start()
+    made.join(60)
+    os._exit(made.is_alive())
