@@ -212,7 +212,7 @@ class CacheReader:
 
         if self._copies is not None:
             with reaching(where):
-                retrying(read)
+                retrying(read, self._filesystem)
             return
         try:
             read()

@@ -143,6 +143,7 @@ JOBS = {
         build("no-ray", says="pip install 'logitcask[scale]'", scale={"engine": "ray", "workers": 1})
         command("teacher-cache", "info", "hf://datasets/a/b", says="pip install 'logitcask[hub]'")
         command("teacher-cache", "info", "s3://bucket/x", says="pip install 'logitcask[s3]'")
+        command("teacher-cache", "info", "sftp://host/x", says="pip install 'logitcask[sftp]'")
         command("teacher-cache", "push", "cache", "hf://datasets/a/b", says="pip install 'logitcask[hub]'")
         command("teacher-cache", "keygen", "key", says="pip install 'logitcask[trust]'")
         command("teacher-cache", "audit", "cache")
@@ -251,6 +252,13 @@ JOBS = {
         command("teacher-cache", "info", "s3://bucket/cache")
         command("teacher-cache", "pull", "s3://bucket/cache", "copy")
         command("teacher-cache", "verify", "copy")
+        """
+    ),
+    # There is no SSH server to ask: the driver is there, and a closed port is one line.
+    "sftp": Job(
+        """
+        build()
+        command("teacher-cache", "push", "cache", "sftp://127.0.0.1:9/cache", says="cannot be opened")
         """
     ),
     "trust": Job(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,12 @@ from logitcask.cache_format.catalog.home import Entry, Home, load_json
 from logitcask.cache_format.durable import write_durably
 from logitcask.cache_format.errors import CacheError, ConfigError, UserError, one_line
 from logitcask.cache_format.layout import MANIFEST
-from logitcask.cache_format.storage.files import open_filesystem, reaching, read_manifest
+from logitcask.cache_format.storage.files import (
+    open_filesystem,
+    reaching,
+    read_manifest,
+    retrying,
+)
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +98,7 @@ def _at(home: Home, url: str) -> list[Entry]:
             place = f"{root}/{name}" if name else root
             where = f"{url.rstrip('/')}/{name}" if name else url
             try:
-                info = filesystem.info(f"{place}/{MANIFEST}")
+                info = retrying(partial(filesystem.info, f"{place}/{MANIFEST}"), filesystem)
             except (FileNotFoundError, NotADirectoryError):
                 continue
             stamp = json.dumps({key: str(info[key]) for key in _FACTS if info.get(key)})
@@ -120,7 +126,7 @@ def _at(home: Home, url: str) -> list[Entry]:
 def _folders(filesystem: fsspec.AbstractFileSystem, root: str) -> list[str]:
     """Names of the folders below ``root``, and "" for ``root`` itself."""
     try:
-        listed = filesystem.ls(root, detail=True)
+        listed = retrying(lambda: filesystem.ls(root, detail=True), filesystem)
     except (FileNotFoundError, NotADirectoryError):
         raise CacheError("there is no such place; see config.yaml of the home") from None
     names = (

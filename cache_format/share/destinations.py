@@ -188,14 +188,15 @@ class Store:
 
     def _make(self, folder: str) -> None:
         if self._protocol in _FOLDERS:
-            self._filesystem.makedirs(f"{self._root}/{folder}", exist_ok=True)
+            path = f"{self._root}/{folder}"
+            self._try(lambda: self._filesystem.makedirs(path, exist_ok=True))
 
     def read(self, name: str, limit: int) -> bytes | None:
         return _small_file(self._filesystem, f"{self._root}/{name}", limit)
 
     def shards(self) -> list[str]:
         try:
-            listed = self._filesystem.ls(f"{self._root}/data", detail=False)
+            listed = self._try(lambda: self._filesystem.ls(f"{self._root}/data", detail=False))
         except FileNotFoundError:
             return []
         names = [path.rsplit("/", 1)[-1] for path in listed]
@@ -205,7 +206,7 @@ class Store:
         """Whether the file is there, by its size, or with ``deep`` by its sha256."""
         path = f"{self._root}/{file.path}"
         try:
-            info = self._filesystem.info(path)
+            info = self._try(lambda: self._filesystem.info(path))
         except FileNotFoundError:
             return False
         if not deep or info["size"] != file.bytes:
@@ -213,7 +214,7 @@ class Store:
         if info.get("lfs"):
             return bool(info["lfs"]["sha256"] == file.sha256)
         try:
-            retrying(lambda: all(verified_chunks(self._filesystem, path, file)))
+            self._try(lambda: all(verified_chunks(self._filesystem, path, file)))
         except DamagedCacheError:
             return False
         return True
@@ -238,12 +239,15 @@ class Store:
         return True
 
     def _exists(self, name: str) -> bool:
-        return bool(self._filesystem.exists(f"{self._root}/{name}"))
+        return bool(self._try(lambda: self._filesystem.exists(f"{self._root}/{name}")))
+
+    def _try(self, action: Callable[[], Any]) -> Any:
+        return retrying(action, self._filesystem)
 
     def remove(self, names: list[str]) -> None:
         for name in names:
             with suppress(FileNotFoundError):
-                self._filesystem.rm_file(f"{self._root}/{name}")
+                self._try(partial(self._filesystem.rm_file, f"{self._root}/{name}"))
         self._filesystem.invalidate_cache()
 
     def send(
@@ -278,10 +282,11 @@ class Store:
                     # Closing the file has stored the bytes sent so far.
                     self._filesystem.rm_file(path)
                 raise
+            # A rename whose reply is lost has happened, so an attempt begins with the file.
+            if path != final:
+                self._filesystem.mv(path, final)
 
-        retrying(attempt)
-        if path != final:
-            self._filesystem.mv(path, final)
+        self._try(attempt)
 
     def finish(self, texts: dict[str, bytes]) -> None:
         for name, text in texts.items():

@@ -40,7 +40,12 @@ _CHUNK = 1 << 20
 _URL_AS_PATH = re.compile(r"[A-Za-z][A-Za-z0-9+.:-]+:")
 _LOCAL_URLS = ("file://", "local://")
 _STREAMING = {"http", "https", "hf"}  # with block_size=0 these send a file in one response
-_PACKAGES = {"huggingface_hub": "logitcask[hub]", "s3fs": "logitcask[s3]"}
+_CONNECTED = {"sftp", "ssh", "ftp", "smb"}  # drivers with one connection for all requests
+_PACKAGES = {
+    "huggingface_hub": "logitcask[hub]",
+    "paramiko": "logitcask[sftp]",
+    "s3fs": "logitcask[s3]",
+}
 _PERMANENT = (
     UserError,
     FileNotFoundError,
@@ -78,7 +83,7 @@ def open_filesystem(
             options["client_kwargs"] = {
                 "timeout": aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=60)
             }
-        filesystem, root = fsspec.core.url_to_fs(url, **options)
+        filesystem, root = _opened(url, options)
     except ImportError as error:
         # fsspec raises its own ImportError from the one that names the module.
         missing = getattr(error.__cause__ or error, "name", None) or str(error)
@@ -92,6 +97,19 @@ def open_filesystem(
             f"{url} cannot be opened: {one_line(error)}; check the address, the network and your access to it"
         ) from error
     return filesystem, root.rstrip("/")
+
+
+def _opened(url: str, options: dict[str, Any]) -> tuple[fsspec.AbstractFileSystem, str]:
+    """What fsspec opens. A busy SSH server closes connections before it greets them: asked again."""
+    for attempt in range(ATTEMPTS - 1):
+        try:
+            return fsspec.core.url_to_fs(url, **options)
+        except Exception as error:
+            # Refusals, of a key for one, are of classes derived from it.
+            if type(error).__name__ != "SSHException":
+                raise
+            time.sleep(FIRST_DELAY * 2**attempt * random.uniform(0.5, 1.5))
+    return fsspec.core.url_to_fs(url, **options)
 
 
 def _refuse_chain_by_accident(url: str) -> None:
@@ -146,18 +164,33 @@ def reaching(where: str) -> Iterator[None]:
         ) from error
 
 
-def retrying(action: Callable[[], _Result]) -> _Result:
+def retrying(action: Callable[[], _Result], filesystem: fsspec.AbstractFileSystem) -> _Result:
     """The result of ``action()``, tried ATTEMPTS times with growing pauses. A permanent error is
-    raised at once.
+    raised at once, and wrong bytes the second time: a bad line may have changed them. Before a new
+    attempt, a driver that may have lost its connection gets another.
     """
     for attempt in range(ATTEMPTS - 1):
         try:
             return action()
+        except DamagedCacheError:
+            if attempt or is_local(filesystem):
+                raise
         except Exception as error:
             if not _is_transient(error):
                 raise
-            time.sleep(FIRST_DELAY * 2**attempt * random.uniform(0.5, 1.5))
+        time.sleep(FIRST_DELAY * 2**attempt * random.uniform(0.5, 1.5))
+        with suppress(Exception):  # the attempt meets the same error and reports it
+            _reconnect(filesystem)
     return action()
+
+
+def _reconnect(filesystem: fsspec.AbstractFileSystem) -> None:
+    """Gives a driver of one connection a new one. Others open a connection for each request."""
+    if protocol_of(filesystem) in _CONNECTED:
+        options = filesystem.storage_options | {"skip_instance_cache": True}
+        fresh = vars(type(filesystem)(*filesystem.storage_args, **options))
+        # All who have opened this address share the instance. It stays, with its identity.
+        vars(filesystem).update(fresh | {"_fs_token_": filesystem._fs_token})
 
 
 def _is_transient(error: Exception) -> bool:
@@ -194,7 +227,7 @@ def read_small(filesystem: fsspec.AbstractFileSystem, path: str, limit: int) -> 
                 data += chunk
         return bytes(data)
 
-    data = retrying(read)
+    data = retrying(read, filesystem)
     if len(data) > limit:
         raise DamagedCacheError(
             f"{filesystem.unstrip_protocol(path)} has more than {limit} bytes; that is not a cache's"
@@ -299,7 +332,7 @@ def download(
         # Closing writes the rest of the buffer, so it can fail like a write.
         with open(target, "r+b") as handle:
             with reaching(filesystem.unstrip_protocol(path)):
-                retrying(attempt)
+                retrying(attempt, filesystem)
             handle.truncate(file.bytes)
             os.fsync(handle.fileno())
 
