@@ -101,15 +101,16 @@ def open_filesystem(
 
 def _opened(url: str, options: dict[str, Any]) -> tuple[fsspec.AbstractFileSystem, str]:
     """What fsspec opens. A busy SSH server closes connections before it greets them: asked again."""
-    for attempt in range(ATTEMPTS - 1):
+    for attempt in range(ATTEMPTS):
         try:
-            return fsspec.core.url_to_fs(url, **options)
+            filesystem, root = fsspec.core.url_to_fs(url, **options)
+            break
         except Exception as error:
             # Refusals, of a key for one, are of classes derived from it.
-            if type(error).__name__ != "SSHException":
+            if type(error).__name__ != "SSHException" or attempt == ATTEMPTS - 1:
                 raise
             time.sleep(FIRST_DELAY * 2**attempt * random.uniform(0.5, 1.5))
-    return fsspec.core.url_to_fs(url, **options)
+    return filesystem, root
 
 
 def _refuse_chain_by_accident(url: str) -> None:

@@ -122,7 +122,8 @@ def test_public_contract(draw: torch.Generator) -> None:
         value = loss(logits, teacher, **options)
         assert value.shape == (6,)
         assert value.dtype == torch.float32
-        assert torch.equal(loss(logits[2:5], teacher[2:5], **options), value[2:5])
+        # Alike to float32's rounding: vectors of other lengths have other last bits.
+        torch.testing.assert_close(loss(logits[2:5], teacher[2:5], **options), value[2:5])
         assert loss(logits[:0], teacher[:0], **options).shape == (0,)
         assert all(
             p.kind is p.KEYWORD_ONLY for p in list(inspect.signature(loss).parameters.values())[2:]
