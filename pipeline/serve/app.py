@@ -32,6 +32,10 @@ MAX_BODY_BYTES = 32 << 20
 
 _LOG_SECONDS = 60.0
 _COMMIT_SECONDS = 1.0
+_NO_CHATS = (
+    "a chat is text, which a template here might render differently from the trainer's; post token ids to /v1/completions, with "
+    "max_tokens 1 and prompt_logprobs K"
+)
 _NAMES = {400: "BadRequestError", 401: "AuthenticationError", 404: "NotFoundError"}
 
 Endpoint = Callable[[HttpRequest], Awaitable[Response]]
@@ -92,6 +96,10 @@ def make_app(
         metrics.requests.labels(response.status_code).inc()
         return response
 
+    async def chats(request: HttpRequest) -> Response:
+        metrics.requests.labels(400).inc()
+        return _error(400, _NO_CHATS, "messages")
+
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         if service.upstream is not None:
@@ -124,6 +132,7 @@ def make_app(
             Route("/metrics", metrics_),
             Route("/v1/models", guarded(models)),
             Route("/v1/completions", guarded(completions), methods=["POST"]),
+            Route("/v1/chat/completions", guarded(chats), methods=["POST"]),
         ],
         exception_handlers={HTTPException: _http_error},  # type: ignore[dict-item]
         lifespan=lifespan,

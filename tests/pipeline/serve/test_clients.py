@@ -80,6 +80,46 @@ def test_trl_client(
     assert alone.sources() == {"cache": 12, "kept": 0, "upstream": 0}
 
 
+def test_openai_client(
+    vllm: VllmServer, in_front: Callable[[], Any], rng: np.random.Generator
+) -> None:
+    """The client that most people call a vLLM server with: the same ids and ranks, several prompts
+    in a request.
+    """
+    openai = pytest.importorskip("openai")
+    prompts = [rng.integers(0, 384, n).tolist() for n in (3, 25, MAX_LENGTH)]
+
+    def ask(url: str) -> list[list[dict[int, tuple[float, int]] | None]]:
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+        name = client.models.list().data[0].id
+        body = {"prompt_logprobs": TOP_K, "return_token_ids": True}
+        answer = client.completions.create(
+            model=name, prompt=prompts, max_tokens=1, temperature=0, extra_body=body
+        )
+        return [
+            [
+                each and {int(i): (one["logprob"], one["rank"]) for i, one in each.items()}
+                for each in choice.prompt_logprobs
+            ]
+            for choice in sorted(answer.choices, key=lambda choice: choice.index)
+        ]
+
+    live, front = ask(vllm.url), in_front()
+    first = ask(front.url)
+    front.stop()
+    alone = in_front()
+    assert ask(alone.url) == first
+    assert alone.sources() == {"cache": 3, "kept": 0, "upstream": 0}
+    for one, other in zip(live, first, strict=True):
+        assert one[0] is other[0] is None
+        for of_live, of_front in zip(one[1:], other[1:], strict=True):
+            assert of_live is not None
+            assert of_front is not None
+            assert of_live.keys() == of_front.keys()
+            for index, (logprob, _) in of_live.items():
+                assert abs(logprob - of_front[index][0]) <= ROUNDING
+
+
 @pytest.mark.random
 def test_trl_trainer(
     vllm: VllmServer, in_front: Callable[[], Any], tiny_llama: Path, tmp_path: Path

@@ -101,7 +101,9 @@ def test_what_a_cache_lacks_is_refused_with_the_reason(
     assert "max_tokens is 2" in refusal(max_tokens=2)
     assert client.post(prompt=text, prompt_logprobs=1, model="other").status_code == 404
     assert client.http.get("/v1/completions").status_code == 405
-    assert client.http.get("/v1/chat/completions").status_code == 404
+    chat = client.http.post("/v1/chat/completions", json={"model": "m", "messages": []})
+    assert chat.status_code == 400
+    assert "post token ids to /v1/completions" in chat.json()["error"]["message"]
 
 
 def test_null_for_what_is_not_stored(
