@@ -21,7 +21,13 @@ from starlette.routing import Route
 
 from logitcask.cache_format.errors import LogitcaskError, one_line
 from logitcask.pipeline.serve.metrics import Metrics
-from logitcask.pipeline.serve.request import RefusedError, Request, parse_request
+from logitcask.pipeline.serve.request import (
+    MAX_ENTRIES,
+    RefusedError,
+    Request,
+    parse_request,
+)
+from logitcask.pipeline.serve.room import Room
 from logitcask.pipeline.serve.service import Service
 from logitcask.pipeline.serve.upstream import UpstreamError
 
@@ -29,6 +35,9 @@ logger = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 32 << 20
 """Of a request: four million ids."""
+
+MAX_ENTRIES_AT_ONCE = 2 * MAX_ENTRIES
+"""Of the answers to all clients that are being made at one time; other requests wait."""
 
 _LOG_SECONDS = 60.0
 _COMMIT_SECONDS = 1.0
@@ -49,7 +58,7 @@ def make_app(
     engine: what ``/version`` says.
     key:    the API key that requests to ``/v1`` must have, as a bearer token.
     """
-    metrics = Metrics(service)
+    metrics, room = Metrics(service), Room(MAX_ENTRIES_AT_ONCE)
 
     async def health(request: HttpRequest) -> Response:
         return Response()
@@ -78,7 +87,8 @@ def make_app(
             start = time.monotonic()
             asked = parse_request(body, service.vocab_size)
             del body
-            response = await _complete(service, metrics, asked)
+            async with room.hold(asked.entries):
+                response = await _complete(service, metrics, asked)
             metrics.took(time.monotonic() - start)
         except RefusedError as error:
             response = _error(error.status, str(error), error.field)

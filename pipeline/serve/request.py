@@ -70,6 +70,11 @@ class Request(NamedTuple):
     k: int
     ids: bool
 
+    @property
+    def entries(self) -> int:
+        """Entries of the answer, at most."""
+        return sum(map(len, self.prompts)) * (self.k + 1)
+
 
 def parse_request(body: bytes, vocab_size: int) -> Request:
     """Raises RefusedError for anything that is not answered, naming the field."""
@@ -102,14 +107,14 @@ def parse_request(body: bytes, vocab_size: int) -> Request:
         raise RefusedError(
             400, f"prompt_logprobs is {k}, the vocabulary has {vocab_size} ids", "prompt_logprobs"
         )
-    entries = sum(map(len, prompts)) * (k + 1)
-    if entries > MAX_ENTRIES:
+    request = Request(model, prompts, k, fields.get("return_token_ids") is True)
+    if request.entries > MAX_ENTRIES:
         raise RefusedError(
             413,
-            f"the answer would have {entries:,} entries, of which one answer has at most {MAX_ENTRIES:,}; send fewer prompts at once",
+            f"the answer would have {request.entries:,} entries, of which one answer has at most {MAX_ENTRIES:,}; send fewer prompts at once",
             "prompt",
         )
-    return Request(model, prompts, k, fields.get("return_token_ids") is True)
+    return request
 
 
 def _prompts(value: Any, vocab_size: int) -> list[NDArray[np.int32]]:
