@@ -19,6 +19,7 @@ from logitcask.cache_format import CacheReader, CacheWriter
 from logitcask.cache_format.shards.prior import TailPrior
 
 HERE = Path(__file__).parent
+UNKNOWN = ("tail", "targets", "ranks")
 CACHES = {
     "head-1-byte": {"kind": "head", "vocab_size": 200, "prior": False},
     "head-3-bytes": {"kind": "head", "vocab_size": 1 << 24, "prior": False},
@@ -27,13 +28,16 @@ CACHES = {
     "sample-logprobs": {"kind": "sample logprobs", "vocab_size": 70_000, "prior": False},
     "random-sampling": {"kind": "random sampling", "vocab_size": 5_000, "prior": True},
     "writer-logprobs": {"kind": "writer logprobs", "vocab_size": 200, "prior": False},
+    "unknown-values": {"kind": "head", "vocab_size": 200, "prior": False, "unknown": UNKNOWN},
 }
 
 
 def main() -> None:
-    fixtures, minimal = (
+    fixtures, minimal, unknown_values = (
         _load(HERE.parent / "cache_format" / name)
-        for name in ("conftest.py", "end_to_end/minimal_reader.py")
+        for name in (
+            *("conftest.py", "end_to_end/minimal_reader.py", "end_to_end/test_unknown_values.py"),
+        )
     )
     for number, (name, about) in enumerate(CACHES.items()):
         if (HERE / name).exists():
@@ -49,15 +53,21 @@ def main() -> None:
             )
         ]
         prior = TailPrior.estimate(sequences, vocab_size) if about["prior"] else None
+        header = fixtures.make_header(vocab_size, kind=kind, step=1 / 16)
+        if unknown := about.get("unknown"):
+            sequences = [unknown_values.forget(each, unknown) for each in sequences]
+            store = header.store.model_copy(update={"unknown": unknown})
+            header = header.model_copy(update={"store": store, "required_features": store.features})
         with CacheWriter(HERE / name) as writer:
-            header = writer.begin(fixtures.make_header(vocab_size, kind=kind, step=1 / 16), prior)
+            header = writer.begin(header, prior)
             for shard, part in enumerate((sequences[:4], sequences[4:])):
                 with writer.shard(shard) as open_shard:
                     for each in part:
                         open_shard.append(each)
             writer.finish(header, 2)
         for original, found in zip(sequences, CacheReader(HERE / name), strict=True):
-            fixtures.assert_same(original, found, 1 / 16)
+            if not unknown:
+                fixtures.assert_same(original, found, 1 / 16)
         values = json.dumps(minimal.read(HERE / name), separators=(",", ":"))
         (HERE / f"{name}.json").write_text(values + "\n", encoding="utf-8")
 

@@ -19,13 +19,13 @@ def read(folder: Path) -> list[dict]:
     """Every sequence of a cache as a dict of lists.
 
     A position's head is a list of (id, logprob), its samples are a list of sets, each a list of
-    (id, count, logprob).
+    (id, count, logprob). A value that is not known is None.
     """
     manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
     if (
         manifest["format"] != "logitcask"
         or manifest["format_version"] > 1
-        or set(manifest["required_features"]) - {"writer_logprobs"}
+        or set(manifest["required_features"]) - {"writer_logprobs", "unknown_values"}
     ):
         raise ValueError("not a cache that this reader knows")
     store, id_at = manifest["store"], np.arange(manifest["store"]["vocab_size"])
@@ -82,6 +82,13 @@ def decode(row: dict, store: dict, id_at: np.ndarray) -> dict:
         start += size
     tail = [-np.inf if q == 65535 else -q * store["scalar_step"] for q in row["tail_step"]]
     found = {name: row[name] for name in plain} | {"heads": heads, "tail_logprob": tail}
+    unknown = store.get("unknown", ())
+    if "tail" in unknown:
+        if set(row["tail_step"]) - {65534}:
+            raise ValueError("the mass of a tail in a cache without them")
+        found["tail_logprob"] = [None] * len(tail)
+    if "targets" in unknown:
+        found["target_logprob"] = [None if x != x else x for x in row["target_logprob"]]
     if store["entropy"]:
         found["entropy"] = [q * store["scalar_step"] for q in row["entropy_step"]]
     if store.get("writer_logprobs"):

@@ -38,6 +38,8 @@ def as_lists(sequence):
         [(i, p) for i, p in zip(ids, logprobs, strict=True) if i >= 0]
         for ids, logprobs in zip(sequence.ids.tolist(), sequence.logprobs.tolist(), strict=True)
     ]
+    for name in ("tail_logprob", "target_logprob"):
+        found[name] = [None if value != value else value for value in found[name]]
     if sequence.entropy is not None:
         found["entropy"] = sequence.entropy.tolist()
     if sequence.writer_logprob is not None:
