@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+KNOWN = {"writer_logprobs", "unknown_values"}
+
 
 def read(folder: Path) -> list[dict]:
     """Every sequence of a cache as a dict of lists.
@@ -25,7 +27,7 @@ def read(folder: Path) -> list[dict]:
     if (
         manifest["format"] != "logitcask"
         or manifest["format_version"] > 1
-        or set(manifest["required_features"]) - {"writer_logprobs", "unknown_values"}
+        or set(manifest["required_features"]) - KNOWN
     ):
         raise ValueError("not a cache that this reader knows")
     store, id_at = manifest["store"], np.arange(manifest["store"]["vocab_size"])

@@ -89,6 +89,8 @@ def test_readers_that_do_not_know_them_refuse(cache, monkeypatch):
     spec = importlib.util.spec_from_file_location("minimal_reader", path)
     minimal = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(minimal)
+    assert len(minimal.read(folder)) == 5
+    minimal.KNOWN.remove("unknown_values")
     with pytest.raises(ValueError, match="not a cache that this reader knows"):
         minimal.read(folder)
     monkeypatch.setattr("logitcask.cache_format.manifest.KNOWN_FEATURES", frozenset())
