@@ -315,7 +315,7 @@ def test_unchanged_answers_are_copied_and_the_cache_is_that_of_a_full_build(
 ):
     """To the last byte, whether or not the first answer, which gives the prior, has changed."""
     for module in (scoring, overlap):
-        monkeypatch.setattr(module, "PRIOR_POSITIONS", 10)
+        monkeypatch.setattr(module, "PRIOR_POSITIONS", 1)
     build(synthetic(tmp_path, seed=seed))
     found = rejections(CacheReader(tmp_path / "pass-1"))
     assert (found[0] is not None) == first_changes
@@ -342,7 +342,6 @@ def test_an_answer_ends_at_a_spliced_end_token_and_at_its_longest(tmp_path, monk
     end = before.manifest.data.generation.end_tokens[0]
     with monkeypatch.context() as patch:
         patch.setattr(splicing, "teacher_sample", lambda *_: (end, True))
-        patch.setattr(scoring, "PRIOR_POSITIONS", 10)
         build(synthetic(tmp_path, 2, output="ended"))
     found, ended = rejections(before), CacheReader(tmp_path / "ended")
     for index, at in enumerate(found):
@@ -413,7 +412,7 @@ def test_the_catalogue_and_the_output_know_the_pass_before_by_its_content(tmp_pa
     shutil.rmtree(tmp_path / "pass-1")
     assert build(synthetic(tmp_path, 2)).reused  # it may be gone
     build(synthetic(tmp_path, seed=1))
-    with pytest.raises(UserError, match="pass-1, with whose answers .* goes on, has changed"):
+    with pytest.raises(UserError, match=r"pass-1, with whose answers .* goes on, has changed"):
         build(synthetic(tmp_path, 2))
     other = build(synthetic(tmp_path, 2, output="other", seed=0), home=home)
     assert other.taken is None or other.taken.how == "part"
@@ -466,10 +465,10 @@ def test_mistakes_in_the_config(tmp_path, change, said):
 
 def test_a_pass_is_not_its_own_and_has_no_limit_of_tokens(tmp_path):
     fields = synthetic(tmp_path, 2).model_dump(mode="json")
-    with pytest.raises(ValueError, match="and so is data.generate.splice.cache, which is read"):
+    with pytest.raises(ValueError, match=r"and so is data\.generate.splice\.cache, which is read"):
         BuildConfig.model_validate({**fields, "output": str(tmp_path / "pass-1")})
     fields["data"]["max_tokens"] = 500
-    with pytest.raises(ValueError, match="max_tokens is 500 beside generate.splice"):
+    with pytest.raises(ValueError, match=r"max_tokens is 500 beside generate\.splice"):
         BuildConfig.model_validate(fields)
 
 
