@@ -319,6 +319,11 @@ class StoreConfig(ConfigModel):
             raise ValueError("sample_logprobs is set, but tail_samples is 0")
         return self
 
+    @property
+    def ragged(self) -> bool:
+        """Whether heads may differ in size."""
+        return self.capture().ragged
+
     def capture(self) -> Capture:
         """The values to request from the teacher."""
         return Capture(

@@ -6,9 +6,9 @@ sample of the teacher. Here the two are never in memory together, so a pass work
 An earlier cache has the teacher's rank of every token. The first token of a rank of K or more is
 replaced, what follows is dropped, and the writer goes on from there.
 
-Every token of the result has the distribution that the paper gives it: a token is examined only if
-all tokens before it have been accepted or spliced, and no rule depends on how many tokens a draft
-has. (The paper's drafts of five tokens earn no further token of the teacher when all are accepted.)
+The result has the distribution of the paper's, whose drafts have five tokens: a token is examined
+only if all tokens before it have been accepted or spliced, it is drawn from the student behind them,
+and five accepted tokens earn no further one of the teacher.
 
 **The sample of the teacher** is drawn from the stored head. Its nucleus, the smallest set of ids
 whose probabilities at the temperature reach ``top_p``, is known where the tail cannot change it:

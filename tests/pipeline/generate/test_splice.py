@@ -21,6 +21,7 @@ from logitcask.pipeline.config import BuildConfig
 from logitcask.pipeline.generate import answers as generation
 from logitcask.pipeline.generate import splice as splicing
 from logitcask.pipeline.generate.splice import first_rejected, teacher_sample, uniform
+from logitcask.pipeline.report.content import _written_by
 from logitcask.pipeline.text.config import SpliceConfig
 
 from .test_writer import other_weights
@@ -305,6 +306,11 @@ def test_the_manifest_says_what_was_spliced(tmp_path):
         assert manifest.data.generation.writer == first.data.generation.writer
         assert manifest.data.generation.prompts_sha256 == first.data.generation.prompts_sha256
     assert caches[2][0].writer_logprob is None
+    said = (
+        "in 2 further passes the first token of rank 100 or more was replaced by one of the teacher"
+    )
+    assert said in _written_by(spliced[1])
+    assert "replaced" not in _written_by(first)
     assert verify(str(tmp_path / "pass-3"), deep=True) == []
     assert build(synthetic(tmp_path, 3)).reused
 
