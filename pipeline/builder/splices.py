@@ -51,7 +51,26 @@ def earlier_cache(config: BuildConfig, inputs: Inputs) -> CacheReader:
         f"may have positions without a head (its store has top_k {store.top_k} and min_k {store.min_k}), so no token of the "
         "teacher can be drawn there",
     )
+    assert config.splice is not None
+    warn_of_ties(reader, config.splice.top_k)
     return reader
+
+
+def warn_of_ties(reader: CacheReader, top_k: int) -> None:
+    """Warns if ids that tie with a token may count as more probable than it at the last accepted
+    rank: vLLM's ranks below the ids that it was asked for (``logitcask.pipeline.teachers.rows``).
+    """
+    manifest = reader.manifest
+    if manifest.teacher.backend in ("vllm", "server") and manifest.store.capture_k < top_k:
+        log.warning(
+            "%s: the engine was asked for %d ids, and %d are accepted; below the first %d a token that ties with others may be "
+            "rejected (store.top_k=%d)",
+            reader.path,
+            manifest.store.capture_k,
+            top_k,
+            manifest.store.capture_k,
+            top_k,
+        )
 
 
 def open_earlier(config: BuildConfig) -> CacheReader:

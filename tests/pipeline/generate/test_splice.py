@@ -17,6 +17,7 @@ from logitcask.cache_format.derive.derive import DeriveOptions, derive
 from logitcask.pipeline.builder import overlap
 from logitcask.pipeline.builder import score as scoring
 from logitcask.pipeline.builder.run import build
+from logitcask.pipeline.builder.splices import warn_of_ties
 from logitcask.pipeline.config import BuildConfig
 from logitcask.pipeline.generate import answers as generation
 from logitcask.pipeline.generate import splice as splicing
@@ -254,10 +255,11 @@ def test_random_numbers_are_of_the_answer_and_the_pass():
     assert uniform(0, "a/0", 2) == uniform(0, "a/0", 2)
 
 
-def test_what_stays_of_an_answer(tmp_path):
+@pytest.mark.parametrize("samples", [1, 2])
+def test_what_stays_of_an_answer(tmp_path, samples):
     """Everything in front of the first rejected token; the whole answer if there is none."""
-    build(synthetic(tmp_path))
-    build(synthetic(tmp_path, 2))
+    build(synthetic(tmp_path, samples=samples))
+    build(synthetic(tmp_path, 2, samples=samples))
     before, after = (CacheReader(tmp_path / f"pass-{n}") for n in (1, 2))
     found = rejections(before)
     assert any(at is None for at in found)
@@ -281,9 +283,26 @@ def test_what_stays_of_an_answer(tmp_path):
     assert counters["answers_spliced"] == sum(at is not None for at in found)
     assert (counters["tokens_accepted"], counters["tokens_dropped"]) == (accepted, dropped)
     assert counters["generated_tokens"] == sum(len(answer(after, i)) for i in range(len(after)))
-    assert (counters["generations"], counters["prompts"]) == (7, 7)
+    assert (counters["generations"], counters["prompts"]) == (7 * samples, 7)
     finished = sum(counters.get(f"finished_{how}", 0) for how in ("stop", "length", "empty"))
-    assert finished == 7
+    assert finished == 7 * samples
+
+
+def test_answers_without_a_token_stay_without_one(tmp_path):
+    """They are no sequences, so the cache of the pass before has none of them."""
+    build(synthetic(tmp_path, output="probe"))
+    from logitcask.pipeline.builder.inputs import Inputs
+
+    probe = CacheReader(tmp_path / "probe")
+    letter = Inputs(synthetic(tmp_path)).tokenizer.decode(answer(probe, 2)[:1])
+    for number in (1, 2):
+        build(synthetic(tmp_path, number, stop=[letter]))
+    before, after = (CacheReader(tmp_path / f"pass-{n}") for n in (1, 2))
+    names = [each.sequence_id for each in before]
+    assert "train/2/0" not in names
+    assert [each.sequence_id for each in after] == names
+    counters = after.manifest.data.counters
+    assert counters["generations"] - counters["sequences"] == 7 - len(names) > 0
 
 
 def test_the_manifest_says_what_was_spliced(tmp_path):
@@ -485,3 +504,15 @@ def test_draws_from_a_nucleus_that_no_head_shows_are_counted_and_said(tmp_path, 
     counters = CacheReader(tmp_path / "pass-2").manifest.data.counters
     assert counters["splices_cut"] == counters["answers_spliced"] > 0
     assert "are drawn from the first ids of the stored head" in caplog.text
+
+
+def test_ranks_that_count_ties_otherwise_are_said(tmp_path, caplog):
+    build(synthetic(tmp_path))
+    reader = CacheReader(tmp_path / "pass-1")
+    warn_of_ties(reader, 40)
+    teacher = reader.manifest.teacher.model_copy(update={"backend": "vllm"})
+    reader.manifest = reader.manifest.model_copy(update={"teacher": teacher})
+    warn_of_ties(reader, 32)
+    assert "ties with others" not in caplog.text
+    warn_of_ties(reader, 33)
+    assert "asked for 32 ids, and 33 are accepted" in caplog.text
