@@ -23,8 +23,9 @@ class StopConfig(ConfigModel):
 
 
 class SkdConfig(ConfigModel):
-    """Speculative knowledge distillation (arXiv 2410.11325): in the students' answers, each token that
-    the teacher ranks low is replaced by a sample of the teacher, and the student goes on from there.
+    """Speculative knowledge distillation (arXiv 2410.11325): in the students' answers, each token
+    that the teacher ranks low is replaced by a sample of the teacher, and the student goes on from
+    there.
     """
 
     top_k: int = Field(

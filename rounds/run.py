@@ -4,7 +4,7 @@ be killed at any moment and started again.
     text                the cache of given text, if the student config says how it is built
     start               the untrained student, or one warmed up on given text
     write-1, write-2    the newest student writes, the teacher scores: a cache for each round
-    splice-1-2, ...     with ``rounds.skd``: further passes over its answers (``logitcask.rounds.skd``)
+    splice-1-2, ...     with ``rounds.skd``: further passes over its answers
     train-1, train-2    the training goes on, on the new cache, earlier ones, and given text
 """
 
@@ -310,7 +310,8 @@ class Rounds:
             ended = self._stage(state, name, self._build(number, changes))
             self._record_cache(state, name, ended, output)
             self._passes[number] = pass_number
-        skd.remove_earlier(self.of_round(number), self.cache(number))
+        earlier = range(1, len(skd.passes_of(state, number)))
+        skd.remove([self._cache_of_pass(number, each) for each in earlier])
 
     def _build(self, number: int, changes: dict[str, Any]) -> list[str]:
         """The command that builds a cache of what the student of a round writes."""

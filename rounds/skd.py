@@ -1,8 +1,9 @@
 """Speculative knowledge distillation (arXiv 2410.11325) as passes of a round.
 
     write-1                   pass 1: the student writes whole answers, the teacher scores them
-    splice-1-2, splice-1-3    the first token of each answer that the teacher ranks low is replaced by
-                              one of the teacher, the student goes on from there, the teacher scores
+    splice-1-2, splice-1-3    the first token of each answer that the teacher ranks low is replaced
+                              by one of the teacher, the student goes on from there, the teacher
+                              scores
 
 A pass is a build with ``data.generate.splice``, from the cache of the pass before. The passes of a
 round end when no token is rejected, or at ``rounds.skd.passes``. The cache of the last pass is the
@@ -76,10 +77,10 @@ def splice_of(skd: SkdConfig, before: Path) -> dict[str, Any]:
     return {"cache": str(before), **skd.model_dump(exclude={"passes"})}
 
 
-def remove_earlier(folder: Path, last: Path) -> None:
-    """Removes the caches of the passes of a round, in its folder, except the last one's."""
-    for each in folder.glob("cache*"):
-        if each.name != last.name and each.is_dir():
+def remove(caches: list[Path]) -> None:
+    """Removes the caches of earlier passes, as far as a killed run has not done so."""
+    for each in caches:
+        if each.exists():
             shutil.rmtree(each)
 
 

@@ -7,8 +7,8 @@ An earlier cache has the teacher's rank of every token. The first token of a ran
 replaced, what follows is dropped, and the writer goes on from there.
 
 The result has the distribution of the paper's, whose drafts have five tokens: a token is examined
-only if all tokens before it have been accepted or spliced, it is drawn from the student behind them,
-and five accepted tokens earn no further one of the teacher.
+only if all tokens before it have been accepted or spliced, it is drawn from the student behind
+them, and five accepted tokens earn no further one of the teacher.
 
 **The sample of the teacher** is drawn from the stored head. Its nucleus, the smallest set of ids
 whose probabilities at the temperature reach ``top_p``, is known where the tail cannot change it:
@@ -49,9 +49,9 @@ class Begun:
 class Splicer:
     """The answers of an earlier cache, read once in the order of the prompts.
 
-    ``counters``: ``answers_spliced``, answers with a rejected token; ``tokens_accepted``, of them, in
-    front of it; ``tokens_dropped``, of them, from the rejected one on; ``splices_cut``, draws from a
-    nucleus that the head does not show whole.
+    ``counters``: ``answers_spliced``, answers with a rejected token; ``tokens_accepted``, of them,
+    in front of it; ``tokens_dropped``, of them, from the rejected one on; ``splices_cut``, draws
+    from a nucleus that the head does not show whole.
     """
 
     def __init__(
