@@ -103,6 +103,19 @@ class WriterIdentity(_Part):
     seed: int
 
 
+class SpliceIdentity(_Part):
+    """Tokens of the teacher among those of the writer: of each answer in an earlier cache, the first
+    token of a rank of at least ``top_k`` was replaced, and the writer went on from there.
+    """
+
+    number: int = Field(ge=2, description="Of the pass; the first one has no splices.")
+    top_k: int = Field(ge=1, description="Ranks that are accepted: 0 to top_k - 1.")
+    temperature: float = Field(ge=0, description="Of the teacher's sampling.")
+    top_p: float = Field(gt=0, le=1, description="Of the teacher's sampling.")
+    fingerprint: str = Field(description="Of the cache of the pass before.")
+    content_sha256: str = Field(description="Of the cache of the pass before.")
+
+
 class GenerationIdentity(_Part):
     """The writing of the text by a model: settings in ``config``, ``sha256`` of the text."""
 
@@ -112,6 +125,9 @@ class GenerationIdentity(_Part):
         None, description="Longest answer; null: as long as max_length allows."
     )
     writer: WriterIdentity | None = Field(None, description="null: the teacher wrote.")
+    splice: SpliceIdentity | None = Field(
+        None, description="null: no token of an answer is another model's than the writer's."
+    )
 
 
 class DataIdentity(_Part):
@@ -361,6 +377,15 @@ class Header(_Part):
         if set(self.store.features) != set(self.required_features) & KNOWN_FEATURES:
             raise ValueError(
                 f"required_features is {list(self.required_features)}, but the store's fields need {list(self.store.features)}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _spliced_tokens_are_not_the_writers(self) -> Self:
+        generation = self.data.generation
+        if self.store.writer_logprobs and generation is not None and generation.splice is not None:
+            raise ValueError(
+                "writer_logprobs is set, but the text has a splice: tokens of the teacher, of which the writer has no logprobs"
             )
         return self
 

@@ -21,7 +21,7 @@ from logitcask.cache_format.runtime.extensions import TEACHER, is_named, unknown
 from logitcask.cache_format.schema import MAX_DRAWS
 from logitcask.cache_format.share.remote_writer import work_folder
 from logitcask.pipeline.distribution.capture import Capture
-from logitcask.pipeline.text.config import DataConfig
+from logitcask.pipeline.text.config import DataConfig, SpliceConfig
 
 # A name or an IPv4 address without empty parts.
 _HOST = re.compile(r"[\w~-]+(\.[\w~-]+)*\.?")
@@ -319,6 +319,11 @@ class StoreConfig(ConfigModel):
             raise ValueError("sample_logprobs is set, but tail_samples is 0")
         return self
 
+    @property
+    def ragged(self) -> bool:
+        """Whether heads may differ in size."""
+        return self.capture().ragged
+
     def capture(self) -> Capture:
         """The values to request from the teacher."""
         return Capture(
@@ -442,9 +447,19 @@ class BuildConfig(ConfigModel):
         """The model that writes the text, if there is one and it is not the teacher."""
         return None if self.data.generate is None else self.data.generate.writer
 
+    @property
+    def splice(self) -> SpliceConfig | None:
+        """The splices of the teacher's tokens into answers of an earlier cache, if there are any."""
+        return None if self.data.generate is None else self.data.generate.splice
+
+    @property
+    def writer_logprobs(self) -> bool:
+        """Whether every learnt token is the writer's, so that its logprobs are stored."""
+        return self.writer is not None and self.splice is None
+
     def store_settings(self, vocab_size: int) -> StoreSettings:
         """The settings of the store in the manifest's form."""
-        return self.store.settings(vocab_size, writer_logprobs=self.writer is not None)
+        return self.store.settings(vocab_size, writer_logprobs=self.writer_logprobs)
 
     @property
     def folder(self) -> Path:
@@ -466,6 +481,18 @@ class BuildConfig(ConfigModel):
         if self.teacher.route == "stock" and self.store.tail_samples:
             raise ValueError(
                 "teacher.route=stock merges equal ids, so it cannot carry draws; set store.tail_samples=0 or another route"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _a_splice_reads_another_cache(self) -> Self:
+        splice = self.splice
+        if splice is not None and (
+            splice.cache == self.output
+            or expanded(Path(splice.cache)).absolute() == Path(self.output).absolute()
+        ):
+            raise ValueError(
+                f"output is {self.output}, and so is data.generate.splice.cache, which is read; choose another output"
             )
         return self
 

@@ -22,6 +22,29 @@ class StopConfig(ConfigModel):
     )
 
 
+class SkdConfig(ConfigModel):
+    """Speculative knowledge distillation (arXiv 2410.11325): in the students' answers, each token
+    that the teacher ranks low is replaced by a sample of the teacher, and the student goes on from
+    there.
+    """
+
+    top_k: int = Field(
+        25,
+        ge=1,
+        description="A token is accepted if fewer than top_k ids are more probable to the teacher.",
+    )
+    passes: int = Field(
+        8,
+        ge=2,
+        description="Passes in a round at most, each of which replaces a token of every answer that "
+        "has one to reject. The first one writes the answers. Passes end when nothing is rejected.",
+    )
+    temperature: float = Field(
+        0.2, ge=0, description="Of the teacher's sampling. 0: its most probable token."
+    )
+    top_p: float = Field(0.5, gt=0, le=1, description="Of the teacher's sampling.")
+
+
 class RoundsSettings(ConfigModel):
     """The rounds."""
 
@@ -58,6 +81,9 @@ class RoundsSettings(ConfigModel):
         "with beta above 0.5).",
     )
     stop: StopConfig | None = Field(None, description="An early end. Default: none.")
+    skd: SkdConfig | None = Field(
+        None, description="Tokens of the teacher in the students' answers. Default: none."
+    )
 
 
 class RoundsConfig(ConfigModel):

@@ -8,6 +8,7 @@ from typing import Any
 
 from logitcask.cache_format.durable import write_durably
 from logitcask.rounds.config import RoundsConfig
+from logitcask.rounds.skd import as_one
 from logitcask.rounds.state import Done, State
 
 
@@ -47,7 +48,7 @@ def _useful(seconds: float, figures: dict[str, Any]) -> float:
 
 def _round(state: State, number: int) -> dict[str, Any] | None:
     trained = state.of(f"train-{number}" if number else "start")
-    written = state.of(f"write-{number}" if number else "text")
+    written = as_one(state, number) if number else state.of("text")
     if trained is None:
         return None
     found: dict[str, Any] = {"round": number}
@@ -75,12 +76,21 @@ def _table(document: dict[str, Any]) -> str:
     columns = ("written", "length", "repeated", "own KL", "kl", "ce", "write", "score", "train")
     head = ["round", *columns, "other"]
     rows = [[*_row(each)] for each in document["rounds"]]
+    rates = [each.get("cache", {}).get("rejection_rate") for each in document["rounds"]]
+    spliced = any(rate is not None for rate in rates)
+    if spliced:  # behind the KL on the students' own text
+        for row, text in zip([head, *rows], ["rejected", *_percent(rates)], strict=True):
+            row.insert(5, text)
     widths = [max(len(row[at]) for row in [head, *rows]) for at in range(len(head))]
     lines = [
         "  ".join(text.rjust(width) for text, width in zip(row, widths, strict=True))
         for row in [head, *rows]
     ]
     share = document["overhead_share"]
+    if spliced:
+        lines.append(
+            "rejected: share of the students' tokens in whose place the teacher put another"
+        )
     lines += [
         "written: tokens; length: tokens per answer; repeated: share of 4-grams; own KL: KL(student || teacher) on the",
         "student's text, as written; kl, ce: held-out text after the round; the last four columns: seconds",
@@ -115,6 +125,10 @@ def _row(found: dict[str, Any]) -> list[str]:
         *(_number(each, ".1f") for each in seconds),
         _number(other, ".1f"),
     ]
+
+
+def _percent(rates: list[float | None]) -> list[str]:
+    return [_number(rate, ".1%") for rate in rates]
 
 
 def _number(value: float | None, form: str) -> str:

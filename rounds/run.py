@@ -4,6 +4,7 @@ be killed at any moment and started again.
     text                the cache of given text, if the student config says how it is built
     start               the untrained student, or one warmed up on given text
     write-1, write-2    the newest student writes, the teacher scores: a cache for each round
+    splice-1-2, ...     with ``rounds.skd``: further passes over its answers
     train-1, train-2    the training goes on, on the new cache, earlier ones, and given text
 """
 
@@ -26,6 +27,7 @@ from logitcask.cache_format import CacheReader
 from logitcask.cache_format.cli.config_file import load_config
 from logitcask.cache_format.errors import ConfigError, UserError, first_line
 from logitcask.pipeline.config import BuildConfig
+from logitcask.rounds import skd
 from logitcask.rounds.config import RoundsConfig
 from logitcask.rounds.figures import figures_of_cache, figures_of_training
 from logitcask.rounds.report import summary_of, write_report
@@ -66,11 +68,16 @@ class Rounds:
                 "there: prompt_field, messages_field or text_field, with generate"
             )
         # With a name in the place of the writer, which a round sets.
-        generate = load_config(
+        build = load_config(
             BuildConfig, config.teacher_config, _overrides({"data.generate.writer": "synthetic:0"})
-        ).data.generate
+        )
+        generate, store = build.data.generate, build.store
         assert generate is not None
         self.generate = generate
+        if generate.splice is not None:
+            raise ConfigError(
+                f"{config.teacher_config}: data.generate.splice is of a single build; in rounds, set rounds.skd instead"
+            )
         if not isinstance(self.student.get("cache"), str):
             raise ConfigError(
                 f"{config.student_config}: cache is {self.student.get('cache')!r}; expected the path of one cache of given text, "
@@ -92,7 +99,15 @@ class Rounds:
                 f"rounds.on_policy_fraction is {self.rounds.on_policy_fraction:g}, but {OWN_TEXT} learns from the students' own text "
                 "alone; set it to 1"
             )
+        if self.rounds.skd is not None:
+            skd.check(
+                [name for name, _ in self.losses],
+                max_tokens=build.data.max_tokens,
+                shortest_head=min(store.top_k, store.min_k if store.ragged else store.top_k),
+                teacher_config=config.teacher_config,
+            )
         self.replay = self._replay()
+        self._passes: dict[int, int] = {}
         self._ended: float | None = None
 
     def _check(self, name: str, kind: type, expected: str) -> None:
@@ -124,7 +139,11 @@ class Rounds:
         return self.folder / f"round-{number:03d}"
 
     def cache(self, number: int) -> Path:
-        return self.of_round(number) / "cache"
+        """The cache of a round; of its newest pass, if it has several."""
+        return self._cache_of_pass(number, self._passes.get(number, 1))
+
+    def _cache_of_pass(self, number: int, pass_number: int) -> Path:
+        return self.of_round(number) / (f"cache-{pass_number}" if pass_number > 1 else "cache")
 
     def model(self, number: int) -> Path:
         """The student after a round; after round 0, the one that the first round begins with."""
@@ -151,6 +170,8 @@ class Rounds:
     def run(self) -> State:
         """Runs everything that is not done yet. Raises UserError, StageFailed and Stopped."""
         state = load(self.folder, self.settings())
+        for number in range(1, state.begun + 1):
+            self._passes[number] = max(1, len(skd.passes_of(state, number)))
         self._check_what_is_done(state)
         for number in range(self.rounds.count + 1):
             if number > 0 and self._stop(state):
@@ -163,6 +184,7 @@ class Rounds:
                 self._train(state, 0, "start")
                 continue
             self._write(state, number)
+            self._splice(state, number)
             self._train(state, number, f"train-{number}")
             write_report(self.folder, state, self.config)
         write_report(self.folder, state, self.config)
@@ -182,7 +204,9 @@ class Rounds:
             if kind == "text":
                 check_cache(done, self.text, self.folder)
             elif kind == "write":
-                check_cache(done, self.cache(int(number)), self.folder)
+                # Of several passes, the newest cache. Earlier ones may be gone.
+                newest = skd.passes_of(state, int(number))[-1]
+                check_cache(newest, self.cache(int(number)), self.folder)
         last = next((each for each in reversed(state.done) if each.content_sha256 is None), None)
         if last is not None and last.fingerprint:
             number = last.stage.partition("-")[2]
@@ -255,23 +279,55 @@ class Rounds:
         name = f"write-{number}"
         if state.of(name) is not None:
             return
+        self.of_round(number).mkdir(exist_ok=True)
+        log.info(
+            "round %d of %d: the student writes, the teacher scores", number, self.rounds.count
+        )
+        ended = self._stage(state, name, self._build(number, {}))
+        self._record_cache(state, name, ended, self.cache(number))
+
+    def _splice(self, state: State, number: int) -> None:
+        """The further passes of a round, if it has some. Each is recorded before the next one."""
+        settings = self.rounds.skd
+        if settings is None:
+            return
+        while (pass_number := skd.next_pass(settings, state, number)) is not None:
+            log.info(
+                "round %d, pass %d of at most %d: the teacher's tokens take the places of %d",
+                number,
+                pass_number,
+                settings.passes,
+                skd.passes_of(state, number)[-1].figures["rejected"],
+            )
+            output, name = (
+                self._cache_of_pass(number, pass_number),
+                f"splice-{number}-{pass_number}",
+            )
+            changes = {
+                "data.generate.splice": skd.splice_of(settings, self.cache(number)),
+                "output": str(output),
+            }
+            ended = self._stage(state, name, self._build(number, changes))
+            self._record_cache(state, name, ended, output)
+            self._passes[number] = pass_number
+        earlier = range(1, len(skd.passes_of(state, number)))
+        skd.remove([self._cache_of_pass(number, each) for each in earlier])
+
+    def _build(self, number: int, changes: dict[str, Any]) -> list[str]:
+        """The command that builds a cache of what the student of a round writes."""
         skip = self.generate.skip_prompts + (number - 1) * self.rounds.prompts
-        changes: dict[str, Any] = {
+        changes = {
             "data.generate.writer": str(self.model(number - 1)),
             "data.generate.skip_prompts": skip,
             "data.generate.max_prompts": self.rounds.prompts,
             "data.generate.seed": self.generate.seed + number,
-            "output": str(self.cache(number)),
+            "output": str(self._cache_of_pass(number, 1)),
+            **changes,
         }
-        if number > 1 and "audit" not in self.teacher:
-            changes["audit.sequences"] = 0  # the first round's says it all
-        self.of_round(number).mkdir(exist_ok=True)
-        command = ["teacher-cache", "build", str(self.config.teacher_config), *_overrides(changes)]
-        log.info(
-            "round %d of %d: the student writes, the teacher scores", number, self.rounds.count
-        )
-        ended = self._stage(state, name, command)
-        self._record_cache(state, name, ended, self.cache(number))
+        first = number == 1 and "data.generate.splice" not in changes
+        if not first and "audit" not in self.teacher:
+            changes["audit.sequences"] = 0  # the first cache's says it all
+        return ["teacher-cache", "build", str(self.config.teacher_config), *_overrides(changes)]
 
     def _train(self, state: State, number: int, name: str) -> None:
         if state.of(name) is not None:
@@ -351,6 +407,9 @@ class Rounds:
             "scoring_seconds": ended.document["seconds"],
             "writing_seconds": ended.document["writing_seconds"],
         }
+        if self.rounds.skd is not None and name != "text":
+            figures |= skd.figures_of_ranks(path, self.rounds.skd.top_k)
+            figures["splices_cut"] = manifest.data.counters.get("splices_cut", 0)
         self._record(state, name, ended, manifest.fingerprint, manifest.content_sha256, figures)
 
     def _record(

@@ -33,7 +33,7 @@ memory advises to lower.
 class Done(BaseModel):
     """A finished stage, and what it is recognised by.
 
-    stage:       ``text``, ``start``, ``write-1``, ``train-1``, ...
+    stage:       ``text``, ``start``, ``write-1``, ``splice-1-2``, ``train-1``, ...
     fingerprint: of its cache, and content_sha256 of that; or, of a training, the sha256 of the
                  last checkpoint's trainer_state.json.
     seconds:     of its command. handover: from the end of the command before. starts: how often the
@@ -106,8 +106,11 @@ def load(folder: Path, settings: dict[str, Any]) -> State:
 
 
 def _compared(settings: dict[str, Any]) -> dict[str, Any]:
-    """``settings`` without the fields that may change between starts."""
+    """``settings`` without the fields that may change between starts, and those of the rounds that
+    are unset, which an earlier version may not have had.
+    """
     found = deepcopy(settings)
+    found["rounds"] = {name: each for name, each in found["rounds"].items() if each is not None}
     for name in _MAY_CHANGE:
         *parts, last = name.split(".")
         inside = found["teacher_config"]

@@ -48,11 +48,11 @@ from logitcask.pipeline.builder.inputs import Inputs
 from logitcask.pipeline.builder.known import Known
 from logitcask.pipeline.builder.overlap import Rows, Stored, stored_rows, write_known
 from logitcask.pipeline.builder.plan import Plan
-from logitcask.pipeline.builder.request import as_of_today, request_of
+from logitcask.pipeline.builder.request import request_of
 from logitcask.pipeline.builder.reuse import answers_the_same
+from logitcask.pipeline.builder.same_teacher import same_teacher, same_weights, teacher_request
 from logitcask.pipeline.config import BuildConfig
 from logitcask.pipeline.identity import tokenizer_changes
-from logitcask.pipeline.teachers.built_in_model import BUILT_IN
 
 log = logging.getLogger(__name__)
 
@@ -119,7 +119,7 @@ class Catalog:
         store = self._config.store.model_dump(
             mode="json", exclude={"shard_tokens", "compression_level"}
         )
-        teacher = _teacher_request(plan.request)
+        teacher = teacher_request(plan.request)
         parts = [plan.data.sha256, plan.data.mask_policy, plan.tokenizer.sha256, store, teacher]
         return self._claim(sha256_of_json(parts))
 
@@ -216,7 +216,7 @@ class Catalog:
             if (
                 reader is None
                 or reader.manifest.tokenizer.vocab_sha256 != plan.tokenizer.vocab_sha256
-                or not self._same_weights(reader.manifest)
+                or not same_weights(self._config, self._inputs, reader.manifest)
             ):
                 continue
             stored = self._stored(entry, reader, rows)
@@ -344,43 +344,7 @@ class Catalog:
                 yield entry, reader
 
     def _same_teacher(self, manifest: Manifest, *, before_plan: bool = False) -> bool:
-        """Whether a build with this config asks the teacher of ``manifest``, as far as is known
-        before its engine starts: the same weights, engine, arithmetic and code.
-        """
-        now = request_of(self._config)
-        # Only this part of a manifest, which may be a stranger's, is taken for a config.
-        parts = ("teacher", "code_sha256")
-        theirs = {name: manifest.config[name] for name in parts if name in manifest.config}
-        rest = {name: value for name, value in now.items() if name not in parts}
-        before = as_of_today({**rest, **theirs}, self._config)
-        if _teacher_request(before) != _teacher_request(now):
-            return False
-        return self._same_weights(manifest, before_plan=before_plan)
-
-    def _same_weights(self, manifest: Manifest, *, before_plan: bool = False) -> bool:
-        """Whether the config names the model of ``manifest``."""
-        asked, teacher = self._config.teacher, manifest.teacher
-        if asked.is_synthetic:
-            return (asked.model, asked.vocab_size, f"seed-{asked.seed}") == (
-                teacher.model,
-                teacher.vocab_size,
-                teacher.revision,
-            )
-        if asked.model == teacher.model and asked.model in BUILT_IN:
-            return True
-        try:
-            model = self._inputs.model
-        except UserError as error:
-            if before_plan:
-                log.warning(
-                    "whether the teacher has changed since cannot be checked: %s", one_line(error)
-                )
-            return before_plan and asked.model == teacher.model
-        if model is None:
-            return asked.model == teacher.model
-        if teacher.weights_sha256 is not None:
-            return model.revision is None and model.weights_sha256() == teacher.weights_sha256
-        return (model.name, model.revision) == (teacher.model, teacher.revision)
+        return same_teacher(self._config, self._inputs, manifest, before_plan=before_plan)
 
     def _stored(self, entry: Entry, reader: CacheReader, rows: Rows) -> Stored | None:
         """The sequences of a cache, if a look at some of them finds any of the plan's."""
@@ -406,16 +370,6 @@ def _same_data(manifest: Manifest, plan: Plan) -> bool:
         plan.data.sha256,
         plan.data.mask_policy,
     )
-
-
-def _teacher_request(request: dict[str, Any]) -> Any:
-    """The teacher's part of a request, without the place of its weights."""
-    teacher = request.get("teacher")
-    if not isinstance(teacher, dict):
-        return None
-    fields = {name: value for name, value in teacher.items() if name not in ("model", "revision")}
-    code = request.get("code_sha256")
-    return [fields, code.get(str(teacher.get("backend"))) if isinstance(code, dict) else None]
 
 
 def _local_paths(config: BuildConfig) -> list[str]:

@@ -181,7 +181,9 @@ class KnownRows:
             raise KnownRowsLostError(
                 f"{self.known.where[cache]}: sequence {index} is not {sequence.sequence_id!r}"
             )
-        return replace(found, sequence_id=sequence.sequence_id)
+        return replace(
+            found, sequence_id=sequence.sequence_id, writer_logprob=sequence.writer_logprob
+        )
 
 
 def same_numbers(one: TeacherIdentity, other: TeacherIdentity) -> bool:

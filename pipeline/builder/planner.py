@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from logitcask.cache_format import UserError
+from logitcask.cache_format import CacheReader, UserError
 from logitcask.cache_format.durable import writing_to
 from logitcask.cache_format.manifest import DataIdentity, GenerationIdentity
 from logitcask.cache_format.redact import redacted
@@ -15,11 +16,13 @@ from logitcask.pipeline.builder.inputs import Inputs, check_top_k
 from logitcask.pipeline.builder.lazy_teacher import LazyTeacher
 from logitcask.pipeline.builder.plan import Plan, PlannedShard, write_sequences
 from logitcask.pipeline.builder.request import request_of, with_date
+from logitcask.pipeline.builder.splices import check_writer, earlier_cache
 from logitcask.pipeline.config import BuildConfig
 from logitcask.pipeline.generate import writer as other_writer
 from logitcask.pipeline.generate.answers import Generations
 from logitcask.pipeline.generate.prompts import Prompts
 from logitcask.pipeline.identity import TextReader, check_unchanged, tokenizer_of
+from logitcask.pipeline.teachers.base import Sampling, Teacher
 from logitcask.pipeline.teachers.open import sampling_of
 from logitcask.pipeline.text.rejects import Rejects
 from logitcask.pipeline.text.sources import Row, RowSource
@@ -84,9 +87,10 @@ def _written(
     request: dict[str, Any],
     inputs: Inputs,
     engine: LazyTeacher,
+    earlier: Callable[[], CacheReader] | None = None,
 ) -> Generations:
     """The answers to ``prompts``, all on disk. ``as_teacher``, ``inputs`` and ``engine`` are those
-    of the model that writes them.
+    of the model that writes them. ``earlier`` opens the cache in which it has begun them.
     """
     assert config.data.generate is not None
     sampling = sampling_of(
@@ -96,8 +100,15 @@ def _written(
         prompts.template,
         inputs.model,
     )
-    answers = Generations(prompts, config, sampling, build_dir, request)
-    answers.complete(source, engine.start)
+    answers = Generations(prompts, config, sampling, build_dir, request, earlier)
+
+    def start(sampling: Sampling) -> Teacher:
+        writer = engine.start(sampling)
+        if earlier is not None:
+            check_writer(earlier(), writer.identity())
+        return writer
+
+    answers.complete(source, start)
     return answers
 
 
@@ -130,9 +141,18 @@ def make_plan(
             as_teacher = other_writer.as_teacher(config)
             writers = Inputs(as_teacher)
             other_writer.check_tokenizer(config, inputs.tokenizer, writers.tokenizer)
+            earlier = partial(earlier_cache, config, inputs) if config.splice is not None else None
             with LazyTeacher(as_teacher, writers, build_dir, who="writer") as writer:
                 text = _written(
-                    prompts, source, build_dir, config, as_teacher, request, writers, writer
+                    prompts,
+                    source,
+                    build_dir,
+                    config,
+                    as_teacher,
+                    request,
+                    writers,
+                    writer,
+                    earlier,
                 )
     if isinstance(text, Generations):
         engine.writing_seconds = text.seconds

@@ -18,6 +18,7 @@ from logitcask.cache_format.share.remote_writer import (
 from logitcask.cache_format.share.signature import check_signed
 from logitcask.pipeline.builder.inputs import Inputs
 from logitcask.pipeline.builder.request import as_of_today, dated, request_of
+from logitcask.pipeline.builder.splices import earlier_is
 from logitcask.pipeline.config import BuildConfig
 from logitcask.pipeline.generate.answers import prompts_sha256
 from logitcask.pipeline.identity import TextReader, tokenizer_changes, tokenizer_of
@@ -58,6 +59,10 @@ def reuse(config: BuildConfig, inputs: Inputs) -> Manifest:
         remove_traces(config.output)
     _check_tokenizer(manifest, config, inputs, ways_out)
     _check_weights(manifest, config, ways_out)
+    if config.splice is not None and earlier_is(manifest, config) == "other":
+        raise UserError(
+            f"{config.splice.cache}, with whose answers {config.output} goes on, has changed since it was built; {ways_out}"
+        )
     try:
         source = inputs.source
     except UserError as error:
@@ -91,6 +96,8 @@ def answers_the_same(
     except UserError:
         return False
     if not _same_writer(manifest, config):
+        return False
+    if config.splice is not None and earlier_is(manifest, config) != "same":
         return False
     if inputs.source.stamp() == manifest.data.stamp:
         return same_place or not _changed(manifest, config, inputs)

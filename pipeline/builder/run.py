@@ -37,6 +37,11 @@ from logitcask.pipeline.builder.progress import Progress
 from logitcask.pipeline.builder.request import as_of_today, dated, request_of
 from logitcask.pipeline.builder.reuse import is_finished, reuse
 from logitcask.pipeline.builder.score import estimate_prior, score_shard, score_shards
+from logitcask.pipeline.builder.splices import (
+    earlier_cache,
+    request_of_earlier,
+    write_known_answers,
+)
 from logitcask.pipeline.builder.writer_thread import Pair
 from logitcask.pipeline.config import BuildConfig
 from logitcask.pipeline.generate.answers import Generations
@@ -73,13 +78,15 @@ def build(
 
     home:        the catalogue, in which the finished cache is registered; None: no catalogue.
     reuse_known: whether caches of the catalogue are used in place of scoring again, also one that
-                 another process is building now.
+                 another process is building now; and the unchanged answers of the pass before.
 
     Raises UserError (and its subclasses) for every problem that the user can fix.
     """
     inputs = Inputs(config)
     if restart:
         check_before_removing(config, inputs)
+        if config.splice is not None:
+            earlier_cache(config, inputs)
         clear(config.output)
         _remove(config.output)
         inputs.reopen_source()
@@ -92,7 +99,8 @@ def build(
             result = (
                 _reuse(config, inputs)
                 if is_finished(config.output)
-                else _from_catalog(config, catalog) or _build(config, inputs, catalog)
+                else _from_catalog(config, catalog)
+                or _build(config, inputs, catalog, reuse_known=reuse_known)
             )
     if home is not None:
         home.register(config.output, result.manifest)
@@ -122,8 +130,12 @@ def _taken(found: Found, manifest: Manifest) -> BuildResult:
     return BuildResult(manifest, reused=True, seconds=0.0, tokens_scored=0, taken=taken)
 
 
-def _build(config: BuildConfig, inputs: Inputs, catalog: Catalog | None) -> BuildResult:
-    """Plans, looks for the plan's content in the catalogue, and scores what is not there."""
+def _build(
+    config: BuildConfig, inputs: Inputs, catalog: Catalog | None, *, reuse_known: bool
+) -> BuildResult:
+    """Plans, looks for the plan's content in the catalogue or in the pass before, and scores what is
+    not there.
+    """
     clear(config.output)
     while True:
         with (
@@ -134,7 +146,10 @@ def _build(config: BuildConfig, inputs: Inputs, catalog: Catalog | None) -> Buil
             config, plan = _plan(writer, config, inputs, engine)
             inputs.forget_text()  # the next steps need only the plan
             found = None
-            if catalog is None:
+            if config.splice is not None and reuse_known:
+                if not writer.committed and Known.load(writer.build_dir) is None:
+                    write_known_answers(plan, writer.build_dir, config, inputs)
+            elif catalog is None:
                 Known.forget(writer.build_dir)
             elif config.data.generate is None:
                 held.enter_context(catalog.claim_plan(plan))
@@ -159,7 +174,7 @@ def _plan(
     plan = Plan.load(writer.build_dir)
     if plan is None:
         written = Generations.request_in(writer.build_dir)
-        config = dated(config, written)
+        config = dated(config, written or request_of_earlier(config))
         request = request_of(config)
         # Prompts of a version with fewer fields are compared as they were written.
         same = bool(written) and as_of_today(written, config) == request

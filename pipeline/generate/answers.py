@@ -3,7 +3,8 @@ used.
 
 Rows become prompts, prompts become answers, and a prompt with its answer is a sequence like any
 other: planned, scored by prefill, stored. The sampled tokens are learnt. Text is never tokenised
-again. Of another writer than the teacher, the logprobs of its tokens are kept, too.
+again. Of another writer than the teacher, the logprobs of its tokens are kept, too, unless some of
+the tokens are the teacher's (``logitcask.pipeline.generate.splice``).
 
 All files are in ``.build/generations/``. The prompts are streamed there first, in units of a few
 hundred answers. A unit is committed when the file with its answers exists (``write_durably``), and
@@ -29,12 +30,14 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
+from logitcask.cache_format import CacheReader
 from logitcask.cache_format.differences import describe_difference
 from logitcask.cache_format.durable import load_state, sync, write_durably, writing_to
 from logitcask.cache_format.errors import UserError
 from logitcask.cache_format.manifest import (
     DataHash,
     GenerationIdentity,
+    SpliceIdentity,
     TeacherIdentity,
     TokenizerIdentity,
 )
@@ -43,6 +46,7 @@ from logitcask.cache_format.runtime.progress import ProgressBar
 from logitcask.pipeline.config import BuildConfig
 from logitcask.pipeline.generate import writer as other_writer
 from logitcask.pipeline.generate.prompts import CountedOnce, PromptRow, Prompts
+from logitcask.pipeline.generate.splice import Begun, Splicer
 from logitcask.pipeline.identity import (
     check_teacher,
     check_unchanged,
@@ -55,6 +59,11 @@ from logitcask.pipeline.text.sources import RowSource
 from logitcask.pipeline.types import Sequence
 
 _PROMPTS = pa.schema([("row_id", pa.string()), ("input_ids", pa.list_(pa.int32()))])
+_BEGUN = [
+    # For each sample.
+    pa.field("begun", pa.list_(pa.list_(pa.int32()))),
+    pa.field("open", pa.list_(pa.bool_())),
+]
 _ANSWERS = pa.schema(
     [
         ("answer", pa.list_(pa.int32())),
@@ -81,6 +90,7 @@ class GenerationState(BaseModel):
     prompts_sha256: str
     # None if an earlier version wrote this file.
     tokenizer: TokenizerIdentity | None = None
+    splice: SpliceIdentity | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -96,6 +106,21 @@ class WrittenAnswer:
     logprobs: NDArray[np.float32] | None = None
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Asked:
+    """An answer to be written.
+
+    prompt: int32[n], of the data. begun: int32[m], the tokens of the answer that exist.
+    longest: of all its tokens. to_write: what the writer goes on from; None if it is complete.
+    """
+
+    sequence_id: str
+    prompt: NDArray[np.int32]
+    begun: NDArray[np.int32]
+    longest: int
+    to_write: Prompt | None
+
+
 class Generations:
     """Answers to the prompts of one source, as sequences; ``complete`` before ``sequences``.
 
@@ -103,6 +128,10 @@ class Generations:
     ``generated_tokens``; ``finished_stop``, ``finished_length``, ``finished_empty`` (the teacher
     says nothing; sequences all the same where its end token is left to be learnt); ``sequences``;
     ``tokens``; ``kept_positions``; ``stopped_at_max_tokens``. ``seconds``: spent writing.
+
+    earlier: opens the cache whose answers are gone on with, if ``data.generate.splice`` is set. It
+             is read when the prompts are written. The counters of ``Splicer`` are in ``counters``
+             then.
     """
 
     def __init__(
@@ -112,8 +141,10 @@ class Generations:
         sampling: Sampling,
         build_dir: Path,
         request: dict[str, Any],
+        earlier: Callable[[], CacheReader] | None = None,
     ) -> None:
         assert config.data.generate is not None
+        self._earlier = earlier
         self.tokenizer = prompts.tokenizer
         self.template = prompts.template
         self.sampling = sampling
@@ -149,6 +180,7 @@ class Generations:
             prompts_sha256=self._state().prompts_sha256,
             end_tokens=self.sampling.end_tokens,
             max_new_tokens=self._settings.max_new_tokens,
+            splice=self._state().splice,
             writer=None
             if self._config.writer is None
             else other_writer.identity(
@@ -193,7 +225,7 @@ class Generations:
         limit, count = self._limit, self._counters
         for unit in range(self._state().units):
             for sequence_id, prompt, answer in self._written(unit):
-                tokens = len(prompt.input_ids) + len(answer.input_ids)
+                tokens = len(prompt) + len(answer.input_ids)
                 if count["tokens"] + tokens > limit:
                     if count["sequences"] == 0:
                         raise UserError(
@@ -210,8 +242,8 @@ class Generations:
                 count["sequences"] += 1
                 count["tokens"] += tokens
                 count["kept_positions"] += len(answer.input_ids)
-                input_ids = np.concatenate([prompt.input_ids, answer.input_ids])
-                learnt = np.arange(tokens) >= len(prompt.input_ids)
+                input_ids = np.concatenate([prompt, answer.input_ids])
+                learnt = np.arange(tokens) >= len(prompt)
                 yield Sequence(sequence_id, input_ids, learnt, answer.logprobs)
         if self._config.writer is not None and count["finished_empty"] == count["generations"] > 0:
             raise UserError(
@@ -222,20 +254,32 @@ class Generations:
     # --- prompts
 
     def _write_prompts(self, source: RowSource) -> GenerationState:
-        """Streams the prompts to ``prompts.arrow``, a record batch for each unit."""
+        """Streams the prompts to ``prompts.arrow``, a record batch for each unit; with them, what
+        exists of their answers.
+        """
         self._folder.mkdir(exist_ok=True)
-        digest, units, waiting = DataHash(), 0, list[PromptRow]()
+        digest, units, waiting = DataHash(), 0, list[tuple[PromptRow, list[Begun]]]()
+        splicer = self._splicer()
+        schema = _PROMPTS if splicer is None else pa.schema([*_PROMPTS, *_BEGUN])
         per_unit = max(1, _UNIT_ANSWERS // self._settings.samples)
         file = self._folder / "prompts.arrow"
         stamp = source.stamp()
 
         def flush() -> None:
             nonlocal units
-            columns = [[row.row_id for row in waiting], [row.input_ids for row in waiting]]
+            columns: list[list[Any]] = [
+                [row.row_id for row, _ in waiting],
+                [row.input_ids for row, _ in waiting],
+                [[each.input_ids for each in begun] for _, begun in waiting],
+                [[each.open for each in begun] for _, begun in waiting],
+            ]
             out.write_batch(
                 pa.record_batch(
-                    [pa.array(c, f.type) for c, f in zip(columns, _PROMPTS, strict=True)],
-                    schema=_PROMPTS,
+                    [
+                        pa.array(column, field.type)
+                        for column, field in zip(columns, schema, strict=False)
+                    ],
+                    schema=schema,
                 )
             )
             units += 1
@@ -243,20 +287,28 @@ class Generations:
 
         with (
             Rejects(self._config.rejects_file()) as rejects,
-            pa.ipc.new_file(str(file), _PROMPTS) as out,
+            pa.ipc.new_file(str(file), schema) as out,
         ):
             self._prompts.report = rejects.add
             rows = CountedOnce(source, rejects.add)
             for row in self._prompts.prompts(rows):
                 digest.update(row.row_id, row.input_ids, np.zeros(0, np.bool_))
-                waiting.append(row)
+                begun: list[Begun] = []
+                if splicer is not None:
+                    longest = self._longest(row.input_ids)
+                    begun = splicer.begun(row, self._settings.samples, longest)
+                waiting.append((row, begun))
                 if len(waiting) == per_unit:
                     flush()
             if waiting:
                 flush()
+            if splicer is not None:
+                splicer.end()
         sync(file)
         check_unchanged(source, stamp, self._config)
         counters = {**rows.counters, **self._prompts.counters}
+        if splicer is not None:
+            counters |= splicer.counters
         state = GenerationState(
             request=self._request,
             units=units,
@@ -265,26 +317,65 @@ class Generations:
             stamp=stamp,
             prompts_sha256=digest.hexdigest(),
             tokenizer=self._tokenizer,
+            splice=None if splicer is None else splicer.identity,
         )
         write_durably(self._state_file, state.model_dump_json(indent=2))
         return state
 
-    def _rows(self, unit: int) -> list[PromptRow]:
+    def _splicer(self) -> Splicer | None:
+        """What exists of the answers; None if nothing does."""
+        if self._earlier is None:
+            return None
+        assert self._settings.splice is not None
+        return Splicer(
+            self._earlier(),
+            self._settings.splice,
+            end_tokens=self.sampling.end_tokens,
+            seed=self._settings.seed,
+        )
+
+    def _rows(self, unit: int) -> list[tuple[PromptRow, list[Begun]]]:
         with pa.ipc.open_file(pa.memory_map(str(self._folder / "prompts.arrow"))) as file:
             batch = file.get_batch(unit)
-            return [
+            row_ids, prompts, *begun = batch.columns
+            rows = [
                 PromptRow(row_id.as_py(), ids.values.to_numpy().copy())
-                for row_id, ids in zip(*batch.columns, strict=True)
+                for row_id, ids in zip(row_ids, prompts, strict=True)
+            ]
+            if not begun:
+                nothing = Begun(np.empty(0, np.int32), True)
+                return [(row, [nothing] * self._settings.samples) for row in rows]
+            return [
+                (
+                    row,
+                    [
+                        Begun(np.array(each, np.int32), is_open)
+                        for each, is_open in zip(ids.as_py(), opens.as_py(), strict=True)
+                    ],
+                )
+                for row, ids, opens in zip(rows, *begun, strict=True)
             ]
 
-    def _asked(self, unit: int) -> Iterator[tuple[str, Prompt]]:
-        """The id and the prompt of each answer of a unit, in order."""
-        for row in self._rows(unit):
-            room = self._config.data.max_length - len(row.input_ids)
-            for sample in range(self._settings.samples):
-                longest = min(room, self._settings.max_new_tokens or room)
-                seed = answer_seed(self._settings.seed, row.row_id, sample)
-                yield f"{row.row_id}/{sample}", Prompt(row.input_ids, longest, seed)
+    def _longest(self, prompt: NDArray[np.int32]) -> int:
+        """Tokens of the longest answer to a prompt."""
+        room = self._config.data.max_length - len(prompt)
+        return min(room, self._settings.max_new_tokens or room)
+
+    def _asked(self, unit: int) -> Iterator[_Asked]:
+        """Each answer of a unit, in order."""
+        splice = self._state().splice
+        number = 1 if splice is None else splice.number
+        for row, begun in self._rows(unit):
+            longest = self._longest(row.input_ids)
+            for sample, each in enumerate(begun):
+                to_write = None
+                if each.open:
+                    seed = answer_seed(self._settings.seed, row.row_id, sample, number)
+                    so_far = np.concatenate([row.input_ids, each.input_ids])
+                    to_write = Prompt(so_far, longest - len(each.input_ids), seed)
+                yield _Asked(
+                    f"{row.row_id}/{sample}", row.input_ids, each.input_ids, longest, to_write
+                )
 
     # --- answers
 
@@ -293,11 +384,16 @@ class Generations:
         ``written``: tokens that exist already.
         """
         started, sampled = time.monotonic(), 0
-        prompts = (prompt for unit in missing for _, prompt in self._asked(unit))
+        prompts = (
+            asked.to_write
+            for unit in missing
+            for asked in self._asked(unit)
+            if asked.to_write is not None
+        )
         answers = (
-            (SampledAnswer(ids, _NO_LOGPROBS) for ids in generator.generate(prompts))
-            if self._config.writer is None
-            else _sampled(generator, prompts)
+            _sampled(generator, prompts)
+            if self._config.writer_logprobs
+            else (SampledAnswer(ids, _NO_LOGPROBS) for ids in generator.generate(prompts))
         )
         done = total - sum(1 for unit in missing for _ in self._asked(unit))
         try:
@@ -309,25 +405,15 @@ class Generations:
             ):
                 for unit in missing:
                     unit_answers: list[WrittenAnswer] = []
-                    for _ in self._asked(unit):
+                    for asked in self._asked(unit):
                         safe_point()
-                        sample = next(answers)
-                        sampled += len(sample.input_ids)
+                        sample = None if asked.to_write is None else next(answers)
+                        sampled += 0 if sample is None else len(sample.input_ids)
                         bar.set_postfix_str(
                             f"{sampled / (time.monotonic() - started):,.0f} tok/s", refresh=False
                         )
                         bar.update()
-                        answer = cut(
-                            sample.input_ids,
-                            self.sampling,
-                            self._decode,
-                            include_stop=self._settings.include_stop,
-                        )
-                        if self._config.writer is not None:
-                            self._check_ids(answer.input_ids)
-                            logprobs = sample.logprobs[: len(answer.input_ids)]
-                            answer = replace(answer, logprobs=logprobs)
-                        unit_answers.append(answer)
+                        unit_answers.append(self._whole(asked, sample))
                     self._commit(unit, unit_answers)
                     written += self._tokens([unit])
                     if written > self._limit:
@@ -335,6 +421,23 @@ class Generations:
         finally:
             self.seconds = time.monotonic() - started
             answers.close()
+
+    def _whole(self, asked: _Asked, sample: SampledAnswer | None) -> WrittenAnswer:
+        """An answer from what existed of it and what the writer has added, if it was asked."""
+        ids = asked.begun
+        if sample is not None:
+            ids = np.concatenate([ids, sample.input_ids])
+        answer = cut(ids, self.sampling, self._decode, include_stop=self._settings.include_stop)
+        if sample is None:
+            # It ended earlier at a stop string, which is not a part of it.
+            if answer.finish == "length" and len(answer.input_ids) < asked.longest:
+                answer = replace(answer, finish="stop")
+            return answer
+        if self._config.writer is not None:
+            self._check_ids(answer.input_ids)
+        if self._config.writer_logprobs:
+            answer = replace(answer, logprobs=sample.logprobs[: len(answer.input_ids)])
+        return answer
 
     def _check_ids(self, ids: NDArray[np.int32]) -> None:
         """Raises UserError for a token that the teacher does not have."""
@@ -361,9 +464,9 @@ class Generations:
             )
         write_durably(self._answers_file(unit), sink.getvalue().to_pybytes())
 
-    def _written(self, unit: int) -> Iterator[tuple[str, Prompt, WrittenAnswer]]:
-        """Each answer of a unit with its id and prompt; none if the unit has no answers, because
-        ``max_tokens`` was reached before.
+    def _written(self, unit: int) -> Iterator[tuple[str, NDArray[np.int32], WrittenAnswer]]:
+        """Each answer of a unit with its id and its prompt's tokens; none if the unit has no
+        answers, because ``max_tokens`` was reached before.
         """
         if not self._answers_file(unit).exists():
             return
@@ -371,12 +474,10 @@ class Generations:
             # Files of earlier versions have two columns.
             ids, finish, *logprobs = file.get_batch(0).columns
             given = logprobs[0] if logprobs else pa.nulls(len(ids), pa.list_(pa.float32()))
-            for (sequence_id, prompt), answer, why, each in zip(
-                self._asked(unit), ids, finish, given, strict=True
-            ):
+            for asked, answer, why, each in zip(self._asked(unit), ids, finish, given, strict=True):
                 yield (
-                    sequence_id,
-                    prompt,
+                    asked.sequence_id,
+                    asked.prompt,
                     WrittenAnswer(
                         answer.values.to_numpy().copy(),
                         why.as_py(),
@@ -387,7 +488,7 @@ class Generations:
     def _tokens(self, units: Iterable[int]) -> int:
         """Number of tokens of the prompts and answers of these units."""
         each = (written for unit in units for written in self._written(unit))
-        return sum(len(prompt.input_ids) + len(answer.input_ids) for _, prompt, answer in each)
+        return sum(len(prompt) + len(answer.input_ids) for _, prompt, answer in each)
 
     @property
     def _limit(self) -> float:
@@ -452,10 +553,13 @@ def _sampled(writer: Writer, prompts: Iterable[Prompt]) -> Generator[SampledAnsw
         yield answer
 
 
-def answer_seed(seed: int, row_id: str, sample: int) -> int:
-    """63 bits for one answer, the same in every place and at every time of sampling."""
-    name = f"{seed}\0{row_id}\0{sample}".encode("utf-8", "surrogatepass")
-    return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little") >> 1
+def answer_seed(seed: int, row_id: str, sample: int, number: int = 1) -> int:
+    """63 bits for one answer in pass ``number``, the same in every place and at every time of
+    sampling.
+    """
+    name = f"{seed}\0{row_id}\0{sample}" + (f"\0{number}" if number > 1 else "")
+    digest = hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
 
 
 def prompts_sha256(prompts: Iterable[PromptRow]) -> str:

@@ -281,7 +281,14 @@ def _written_by(manifest: Manifest) -> str:
     writer = generation.writer
     revision = f", revision {writer.revision}" if writer.revision else ""
     weights = f", weights sha256 {writer.weights_sha256}" if writer.weights_sha256 else ""
+    splice = generation.splice
+    spliced = (
+        f"; in {splice.number - 1:,} further pass{'' if splice.number == 2 else 'es'} the first token of rank {splice.top_k} or more "
+        f"was replaced by one of the teacher, at temperature {splice.temperature:g} and top_p {splice.top_p:g}"
+        if splice is not None
+        else ""
+    )
     return (
         f"{writer.model}{revision}{weights} wrote the answers with {writer.engine}, {writer.dtype}, "
-        f"at temperature {writer.temperature:g} and top_p {writer.top_p:g}"
+        f"at temperature {writer.temperature:g} and top_p {writer.top_p:g}{spliced}"
     )

@@ -48,6 +48,39 @@ class WriterEngineConfig(ConfigModel):
     )
 
 
+class SpliceConfig(ConfigModel):
+    """Tokens of the teacher among those of the writer, as speculative knowledge distillation has them
+    (arXiv 2410.11325): of each answer in a cache, the first token that the teacher ranks low is replaced
+    by a sample of the teacher, the rest is dropped, and the writer goes on from there.
+    """
+
+    cache: str = Field(
+        min_length=1,
+        description="The cache of the pass before, a folder or URL: answers of the same writer to "
+        "the same prompts, scored by the same teacher.",
+    )
+    top_k: int = Field(
+        25,
+        ge=1,
+        description="A token is accepted if fewer than top_k ids are more probable than it.",
+    )
+    temperature: float = Field(
+        0.2, ge=0, description="Of the teacher's sampling. 0: its most probable token."
+    )
+    top_p: float = Field(
+        0.5,
+        gt=0,
+        le=1,
+        description="Of the teacher's sampling, from its top_k most probable ids at most, as far "
+        "as the cache's heads hold them (docs/generate.md).",
+    )
+
+    @field_validator("cache")
+    @classmethod
+    def _cache_has_a_home(cls, cache: str) -> str:
+        return with_home(cache)
+
+
 class GenerateConfig(ConfigModel):
     """Answers that the teacher, or another model, writes to the prompts of a data set. The teacher
     then scores them like any other text.
@@ -65,6 +98,11 @@ class GenerateConfig(ConfigModel):
         None,
         description="Engine settings of the writer that are not the teacher's: a quantised teacher "
         "of many GPUs, say, has arguments that a small student cannot run with.",
+    )
+    splice: SpliceConfig | None = Field(
+        None,
+        description="A further pass over answers that the writer has begun. The logprobs of the "
+        "writer are not stored then.",
     )
     skip_prompts: int = Field(
         0,
@@ -126,6 +164,14 @@ class GenerateConfig(ConfigModel):
             raise ValueError(
                 "writer_engine is set, but no writer; name the model that writes, or set the engine of the teacher, which "
                 "writes itself (teacher.engine_args)"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _a_splice_is_of_a_writer(self) -> Self:
+        if self.splice is not None and self.writer is None:
+            raise ValueError(
+                "splice is set, but no writer; name the model that has begun the answers in splice.cache, and goes on with them"
             )
         return self
 
@@ -352,6 +398,11 @@ class DataConfig(ConfigModel):
         if self.text_field and self.generate.system_prompt is not None:
             raise ValueError(
                 "system_prompt is set, but text_field is continued as it stands; use prompt_field"
+            )
+        if self.generate.splice is not None and self.max_tokens is not None:
+            raise ValueError(
+                f"max_tokens is {self.max_tokens} beside generate.splice, which goes on with every answer of another cache; remove "
+                "it, and choose prompts with generate.max_prompts"
             )
         if (self.generate.max_new_tokens or 1) >= self.max_length:
             raise ValueError(

@@ -61,7 +61,7 @@ def test_mistakes_are_one_line(command):
         assert said in err
 
 
-@pytest.mark.parametrize("name", ["quickstart", "policy-gradient"])
+@pytest.mark.parametrize("name", ["quickstart", "policy-gradient", "skd"])
 def test_the_configs_that_come_along(name, monkeypatch):
     from logitcask.pipeline.config import BuildConfig
     from logitcask.train.config import TrainConfig

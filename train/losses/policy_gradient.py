@@ -46,7 +46,7 @@ def policy_gradient(
     if teacher.writer_logprob is None:
         raise UserError(
             "policy_gradient: the cache has no logprobs of the model that wrote its text, expected text of a student; build it "
-            "with data.generate.writer (in student-rounds set rounds.on_policy_fraction to 1)"
+            "with data.generate.writer and without data.generate.splice (in student-rounds set rounds.on_policy_fraction to 1)"
         )
     if clip is not None and not clip >= 0:
         raise UserError(f"policy_gradient: clip is {clip}, expected a number of at least 0")
