@@ -3,6 +3,7 @@ be killed at any moment and started again.
 
     text                the cache of given text, if the student config says how it is built
     start               the untrained student, or one warmed up on given text
+    answer-1, ...       with ``rounds.teacher_text``: the teacher writes answers of its own
     write-1, write-2    the newest student writes, the teacher scores: a cache for each round
     train-1, train-2    the training goes on, on the new cache, earlier ones, and given text
 """
@@ -26,6 +27,7 @@ from logitcask.cache_format import CacheReader
 from logitcask.cache_format.cli.config_file import load_config
 from logitcask.cache_format.errors import ConfigError, UserError, first_line
 from logitcask.pipeline.config import BuildConfig
+from logitcask.rounds import teacher_text
 from logitcask.rounds.config import RoundsConfig
 from logitcask.rounds.figures import figures_of_cache, figures_of_training
 from logitcask.rounds.report import summary_of, write_report
@@ -42,8 +44,6 @@ from logitcask.rounds.state import (
 log = logging.getLogger(__name__)
 
 REPLAY = 0.25
-OWN_TEXT = "policy_gradient"
-"""The loss that learns from students' text alone. The warm-up has forward KL in its place."""
 _MISLED = ("reverse_kl", "skew_reverse_kl", "policy_gradient")
 """Losses that text of earlier students misleads (arXiv 2606.24143)."""
 
@@ -87,11 +87,11 @@ class Rounds:
                     f"{config.student_config}: losses has {each!r}; expected a loss as {{name: NAME}}"
                 )
             self.losses.append((each["name"], each))
-        if self.rounds.on_policy_fraction < 1 and any(name == OWN_TEXT for name, _ in self.losses):
-            raise ConfigError(
-                f"rounds.on_policy_fraction is {self.rounds.on_policy_fraction:g}, but {OWN_TEXT} learns from the students' own text "
-                "alone; set it to 1"
-            )
+        hard_labels = self.student.get("ce_weight") not in (None, 0)
+        teacher_text.check(self.rounds, self.losses, hard_labels=hard_labels)
+        if self.rounds.teacher_text:
+            load_config(BuildConfig, config.teacher_config, _overrides(teacher_text.WRITES))
+        self.pairs = any(name == teacher_text.PAIRS for name, _ in self.losses)
         self.replay = self._replay()
         self._ended: float | None = None
 
@@ -106,7 +106,11 @@ class Rounds:
             )
 
     def _replay(self) -> float:
-        misled = [name for name, each in self.losses if _is_misled(name, each)]
+        misled = [
+            name
+            for name, each in self.losses
+            if _is_misled(name, each) and teacher_text.applies(name, each, teacher_text.student(1))
+        ]
         if self.rounds.replay is None:
             return 0.0 if misled else REPLAY
         if self.rounds.replay and misled:
@@ -126,6 +130,10 @@ class Rounds:
     def cache(self, number: int) -> Path:
         return self.of_round(number) / "cache"
 
+    def answers(self, number: int) -> Path:
+        """The cache of the teacher's own answers."""
+        return self.of_round(number) / "teacher"
+
     def model(self, number: int) -> Path:
         """The student after a round; after round 0, the one that the first round begins with."""
         return self.of_round(number) / "student"
@@ -142,6 +150,8 @@ class Rounds:
     def settings(self) -> dict[str, Any]:
         """Everything that may not change while rounds go on. Their number may."""
         apart = {"count", "stop"}
+        if not self.rounds.teacher_text:
+            apart.add("teacher_text")  # as before there was such text
         return {
             "rounds": self.rounds.model_dump(mode="json", exclude=apart),
             "teacher_config": _plain(self.teacher, without=("output", "log", "scale")),
@@ -162,7 +172,9 @@ class Rounds:
                 self._text(state)
                 self._train(state, 0, "start")
                 continue
-            self._write(state, number)
+            if self.rounds.teacher_text:
+                self._build(state, number, f"answer-{number}")
+            self._build(state, number, f"write-{number}")
             self._train(state, number, f"train-{number}")
             write_report(self.folder, state, self.config)
         write_report(self.folder, state, self.config)
@@ -183,6 +195,8 @@ class Rounds:
                 check_cache(done, self.text, self.folder)
             elif kind == "write":
                 check_cache(done, self.cache(int(number)), self.folder)
+            elif kind == "answer":
+                check_cache(done, self.answers(int(number)), self.folder)
         last = next((each for each in reversed(state.done) if each.content_sha256 is None), None)
         if last is not None and last.fingerprint:
             number = last.stage.partition("-")[2]
@@ -251,27 +265,38 @@ class Rounds:
             )
         self._record_cache(state, "text", ended, self.text)
 
-    def _write(self, state: State, number: int) -> None:
-        name = f"write-{number}"
+    def _build(self, state: State, number: int, name: str) -> None:
+        """The answers of a round: ``write-N`` those of the newest student, ``answer-N`` the
+        teacher's own to the same prompts.
+        """
         if state.of(name) is not None:
             return
+        by_student = name.startswith("write")
+        output = self.cache(number) if by_student else self.answers(number)
         skip = self.generate.skip_prompts + (number - 1) * self.rounds.prompts
         changes: dict[str, Any] = {
-            "data.generate.writer": str(self.model(number - 1)),
+            **(
+                {"data.generate.writer": str(self.model(number - 1))}
+                if by_student
+                else teacher_text.WRITES
+            ),
             "data.generate.skip_prompts": skip,
             "data.generate.max_prompts": self.rounds.prompts,
             "data.generate.seed": self.generate.seed + number,
-            "output": str(self.cache(number)),
+            "output": str(output),
         }
-        if number > 1 and "audit" not in self.teacher:
-            changes["audit.sequences"] = 0  # the first round's says it all
+        if (number > 1 or not by_student) and "audit" not in self.teacher:
+            changes["audit.sequences"] = 0  # that of the first student's text says it all
         self.of_round(number).mkdir(exist_ok=True)
         command = ["teacher-cache", "build", str(self.config.teacher_config), *_overrides(changes)]
         log.info(
-            "round %d of %d: the student writes, the teacher scores", number, self.rounds.count
+            "round %d of %d: the %s writes, the teacher scores",
+            number,
+            self.rounds.count,
+            "student" if by_student else "teacher",
         )
         ended = self._stage(state, name, command)
-        self._record_cache(state, name, ended, self.cache(number))
+        self._record_cache(state, name, ended, output)
 
     def _train(self, state: State, number: int, name: str) -> None:
         if state.of(name) is not None:
@@ -284,8 +309,8 @@ class Rounds:
             "training.max_steps": state.horizons[str(number)],
             "training.output_dir": str(self.model(number)),
         }
-        if number == 0 and any(name == OWN_TEXT for name, _ in self.losses):
-            changes["losses"] = [{"name": "forward_kl"}]
+        if number == 0 and (losses := teacher_text.of_warm_up(self.losses)) is not None:
+            changes["losses"] = losses
         if number > 0 and self.last_step(number - 1) > 0:
             changes["part.start"] = str(self.checkpoint(number - 1))
         self.of_round(number).mkdir(exist_ok=True)
@@ -319,15 +344,20 @@ class Rounds:
         shares = {number: students * (1 - replay)}
         if replay:
             shares |= dict.fromkeys(range(1, number), students * replay / (number - 1))
-        found = [
-            {
-                "cache": str(self.cache(each)),
-                "name": f"round-{each}",
-                "weight": shares[each],
-                "held_out": 0.0,
-            }
-            for each in sorted(shares)
-        ]
+        found: list[dict[str, Any]] = []
+        for each in sorted(shares):
+            name, of_teacher = teacher_text.student(each), teacher_text.teacher(each)
+            entry = {"cache": str(self.cache(each)), "name": name, "weight": shares[each]}
+            if self.rounds.teacher_text:
+                # Beside every text of students, and as much of it as the fraction says.
+                weight = shares[each] / students * given
+                own = {"cache": str(self.answers(each)), "name": of_teacher, "weight": weight}
+                found.append({**own, "held_out": 0.0})
+            if self.pairs:
+                entry["preferred"] = of_teacher
+            found.append({**entry, "held_out": 0.0})
+        if self.rounds.teacher_text:
+            given = 0.0
         if given or (self.student.get("evaluation") or {}).get("cache") is None:
             found.insert(0, {**text, "weight": given})
         return found

@@ -78,9 +78,12 @@ class Objective:
         }
 
     def end(self, means: dict[str, float], step: int, steps: int) -> None:
-        """Ends optimizer step ``step``; ``means``: of the stateful losses over its positions."""
+        """Ends optimizer step ``step``; ``means``: of the stateful losses over the positions to which
+        they applied. The state of others stays.
+        """
         for name, state in self._states.items():
-            state.update(means[name], step / max(1, steps))
+            if name in means:
+                state.update(means[name], step / max(1, steps))
 
     def state_dict(self) -> dict[str, dict[str, float | None]]:
         """The state of stateful losses for a checkpoint, as numbers; empty without such losses."""

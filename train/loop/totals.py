@@ -145,8 +145,8 @@ class StepTotals:
         self.sums = sums if self.sums is None else self.sums + sums
 
     def means(self, reduced: Callable[[Tensor], Tensor]) -> dict[str, float] | None:
-        """Means over all processes; None if nothing was added. ``reduced`` adds sums over
-        processes. Resets the sums.
+        """Means over all processes; None if nothing was added. A loss that applied to no position
+        has none. ``reduced`` adds sums over processes. Resets the sums.
         """
         if self.sums is None:
             return None
@@ -154,6 +154,7 @@ class StepTotals:
         self.sums = None
         sums, counts = found[: len(self._names)], found[len(self._names) :]
         return {
-            name: total / max(1, count)
+            name: total / count
             for name, total, count in zip(self._names, sums, counts, strict=True)
+            if count
         }
