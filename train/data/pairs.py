@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from logitcask.cache_format import CacheReader
 from logitcask.cache_format.errors import UserError
@@ -108,10 +109,11 @@ def pair_texts(
     preferred = [place.pair is not None and place.pair[1] for place in layout]
     kept_B = torch.tensor([place.kept for place in layout])
     sequence_P = torch.repeat_interleave(torch.arange(len(layout)), kept_B).to(device)
-    # Sums over each sequence, then those of the two texts of a pair at each of its positions.
+    # Sums over each sequence, then those of the two texts of a pair at each of its positions. Rows
+    # are added up, because the order of additions to an index differs from run to run on a GPU.
     wide = torch.float32 if device.type == "mps" else torch.float64
     sums_B = [
-        torch.zeros(len(layout), dtype=wide, device=device).index_add_(0, sequence_P, each.to(wide))
+        pad_sequence(each.to(wide).split(kept_B.tolist()), batch_first=True).sum(1)
         for each in (log_q_P.detach(), log_p_P)
     ]
     texts_P2 = torch.from_numpy(texts).to(device)[sequence_P]

@@ -103,5 +103,9 @@ def test_what_is_refused(draw):
         loss(z, teacher, beta=0)
     with pytest.raises(UserError, match="lm is -1"):
         loss(z, teacher, lm=-1)
+    # Of an imported cache that knows no tails, the targets are enough.
+    unknown = torch.full_like(teacher.tail_logprob, torch.nan)
+    without = replace(teacher, tail_logprob=unknown, tail_known=False)
+    assert torch.equal(loss(z, without), loss(z, teacher))
     with pytest.raises(UserError, match="does not know the teacher's logprobs"):
         loss(z, replace(teacher, targets_known=False))
