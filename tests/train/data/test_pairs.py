@@ -189,10 +189,13 @@ def test_accumulated_batches_of_pairs_equal_one_batch(pair_config, tmp_path):
             )
 
 
+@pytest.mark.parametrize("packing", [False, True])
 def test_losses_of_one_batch_on_different_caches_are_logged_by_their_own_positions(
-    caches, scratch_config
+    caches, scratch_config, packing, tmp_path
 ):
-    """DistiLLM-2: the loss is the two means, weighed by the positions of their caches."""
+    """DistiLLM-2: the loss is the two means, weighed by the positions of their caches; in four
+    batches as in one.
+    """
     teacher, student = (cache.path for cache in caches[1:])
     config = scratch_config(
         cache=[
@@ -205,11 +208,25 @@ def test_losses_of_one_batch_on_different_caches_are_logged_by_their_own_positio
         ],
         ce_weight=0.0,
         evaluation={"held_out": 0.2},
-        training={"per_device_train_batch_size": 6, "max_steps": 5},
+        data={"packing": packing},
+        training={"per_device_train_batch_size": 8, "max_steps": 5},
     )
-    train(config)
-    records = json.loads((config.output_dir / "log.json").read_text())
-    for record in (record for record in records if "loss" in record):
+    small = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    folder = {"output_dir": str(tmp_path / "accumulated")}
+    cut = config.model_copy(update={"training": {**config.training, **small, **folder}})
+    logs = []
+    for each in (config, cut):
+        train(each)
+        records = json.loads((each.output_dir / "log.json").read_text())
+        logs.append([record for record in records if "loss" in record])
+    for record, other in zip(*logs, strict=True):
+        assert other.keys() == record.keys()
+        for name in (each for each in record if each.startswith(("loss", "grad_norm", "cache"))):
+            assert other[name] == pytest.approx(record[name], rel=2e-4), name
+    # A short epoch of packed rows may end with rows of one cache.
+    both = [each for each in logs[0] if {"loss_skew_kl", "loss_skew_reverse_kl"} <= each.keys()]
+    assert len(both) >= 3
+    for record in both:
         assert record["cache_teacher-1"] == pytest.approx(record["loss_skew_kl"], rel=1e-5)
         assert record["cache_round-1"] == pytest.approx(
             3 * record["loss_skew_reverse_kl"], rel=1e-5
