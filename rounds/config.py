@@ -70,7 +70,13 @@ class RoundsSettings(ConfigModel):
         gt=0,
         le=1,
         description="Share of the learnt positions that students have written (GKD's lambda). The "
-        "rest is of the cache that the student config names: text of data, or of the teacher.",
+        "rest is of the cache that the student config names: text of data, or of the teacher; with "
+        "teacher_text, what the teacher writes in the rounds.",
+    )
+    teacher_text: bool = Field(
+        False,
+        description="Whether the teacher answers each round's prompts, too. Its answers are a cache "
+        "of their own, called teacher-N in the mixture beside the student's, round-N.",
     )
     replay: float | None = Field(
         None,
@@ -84,6 +90,15 @@ class RoundsSettings(ConfigModel):
     skd: SkdConfig | None = Field(
         None, description="Tokens of the teacher in the students' answers. Default: none."
     )
+
+    @model_validator(mode="after")
+    def _teacher_text_is_learnt_from(self) -> Self:
+        if self.teacher_text and self.on_policy_fraction == 1:
+            raise ValueError(
+                "teacher_text is true, but on_policy_fraction is 1, which leaves the teacher's text no share; set it below 1, "
+                "such as 0.5"
+            )
+        return self
 
 
 class RoundsConfig(ConfigModel):

@@ -54,7 +54,10 @@ def _round(state: State, number: int) -> dict[str, Any] | None:
     found: dict[str, Any] = {"round": number}
     if written is not None:
         found["cache"] = {"fingerprint": written.fingerprint, **written.figures}
-    stages = {"write": written, "train": trained}
+    answered = state.of(f"answer-{number}")
+    if answered is not None:
+        found["teacher_text"] = {"fingerprint": answered.fingerprint, **answered.figures}
+    stages = {"answer": answered, "write": written, "train": trained}
     return {
         **found,
         **trained.figures,
@@ -103,13 +106,12 @@ def _table(document: dict[str, Any]) -> str:
 
 
 def _row(found: dict[str, Any]) -> list[str]:
-    cache = found.get("cache", {})
+    cache, answers = found.get("cache", {}), found.get("teacher_text", {})
     seconds = [
-        cache.get("writing_seconds"),
-        cache.get("scoring_seconds"),
+        *(_both(cache, answers, name) for name in ("writing_seconds", "scoring_seconds")),
         found["training_seconds"],
     ]
-    figures = {"write": cache, "train": found}
+    figures = {"answer": answers, "write": cache, "train": found}
     other = sum(
         each["seconds"] + each["handover_seconds"] - _useful(each["seconds"], figures[name])
         for name, each in found["stages"].items()
@@ -129,6 +131,12 @@ def _row(found: dict[str, Any]) -> list[str]:
 
 def _percent(rates: list[float | None]) -> list[str]:
     return [_number(rate, ".1%") for rate in rates]
+
+
+def _both(cache: dict[str, Any], answers: dict[str, Any], name: str) -> float | None:
+    """Seconds of the students' text and the teacher's together; None if there are none."""
+    found = [each[name] for each in (cache, answers) if each.get(name) is not None]
+    return sum(found) if found else None
 
 
 def _number(value: float | None, form: str) -> str:

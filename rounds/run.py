@@ -3,6 +3,7 @@ be killed at any moment and started again.
 
     text                the cache of given text, if the student config says how it is built
     start               the untrained student, or one warmed up on given text
+    answer-1, ...       with ``rounds.teacher_text``: the teacher writes answers of its own
     write-1, write-2    the newest student writes, the teacher scores: a cache for each round
     splice-1-2, ...     with ``rounds.skd``: further passes over its answers
     train-1, train-2    the training goes on, on the new cache, earlier ones, and given text
@@ -27,7 +28,7 @@ from logitcask.cache_format import CacheReader
 from logitcask.cache_format.cli.config_file import load_config
 from logitcask.cache_format.errors import ConfigError, UserError, first_line
 from logitcask.pipeline.config import BuildConfig
-from logitcask.rounds import skd
+from logitcask.rounds import skd, teacher_text
 from logitcask.rounds.config import RoundsConfig
 from logitcask.rounds.figures import figures_of_cache, figures_of_training
 from logitcask.rounds.report import summary_of, write_report
@@ -44,8 +45,6 @@ from logitcask.rounds.state import (
 log = logging.getLogger(__name__)
 
 REPLAY = 0.25
-OWN_TEXT = "policy_gradient"
-"""The loss that learns from students' text alone. The warm-up has forward KL in its place."""
 _MISLED = ("reverse_kl", "skew_reverse_kl", "policy_gradient")
 """Losses that text of earlier students misleads (arXiv 2606.24143)."""
 
@@ -94,11 +93,6 @@ class Rounds:
                     f"{config.student_config}: losses has {each!r}; expected a loss as {{name: NAME}}"
                 )
             self.losses.append((each["name"], each))
-        if self.rounds.on_policy_fraction < 1 and any(name == OWN_TEXT for name, _ in self.losses):
-            raise ConfigError(
-                f"rounds.on_policy_fraction is {self.rounds.on_policy_fraction:g}, but {OWN_TEXT} learns from the students' own text "
-                "alone; set it to 1"
-            )
         if self.rounds.skd is not None:
             skd.check(
                 [name for name, _ in self.losses],
@@ -106,6 +100,11 @@ class Rounds:
                 shortest_head=min(store.top_k, store.min_k if store.ragged else store.top_k),
                 teacher_config=config.teacher_config,
             )
+        hard_labels = self.student.get("ce_weight") not in (None, 0)
+        teacher_text.check(self.rounds, self.losses, hard_labels=hard_labels)
+        if self.rounds.teacher_text:
+            load_config(BuildConfig, config.teacher_config, _overrides(teacher_text.WRITES))
+        self.pairs = any(name == teacher_text.PAIRS for name, _ in self.losses)
         self.replay = self._replay()
         self._passes: dict[int, int] = {}
         self._ended: float | None = None
@@ -121,7 +120,11 @@ class Rounds:
             )
 
     def _replay(self) -> float:
-        misled = [name for name, each in self.losses if _is_misled(name, each)]
+        misled = [
+            name
+            for name, each in self.losses
+            if _is_misled(name, each) and teacher_text.applies(name, each, teacher_text.student(1))
+        ]
         if self.rounds.replay is None:
             return 0.0 if misled else REPLAY
         if self.rounds.replay and misled:
@@ -145,6 +148,10 @@ class Rounds:
     def _cache_of_pass(self, number: int, pass_number: int) -> Path:
         return self.of_round(number) / (f"cache-{pass_number}" if pass_number > 1 else "cache")
 
+    def answers(self, number: int) -> Path:
+        """The cache of the teacher's own answers."""
+        return self.of_round(number) / "teacher"
+
     def model(self, number: int) -> Path:
         """The student after a round; after round 0, the one that the first round begins with."""
         return self.of_round(number) / "student"
@@ -161,6 +168,8 @@ class Rounds:
     def settings(self) -> dict[str, Any]:
         """Everything that may not change while rounds go on. Their number may."""
         apart = {"count", "stop"}
+        if not self.rounds.teacher_text:
+            apart.add("teacher_text")  # as before there was such text
         return {
             "rounds": self.rounds.model_dump(mode="json", exclude=apart),
             "teacher_config": _plain(self.teacher, without=("output", "log", "scale")),
@@ -183,6 +192,8 @@ class Rounds:
                 self._text(state)
                 self._train(state, 0, "start")
                 continue
+            if self.rounds.teacher_text:
+                self._answer(state, number)
             self._write(state, number)
             self._splice(state, number)
             self._train(state, number, f"train-{number}")
@@ -207,6 +218,8 @@ class Rounds:
                 # Of several passes, the newest cache. Earlier ones may be gone.
                 newest = skd.passes_of(state, int(number))[-1]
                 check_cache(newest, self.cache(int(number)), self.folder)
+            elif kind == "answer":
+                check_cache(done, self.answers(int(number)), self.folder)
         last = next((each for each in reversed(state.done) if each.content_sha256 is None), None)
         if last is not None and last.fingerprint:
             number = last.stage.partition("-")[2]
@@ -275,16 +288,14 @@ class Rounds:
             )
         self._record_cache(state, "text", ended, self.text)
 
+    def _answer(self, state: State, number: int) -> None:
+        """The teacher's own answers to the prompts of a round."""
+        self._build(state, number, f"answer-{number}", self.answers(number), teacher_text.WRITES)
+
     def _write(self, state: State, number: int) -> None:
-        name = f"write-{number}"
-        if state.of(name) is not None:
-            return
-        self.of_round(number).mkdir(exist_ok=True)
-        log.info(
-            "round %d of %d: the student writes, the teacher scores", number, self.rounds.count
-        )
-        ended = self._stage(state, name, self._build(number, {}))
-        self._record_cache(state, name, ended, self.cache(number))
+        """What the newest student answers."""
+        output = self._cache_of_pass(number, 1)
+        self._build(state, number, f"write-{number}", output, self._by_student(number))
 
     def _splice(self, state: State, number: int) -> None:
         """The further passes of a round, if it has some. Each is recorded before the next one."""
@@ -299,35 +310,49 @@ class Rounds:
                 settings.passes,
                 skd.passes_of(state, number)[-1].figures["rejected"],
             )
-            output, name = (
-                self._cache_of_pass(number, pass_number),
+            splice = {"data.generate.splice": skd.splice_of(settings, self.cache(number))}
+            self._build(
+                state,
+                number,
                 f"splice-{number}-{pass_number}",
+                self._cache_of_pass(number, pass_number),
+                self._by_student(number) | splice,
             )
-            changes = {
-                "data.generate.splice": skd.splice_of(settings, self.cache(number)),
-                "output": str(output),
-            }
-            ended = self._stage(state, name, self._build(number, changes))
-            self._record_cache(state, name, ended, output)
             self._passes[number] = pass_number
         earlier = range(1, len(skd.passes_of(state, number)))
         skd.remove([self._cache_of_pass(number, each) for each in earlier])
 
-    def _build(self, number: int, changes: dict[str, Any]) -> list[str]:
-        """The command that builds a cache of what the student of a round writes."""
-        skip = self.generate.skip_prompts + (number - 1) * self.rounds.prompts
+    def _by_student(self, number: int) -> dict[str, Any]:
+        return {"data.generate.writer": str(self.model(number - 1))}
+
+    def _build(
+        self, state: State, number: int, name: str, output: Path, changes: dict[str, Any]
+    ) -> None:
+        """A cache of answers to the prompts of a round, by the writer that ``changes`` names."""
+        if state.of(name) is not None:
+            return
+        kind = name.partition("-")[0]
         changes = {
-            "data.generate.writer": str(self.model(number - 1)),
-            "data.generate.skip_prompts": skip,
+            "data.generate.skip_prompts": self.generate.skip_prompts
+            + (number - 1) * self.rounds.prompts,
             "data.generate.max_prompts": self.rounds.prompts,
             "data.generate.seed": self.generate.seed + number,
-            "output": str(self._cache_of_pass(number, 1)),
+            "output": str(output),
             **changes,
         }
-        first = number == 1 and "data.generate.splice" not in changes
-        if not first and "audit" not in self.teacher:
-            changes["audit.sequences"] = 0  # the first cache's says it all
-        return ["teacher-cache", "build", str(self.config.teacher_config), *_overrides(changes)]
+        if name != "write-1" and "audit" not in self.teacher:
+            changes["audit.sequences"] = 0  # that of the first student's text says it all
+        self.of_round(number).mkdir(exist_ok=True)
+        if kind != "splice":
+            log.info(
+                "round %d of %d: the %s writes, the teacher scores",
+                number,
+                self.rounds.count,
+                "teacher" if kind == "answer" else "student",
+            )
+        command = ["teacher-cache", "build", str(self.config.teacher_config), *_overrides(changes)]
+        ended = self._stage(state, name, command)
+        self._record_cache(state, name, ended, output)
 
     def _train(self, state: State, number: int, name: str) -> None:
         if state.of(name) is not None:
@@ -340,8 +365,8 @@ class Rounds:
             "training.max_steps": state.horizons[str(number)],
             "training.output_dir": str(self.model(number)),
         }
-        if number == 0 and any(name == OWN_TEXT for name, _ in self.losses):
-            changes["losses"] = [{"name": "forward_kl"}]
+        if number == 0 and (losses := teacher_text.of_warm_up(self.losses)) is not None:
+            changes["losses"] = losses
         if number > 0 and self.last_step(number - 1) > 0:
             changes["part.start"] = str(self.checkpoint(number - 1))
         self.of_round(number).mkdir(exist_ok=True)
@@ -375,15 +400,20 @@ class Rounds:
         shares = {number: students * (1 - replay)}
         if replay:
             shares |= dict.fromkeys(range(1, number), students * replay / (number - 1))
-        found = [
-            {
-                "cache": str(self.cache(each)),
-                "name": f"round-{each}",
-                "weight": shares[each],
-                "held_out": 0.0,
-            }
-            for each in sorted(shares)
-        ]
+        found: list[dict[str, Any]] = []
+        for each in sorted(shares):
+            name, of_teacher = teacher_text.student(each), teacher_text.teacher(each)
+            entry = {"cache": str(self.cache(each)), "name": name, "weight": shares[each]}
+            if self.rounds.teacher_text:
+                # Beside every text of students, and as much of it as the fraction says.
+                weight = shares[each] / students * given
+                own = {"cache": str(self.answers(each)), "name": of_teacher, "weight": weight}
+                found.append({**own, "held_out": 0.0})
+            if self.pairs:
+                entry["preferred"] = of_teacher
+            found.append({**entry, "held_out": 0.0})
+        if self.rounds.teacher_text:
+            given = 0.0
         if given or (self.student.get("evaluation") or {}).get("cache") is None:
             found.insert(0, {**text, "weight": given})
         return found

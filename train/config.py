@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -147,6 +148,13 @@ class LossTerm(BaseModel):
         description="ranking only: whether the other teacher losses are weighted by the overlap "
         "of the teacher's and the student's top k (RLKD, equation 2).",
     )
+    caches: tuple[str, ...] | None = Field(
+        None,
+        min_length=1,
+        description="Names of the caches of a mixture to whose positions the loss applies; `*` and "
+        "`?` stand for any characters. Default: all. A loss of pairs applies to all caches that "
+        "are read in pairs.",
+    )
 
     @field_validator("name")
     @classmethod
@@ -165,7 +173,15 @@ class LossTerm(BaseModel):
         k = self.options.get("k", 1)
         if not isinstance(k, int) or isinstance(k, bool) or k < 1:
             raise ValueError(f"{self.name}: k is {k!r}; expected a whole number from 1")
+        if SPECS[self.name].of_pairs and self.caches is not None:
+            raise ValueError(
+                f"{self.name} applies to the caches that are read in pairs; remove its caches"
+            )
         return self
+
+    def applies_to(self, label: str) -> bool:
+        """Whether ``caches`` names the cache of this name."""
+        return self.caches is None or any(fnmatchcase(label, each) for each in self.caches)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -262,6 +278,12 @@ class CacheEntry(ConfigModel):
         description="Share of this cache's rows that is held out. Default: evaluation.held_out.",
     )
     name: str | None = Field(None, description="Name in logs. Default: the last part of `cache`.")
+    preferred: str | None = Field(
+        None,
+        description="Name of another cache of the mixture, whose texts are preferred to those of "
+        "this one. The two are read in pairs: the texts of the same sequence id, always in one "
+        "batch. Their weights are added. Default: none.",
+    )
 
     @property
     def label(self) -> str:
@@ -439,6 +461,8 @@ class TrainConfig(ConfigModel):
             )
         if not any(entry.weight is None or entry.weight > 0 for entry in self.caches):
             raise ValueError("all caches have weight 0, so there is nothing to learn from")
+        self._check_pairs()
+        self._check_that_losses_apply()
         if self.data.packing and self.selection.sequences is not None:
             raise ValueError(
                 "selection.sequences chooses sequences one by one and cannot have them packed; set data.packing to false"
@@ -449,6 +473,85 @@ class TrainConfig(ConfigModel):
     def caches(self) -> list[CacheEntry]:
         """The caches to learn from. A single cache has no weight."""
         return [CacheEntry(cache=self.cache)] if isinstance(self.cache, str) else self.cache
+
+    @property
+    def pairs(self) -> list[tuple[int, int]]:
+        """The caches that are read in pairs, by number: the preferred one, then the other."""
+        number = {entry.label: each for each, entry in enumerate(self.caches)}
+        return [
+            (number[entry.preferred], each)
+            for each, entry in enumerate(self.caches)
+            if entry.preferred is not None
+        ]
+
+    @property
+    def learnt(self) -> list[int]:
+        """The caches that are learnt from, by number: all but those of weight 0. Two that are read
+        in pairs have one weight.
+        """
+        weights = [entry.weight for entry in self.caches]
+        found = {number for number, weight in enumerate(weights) if weight != 0}
+        for pair in self.pairs:
+            found |= set(pair) if found & set(pair) else set()
+        return sorted(found)
+
+    def applying(self, number: int) -> list[LossTerm]:
+        """The losses that apply to the positions of a cache, by its number."""
+        paired = any(number in pair for pair in self.pairs)
+        label = self.caches[number].label
+        return [
+            term
+            for term in self.losses
+            if (paired if SPECS[term.name].of_pairs else term.applies_to(label))
+        ]
+
+    def _check_pairs(self) -> None:
+        """Raises ValueError for pairs that cannot be, or that something else would part."""
+        labels = [entry.label for entry in self.caches]
+        for entry in self.caches:
+            if entry.preferred is not None and entry.preferred not in labels:
+                raise ValueError(
+                    f"{entry.label} has preferred: {entry.preferred}, and no cache is called so; the caches are {', '.join(labels)}"
+                )
+        numbers = [number for pair in self.pairs for number in pair]
+        if len(set(numbers)) < len(numbers):
+            twice = next(each for each in numbers if numbers.count(each) > 1)
+            raise ValueError(
+                f"{labels[twice]} is in two pairs, or in one with itself; a cache may be in one pair (preferred)"
+            )
+        if not numbers:
+            return
+        parting = {
+            "data.packing": self.data.packing,
+            "selection.sequences": self.selection.sequences is not None,
+            "selection.positions": self.selection.positions is not None,
+        }
+        for name, asked in parting.items():
+            if asked:
+                raise ValueError(
+                    f"{name} would part the texts that are read in pairs (preferred); leave it out"
+                )
+
+    def _check_that_losses_apply(self) -> None:
+        """Raises ValueError for a loss that applies to no cache, or a cache to which none does."""
+        here = {number: {term.name for term in self.applying(number)} for number in self.learnt}
+        names = ", ".join(self.caches[number].label for number in here)
+        for term in self.losses:
+            if any(term.name in applied for applied in here.values()):
+                continue
+            if SPECS[term.name].of_pairs:
+                raise ValueError(
+                    f"{term.name} is a loss of two texts of a prompt, but no caches are read in pairs; name the cache of the "
+                    "preferred texts (preferred)"
+                )
+            raise ValueError(
+                f"{term.name} has caches: {', '.join(term.caches or ())}, but none of the caches to learn from is called so: {names}"
+            )
+        for number, applied in here.items():
+            if not applied and self.ce_weight == 0.0:
+                raise ValueError(
+                    f"no loss applies to the cache {self.caches[number].label}; name it in the caches of a loss, or leave it out"
+                )
 
     @model_validator(mode="after")
     def _somewhere_to_write(self) -> Self:

@@ -82,6 +82,9 @@ def identity_of_config(config: TrainConfig) -> dict[str, Any]:
     identity = config.model_dump(mode="json", exclude=apart)
     if config.part is None:
         del identity["part"]  # as before there were parts
+    for term in identity["losses"]:
+        if term["caches"] is None:
+            del term["caches"]  # as before losses had them
     # The settings of the workers do not change the batches.
     identity["training"] = {
         key: value
@@ -103,5 +106,6 @@ def _identity_of_caches(config: TrainConfig, caches: list[CacheReader]) -> Any:
     return [
         {"fingerprint": cache.manifest.fingerprint, "weight": entry.weight, "name": entry.label}
         | ({} if entry.held_out is None else {"held_out": entry.held_out})
+        | ({} if entry.preferred is None else {"preferred": entry.preferred})
         for entry, cache in zip(config.caches, caches, strict=True)
     ]

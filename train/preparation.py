@@ -89,10 +89,8 @@ def prepare(
     mend_generation_config(student)
     tokenizer = load_student_tokenizer(config.student)
     compat.check_together([entry.cache for entry in config.caches], manifests)
-    for entry, manifest in zip(config.caches, manifests, strict=True):
-        compat.check(
-            config, entry.cache, manifest, student, tokenizer, held_out=entry.held_out != 0
-        )
+    for number, (entry, manifest) in enumerate(zip(config.caches, manifests, strict=True)):
+        compat.check(config, number, manifest, student, tokenizer, held_out=entry.held_out != 0)
     if reference is not None:
         _check_reference(config, manifests, reference, student, tokenizer)
 
@@ -104,11 +102,7 @@ def prepare(
         compat.check_vocabulary(source)
     if config.evaluation.answers:
         import logitcask.train.evaluation.rouge  # noqa: F401  a missing package is said now
-    learnt = [
-        source
-        for source, entry in zip(data.sources, config.caches, strict=True)
-        if entry.weight != 0
-    ]
+    learnt = {number: data.sources[number] for number in config.learnt}
     objective, tail, exactness = try_objective(config, learnt)
     if reference is not None and is_main():
         kind = metric_kinds(held_out, ["kl"])["kl"]

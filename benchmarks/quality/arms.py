@@ -153,7 +153,7 @@ def losses_arms() -> list[Arm]:
     beside them as well.
     """
     arms = []
-    for name in sorted(LOSSES.keys() - {"ce", "policy_gradient"}):
+    for name in sorted(LOSSES.keys() - {"ce", "policy_gradient", "dpkd_sequence"}):
         source = _SOURCES.get(name, FOR_LOSSES)
         arms.append(Arm("losses", name, source, ({"name": name},), start=PRETRAINED))
         if name in _ORDER_ONLY:

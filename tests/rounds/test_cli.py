@@ -12,6 +12,7 @@ import yaml
 from logitcask.cache_format.cli.config_file import load_config
 from logitcask.rounds import cli
 from logitcask.rounds.config import RoundsConfig
+from logitcask.rounds.run import Rounds, _overrides
 
 ROOT = Path(__file__).parents[2]
 
@@ -61,7 +62,7 @@ def test_mistakes_are_one_line(command):
         assert said in err
 
 
-@pytest.mark.parametrize("name", ["quickstart", "policy-gradient", "skd"])
+@pytest.mark.parametrize("name", ["quickstart", "policy-gradient", "skd", "distillm-2", "dpkd"])
 def test_the_configs_that_come_along(name, monkeypatch):
     from logitcask.pipeline.config import BuildConfig
     from logitcask.train.config import TrainConfig
@@ -69,8 +70,15 @@ def test_the_configs_that_come_along(name, monkeypatch):
     monkeypatch.chdir(ROOT)
     config = load_config(RoundsConfig, Path(f"rounds/configs/{name}.yaml"), [])
     build = load_config(BuildConfig, config.teacher_config, [])
-    student = load_config(TrainConfig, config.student_config, [])
     assert build.data.generate is not None
-    assert student.cache_config is not None
-    text = load_config(BuildConfig, student.cache_config, [])
-    assert str(text.output) == student.cache
+    rounds = Rounds(config, [])
+    of_round = {
+        "cache": rounds.mixture(1),
+        "cache_config": None,
+        "part.until": 1,
+        "training.max_steps": 1,
+    }
+    student = load_config(TrainConfig, config.student_config, _overrides(of_round))
+    assert {"text", "round-1"} <= {entry.label for entry in student.caches}
+    text = load_config(BuildConfig, Path(rounds.student["cache_config"]), [])
+    assert str(text.output) == rounds.text

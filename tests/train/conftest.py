@@ -38,6 +38,7 @@ def write_cache(tmp_path, rng):
     per_batch: sequences per record batch.
     tokens:    bounds of the random lengths, or a list of the lengths in each shard.
     vocab:     the identity of the tokenizer.
+    ids:       what the sequence ids begin with; default: name.
     """
 
     def write(
@@ -50,6 +51,7 @@ def write_cache(tmp_path, rng):
         per_batch=5,
         top_k=6,
         vocab="0" * 64,
+        ids=None,
     ):
         with CacheWriter(tmp_path / name) as writer:
             header = made.make_header(vocab_size=60, top_k=top_k, kind=kind)
@@ -62,7 +64,7 @@ def write_cache(tmp_path, rng):
                         shard.append(
                             made.make_sequence(
                                 rng,
-                                f"{name}/{index}/{i}",
+                                f"{ids or name}/{index}/{i}",
                                 tokens=n,
                                 vocab_size=60,
                                 top_k=top_k,

@@ -95,6 +95,11 @@ def watch(
     DistillationTrainer.compute_loss = exact
 
 
+def _caches(given: str | list[dict[str, Any]]) -> list[str]:
+    """The folders of a config's caches."""
+    return [given] if isinstance(given, str) else [each["cache"] for each in given]
+
+
 def main(file: Path) -> None:
     work = json.loads(file.read_text())
     CacheReader.check_shard = counted
@@ -118,8 +123,12 @@ def main(file: Path) -> None:
         except Interrupted:
             found.append(None)
     # In each training that took place, each shard by one process of the two.
-    shards = len(CacheReader(work["jobs"][0]["config"]["cache"]).manifest.shards)
-    assert sum(map(len, gathered(checked))) == shards * sum(not finished for finished in found)
+    shards = [
+        sum(len(CacheReader(cache).manifest.shards) for cache in _caches(job["config"]["cache"]))
+        for job, finished in zip(work["jobs"], found, strict=True)
+        if not finished
+    ]
+    assert sum(map(len, gathered(checked))) == sum(shards)
     if is_main():
         file.with_suffix(".found").write_text(json.dumps(found))
     leave()

@@ -137,10 +137,12 @@ class Place:
     tuples apart.
 
     source: number of its cache. tokens, kept: numbers of its tokens and kept positions. chosen:
-    number of kept positions in the loss.
+    number of kept positions in the loss. pair: None, or the number of its pair in the batch, and
+    whether it is the preferred one of the two.
     """
 
     source: int
     tokens: int
     kept: int
     chosen: int
+    pair: tuple[int, bool] | None = None

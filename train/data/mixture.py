@@ -31,6 +31,7 @@ from logitcask.train.data.dataset import CachedDataset, HeldOut, check_shards
 from logitcask.train.data.held_out import CacheIndex, Reference, read_index
 from logitcask.train.data.order import PartPlan, Plan, Units, single_units
 from logitcask.train.data.packing import collate_packed, packed_units
+from logitcask.train.data.pairs import pair_units, same_ids
 from logitcask.train.data.selection import highest_entropy, share_of
 from logitcask.train.losses import SparseTeacher
 
@@ -43,15 +44,34 @@ log = logging.getLogger(__name__)
 
 
 class Drawn(NamedTuple):
-    """One unit: a sequence of a cache, or several packed into a row."""
+    """One unit: a sequence of a cache, or several packed into a row. A unit that is a pair of
+    sequences of two caches is drawn as two of these.
+
+    pair: None, or the pair's number in its batch, and whether the sequence is the preferred one.
+    """
 
     source: int
     sequences: list[CachedSequence]
+    pair: tuple[int, bool] | None = None
+
+
+class OfCache(NamedTuple):
+    """The part of a batch that is of one cache. rows: its part of the P positions. source: the
+    cache's number. teacher: at these positions.
+    """
+
+    rows: slice
+    source: int
+    teacher: SparseTeacher
 
 
 class Mixture(Dataset[Drawn]):
     """The training data: ``sources``, their names, and the plan that draws from them.
 
+    units:   for each stream of the plan.
+    streams: for each stream the numbers of its sources: of one cache, or of two that are read in
+             pairs, the preferred one first. The members of a pair's unit are one of each. Default:
+             a stream for each source.
     in_reference: number of sequences that are left out because a reference cache has their texts.
     """
 
@@ -62,36 +82,43 @@ class Mixture(Dataset[Drawn]):
         units: list[Units],
         plan: Plan,
         *,
+        streams: list[tuple[int, ...]] | None = None,
         in_reference: int = 0,
     ) -> None:
         self.sources, self.names, self.units, self.plan = sources, names, units, plan
+        self.streams = [(each,) for each in range(len(sources))] if streams is None else streams
         self.in_reference = in_reference
 
     def __len__(self) -> int:
         return len(self.plan)
 
     def __getitem__(self, unit: int) -> Drawn:
+        """A unit by the plan's number; of a pair, the preferred sequence."""
         return self.__getitems__([unit])[0]
 
     def __getitems__(self, units: list[int]) -> list[Drawn]:
         """Units by the plan's numbers. A cache's sequences are read together, in stored order."""
-        places = [self.plan.locate(unit) for unit in units]
-        members = [self.units[source][unit] for source, unit in places]
+        # (source, members, pair) of each Drawn to come.
+        places: list[tuple[int, list[int], tuple[int, bool] | None]] = []
+        for number, unit in enumerate(units):
+            stream, inside = self.plan.locate(unit)
+            of, members = self.streams[stream], self.units[stream][inside]
+            if len(of) == 1:
+                places.append((of[0], members, None))
+            else:
+                places.append((of[0], members[:1], (number, True)))
+                places.append((of[1], members[1:], (number, False)))
+        # The members of each source, read once.
         read: list[dict[int, CachedSequence]] = []
         for number, data in enumerate(self.sources):
-            wanted = [
-                m
-                for (source, _), each in zip(places, members, strict=True)
-                if source == number
-                for m in each
-            ]
+            wanted = [member for source, each, _ in places if source == number for member in each]
             read.append(dict(zip(wanted, data.__getitems__(wanted), strict=True)))
         return [
-            Drawn(source, [read[source][member] for member in each])
-            for (source, _), each in zip(places, members, strict=True)
+            Drawn(source, [read[source][member] for member in each], pair)
+            for source, each, pair in places
         ]
 
-    def teachers(self, batch: dict[str, Any]) -> list[tuple[slice, SparseTeacher]]:
+    def teachers(self, batch: dict[str, Any]) -> list[OfCache]:
         """For each cache in a batch: its part of the P positions, and their teacher, with the
         fields of its store.
         """
@@ -107,7 +134,7 @@ class Mixture(Dataset[Drawn]):
             entropy = teacher.entropy if store.entropy else None
             written = teacher.writer_logprob if store.writer_logprobs else None
             fields = {"draws": draws, "entropy": entropy, "writer_logprob": written}
-            found.append((rows, replace(teacher, **fields)))
+            found.append(OfCache(rows, source, replace(teacher, **fields)))
             start = stop
         return found
 
@@ -131,7 +158,7 @@ class Collator:
         if select is not None and select.by == "entropy":
             share = select.share
             drawn = [
-                Drawn(unit.source, [highest_entropy(s, share) for s in unit.sequences])
+                unit._replace(sequences=[highest_entropy(s, share) for s in unit.sequences])
                 for unit in drawn
             ]
         rows = [unit.sequences for unit in drawn]
@@ -142,7 +169,9 @@ class Collator:
         )
         gaps = select.share if select is not None and select.by == "gap" else 1.0
         layout = (
-            Place(unit.source, len(s), len(s.positions), share_of(len(s.positions), gaps))
+            Place(
+                unit.source, len(s), len(s.positions), share_of(len(s.positions), gaps), unit.pair
+            )
             for unit in drawn
             for s in unit.sequences
         )
@@ -150,13 +179,14 @@ class Collator:
 
 
 def by_source(
-    per_chunk: Callable[[SparseTeacher], PerChunk], teachers: list[tuple[slice, SparseTeacher]]
+    per_chunk: Callable[[SparseTeacher, int], PerChunk], teachers: list[OfCache]
 ) -> PerChunk:
-    """The losses of a batch of several caches, each position's with its own cache's teacher.
+    """The losses of a batch of several caches, each position's with its own cache's teacher, from
+    ``per_chunk(teacher, source)``.
 
     ``values`` also has ``objective``, the minimised value at each position.
     """
-    parts = [(rows, per_chunk(teacher)) for rows, teacher in teachers]
+    parts = [(each.rows, per_chunk(each.teacher, each.source)) for each in teachers]
 
     def losses(logits_CV: Tensor, rows: slice) -> tuple[Tensor, dict[str, Tensor]]:
         objectives: list[Tensor] = []
@@ -206,7 +236,8 @@ def open_data(
         for entry in entries
     ]
     indexes = [read_index(cache, share, texts) for cache, share in zip(caches, shares, strict=True)]
-    sources, held_out, units = [], [], []
+    chosen: list[NDArray[np.int64]] = []
+    held_out: list[CachedDataset] = []
     capacity = config.data.row_tokens or max(
         max(cache.manifest.data.max_length, int(index.tokens.max(initial=0)))
         for cache, index in zip(caches, indexes, strict=True)
@@ -214,7 +245,7 @@ def open_data(
     for number, (entry, cache, index) in enumerate(zip(entries, caches, indexes, strict=True)):
         usable = (index.kept > 0) & _readable(entry.cache, index, rows)
         learnt = ~index.held_out & ~index.in_reference
-        train, out = (np.flatnonzero(usable & chosen) for chosen in (learnt, index.held_out))
+        train, out = (np.flatnonzero(usable & each) for each in (learnt, index.held_out))
         if reference is not None:
             _say_what_is_in_the_reference(entry.cache, index, len(train), reference.path)
         elif (not len(train) and entry.weight != 0) or (not len(out) and shares[number]):
@@ -233,16 +264,32 @@ def open_data(
             )
         _refuse_unknown_targets(config, cache)
         _warn_of_thrashing(cache, config.data.shuffle)
-        sources.append(CachedDataset(cache, train, rows))
+        chosen.append(train)
         held_out.append(CachedDataset(cache, out, rows))
+    for one, other in config.pairs:
+        chosen[one], chosen[other] = same_ids(
+            (caches[one], caches[other]), (chosen[one], chosen[other])
+        )
+    of_caches = []
+    for number, (cache, index) in enumerate(zip(caches, indexes, strict=True)):
         # In a later part of a training the same rows, wherever the cache is in the list.
         key = number if part is None else _key(cache)
-        units.append(_units(config.data, capacity, cache, index, train, (seed, 0, key)))
+        of_caches.append(
+            _units(config.data, capacity, cache, index, chosen[number], (seed, 0, key))
+        )
+    streams = _streams(config)
+    units = [
+        of_caches[each[0]] if len(each) == 1 else pair_units(*(of_caches[n] for n in each))
+        for each in streams
+    ]
     weights = [entry.weight for entry in entries if entry.weight is not None]
+    of_streams = [sum(weights[n] for n in each) for each in streams] if weights else None
     plan = (
-        _plan(config, units, weights or None, seed)
+        _plan(config, units, of_streams, seed)
         if part is None
-        else _part_plan(config, caches, units, weights or None, seed, *part)
+        else _part_plan(
+            config, [caches[each[-1]] for each in streams], units, of_streams, seed, *part
+        )
     )
     limit = config.evaluation.max_sequences
     if reference is not None:
@@ -258,13 +305,28 @@ def open_data(
             "no cache has held-out sequences to evaluate on; set held_out of one of the caches, or evaluation.cache"
         )
     data = Mixture(
-        sources,
+        [CachedDataset(cache, each, rows) for cache, each in zip(caches, chosen, strict=True)],
         [entry.label for entry in entries],
         units,
         plan,
+        streams=streams,
         in_reference=sum(int(index.in_reference.sum()) for index in indexes),
     )
     return data, HeldOut(held_out)
+
+
+def _streams(config: TrainConfig) -> list[tuple[int, ...]]:
+    """The numbers of the caches that the plan reads as one: each alone, or a pair in the place of
+    its second one.
+    """
+    pairs = config.pairs
+    preferred = [pair[0] for pair in pairs]
+    of_pair = {pair[1]: pair for pair in pairs}
+    return [
+        of_pair.get(number, (number,))
+        for number in range(len(config.caches))
+        if number not in preferred
+    ]
 
 
 def _plan(config: TrainConfig, units: list[Units], weights: list[float] | None, seed: int) -> Plan:

@@ -88,7 +88,7 @@ def chosen_head_losses(
     head: LogitsHead,
     hidden_PH: Tensor,
     measure: PerChunk,
-    choose: Callable[[dict[str, Tensor]], tuple[Tensor, PerChunk]],
+    choose: Callable[[dict[str, Tensor]], tuple[Tensor | slice, PerChunk]],
     *,
     chunk_size: int | None = None,
 ) -> HeadLosses:
@@ -96,8 +96,8 @@ def chosen_head_losses(
 
     Args:
         measure: the losses of the first pass at all P positions; only its values are used.
-        choose: from these values, float32[P] by name, to the Q chosen positions (int64[Q]) and the
-            losses there.
+        choose: from these values, float32[P] by name, to the Q chosen positions (int64[Q], or a
+            slice) and the losses there.
     """
 
     def passes(hidden_PH: Tensor, losses: _Losses) -> tuple[Tensor, dict[str, Tensor]]:

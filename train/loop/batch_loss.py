@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from logitcask.train.data.mixture import Mixture, by_source
+from logitcask.train.data.pairs import pair_texts
 from logitcask.train.data.selection import largest_gaps, only_positions
 from logitcask.train.head.chunked import PerChunk, chosen_head_losses, head_losses
 from logitcask.train.head.lm_head import LogitsHead
@@ -61,6 +62,18 @@ class BatchLoss:
     def distil(self, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """(the objective summed over the chosen positions, the losses at each of them by name)."""
         hidden_PH = self._hidden(batch)
+        if self._objective.of_pairs:
+            # The whole texts' logprobs first, then the losses, at the same positions.
+            def compare(values: dict[str, Tensor]) -> tuple[slice, PerChunk]:
+                return slice(None), self._losses(batch, log_q=-values["ce"])
+
+            return chosen_head_losses(
+                self._head,
+                hidden_PH,
+                _next_token_loss(batch),
+                compare,
+                chunk_size=self._logits_chunk,
+            )
         if all(place.chosen == place.kept for place in batch["layout"]):
             return head_losses(
                 self._head, hidden_PH, self._losses(batch), chunk_size=self._logits_chunk
@@ -88,12 +101,24 @@ class BatchLoss:
             )
             return _gap(found.values, batch)
 
-    def _losses(self, batch: dict[str, Any]) -> PerChunk:
+    def _losses(self, batch: dict[str, Any], log_q: Tensor | None = None) -> PerChunk:
+        """``log_q``: float32[P], the student's logprobs of the targets, for losses of pairs."""
         teachers, per_chunk = self._mixture.teachers(batch), self._objective.per_chunk
+        if log_q is not None:
+            pairs = pair_texts(
+                batch["layout"],
+                log_q,
+                batch["teacher_target_logprob"],
+                self._objective.positions_per_pair,
+            )
+            teachers = [
+                each._replace(teacher=replace(each.teacher, pairs=pairs[each.rows]))
+                for each in teachers
+            ]
         return (
             by_source(per_chunk, teachers)
             if len(self._mixture.sources) > 1
-            else per_chunk(teachers[0][1])
+            else per_chunk(teachers[0].teacher, teachers[0].source)
         )
 
     def _hidden(self, batch: dict[str, Any]) -> Tensor:
@@ -111,7 +136,8 @@ def _next_token_loss(batch: dict[str, Any]) -> PerChunk:
     """The student's loss on each next token, in nats, as a value that is not minimised."""
 
     def measure(logits_CV: Tensor, rows: slice) -> tuple[Tensor, dict[str, Tensor]]:
-        loss = cross_entropy(logits_CV.float(), batch["labels"][rows], reduction="none")
+        dtype = torch.promote_types(logits_CV.dtype, torch.float32)
+        loss = cross_entropy(logits_CV.to(dtype), batch["labels"][rows], reduction="none")
         return loss, {"ce": loss}
 
     return measure

@@ -24,6 +24,12 @@ class Objective:
     With a dynamic term (the ranking of RLKD, equation 2) the other teacher losses of a position are
     weighted by the overlap of the student's and the teacher's top k there, with that term's k.
 
+    A loss may apply to some caches of a mixture only. It then adds nothing to the sum at positions
+    of other caches, and has no values there.
+
+    A loss of pairs needs the student's logprobs of two whole texts, from a first pass. The trainer
+    gives ``positions_per_pair`` of each optimizer step.
+
     Weights may have a schedule, and some losses have a state. The trainer gives the current step
     (``begin``) and, for stateful losses, their means (``end``), which are the same on all
     processes.
@@ -33,8 +39,10 @@ class Objective:
         self._weights = {term.name: term.weight for term in config.losses}
         if config.ce_weight != 0.0:
             self._weights["ce"] = config.ce_weight
-        dynamic = [SPECS[term.name].top_k(term.options) for term in config.losses if term.dynamic]
-        self._overlap_k: int | None = dynamic[0] if dynamic else None
+        self._config = config
+        self.of_pairs = any(SPECS[name].of_pairs for name in self._weights)
+        self.positions_per_pair: Tensor | float = 1.0
+        self._dynamic = next((term.name for term in config.losses if term.dynamic), None)
         self._options: dict[str, dict[str, Any]] = {name: {} for name in self._weights}
         self._states: dict[str, LossState] = {}
         for term in config.losses:
@@ -46,9 +54,16 @@ class Objective:
                     **{name: options.pop(name) for name in own if name in options}
                 )
             self._options[term.name] = options
-        self._top_k = max([SPECS[name].top_k(options) for name, options in self._options.items()])
-        self._masses = any(SPECS[name].masses for name in self._weights)
         self.begin(0, 1)
+
+    def applying(self, source: int | None) -> list[str]:
+        """The terms that apply to a cache, by its number in the config; None: all."""
+        if source is None or len(self._config.caches) == 1:
+            return list(self._weights)
+        here = {term.name for term in self._config.applying(source)}
+        if self._config.ce_weight != 0.0:
+            here.add("ce")
+        return [name for name in self._weights if name in here]
 
     @property
     def stateful(self) -> list[str]:
@@ -63,9 +78,12 @@ class Objective:
         }
 
     def end(self, means: dict[str, float], step: int, steps: int) -> None:
-        """Ends optimizer step ``step``; ``means``: of the stateful losses over its positions."""
+        """Ends optimizer step ``step``; ``means``: of the stateful losses over the positions to which
+        they applied. The state of others stays.
+        """
         for name, state in self._states.items():
-            state.update(means[name], step / max(1, steps))
+            if name in means:
+                state.update(means[name], step / max(1, steps))
 
     def state_dict(self) -> dict[str, dict[str, float | None]]:
         """The state of stateful losses for a checkpoint, as numbers; empty without such losses."""
@@ -83,26 +101,29 @@ class Objective:
             for name, weight in self._weights.items()
         ]
 
-    def exactness(self, teacher: SparseTeacher, shortest_head: int) -> dict[str, Exactness]:
-        """The exactness of each loss with a cache like ``teacher``: exact, unbiased, lower or
-        biased (``logitcask.train.losses.base.Exactness``).
+    def exactness(
+        self, teacher: SparseTeacher, shortest_head: int, source: int | None = None
+    ) -> dict[str, Exactness]:
+        """The exactness of each loss that applies to the cache ``source``, with a cache like
+        ``teacher``: exact, unbiased, lower or biased (``logitcask.train.losses.base.Exactness``).
 
         ``shortest_head``: smallest number of entries of the cache's heads.
         """
         return {
-            name: exactness_of(name, options, teacher, shortest_head)
-            for name, options in self._options.items()
+            name: exactness_of(name, self._options[name], teacher, shortest_head)
+            for name in self.applying(source)
         }
 
-    def per_chunk(self, teacher: SparseTeacher) -> PerChunk:
+    def per_chunk(self, teacher: SparseTeacher, source: int | None = None) -> PerChunk:
         """The function for ``logitcask.train.head.chunked.head_losses``; its values are the
         unweighted terms, by name.
 
         ``teacher`` is that of the whole batch, because some losses need a value of all its
-        positions.
+        positions. ``source``: the number of its cache in the config; None: all terms apply.
         """
-        options = dict(self._options)
-        for name, own in self._options.items():
+        names = self.applying(source)
+        options = {name: self._options[name] for name in names}
+        for name, own in list(options.items()):
             prepare, state = SPECS[name].prepare, self._states.get(name)
             if prepare is not None:
                 options[name] = {**own, **prepare(teacher, own)}
@@ -113,23 +134,27 @@ class Objective:
             for name, own in options.items()
         )
         prior = asked and teacher.prior is not None
+        top_k = max(SPECS[name].top_k(self._options[name]) for name in names)
+        masses = any(SPECS[name].masses for name in names)
+        overlap_k: int | None = None
+        if self._dynamic in names:
+            overlap_k = SPECS[self._dynamic].top_k(self._options[self._dynamic])
 
         def losses(logits_CV: Tensor, rows: slice) -> tuple[Tensor, dict[str, Tensor]]:
             part = teacher[rows]
             student = StudentPass(
                 logits_CV,
                 part,
-                top_k=self._top_k,
+                top_k=top_k,
                 prior=prior,
-                masses=self._masses,
+                masses=masses,
                 may_overwrite=True,
             )
-            overlap = (
-                None if self._overlap_k is None else top_k_overlap(student, part, self._overlap_k)
-            )
+            overlap = None if overlap_k is None else top_k_overlap(student, part, overlap_k)
             total = logits_CV.new_zeros(len(logits_CV), dtype=student.dtype)
             values = {}
-            for name, weight in self._now.items():
+            for name in names:
+                weight = self._now[name]
                 values[name] = call_loss(name, student, part, options[name])
                 weighted = values[name] * weight
                 total = total + (

@@ -41,9 +41,13 @@ class LogTotals:
             self._earlier_seconds = records[-1]["seconds"]
 
     def add(self, values: dict[str, Tensor], positions: int) -> None:
-        """Adds the losses of a batch, [P] each, by name."""
+        """Adds the losses of a batch by name, each at the positions to which it applies.
+
+        positions: P, all positions of the batch.
+        """
         for name, value in values.items():
             self._sums[name] = self._sums.get(name, 0) + summed(value)
+            self._counts[name] = self._counts.get(name, 0) + len(value)
         self._positions += positions
 
     def add_by_cache(self, layout: tuple[Place, ...], objective: Tensor) -> None:
@@ -75,7 +79,10 @@ class LogTotals:
             return {}
         totals = self._gathered()
         positions = totals["positions"]["all"]
-        found = {f"loss_{name}": total / positions for name, total in totals["losses"].items()}
+        found = {
+            f"loss_{name}": total / max(1, totals["counts"][name])
+            for name, total in totals["losses"].items()
+        }
         check_finite(found, f"at step {step}")
         self._positions_trained += int(positions)
         found["positions"] = self._positions_trained
@@ -92,6 +99,7 @@ class LogTotals:
 
     def _clear(self) -> None:
         self._sums: dict[str, Tensor | float] = {}
+        self._counts: dict[str, int] = {}
         self._positions = 0
         self._cache_sums: dict[int, Tensor | float] = {}
         self._cache_positions: dict[int, int] = {}
@@ -101,6 +109,7 @@ class LogTotals:
         """The sums of all processes."""
         mine: dict[str, dict[Any, Any]] = {
             "losses": self._sums,
+            "counts": self._counts,
             "positions": {"all": self._positions},
             "caches": self._cache_sums,
             "cache_positions": self._cache_positions,
@@ -116,28 +125,36 @@ class LogTotals:
 
 
 class StepTotals:
-    """Sums of the losses ``names`` since the last optimizer step. The last element of ``sums`` is
-    the number of positions.
+    """Sums of the losses ``names`` since the last optimizer step.
+
+    sums: [2 * names], first the sums, then the numbers of positions to which each loss applies.
     """
 
     def __init__(self, names: list[str]) -> None:
         self._names = names
         self.sums: Tensor | None = None
 
-    def add(self, values: dict[str, Tensor], positions: int, device: torch.device) -> None:
-        """Adds the losses of a batch, [P] each, by name."""
+    def add(self, values: dict[str, Tensor], device: torch.device) -> None:
+        """Adds the losses of a batch by name, each at the positions to which it applies."""
         if not self._names:
             return
-        count = torch.tensor(positions, device=device)
-        sums = torch.stack([*(summed(values[name]) for name in self._names), summed(count)])
+        nothing = torch.zeros(0, device=device)
+        found = [values.get(name, nothing) for name in self._names]
+        counts = [torch.tensor(len(each), device=device) for each in found]
+        sums = torch.stack([*map(summed, found), *map(summed, counts)])
         self.sums = sums if self.sums is None else self.sums + sums
 
     def means(self, reduced: Callable[[Tensor], Tensor]) -> dict[str, float] | None:
-        """Means over all processes; None if nothing was added. ``reduced`` adds sums over
-        processes. Resets the sums.
+        """Means over all processes; None if nothing was added. A loss that applied to no position
+        has none. ``reduced`` adds sums over processes. Resets the sums.
         """
         if self.sums is None:
             return None
-        *sums, count = reduced(self.sums).tolist()
+        found = reduced(self.sums).tolist()
         self.sums = None
-        return {name: total / max(1, count) for name, total in zip(self._names, sums, strict=True)}
+        sums, counts = found[: len(self._names)], found[len(self._names) :]
+        return {
+            name: total / count
+            for name, total, count in zip(self._names, sums, counts, strict=True)
+            if count
+        }

@@ -30,6 +30,7 @@ from logitcask.train.config import DataConfig, SelectionConfig
 from logitcask.train.data.dataset import HeldOut
 from logitcask.train.data.mixture import Collator, Mixture
 from logitcask.train.data.order import Batches, PartBatches, PartPlan
+from logitcask.train.data.pairs import number_of_pairs, positions_of_pairs
 from logitcask.train.data.selection import learnability, most_learnable, only_sequences
 from logitcask.train.distributed import on_main
 from logitcask.train.evaluation.evaluate import evaluate
@@ -159,7 +160,7 @@ class DistillationTrainer(Trainer):
         if len(self._mixture.sources) > 1:
             self._totals.add_by_cache(inputs["layout"], values.pop("objective"))
         self._totals.add(values, positions)
-        self._step_totals.add(values, positions, objective.device)
+        self._step_totals.add(values, objective.device)
         loss = objective / (
             num_items_in_batch if num_items_in_batch is not None else max(1, positions)
         )
@@ -184,13 +185,28 @@ class DistillationTrainer(Trainer):
         self._totals.waited(time.monotonic() - asked)
         if self.selection.sequences is not None:
             batches = [self._most_learnable(batch) for batch in batches]
+        if self.objective.of_pairs:
+            self.objective.positions_per_pair = self._positions_per_pair(batches, device)
         if self.selection.sequences is not None or self.selection.positions is not None:
-            counted = [
-                {"labels": torch.zeros(chosen_positions(batch), dtype=torch.int64)}
-                for batch in batches
-            ]
-            items = self._get_num_items_in_batch(counted, device)
+            items = self._total([chosen_positions(batch) for batch in batches], device)
         return batches, items
+
+    def _positions_per_pair(self, batches: list[Any], device: torch.device) -> Tensor | float:
+        """The mean number of positions of a pair in the optimizer step of all processes."""
+        layouts = [batch["layout"] for batch in batches]
+        positions = self._total([positions_of_pairs(each) for each in layouts], device)
+        pairs = self._total([number_of_pairs(each) for each in layouts], device)
+        if positions is None or pairs is None:
+            return 1.0
+        return positions / (pairs.clamp_min(1) if isinstance(pairs, Tensor) else max(1, pairs))
+
+    def _total(self, counts: list[int], device: torch.device) -> Tensor | int | None:
+        """The sum of the counts of an optimizer step's batches, over the processes over which the
+        positions are counted.
+        """
+        counted = [{"labels": torch.zeros(count, dtype=torch.int64)} for count in counts]
+        total: Tensor | int | None = self._get_num_items_in_batch(counted, device)
+        return total
 
     def _most_learnable(self, batch: dict[str, Any]) -> dict[str, Any]:
         assert self.selection.sequences is not None
@@ -258,9 +274,14 @@ class DistillationTrainer(Trainer):
         plan = self._mixture.plan
         assert isinstance(plan, PartPlan)
         shares = plan.shares(self._part_batches(part, self._sequences_per_batch()).units)
-        names = [source.cache.manifest.fingerprint for source in self._mixture.sources]
-        sizes = [len(units) for units in self._mixture.units]
-        return dict(zip(names, shares, strict=True)), dict(zip(names, sizes, strict=True))
+        drawn, sizes = {}, {}
+        for stream, share, units in zip(
+            self._mixture.streams, shares, self._mixture.units, strict=True
+        ):
+            for number in stream:
+                name = self._mixture.sources[number].cache.manifest.fingerprint
+                drawn[name], sizes[name] = share, len(units)
+        return drawn, sizes
 
     def start_from(self, checkpoint: Path) -> None:
         """Loads the weights of a checkpoint, before anything is measured. ``run`` loads the rest."""

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import torch
 
 from logitcask.cache_format.errors import ConfigError, first_line
 from logitcask.train.config import TrainConfig
-from logitcask.train.data.batch import collate
+from logitcask.train.data.batch import Place, collate
 from logitcask.train.data.dataset import CachedDataset
+from logitcask.train.data.pairs import pair_texts
 from logitcask.train.exactness_words import IN_WORDS
 from logitcask.train.loop.objective import Objective
 from logitcask.train.losses import LOSSES, SPECS
@@ -29,9 +31,10 @@ _TAILS: dict[Tail, str] = {
 
 
 def try_objective(
-    config: TrainConfig, data: list[CachedDataset]
+    config: TrainConfig, data: dict[int, CachedDataset]
 ) -> tuple[Objective, Tail, dict[str, Exactness]]:
-    """Makes the objective and tries it on a few positions of every cache of ``data``.
+    """Makes the objective and tries it on a few positions of every cache of ``data``, by the caches'
+    numbers in the config.
 
     Returns the objective, the available part of the teacher's tail, and the exactness of each loss;
     of several caches, the weakest one counts. Raises UserError or ConfigError for loss options that
@@ -39,39 +42,50 @@ def try_objective(
     """
     try:
         objective = Objective(config)
-        tails, kinds = zip(*(_try_on(objective, part) for part in data), strict=True)
+        tails, kinds = zip(*(_try_on(objective, *each) for each in data.items()), strict=True)
     except (TypeError, ValueError, RuntimeError, LookupError) as error:
         raise ConfigError(
             f"losses: {first_line(error)}; see the options in docs/losses.md"
         ) from error
-    exactness = {name: weakest(found[name] for found in kinds) for name in kinds[0]}
+    exactness = {
+        name: weakest(found[name] for found in kinds if name in found)
+        for name, _ in objective.weights()
+    }
     tail = min(tails, key=list(reversed(_TAILS)).index)
     return objective, tail, exactness
 
 
-def _try_on(objective: Objective, data: CachedDataset) -> tuple[Tail, dict[str, Exactness]]:
+def _try_on(
+    objective: Objective, source: int, data: CachedDataset
+) -> tuple[Tail, dict[str, Exactness]]:
     teacher = data.teacher(collate([data[0]]))
+    if objective.of_pairs:  # with the text as its own partner
+        alone = [Place(source, len(data[0]), len(teacher), len(teacher))]
+        log_p = teacher.target_logprob
+        teacher = replace(teacher, pairs=pair_texts(alone, log_p, log_p, 1.0))
     rows = slice(0, min(4, len(teacher)))
     logits = torch.randn(rows.stop, teacher.vocab_size, generator=torch.Generator().manual_seed(0))
-    objective.per_chunk(teacher)(logits.clone(), rows)
-    for name in (name for name, _ in objective.weights() if not is_own(LOSSES[name])):
-        check_gradient(name, lambda z: objective.per_chunk(teacher)(z, rows)[1], logits.clone())
-    _warn_of_the_sampling(objective, data)
+    per_chunk = objective.per_chunk(teacher, source)
+    per_chunk(logits.clone(), rows)
+    names = objective.applying(source)
+    for name in (name for name in names if not is_own(LOSSES[name])):
+        check_gradient(name, lambda z: per_chunk(z, rows)[1], logits.clone())
+    _warn_of_the_sampling(names, data)
     tail = tail_of(teacher)
     log.info("beyond the heads stored in %s, KL uses %s", data.cache.path, _TAILS[tail])
-    exactness = objective.exactness(teacher, shortest_head(data.cache.manifest.store))
+    exactness = objective.exactness(teacher, shortest_head(data.cache.manifest.store), source)
     for name, kind in exactness.items():
         log.info("with this cache, %s is %s", name, IN_WORDS[kind])
     return tail, exactness
 
 
-def _warn_of_the_sampling(objective: Objective, data: CachedDataset) -> None:
+def _warn_of_the_sampling(names: list[str], data: CachedDataset) -> None:
     """Warns of a loss that takes the text for samples of a distribution from which it is not."""
     generation = data.cache.manifest.data.generation
     writer = None if generation is None else generation.writer
     if writer is None or (writer.temperature, writer.top_p) == (1, 1):
         return
-    for name in (name for name, _ in objective.weights() if SPECS[name].own_samples):
+    for name in (name for name in names if SPECS[name].own_samples):
         log.warning(
             "%s is for samples of the writer's whole distribution, but %s was sampled at temperature %g and top_p %g, so its "
             "mean is another one; sample at temperature 1 and top_p 1 (data.generate)",

@@ -17,6 +17,7 @@ from logitcask.train.losses.base import (
     Loss,
     LossSpec,
     LossState,
+    PairTexts,
     SparseTeacher,
     TailDraws,
     loss,
@@ -25,6 +26,7 @@ from logitcask.train.losses.divergences import jsd, reverse_kl, skew_kl, skew_re
 from logitcask.train.losses.forward_kl import ce, forward_kl, random_sampling
 from logitcask.train.losses.pairs import bild, dpkd_token, listmle, pairwise_logistic
 from logitcask.train.losses.policy_gradient import policy_gradient
+from logitcask.train.losses.preference import dpkd_sequence
 from logitcask.train.losses.ranking import ranking
 from logitcask.train.losses.student_pass import StudentPass
 
@@ -34,6 +36,7 @@ __all__ = [
     "Loss",
     "LossSpec",
     "LossState",
+    "PairTexts",
     "SparseTeacher",
     "StudentPass",
     "TailDraws",
@@ -41,6 +44,7 @@ __all__ = [
     "alpha_beta",
     "bild",
     "ce",
+    "dpkd_sequence",
     "dpkd_token",
     "forward_kl",
     "jsd",

@@ -45,6 +45,31 @@ class TailDraws:
 
 
 @dataclass(frozen=True, eq=False)
+class PairTexts:
+    """The two texts of a prompt, as tensors at P positions of either of them. Column 0 is that of
+    the preferred text, column 1 that of the other. Nothing here has a gradient.
+
+    preferred: bool[P], whether the position is one of the preferred text.
+    log_q:     float[P, 2], nats, the student's logprob of the text's learnt tokens together.
+    log_p:     float[P, 2], nats, the teacher's.
+    tokens:    float[P, 2], the numbers of learnt tokens.
+    share:     float[P], the value of the position divided by the loss of its pair. Over a pair it
+               sums to the mean number of positions of a pair in the optimizer step, so that the
+               mean over the positions of all pairs is the mean over the pairs.
+    """
+
+    preferred: Tensor
+    log_q: Tensor
+    log_p: Tensor
+    tokens: Tensor
+    share: Tensor
+
+    def __getitem__(self, rows: slice) -> PairTexts:
+        """The pairs at the positions ``rows``."""
+        return _mapped(self, lambda name, tensor: tensor[rows])
+
+
+@dataclass(frozen=True, eq=False)
 class SparseTeacher:
     """The teacher's sparse next-token distributions at P positions, as tensors on one device.
 
@@ -65,6 +90,7 @@ class SparseTeacher:
     tail_known:      whether the tails' masses are known. If not, logprobs are known up to a
                      constant of each position.
     targets_known:   whether all targets' logprobs are known.
+    pairs:           None, or the pair of texts of which each position is part.
     """
 
     ids: Tensor
@@ -79,6 +105,7 @@ class SparseTeacher:
     tail_known: bool = True
     targets_known: bool = True
     writer_logprob: Tensor | None = None
+    pairs: PairTexts | None = None
 
     def __len__(self) -> int:
         return self.ids.shape[0]
@@ -131,19 +158,19 @@ class SparseTeacher:
         )
 
 
-_Tensors = TypeVar("_Tensors", SparseTeacher, TailDraws)
+_Tensors = TypeVar("_Tensors", bound=SparseTeacher | TailDraws | PairTexts)
 
 
 def _mapped(value: _Tensors, change: Callable[[str, Tensor], Tensor]) -> _Tensors:
-    """A copy of ``value`` with each tensor, also those of its draws, replaced by
-    ``change(field name, tensor)``.
+    """A copy of ``value`` with each tensor, also those of its draws and pairs, replaced
+    by ``change(field name, tensor)``.
     """
     changed: dict[str, Any] = {}
     for field in fields(value):
         part = getattr(value, field.name)
         if isinstance(part, Tensor):
             changed[field.name] = change(field.name, part)
-        elif isinstance(part, TailDraws):
+        elif isinstance(part, TailDraws | PairTexts):
             changed[field.name] = _mapped(part, change)
     return replace(value, **changed)
 
@@ -213,6 +240,8 @@ class LossSpec:
     dynamic:      whether its term can scale the other terms by the overlap of the teacher's and the
                   student's top ``top_k``.
     by_overlap:   whether such a term scales this loss.
+    of_pairs:     whether it is a loss of two texts of a prompt. It applies to the caches that are
+                  read in pairs, and its teacher has ``pairs``.
     """
 
     name: str
@@ -234,6 +263,7 @@ class LossSpec:
     own_samples: bool = False
     dynamic: bool = False
     by_overlap: bool = True
+    of_pairs: bool = False
 
     def __post_init__(self) -> None:
         for field, also in (("from_head", ()), ("from_samples", (None,))):

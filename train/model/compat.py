@@ -37,22 +37,24 @@ def check_together(paths: list[str], manifests: list[Manifest]) -> None:
 
 def check(
     config: TrainConfig,
-    path: str,
+    number: int,
     manifest: Manifest,
     student: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
     *,
     held_out: bool = True,
 ) -> None:
-    """Raises UserError naming the first mismatch with the cache at ``path``, from which the student
-    learns: the value found, the value expected, and the remedies. ``held_out``: whether a part of
-    the cache is evaluated on.
+    """Raises UserError naming the first mismatch with a cache of the config, by number, from which
+    the student learns: the value found, the value expected, and the remedies. ``held_out``: whether
+    a part of the cache is evaluated on.
     """
+    path = config.caches[number].cache
     check_model(path, manifest, student, tokenizer)
-    defaults = {term.name: SPECS[term.name].options for term in config.losses}
+    losses = config.applying(number)
+    defaults = {term.name: SPECS[term.name].options for term in losses}
     by_loss = {
         term.name: term.options.get("k", defaults[term.name]["k"])
-        for term in config.losses
+        for term in losses
         if "k" in defaults[term.name]
     }
     # The student is evaluated on this cache or on others.

@@ -81,7 +81,8 @@ class Distillation:
         plan = self._mixture.plan
         self.train = Numbered("unit", int(plan.first_unit[-1]), plan.tokens)
         self.held_out = Numbered("held_out", len(self._held_out))
-        self.objective, _, self.exactness = try_objective(config, self._mixture.sources)
+        sources = dict(enumerate(self._mixture.sources))
+        self.objective, _, self.exactness = try_objective(config, sources)
         if self.objective.stateful:
             raise UserError(
                 f"losses: {', '.join(self.objective.stateful)} follows the student from step to step, which only "
@@ -104,10 +105,8 @@ class Distillation:
                 f"the student predicts {rows_of(student):,} ids, but the data was opened for {self._rows:,}; open it with "
                 "the student, or with rows of the student's number"
             )
-        for entry, cache in zip(self.config.caches, self._caches, strict=True):
-            compat.check(
-                self.config, entry.cache, cache.manifest, student, tokenizer, held_out=False
-            )
+        for number, cache in enumerate(self._caches):
+            compat.check(self.config, number, cache.manifest, student, tokenizer, held_out=False)
         for source in self._mixture.sources:
             compat.check_vocabulary(source)
         if self.config.data.packing:
@@ -182,7 +181,7 @@ class Distillation:
         per_chunk = (
             by_source(self.objective.per_chunk, teachers)
             if len(teachers) > 1
-            else self.objective.per_chunk(teachers[0][1])
+            else self.objective.per_chunk(teachers[0].teacher, teachers[0].source)
         )
         objective_P, _ = per_chunk(logits_PV, slice(0, len(logits_PV)))
         if num_items_in_batch is None:
@@ -235,6 +234,11 @@ def _config(fields: Mapping[str, Any]) -> TrainConfig:
         raise ConfigError(
             "cache: caches with weights need the order of train-student; leave the weights out, so that an epoch is "
             "every sequence once"
+        )
+    if config.pairs:
+        raise ConfigError(
+            "cache: preferred reads the texts of two caches in pairs, which only train-student keeps in one batch; leave it "
+            "out, or use train-student"
         )
     if config.data.group_by_length:
         raise ConfigError(

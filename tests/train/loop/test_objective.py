@@ -15,6 +15,8 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from logitcask.train.config import TrainConfig, WeightSchedule
+from logitcask.train.data.batch import Place
+from logitcask.train.data.pairs import pair_texts
 from logitcask.train.evaluation.metrics import top_k_overlap
 from logitcask.train.loop.objective import Objective
 from logitcask.train.losses import LOSSES, SPECS, SparseTeacher, TailDraws
@@ -53,6 +55,12 @@ def teacher(draw: torch.Generator) -> SparseTeacher:
         entropy=-(log_p.exp() * log_p).sum(1),
         prior=torch.full((V,), 1 / V),
         writer_logprob=top.values[:, 1] - 0.5,
+        pairs=pair_texts(
+            [Place(0, 9, 5, 5, (0, True)), Place(1, 9, P - 5, P - 5, (0, False))],
+            top.values[:, 1] - 0.5,
+            top.values[:, 1],
+            2.0,
+        ),
     )
 
 
@@ -77,7 +85,8 @@ def test_a_sum_is_the_sum(draw: torch.Generator, teacher: SparseTeacher, tail: s
         }
         for i, name in enumerate(names)
     ]
-    objective = Objective(config(terms))
+    pair = [{"cache": "c"}, {"cache": "d", "preferred": "c"}]
+    objective = Objective(config(terms, cache=pair))
     logits = 2 * torch.randn(P, V + 3, generator=draw)
     per_chunk = objective.per_chunk(teacher)
     found, total = torch.empty_like(logits), []

@@ -16,13 +16,15 @@ from logitcask.train.loop.try_objective import _warn_of_the_sampling, try_object
 
 @pytest.fixture
 def data(write_cache):
-    """Two sequences of a cache of each kind."""
+    """Two sequences of a cache of each kind, by number."""
 
     def make(*kinds):
-        return [
-            CachedDataset(write_cache(kind, kind=kind, shards=1, sequences=2, top_k=8), [0, 1])
-            for kind in kinds
-        ]
+        return {
+            number: CachedDataset(
+                write_cache(kind, kind=kind, shards=1, sequences=2, top_k=8), [0, 1]
+            )
+            for number, kind in enumerate(kinds)
+        }
 
     return make
 
@@ -72,7 +74,7 @@ def test_text_that_was_not_sampled_as_a_loss_wants_it(caplog, name, temperature,
     writer = None if top_p is None else SimpleNamespace(temperature=temperature, top_p=top_p)
     manifest = SimpleNamespace(data=SimpleNamespace(generation=SimpleNamespace(writer=writer)))
     data = SimpleNamespace(cache=SimpleNamespace(path="caches/own", manifest=manifest))
-    _warn_of_the_sampling(SimpleNamespace(weights=lambda: [(name, "1"), ("ce", "0.5")]), data)
+    _warn_of_the_sampling([name, "ce"], data)
     assert ("caches/own was sampled at temperature" in caplog.text) == warned
 
 

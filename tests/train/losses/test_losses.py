@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import kl_div
 
 from logitcask.cache_format.errors import UserError
-from logitcask.train.losses import LOSSES, SparseTeacher, TailDraws, forward_kl, ranking
+from logitcask.train.losses import LOSSES, PairTexts, SparseTeacher, TailDraws, forward_kl, ranking
 from logitcask.train.losses.student_pass import _add_entries, _Pass
 
 
@@ -49,7 +49,16 @@ def teacher_of(logits_PV: Tensor, k: int | Tensor, *, width: int | None = None) 
         target_logprob=logprobs[:, 0],
         vocab_size=vocab,
         writer_logprob=logprobs[:, 0] - 0.5,
+        pairs=pairs_of(logprobs[:, 0]),
     )
+
+
+def pairs_of(log_p: Tensor) -> PairTexts:
+    """Each position as one of a preferred text of 3 tokens, beside a text of 2."""
+    both = torch.stack([3 * log_p, 2 * log_p - 1], 1)
+    tokens = torch.tensor([3.0, 2.0]).expand(len(log_p), 2)
+    share = torch.full_like(log_p, 0.2)
+    return PairTexts(torch.ones_like(log_p, dtype=torch.bool), both - 0.5, both, tokens, share)
 
 
 def with_draws(

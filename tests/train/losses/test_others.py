@@ -189,7 +189,7 @@ def test_wrong_results_are_refused_before_the_first_step(
     write(body)
     config = scratch_config(cache="c", losses=[{"name": "forward_kl"}, {"name": "mine:bad"}])
     with pytest.raises(UserError, match=message) as caught:
-        try_objective(config, held_out.parts)
+        try_objective(config, dict(enumerate(held_out.parts)))
     assert "\n" not in str(caught.value)
 
 
@@ -201,7 +201,7 @@ def test_a_loss_beside_ours(half, scratch_config, held_out, caplog):
         losses=[{"name": "forward_kl"}, {"name": "mine:half", "weight": 3.0, "sharp": 0.25}],
         ce_weight=0.0,
     )
-    objective, _, exactness = try_objective(config, held_out.parts)
+    objective, _, exactness = try_objective(config, dict(enumerate(held_out.parts)))
     assert exactness["mine:half"] == "exact"
     assert "with this cache, mine:half is exact" in caplog.messages
     data = held_out.parts[0]
@@ -229,7 +229,7 @@ def test_a_loss_that_only_some_logits_break(write, scratch_config, held_out):
         "z = StudentPass.of(student_logits, teacher).z_target\nreturn z * torch.where(z > 50, torch.nan, 1.0)"
     )
     config = scratch_config(cache="c", losses=[{"name": "mine:bad"}], ce_weight=0.0)
-    objective, _, _ = try_objective(config, held_out.parts)
+    objective, _, _ = try_objective(config, dict(enumerate(held_out.parts)))
     data = held_out.parts[0]
     teacher = data.teacher(collate([data[0]]))
     logits = torch.zeros(len(teacher), 64)

@@ -19,7 +19,14 @@ import torch
 from torch import Tensor
 
 from logitcask.cache_format.errors import UserError
-from logitcask.train.losses import LOSSES, SPECS, SparseTeacher, StudentPass, TailDraws
+from logitcask.train.losses import (
+    LOSSES,
+    SPECS,
+    PairTexts,
+    SparseTeacher,
+    StudentPass,
+    TailDraws,
+)
 
 V = 40
 Truth = Callable[..., Tensor]
@@ -51,7 +58,16 @@ def teacher_of(
         vocab_size=log_p.shape[1],
         entropy=-(log_p.exp() * log_p).sum(1),
         writer_logprob=log_p.gather(1, target).squeeze(1) - 0.5,
+        pairs=pairs_of(log_p.gather(1, target).squeeze(1)),
     )
+
+
+def pairs_of(log_p: Tensor) -> PairTexts:
+    """Each position as one of a preferred text of 3 tokens, beside a text of 2."""
+    both = torch.stack([3 * log_p, 2 * log_p - 1], 1)
+    tokens = torch.tensor([3.0, 2.0]).expand(len(log_p), 2)
+    share = torch.full_like(log_p, 0.2)
+    return PairTexts(torch.ones_like(log_p, dtype=torch.bool), both - 0.5, both, tokens, share)
 
 
 def with_draws(
@@ -253,7 +269,8 @@ CASES = [
 
 def test_every_loss_has_a_truth() -> None:
     """ranking has its own, with loops and sets, in test_losses.py."""
-    assert {*TRUTHS, "ranking", "policy_gradient"} == set(LOSSES) == set(SPECS)
+    apart = {"ranking", "policy_gradient", "dpkd_sequence"}
+    assert {*TRUTHS, *apart} == set(LOSSES) == set(SPECS)
 
 
 def value_and_gradient(loss: Callable[[Tensor], Tensor], z: Tensor) -> tuple[Tensor, Tensor]:
