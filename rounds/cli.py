@@ -11,6 +11,7 @@ import typer
 from logitcask.cache_format.cli.app import new_app, run
 from logitcask.cache_format.cli.config_file import load_config
 from logitcask.cache_format.cli.result import print_result
+from logitcask.cache_format.errors import ConfigError
 from logitcask.rounds.config import RoundsConfig
 
 app = new_app(
@@ -37,12 +38,24 @@ def student_rounds(
         bool,
         typer.Option("--restart", help="Remove the rounds in the output and begin afresh."),
     ] = False,
+    report: Annotated[
+        bool,
+        typer.Option(
+            "--report",
+            help="Only write rounds.html and rounds.json of the rounds that are done once more.",
+        ),
+    ] = False,
 ) -> None:
     """Runs the rounds that CONFIG describes. Goes on where an interrupted run has ended."""
-    from logitcask.rounds.run import run_rounds
+    from logitcask.rounds.run import report_again, run_rounds
 
+    if report and restart:
+        raise ConfigError("--report runs no round, and --restart removes them; choose one of both")
     settings = load_config(RoundsConfig, config, overrides or [])
-    document, table = run_rounds(settings, _options(), restart=restart)
+    if report:
+        document, table = report_again(settings)
+    else:
+        document, table = run_rounds(settings, _options(), restart=restart)
     print_result(document, table)
 
 

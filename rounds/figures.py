@@ -24,7 +24,7 @@ def figures_of_cache(path: str | Path) -> dict[str, Any]:
     repetition:    share of repeated 4-grams in an answer, mean over answers.
     """
     cache = CacheReader(path)
-    gap = nll = repeated = 0.0
+    gap = forward = nll = repeated = 0.0
     tokens = answers = 0
     written = cache.manifest.store.writer_logprobs
     for sequence in cache if cache.manifest.data.generation is not None else ():
@@ -33,6 +33,7 @@ def figures_of_cache(path: str | Path) -> dict[str, Any]:
         nll -= float(sequence.target_logprob.sum(dtype=np.float64))
         if sequence.writer_logprob is not None:
             gap += float((sequence.writer_logprob - sequence.target_logprob).sum(dtype=np.float64))
+            forward += float(_forward_kl(sequence.target_logprob, sequence.writer_logprob).sum())
         repeated += repetition(_answer(sequence))
     counters = cache.manifest.data.counters
     return {
@@ -48,8 +49,15 @@ def figures_of_cache(path: str | Path) -> dict[str, Any]:
         },
         "teacher_ce": nll / tokens if tokens else cache.manifest.statistics.teacher_ce,
         "reverse_kl": gap / tokens if written and tokens else None,
+        "forward_kl": forward / tokens if written and tokens else None,
         "repetition": repeated / answers if answers else None,
     }
+
+
+def _forward_kl(teacher: NDArray[np.float32], writer: NDArray[np.float32]) -> NDArray[np.float64]:
+    """r log r - (r - 1) of each token, r = p/q, from its logprobs under the teacher and the writer."""
+    log_ratio = teacher.astype(np.float64) - writer.astype(np.float64)
+    return np.exp(log_ratio) * log_ratio - np.expm1(log_ratio)
 
 
 def repetition(ids: NDArray[np.int32]) -> float:

@@ -1,4 +1,4 @@
-"""The report of a run of rounds: ``rounds.json``, and a table of it."""
+"""The report of a run of rounds: ``rounds.json``, a table of it, and ``rounds.html``."""
 
 from __future__ import annotations
 
@@ -8,14 +8,16 @@ from typing import Any
 
 from logitcask.cache_format.durable import write_durably
 from logitcask.rounds.config import RoundsConfig
+from logitcask.rounds.page import write_page_of_rounds
 from logitcask.rounds.skd import as_one
 from logitcask.rounds.state import Done, State
 
 
 def write_report(folder: Path, state: State, config: RoundsConfig) -> None:
-    """Writes ``rounds.json`` of the rounds that are done."""
+    """Writes ``rounds.json`` and ``rounds.html`` of the rounds that are done."""
     document = summary_of(folder, state, config)[0]
     write_durably(folder / "rounds.json", json.dumps(document, indent=1) + "\n")
+    write_page_of_rounds(folder, document, state.settings)
 
 
 def summary_of(folder: Path, state: State, config: RoundsConfig) -> tuple[dict[str, Any], str]:

@@ -26,6 +26,7 @@ from omegaconf import OmegaConf
 
 from logitcask.cache_format import CacheReader
 from logitcask.cache_format.cli.config_file import load_config
+from logitcask.cache_format.durable import load_state
 from logitcask.cache_format.errors import ConfigError, UserError, first_line
 from logitcask.pipeline.config import BuildConfig
 from logitcask.rounds import skd, teacher_text
@@ -34,6 +35,7 @@ from logitcask.rounds.figures import figures_of_cache, figures_of_training
 from logitcask.rounds.report import summary_of, write_report
 from logitcask.rounds.stage import Ended, run_stage
 from logitcask.rounds.state import (
+    STATE,
     Done,
     State,
     check_cache,
@@ -481,6 +483,19 @@ def run_rounds(
     return summary_of(config.output, state, config)
 
 
+def report_again(config: RoundsConfig) -> tuple[dict[str, Any], str]:
+    """Writes the report of the rounds that are done, and runs none. Raises UserError if there are
+    none.
+    """
+    folder = config.output
+    if not (folder / STATE).is_file():
+        raise UserError(f"{folder} holds no rounds (no {STATE}); run them first, without --report")
+    with _exclusive(folder):
+        state = load_state(State, folder / STATE)
+        write_report(folder, state, config)
+    return summary_of(folder, state, config)
+
+
 @contextmanager
 def _exclusive(folder: Path) -> Iterator[None]:
     try:
@@ -499,7 +514,7 @@ def _remove(folder: Path) -> None:
         return
     for each in folder.glob("round-*"):
         shutil.rmtree(each)
-    for name in ("rounds.json", "state.json"):
+    for name in ("rounds.html", "rounds.json", "state.json"):
         (folder / name).unlink(missing_ok=True)
 
 

@@ -155,6 +155,34 @@ def test_search_leads_to_the_right_page_first(site, page, words):
     assert re.sub(r".*/|[?#].*", "", found) == SOUGHT[words]
 
 
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize(("width", "scheme"), [(390, "light"), (1600, "light"), (1600, "dark")])
+def test_every_page_is_accessible(site, page, width, scheme):
+    """axe finds no violation. The page of a server for what it does not have is left out. In the dark
+    some pages stand for all.
+    """
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright")
+    page.set_viewport_size({"width": width, "height": 900})
+    page.emulate_media(color_scheme=scheme)
+    names = sorted(each.stem for each in site.glob("*.html") if each.stem != "404")
+    found = {}
+    for name in names if scheme == "light" else ("index", "start", "losses", "own-loop", "report"):
+        page.goto((site / f"{name}.html").as_uri())
+        # From a folder it can read no style sheets, and would say so in the console.
+        violations = axe.Axe().run(page, options={"preload": False}).response["violations"]
+        found[name] = [(each["id"], each["nodes"][0]["html"]) for each in violations]
+    assert {name: each for name, each in found.items() if each} == {}
+
+
+def test_wide_tables_scroll_by_the_keyboard(site, page):
+    page.set_viewport_size({"width": 390, "height": 900})
+    page.goto((site / "losses.html").as_uri())
+    frame = page.locator(".md-typeset__scrollwrap").first
+    frame.focus()
+    page.keyboard.press("ArrowRight")
+    page.wait_for_function("() => document.activeElement.scrollLeft > 0")
+
+
 @pytest.mark.parametrize("width", WIDTHS)
 def test_pages_are_as_wide_as_the_screen(site, page, width):
     page.set_viewport_size({"width": width, "height": 900})

@@ -17,6 +17,7 @@ from logitcask.cache_format.runtime.interruption import exit_on_signal
 from logitcask.train.commands.compare import compare_runs
 from logitcask.train.commands.evaluate import evaluate, number
 from logitcask.train.commands.losses import losses
+from logitcask.train.commands.read import read
 from logitcask.train.commands.sweep import sweep
 from logitcask.train.output.metrics_file import RunMetrics, kind_of, of_teacher
 
@@ -39,6 +40,7 @@ app = new_app(
 app.command("compare")(compare_runs)
 app.command("evaluate")(evaluate)
 app.command("losses")(losses)
+app.command("read")(read)
 app.command("sweep")(sweep)
 
 

@@ -1,4 +1,4 @@
-"""Charts of a page: the numbers of a line chart, a histogram, bars or spans, placed on a plot.
+"""Charts of a page: the numbers of a line chart, a histogram, bars, spans or stacks, placed on a plot.
 
 ``charts.html.jinja`` draws them. The lines are SVG that stretches to any width; titles, ticks and
 legends are HTML text, so that they keep their size on a phone. Series differ in dashes as well as
@@ -290,4 +290,39 @@ class Spans:
         return 100 * (value - low) / (high - low)
 
 
-Chart = LineChart | Histogram | Bars | Spans
+class Stack(NamedTuple):
+    """A bar made of one value, at least 0, for each part of its chart; ``shown``: their sum in words."""
+
+    label: str
+    values: Sequence[float]
+    shown: str
+
+
+@dataclass(frozen=True)
+class Stacks:
+    """Horizontal bars from 0 that are made of named parts, one a row.
+
+    x_label: what the rows are, for the table.
+    """
+
+    title: str
+    x_label: str
+    y_label: str
+    parts: Sequence[str]
+    stacks: Sequence[Stack]
+    note: str = ""
+
+    kind = "stacks"
+
+    def widths(self) -> list[list[float]]:
+        """Each value in percent of the longest bar."""
+        most = max((sum(each.values) for each in self.stacks), default=0) or 1
+        return [[100 * max(0.0, value) / most for value in each.values] for each in self.stacks]
+
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        """Header and rows of the values."""
+        rows = [[each.label, *map(number, each.values), each.shown] for each in self.stacks]
+        return [self.x_label, *self.parts, "sum"], rows
+
+
+Chart = LineChart | Histogram | Bars | Spans | Stacks

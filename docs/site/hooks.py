@@ -42,6 +42,12 @@ BOOSTS_OF_PAGES = {"losses.md": 4, "own-teacher.md": 12, "extending.md": 1}
 _LINK = re.compile(r"(?<=\]\()([^)\s]+)(?=\))")
 _CODE = re.compile(r"(^```.*?^```$|``.+?``|`[^`\n]+`)", re.DOTALL | re.MULTILINE)
 _CELL = re.compile(r"<td.*?</td>", re.DOTALL)
+_NO_HEADER = re.compile(r"<th([^>]*)></th>")
+_SEARCH = '<div class="md-search" data-md-component="search" role="dialog"'
+_MENU = re.compile(
+    r'(<nav class="md-nav" data-md-level="\d") aria-labelledby="\w+"'
+    r'([^>]*>\s*<label class="md-nav__title"[^>]*>\s*<span[^>]*></span>\s*([^<]*?)\s*</label>)'
+)
 _LANGUAGES = {".py": "python", ".yaml": "yaml", ".json": "json"}
 _LONGEST = 100_000
 """Bytes of a file that is shown as code; the rest of a longer one is left out."""
@@ -85,9 +91,20 @@ def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Any) -> st
 
 def on_page_content(html: str, **_: Any) -> str:
     """The page without the backslashes of ``\\|`` in the cells of tables: a forge leaves them out,
-    Python-Markdown keeps them within code.
+    Python-Markdown keeps them within code. A header cell without text is an ordinary cell.
     """
+    html = _NO_HEADER.sub(r"<td\1></td>", html)
     return _CELL.sub(lambda cell: cell[0].replace("\\|", "|"), html)
+
+
+def on_post_page(output: str, **_: Any) -> str:
+    """The page with names for its landmarks that the theme leaves without one: the search, and the
+    menus of parts whose first page is their title.
+    """
+    output = output.replace(_SEARCH, f'{_SEARCH} aria-label="Search"', 1)
+    return _MENU.sub(
+        lambda menu: f'{menu[1]} aria-label="{" ".join(menu[3].split())}"{menu[2]}', output
+    )
 
 
 def on_post_build(*, config: Any) -> None:

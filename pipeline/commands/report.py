@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -42,6 +43,15 @@ def report(
             "in the manifest cannot be loaded.",
         ),
     ] = None,
+    student: Annotated[
+        str | None,
+        typer.Option(
+            "--student",
+            metavar="RUN",
+            help="Show a student beside the teacher in the token view: the folder of a run, a model, a "
+            "checkpoint or adapters, which `train-student read` then reads; or a file that it has written.",
+        ),
+    ] = None,
 ) -> None:
     """Writes a report on a cache: one HTML file that opens without a network, with the text coloured
     by the teacher's surprise, the distribution at each token, and figures of the whole cache.
@@ -53,19 +63,25 @@ def report(
     from logitcask.cache_format.pages.page import refuse_foreign
     from logitcask.cache_format.runtime.progress import ProgressBar
     from logitcask.pipeline.commands.sequence_table import tokenizer_if_here
+    from logitcask.pipeline.report.student import Student
     from logitcask.pipeline.report.write import ReportOptions, write_report
 
     refuse_foreign(out)
     reader = CacheReader(cache)
     try:
-        chosen = None if sequences is None else range(len(reader))[parse_slice(sequences)]
+        chosen: Sequence[int] | None = (
+            None if sequences is None else range(len(reader))[parse_slice(sequences)]
+        )
     except ValueError as error:
         raise ConfigError(f"--{error}") from None
+    beside = None if student is None else Student(student, reader)
+    if beside is not None and chosen is None:
+        chosen = beside.indices  # of a file: those that it has
     options = ReportOptions(sample=sample, tokens=tokens, sequences=chosen, seed=seed)
     found = tokenizer_if_here(reader, tokenizer, "showing ids")
     total = min(sample, reader.manifest.statistics.tokens)
     with ProgressBar(total=total, unit="tok", unit_scale=True, desc="report", leave=False) as bar:
-        written = write_report(reader, out, options, found, on_tokens=bar.update)
+        written = write_report(reader, out, options, found, on_tokens=bar.update, student=beside)
     print_result(
         {
             "file": out,

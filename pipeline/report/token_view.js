@@ -7,6 +7,8 @@ const METRICS = {
   entropy: { name: "entropy", unit: "nats", bounds: [0.1, 0.5, 1, 1.5, 2, 3, 4, 6] },
   rank: { name: "rank of the truth", unit: "0 is the teacher's first", bounds: [1, 2, 5, 10, 32, 100, 1000, 10000] },
   tail: { name: "tail mass", unit: "share outside the head", bounds: [0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7] },
+  kl: { name: "KL to the student", unit: "nats", bounds: [0.01, 0.03, 0.1, 0.3, 0.6, 1, 2, 4] },
+  student: { name: "the student's surprise", unit: "nats", bounds: [0.1, 0.5, 1, 2, 3, 5, 7, 10] },
 };
 const MOST_SURPRISING = 500;
 const MOST_HITS = 10000;
@@ -59,6 +61,8 @@ async function unpackedTeacher(number) {
     for (let i = 0; i < sizes.length; i++) starts[i + 1] = starts[i] + sizes[i];
     found[`${name}_start`] = starts;
   }
+  // What a student predicts there, if there is one.
+  if (document.getElementById(`student-${number}`)) found.student = await unpackedArrays(`student-${number}`);
   return found;
 }
 
@@ -66,7 +70,7 @@ class View {
   // first: what `unpackChunk(0)` gives, which is asked for while `data` is on its way.
   constructor(data, first) {
     this.data = data;
-    this.sequences = data.sequences.map(([index, id, tokens, positions, mean, most, chunk, start]) => ({ index, id, tokens, positions, mean, most, chunk, start }));
+    this.sequences = data.sequences.map(([index, id, tokens, positions, mean, most, chunk, start], at) => ({ index, id, tokens, positions, mean, most, chunk, start, kl: data.student_kl?.[at] ?? null }));
     this.place = new Int32Array(data.vocab_size).fill(-1);  // by id
     data.ids.forEach((id, place) => { this.place[id] = place; });
     this.chunks = [];       // {token, loss, text, starts} by number, once they are there
@@ -230,12 +234,14 @@ class Reader {
         entropy: teacher.entropy?.subarray(sequence.start, end),
         rank: teacher.rank.subarray(sequence.start, end),
         tail: teacher.tail.subarray(sequence.start, end).map(Math.exp),
+        kl: teacher.student?.kl.subarray(sequence.start, end),
+        student: teacher.student?.loss.subarray(sequence.start, end),
       };
       this.wholes = this.view.wholes(this.tokens);
       this.chosen = -1;
       this.layOut();
       byId("reading").textContent = named(sequence.id);
-      byId("reading-more").textContent = `sequence ${count(sequence.index)}: ${count(sequence.tokens)} tokens, ${count(sequence.positions)} predicted` + (sequence.mean === null ? "" : `, ${sequence.mean.toFixed(2)} nats each`);
+      byId("reading-more").textContent = `sequence ${count(sequence.index)}: ${count(sequence.tokens)} tokens, ${count(sequence.positions)} predicted` + (sequence.mean === null ? "" : `, ${sequence.mean.toFixed(2)} nats each`) + (sequence.kl === null ? "" : `, KL ${sequence.kl.toFixed(3)}`);
       byId("details").replaceChildren(make("p", { className: "quiet", textContent: "Point at a token, tap it, or move with the arrow keys." }));
       for (const button of document.querySelectorAll("#sequences button")) button.setAttribute("aria-current", String(Number(button.dataset.at) === at));
     }
@@ -404,27 +410,36 @@ class Reader {
     fact("surprise", `${nats(loss)} nats`);
     fact("rank", count(rank) + (rank === 0 ? ", the teacher's first" : ""));
     if (this.values.entropy) fact("entropy", `${nats(this.values.entropy[i])} nats`);
+    if (this.values.student && !Number.isNaN(this.values.student[i])) {
+      fact("student", `probability ${percent(Math.exp(-this.values.student[i]))}, surprise ${nats(this.values.student[i])} nats`);
+      if (!Number.isNaN(this.values.kl[i])) fact("KL", `${nats(this.values.kl[i])} nats`);
+    }
     found.push(facts, ...this.head(at, id, loss, rank, this.values.tail[i]), ...this.draws(at));
     byId("details").replaceChildren(...found);
   }
 
   head(at, target, loss, rank, tail) {
     const { head_start: starts, head_ids: ids, head_logprobs: logprobs } = this.teacher, rows = [];
-    let listed = false, most = tail;
-    for (let e = starts[at]; e < starts[at + 1]; e++) most = Math.max(most, Math.exp(logprobs[e]));
-    const row = (label, p, kind, note = "") => rows.push(make("tr", { className: kind },
+    const { student } = this.teacher, q = (e) => (student ? Math.exp(student.head_logprobs[e]) : NaN);
+    const read = student && !Number.isNaN(student.loss[at]);
+    let listed = false, most = Math.max(tail, read ? Math.exp(student.tail[at]) : 0);
+    for (let e = starts[at]; e < starts[at + 1]; e++) most = Math.max(most, Math.exp(logprobs[e]), read ? q(e) : 0);
+    const bar = (p, kind) => Object.assign(make("span", { className: kind }), { style: `width:${(100 * p / most).toFixed(2)}%` });
+    // p: of the teacher, q: of the student, below it.
+    const row = (label, p, q, kind, note = "") => rows.push(make("tr", { className: kind },
       make("th", { scope: "row" }, make("bdi", { textContent: label }), note && make("span", { className: "quiet note", textContent: ` ${note}` })),
-      make("td", { className: "track" }, Object.assign(make("span", { className: "bar" }), { style: `width:${(100 * p / most).toFixed(2)}%` })),
-      make("td", { className: "n", textContent: percent(p) })));
+      make("td", { className: "track" }, bar(p, "bar"), read ? bar(q, "bar of-student") : ""),
+      make("td", { className: "n" }, percent(p), read ? make("span", { className: "q", textContent: percent(q) }) : "")));
     for (let e = starts[at]; e < starts[at + 1]; e++) {
       const here = ids[e] === target;
       listed ||= here;
-      row(this.view.label(ids[e]), Math.exp(logprobs[e]), here ? "target" : "", here ? "is next" : "");
+      row(this.view.label(ids[e]), Math.exp(logprobs[e]), q(e), here ? "target" : "", here ? "is next" : "");
     }
     const size = starts[at + 1] - starts[at];
-    if (!listed) row(this.view.label(target), Math.exp(-loss), "target", `is next, rank ${count(rank)}`);
-    row(`all ${count(this.view.data.vocab_size - size)} others`, tail, "tail");
-    return [make("h5", { textContent: `The teacher's head, ${size} ids, each within ${percent(this.view.data.rounding)}` }), make("table", { className: "bars", ariaLabel: "The stored head" }, make("tbody", {}, ...rows))];
+    if (!listed) row(this.view.label(target), Math.exp(-loss), read ? Math.exp(-student.loss[at]) : NaN, "target", `is next, rank ${count(rank)}`);
+    row(`all ${count(this.view.data.vocab_size - size)} others`, tail, read ? Math.exp(student.tail[at]) : NaN, "tail");
+    const key = read ? [make("p", { className: "note" }, make("span", { className: "bar key-bar" }), " teacher ", make("span", { className: "bar of-student key-bar" }), " student")] : [];
+    return [make("h5", { textContent: `The teacher's head, ${size} ids, each within ${percent(this.view.data.rounding)}` }), ...key, make("table", { className: "bars", ariaLabel: "The stored head" }, make("tbody", {}, ...rows))];
   }
 
   draws(at) {
@@ -475,7 +490,7 @@ class List {
 
   draw() {
     const wanted = byId("filter").value.toLowerCase(), least = Number(byId("least").value) || 0, sequences = this.view.sequences;
-    const keys = { order: (s) => s.index, longest: (s) => -s.tokens, hardest: (s) => -(s.mean ?? -1), easiest: (s) => s.mean ?? Infinity, peak: (s) => -(s.most ?? -1) };
+    const keys = { order: (s) => s.index, longest: (s) => -s.tokens, hardest: (s) => -(s.mean ?? -1), kl: (s) => -(s.kl ?? -1), easiest: (s) => s.mean ?? Infinity, peak: (s) => -(s.most ?? -1) };
     const key = keys[byId("sort").value];
     const found = this.view.order
       .filter((at) => sequences[at].tokens >= least && (!wanted || sequences[at].id.toLowerCase().includes(wanted)))

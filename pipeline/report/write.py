@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from logitcask.cache_format.pages.page import refuse_foreign, render, write_page
 from logitcask.cache_format.shards.codec import Codec
 from logitcask.pipeline.report.content import content
 from logitcask.pipeline.report.figures import Figures, choose, shortened, sizes_up_to
+from logitcask.pipeline.report.student import Student
 from logitcask.pipeline.report.token_class import Classes, TokenClass, token_class
 from logitcask.pipeline.report.token_view import Shown, TokenView
 
@@ -34,6 +35,30 @@ _SAMPLED = 0.9
 _SPOOL_BYTES = 16 << 20
 
 
+_KL_WORDS = {
+    "exact": "exact",
+    "lower": "over the stored head, with all other ids as one: a lower bound of the KL over the whole vocabulary",
+    "biased": "over the stored heads alone, both scaled to 1",
+}
+
+
+class _Picked:
+    """The sequences of a token view that is written later, in place of the view."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self.order: list[int] = []
+        self.indices: set[int] = set()
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def add(self, index: int, sequence: CachedSequence) -> None:
+        self.tokens += len(sequence)
+        self.order.append(index)
+        self.indices.add(index)
+
+
 @dataclass(frozen=True)
 class ReportOptions:
     """What the report reads and shows.
@@ -46,7 +71,7 @@ class ReportOptions:
 
     sample: int = 5_000_000
     tokens: int = 200_000
-    sequences: range | None = None
+    sequences: Sequence[int] | None = None
     seed: int = 0
 
 
@@ -67,11 +92,13 @@ def write_report(
     options: ReportOptions,
     tokenizer: Any | None = None,
     on_tokens: Callable[[int], object] = lambda tokens: None,
+    student: Student | None = None,
 ) -> Report:
     """Writes the report on a cache to ``out``. At most some sequences are in memory at a time.
 
     tokenizer: of the teacher; None shows ids as numbers.
     on_tokens: receives the number of tokens of each sequence that was read.
+    student:   shown beside the teacher in the token view. Its readings are in memory.
 
     Raises UserError for a file that is no report, for a cache that does not know all its values, and for sequences that the cache does not have.
     """
@@ -97,7 +124,10 @@ def write_report(
     sized: list[CachedSequence] = []
 
     with tempfile.SpooledTemporaryFile(_SPOOL_BYTES, "w+", encoding="utf-8") as spool:
-        view = TokenView(spool, manifest.store.vocab_size)
+        # The sequences that a student is to read are known after the pass, and read once more.
+        view: TokenView | _Picked = (
+            TokenView(spool, manifest.store.vocab_size) if student is None else _Picked()
+        )
         sampled = options.tokens if len(to_view) == len(reader) else _SAMPLED * options.tokens
         for index in chosen.tolist():
             sequence = reader[index]
@@ -112,6 +142,14 @@ def write_report(
                 sequence = reader[index]
                 if view.tokens + len(sequence) <= options.tokens:
                     view.add(index, sequence)
+        readings = None
+        if isinstance(view, _Picked):
+            assert student is not None
+            picked = view.order
+            readings = student.readings(picked) if picked else None
+            view = TokenView(spool, manifest.store.vocab_size, readings)
+            for index in picked:
+                view.add(index, reader[index])
         shown = None if text is None else functools.partial(_shown, text)
         page = render(
             HERE,
@@ -119,11 +157,14 @@ def write_report(
             styles=[HERE / "token_view.css"],
             scripts=[PAGES / "packed.js", HERE / "token_view.js"],
             view=view,
+            student=None if readings is None else readings.of,
+            kl_words=_KL_WORDS,
             **content(reader, figures, _smaller(reader, sized)),
         )
         facts = {
             "vocab_size": manifest.store.vocab_size,
             "rounding": math.expm1(manifest.store.rounding),
+            "student": None if readings is None else readings.of.model,
         }
         data = view.elements(shown, **facts) if len(view) else ()
         size = write_page(out, page, data)

@@ -47,6 +47,21 @@ def test_the_table_and_the_document(command, tmp_path):
     assert json.loads(out) == json.loads((tmp_path / "run" / "rounds.json").read_text())
 
 
+def test_the_report_alone(command, tmp_path):
+    code, out, err = command("--report")
+    assert (code, out) == (2, "")
+    assert "holds no rounds (no state.json)" in err
+    code, table, _ = command()
+    page = (tmp_path / "run" / "rounds.html").read_text()
+    (tmp_path / "run" / "rounds.html").unlink()
+    assert command("--report")[:2] == (0, table)
+    assert (tmp_path / "run" / "rounds.html").read_text() == page
+    code, out, err = command("--report", "--restart")
+    assert (code, out) == (2, "")
+    assert "choose one of both" in err
+    assert (tmp_path / "run" / "state.json").exists()
+
+
 def test_mistakes_are_one_line(command):
     for arguments, said in [
         (("rounds.count=0",), "rounds.count"),

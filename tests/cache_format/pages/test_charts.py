@@ -17,6 +17,8 @@ from logitcask.cache_format.pages.charts import (
     Series,
     Span,
     Spans,
+    Stack,
+    Stacks,
     nice_ticks,
     number,
 )
@@ -147,3 +149,24 @@ def test_a_line_keeps_its_style():
 def test_dots_are_where_their_values_are():
     chart = LineChart("T", "x", "y", [Series("a", [0, 1, 2], [0, math.nan, 4])], dots=True)
     assert chart.marks() == ["M0.0 1000.0h0M1000.0 0.0h0"]
+
+
+def test_stacks():
+    stacks = [Stack("0", [1.0, 0.0, 3.0], "4 s"), Stack("1", [0.5, 0.5, -0.1], "0.9 s")]
+    chart = Stacks("T", "round", "seconds", ["a", "<b>", "c"], stacks)
+    assert chart.widths()[0] == pytest.approx([25, 0, 75])
+    assert chart.widths()[1] == pytest.approx([12.5, 12.5, 0])
+    assert chart.table() == (
+        ["round", "a", "<b>", "c", "sum"],
+        [["0", "1", "0", "3", "4 s"], ["1", "0.5", "0.5", "-0.1", "0.9 s"]],
+    )
+    assert Stacks("T", "x", "y", [], []).widths() == []
+    drawn = environment(HERE).from_string(
+        '{% from "charts.html.jinja" import draw %}{{ draw(chart) }}'
+    )
+    html = drawn.render(chart=chart)
+    assert re.findall(r'class="part (p\d)" style="width:([\d.]+)%', html) == [
+        ("p0", "25.00"), ("p2", "75.00"), ("p0", "12.50"), ("p1", "12.50"),
+    ]  # fmt: skip
+    assert html.count("&lt;b&gt;") == 2
+    assert html.count("<tr>") == 2 + 3
