@@ -330,7 +330,10 @@ def test_a_running_page_loads_itself_again(chromium, page, tmp_path, metrics, lo
     assert "step 4 of 6" in opened.locator(".running").text_content()
     opened.locator("#refresh").uncheck()
     assert not loads_again()
-    opened.reload()
+    for _ in range(50):  # a page in a new process may be shown what was kept a moment before
+        opened.reload()
+        if not opened.locator("#refresh").is_checked():
+            break
     assert not opened.locator("#refresh").is_checked(), "remembered"
     assert not loads_again()
     opened.locator("#refresh").check()
