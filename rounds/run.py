@@ -310,6 +310,12 @@ class Rounds:
             ended = self._stage(state, name, self._build(number, changes))
             self._record_cache(state, name, ended, output)
             self._passes[number] = pass_number
+        if left := skd.passes_of(state, number)[-1].figures["rejected"]:
+            log.info(
+                "round %d: after the last pass %d answers have a token to reject (rounds.skd.passes)",
+                number,
+                left,
+            )
         earlier = range(1, len(skd.passes_of(state, number)))
         skd.remove([self._cache_of_pass(number, each) for each in earlier])
 
