@@ -321,6 +321,12 @@ class Rounds:
                 self._by_student(number) | splice,
             )
             self._passes[number] = pass_number
+        if left := skd.passes_of(state, number)[-1].figures["rejected"]:
+            log.info(
+                "round %d: after the last pass %d answers have a token to reject (rounds.skd.passes)",
+                number,
+                left,
+            )
         earlier = range(1, len(skd.passes_of(state, number)))
         skd.remove([self._cache_of_pass(number, each) for each in earlier])
 

@@ -40,7 +40,7 @@ def splice_of(command: list[str]) -> dict[str, Any] | None:
     return json.loads(found[0].partition("=")[2]) if found else None
 
 
-def test_passes_of_a_round(rounds, monkeypatch):
+def test_passes_of_a_round(rounds, monkeypatch, caplog):
     """Each goes on from the one before. The last cache stays, and is learnt from."""
     kept: dict[str, list[np.ndarray]] = {}
     removed = Rounds._train
@@ -52,6 +52,7 @@ def test_passes_of_a_round(rounds, monkeypatch):
         removed(self, state, number, name)
 
     monkeypatch.setattr(Rounds, "_train", read_before_training)
+    caplog.set_level("INFO")
     config = rounds(count=2, skd=SKD)
     document, table = run_rounds(config, [])
     builds = [command for command in COMMANDS if command[0] == "teacher-cache"]
@@ -102,6 +103,9 @@ def test_passes_of_a_round(rounds, monkeypatch):
     rate = document["rounds"][2]["cache"]["rejection_rate"]
     assert table.splitlines()[3].split()[5] == f"{rate:.1%}"
     assert "rejected: share of" in table
+    left = document["rounds"][1]["cache"]["answers_left_with_a_rejected_token"]
+    assert left > 0
+    assert f"round 1: after the last pass {left} answers have a token to reject" in caplog.text
 
 
 def test_passes_end_when_nothing_is_rejected(rounds):
