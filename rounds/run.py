@@ -494,10 +494,13 @@ def report_again(config: RoundsConfig) -> tuple[dict[str, Any], str]:
     none.
     """
     folder = config.output
+    first = "run them first, without --report"
     if not (folder / STATE).is_file():
-        raise UserError(f"{folder} holds no rounds (no {STATE}); run them first, without --report")
+        raise UserError(f"{folder} holds no rounds (no {STATE}); {first}")
     with _exclusive(folder):
         state = load_state(State, folder / STATE)
+        if state.of("start") is None:
+            raise UserError(f"{folder} holds no rounds yet (its student is not made); {first}")
         write_report(folder, state, config)
     return summary_of(folder, state, config)
 

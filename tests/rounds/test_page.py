@@ -181,8 +181,27 @@ def test_written_again_from_the_state(run):
 
 
 def test_without_rounds_there_is_no_report(rounds):
-    with pytest.raises(UserError, match="holds no rounds"):
-        report_again(rounds())
+    config = rounds()
+    with pytest.raises(UserError, match=r"holds no rounds \(no state.json\)"):
+        report_again(config)
+    config.output.mkdir()
+    State(settings={}).save(config.output)
+    with pytest.raises(UserError, match="its student is not made"):
+        report_again(config)
+
+
+def test_the_student_at_the_start_alone_is_a_page(rounds):
+    """Of a run that ended in its first round."""
+    config = rounds(count=1)
+    run_rounds(config, [])
+    state = State.model_validate_json((config.output / "state.json").read_text())
+    state.done = [each for each in state.done if each.stage in ("text", "start")]
+    state.save(config.output)
+    document, _ = report_again(config)
+    assert [each["round"] for each in document["rounds"]] == [0]
+    html = (config.output / "rounds.html").read_text()
+    assert "0 of 1 rounds are done" in html
+    assert "KL on the student" not in "".join(charts(html))
 
 
 def test_without_answers_and_caches_the_page_says_how_to_have_them(rounds):
