@@ -282,7 +282,9 @@ class Rounds:
             ),
             "data.generate.skip_prompts": skip,
             "data.generate.max_prompts": self.rounds.prompts,
-            "data.generate.seed": self.generate.seed + number,
+            "data.generate.seed": self.generate.seed
+            + number
+            + (0 if by_student else teacher_text.SEED),
             "output": str(output),
         }
         if (number > 1 or not by_student) and "audit" not in self.teacher:
