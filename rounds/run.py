@@ -344,7 +344,9 @@ class Rounds:
             "data.generate.skip_prompts": self.generate.skip_prompts
             + (number - 1) * self.rounds.prompts,
             "data.generate.max_prompts": self.rounds.prompts,
-            "data.generate.seed": self.generate.seed + number,
+            "data.generate.seed": self.generate.seed
+            + number
+            + (0 if by_student else teacher_text.SEED),
             "output": str(output),
             **changes,
         }

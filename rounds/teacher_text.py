@@ -36,6 +36,12 @@ WRITES = {"data.generate.writer": None, "data.generate.writer_engine": None}
 """Changes of the teacher config with which the teacher itself writes."""
 
 
+SEED = 1_000_000
+"""The teacher's seed is larger by this than the student's of the same round. With one seed, two
+models that are alike would write the same.
+"""
+
+
 def check(rounds: RoundsSettings, losses: Losses, *, hard_labels: bool) -> None:
     """Raises ConfigError for losses that do not go together with the texts of the rounds.
 

@@ -47,6 +47,10 @@ def test_distillm_2_learns_from_both_texts_in_one_batch(rounds):
     for number in (1, 2):
         teacher, student = caches(config, number)
         assert teacher.manifest.data.generation.writer is None
+        seeds = [f"data.generate.seed={seed + number}" for seed in (1_000_000, 0)]
+        assert [seed in COMMANDS[3 * number - 2 + at] for at, seed in enumerate(seeds)] == [
+            True
+        ] * 2
         assert student.manifest.data.generation.writer.model.endswith(
             f"round-{number - 1:03d}/student"
         )
