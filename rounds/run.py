@@ -346,7 +346,7 @@ class Rounds:
             "data.generate.max_prompts": self.rounds.prompts,
             "data.generate.seed": self.generate.seed
             + number
-            + (0 if by_student else teacher_text.SEED),
+            + (teacher_text.SEED if kind == "answer" else 0),
             "output": str(output),
             **changes,
         }
