@@ -61,7 +61,9 @@ def write_page_of_rounds(folder: Path, document: dict[str, Any], settings: dict[
         kinds=next((each["kl_kind"] for each in reversed(rounds) if each.get("kl_kind")), ""),
         asked=asked(folder, numbers),
         reference=_reference(student),
-        written=written(folder, [each for each in numbers if each]),
+        written=written(
+            folder, {each["round"]: each["cache"]["folder"] for each in rounds if each["round"]}
+        ),
         bounds=list(BOUNDS),
         facts=_facts(document, settings),
     )
@@ -161,10 +163,13 @@ def parts_of(found: _Round) -> list[float]:
     """Seconds of a round, in the order of ``_PARTS``. A stage that was started again has the seconds
     of its last start; its work is then at most these.
     """
-    cache, stages = found.get("cache", {}), found["stages"]
-    write, train = stages.get("write"), stages["train"]
-    work = [cache.get("writing_seconds") or 0.0, cache.get("scoring_seconds") or 0.0]
-    whole = 0.0 if write is None else write["seconds"]
+    texts = [found.get("cache", {}), found.get("teacher_text", {})]
+    stages, train = found["stages"], found["stages"]["train"]
+    work = [
+        sum(each.get(name) or 0.0 for each in texts)
+        for name in ("writing_seconds", "scoring_seconds")
+    ]
+    whole = sum(stages[name]["seconds"] for name in ("answer", "write") if name in stages)
     share = min(1.0, whole / sum(work)) if sum(work) else 0.0
     work = [share * each for each in work]
     steps = min(train["seconds"], found["training_seconds"])
@@ -189,7 +194,11 @@ def _seconds(rounds: list[_Round]) -> Stacks:
 def _memory(rounds: list[_Round]) -> LineChart:
     """The largest process of each command: teacher and student are never in one."""
     series = []
-    for stage, name in (("write", "writing and scoring"), ("train", "training")):
+    for stage, name in (
+        ("answer", "the teacher's answers"),
+        ("write", "writing and scoring"),
+        ("train", "training"),
+    ):
         points = [
             (each["round"], each["stages"][stage]["peak_bytes"] / 1e9)
             for each in rounds

@@ -9,7 +9,7 @@ from typing import Any
 from logitcask.cache_format.durable import write_durably
 from logitcask.rounds.config import RoundsConfig
 from logitcask.rounds.page import write_page_of_rounds
-from logitcask.rounds.skd import as_one
+from logitcask.rounds.skd import as_one, cache_name, passes_of
 from logitcask.rounds.state import Done, State
 
 
@@ -56,6 +56,9 @@ def _round(state: State, number: int) -> dict[str, Any] | None:
     found: dict[str, Any] = {"round": number}
     if written is not None:
         found["cache"] = {"fingerprint": written.fingerprint, **written.figures}
+        if number:
+            name = cache_name(len(passes_of(state, number)))
+            found["cache"]["folder"] = f"round-{number:03d}/{name}"
     answered = state.of(f"answer-{number}")
     if answered is not None:
         found["teacher_text"] = {"fingerprint": answered.fingerprint, **answered.figures}

@@ -148,7 +148,7 @@ class Rounds:
         return self._cache_of_pass(number, self._passes.get(number, 1))
 
     def _cache_of_pass(self, number: int, pass_number: int) -> Path:
-        return self.of_round(number) / (f"cache-{pass_number}" if pass_number > 1 else "cache")
+        return self.of_round(number) / skd.cache_name(pass_number)
 
     def answers(self, number: int) -> Path:
         """The cache of the teacher's own answers."""

@@ -54,6 +54,11 @@ def check(
         )
 
 
+def cache_name(pass_number: int) -> str:
+    """The name of the cache of a pass, in the folder of its round."""
+    return f"cache-{pass_number}" if pass_number > 1 else "cache"
+
+
 def passes_of(state: State, number: int) -> list[Done]:
     """The finished passes of round ``number``, in order."""
     found = [state.of(f"write-{number}")]
@@ -113,7 +118,7 @@ def as_one(state: State, number: int) -> Done | None:
     rejected = sum(each.figures["rejected"] for each in done)
     examined = last.figures["examined"]
     figures |= seconds | {
-        "reverse_kl": done[0].figures["reverse_kl"],
+        **{name: done[0].figures[name] for name in ("reverse_kl", "forward_kl")},
         "rejection_rate": rejected / examined if examined else None,
         "answers_left_with_a_rejected_token": figures.pop("rejected"),
         "passes": [_pass(each, before) for each, before in zip(done, [None, *done], strict=False)],

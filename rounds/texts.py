@@ -93,14 +93,16 @@ def asked(folder: Path, numbers: Sequence[int]) -> list[Asked]:
     ]
 
 
-def written(folder: Path, numbers: Sequence[int]) -> list[Prompt]:
+def written(folder: Path, caches_of: dict[int, str]) -> list[Prompt]:
     """Answers of the shown rounds: of the prompts that most of them have, and of the first prompt of
     each round that has none of these. A cache that cannot be read is left out.
+
+    caches_of: the cache of each round, below ``folder``.
     """
-    caches = {}
+    caches, numbers = {}, list(caches_of)
     for number in spread(numbers):
         try:
-            cache = CacheReader(folder / f"round-{number:03d}" / "cache")
+            cache = CacheReader(folder / caches_of[number])
             ids = [
                 name for part in cache.iter_column("sequence_id", [0]) for name in part.to_pylist()
             ]

@@ -97,6 +97,8 @@ def test_passes_of_a_round(rounds, monkeypatch, caplog):
             rate = each["rejected_tokens"] / each["examined_tokens"]
             assert each["rejection_rate"] == pytest.approx(rate)
         assert figures["reverse_kl"] is not None
+        assert figures["forward_kl"] is not None
+        assert figures["folder"] == f"round-{number:03d}/cache-3"
         for name in ("writing_seconds", "scoring_seconds"):
             assert figures[name] == sum(each[name] for each in passes)
     assert table.splitlines()[0].split()[6] == "rejected"
@@ -106,6 +108,10 @@ def test_passes_of_a_round(rounds, monkeypatch, caplog):
     left = document["rounds"][1]["cache"]["answers_left_with_a_rejected_token"]
     assert left > 0
     assert f"round 1: after the last pass {left} answers have a token to reject" in caplog.text
+    page = (config.output / "rounds.html").read_text()
+    assert "Acceptance" in page
+    texts = page[page.index('id="written"') :]
+    assert all(f"round {number}" in texts for number in (1, 2))
 
 
 def test_passes_end_when_nothing_is_rejected(rounds):

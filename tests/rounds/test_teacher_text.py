@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from logitcask.cache_format import CacheReader
 from logitcask.cache_format.errors import ConfigError, UserError
+from logitcask.rounds.page import parts_of
 from logitcask.rounds.run import Rounds, run_rounds
 
 from .conftest import COMMANDS, kill_at
@@ -61,6 +62,8 @@ def test_distillm_2_learns_from_both_texts_in_one_batch(rounds):
         assert found["teacher_text"]["fingerprint"] == teacher.manifest.fingerprint
         assert found["teacher_text"]["reverse_kl"] is None
         assert set(found["stages"]) == {"answer", "write", "train"}
+        of_stages = (s["seconds"] + s["handover_seconds"] for s in found["stages"].values())
+        assert sum(parts_of(found)) == pytest.approx(sum(of_stages))
         assert set(found["passes"]) == {"text", f"teacher-{number}", f"round-{number}"}
         assert found["staleness"] == 0  # skew_reverse_kl: no replay by default
     # Both losses in the same batches; forward KL before the first round.
