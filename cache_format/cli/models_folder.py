@@ -8,6 +8,9 @@ from pathlib import Path
 
 from logitcask.cache_format.errors import UserError
 
+BUILT_IN_NAMES = frozenset({"smollm2-135m"})
+"""Models that ``teacher-cache model NAME`` makes in the models folder, out of wheels from PyPI."""
+
 ADAPTER_CONFIG = "adapter_config.json"
 """The file of a folder of adapters (PEFT). transformers applies such adapters, vLLM does not."""
 

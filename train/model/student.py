@@ -6,6 +6,8 @@ import copy
 import difflib
 import json
 import logging
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,12 @@ from transformers import (
 )
 
 from logitcask.cache_format.attention import attention_implementation
-from logitcask.cache_format.cli.models_folder import local_model, models_dir, refuse_adapters
+from logitcask.cache_format.cli.models_folder import (
+    BUILT_IN_NAMES,
+    local_model,
+    models_dir,
+    refuse_adapters,
+)
 from logitcask.cache_format.errors import ConfigError, UserError, first_line
 from logitcask.cache_format.tokenizer_identity import usable_tokenizer
 from logitcask.train.config import StudentConfig
@@ -238,11 +245,13 @@ def load_student_tokenizer(config: StudentConfig) -> PreTrainedTokenizerBase | N
 
 
 def find_model(name: str, revision: str | None) -> Path:
-    """The folder of a model: a path, a name under the local models folder, or a hub name fetched
-    to the hub's cache.
+    """The folder of a model: a path, a name under the local models folder, where a built-in one is
+    made if it is missing, or a hub name fetched to the hub's cache.
     """
     if Path(name).expanduser().is_dir():
         return Path(name).expanduser()
+    if name in BUILT_IN_NAMES:
+        _fetch_built_in(name)
     if (folder := local_model(name)) is not None:
         return folder
     try:
@@ -254,8 +263,24 @@ def find_model(name: str, revision: str | None) -> Path:
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
             f"there is no model {name!r}: not a folder, not under {models_dir()}/, and not to be had from the hub "
-            f"({first_line(error)}). A built-in one is fetched by `teacher-cache model NAME`"
+            f"({first_line(error)})"
         ) from error
+
+
+def _fetch_built_in(name: str) -> None:
+    """Makes a built-in model by the teacher stage's command, if it is missing: a cache that is found
+    in the catalogue needs no teacher, so nobody has asked for the model before.
+    """
+    if local_model(name) is not None:
+        return
+    command = "from logitcask.pipeline.cli import main; main()"
+    ended = subprocess.run(
+        [sys.executable, "-c", command, "model", name], stdout=subprocess.DEVNULL, check=False
+    )
+    if ended.returncode:
+        raise UserError(
+            f"the built-in model {name} cannot be made (`teacher-cache model {name}` says why); see to that, or name another model"
+        )
 
 
 def _student_config(fields: dict[str, object]) -> PretrainedConfig:
