@@ -125,8 +125,22 @@ def test_the_same_prompts_are_answered_after_every_round(run):
     for each in zip(*by_round, strict=True):
         assert len({(a["prompt"], a["reference"]) for a in each}) == 1
         expected += [each[0]["prompt"], each[0]["reference"], *(a["student"] for a in each)]
-    assert texts(same) == [seen(each) for each in expected]
+    nothing = {"": "(nothing)"}
+    assert texts(same) == [nothing.get(each, seen(each)) for each in expected]
     assert re.findall(r"<h4>(.*?)</h4>", same) == ["the data&#39;s", *(f"round {n}" for n in range(4))] * 2  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("said", "shown"), [("", "(nothing)"), ("\n ", "(only line ends and spaces)")]
+)
+def test_an_answer_without_letters_is_named(run, said, shown):
+    config, _ = run
+    file = config.output / "round-003" / "student" / "answers.json"
+    answers = json.loads(file.read_text())
+    file.write_text(json.dumps([each | {"student": said} for each in answers]))
+    report_again(config)
+    same = section((config.output / "rounds.html").read_text(), "same")
+    assert texts(same).count(shown) >= len(answers)
 
 
 def test_what_was_written_is_coloured_by_the_teachers_surprise(run, tiny_llama):
