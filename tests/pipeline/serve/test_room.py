@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import pytest
 
 from logitcask.pipeline.serve.room import Room
+
+
+def run(work: Coroutine[Any, Any, Any]) -> Any:
+    """In a thread: this one may have a loop already, as a browser's driver starts one."""
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, work).result()
 
 
 def test_never_more_than_the_limit_and_in_turn(rng: np.random.Generator) -> None:
@@ -29,7 +37,7 @@ def test_never_more_than_the_limit_and_in_turn(rng: np.random.Generator) -> None
         await asyncio.gather(*(one(room, number) for number in range(len(sizes))))
         assert room._used == 0
 
-    asyncio.run(all_of_them())
+    run(all_of_them())
     assert order == list(range(len(sizes)))
     assert 8 <= most <= 10
 
@@ -47,7 +55,7 @@ def test_what_is_larger_than_the_room_waits_until_it_is_alone() -> None:
         await asyncio.gather(one("small", 3), one("huge", 50), one("other", 3))
         return seen
 
-    assert asyncio.run(work()) == [
+    assert run(work()) == [
         *("small in", "small out", "huge in", "huge out", "other in", "other out")
     ]
 
@@ -72,4 +80,4 @@ def test_a_client_that_goes_away_gives_its_room_back(waiting: bool) -> None:
         async with asyncio.timeout(60), room.hold(10):
             return room._used
 
-    assert asyncio.run(work()) == 10
+    assert run(work()) == 10
