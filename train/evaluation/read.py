@@ -80,14 +80,13 @@ def read_cache(
         kind,
         float(np.concatenate(lost).mean()) if lost else 0.0,
     )
-    write_readings(out, of, found)
     kl = np.concatenate([values.kl for _, _, values in found]).astype(np.float64)
     if not np.isfinite(kl).all() and kind != "none":
-        out.unlink()
         raise UserError(
             f"{model}: its KL is not a number at {int((~np.isfinite(kl)).sum()):,} of {len(kl):,} positions; its weights or its logits are "
             "not finite: use another checkpoint"
         )
+    write_readings(out, of, found)
     return Read(len(found), len(kl), None if kind == "none" else float(kl.mean()), kind)
 
 

@@ -172,6 +172,18 @@ def test_refusals(student, make_cache, tmp_path, write_cache):
         read_readings(tmp_path / "short.npz", reader.path, reader.manifest)
 
 
+def test_a_model_without_finite_logits_leaves_the_file_alone(student, make_cache, tmp_path):
+    reader, out = make_cache(8), tmp_path / "r.npz"
+    read_cache(str(student), reader.path, out, [0], 1)
+    before = out.read_bytes()
+    model = AutoModelForCausalLM.from_pretrained(student)
+    model.lm_head.weight.data[3, 0] = float("nan")
+    model.save_pretrained(student)
+    with pytest.raises(UserError, match="its KL is not a number at"):
+        read_cache(str(student), reader.path, out, [0], 1)
+    assert out.read_bytes() == before
+
+
 def test_the_command(student, make_cache, tmp_path, monkeypatch, capfd):
     reader = make_cache(8)
 
