@@ -20,8 +20,8 @@ _PREVIEW_CONFIG = f"""- config_name: preview
     path: {PREVIEW}"""
 _PREVIEW_TEXT = """`datasets.load_dataset` and the viewer show the preview: the end of the text before
 each of the first positions, the token that follows, and the teacher's most probable tokens."""
-_SHARDS_TEXT = """`datasets.load_dataset` opens the shards, too. Their columns are packed: `RowDecoder` of Logitcask makes
-plain ones in a `map`, and `cache_format/SPEC.md` describes them."""
+_SHARDS_TEXT = """`datasets.load_dataset` opens the shards, too. Their columns are packed:
+`RowDecoder` of Logitcask makes plain ones in a `map`, and `cache_format/SPEC.md` describes them."""
 
 _TOP_BYTES = 4096
 """Of a card: more than its front matter, which names this format."""

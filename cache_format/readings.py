@@ -1,7 +1,7 @@
 """Readings: what another model predicts at the positions of a cache, as a file.
 
-``train-student read`` writes one, and ``teacher-cache report`` shows it beside the teacher. The file
-belongs to one cache, and is no part of it. It is an uncompressed or compressed ``.npz`` of numpy:
+``train-student read`` writes one, and ``teacher-cache report`` shows it beside the teacher. The
+file belongs to one cache, and is no part of it. It is a ``.npz`` of numpy:
 
     meta        a JSON object as text: the fields of ``ReadingsOf``
     index       int64[N], ascending: numbers of the sequences in the cache

@@ -1,4 +1,4 @@
-"""Charts of a page: the numbers of a line chart, a histogram, bars, spans or stacks, placed on a plot.
+"""Charts of a page: numbers of line charts, histograms, bars, spans and stacks, placed on a plot.
 
 ``charts.html.jinja`` draws them. The lines are SVG that stretches to any width; titles, ticks and
 legends are HTML text, so that they keep their size on a phone. Series differ in dashes as well as
@@ -291,7 +291,7 @@ class Spans:
 
 
 class Stack(NamedTuple):
-    """A bar made of one value, at least 0, for each part of its chart; ``shown``: their sum in words."""
+    """A bar of one value, at least 0, for each part of its chart. shown: their sum in words."""
 
     label: str
     values: Sequence[float]

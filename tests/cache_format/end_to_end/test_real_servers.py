@@ -17,7 +17,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -125,12 +125,20 @@ def _free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def _wait_for(port: int, process: subprocess.Popen[bytes]) -> None:
-    while True:
-        assert process.poll() is None, "the server has ended"
-        with suppress(OSError), socket.create_connection(("127.0.0.1", port)):
-            return
-        time.sleep(0.02)
+@contextmanager
+def _serving(command: list[str], port: int) -> Iterator[None]:
+    """Runs a server while the block runs, which begins when the port answers."""
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    try:
+        while True:
+            assert process.poll() is None, "the server has ended"
+            with suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+                break
+            time.sleep(0.02)
+        yield
+    finally:
+        process.terminate()
+        process.wait()
 
 
 def _found(program: str, package: str) -> str:
@@ -156,15 +164,8 @@ def nginx(tmp_path) -> Iterator[tuple[Path, int]]:
         f"{user} daemon off; pid {tmp_path}/nginx.pid; error_log {tmp_path}/error.log; events {{}} "
         f"http {{ access_log off; {temporary} server {{ listen 127.0.0.1:{port}; root {root}; }} }}"
     )
-    process = subprocess.Popen(
-        [program, "-c", config, "-e", tmp_path / "error.log"], stderr=subprocess.DEVNULL
-    )
-    try:
-        _wait_for(port, process)
+    with _serving([program, "-c", str(config), "-e", f"{tmp_path}/error.log"], port):
         yield root, port
-    finally:
-        process.terminate()
-        process.wait()
 
 
 @pytest.fixture
@@ -187,24 +188,18 @@ def sshd(tmp_path, monkeypatch) -> Iterator[tuple[Path, int]]:
     checked = subprocess.run([program, "-t", "-f", config], capture_output=True, text=True)
     if "PerSourcePenalties" in checked.stderr:  # servers before 9.8 do not know it
         config.write_text(config.read_text().replace("PerSourcePenalties no\n", ""))
-    Path("/run/sshd").mkdir(exist_ok=True) if os.geteuid() == 0 else None
-    process = subprocess.Popen(
-        [program, "-D", "-f", config, "-E", tmp_path / "sshd.log"], stderr=subprocess.DEVNULL
-    )
+    if os.geteuid() == 0:  # where it separates privileges
+        Path("/run/sshd").mkdir(exist_ok=True)
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.delenv("SSH_AUTH_SOCK", raising=False)
-    try:
-        _wait_for(port, process)
+    with _serving([program, "-D", "-f", str(config), "-E", f"{tmp_path}/sshd.log"], port):
         yield tmp_path, port
-    finally:
-        process.terminate()
-        process.wait()
 
 
 @dataclass
 class Place:
-    """A place on a server behind ``proxy``: its URL through the proxy, and one that sees the same
-    files with no proxy between.
+    """A place on a server behind ``proxy``: its URL through the proxy, and for SFTP the folder
+    itself as ``direct``; for S3 both are one.
     """
 
     url: str
@@ -222,7 +217,7 @@ def place(request, monkeypatch, tmp_path) -> Iterator[Place]:
         bucket = request.getfixturevalue("s3")
         behind = urlsplit(os.environ["AWS_ENDPOINT_URL"])
         proxy = Proxy(behind.port or 0)
-        # The options of a URL come from the environment. So the direct way is an address of its own.
+        # The address of a store comes from the environment, so the direct way leads here, too.
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.own_port}")
         s3fs.S3FileSystem.clear_instance_cache()
         yield Place(f"{bucket}/{name}", f"{bucket}/{name}", proxy)
