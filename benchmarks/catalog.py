@@ -188,17 +188,22 @@ def main() -> None:
     parser.add_argument("--caches", type=int, default=10_000)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, help="JSON; a part that is not run keeps what is there")
     options = parser.parse_args()
-    found: dict[str, Any] = {"machine": machine(), "seed": options.seed}
+    found: dict[str, Any] = {}
+    if options.out and options.out.exists():
+        found = json.loads(options.out.read_text())
     with tempfile.TemporaryDirectory() as folder:
         if options.caches:
-            found["listing"] = list_many(Path(folder), options.caches)
+            found["listing"] = {**list_many(Path(folder), options.caches), "machine": machine()}
             print(json.dumps(found["listing"]), flush=True)
     with tempfile.TemporaryDirectory() as folder:
         if options.kills:
             random = np.random.default_rng(options.seed)
-            found["kills"] = kill_many(Path(folder), options.kills, random)
+            found["kills"] = {
+                **kill_many(Path(folder), options.kills, random),
+                "seed": options.seed,
+            }
     text = json.dumps(found, indent=2)
     print(text)
     if options.out:

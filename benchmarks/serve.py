@@ -170,6 +170,12 @@ def index_figures(count: int = 100_000, length: int = 256, common: int = 100) ->
     return found
 
 
+def in_a_process(option: str) -> Any:
+    """What this script prints with ``option``."""
+    command = [sys.executable, __file__, option]
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+
+
 def cache_figures(options: argparse.Namespace) -> dict[str, Any]:
     """A server of a cache by the synthetic teacher, asked for some minutes."""
     with tempfile.TemporaryDirectory() as folder, open(Path(folder) / "log", "wb") as log:
@@ -218,7 +224,7 @@ def main() -> None:
     texts = texts_of(model, options.sequences, options.length)
     found: dict[str, Any] = {
         "machine": machine(),
-        "index": index_figures(),
+        "index": in_a_process("--only-index"),  # its memory is that of a process without a model
         "load_average": [round(each, 1) for each in os.getloadavg()],
         **{name: getattr(options, name) for name in ("sequences", "length", "top_k", "clients")},
     }
