@@ -22,7 +22,7 @@ SHUFFLED = $(if $(ORDER),--random-order-bucket=module --random-order-seed=$(ORDE
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup teacher-cache train-student student-rounds test fuzz test-engines test-extras test-families lint bench bench-quality bench-gpu report docs clean
+.PHONY: help setup teacher-cache train-student student-rounds test fuzz test-engines test-extras test-families lint bench bench-quality bench-rounds bench-gpu report docs clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -88,6 +88,9 @@ bench: setup ## measure the cache format: size, fidelity, speed, memory (docs/fo
 
 bench-quality: setup ## what students learn from each store and loss (docs/quality.md); more than an hour, resumable
 	$(BIN)/python benchmarks/quality
+
+bench-rounds: setup ## ways to learn from what students write, at equal cost (docs/rounds.md); more than an hour, resumable
+	$(BIN)/python benchmarks/quality/on_policy.py
 
 bench-gpu: setup ## what is claimed of GPUs, on one NVIDIA GPU (docs/speed.md); under ten minutes, resumable (TINY=1 tries it on a CPU)
 	$(BIN)/python benchmarks/gpu.py $(if $(TINY),--tiny --out caches/bench-gpu/tiny.json)

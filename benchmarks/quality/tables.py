@@ -139,9 +139,7 @@ def _cheapest(arms: list[Row]) -> list[dict[str, Any]]:
 
 
 def update_page(results: dict[str, Any], page: Path) -> None:
-    """Puts the tables between the markers ``<!-- table NAME -->`` and ``<!-- end -->`` of the
-    page.
-    """
+    """Puts the tables into the page."""
     tables = {
         **{
             f"{kind} {start} {teacher}": table(results, kind, start, teacher)
@@ -157,6 +155,11 @@ def update_page(results: dict[str, Any], page: Path) -> None:
         "noise": _noise_table(results),
         "teachers": _teachers_table(results),
     }
+    fill(page, tables)
+
+
+def fill(page: Path, tables: dict[str, str]) -> None:
+    """Puts each table between the markers ``<!-- table NAME -->`` and ``<!-- end -->``."""
 
     def filled(match: re.Match[str]) -> str:
         return f"{match[1]}\n{tables[match[2]]}\n{match[3]}"

@@ -88,15 +88,15 @@ def native_sequences(tokenizer_json: Path, *, length: int, count: int) -> NDArra
     """int32[count, length]: the language reference in the tokenizer's own ids."""
     tokenizer = Tokenizer.from_file(str(tokenizer_json))
     documents = (
-        encoding.ids for encoding in tokenizer.encode_batch([text for _, text in _reference()])
+        encoding.ids for encoding in tokenizer.encode_batch([text for _, text in reference()])
     )
     return _pieces(documents, lambda token: [token], length, count).astype(np.int32)
 
 
 def _make(tokenizer_json: Path, size: TextSize) -> Text:
-    ours = [*_reference(), *(_standard_library() if size.docstrings else [])]
+    ours = [*reference(), *(standard_library() if size.docstrings else [])]
     ours.sort(key=lambda row: hashlib.sha256(row[0].encode()).digest())
-    theirs = [row for package in PACKAGES for row in _package(package)] if size.docstrings else []
+    theirs = [row for name in PACKAGES for row in package(name)] if size.docstrings else []
     tokenizer = Tokenizer.from_file(str(tokenizer_json))
     encoded = [encoding.ids for encoding in tokenizer.encode_batch([text for _, text in ours])]
     frequent = Counter(token for document in encoded for token in document)
@@ -177,16 +177,16 @@ def _chain(*sources: Iterator[list[int]]) -> Iterator[list[int]]:
         yield from source
 
 
-def _reference() -> Iterator[tuple[str, str]]:
+def reference() -> Iterator[tuple[str, str]]:
     for row in open_source(DataConfig(path="python-docs")):
         yield row.row_id, row.text
 
 
-def _standard_library() -> Iterator[tuple[str, str]]:
+def standard_library() -> Iterator[tuple[str, str]]:
     yield from _docstrings("stdlib", Path(sysconfig.get_path("stdlib")))
 
 
-def _package(name: str) -> Iterator[tuple[str, str]]:
+def package(name: str) -> Iterator[tuple[str, str]]:
     origin = importlib.util.find_spec(name)
     assert origin is not None
     assert origin.origin is not None
