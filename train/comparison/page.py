@@ -16,6 +16,7 @@ from logitcask.cache_format.pages.charts import (
     Series,
     Span,
     Spans,
+    nice_ticks,
     style_of_cloud,
 )
 from logitcask.cache_format.pages.page import render, write_page
@@ -249,6 +250,7 @@ def _cost_charts(runs: Sequence[tuple[int, Compared]], text: str) -> list[Points
                     axis,
                     "nats",
                     clouds,
+                    ticks=nice_ticks(0, max(values)),
                     zero=False,
                     x_name="run",
                     note="With the 95 % interval over held-out sequences.",
