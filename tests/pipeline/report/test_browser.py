@@ -463,6 +463,9 @@ def test_accessible_and_nothing_cut_off(opened, reader, tokenizer, width, scheme
         width,
     )
     assert outside == []
+    lists = "[...document.querySelectorAll('#sequences-of-note .scroll')]"
+    cut = f"{lists}.filter((each) => each.scrollWidth > each.clientWidth).length"
+    assert view.page.evaluate(cut) == 0
 
 
 def test_without_scripts_the_figures_are_there(chromium, reader, tokenizer, tmp_path):
