@@ -1,4 +1,5 @@
-"""Charts of a page: numbers of line charts, histograms, bars, spans and stacks, placed on a plot.
+"""Charts of a page: numbers of line charts, points, histograms, bars, spans and stacks, placed on a
+plot.
 
 ``charts.html.jinja`` draws them. The lines are SVG that stretches to any width; titles, ticks and
 legends are HTML text, so that they keep their size on a phone. Series differ in dashes as well as
@@ -8,13 +9,18 @@ in colours. Each chart has its values as a table.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, NamedTuple
 
-STYLES = 12
-"""Lines that a chart can tell apart: six colours, two dashes each."""
+COLOURS = 6
+"""Colours, and as many shapes of points."""
+
+STYLES = 2 * COLOURS
+"""Series that a chart can tell apart: lines of six colours with two dashes each, or points of six
+colours and shapes, full and hollow.
+"""
 
 SIDE = 1000
 """Width and height of a plot in units of its SVG."""
@@ -61,37 +67,41 @@ def nice_ticks(low: float, high: float, most: int = 6) -> list[float]:
 
 
 @dataclass(frozen=True)
-class LineChart:
-    """Lines over one x axis.
+class _Plane:
+    """A chart with an x axis and a y axis, both of numbers.
 
     ticks: values of x that have a mark; None chooses them.
     log:   whether x is logarithmic; it needs ``ticks``.
     zero:  whether the y axis begins at 0.
     unit:  of y; y_label names it in words.
-    dots:  whether the points are marked: for series of few or single points.
     """
 
     title: str
     x_label: str
     y_label: str
-    series: Sequence[Series]
+    series: Sequence[object]
     ticks: Sequence[float] | None = None
     log: bool = False
     zero: bool = True
     unit: Unit = ""
     note: str = ""
-    dots: bool = False
 
-    kind = "line"
+    def _xs(self) -> Iterator[float]:
+        """All values of x."""
+        raise NotImplementedError
+
+    def _ys(self) -> Iterator[float]:
+        """All values of y."""
+        raise NotImplementedError
 
     @cached_property
     def _y_ticks(self) -> list[float]:
-        values = [y for each in self.series for y in each.y if math.isfinite(y)] or [0.0]
+        values = [y for y in self._ys() if math.isfinite(y)] or [0.0]
         return nice_ticks(min(0.0, *values) if self.zero else min(values), max(values))
 
     @cached_property
     def _x_range(self) -> tuple[float, float]:
-        values = [x for each in self.series for x in each.x] or [0.0]
+        values = [*self._xs()] or [0.0]
         values += self.ticks or []
         low, high = min(values), max(values)
         return low, high if high > low else low + 1
@@ -118,6 +128,25 @@ class LineChart:
             Tick(100 * self._y(each), number(each, self.unit).replace(".0 %", " %"))
             for each in self._y_ticks
         ]
+
+
+@dataclass(frozen=True)
+class LineChart(_Plane):
+    """Lines over one x axis.
+
+    dots: whether the points are marked: for series of few or single points.
+    """
+
+    series: Sequence[Series]
+    dots: bool = False
+
+    kind = "line"
+
+    def _xs(self) -> Iterator[float]:
+        return (x for each in self.series for x in each.x)
+
+    def _ys(self) -> Iterator[float]:
+        return (y for each in self.series for y in each.y)
 
     def paths(self) -> list[str]:
         """The SVG path of each series, in units of ``SIDE``."""
@@ -169,6 +198,135 @@ class LineChart:
             if len(each.y)
         ]
         return f"{self.title}, {self.y_label} against {self.x_label}: {'; '.join(found)}"
+
+
+class Point(NamedTuple):
+    """A value between ``low`` and ``high`` (None: no interval) at a place of the x axis, with its name."""
+
+    label: str
+    x: float
+    y: float
+    low: float | None = None
+    high: float | None = None
+
+
+class Mark(NamedTuple):
+    """A point on the plot: its place in percent of both axes, and in words. below: it is at the lower
+    edge, and its value is below.
+    """
+
+    left: float
+    bottom: float
+    words: str
+    below: bool
+
+
+class Cloud(NamedTuple):
+    """Points of one kind. Points of a colour differ from those of another one in their shape, too.
+
+    colour, shape: numbers below ``COLOURS``.
+    """
+
+    label: str
+    points: Sequence[Point]
+    colour: int
+    shape: int
+    hollow: bool = False
+
+
+def style_of_cloud(number: int) -> tuple[int, int, bool]:
+    """Colour, shape and hollowness of the series of this number, in the colour of its line."""
+    return number % COLOURS, number % COLOURS, number % STYLES >= COLOURS
+
+
+@dataclass(frozen=True)
+class Points(_Plane):
+    """Points with vertical intervals.
+
+    x_name: what the points are, for the table.
+    floor:  lowest value of y on the plot; a point below it is drawn there, and marked.
+    guides: values of y with a line.
+    """
+
+    series: Sequence[Cloud]
+    x_name: str = ""
+    floor: float | None = None
+    guides: Sequence[float] = ()
+
+    kind = "points"
+
+    def _xs(self) -> Iterator[float]:
+        return (point.x for each in self.series for point in each.points)
+
+    def _ys(self) -> Iterator[float]:
+        for each in self.series:
+            for point in each.points:
+                for value in (point.y, point.low, point.high):
+                    if value is not None:
+                        yield self._shown(value)
+        yield from self.guides
+
+    def _shown(self, value: float) -> float:
+        return value if self.floor is None else max(value, self.floor)
+
+    def marks(self) -> list[list[Mark]]:
+        """The marks of each series; a point that is not finite has none."""
+        return [
+            [
+                Mark(
+                    100 * self._x(point.x),
+                    100 * self._y(self._shown(point.y)),
+                    f"{point.label}: {number(point.y, self.unit)}",
+                    self._shown(point.y) != point.y,
+                )
+                for point in each.points
+                if math.isfinite(point.y)
+            ]
+            for each in self.series
+        ]
+
+    def intervals(self) -> list[str]:
+        """The SVG path of the intervals of each series, in units of ``SIDE``."""
+        return ["".join(map(self._interval, each.points)) for each in self.series]
+
+    def _interval(self, point: Point) -> str:
+        if point.low is None or point.high is None:
+            return ""
+        x = SIDE * self._x(point.x)
+        low, high = (SIDE * (1 - self._y(self._shown(end))) for end in (point.low, point.high))
+        return f"M{x:.1f} {low:.1f}L{x:.1f} {high:.1f}"
+
+    def legend(self) -> list[Cloud]:
+        """The first series of each label."""
+        found: dict[str, Cloud] = {}
+        for each in self.series:
+            found.setdefault(each.label, each)
+        return [*found.values()]
+
+    def guide_places(self) -> list[float]:
+        """Percent of the y axis."""
+        return [100 * self._y(each) for each in self.guides]
+
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        """Header and rows of the values, in the order of the points."""
+        rows = [
+            [
+                point.label,
+                number(point.x),
+                number(point.y, self.unit),
+                ""
+                if point.low is None or point.high is None
+                else f"{number(point.low, self.unit)} to {number(point.high, self.unit)}",
+            ]
+            for each in self.series
+            for point in each.points
+        ]
+        return [self.x_name, self.x_label, self.y_label, "interval"], rows
+
+    def summary(self) -> str:
+        """The chart in a sentence, for those who do not see it."""
+        found = [f"{len(each.points)} of {each.label}" for each in self.series]
+        return f"{self.title}, {self.y_label} against {self.x_label}; points: {', '.join(found)}"
 
 
 @dataclass(frozen=True)
@@ -325,4 +483,4 @@ class Stacks:
         return [self.x_label, *self.parts, "sum"], rows
 
 
-Chart = LineChart | Histogram | Bars | Spans | Stacks
+Chart = LineChart | Points | Histogram | Bars | Spans | Stacks

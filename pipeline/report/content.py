@@ -73,6 +73,7 @@ def content(reader: CacheReader, figures: Figures, smaller: dict[int, float]) ->
         "path": reader.path,
         "manifest": manifest,
         "figures": figures,
+        "tokens": plural(totals.tokens, "token"),
         "whole": figures.sequences == totals.sequences,
         "cards": _cards(manifest, figures),
         "size": _size(reader),
@@ -98,17 +99,22 @@ def _cards(manifest: Manifest, figures: Figures) -> list[tuple[str, str, str]]:
     """Name, value and explanation."""
     totals = manifest.statistics
     return [
-        ("tokens", f"{totals.tokens:,}", f"in {totals.sequences:,} sequences"),
+        ("tokens", f"{totals.tokens:,}", f"in {plural(totals.sequences, 'sequence')}"),
         ("predicted", f"{totals.positions:,}", "kept positions"),
-        ("size", _bytes(totals.bytes), f"{totals.bytes_per_token:.1f} bytes per token"),
+        ("size", _bytes(totals.bytes), f"{totals.bytes_per_token:,.1f} bytes per token"),
         ("teacher's loss", _two_digits(totals.teacher_ce), "nats per token"),
         (
             "mass in the heads",
             number(_value(totals.head_mass), "%"),
-            f"{_value(totals.mean_head_size):.1f} ids each",
+            "–" if totals.mean_head_size is None else f"{totals.mean_head_size:.1f} ids each",
         ),
         ("draws", _two_digits(totals.mean_draws), "per position, from the other ids"),
     ]
+
+
+def plural(count: int, noun: str) -> str:
+    """A number of things, such as ``1 token`` and ``1,234 tokens``."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def _two_digits(mean: float | None) -> str:

@@ -42,6 +42,18 @@ function escaped(letter) {
   return code < 0x100 ? `\\x${hex.padStart(2, "0")}` : code < 0x10000 ? `\\u${hex.padStart(4, "0")}` : `\\U${hex.padStart(8, "0")}`;
 }
 
+const RIGHT_TO_LEFT = /[\p{Script=Hebrew}\p{Script=Arabic}\p{Script=Syriac}\p{Script=Thaana}\p{Script=Nko}]/u;
+
+// The direction of a text by its first letter. Tokens that are signs of a template, such as <s>, do
+// not count: they begin texts of all scripts.
+function direction(texts) {
+  for (const text of texts) {
+    const letter = /^(?:<.*>|\[.*\])$/.test(text) ? null : /\p{L}/u.exec(text);
+    if (letter) return RIGHT_TO_LEFT.test(letter[0]) ? "rtl" : "ltr";
+  }
+  return "ltr";
+}
+
 const isMark = (text) => /^\p{M}/u.test(text);
 
 // A text in one line: spaces as dots, hidden characters as escapes.
@@ -200,6 +212,7 @@ class Reader {
     this.chosen = -1;
     this.blocks = [];
     this.hit = null;        // [first, last] token of the hit on the screen
+    this.pointed = null;    // the token below the mouse
     this.watcher = new IntersectionObserver((entries) => {
       for (const { target, isIntersecting } of entries) {
         if (isIntersecting) this.fill(target); else this.empty(target);
@@ -209,11 +222,14 @@ class Reader {
       const token = target.closest(".t");
       if (token) this.choose(Number(token.dataset.i), { focus: true });
     });
-    this.pane.addEventListener("pointerover", ({ target, pointerType }) => {
+    // Not pointerover: text that is scrolled below a still pointer, as by a search, has one, too.
+    this.pane.addEventListener("pointermove", ({ target, pointerType }) => {
       const token = target.closest(".t");
-      if (token && pointerType === "mouse") this.describe(Number(token.dataset.i));
+      if (token === this.pointed || pointerType !== "mouse") return;
+      this.pointed = token;
+      if (token) this.describe(Number(token.dataset.i));
     });
-    this.pane.addEventListener("pointerleave", () => { if (this.chosen >= 0) this.describe(this.chosen); });
+    this.pane.addEventListener("pointerleave", () => { this.pointed = null; if (this.chosen >= 0) this.describe(this.chosen); });
     this.pane.addEventListener("keydown", (event) => this.key(event));
     this.pane.addEventListener("focus", () => { if (this.shown) this.choose(Math.max(0, this.chosen), { focus: true }); });
     addEventListener("beforeprint", () => this.blocks.slice(0, 200).forEach((block) => this.fill(block)));
@@ -264,7 +280,9 @@ class Reader {
       letters += text.length;
       if (ends) { lines += Math.ceil(letters / perLine); letters = 0; }
       if ((ends && size >= BLOCK.least) || size >= BLOCK.most || i + 1 === this.tokens.length) {
-        const block = make("div", { className: "block", role: "presentation", dir: "auto" });
+        const texts = Array.from(this.tokens.subarray(begin, i + 1), (id) => this.view.textOf(id));
+        const dir = direction(texts.filter((each) => typeof each === "string"));
+        const block = make("div", { className: "block", role: "presentation", dir });
         Object.assign(block, { begin, end: i + 1, full: false });
         block.style.minHeight = `${1.9 * (lines + Math.ceil(letters / perLine))}rem`;
         this.pane.append(block);

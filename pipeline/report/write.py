@@ -157,6 +157,7 @@ def write_report(
             styles=[HERE / "token_view.css"],
             scripts=[PAGES / "packed.js", HERE / "token_view.js"],
             view=view,
+            chosen=None if options.sequences is None else len(options.sequences),
             student=None if readings is None else readings.of,
             kl_words=_KL_WORDS,
             **content(reader, figures, _smaller(reader, sized)),

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -103,6 +104,17 @@ def test_it_goes_on_where_it_stopped_and_comes_to_tables(
     assert scratch["strong", "half default"]["recovered"]["mean"] == pytest.approx(
         np.mean(shares), abs=1e-4
     )
+    plot = ElementTree.parse(study.folder / "quality.svg")
+    marks = [each for each in plot.iter() if each.get("class") == "point"]
+    drawn = {
+        (row["teacher"], row["name"]): row["recovered"]["mean"]
+        for row in results["arms"]
+        if row["group"] == "bytes" and row["start"] == "scratch" and row["recovered"]
+        if row["source"] != "full logits"
+    }
+    said = {each[0].text for each in marks}
+    assert said == {f"{name}: {100 * mean:.1f} %" for (_, name), mean in drawn.items()}
+    assert len(marks) == len(drawn)
     page = tmp_path / "page.md"
     page.write_text(
         "before\n<!-- table bytes scratch strong -->\nold\n<!-- end -->\nbetween\n<!-- table losses -->\n<!-- end -->\nafter\n"

@@ -7,7 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from logitcask.cache_format.export.token_text import printable
-from logitcask.cache_format.pages.charts import STYLES, LineChart, Series, Span, Spans
+from logitcask.cache_format.pages.charts import (
+    STYLES,
+    Cloud,
+    LineChart,
+    Point,
+    Points,
+    Series,
+    Span,
+    Spans,
+    nice_ticks,
+    style_of_cloud,
+)
 from logitcask.cache_format.pages.page import render, write_page
 from logitcask.train.comparison.compare import Compared, Comparison, value_text, verdict
 from logitcask.train.comparison.runs import Run
@@ -26,6 +37,11 @@ _COSTS: list[tuple[str, str, Callable[[Compared], str]]] = [
     ("Cache", "bytes in all", lambda each: f"{each['bytes']:,}"),
     ("Student", "parameters", lambda each: f"{each['parameters']:,}"),
 ]
+_COST_AXES: list[tuple[str, str, Callable[[Compared], float]]] = [
+    ("bytes", "bytes per token of the cache", lambda each: each["bytes_per_token"]),
+    ("training time", "seconds of training", lambda each: each["seconds"]),
+]
+"""Cost in a title, its axis, its value."""
 _Numbered = tuple[int, Run]
 _CURVES = ("kl", "ce", "top1_agreement", "mor", "ece")
 
@@ -53,6 +69,14 @@ def write_comparison(out: Path, runs: Sequence[Run], found: Comparison) -> int:
                 "rows": _rows([each for _, each in group]),
                 "charts": _held_out_charts(
                     [each for each in charted if any(each[1] is run for run, _ in group)],
+                    f" (text {number})" if number > 1 else "",
+                ),
+                "costs": _cost_charts(
+                    [
+                        (n, each)
+                        for n, each in enumerate(found["runs"][:STYLES])
+                        if each["judged_on"] == number - 1
+                    ],
                     f" (text {number})" if number > 1 else "",
                 ),
             }
@@ -201,6 +225,38 @@ def _kl_by_seconds(run: Run) -> tuple[list[float], list[float]]:
         if step in times
     ]
     return [x for x, _ in found], [y for _, y in found]
+
+
+def _cost_charts(runs: Sequence[tuple[int, Compared]], text: str) -> list[Points]:
+    """Quality beside what it costs: KL and cross-entropy after training against the cache's bytes per
+    token and the seconds of training. A cost that all runs share, nearly, has no chart.
+    """
+    charts = []
+    for cost, axis, of in _COST_AXES:
+        values = [of(each) for _, each in runs]
+        if len(values) < 2 or max(values) <= 1.01 * min(values):
+            continue
+        for name in ("kl", "ce"):
+            clouds = [
+                Cloud(label, [point], *style_of_cloud(number))
+                for number, run in runs
+                if name in run["metrics"]
+                for label, figure in [(printable(run["run"]), run["metrics"][name])]
+                for point in [Point(label, of(run), figure["mean"], figure["low"], figure["high"])]
+            ]
+            charts.append(
+                Points(
+                    f"{metric_title(name)} against {cost}{text}",
+                    axis,
+                    "nats",
+                    clouds,
+                    ticks=nice_ticks(0, max(values)),
+                    zero=False,
+                    x_name="run",
+                    note="With the 95 % interval over held-out sequences.",
+                )
+            )
+    return charts
 
 
 def _training_charts(runs: Sequence[_Numbered]) -> list[LineChart]:

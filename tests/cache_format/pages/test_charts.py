@@ -12,8 +12,11 @@ from logitcask.cache_format.pages.charts import (
     SIDE,
     Bar,
     Bars,
+    Cloud,
     Histogram,
     LineChart,
+    Point,
+    Points,
     Series,
     Span,
     Spans,
@@ -21,6 +24,7 @@ from logitcask.cache_format.pages.charts import (
     Stacks,
     nice_ticks,
     number,
+    style_of_cloud,
 )
 from logitcask.cache_format.pages.page import HERE, environment
 
@@ -170,3 +174,75 @@ def test_stacks():
     ]  # fmt: skip
     assert html.count("&lt;b&gt;") == 2
     assert html.count("<tr>") == 2 + 3
+
+
+def test_points_and_intervals_are_where_their_values_are():
+    """With a logarithmic axis, a floor and a guide; below the floor a point is at the edge."""
+    clouds = [
+        Cloud("a", [Point("p", 4, 0.5, 0.25, 1.25), Point("<q>", 1, -3.0, -4.0, 0.0)], 0, 3),
+        Cloud("b", [Point("r", 16, 1.0), Point("s", 16, math.nan)], 5, 1, True),
+        Cloud("a", [Point("t", 2, 0.0, 0.0, 0.0)], 0, 3, True),
+    ]
+    chart = Points(
+        "T", "x", "share", clouds, [1, 4, 16], log=True, zero=False, unit="%", x_name="store",
+        floor=-0.5, guides=[1.0],
+    )  # fmt: skip
+    assert [each.text for each in chart.y_ticks()] == ["-50 %", "0 %", "50 %", "100 %", "150 %"]
+
+    def x(value):
+        return 100 * math.log(value) / math.log(16)
+
+    def y(value):
+        return 100 * (value + 0.5) / 2
+
+    marks = chart.marks()
+    assert [(each.left, each.bottom) for each in marks[0]] == [
+        pytest.approx((x(4), y(0.5))), pytest.approx((0, 0)),
+    ]  # fmt: skip
+    assert [each.below for each in marks[0]] == [False, True]
+    assert [(each.left, each.bottom) for each in marks[1]] == [pytest.approx((100, y(1.0)))]
+    p, q = re.findall(r"M([\d.]+) ([\d.]+)L([\d.]+) ([\d.]+)", chart.intervals()[0])
+    assert [*map(float, p)] == pytest.approx(
+        [10 * x(4), SIDE - 10 * y(0.25), 10 * x(4), SIDE - 10 * y(1.25)], abs=0.06
+    )
+    assert [*map(float, q)] == pytest.approx([0, SIDE, 0, SIDE - 10 * y(0.0)], abs=0.06)
+    assert chart.intervals()[1] == ""
+    assert chart.guide_places() == pytest.approx([y(1.0)])
+    assert chart.legend() == clouds[:2]
+    assert chart.table() == (
+        ["store", "x", "share", "interval"],
+        [
+            ["p", "4", "50.0 %", "25.0 % to 125.0 %"],
+            ["<q>", "1", "-300.0 %", "-400.0 % to 0.0 %"],
+            ["r", "16", "100.0 %", ""],
+            ["s", "16", "–", ""],
+            ["t", "2", "0.0 %", "0.0 % to 0.0 %"],
+        ],
+    )
+    assert chart.summary() == "T, share against x; points: 2 of a, 2 of b, 1 of a"
+    drawn = environment(HERE).from_string(
+        '{% from "charts.html.jinja" import draw %}{{ draw(chart) }}'
+    )
+    html = drawn.render(chart=chart)
+    places = re.findall(r'class="point"[^>]*style="left:([\d.]+)%;bottom:([\d.]+)%', html)
+    assert [tuple(map(float, each)) for each in places] == [
+        pytest.approx((each.left, each.bottom), abs=0.006) for group in marks for each in group
+    ]
+    assert "<title>&lt;q&gt;: -300.0 %</title>" in html
+    assert html.count('class="below"') == 1
+    assert html.count('class="key-point"') == 2
+
+
+def test_points_of_different_series_look_different():
+    looks = [style_of_cloud(number) for number in range(12)]
+    assert len({*looks}) == 12
+    assert len({(colour, hollow) for colour, _, hollow in looks}) == 12
+    assert len({(shape, hollow) for _, shape, hollow in looks}) == 12
+
+
+def test_points_without_values_are_drawn():
+    chart = Points("T", "x", "y", [])
+    assert (chart.marks(), chart.intervals(), chart.table()[1]) == ([], [], [])
+    same = Points("T", "x", "y", [Cloud("a", [Point("p", 3, 2)], 0, 0)])
+    (mark,) = same.marks()[0]
+    assert (mark.left, mark.bottom) == (0, 100)

@@ -223,6 +223,35 @@ def test_pointing_shows_and_leaving_goes_back(opened, reader, tokenizer):
     assert view.chosen() == 1
 
 
+def test_text_from_right_to_left(opened, make_reader):
+    """Signs of a template do not count; the left arrow leads to the next token."""
+    texts = ["<s>", "[INST]", "שלום", " עולם", "\n", "a"]
+    view = opened(*make_reader(texts, {"a": [0, 1, 2, 3, 4, 5, 3], "b": [0, 5, 2, 3]}))
+    direction = "getComputedStyle(document.querySelector('.block')).direction"
+    assert view.page.evaluate(direction) == "rtl"
+    view.page.locator('.t[data-i="2"]').click()
+    view.page.keyboard.press("ArrowLeft")
+    assert view.chosen() == 3
+    place = "(i) => document.querySelector(`.t[data-i='${i}']`).getBoundingClientRect().left"
+    assert view.page.evaluate(place, 3) < view.page.evaluate(place, 2)
+    view.page.locator("#sequences button").nth(1).click()
+    view.wait_for("document.querySelector('#reading').textContent === 'b'")
+    assert view.page.evaluate(direction) == "ltr"
+
+
+def test_text_below_a_still_pointer_is_not_pointed_at(opened, reader, tokenizer):
+    """A search scrolls the text below the mouse, which browsers tell as pointerover."""
+    view = opened(reader, tokenizer)
+    view.page.locator('.t[data-i="1"]').click()
+    chosen = view.facts()["token"]
+    view.page.locator("#filter").hover()
+    tell = "(each, kind) => each.dispatchEvent(new PointerEvent(kind, { bubbles: true, pointerType: 'mouse' }))"
+    view.page.locator('.t[data-i="0"]').evaluate(tell, "pointerover")
+    assert view.facts()["token"] == chosen
+    view.page.locator('.t[data-i="0"]').evaluate(tell, "pointermove")
+    assert view.facts()["token"] != chosen
+
+
 def test_tapping(opened, reader, tokenizer):
     view = opened(reader, tokenizer, width=390, has_touch=True)
     view.page.locator('.t[data-i="1"]').tap()
@@ -434,6 +463,9 @@ def test_accessible_and_nothing_cut_off(opened, reader, tokenizer, width, scheme
         width,
     )
     assert outside == []
+    lists = "[...document.querySelectorAll('#sequences-of-note .scroll')]"
+    cut = f"{lists}.filter((each) => each.scrollWidth > each.clientWidth).length"
+    assert view.page.evaluate(cut) == 0
 
 
 def test_without_scripts_the_figures_are_there(chromium, reader, tokenizer, tmp_path):

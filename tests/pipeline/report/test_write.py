@@ -199,6 +199,17 @@ def test_chosen_sequences(reader, tokenizer, out):
     assert report.view_sequences == 3
     assert report.view_tokens == sum(len(reader[index]) for index in (3, 5, 7))
     assert report.sequences == 40
+    said = page_text(out)
+    assert f"Here are 3 of 40 sequences ({report.view_tokens:,} tokens), as chosen." in said
+    assert "a random sample" not in said
+    least = min(len(reader[index]) for index in (3, 5, 7))
+    one = ReportOptions(sequences=range(3, 9, 2), tokens=least)
+    report = write_report(reader, out, one, tokenizer)
+    assert report.view_sequences == 1
+    assert (
+        f"Here are 1 of 40 sequences ({report.view_tokens:,} tokens), as chosen; "
+        "2 more of the chosen ones would be more tokens than --tokens allows." in page_text(out)
+    )
     with pytest.raises(UserError, match="has sequences 0 to 39; --sequences chooses none of them"):
         write_report(reader, out, ReportOptions(sequences=range(0)), tokenizer)
 
@@ -222,6 +233,17 @@ def test_an_empty_cache(make_reader, out):
     report = write_report(reader, out, ReportOptions(), tokenizer)
     assert (report.sequences, report.tokens, report.view_sequences) == (0, 0, 0)
     assert "tokens 0 in 0 sequences" in page_text(out)
+
+
+def test_a_cache_of_one_token(make_reader, out):
+    """Nothing is predicted: means are dashes, and one is not plural."""
+    reader, tokenizer = make_reader(["<s>"], {"a": [0]})
+    write_report(reader, out, ReportOptions(), tokenizer)
+    said = page_text(out)
+    assert "for 1 token of texts" in said
+    assert "tokens 1 in 1 sequence size" in said.replace("predicted 0 kept positions ", "")
+    assert "mass in the heads – – draws –" in said
+    assert not re.search(r"\bnan\b", said)
 
 
 def test_no_file_of_somebody_else_is_replaced(reader, out):

@@ -128,6 +128,33 @@ def test_spans_are_where_their_numbers_are(page, make_run):
         assert float(left) + float(width) == pytest.approx(place(each["high"]), abs=0.02)
 
 
+def test_quality_against_costs(page, make_run):
+    """Points with the intervals of the table, of costs that differ."""
+    cache = {"path": "c", "fingerprint": "d" * 64, "source": "s", "tokens": 10}
+    folders = [
+        make_run("a"),
+        make_run("b", level=0.5, cache={**cache, "bytes_per_token": 13.25}),
+        make_run("c", reference="q" * 64, seconds=99.0),
+    ]
+    html, found = page(folders)
+    metrics = section(html, "metrics")
+    for name, title in (("kl", "KL to the teacher"), ("ce", "Cross-entropy on the text")):
+        header, *rows = figure(metrics, f"{title} against bytes")
+        assert header == ["run", "bytes per token of the cache", "nats", "interval"]
+        expected = []
+        for label, size, run in zip("ab", ("40.5", "13.2"), found["runs"][:2], strict=True):
+            each = run["metrics"][name]
+            interval = f"{each['low']:.3g} to {each['high']:.3g}"
+            expected.append([label, size, f"{each['mean']:.3g}", interval])
+        assert rows == expected
+    # One run alone has nothing beside it, and equal costs tell nothing.
+    assert "(text 2)" not in metrics
+    assert "against training time" not in metrics
+    html, _ = page([make_run("d", seconds=5.0), make_run("e", seconds=7.0)])
+    assert figure(html, "KL to the teacher against training time")[1][:2] == ["d", "5"]
+    assert "against bytes" not in html
+
+
 def test_long_curves_are_thinned(page, make_run):
     log = [{"step": step, "loss": 1.0, "loss_forward_kl": step / 7, "learning_rate": 1.0} for step in range(1, 5001)]  # fmt: skip
     html, _ = page([make_run("a", log=log), make_run("b", log=log)])
