@@ -15,7 +15,10 @@ from logitcask.cache_format.shards.codec import Codec, ContentHash
 from logitcask.cache_format.shards.prior import TailPrior
 from logitcask.cache_format.shards.validation import validate
 
-ALL_KINDS = ["head", "ragged", "samples", "sample logprobs", "random sampling"]
+ALL_KINDS = [
+    *("head", "ragged", "samples", "sample logprobs", "random sampling"),
+    *("chosen ids", "chosen ids, draws"),
+]
 
 
 def round_trip(sequences, store, prior=None):
