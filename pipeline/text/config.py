@@ -105,8 +105,8 @@ class GenerateConfig(ConfigModel):
         ge=1,
         le=MAX_CHOSEN,
         description="Number of the writer's most probable ids at each token that it writes. The "
-        "teacher's logprobs of them are stored, too, so that a reverse KL has almost nothing left "
-        "to guess (docs/generate.md). Default: none.",
+        "teacher's logprobs of them are stored, too, for closer bounds of reverse KL and of other "
+        "losses (docs/generate.md). Default: none.",
     )
     splice: SpliceConfig | None = Field(
         None,

@@ -174,12 +174,12 @@ def test_derived_and_merged_caches_keep_them(tmp_path: Path) -> None:
     assert len(both) == 6
 
 
-def test_ids_that_the_teacher_lacks_or_never_predicts() -> None:
+def test_ids_that_the_teacher_lacks_or_never_predicts(tmp_path: Path) -> None:
     """They are left out, and the others move up."""
     ids = np.array([[7, 90, 3], [91, 90, 1]], np.int32)
     assert generation._below(ids, 90).tolist() == [[7, 3, -1], [1, -1, -1]]
     teacher = model_of(1)
-    config = small(synthetic(Path("."), writer_top_k=2))
+    config = small(synthetic(tmp_path, writer_top_k=2))
     sequence = Sequence(
         "s", np.array([1, 2, 3], np.int32), np.array([False, True, True]), np.zeros(2, np.float32)
     )

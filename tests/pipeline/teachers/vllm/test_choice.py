@@ -1,9 +1,11 @@
 """Ids of our choice in vLLM: the contract of ``prompt_logprob_token_ids``, on a fake engine that
-keeps it. No vLLM here runs it: only model runner V2 does, on GPUs.
+keeps it, and on a real one where there is a GPU: only model runner V2 scores them.
 """
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +13,9 @@ import numpy as np
 import pytest
 
 from logitcask.cache_format.errors import UserError
+from logitcask.pipeline.config import TeacherConfig
 from logitcask.pipeline.distribution.capture import Capture
+from logitcask.pipeline.teachers.model import resolve_model
 from logitcask.pipeline.teachers.rows import ColumnRequest
 from logitcask.pipeline.teachers.vllm import choice, engine
 from logitcask.pipeline.teachers.vllm.engine import VllmTeacher
@@ -118,16 +122,17 @@ def teacher() -> VllmTeacher:
     return found
 
 
-def sequences(rng: np.random.Generator) -> list[Sequence]:
+def sequences(rng: np.random.Generator, vocab_size: int = VOCAB) -> list[Sequence]:
     made = []
     for number in range(9):
         n = int(rng.integers(2, 20))
         mask = rng.random(n) < 0.6
         mask[0], mask[-1] = False, True
-        ids = np.argsort(rng.random((int(mask.sum()), VOCAB)), axis=1)[:, :CHOSEN].astype(np.int32)
+        ids = np.argsort(rng.random((int(mask.sum()), vocab_size)), axis=1)[:, :CHOSEN]
+        ids = ids.astype(np.int32)
         ids[::3, -1] = -1
         made.append(
-            Sequence(f"{number}", rng.integers(0, VOCAB, n).astype(np.int32), mask, None, ids)
+            Sequence(f"{number}", rng.integers(0, vocab_size, n).astype(np.int32), mask, None, ids)
         )
     return made
 
@@ -151,6 +156,30 @@ def test_each_sequence_gets_the_scores_of_its_own_ids(
         assert np.array_equal(scored.target_ids, sequence.input_ids[1:])
     assert not teacher._finished
     assert not teacher._chosen
+
+
+@pytest.mark.gpu
+def test_a_real_engine(rng: np.random.Generator, tiny_llama: Path) -> None:
+    """Against the whole distributions of transformers."""
+    if find_spec("vllm") is None or not pytest.importorskip("torch").cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU and vLLM")
+    from logitcask.pipeline.teachers.transformers import TransformersTeacher
+
+    config, model = (
+        TeacherConfig(model=str(tiny_llama), dtype="float32"),
+        resolve_model(str(tiny_llama)),
+    )
+    options: dict[str, Any] = {"max_length": 32, "capture": Capture(top_k=8, chosen=CHOSEN)}
+    reference = TransformersTeacher(config, model, **options)
+    given = sequences(rng, reference.vocab_size)
+    expected = list(reference.score(given))
+    reference.close()
+    engine = VllmTeacher(config, model, **options)
+    try:
+        for found, right in zip(engine.score(given), expected, strict=True):
+            np.testing.assert_allclose(found.chosen_logprobs, right.chosen_logprobs, atol=1e-3)
+    finally:
+        engine.close()
 
 
 def test_the_check_at_the_start(teacher: VllmTeacher) -> None:
@@ -207,7 +236,7 @@ def test_the_writers_most_probable_ids() -> None:
 
 
 def test_this_vllm_is_asked_before_anything_is_written(
-    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The build stops in one line, without a tokenised text and without an engine."""
     from logitcask.pipeline.builder import inputs
