@@ -20,7 +20,7 @@ from logitcask.cache_format.errors import (
 )
 from logitcask.cache_format.manifest import Manifest
 from logitcask.cache_format.reader import CacheReader
-from logitcask.cache_format.sequence import CachedSequence, TailSamples
+from logitcask.cache_format.sequence import CachedSequence, ChosenIds, TailSamples
 from logitcask.cache_format.verify import verify
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ __all__ = [
     "CacheReader",
     "CacheWriter",
     "CachedSequence",
+    "ChosenIds",
     "ConfigError",
     "DamagedCacheError",
     "IncompleteCacheError",

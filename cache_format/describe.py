@@ -33,10 +33,13 @@ def describe_tail(manifest: Manifest) -> str:
     store, mean = manifest.store, manifest.statistics.mean_draws or 0.0
     if not store.tail_known:
         return "its mass is not known: the source held logits of the heads alone"
+    chosen = ""
+    if store.chosen_ids:
+        chosen = f"; the ids that the text's writer finds most probable, up to {store.chosen_ids}"
     if not store.tail_samples:
-        return "its mass; no samples"
+        return f"its mass; no samples{chosen}"
     sets = "" if store.sample_sets == 1 else f" in {store.sample_sets} sets"
-    return f"its mass, and {mean:.1f} {store.draws} draws on average{sets}, so that KL losses are unbiased"
+    return f"its mass, and {mean:.1f} {store.draws} draws on average{sets}, so that KL losses are unbiased{chosen}"
 
 
 _SHOWN_ELSEWHERE = ("sequences", "tokens", "kept_positions")

@@ -21,9 +21,11 @@ from pydantic import (
 
 from logitcask.cache_format.errors import CacheError, DamagedCacheError, UnsupportedCacheError
 from logitcask.cache_format.schema import (
+    CHOSEN_IDS,
     FORMAT,
     FORMAT_VERSION,
     KNOWN_FEATURES,
+    MAX_CHOSEN,
     MAX_DRAWS,
     MAX_VOCAB_SIZE,
     SCALAR_STEP,
@@ -191,6 +193,13 @@ class StoreSettings(_Part):
         False,
         description="Whether the logprobs of the text's writer are stored; absent if not.",
     )
+    chosen_ids: int = Field(
+        0,
+        ge=0,
+        le=MAX_CHOSEN,
+        description="Ids at most that the text's writer finds the most probable at a position, with "
+        "the teacher's logprobs; absent if 0.",
+    )
     unknown: tuple[Literal["tail", "targets", "ranks"], ...] = Field(
         (),
         description="Values that the source of the cache did not hold. tail: the mass outside the heads; targets: "
@@ -199,11 +208,11 @@ class StoreSettings(_Part):
 
     @model_serializer(mode="wrap")
     def _without_absent(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without ``writer_logprobs`` and ``unknown`` if they are false and empty, as versions
-        before them wrote and hashed it.
+        """Without ``writer_logprobs``, ``chosen_ids`` and ``unknown`` if they are false, 0 and
+        empty, as versions before them wrote and hashed it.
         """
         fields: dict[str, Any] = serialise(self)
-        for name in ("writer_logprobs", "unknown"):
+        for name in ("writer_logprobs", "chosen_ids", "unknown"):
             if not getattr(self, name):
                 fields.pop(name, None)
         return fields
@@ -218,6 +227,8 @@ class StoreSettings(_Part):
             raise ValueError(f"top_k is {self.top_k}, the vocabulary has {self.vocab_size} ids")
         if self.sample_logprobs and self.tail_samples == 0:
             raise ValueError("sample_logprobs is set, but tail_samples is 0")
+        if self.chosen_ids and self.unknown:
+            raise ValueError("chosen_ids are stored beside known values alone; unknown has some")
         if "tail" in self.unknown and (
             self.tail_samples or self.entropy or self.min_probability or (self.top_p or 1) < 1
         ):
@@ -244,7 +255,11 @@ class StoreSettings(_Part):
     @property
     def features(self) -> tuple[str, ...]:
         """The ``required_features`` of a cache with these settings."""
-        stored = {WRITER_LOGPROBS: self.writer_logprobs, UNKNOWN_VALUES: self.unknown}
+        stored = {
+            WRITER_LOGPROBS: self.writer_logprobs,
+            CHOSEN_IDS: self.chosen_ids,
+            UNKNOWN_VALUES: self.unknown,
+        }
         return tuple(name for name, needed in stored.items() if needed)
 
     @property
@@ -383,9 +398,10 @@ class Header(_Part):
     @model_validator(mode="after")
     def _spliced_tokens_are_not_the_writers(self) -> Self:
         generation = self.data.generation
-        if self.store.writer_logprobs and generation is not None and generation.splice is not None:
+        of_writer = self.store.writer_logprobs or self.store.chosen_ids
+        if of_writer and generation is not None and generation.splice is not None:
             raise ValueError(
-                "writer_logprobs is set, but the text has a splice: tokens of the teacher, of which the writer has no logprobs"
+                "writer_logprobs or chosen_ids is set, but the text has a splice: tokens of the teacher, of which the writer knows nothing"
             )
         return self
 

@@ -12,12 +12,17 @@ UNKNOWN_VALUES = "unknown_values"
 WRITER_LOGPROBS = "writer_logprobs"
 """The feature of caches with the column ``writer_logprob``."""
 
-KNOWN_FEATURES: frozenset[str] = frozenset({UNKNOWN_VALUES, WRITER_LOGPROBS})
+CHOSEN_IDS = "chosen_ids"
+"""The feature of caches with the columns ``chosen_*``."""
+
+KNOWN_FEATURES: frozenset[str] = frozenset({UNKNOWN_VALUES, WRITER_LOGPROBS, CHOSEN_IDS})
 """Names in a manifest's ``required_features`` that this package can read."""
 
 MAX_VOCAB_SIZE = 1 << 24
 MAX_DRAWS = 255
 """Tail samples in one set of one position."""
+MAX_CHOSEN = 255
+"""Chosen ids of one position."""
 
 SCALAR_STEP = 2.0**-8
 """Grid of target logprobs, tail logprobs and entropies, nats."""
@@ -69,6 +74,7 @@ def shard_schema(
     samples: bool = False,
     sample_logprobs: bool = False,
     writer_logprobs: bool = False,
+    chosen_ids: bool = False,
 ) -> pa.Schema:
     """Arrow schema of every shard of a cache with ``vocab_size`` ids and these optional columns."""
 
@@ -108,4 +114,12 @@ def shard_schema(
         fields += steps("sample_step")
     if writer_logprobs:
         fields.append(lists("writer_logprob", pa.float32()))
+    if chosen_ids:
+        fields += [
+            lists("chosen_size", pa.int32()),
+            lists("chosen_head_size", pa.int32()),
+            *steps("chosen_head"),
+            *id_planes("chosen_gap"),
+            *steps("chosen_step"),
+        ]
     return pa.schema(fields)

@@ -28,6 +28,48 @@ class TailSamples:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class ChosenIds:
+    """Ids that another model than the teacher, such as the writer of the text, finds the most
+    probable at each position, and the teacher's logprobs of them. Some may be in the head.
+
+    ids:      int32[P, C], no id twice at a position, padded at the end with -1.
+    logprobs: float32[P, C], nats, padded with -inf.
+    """
+
+    ids: NDArray[np.int32]
+    logprobs: NDArray[np.float32]
+
+    def at(self, rows: slice | NDArray[np.integer]) -> ChosenIds:
+        """The chosen ids of some of the P positions."""
+        return ChosenIds(self.ids[rows], self.logprobs[rows])
+
+    def places_in(self, head: NDArray[np.int32]) -> NDArray[np.int32]:
+        """int32[P, C]: the place of each id in the position's head, int32[P, K]; -1 if it is not
+        there.
+        """
+        places = np.full(self.ids.shape, -1, np.int32)
+        # Column by column: a comparison of all ids at once would take P x C x K flags.
+        for column in range(self.ids.shape[1] if head.shape[1] else 0):
+            ids = self.ids[:, column]
+            match = head == ids[:, None]
+            found = match.any(axis=1) & (ids >= 0)
+            places[found, column] = match.argmax(axis=1)[found]
+        return places
+
+    def outside(self, head: NDArray[np.int32]) -> ChosenIds:
+        """Those of the ids that are not in the head, int32[P, K], as far to the left as possible."""
+        kept = (self.places_in(head) < 0) & (self.ids >= 0)
+        order = np.argsort(~kept, axis=1, kind="stable")
+        width = int(kept.sum(axis=1).max(initial=0))
+        ids = np.take_along_axis(np.where(kept, self.ids, -1), order, axis=1)
+        logprobs = np.where(kept, self.logprobs, np.float32(-np.inf))
+        return ChosenIds(
+            ids[:, :width].astype(np.int32),
+            np.take_along_axis(logprobs, order, axis=1)[:, :width].astype(np.float32),
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class CachedSequence:
     """One sequence and the teacher's sparse distribution at each of its P kept positions.
 
@@ -45,6 +87,7 @@ class CachedSequence:
     samples:        draws from the tail; None if there are none.
     writer_logprob: float32[P], the logprob of token i + 1 by the model that wrote the text, at
                     temperature 1; None if not stored.
+    chosen:         ids chosen by that model; None if not stored.
     """
 
     sequence_id: str
@@ -59,6 +102,7 @@ class CachedSequence:
     entropy: NDArray[np.float32] | None = None
     samples: TailSamples | None = None
     writer_logprob: NDArray[np.float32] | None = None
+    chosen: ChosenIds | None = None
 
     def __len__(self) -> int:
         """Tokens of the sequence."""
@@ -87,4 +131,5 @@ class CachedSequence:
             entropy=None if self.entropy is None else self.entropy[rows],
             samples=None if self.samples is None else self.samples.at(rows),
             writer_logprob=None if self.writer_logprob is None else self.writer_logprob[rows],
+            chosen=None if self.chosen is None else self.chosen.at(rows),
         )

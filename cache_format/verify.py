@@ -157,6 +157,8 @@ def _check_sequence(sequence: CachedSequence, store: StoreSettings, where: str) 
         )
     if sequence.samples is not None:
         _check_samples(sequence, store, require)
+    if sequence.chosen is not None:
+        _check_chosen(sequence, store, require)
 
 
 def _entropy_is_possible(
@@ -195,6 +197,25 @@ def _check_samples(
         require(
             bool((above <= 2 * store.rounding).all()),
             "a sample is more probable than the head's last entry",
+        )
+
+
+def _check_chosen(
+    sequence: CachedSequence, store: StoreSettings, require: Callable[[bool, str], None]
+) -> None:
+    assert sequence.chosen is not None
+    others = sequence.chosen.outside(sequence.ids).logprobs.astype(np.float64)
+    tail = np.exp(sequence.tail_logprob.astype(np.float64))
+    room = tail * (2 * store.rounding + store.scalar_step) + _FP32_SLACK
+    require(
+        bool((np.exp(others).sum(axis=1) <= tail + room).all()),
+        "chosen ids outside a head have more mass than its tail",
+    )
+    if others.shape[1] and sequence.logprobs.shape[1]:
+        last = np.where(sequence.ids >= 0, sequence.logprobs, 0).min(axis=1)
+        require(
+            bool((others.max(axis=1) - last <= 2 * store.rounding).all()),
+            "a chosen id outside a head is more probable than its last entry",
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, Self
 from urllib.parse import urlsplit
@@ -338,7 +339,9 @@ class StoreConfig(ConfigModel):
             seed=self.seed,
         )
 
-    def settings(self, vocab_size: int, *, writer_logprobs: bool = False) -> StoreSettings:
+    def settings(
+        self, vocab_size: int, *, writer_logprobs: bool = False, chosen_ids: int = 0
+    ) -> StoreSettings:
         """These settings in the manifest's form."""
         shared = self.model_dump(exclude={"shard_tokens", "compression_level"})
         return StoreSettings(
@@ -347,6 +350,7 @@ class StoreConfig(ConfigModel):
             capture_k=self.top_k,
             entropy=self.tail_samples > 0,
             writer_logprobs=writer_logprobs,
+            chosen_ids=chosen_ids,
         )
 
 
@@ -459,7 +463,18 @@ class BuildConfig(ConfigModel):
 
     def store_settings(self, vocab_size: int) -> StoreSettings:
         """The settings of the store in the manifest's form."""
-        return self.store.settings(vocab_size, writer_logprobs=self.writer_logprobs)
+        return self.store.settings(
+            vocab_size, writer_logprobs=self.writer_logprobs, chosen_ids=self.chosen_ids
+        )
+
+    @property
+    def chosen_ids(self) -> int:
+        """Number of the writer's most probable ids that the teacher scores at each position."""
+        return 0 if self.data.generate is None else self.data.generate.writer_top_k or 0
+
+    def capture(self) -> Capture:
+        """The values to request from the teacher."""
+        return replace(self.store.capture(), chosen=self.chosen_ids)
 
     @property
     def folder(self) -> Path:
@@ -481,6 +496,15 @@ class BuildConfig(ConfigModel):
         if self.teacher.route == "stock" and self.store.tail_samples:
             raise ValueError(
                 "teacher.route=stock merges equal ids, so it cannot carry draws; set store.tail_samples=0 or another route"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _a_backend_scores_ids_of_others(self) -> Self:
+        if self.chosen_ids and self.teacher.backend not in ("vllm", "transformers", "synthetic"):
+            raise ValueError(
+                f"data.generate.writer_top_k is {self.chosen_ids}, but a teacher.backend of {self.teacher.backend!r} scores no ids "
+                "that another model chooses; set teacher.backend to transformers, or to vllm on a GPU, or remove writer_top_k"
             )
         return self
 

@@ -27,12 +27,15 @@ class Sequence:
                  False, because no position predicts the first token.
     writer_logprob: float32[P], nats, of the targets of the kept positions, by the model that wrote
                  the text, if it is not the teacher; else None.
+    chosen_ids:  int32[P, C], at the kept positions, ids that this model finds the most probable,
+                 padded at the end with -1; None if they are not noted. The teacher scores them.
     """
 
     sequence_id: str
     input_ids: NDArray[np.int32]
     loss_mask: NDArray[np.bool_]
     writer_logprob: NDArray[np.float32] | None = None
+    chosen_ids: NDArray[np.int32] | None = None
 
     def positions(self) -> NDArray[np.int32]:
         """int32[P]: the kept positions, ascending: every ``i`` with token ``i + 1`` in the loss
@@ -56,6 +59,8 @@ class Scored:
     draws:            n-1 rows, in numpy: the head's size, the draws from the tail, the entropy.
     positions:        None, or int32[R], ascending: the rows present, if only some are.
                       ``target_ids`` has n - 1 entries in either case.
+    chosen_logprobs:  None, or float32[P, C], nats, of the sequence's ``chosen_ids``, at its kept
+                      positions; -inf for padding.
     """
 
     ids: NDArray[np.int32]
@@ -65,6 +70,7 @@ class Scored:
     target_rank: NDArray[np.int32]
     draws: Draws
     positions: NDArray[np.int32] | None = None
+    chosen_logprobs: NDArray[np.float32] | None = None
 
     def arrays(self) -> dict[str, Any]:
         """All arrays by name, also those of the draws; None for an absent one."""

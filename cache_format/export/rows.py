@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from logitcask.cache_format.errors import DamagedCacheError, UserError, first_line
 from logitcask.cache_format.reader import CacheReader
-from logitcask.cache_format.sequence import CachedSequence, TailSamples
+from logitcask.cache_format.sequence import CachedSequence, ChosenIds, TailSamples
 from logitcask.cache_format.shards.bounded_file import has_nulls
 
 _COLUMNS = {
@@ -34,6 +34,8 @@ _OPTIONAL = {
     "writer_logprob": pa.list_(pa.float32()),
     "draws": pa.list_(pa.list_(pa.int32())),
     "draw_logprobs": pa.list_(pa.list_(pa.float32())),
+    "chosen_ids": pa.list_(pa.list_(pa.int32())),
+    "chosen_logprobs": pa.list_(pa.list_(pa.float32())),
 }
 
 
@@ -46,8 +48,8 @@ class RowDecoder:
     It takes a table of Arrow, or columns as lists, and returns the same kind. The columns of a
     decoded row: ``sequence_id``; ``input_ids`` and ``loss_mask`` [n]; ``positions``,
     ``tail_logprob``, ``target_logprob``, ``target_rank`` [P]; ``head_ids`` and ``head_logprobs``,
-    P lists; and if they are stored ``entropy``, ``writer_logprob`` [P], ``draws`` and
-    ``draw_logprobs``, P lists. The content is that of ``CachedSequence``, without padding, and with
+    P lists; and if they are stored ``entropy``, ``writer_logprob`` [P], ``draws``,
+    ``draw_logprobs``, ``chosen_ids`` and ``chosen_logprobs``, P lists. The content is that of ``CachedSequence``, without padding, and with
     all sets of draws after each other.
 
     Raises DamagedCacheError for rows that contradict themselves, and UserError for rows that are
@@ -63,6 +65,8 @@ class RowDecoder:
             "writer_logprob": store.writer_logprobs,
             "draws": store.tail_samples > 0,
             "draw_logprobs": store.sample_logprobs,
+            "chosen_ids": store.chosen_ids > 0,
+            "chosen_logprobs": store.chosen_ids > 0,
         }
         self.schema = pa.schema(
             {**_COLUMNS, **{name: kind for name, kind in _OPTIONAL.items() if stored[name]}}
@@ -132,6 +136,10 @@ def _columns(sequence: CachedSequence) -> dict[str, Any]:
         columns["draws"] = _chosen(samples.ids, drawn)
         if samples.logprobs is not None:
             columns["draw_logprobs"] = _chosen(samples.logprobs, drawn)
+    if (chosen := sequence.chosen) is not None:
+        size = (chosen.ids >= 0).sum(axis=1)
+        columns["chosen_ids"] = _ragged(chosen.ids, size)
+        columns["chosen_logprobs"] = _ragged(chosen.logprobs, size)
     return columns
 
 
@@ -166,6 +174,12 @@ def sequence_of(row: Mapping[str, Any]) -> CachedSequence:
             draws,
             None if logprobs is None else _padded(logprobs, -np.inf, np.float32)[:, None],
         )
+    chosen = None
+    if row.get("chosen_ids") is not None:
+        chosen = ChosenIds(
+            _padded(row["chosen_ids"], -1, np.int32),
+            _padded(row["chosen_logprobs"], -np.inf, np.float32),
+        )
 
     def optional(name: str) -> NDArray[np.float32] | None:
         return None if row.get(name) is None else np.asarray(row[name], np.float32)
@@ -183,6 +197,7 @@ def sequence_of(row: Mapping[str, Any]) -> CachedSequence:
         entropy=optional("entropy"),
         samples=samples,
         writer_logprob=optional("writer_logprob"),
+        chosen=chosen,
     )
 
 

@@ -44,6 +44,14 @@ COLUMNS = {
         "ids drawn from the tail, all sets after each other; null if not stored",
     ),
     "draw_logprobs": (pa.list_(pa.float32()), "their logprobs, in nats; null if not stored"),
+    "chosen_ids": (
+        pa.list_(pa.int32()),
+        "ids that the model that wrote the text finds most probable; null if not stored",
+    ),
+    "chosen_logprobs": (
+        pa.list_(pa.float32()),
+        "the teacher's logprobs of them, in nats; null if not stored",
+    ),
 }
 """The columns: name, type, content."""
 
@@ -91,6 +99,9 @@ def _batch(sequence: CachedSequence, text: Text | None) -> pa.RecordBatch:
             draw_logprobs = samples.logprobs.reshape(p, sets * each)
     head = sequence.ids >= 0
     unknown = np.isnan(sequence.tail_logprob)
+    chosen = sequence.chosen
+    chosen_ids = None if chosen is None else chosen.ids
+    is_chosen = None if chosen_ids is None else chosen_ids >= 0
     columns = {
         "sequence_id": pa.repeat(sequence.sequence_id, n),
         "position": pa.array(np.arange(n, dtype=np.int32)),
@@ -107,6 +118,8 @@ def _batch(sequence: CachedSequence, text: Text | None) -> pa.RecordBatch:
         "tail_mass": rows.values(np.exp(sequence.tail_logprob), unknown),
         "draws": rows.lists(draws, drawn),
         "draw_logprobs": rows.lists(draw_logprobs, drawn),
+        "chosen_ids": rows.lists(chosen_ids, is_chosen),
+        "chosen_logprobs": rows.lists(None if chosen is None else chosen.logprobs, is_chosen),
     }
     arrays = [
         pa.nulls(n, field.type) if columns[field.name] is None else columns[field.name]

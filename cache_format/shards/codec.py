@@ -4,7 +4,8 @@ Heads are ragged. Their ids are stored as byte planes of ranks, their logprobs a
 grid, and draws as gaps between sorted ranks. Arrow compresses these columns with zstd. All work is
 numpy over whole batches; no Python code runs per token.
 
-Shapes: P kept positions, K largest head, E = sum of head sizes, T sets of samples, S largest set.
+Shapes: P kept positions, K largest head, E = sum of head sizes, T sets of samples, S largest set,
+C most chosen ids.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from logitcask.cache_format.schema import (
     id_bytes,
     shard_schema,
 )
-from logitcask.cache_format.sequence import CachedSequence, TailSamples
+from logitcask.cache_format.sequence import CachedSequence, ChosenIds, TailSamples
 from logitcask.cache_format.shards.prior import TailPrior
 
 ESCAPE = 255
@@ -53,6 +54,7 @@ class Codec:
             samples=store.tail_samples > 0,
             sample_logprobs=store.sample_logprobs,
             writer_logprobs=store.writer_logprobs,
+            chosen_ids=store.chosen_ids > 0,
         )
         # Without a prior an id is its own rank.
         self.rank_of = None if prior is None else prior.rank_of
@@ -89,6 +91,8 @@ class Codec:
         last_steps = self._encode_heads(sequences, kept, columns)
         if self.store.tail_samples:
             self._encode_samples(sequences, kept, last_steps, columns)
+        if self.store.chosen_ids:
+            self._encode_chosen(sequences, kept, last_steps, columns)
         batch = pa.RecordBatch.from_arrays(
             [columns[name] for name in self.schema.names], schema=self.schema
         )
@@ -199,6 +203,61 @@ class Codec:
             _put_steps(
                 "sample_step", lengths, np.maximum(_concatenate(steps, np.int64), 0), columns
             )
+
+    def _encode_chosen(
+        self,
+        sequences: Sequence[CachedSequence],
+        kept: _Array,
+        last_steps: _Array,
+        columns: dict[str, pa.Array],
+    ) -> None:
+        """Adds the columns of chosen ids: places in the head where they are in it, otherwise sorted
+        gaps of ranks and steps below the head's last entry.
+        """
+        sizes, head_sizes, places, gaps, steps = [], [], [], [], []
+        nothing = np.int32(1 << 30)  # larger than every rank and place, so it sorts to the end
+        begin = 0
+        for sequence, positions in zip(sequences, kept, strict=True):
+            assert sequence.chosen is not None
+            ids, place = sequence.chosen.ids, sequence.chosen.places_in(sequence.ids)
+            in_head = place >= 0
+            others = (ids >= 0) & ~in_head
+            sizes.append((ids >= 0).sum(axis=1, dtype=np.int32))
+            head_sizes.append(in_head.sum(axis=1, dtype=np.int32))
+            # Places in the head, sorted at each position, as differences.
+            place = np.sort(np.where(in_head, place, nothing), axis=1)
+            difference = place.copy()
+            difference[:, 1:] -= place[:, :-1]
+            places.append(difference[place < nothing])
+            # The others by rank, likewise.
+            ranks = ids if self.rank_of is None else self.rank_of.take(ids, mode="clip")
+            ranks = np.where(others, ranks, nothing)
+            order = np.argsort(ranks, axis=1, kind="stable")
+            ranks = np.take_along_axis(ranks, order, axis=1)
+            gap = ranks.copy()
+            gap[:, 1:] -= ranks[:, :-1]
+            gaps.append(gap[ranks < nothing])
+            # Steps below the last entry of the position's head.
+            logprobs = np.take_along_axis(sequence.chosen.logprobs, order, axis=1)
+            grid = np.rint(
+                np.minimum(logprobs[ranks < nothing], 0) * np.float32(-1 / self.store.logprob_step)
+            ).astype(np.int64)
+            if grid.size and grid.max() >= 2**31:
+                raise UserError(
+                    f"sequence {sequence.sequence_id!r} cannot be stored: a logprob of a chosen id is below -2^31 steps"
+                )
+            below = last_steps[begin : begin + positions]
+            steps.append(grid - np.repeat(below, others.sum(axis=1)))
+            begin += positions
+        columns["chosen_size"] = _lists(kept, _concatenate(sizes, np.int32))
+        columns["chosen_head_size"] = _lists(kept, _concatenate(head_sizes, np.int32))
+        lengths = np.array([len(each) for each in places], np.int64)
+        _put_steps("chosen_head", lengths, _concatenate(places, np.int32), columns)
+        lengths = np.array([len(each) for each in gaps], np.int64)
+        self._put_id_planes("chosen_gap", lengths, _concatenate(gaps, np.int32), columns)
+        # None is more probable than the head's last entry, except for ties and for the order of
+        # rounding.
+        _put_steps("chosen_step", lengths, np.maximum(_concatenate(steps, np.int64), 0), columns)
 
     def _put_id_planes(
         self, prefix: str, lengths: _Array, values: _Array, columns: dict[str, pa.Array]
@@ -313,6 +372,7 @@ class PackedBatch:
             entropy=entropy,
             samples=self._decode_samples(index, p, last) if store.tail_samples else None,
             writer_logprob=writer_logprob,
+            chosen=self._decode_chosen(index, ids, logprobs, last) if store.chosen_ids else None,
         )
 
     def _decode_head(
@@ -409,6 +469,51 @@ class PackedBatch:
             padded[place] = np.repeat(of_draws, counts) if repeated else of_draws
             logprobs = padded.reshape(shape)
         return TailSamples(ids.reshape(shape), logprobs)
+
+    def _decode_chosen(
+        self, index: int, head: NDArray[np.int32], logprobs: NDArray[np.float32], last: _Array
+    ) -> ChosenIds:
+        """The chosen ids of one row: those in the head by their place, then the others by rank."""
+        # Sizes are checked before anything is allocated.
+        store, p = self.codec.store, len(head)
+        size, in_head = self._row("chosen_size", index), self._row("chosen_head_size", index)
+        self._require(
+            len(size) == len(in_head) == p, index, "its sizes of chosen ids and positions disagree"
+        )
+        fits = p == 0 or (
+            int(in_head.min()) >= 0
+            and bool((in_head <= size).all())
+            and int(size.max()) <= store.chosen_ids
+        )
+        self._require(fits, index, "a position has another number of chosen ids than it may")
+        width = int(size.max()) if p else 0
+        self._require_room(index, "chosen ids", 8 * p * width)
+        others = size - in_head
+        ids = np.full(p * width, -1, np.int32)
+        chosen = np.full(p * width, -np.inf, np.float32)
+        # Those in the head: differences to places, places to entries.
+        starts = _starts(in_head)
+        entries = int(in_head.sum(dtype=np.int64))
+        place = _within(_sums(self._steps("chosen_head", index, entries)), starts, in_head)
+        row = np.repeat(np.arange(p), in_head)
+        stored = (head >= 0).sum(axis=1)
+        self._require(bool((place < stored[row]).all()), index, "a chosen id is not in its head")
+        at = _places(in_head, width)
+        ids[at], chosen[at] = head[row, place], logprobs[row, place]
+        # The others behind them: gaps to ranks, ranks to ids; steps below the head's last entry.
+        starts = _starts(others)
+        entries = int(others.sum(dtype=np.int64))
+        ranks = _within(_sums(self._ranks("chosen_gap", index, entries)), starts, others)
+        self._require(
+            entries == 0 or int(ranks.max()) < store.vocab_size,
+            index,
+            "chosen ids leave the vocabulary",
+        )
+        at = _places(others, width) + np.repeat(in_head, others)
+        ids[at] = self._ids_of(ranks.astype(np.int32), index)
+        steps = self._steps("chosen_step", index, entries) + np.repeat(last, others)
+        chosen[at] = self._on_grid(steps)
+        return ChosenIds(ids.reshape(p, width), chosen.reshape(p, width))
 
     def _row(self, name: str, index: int) -> _Array:
         """The values of one column in one row, as stored (a view)."""

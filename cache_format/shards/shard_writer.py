@@ -46,7 +46,7 @@ class ShardWriter:
         self._waiting: list[CachedSequence] = []
         self._choose_rows = sequences_per_batch
         self._per_batch: int | None = None
-        self._entries = self._draws = 0
+        self._entries = self._draws = self._chosen = 0
         self.sequences = self.tokens = self.positions = 0
         self.flushed_tokens = 0
         """In complete record batches, which take ``flushed_bytes`` so far."""
@@ -61,6 +61,7 @@ class ShardWriter:
         self._waiting.append(sequence)
         self._entries += int((sequence.ids >= 0).sum())
         self._draws += 0 if sequence.samples is None else int((sequence.samples.ids >= 0).sum())
+        self._chosen += 0 if sequence.chosen is None else int((sequence.chosen.ids >= 0).sum())
         self.sequences += 1
         self.tokens += len(sequence)
         self.positions += len(sequence.positions)
@@ -72,12 +73,17 @@ class ShardWriter:
         self._flush_full()
 
     def _size(self) -> int:
-        return uncompressed_bytes(self.tokens, self.positions, self._entries + self._draws)
+        return uncompressed_bytes(self.tokens, self.positions, self._all_entries)
+
+    @property
+    def _all_entries(self) -> int:
+        """Entries of heads, draws and chosen ids."""
+        return self._entries + self._draws + self._chosen
 
     def _fix_rows(self) -> None:
         rows = len(self._waiting)
         if self._choose_rows is not None:
-            rows = self._choose_rows((self._entries + self._draws) / max(1, self.positions))
+            rows = self._choose_rows(self._all_entries / max(1, self.positions))
         self._per_batch = max(1, rows)
 
     def _flush_full(self) -> None:
@@ -162,6 +168,6 @@ class _HashingFile:
 
 def uncompressed_bytes(tokens: int, positions: int, entries: int) -> int:
     """Approximate bytes of a record batch with ``tokens`` tokens, ``positions`` kept positions and
-    ``entries`` entries of heads and draws.
+    ``entries`` entries of heads, draws and chosen ids.
     """
     return 5 * tokens + 20 * positions + 3 * entries

@@ -75,6 +75,7 @@ def validate(sequence: CachedSequence, store: StoreSettings, *, mass_slack: floa
         _validate_head(sequence, store, mass_slack, require)
         _validate_targets(sequence, store, require)
     _validate_samples(sequence, store, require)
+    _validate_chosen(sequence, store, mass_slack, require)
 
 
 def _validate_head(
@@ -174,3 +175,42 @@ def _validate_samples(sequence: CachedSequence, store: StoreSettings, require: A
             (np.isfinite(of_draws) & (of_draws <= 1e-3)).all(),
             "a sample's logprob is above 0 or not finite",
         )
+
+
+def _validate_chosen(
+    sequence: CachedSequence, store: StoreSettings, mass_slack: float, require: Any
+) -> None:
+    chosen, p = sequence.chosen, len(sequence.positions)
+    require(
+        (chosen is not None) == (store.chosen_ids > 0),
+        f"chosen ids are {'missing' if store.chosen_ids else 'not asked for'}",
+    )
+    if chosen is None:
+        return
+    ids, logprobs = chosen.ids, chosen.logprobs
+    require(
+        ids.ndim == 2 and ids.shape == logprobs.shape and len(ids) == p,
+        f"chosen ids have shape {ids.shape}, their logprobs {logprobs.shape}, {p} positions",
+    )
+    stored = ids >= 0
+    most = int(stored.sum(axis=1).max(initial=0))
+    require(most <= store.chosen_ids, f"{most} ids are chosen, at most {store.chosen_ids} may be")
+    fits = 8 * p * store.chosen_ids <= MAX_DECODED_BYTES
+    require(fits, f"its chosen ids of {ids.shape} are larger than the format allows")
+    require((stored[:, 1:] <= stored[:, :-1]).all(), "padding of chosen ids is not at the end")
+    highest = int(ids.max(initial=0))
+    require(highest < store.vocab_size, f"chosen ids outside the vocabulary of {store.vocab_size}")
+    ordered = np.sort(np.where(stored, ids, -1 - np.arange(ids.shape[1])), axis=1)
+    require((ordered[:, 1:] != ordered[:, :-1]).all(), "an id is chosen twice at a position")
+    of_ids = logprobs[stored]
+    require(
+        (np.isfinite(of_ids) & (of_ids <= 1e-3)).all(),
+        "a chosen id's logprob is above 0 or not finite",
+    )
+    others = chosen.outside(sequence.ids).logprobs.astype(np.float64)
+    tail = np.exp(sequence.tail_logprob.astype(np.float64))
+    room = tail * (2 * store.rounding + store.scalar_step) + mass_slack
+    require(
+        (np.exp(others).sum(axis=1) <= tail + room).all(),
+        "chosen ids outside a head have more mass than its tail",
+    )

@@ -12,7 +12,12 @@ from logitcask.cache_format import UserError
 from logitcask.pipeline.config import BuildConfig, TeacherConfig
 from logitcask.pipeline.generate.prompts import Prompts
 from logitcask.pipeline.teachers.model import ResolvedModel, attention, check_context
-from logitcask.pipeline.teachers.open import open_tokenizer, resolved, vocab_size_of
+from logitcask.pipeline.teachers.open import (
+    check_choice,
+    open_tokenizer,
+    resolved,
+    vocab_size_of,
+)
 from logitcask.pipeline.text.config import DataConfig
 from logitcask.pipeline.text.mixed import open_rows
 from logitcask.pipeline.text.sources import RowSource
@@ -70,6 +75,13 @@ def check_top_k(config: BuildConfig, inputs: Inputs) -> None:
             f"store.top_k is {config.store.top_k}, but {config.teacher.model} can predict {inputs.vocab_size} ids; "
             "choose a smaller top_k"
         )
+    if config.chosen_ids > inputs.vocab_size:
+        raise UserError(
+            f"data.generate.writer_top_k is {config.chosen_ids}, but {config.teacher.model} can predict {inputs.vocab_size} ids; "
+            "choose a smaller writer_top_k"
+        )
+    if config.scale is None:  # the engines of a cluster may have what this machine has not
+        check_choice(config.teacher, config.chosen_ids)
 
 
 def check_before_removing(config: BuildConfig, inputs: Inputs) -> None:

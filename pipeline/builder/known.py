@@ -182,7 +182,10 @@ class KnownRows:
                 f"{self.known.where[cache]}: sequence {index} is not {sequence.sequence_id!r}"
             )
         return replace(
-            found, sequence_id=sequence.sequence_id, writer_logprob=sequence.writer_logprob
+            found,
+            sequence_id=sequence.sequence_id,
+            writer_logprob=sequence.writer_logprob,
+            chosen=None if sequence.chosen_ids is None else found.chosen,
         )
 
 

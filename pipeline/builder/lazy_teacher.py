@@ -41,7 +41,7 @@ class LazyTeacher:
                 config.teacher,
                 self._inputs.model,
                 max_length=config.data.max_length,
-                capture=config.store.capture(),
+                capture=config.capture(),
                 sampling=sampling,
                 state=self._build_dir,
             )

@@ -36,6 +36,7 @@ _SCHEMA = pa.schema(
         ("input_ids", pa.list_(pa.int32())),
         ("loss_mask", pa.list_(pa.bool_())),
         ("writer_logprob", pa.list_(pa.float32())),
+        ("chosen_ids", pa.list_(pa.int32())),  # P x C, position by position
     ]
 )
 _ROWS_PER_BATCH = 64
@@ -114,6 +115,7 @@ def write_sequences(
                 [s.input_ids for s in waiting],
                 [s.loss_mask for s in waiting],
                 [s.writer_logprob for s in waiting],
+                [None if s.chosen_ids is None else s.chosen_ids.reshape(-1) for s in waiting],
             ]
             file.write_batch(
                 pa.record_batch(
@@ -159,18 +161,22 @@ def read_sequences(build_dir: Path, shard: int) -> Iterator[Sequence]:
     ) as file:
         for index in range(file.num_record_batches):
             batch = file.get_batch(index)
-            names = ("sequence_id", "input_ids", "loss_mask")
-            # Plans of earlier versions have no column for the writer.
-            written = (
-                batch.column("writer_logprob")
-                if "writer_logprob" in batch.schema.names
-                else pa.nulls(len(batch), pa.list_(pa.float32()))
-            )
-            columns = [*(batch.column(name) for name in names), written]
-            for sequence_id, input_ids, loss_mask, logprobs in zip(*columns, strict=True):
+            # Plans of earlier versions have no columns for the writer.
+            columns = [
+                batch.column(field.name)
+                if field.name in batch.schema.names
+                else pa.nulls(len(batch), field.type)
+                for field in _SCHEMA
+            ]
+            for sequence_id, input_ids, mask, logprobs, chosen in zip(*columns, strict=True):
+                loss_mask = mask.values.to_numpy(zero_copy_only=False)
+                positions = int(loss_mask[1:].sum())
                 yield Sequence(
                     sequence_id=sequence_id.as_py(),
                     input_ids=input_ids.values.to_numpy().copy(),
-                    loss_mask=loss_mask.values.to_numpy(zero_copy_only=False),
+                    loss_mask=loss_mask,
                     writer_logprob=logprobs.values.to_numpy().copy() if logprobs.is_valid else None,
+                    chosen_ids=chosen.values.to_numpy().reshape(positions, -1).copy()
+                    if chosen.is_valid and positions
+                    else None,
                 )

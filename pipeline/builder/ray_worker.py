@@ -191,7 +191,7 @@ class ShardWorker:
         assert plan is not None
         self._plan = plan
         self._teacher = open_teacher(
-            config.teacher, max_length=config.data.max_length, capture=config.store.capture()
+            config.teacher, max_length=config.data.max_length, capture=config.capture()
         )
         header = plan.header(
             self._teacher.identity(), config.store_settings(self._teacher.vocab_size)

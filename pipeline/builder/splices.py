@@ -138,8 +138,8 @@ def write_known_answers(plan: Plan, build_dir: Path, config: BuildConfig, inputs
     generation, manifest = plan.data.generation, earlier.manifest
     assert generation is not None
     assert generation.splice is not None
-    # The teacher's tokens have no logprobs of the writer. Everything else is compared.
-    stored = manifest.store.model_copy(update={"writer_logprobs": False})
+    # The teacher's tokens have nothing of the writer. Everything else is compared.
+    stored = manifest.store.model_copy(update={"writer_logprobs": False, "chosen_ids": 0})
     as_planned = (generation.splice.fingerprint, generation.splice.content_sha256) == (
         manifest.fingerprint,
         manifest.content_sha256,

@@ -25,6 +25,8 @@ class Capture:
     independent:     draws are independent of each other; else systematic: evenly spaced points of
                      the tail's CDF.
     seed:            of the draws.
+    chosen:          ids at most that a sequence names itself at each kept position
+                     (``Sequence.chosen_ids``), to be scored, too; 0 for none.
     """
 
     top_k: int
@@ -36,6 +38,7 @@ class Capture:
     mass_per_sample: float | None = None
     independent: bool = False
     seed: int = 0
+    chosen: int = 0
 
     @property
     def ragged(self) -> bool:

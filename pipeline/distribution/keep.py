@@ -5,7 +5,13 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from logitcask.cache_format import CachedSequence, LogitcaskError, TailSamples, UserError
+from logitcask.cache_format import (
+    CachedSequence,
+    ChosenIds,
+    LogitcaskError,
+    TailSamples,
+    UserError,
+)
 from logitcask.cache_format.manifest import StoreSettings
 from logitcask.cache_format.schema import TAIL_MASS_FLOOR
 from logitcask.pipeline.types import Scored, Sequence
@@ -45,7 +51,8 @@ def not_a_number(place: str) -> UserError:
 
 def check_numbers(scored: Scored, place: str) -> None:
     """Raises UserError if a logprob in ``scored`` is NaN. One NaN logit makes its whole row NaN."""
-    if np.isnan(scored.target_logprob).any() or np.isnan(scored.logprobs).any():
+    parts = (scored.target_logprob, scored.logprobs, scored.chosen_logprobs)
+    if any(part is not None and np.isnan(part).any() for part in parts):
         raise not_a_number(place)
 
 
@@ -102,6 +109,26 @@ def keep(sequence: Sequence, scored: Scored, store: StoreSettings) -> CachedSequ
         entropy=draws.entropy[rows] if store.entropy and draws.entropy is not None else None,
         samples=samples,
         writer_logprob=sequence.writer_logprob if store.writer_logprobs else None,
+        chosen=_chosen(sequence, scored) if store.chosen_ids else None,
+    )
+
+
+def _chosen(sequence: Sequence, scored: Scored) -> ChosenIds:
+    """The ids that the writer has chosen, with the teacher's logprobs, without those of probability
+    0. Raises MisalignedScoresError if the engine did not score them.
+    """
+    ids, logprobs = sequence.chosen_ids, scored.chosen_logprobs
+    if ids is None or logprobs is None or ids.shape != logprobs.shape:
+        found = [None if each is None else each.shape for each in (ids, logprobs)]
+        raise MisalignedScoresError(
+            f"sequence {sequence.sequence_id!r} has chosen ids of shape {found[0]}, and the engine returned scores of shape "
+            f"{found[1]}. This is a fault of the engine or of its settings: please report it with the engine's version"
+        )
+    kept = (ids >= 0) & ~np.isneginf(logprobs)
+    order = np.argsort(~kept, axis=1, kind="stable")
+    return ChosenIds(
+        np.take_along_axis(np.where(kept, ids, -1), order, axis=1).astype(np.int32),
+        np.take_along_axis(np.where(kept, logprobs, -np.inf), order, axis=1).astype(np.float32),
     )
 
 
@@ -121,6 +148,9 @@ def keep_nothing(sequence: Sequence, store: StoreSettings) -> CachedSequence:
         entropy=none if store.entropy else None,
         samples=_no_samples(store) if store.tail_samples else None,
         writer_logprob=none if store.writer_logprobs else None,
+        chosen=ChosenIds(np.empty((0, 0), np.int32), np.empty((0, 0), np.float32))
+        if store.chosen_ids
+        else None,
     )
 
 

@@ -69,6 +69,7 @@ _ANSWERS = pa.schema(
         ("answer", pa.list_(pa.int32())),
         ("finish", pa.string()),
         ("logprobs", pa.list_(pa.float32())),
+        ("top_ids", pa.list_(pa.int32())),  # token by token
     ]
 )
 _UNIT_ANSWERS = 256
@@ -98,12 +99,15 @@ class WrittenAnswer:
     """The writer's text, int32[m], with its end token, if any, and the reason of its end.
 
     ``stop``: an end token or a stop string; ``length``: the length limit; ``empty``: no content.
-    ``logprobs``, float32[m], are those of another writer than the teacher.
+    ``logprobs``, float32[m], are those of another writer than the teacher, and ``top_ids``,
+    int32[m, C], its most probable ids at each token, without those that the teacher lacks, padded at
+    the end with -1.
     """
 
     input_ids: NDArray[np.int32]
     finish: Finish
     logprobs: NDArray[np.float32] | None = None
+    top_ids: NDArray[np.int32] | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -244,7 +248,7 @@ class Generations:
                 count["kept_positions"] += len(answer.input_ids)
                 input_ids = np.concatenate([prompt, answer.input_ids])
                 learnt = np.arange(tokens) >= len(prompt)
-                yield Sequence(sequence_id, input_ids, learnt, answer.logprobs)
+                yield Sequence(sequence_id, input_ids, learnt, answer.logprobs, answer.top_ids)
         if self._config.writer is not None and count["finished_empty"] == count["generations"] > 0:
             raise UserError(
                 f"the writer {self._config.writer} wrote nothing: all of its {count['generations']:,} answers are empty; train it "
@@ -437,6 +441,10 @@ class Generations:
             self._check_ids(answer.input_ids)
         if self._config.writer_logprobs:
             answer = replace(answer, logprobs=sample.logprobs[: len(answer.input_ids)])
+        if self._config.chosen_ids:
+            assert sample.top_ids is not None
+            top_ids = sample.top_ids[: len(answer.input_ids)]
+            answer = replace(answer, top_ids=_below(top_ids, self._prompts.vocab_size))
         return answer
 
     def _check_ids(self, ids: NDArray[np.int32]) -> None:
@@ -454,6 +462,7 @@ class Generations:
             [answer.input_ids for answer in answers],
             [answer.finish for answer in answers],
             [answer.logprobs for answer in answers],
+            [None if a.top_ids is None else a.top_ids.reshape(-1) for a in answers],
         ]
         with pa.ipc.new_file(sink, _ANSWERS) as out:
             out.write_batch(
@@ -471,10 +480,11 @@ class Generations:
         if not self._answers_file(unit).exists():
             return
         with pa.ipc.open_file(pa.memory_map(str(self._answers_file(unit)))) as file:
-            # Files of earlier versions have two columns.
-            ids, finish, *logprobs = file.get_batch(0).columns
-            given = logprobs[0] if logprobs else pa.nulls(len(ids), pa.list_(pa.float32()))
-            for asked, answer, why, each in zip(self._asked(unit), ids, finish, given, strict=True):
+            # Files of earlier versions have two or three columns.
+            found = file.get_batch(0).columns
+            found += [pa.nulls(len(found[0]), field.type) for field in list(_ANSWERS)[len(found) :]]
+            for asked, answer, why, each, top in zip(self._asked(unit), *found, strict=True):
+                tokens = len(answer.values)
                 yield (
                     asked.sequence_id,
                     asked.prompt,
@@ -482,6 +492,9 @@ class Generations:
                         answer.values.to_numpy().copy(),
                         why.as_py(),
                         each.values.to_numpy().copy() if each.is_valid else None,
+                        top.values.to_numpy().reshape(tokens, -1).copy()
+                        if top.is_valid and tokens
+                        else None,
                     ),
                 )
 
@@ -551,6 +564,15 @@ def _sampled(writer: Writer, prompts: Iterable[Prompt]) -> Generator[SampledAnsw
                 "or its weights are damaged"
             )
         yield answer
+
+
+def _below(ids: NDArray[np.int32], vocab_size: int) -> NDArray[np.int32]:
+    """int32[m, C]: ``ids`` without those from ``vocab_size`` up; the others move up, followed by
+    -1.
+    """
+    kept = ids < vocab_size
+    order = np.argsort(~kept, axis=1, kind="stable")
+    return np.take_along_axis(np.where(kept, ids, -1), order, axis=1).astype(np.int32)
 
 
 def answer_seed(seed: int, row_id: str, sample: int, number: int = 1) -> int:

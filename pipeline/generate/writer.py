@@ -45,8 +45,11 @@ def as_teacher(config: BuildConfig) -> BuildConfig:
         if writer.backend == "vllm":
             check_engine_args(writer, "data.generate.writer_engine.engine_args")
     least = StoreConfig(top_k=1, min_k=1, min_probability=None, tail_samples=0)
-    # Checked already as a part of ``config``; a copy keeps paths as they are.
-    return config.model_copy(update={"teacher": writer, "store": least})
+    # Checked already as a part of ``config``; a copy keeps paths as they are. The writer notes its
+    # most probable ids, and scores none.
+    generate = config.data.generate.model_copy(update={"writer_top_k": None})
+    data = config.data.model_copy(update={"generate": generate})
+    return config.model_copy(update={"teacher": writer, "store": least, "data": data})
 
 
 def check_tokenizer(config: BuildConfig, teachers: Any, writers: Any) -> None:

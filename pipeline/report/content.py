@@ -36,6 +36,7 @@ _PARTS = {
         "entropy_step",
     ),
     "writer's logprobs": ("writer_logprob",),
+    "writer's most probable ids": ("chosen_",),
 }
 """Part of a cache -> columns of a shard, by the beginnings of their names."""
 

@@ -69,12 +69,14 @@ class Sampling:
     end_tokens:  ids that end an answer, and belong to it.
     stop:        strings that end an answer. An engine may stop as soon as one is complete, or
                  later.
+    top_ids:     number of the model's most probable ids to note at each token of an answer.
     """
 
     temperature: float
     top_p: float
     end_tokens: tuple[int, ...]
     stop: tuple[str, ...] = ()
+    top_ids: int = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -96,10 +98,14 @@ class Prompt:
 class SampledAnswer:
     """The tokens that a model has sampled, int32[m], and their logprobs, float32[m], nats: of its
     whole distribution at temperature 1, whatever it sampled with.
+
+    top_ids: None, or int32[m, C], the most probable ids of that distribution at each token, C being
+             ``Sampling.top_ids``, or all ids if the model has fewer.
     """
 
     input_ids: NDArray[np.int32]
     logprobs: NDArray[np.float32]
+    top_ids: NDArray[np.int32] | None = None
 
 
 class Generator(Protocol):

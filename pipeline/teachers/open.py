@@ -90,6 +90,17 @@ def open_teacher(
     )
 
 
+def check_choice(config: TeacherConfig, number: int) -> None:
+    """Raises UserError if the engine of ``config`` cannot score ids that another model chooses, of
+    which ``number`` are wanted at each position. Imports vLLM, but starts nothing.
+    """
+    if number and config.backend == "vllm" and importlib.util.find_spec("vllm") is not None:
+        from logitcask.pipeline.teachers.vllm.choice import check_vllm
+        from logitcask.pipeline.teachers.vllm.process import import_vllm
+
+        check_vllm(import_vllm(), number)
+
+
 def open_tokenizer(config: TeacherConfig, model: ResolvedModel | None = None) -> Any:
     """The teacher's tokenizer: a transformers one, or that of the synthetic teacher or of a backend
     outside this project.
@@ -145,6 +156,7 @@ def sampling_of(
         top_p=settings.top_p,
         end_tokens=tuple(sorted(ends)),
         stop=tuple(stop for stop in settings.stop if stop not in special),
+        top_ids=settings.writer_top_k or 0,
     )
 
 

@@ -101,6 +101,12 @@ class SyntheticTeacher:
                 if self._capture.samples
                 else no_draws(head, self._capture)
             )
+            chosen_logprobs = None
+            if sequence.chosen_ids is not None:
+                at, ids = sequence.positions(), sequence.chosen_ids
+                of_ids = self._inverses[which[at, None]] * (ids - shift[at, None]) % self.vocab_size
+                found = self._laws32[law[at, None], of_ids]
+                chosen_logprobs = np.where(ids >= 0, found, np.float32(-np.inf))
             yield Scored(
                 ids=top_ids[:, :top_k],
                 logprobs=head,
@@ -108,6 +114,7 @@ class SyntheticTeacher:
                 target_logprob=self._laws32[law, target_rank],
                 target_rank=target_rank.astype(np.int32),
                 draws=draws,
+                chosen_logprobs=chosen_logprobs,
             )
 
     def generate(self, prompts: Iterable[Prompt]) -> Iterator[NDArray[np.int32]]:
@@ -121,12 +128,13 @@ class SyntheticTeacher:
         cdf = _sampling_cdf(self._laws, self._sampling)
         prompts = iter(prompts)
         while group := list(itertools.islice(prompts, _ANSWERS_AT_ONCE)):
-            yield from self._answers(group, cdf, self._sampling.end_tokens)
+            yield from self._answers(group, cdf, self._sampling)
 
     def _answers(
-        self, group: list[Prompt], cdf: NDArray[np.float64], end_tokens: tuple[int, ...]
+        self, group: list[Prompt], cdf: NDArray[np.float64], sampling: Sampling
     ) -> list[SampledAnswer]:
         """All answers of a group, a token of each at a time."""
+        top_ranks = np.arange(min(sampling.top_ids, self.vocab_size))
         longest = max(prompt.max_tokens for prompt in group)
         uniforms = np.stack(
             [np.random.Generator(np.random.Philox(prompt.seed)).random(longest) for prompt in group]
@@ -138,6 +146,7 @@ class SyntheticTeacher:
         )
         answers = np.zeros((len(group), longest), np.int32)
         logprobs = np.zeros((len(group), longest), np.float32)
+        top_ids = np.zeros((len(group), longest, len(top_ranks)), np.int32)
         length = np.zeros(len(group), np.int64)
         going = np.arange(len(group))
         for step in range(longest):
@@ -149,17 +158,15 @@ class SyntheticTeacher:
             ids = self._ids(ranks, which, shift)
             answers[going, step] = ids
             logprobs[going, step] = self._laws32[law, ranks]
+            top_ids[going, step] = self._ids(top_ranks, which[:, None], shift[:, None])
             length[going] = step + 1
             before[going], last[going] = last[going], ids
-            going = going[~np.isin(ids, end_tokens) & (step + 1 < room[going])]
+            going = going[~np.isin(ids, sampling.end_tokens) & (step + 1 < room[going])]
             if not len(going):
                 break
         return [
-            SampledAnswer(*each)
-            for each in (
-                (answer[:n], of_answer[:n])
-                for answer, of_answer, n in zip(answers, logprobs, length, strict=True)
-            )
+            SampledAnswer(answer[:n], of_answer[:n], top[:n] if sampling.top_ids else None)
+            for answer, of_answer, top, n in zip(answers, logprobs, top_ids, length, strict=True)
         ]
 
     def dense_logprobs(self, input_ids: NDArray[np.int32]) -> NDArray[np.float64]:

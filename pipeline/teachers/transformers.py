@@ -116,7 +116,7 @@ class TransformersTeacher:
             for batch in self._batches(group):
                 logprobs = self._logprobs([group[index].input_ids for index in batch])
                 for index, rows in zip(batch, logprobs, strict=True):
-                    scored[index] = _summarise(rows, group[index].input_ids, self._capture)
+                    scored[index] = _summarise(rows, group[index], self._capture)
             for index in range(len(group)):
                 yield scored.pop(index)
 
@@ -164,7 +164,7 @@ class TransformersTeacher:
         self._lm.generation_config = transformers.GenerationConfig(
             do_sample=False, pad_token_id=0, eos_token_id=list(sampling.end_tokens) or None
         )
-        seen = _Logprobs()
+        seen = _Logprobs(sampling.top_ids)
         ends = _Ends(width, [prompt.max_tokens for prompt in batch], sampling.stop, tokenizer)
         out = self._lm.generate(
             input_ids=input_ids.to(self._device),
@@ -174,10 +174,12 @@ class TransformersTeacher:
             stopping_criteria=transformers.StoppingCriteriaList([ends]),
         )[:, width:]
         logprobs = seen.of(out)
+        top_ids = seen.top_ids() if sampling.top_ids else None
         answers = []
         for row, length in enumerate(ends.lengths):
             ids = _until_end(out[row, :length].to(torch.int32).cpu().numpy(), sampling.end_tokens)
-            answers.append(SampledAnswer(ids, logprobs[row, : len(ids)]))
+            top = None if top_ids is None else top_ids[row, : len(ids)]
+            answers.append(SampledAnswer(ids, logprobs[row, : len(ids)], top))
         return answers
 
     def dense_logprobs(self, input_ids: NDArray[np.int32]) -> NDArray[np.float32]:
@@ -238,19 +240,28 @@ def _cause(error: Exception) -> str:
 
 
 class _Logprobs(transformers.LogitsProcessor):
-    """Keeps the logprob of each sampled token, before anything changes the logits. Holds the
-    distributions of one step.
+    """Keeps the logprob of each sampled token, before anything changes the logits, and the ``top``
+    most probable ids. Holds the distributions of one step.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, top: int) -> None:
         self._last: Tensor | None = None
         self._columns: list[Tensor] = []
+        self._top = top
+        self._top_ids: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if self._last is not None:
             self._columns.append(self._last.gather(1, input_ids[:, -1:]))
         self._last = scores.float().log_softmax(dim=-1)
+        if self._top:
+            most = min(self._top, scores.shape[-1])
+            self._top_ids.append(scores.topk(most, dim=-1).indices.to(torch.int32))
         return scores
+
+    def top_ids(self) -> NDArray[np.int32]:
+        """int32[B, m, top]: the most probable ids at each step."""
+        return torch.stack(self._top_ids, dim=1).cpu().numpy()
 
     def of(self, answers: Tensor) -> NDArray[np.float32]:
         """float32[B, m]: the logprobs of ``answers``, int64[B, m], after their last step."""
@@ -322,8 +333,14 @@ def _until_end(ids: NDArray[np.int32], end_tokens: tuple[int, ...]) -> NDArray[n
     return ids[: ended[0] + 1] if len(ended) else ids
 
 
-def _summarise(logprobs: Tensor, input_ids: NDArray[np.int32], capture: Capture) -> Scored:
+def _summarise(logprobs: Tensor, sequence: Sequence, capture: Capture) -> Scored:
     """The scores of float32[n-1, V] logprobs."""
+    input_ids, chosen_logprobs = sequence.input_ids, None
+    if sequence.chosen_ids is not None:
+        at = torch.from_numpy(sequence.positions()).to(logprobs.device)
+        ids = torch.from_numpy(sequence.chosen_ids.astype(np.int64)).to(logprobs.device)
+        found = logprobs[at].gather(1, ids.clamp_min(0)).masked_fill(ids < 0, -torch.inf)
+        chosen_logprobs = found.cpu().numpy()
     target_ids = torch.from_numpy(input_ids[1:].astype(np.int64)).to(logprobs.device)
     target = logprobs.gather(1, target_ids[:, None])
     top = logprobs.topk(max(capture.top_k, KEY_IDS), dim=1)
@@ -340,4 +357,5 @@ def _summarise(logprobs: Tensor, input_ids: NDArray[np.int32], capture: Capture)
         target_logprob=target[:, 0].cpu().numpy(),
         target_rank=(logprobs > target).sum(dim=1, dtype=torch.int32).cpu().numpy(),
         draws=draws,
+        chosen_logprobs=chosen_logprobs,
     )

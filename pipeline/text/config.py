@@ -9,6 +9,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from logitcask.cache_format.cli.config_model import ConfigModel, expanded, with_home
+from logitcask.cache_format.schema import MAX_CHOSEN
 from logitcask.pipeline.text.slices import Slice, parse_slice
 
 # Arguments that transformers itself uses when it renders a chat.
@@ -99,6 +100,14 @@ class GenerateConfig(ConfigModel):
         description="Engine settings of the writer that are not the teacher's: a quantised teacher "
         "of many GPUs, say, has arguments that a small student cannot run with.",
     )
+    writer_top_k: int | None = Field(
+        None,
+        ge=1,
+        le=MAX_CHOSEN,
+        description="Number of the writer's most probable ids at each token that it writes. The "
+        "teacher's logprobs of them are stored, too, for closer bounds of reverse KL and of other "
+        "losses (docs/generate.md). Default: none.",
+    )
     splice: SpliceConfig | None = Field(
         None,
         description="A further pass over answers that the writer has begun. The logprobs of the "
@@ -164,6 +173,20 @@ class GenerateConfig(ConfigModel):
             raise ValueError(
                 "writer_engine is set, but no writer; name the model that writes, or set the engine of the teacher, which "
                 "writes itself (teacher.engine_args)"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _chosen_ids_are_of_a_writer(self) -> Self:
+        if self.writer_top_k is not None and self.writer is None:
+            raise ValueError(
+                f"writer_top_k is {self.writer_top_k}, but there is no writer: the teacher's own most probable ids are in the "
+                "head (store.top_k); name the model that writes, or remove writer_top_k"
+            )
+        if self.writer_top_k is not None and self.splice is not None:
+            raise ValueError(
+                f"writer_top_k is {self.writer_top_k}, but with splice some tokens were written in an earlier pass, where the "
+                "writer's most probable ids are not known; remove one of the two"
             )
         return self
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from logitcask.cache_format import CachedSequence, CacheWriter, TailSamples
+from logitcask.cache_format import CachedSequence, CacheWriter, ChosenIds, TailSamples
 from logitcask.cache_format.manifest import (
     DataIdentity,
     Header,
@@ -28,6 +28,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "sample logprobs": {"tail_samples": 6, "sample_logprobs": True},
     "random sampling": {"top_k": 0, "tail_samples": 40, "entropy": True},
     "writer logprobs": {"writer_logprobs": True},
+    "chosen ids": {"min_probability": 0.01, "chosen_ids": 6},
+    "chosen ids, draws": {"chosen_ids": 6, "tail_samples": 6, "sample_logprobs": True},
 }
 """What a cache may hold, as fields of its store settings."""
 
@@ -115,6 +117,19 @@ def make_sequence(
             drawn.astype(np.int32),
             drawn_logprobs.astype(np.float32) if "sample_logprobs" in settings else None,
         )
+    chosen = None
+    if most := settings.get("chosen_ids", 0):
+        # Ids from anywhere, and fewer than all at some positions.
+        most = min(most, support)
+        at = [rng.choice(support, most, replace=False) for _ in range(p)]
+        at = np.array(at, np.int64).reshape(p, most)
+        there = np.arange(most) < rng.integers(0, most + 1, (p, 1))
+        chosen_ids = np.take_along_axis(all_ids, at, axis=1)
+        chosen_logprobs = np.take_along_axis(everything, at, axis=1)
+        chosen = ChosenIds(
+            np.where(there, chosen_ids, -1).astype(np.int32),
+            np.where(there, chosen_logprobs, -np.inf).astype(np.float32),
+        )
     return CachedSequence(
         sequence_id=name,
         input_ids=rng.integers(0, vocab_size, tokens).astype(np.int32),
@@ -132,6 +147,7 @@ def make_sequence(
         writer_logprob=-rng.exponential(3, p).astype(np.float32)
         if "writer_logprobs" in settings
         else None,
+        chosen=chosen,
     )
 
 
@@ -150,6 +166,20 @@ def assert_same(expected: CachedSequence, found: CachedSequence, step: float) ->
             finite = np.isfinite(b)
             assert (np.isneginf(a) == ~finite).all()
             assert (np.abs(a[finite] - b[finite]) <= 2.0**-9).all(), name
+    assert (found.chosen is None) == (expected.chosen is None)
+    if found.chosen is not None:
+        last = found.logprobs.min(axis=1, where=found.ids >= 0, initial=0)
+        outside = found.chosen.places_in(found.ids) < 0
+        for row in range(len(expected.positions)):
+            pairs = zip(expected.chosen.ids[row], expected.chosen.logprobs[row], strict=True)
+            true = {i: logprob for i, logprob in pairs if i >= 0}
+            pairs = zip(found.chosen.ids[row], found.chosen.logprobs[row], strict=True)
+            stored = {i: logprob for i, logprob in pairs if i >= 0}
+            assert stored.keys() == true.keys(), "chosen ids"
+            for i, logprob in stored.items():
+                outer = outside[row][list(found.chosen.ids[row]).index(i)]
+                expected_logprob = min(true[i], last[row]) if outer else true[i]
+                assert abs(logprob - expected_logprob) <= step / 2 + 1e-6
     assert (found.samples is None) == (expected.samples is None)
     if found.samples is not None:
         for row in range(len(expected.positions)):

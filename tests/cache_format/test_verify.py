@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import logitcask.cache_format.shards.shard_writer
-from logitcask.cache_format import CacheWriter, TailSamples, verify
+from logitcask.cache_format import CacheWriter, ChosenIds, TailSamples, verify
 
 KIND = "samples"
 VOCAB = 1000
@@ -23,13 +23,13 @@ def consistent(rng, consistent_sequence):
     return lambda name: consistent_sequence(rng, name, kind=KIND)
 
 
-def written(tmp_path, header, sequences, monkeypatch):
+def written(tmp_path, header, sequences, monkeypatch, kind=KIND):
     """The sequences as a cache with right hashes, whatever is in them."""
     monkeypatch.setattr(
         logitcask.cache_format.shards.shard_writer, "validate", lambda *_, **__: None
     )
     with CacheWriter(tmp_path / "c") as writer:
-        started = writer.begin(header(kind=KIND))
+        started = writer.begin(header(kind=kind))
         for index, part in enumerate((sequences[:2], sequences[2:])):
             with writer.shard(index) as shard:
                 for each in part:
@@ -83,6 +83,40 @@ def test_what_contradicts_the_specification_is_found(
     problem = verify(path, deep=True)[0]
     assert "data/shard-00001.arrow" in problem
     assert any(part in problem for part in what.split("|")), problem
+
+
+WRONG_CHOICE = {
+    "an id is chosen twice": lambda ids, logprobs, last: (
+        np.where(np.arange(6) == 1, ids[:, :1], ids),
+        np.where(np.arange(6) == 1, logprobs[:, :1], logprobs),
+    ),
+    "more mass than its tail": lambda ids, logprobs, last: (
+        ids,
+        np.where(ids >= 0, last, logprobs),
+    ),
+}
+
+
+@pytest.mark.parametrize("what", ["", *WRONG_CHOICE])
+def test_chosen_ids_that_contradict_the_rest(
+    tmp_path, rng, header, consistent_sequence, monkeypatch, what
+):
+    """Ids outside the head, as likely as its last entry, have too much mass together."""
+    kind = "chosen ids, draws"
+    sequences = [consistent_sequence(rng, f"s{i}", kind=kind) for i in range(4)]
+    if what:
+        one = sequences[3]
+        others = np.array(
+            [np.setdiff1d(np.arange(VOCAB), np.append(ids, -1))[:6] for ids in one.ids], np.int32
+        )
+        last = one.logprobs.min(axis=1, keepdims=True)
+        few = np.full(others.shape, -12, np.float32)
+        ids, logprobs = WRONG_CHOICE[what](others, few, last)
+        changed = ChosenIds(ids.astype(np.int32), logprobs.astype(np.float32))
+        sequences[3] = dataclasses.replace(one, chosen=changed)
+    path = written(tmp_path, header, sequences, monkeypatch, kind)
+    problems = verify(path, deep=True)
+    assert [what in each and "shard-00001" in each for each in problems] == [True] * bool(what)
 
 
 def test_an_id_that_occurs_twice(tmp_path, header, consistent, monkeypatch):

@@ -29,6 +29,7 @@ CACHES = {
     "random-sampling": {"kind": "random sampling", "vocab_size": 5_000, "prior": True},
     "writer-logprobs": {"kind": "writer logprobs", "vocab_size": 200, "prior": False},
     "unknown-values": {"kind": "head", "vocab_size": 200, "prior": False, "unknown": UNKNOWN},
+    "chosen-ids": {"kind": "chosen ids, draws", "vocab_size": 5_000, "prior": True},
 }
 
 

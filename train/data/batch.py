@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from logitcask.cache_format import CachedSequence
-from logitcask.train.losses import SparseTeacher, TailDraws
+from logitcask.cache_format import CachedSequence, ChosenIds
+from logitcask.train.losses import ChosenTail, SparseTeacher, TailDraws
 
 
 def collate(sequences: list[CachedSequence]) -> dict[str, Tensor]:
@@ -42,9 +42,10 @@ def at_positions(sequences: list[CachedSequence]) -> dict[str, Tensor]:
     labels:    int64[P], the token after each kept position: the hard labels. Nothing is shifted
                after this.
     teacher_*: the fields of SparseTeacher, [P, ...]; teacher_samples and teacher_sample_logprobs
-               are those of its draws, with all sets pooled. If only some sequences have a field
-               (they come from different caches), it is padded for the others, an entropy and a
-               writer's logprob with NaN (see ``Mixture.teachers``).
+               are those of its draws, with all sets pooled; teacher_chosen and
+               teacher_chosen_logprobs the chosen ids of the tail. If only some sequences have a
+               field (they come from different caches), it is padded for the others, an entropy and
+               a writer's logprob with NaN (see ``Mixture.teachers``).
     """
     batch = {
         "labels": torch.cat([torch.from_numpy(s.target_ids).long() for s in sequences]),
@@ -78,6 +79,15 @@ def at_positions(sequences: list[CachedSequence]) -> dict[str, Tensor]:
                 for s, drawn in zip(samples, ids, strict=True)
             ]
             batch["teacher_sample_logprobs"] = _stacked(logprobs, -torch.inf)
+    if any(s.chosen is not None for s in sequences):
+        chosen = [
+            ChosenIds(s.ids[:, :0], s.logprobs[:, :0])
+            if s.chosen is None
+            else s.chosen.outside(s.ids)
+            for s in sequences
+        ]
+        batch["teacher_chosen"] = _stacked([each.ids for each in chosen], -1).long()
+        batch["teacher_chosen_logprobs"] = _stacked([each.logprobs for each in chosen], -torch.inf)
     return batch
 
 
@@ -107,12 +117,24 @@ def teacher_of(
     *,
     tail_known: bool = True,
     targets_known: bool = True,
+    rounding: float = 0.0,
 ) -> SparseTeacher:
     """The SparseTeacher of a batch; ``prior``: the cache's, float32[vocab_size], or None.
 
     tail_known, targets_known: as the cache's manifest has them.
+    rounding: as for ``ChosenTail.of``.
     """
     drawn = batch.get("teacher_samples")
+    chosen = None
+    if (ids := batch.get("teacher_chosen")) is not None:
+        chosen = ChosenTail.of(
+            ids,
+            batch["teacher_chosen_logprobs"],
+            head_ids=batch["teacher_ids"],
+            tail_logprob=batch["teacher_tail_logprob"],
+            vocab_size=vocab_size,
+            rounding=rounding,
+        )
     return SparseTeacher(
         ids=batch["teacher_ids"],
         logprobs=batch["teacher_logprobs"],
@@ -126,6 +148,7 @@ def teacher_of(
         prior=prior,
         tail_known=tail_known,
         targets_known=targets_known,
+        chosen=chosen,
     )
 
 

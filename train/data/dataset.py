@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence as SequenceOf
 from functools import cached_property
@@ -89,6 +90,8 @@ class CachedDataset(Dataset[CachedSequence]):
             prior,
             tail_known=store.tail_known,
             targets_known=store.targets_known,
+            # Of the tail's mass and of the chosen ids' together.
+            rounding=math.expm1(store.rounding) + math.expm1(store.scalar_step / 2),
         )
 
     @cached_property

@@ -132,9 +132,19 @@ class Mixture(Dataset[Drawn]):
             if draws is not None and not store.sample_logprobs:
                 draws = replace(draws, logprobs=None)
             entropy = teacher.entropy if store.entropy else None
-            written = teacher.writer_logprob if store.writer_logprobs else None
-            fields = {"draws": draws, "entropy": entropy, "writer_logprob": written}
-            found.append(OfCache(rows, source, replace(teacher, **fields)))
+            found.append(
+                OfCache(
+                    rows,
+                    source,
+                    replace(
+                        teacher,
+                        draws=draws,
+                        entropy=entropy,
+                        writer_logprob=teacher.writer_logprob if store.writer_logprobs else None,
+                        chosen=teacher.chosen if store.chosen_ids else None,
+                    ),
+                )
+            )
             start = stop
         return found
 

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from logitcask.cache_format import CachedSequence, TailSamples
+from logitcask.cache_format import CachedSequence, ChosenIds, TailSamples
 
 MOST_LEFT_OUT = 0.01
 """Mean share of the teacher's mass that may be left out. Padding rows of trained models hold far
@@ -57,7 +57,8 @@ def restricted(sequence: CachedSequence, rows: int, vocab_size: int) -> CachedSe
     unknown. ``input_ids`` must be below ``rows``.
     """
     in_samples = sequence.samples is not None and bool((sequence.samples.ids >= rows).any())
-    if not in_samples and not (sequence.ids >= rows).any():
+    in_chosen = sequence.chosen is not None and bool((sequence.chosen.ids >= rows).any())
+    if not (in_samples or in_chosen or (sequence.ids >= rows).any()):
         return sequence
     head_lost = sequence.ids >= rows
     tail = np.exp(sequence.tail_logprob.astype(np.float64))
@@ -88,6 +89,10 @@ def restricted(sequence: CachedSequence, rows: int, vocab_size: int) -> CachedSe
         samples = TailSamples(
             sample_ids, None if sample_logprobs is None else scaled(sample_logprobs)
         )
+    chosen = sequence.chosen
+    if chosen is not None:
+        chosen_ids, chosen_logprobs = _dropped(chosen.ids, chosen.logprobs, chosen.ids >= rows)
+        chosen = ChosenIds(chosen_ids, scaled(chosen_logprobs))
     entropy = sequence.entropy
     if entropy is not None:
         lost_entropy = _entropy_outside(sequence, rows, vocab_size)
@@ -104,6 +109,7 @@ def restricted(sequence: CachedSequence, rows: int, vocab_size: int) -> CachedSe
         target_rank=(sequence.target_rank - (head_lost & above).sum(axis=1)).astype(np.int32),
         entropy=entropy,
         samples=samples,
+        chosen=chosen,
     )
 
 

@@ -14,6 +14,7 @@ from logitcask.train.losses.alpha_beta import alpha_beta
 from logitcask.train.losses.base import (
     LOSSES,
     SPECS,
+    ChosenTail,
     Loss,
     LossSpec,
     LossState,
@@ -33,6 +34,7 @@ from logitcask.train.losses.student_pass import StudentPass
 __all__ = [
     "LOSSES",
     "SPECS",
+    "ChosenTail",
     "Loss",
     "LossSpec",
     "LossState",

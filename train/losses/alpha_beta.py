@@ -79,7 +79,8 @@ def alpha_beta(
 
     if kind == "prior":
         return over_the_prior(divergence, student, teacher) + others
-    log_p, log_q, log_u = cells(student, teacher)
+    # The tail has a bound of its own here, so chosen ids are a part of it.
+    log_p, log_q, log_u = cells(student, teacher, chosen=False)
     rest = (
         _drawn_tail(student, teacher, alpha, beta, log_B)
         if kind == "samples"

@@ -1,7 +1,7 @@
 """The base of all losses: the teacher that they are given, their common signature, the registry.
 
 Shapes: P kept positions, K head entries per position (padded), V vocabulary, S draws from the tail
-(padded).
+(padded), C chosen ids of the tail (padded).
 """
 
 from __future__ import annotations
@@ -45,6 +45,48 @@ class TailDraws:
 
 
 @dataclass(frozen=True, eq=False)
+class ChosenTail:
+    """Ids of the tails of P positions that another model finds the most probable there, with the
+    teacher's logprobs, as tensors on one device. No id is a head's.
+
+    ids:          int64[P, C], padded with -1.
+    logprobs:     float32[P, C], nats, padded with -inf.
+    left_logprob: float32[P], log of the tail's mass outside these ids; -inf if nothing is left.
+    """
+
+    ids: Tensor
+    logprobs: Tensor
+    left_logprob: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        ids: Tensor,
+        logprobs: Tensor,
+        *,
+        head_ids: Tensor,
+        tail_logprob: Tensor,
+        vocab_size: int,
+        rounding: float = 0.0,
+    ) -> ChosenTail:
+        """These ids beside heads [P, K] and tails [P] of a vocabulary.
+
+        rounding: largest relative error of a tail's mass and of the ids' masses together. What is
+                  left of a tail is a difference, and is never below the tail's mass times this.
+        """
+        mass = tail_logprob.exp()
+        known = torch.where(ids >= 0, logprobs.exp(), 0).sum(1)
+        least = max(rounding, torch.finfo(mass.dtype).eps)
+        left = torch.maximum(mass - known, least * mass).log()
+        stored = (head_ids >= 0).sum(1) + (ids >= 0).sum(1)
+        return cls(ids, logprobs, left.masked_fill(stored == vocab_size, -torch.inf))
+
+    def has(self, ids: Tensor) -> Tensor:
+        """bool[P, S]: which of ``ids`` [P, S] are chosen."""
+        return (ids.unsqueeze(2) == self.ids.unsqueeze(1)).any(2) & (ids >= 0)
+
+
+@dataclass(frozen=True, eq=False)
 class PairTexts:
     """The two texts of a prompt, as tensors at P positions of either of them. Column 0 is that of
     the preferred text, column 1 that of the other. Nothing here has a gradient.
@@ -82,6 +124,7 @@ class SparseTeacher:
     vocab_size:      number of ids that the teacher can predict. The student's V may be larger,
                      never smaller (``logitcask.train.data.vocabulary``).
     draws:           None, or the draws from the tails.
+    chosen:          None, or ids of the tails that the text's writer has chosen.
     entropy:         None, or float32[P], nats, of the whole distribution.
     writer_logprob:  None, or float32[P], nats, of the targets, by the model that wrote the text, at
                      temperature 1.
@@ -106,6 +149,7 @@ class SparseTeacher:
     targets_known: bool = True
     writer_logprob: Tensor | None = None
     pairs: PairTexts | None = None
+    chosen: ChosenTail | None = None
 
     def __len__(self) -> int:
         return self.ids.shape[0]
@@ -119,8 +163,8 @@ class SparseTeacher:
         return _mapped(self, lambda name, tensor: tensor.to(device))
 
     def known(self, ids_Pk: Tensor) -> tuple[Tensor, Tensor]:
-        """(logprobs [P, k], stored [P, k]): the cached logprobs of these ids, from head, target and
-        draws.
+        """(logprobs [P, k], stored [P, k]): the cached logprobs of these ids, from head, target,
+        draws and chosen ids.
 
         ``stored`` is False for an id without a cached logprob. Its logprob here is the highest one
         possible: that of the head's last entry or that of the whole tail, whichever is lower.
@@ -135,6 +179,9 @@ class SparseTeacher:
         if self.draws is not None and self.draws.logprobs is not None:
             ids.append(self.draws.ids)
             logprobs.append(self.draws.logprobs)
+        if self.chosen is not None:
+            ids.append(self.chosen.ids)
+            logprobs.append(self.chosen.logprobs)
         match_PkE = ids_Pk.unsqueeze(2) == torch.cat(ids, 1).unsqueeze(1)
         found_Pk = torch.where(match_PkE, torch.cat(logprobs, 1).unsqueeze(1), -torch.inf).amax(2)
         # Without a tail, the teacher cannot predict an id that is not stored. The bound is then the
@@ -158,11 +205,11 @@ class SparseTeacher:
         )
 
 
-_Tensors = TypeVar("_Tensors", bound=SparseTeacher | TailDraws | PairTexts)
+_Tensors = TypeVar("_Tensors", bound=SparseTeacher | TailDraws | ChosenTail | PairTexts)
 
 
 def _mapped(value: _Tensors, change: Callable[[str, Tensor], Tensor]) -> _Tensors:
-    """A copy of ``value`` with each tensor, also those of its draws and pairs, replaced
+    """A copy of ``value`` with each tensor, also those of its draws, chosen ids and pairs, replaced
     by ``change(field name, tensor)``.
     """
     changed: dict[str, Any] = {}
@@ -170,7 +217,7 @@ def _mapped(value: _Tensors, change: Callable[[str, Tensor], Tensor]) -> _Tensor
         part = getattr(value, field.name)
         if isinstance(part, Tensor):
             changed[field.name] = change(field.name, part)
-        elif isinstance(part, TailDraws | PairTexts):
+        elif isinstance(part, TailDraws | ChosenTail | PairTexts):
             changed[field.name] = _mapped(part, change)
     return replace(value, **changed)
 

@@ -9,8 +9,8 @@ autograd, and the gradient of all of them together is one more pass. On CUDA bot
 The mass of the tail is summed over the tail itself. Computed as ``1 - sum of q``, a small mass
 would lose all digits.
 
-Shapes: P positions, K head entries (padded), S draws (padded), E = K + S + 1 + k ids that are
-gathered, V student vocabulary.
+Shapes: P positions, K head entries (padded), C chosen ids (padded), S draws (padded), E = K + C +
+S + 1 + k ids that are gathered, V student vocabulary.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from logitcask.train.losses import kernels
-from logitcask.train.losses.base import SparseTeacher, TailDraws
+from logitcask.train.losses.base import ChosenTail, SparseTeacher, TailDraws
 
 # Bytes of logits processed at a time. On a CPU temporaries stay in its cache; on a GPU fewer
 # launches matter more.
@@ -47,11 +47,13 @@ class StudentPass:
             unless a loss has read ``logits``, because that loss may still need them.
 
     Attributes:
-        draws: the teacher's, or no columns of them.
-        z_head, z_samples, z_target, z_top: scaled logits at head ids [P, K], draws [P, S], targets
-            [P] and the student's top k [P, k], largest first; -inf for padding.
+        draws, chosen: the teacher's, or no columns of them.
+        z_head, z_chosen, z_samples, z_target, z_top: scaled logits at head ids [P, K], chosen ids
+            [P, C], draws [P, S], targets [P] and the student's top k [P, k], largest first; -inf for
+            padding.
         top_ids:    int64[P, k].
-        log_tail:   [P], logsumexp of the scaled logits outside the head; -inf if there are none.
+        log_left:   [P], logsumexp of the scaled logits outside head and chosen ids; -inf if there
+                    are none.
         log_others: [P], logsumexp of the scaled logits of the unpredictable ids.
         lse:        [P], logsumexp of all scaled logits.
         prior_dot:  [P], sum over the teacher's vocabulary of prior * scaled logits; None unless
@@ -75,20 +77,29 @@ class StudentPass:
         self.top_ids = logits.detach().topk(top_k, dim=1).indices
         nothing = TailDraws(teacher.ids[:, :0], teacher.logprobs[:, :0])
         self.draws = nothing if teacher.draws is None else teacher.draws
-        parts = [teacher.ids, self.draws.ids, teacher.target_ids.unsqueeze(1), self.top_ids]
+        none = ChosenTail(teacher.ids[:, :0], teacher.logprobs[:, :0], teacher.tail_logprob)
+        self.chosen = none if teacher.chosen is None else teacher.chosen
+        known = teacher.ids
+        if teacher.chosen is not None:
+            known = torch.cat([teacher.ids, teacher.chosen.ids], 1)
+        # The known ids come first, as _Pass needs them.
+        parts = [
+            *(teacher.ids, self.chosen.ids, self.draws.ids),
+            *(teacher.target_ids.unsqueeze(1), self.top_ids),
+        ]
         b = teacher.prior.to(self.dtype) if prior and teacher.prior is not None else None
         ids_PE = torch.cat(parts, 1)
-        z_PE, self.log_tail, self.log_others, dot = _Pass.apply(  # type: ignore[no-untyped-call]
-            logits, teacher.ids, ids_PE, b, teacher.vocab_size, scale, masses, self._overwrite
+        z_PE, self.log_left, self.log_others, dot = _Pass.apply(  # type: ignore[no-untyped-call]
+            logits, known, ids_PE, b, teacher.vocab_size, scale, masses, self._overwrite
         )
         z_PE = z_PE.masked_fill(ids_PE < 0, -torch.inf)
-        self.z_head, self.z_samples, z_target, self.z_top = z_PE.split(
+        self.z_head, self.z_chosen, self.z_samples, z_target, self.z_top = z_PE.split(
             [part.shape[1] for part in parts], 1
         )
         self.z_target = z_target.squeeze(1)
         self.prior_dot: Tensor | None = None if b is None else dot
-        cells = [self.z_head, self.log_tail.unsqueeze(1), self.log_others.unsqueeze(1)]
-        self.lse: Tensor = torch.cat(cells, 1).logsumexp(1)
+        rest = [self.log_left.unsqueeze(1), self.log_others.unsqueeze(1)]
+        self.lse: Tensor = torch.cat([self.z_head, self.z_chosen, *rest], 1).logsumexp(1)
 
     @classmethod
     def of(
@@ -137,6 +148,28 @@ class StudentPass:
         return self.z_head - self.lse.unsqueeze(1)
 
     @property
+    def log_tail(self) -> Tensor:
+        """[P] logsumexp of the scaled logits outside the head; -inf if there are none."""
+        if not self.z_chosen.shape[1]:
+            return self.log_left
+        parts = torch.cat([self.z_chosen, self.log_left.unsqueeze(1)], 1)
+        nothing = torch.isneginf(parts).all(1)
+        # A sum of nothing has no gradient, which automatic differentiation does not know.
+        return torch.where(
+            nothing, self.log_left, parts.masked_fill(nothing.unsqueeze(1), 0).logsumexp(1)
+        )
+
+    @property
+    def log_chosen(self) -> Tensor:
+        """[P, C] logprobs of the chosen ids, -inf for padding."""
+        return self.z_chosen - self.lse.unsqueeze(1)
+
+    @property
+    def log_rest(self) -> Tensor:
+        """[P] log of the mass outside head and chosen ids."""
+        return self.log_left - self.lse
+
+    @property
     def log_samples(self) -> Tensor:
         """[P, S] logprobs of the draws, 0 for padding."""
         return (self.z_samples - self.lse.unsqueeze(1)).masked_fill(self.draws.ids < 0, 0)
@@ -167,6 +200,9 @@ def slabs(logits_PV: Tensor, dtype: torch.dtype) -> Iterator[slice]:
 class _Pass(torch.autograd.Function):
     """(z [P, E], log_tail [P], log_others [P], prior_dot [P]) of scaled logits. The logits are the
     only tensor of size [P, V] that it keeps.
+
+    Here the head is all known ids: the head's and the chosen ones, in this order, both padded. They
+    are the first ones of the E ids. ``log_tail`` is of all ids but these.
     """
 
     @staticmethod
@@ -294,7 +330,7 @@ def _log_sums(
     """(log_tail, log_others) by the kernels; meanwhile the logits of the head are -inf."""
     if not head_PK.shape[1]:
         return kernels.log_sums(logits_PV, vocab_size, scale)
-    first_P1 = head_PK[:, :1]
+    first_P1 = head_PK.amax(1, keepdim=True)
     at_PK = torch.where(head_PK < 0, first_P1, head_PK).clamp_min(0)
     z_PK = logits_PV.gather(1, at_PK)
     _fill_head(logits_PV[:, :vocab_size], head_PK, -torch.inf)
@@ -325,12 +361,12 @@ def _add_entries(grad_PV: Tensor, ids_PE: Tensor, grad_PE: Tensor) -> None:
 
 
 def _fill_head(tail_rV: Tensor, head_rK: Tensor, value: float) -> None:
-    """Writes ``value`` at the head ids, in place. Padding repeats the row's first id, or changes
+    """Writes ``value`` at the head ids, in place. Padding repeats an id of the row, or changes
     nothing if the head is empty.
     """
     if not head_rK.shape[1]:
         return
-    first_r1 = head_rK[:, :1]
+    first_r1 = head_rK.amax(1, keepdim=True)
     keep_r1 = torch.where(first_r1 < 0, tail_rV[:, :1], value)
     tail_rV.scatter_(
         1, torch.where(head_rK < 0, first_r1, head_rK).clamp_min(0), keep_r1.expand(head_rK.shape)

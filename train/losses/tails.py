@@ -21,7 +21,14 @@ drawn. If the sum grows at most linearly in r, as in JSD, TVD and the skewed KLs
 c Q, with Q the student's tail mass, which is known exactly. The draws then estimate only a rest
 that is bounded or grows as log r. Reverse KL grows as r log r and has no such estimate.
 
-Shapes: P positions, K head entries (padded), S draws (padded), N cells, V student vocabulary.
+Chosen ids, those of the tail that the text's writer finds the most probable, are cells of their own
+in all treatments but ``renormalised``, and the tail is what is left. More cells give a closer bound,
+the more so because most of the student's mass is in them. Estimates from draws then are of the sum
+over what is left: a draw keeps its weight, and counts if its id is not chosen. So each is unbiased
+(Horvitz and Thompson 1952), whoever chose the ids, as long as the draws did not.
+
+Shapes: P positions, K head entries (padded), C chosen ids (padded), S draws (padded), N cells, V
+student vocabulary.
 """
 
 from __future__ import annotations
@@ -47,7 +54,7 @@ Divergence = Callable[[Tensor, Tensor, Tensor], Tensor]
 """``divergence(log_p [P, N], log_q [P, N], log_u [P]) -> [P]``; u is the student's mass where the
 teacher can have none.
 
-The first K cells are the head's, by falling log_p.
+The first K cells are the head's, by falling log_p; the chosen ids are the next.
 """
 
 
@@ -121,25 +128,66 @@ def softened(
             f"{teacher.vocab_size} ids and other temperatures need all of them; use temperature 1"
         )
     softer = replace(
-        teacher, logprobs=torch.log_softmax(teacher.logprobs / temperature, dim=1), draws=None
+        teacher,
+        logprobs=torch.log_softmax(teacher.logprobs / temperature, dim=1),
+        draws=None,
+        chosen=None,
     )
     logits = student if isinstance(student, Tensor) else student.logits
     return StudentPass(logits, softer, scale=1 / temperature), softer
 
 
 def cells(
-    student: StudentPass, teacher: SparseTeacher, *, renormalised: bool = False
+    student: StudentPass, teacher: SparseTeacher, *, renormalised: bool = False, chosen: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(log_p, log_q, log_u): the head and the ghost as cells, or the head alone, scaled to 1."""
+    """(log_p, log_q, log_u): the head, the chosen ids and the ghost as cells, or the head alone,
+    scaled to 1. ``chosen`` False: chosen ids are a part of the ghost.
+    """
     log_p, log_q, log_u = teacher.logprobs.to(student.dtype), student.log_head, student.log_u
     if renormalised:
         log_p = log_p - log_p.logsumexp(1, keepdim=True)
         log_q = student.z_head - student.z_head.logsumexp(1, keepdim=True)
         log_u = torch.full_like(log_u, NOTHING)
+    elif chosen:
+        log_p, log_q, log_m, log_Q = known_cells(student, teacher)
+        log_p = torch.cat([log_p, log_m.unsqueeze(1)], 1)
+        log_q = torch.cat([log_q, log_Q.unsqueeze(1)], 1)
     else:
         log_p = torch.cat([log_p, teacher.tail_logprob.to(student.dtype).unsqueeze(1)], 1)
         log_q = torch.cat([log_q, student.log_Q.unsqueeze(1)], 1)
     return as_cells(log_p, log_q, log_u)
+
+
+def known_cells(
+    student: StudentPass, teacher: SparseTeacher
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(log_p [P, K + C], log_q [P, K + C], log_m [P], log_Q [P]): head and chosen ids, and the
+    masses of teacher and student outside them.
+    """
+    log_p, log_m = teacher.logprobs.to(student.dtype), teacher.tail_logprob.to(student.dtype)
+    if teacher.chosen is None:
+        return log_p, student.log_head, log_m, student.log_Q
+    return (
+        torch.cat([log_p, teacher.chosen.logprobs.to(student.dtype)], 1),
+        torch.cat([student.log_head, student.log_chosen], 1),
+        teacher.chosen.left_logprob.to(student.dtype),
+        student.log_rest,
+    )
+
+
+def with_chosen(teacher: SparseTeacher) -> SparseTeacher:
+    """The teacher with its chosen ids as further entries of the heads, which are then not by falling
+    logprob.
+    """
+    if teacher.chosen is None:
+        return teacher
+    return replace(
+        teacher,
+        ids=torch.cat([teacher.ids, teacher.chosen.ids], 1),
+        logprobs=torch.cat([teacher.logprobs, teacher.chosen.logprobs], 1),
+        tail_logprob=teacher.chosen.left_logprob,
+        chosen=None,
+    )
 
 
 def as_cells(log_p: Tensor, log_q: Tensor, log_u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -163,7 +211,7 @@ def over_the_prior(
     logits = student if isinstance(student, Tensor) else student.logits
     if isinstance(student, StudentPass) and student.scale != 1.0:
         logits = logits * student.scale
-    loss_P: Tensor = _Reconstruction.apply(logits, teacher, divergence)  # type: ignore[no-untyped-call]
+    loss_P: Tensor = _Reconstruction.apply(logits, with_chosen(teacher), divergence)  # type: ignore[no-untyped-call]
     return loss_P
 
 
@@ -238,31 +286,51 @@ def over_the_draws(
     The tail's sum is that of ``p g(q/p)``. The draws estimate the sum of ``rest(log r) = g(r) -
     slope * r``.
     """
-    log_p, log_q, log_u = as_cells(
-        teacher.logprobs.to(student.dtype), student.log_head, student.log_u
-    )
-    value = divergence(log_p, log_q, log_u) + slope * student.log_Q.exp()
-    # Beyond e^60 and e^-80 the rest or its logarithm is at its limit; float32 ends at e^88.
+    log_p, log_q, log_m, log_Q = known_cells(student, teacher)
+    log_p, log_q, log_u = as_cells(log_p, log_q, student.log_u)
+    value = divergence(log_p, log_q, log_u) + slope * log_Q.exp()
     weights = student.draws.weights(teacher.tail_logprob).to(student.dtype)
-    estimate = weights * rest(log_ratio(student).clamp(-80, 60))
-    return value + estimate.sum(1)
+    if teacher.chosen is None:
+        return value + (weights * _limited(rest, log_ratio(student))).sum(1)
+    # Draws of chosen ids do not count, so the weights of the others add up to what is left of the
+    # tail only in the mean. The rest at the mean ratio of what is left takes most of this variance
+    # away, and nothing from the mean (a control variate).
+    weights = weights.masked_fill(teacher.chosen.has(student.draws.ids), 0)
+    known = teacher.chosen.logprobs.to(student.dtype).exp().sum(1)
+    left = teacher.tail_logprob.to(student.dtype).exp() - known
+    some = torch.isfinite(log_m) & torch.isfinite(log_Q)
+    mean = _limited(rest, torch.where(some, log_Q, 0) - torch.where(some, log_m, 0))
+    mean = torch.where(some, mean, 0)
+    at_draws = _limited(rest, log_ratio(student)) - mean.unsqueeze(1)
+    return value + (weights * at_draws).sum(1) + left * mean
+
+
+def _limited(rest: Callable[[Tensor], Tensor], log_r: Tensor) -> Tensor:
+    """``rest`` between e^-80 and e^60, beyond which it or its logarithm is at its limit; float32
+    ends at e^88.
+    """
+    return rest(log_r.clamp(-80, 60))
 
 
 def refined(teacher: SparseTeacher, student: StudentPass) -> tuple[Tensor, Tensor, Tensor]:
-    """(log_p, log_q, log_u): the head's ids, each distinct drawn id, and a ghost for the rest.
+    """(log_p, log_q, log_u): the head's ids, the chosen ids, each other distinct drawn id, and a
+    ghost for the rest.
 
     Any cells give a lower bound, and finer cells a closer one. If the draws make up nearly all of a
     position's tail, the position keeps the plain ghost, because the remaining mass would be mostly
     rounding error.
     """
+    log_p, log_q, log_m, log_Q = known_cells(student, teacher)
     # Distinct drawn ids: the first of each run of equal ids after sorting, without padding.
     ids_PS, order_PS = student.draws.ids.sort(1)
     first_PS = torch.ones_like(ids_PS, dtype=torch.bool)
     first_PS[:, 1:] = ids_PS[:, 1:] != ids_PS[:, :-1]
     log_p_PS = student.draws.finite_logprobs.to(student.dtype).gather(1, order_PS)
     used_PS = first_PS & (ids_PS >= 0)
+    if teacher.chosen is not None:
+        used_PS = used_PS & ~teacher.chosen.has(ids_PS)
     # Only positions whose draws cover less than 0.75 of the tail's mass get these cells.
-    m_P = teacher.tail_logprob.to(student.dtype).exp()
+    m_P = log_m.exp()
     covered_P = log_p_PS.exp().where(used_PS, 0).sum(1)
     used_PS = used_PS & (covered_P < 0.75 * m_P).unsqueeze(1)
     # The ghost: the mass of the tail outside the drawn ids, on both sides.
@@ -270,25 +338,19 @@ def refined(teacher: SparseTeacher, student: StudentPass) -> tuple[Tensor, Tenso
     left_P = m_P - log_p_PS.exp().where(used_PS, 0).sum(1)
     # The student's remaining mass is a difference, too. Its lower limit is the size of the rounding
     # error.
-    Q_P = student.log_Q.exp()
+    Q_P = log_Q.exp()
     eps = torch.finfo(student.dtype).eps
     q_left_P = (Q_P - log_q_PS.exp().where(used_PS, 0).sum(1)).clamp_min(
         4 * eps * Q_P.detach().clamp_min(eps)
     )
-    left = [left_P.log(), torch.where(used_PS.any(1), q_left_P.log(), student.log_Q)]
-    # Cells: the head, the drawn ids (no mass if unused), the ghost.
+    left = [left_P.log(), torch.where(used_PS.any(1), q_left_P.log(), log_Q)]
+    # Cells: the known ids, the drawn ids (no mass if unused), the ghost.
     empty = ~used_PS
     return as_cells(
         torch.cat(
-            [
-                teacher.logprobs.to(student.dtype),
-                log_p_PS.masked_fill(empty, -torch.inf),
-                left[0].unsqueeze(1),
-            ],
+            [log_p, log_p_PS.masked_fill(empty, -torch.inf), left[0].unsqueeze(1)],
             1,
         ),
-        torch.cat(
-            [student.log_head, log_q_PS.masked_fill(empty, NOTHING), left[1].unsqueeze(1)], 1
-        ),
+        torch.cat([log_q, log_q_PS.masked_fill(empty, NOTHING), left[1].unsqueeze(1)], 1),
         student.log_u,
     )

@@ -12,6 +12,7 @@ no other way to get draws, so the teacher does not start if the check fails.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import logging
 import math
@@ -48,6 +49,15 @@ from logitcask.pipeline.teachers.vllm.arguments import (
     check_engine_args,
     logits_bytes,
     memory_utilization,
+)
+from logitcask.pipeline.teachers.vllm.choice import (
+    check_scores,
+    check_vllm,
+    parameters,
+    refusal,
+    rows_of,
+    scores_of,
+    with_next_token,
 )
 from logitcask.pipeline.teachers.vllm.plugin import drawing
 from logitcask.pipeline.teachers.vllm.process import (
@@ -110,12 +120,16 @@ class VllmTeacher:
         self._request = ColumnRequest.of(capture, vocab_size(model))
         self._requests = itertools.count()
         self._starting = True
-        # Finished prompt logprobs by request, until their stream takes them.
-        self._finished: dict[str, Any] = {}
+        # Finished prompt logprobs and scores of chosen ids by request, until their stream takes
+        # them; the chosen ids of requests that are not finished.
+        self._finished: dict[str, tuple[Any, NDArray[np.float32] | None]] = {}
+        self._chosen: dict[str, NDArray[np.int32]] = {}
         self._engine_log = EngineLog()
         try:
             with self._engine_log.quiet():
                 self._vllm = import_vllm()
+                if capture.chosen:
+                    check_vllm(self._vllm, capture.chosen)
                 self._on_cpu = self._vllm.platforms.current_platform.is_cpu()
                 # GPUs use model runner V2, unless a user or vLLM selects another.
                 self._runner_v2 = (
@@ -144,6 +158,7 @@ class VllmTeacher:
             with self._engine_log.quiet():
                 self.check_engine(max_length)
                 self.check_draws(max_length)
+                self.check_chosen(max_length)
             self.route: Route = self.choose_route(max_length)
             if not self._on_cpu:
                 with self._engine_log.quiet():
@@ -243,6 +258,25 @@ class VllmTeacher:
         """Raises UserError if the draws are wrong (``self_check``)."""
         self._self_check(max_length).check_draws()
 
+    def check_chosen(self, max_length: int) -> None:
+        """Scores a short prompt whose next tokens are its chosen ids, if any are to be scored.
+
+        Raises UserError if the engine cannot score them, or gives other logprobs for the same
+        tokens.
+        """
+        capture, columns = self._request.capture, self._request.columns
+        if not capture.chosen:
+            return
+        if not self._runner_v2:
+            raise refusal(
+                capture.chosen,
+                f"vLLM {self._vllm.__version__} runs {self._model.name} by its model runner V1, which cannot",
+            )
+        prompt = prompt_of(min(9, max(2, max_length)), self.vocab_size)
+        rows = with_next_token(prompt, capture.chosen)
+        ((_, (answer, scores)),) = self._stream([prompt], columns, "flat", chosen=iter([rows]))
+        check_scores(scores, convert("flat", answer, columns)[1][:, 0])
+
     def choose_route(self, max_length: int) -> Route:
         """The route in ``teacher.route``, or the fastest that works (``self_check``).
 
@@ -298,9 +332,12 @@ class VllmTeacher:
             "max_num_batched_tokens": self._step_tokens,
             "max_num_seqs": min(256, self._step_tokens),
             # Draws are checked against whole distributions.
-            "max_logprobs": max(request.columns, vocab_size(model))
-            if request.capture.samples
-            else request.columns,
+            "max_logprobs": max(
+                request.columns,
+                request.capture.chosen,
+                0 if self._sampling is None else self._sampling.top_ids,
+                vocab_size(model) if request.capture.samples else 0,
+            ),
             "logprobs_mode": "raw_logprobs",
             # A prompt read from the prefix cache comes back with rows missing or stale
             # (vllm-project/vllm#42019).
@@ -359,29 +396,54 @@ class VllmTeacher:
     ) -> Iterator[PendingScores]:
         columns, request = self._request.columns, self._request
         # Only the kept positions of a sequence are needed when its result arrives.
-        kept: deque[NDArray[np.int32] | None] = deque()
+        kept: deque[NDArray[np.int32]] = deque()
+        # Of the sequences that have chosen ids, at the time when the engine gets them.
+        chosen: deque[NDArray[np.int32] | None] = deque()
 
         def prompts() -> Iterator[list[int]]:
             for sequence in sequences:
-                kept.append(None if all_rows else sequence.positions())
+                kept.append(sequence.positions())
+                chosen.append(rows_of(sequence))
                 yield sequence.input_ids.tolist()
 
-        for n, output in self._stream(prompts(), columns, route):
+        def ids() -> Iterator[NDArray[np.int32] | None]:
+            while True:
+                yield chosen.popleft()
+
+        asks = bool(request.capture.chosen)
+
+        def read(output: Any, positions: NDArray[np.int32]) -> Scored:
+            output, scores = output if asks else (output, None)
+            found = scored_rows(
+                convert(route, output, columns), request, None if all_rows else positions
+            )
+            if scores is None:
+                return found
+            return dataclasses.replace(found, chosen_logprobs=scores[positions])
+
+        for n, output in self._stream(prompts(), columns, route, chosen=ids() if asks else None):
             positions = kept.popleft()
-            nbytes = n * (columns + 1) * ENTRY_BYTES[route]
+            nbytes = n * ((columns + 1) * ENTRY_BYTES[route] + 4 * request.capture.chosen)
             yield PendingScores(
                 nbytes,
-                lambda output=output, positions=positions: scored_rows(  # type: ignore[misc]
-                    convert(route, output, columns), request, positions
-                ),
+                lambda output=output, positions=positions: read(output, positions),  # type: ignore[misc]
             )
 
     def _stream(
-        self, prompts: Iterable[list[int]], columns: int, route: Route, beside: Route | None = None
+        self,
+        prompts: Iterable[list[int]],
+        columns: int,
+        route: Route,
+        beside: Route | None = None,
+        *,
+        chosen: Iterator[NDArray[np.int32] | None] | None = None,
     ) -> Iterator[tuple[int, Any]]:
         """Length and prompt logprobs of each prompt, in order, as vLLM returns them.
 
         beside: a public route whose form the results of ``raw`` should also have.
+        chosen: for each prompt, when it has been read, the ids to score, int32[n-1, C], or None.
+                The second part of a result is then a pair: the prompt logprobs, and the scores of
+                these ids, or None.
 
         The engine always has some steps' worth of prompts, so it never waits for the next group. It
         has no more than that, so memory does not grow. The times at which prompts are added depend
@@ -390,16 +452,21 @@ class VllmTeacher:
         begins.)
         """
         engine = self._llm.llm_engine
-        params = self._vllm.SamplingParams(
-            # Set in the constructor: if it is set later, vLLM reads its prefix cache for these
-            # requests.
-            prompt_logprobs=columns,
-            max_tokens=1,
-            temperature=0.0,
-            detokenize=False,
-            output_kind=self._vllm.sampling_params.RequestOutputKind.FINAL_ONLY,
-            **sampling(route, beside),
-        )
+
+        def asking(rows: NDArray[np.int32] | None) -> Any:
+            return self._vllm.SamplingParams(
+                # Set in the constructor: if it is set later, vLLM reads its prefix cache for these
+                # requests.
+                prompt_logprobs=columns,
+                max_tokens=1,
+                temperature=0.0,
+                detokenize=False,
+                output_kind=self._vllm.sampling_params.RequestOutputKind.FINAL_ONLY,
+                **sampling(route, beside),
+                **parameters(rows),
+            )
+
+        params = asking(None)
         room = _STEPS_AHEAD["cpu" if self._on_cpu else "gpu"] * self._step_tokens
         source = iter(prompts)
         # In order: request, length, and the size of the engine's log at that time. Results may
@@ -408,13 +475,13 @@ class VllmTeacher:
         held, more = 0, True
         try:
             while more or waiting:
-                added: list[list[int]] = []
+                added: list[tuple[list[int], NDArray[np.int32] | None]] = []
                 while more and held < room:
                     prompt = next(source, None)
                     if prompt is None:
                         more = False
                     else:
-                        added.append(prompt)
+                        added.append((prompt, None if chosen is None else next(chosen)))
                         held += len(prompt)
                 with (
                     drawing(self._request),
@@ -422,23 +489,33 @@ class VllmTeacher:
                     eager(on_cpu=self._on_cpu),
                     self._explained(),
                 ):
-                    for prompt in added:
+                    for prompt, rows in added:
                         name = f"logitcask-{next(self._requests)}"
                         waiting.append((name, len(prompt), self._engine_log.printed()))
-                        engine.add_request(name, self._vllm.inputs.tokens_input(prompt), params)
+                        if rows is not None:
+                            self._chosen[name] = rows
+                        engine.add_request(
+                            name,
+                            self._vllm.inputs.tokens_input(prompt),
+                            params if rows is None else asking(rows),
+                        )
                     if waiting and waiting[0][0] not in self._finished:
                         safe_point()
                         for output in engine.step():
-                            self._finished[output.request_id] = output.prompt_logprobs
+                            rows = self._chosen.pop(output.request_id, None)
+                            scores = None if rows is None else scores_of(output, rows)
+                            self._finished[output.request_id] = output.prompt_logprobs, scores
                 while waiting and waiting[0][0] in self._finished:
                     name, length, self._engine_log.harmless = waiting.popleft()
                     held -= length
-                    yield length, self._finished.pop(name)
+                    found = self._finished.pop(name)
+                    yield length, found[0] if chosen is None else found
         finally:
             if waiting:
                 names = [name for name, *_ in waiting]
                 for name in names:
                     self._finished.pop(name, None)
+                    self._chosen.pop(name, None)
                 with contextlib.suppress(Exception):  # the engine may be dead
                     engine.abort_request(names)
 

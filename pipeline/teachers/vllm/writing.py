@@ -48,6 +48,7 @@ def write(
     of a group. Each request has its own seed, so an answer is the same in any batch, unless
     rounding changes a near tie.
     """
+    noted = sampling.top_ids if logprobs else None
     ahead = _AHEAD * engine.vllm_config.scheduler_config.max_num_seqs
     prompts = iter(prompts)
     finished: dict[int, SampledAnswer] = {}
@@ -57,7 +58,7 @@ def write(
             for prompt in itertools.islice(prompts, ahead - (asked - given)):
                 ids = {"prompt_token_ids": prompt.input_ids.tolist()}
                 engine.add_request(
-                    f"answer-{asked}", ids, _sampling_params(params, prompt, sampling, logprobs)
+                    f"answer-{asked}", ids, _sampling_params(params, prompt, sampling, noted)
                 )
                 asked += 1
             if given == asked:
@@ -65,7 +66,7 @@ def write(
             if given not in finished:
                 for output in step():
                     number = int(output.request_id.removeprefix("answer-"))
-                    finished[number] = _answer(output.outputs[0], logprobs)
+                    finished[number] = _answer(output.outputs[0], noted)
             while given in finished:
                 yield finished.pop(given)
                 given += 1
@@ -75,28 +76,35 @@ def write(
             engine.abort_request(left)
 
 
-def _answer(output: Any, logprobs: bool) -> SampledAnswer:
-    """A finished request's tokens. vLLM names each sampled token in the dict of its logprobs.
+def _answer(output: Any, noted: int | None) -> SampledAnswer:
+    """A finished request's tokens. vLLM names each sampled token in the dict of its logprobs, beside
+    the ``noted`` most probable ids. None: no logprobs are asked for.
 
-    Raises UserError if it does not.
+    Raises UserError if a dict has less.
     """
     ids = np.array(output.token_ids, np.int32)
-    if not logprobs:
+    if noted is None:
         return SampledAnswer(ids, np.full(len(ids), np.nan, np.float32))
     try:
         found = [
             each[token].logprob
             for token, each in zip(output.token_ids, output.logprobs, strict=True)
         ]
+        # A sampled token beyond the most probable ids has a lower logprob than they.
+        top = [
+            sorted(each, key=lambda token, each=each: -each[token].logprob)[:noted]  # type: ignore[misc]
+            for each in output.logprobs
+        ]
+        top_ids = np.array(top, np.int32).reshape(len(ids), noted)
     except (TypeError, KeyError, ValueError, AttributeError) as error:
         raise UserError(
             f"this vLLM does not say the logprobs of the tokens that it samples ({type(error).__name__}); "
             "set teacher.backend=transformers"
         ) from error
-    return SampledAnswer(ids, np.array(found, np.float32))
+    return SampledAnswer(ids, np.array(found, np.float32), top_ids if noted else None)
 
 
-def _sampling_params(params: Any, prompt: Prompt, sampling: Sampling, logprobs: bool) -> Any:
+def _sampling_params(params: Any, prompt: Prompt, sampling: Sampling, noted: int | None) -> Any:
     from vllm.sampling_params import RequestOutputKind
 
     return params(
@@ -107,6 +115,6 @@ def _sampling_params(params: Any, prompt: Prompt, sampling: Sampling, logprobs: 
         stop_token_ids=list(sampling.end_tokens),
         stop=list(sampling.stop),
         detokenize=bool(sampling.stop),
-        logprobs=0 if logprobs else None,  # of the sampled token alone
+        logprobs=noted,  # beside that of the sampled token
         output_kind=RequestOutputKind.FINAL_ONLY,
     )

@@ -14,14 +14,15 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-KNOWN = {"writer_logprobs", "unknown_values"}
+KNOWN = {"writer_logprobs", "chosen_ids", "unknown_values"}
 
 
 def read(folder: Path) -> list[dict]:
     """Every sequence of a cache as a dict of lists.
 
     A position's head is a list of (id, logprob), its samples are a list of sets, each a list of
-    (id, count, logprob). A value that is not known is None.
+    (id, count, logprob). Its chosen ids are a list of (id, logprob). A value that is not known is
+    None.
     """
     manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
     if (
@@ -97,7 +98,29 @@ def decode(row: dict, store: dict, id_at: np.ndarray) -> dict:
         found["writer_logprob"] = row["writer_logprob"]
     if store["tail_samples"]:
         found["samples"] = decode_samples(row, store, id_at, last)
+    if store.get("chosen_ids"):
+        found["chosen"] = decode_chosen(row, store, id_at, heads, last)
     return found
+
+
+def decode_chosen(
+    row: dict, store: dict, id_at: np.ndarray, heads: list, last: list[int]
+) -> list[list[tuple]]:
+    places, gaps = steps_of(row, "chosen_head"), ranks_of(row, "chosen_gap")
+    steps, sizes = steps_of(row, "chosen_step"), row["chosen_head_size"]
+    others = [size - inside for size, inside in zip(row["chosen_size"], sizes, strict=True)]
+    if (len(places), len(gaps), len(steps)) != (sum(sizes), sum(others), sum(others)):
+        raise ValueError("planes and sizes of chosen ids disagree")
+    if max(row["chosen_size"], default=0) > store["chosen_ids"] or min([0, *others, *sizes]) < 0:
+        raise ValueError("too many chosen ids")
+    positions, at, start = [], 0, 0
+    for head, end, inside, outside in zip(heads, last, sizes, others, strict=True):
+        found = [head[place] for place in np.cumsum(places[at : at + inside], dtype=int)]
+        ids = id_at[np.cumsum(gaps[start : start + outside], dtype=int)].tolist()
+        logprobs = [-float(end + d) * store["logprob_step"] for d in steps[start : start + outside]]
+        positions.append(found + list(zip(ids, logprobs, strict=True)))
+        at, start = at + inside, start + outside
+    return positions
 
 
 def decode_samples(

@@ -38,6 +38,11 @@ def as_lists(sequence):
         [(i, p) for i, p in zip(ids, logprobs, strict=True) if i >= 0]
         for ids, logprobs in zip(sequence.ids.tolist(), sequence.logprobs.tolist(), strict=True)
     ]
+    if (chosen := sequence.chosen) is not None:
+        found["chosen"] = [
+            [(i, p) for i, p in zip(ids, logprobs, strict=True) if i >= 0]
+            for ids, logprobs in zip(chosen.ids.tolist(), chosen.logprobs.tolist(), strict=True)
+        ]
     for name in ("tail_logprob", "target_logprob"):
         found[name] = [None if value != value else value for value in found[name]]
     if sequence.entropy is not None:
@@ -79,7 +84,10 @@ def in_any_order(found):
 @pytest.mark.parametrize("vocab_size", [200, 60_000, 1 << 24])
 @pytest.mark.parametrize(
     "kind",
-    ["head", "ragged", "samples", "sample logprobs", "random sampling", "writer logprobs"],
+    [
+        *("head", "ragged", "samples", "sample logprobs", "random sampling", "writer logprobs"),
+        *("chosen ids", "chosen ids, draws"),
+    ],
 )
 def test_the_minimal_reader_agrees(tmp_path, rng, header, sequence, minimal, vocab_size, kind):
     sequences = [
@@ -120,7 +128,8 @@ def test_golden_caches_are_read_for_ever(path, minimal):
         for sequence in json.loads(path.with_suffix(".json").read_text())
     ]
     for sequence in expected:
-        sequence["heads"] = [[tuple(entry) for entry in head] for head in sequence["heads"]]
+        for name in {"heads", "chosen"} & sequence.keys():
+            sequence[name] = [[tuple(entry) for entry in each] for each in sequence[name]]
     assert [in_any_order(sequence) for sequence in minimal.read(path)] == expected
     cache = CacheReader(path)
     assert [as_lists(sequence) for sequence in cache] == expected

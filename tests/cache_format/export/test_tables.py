@@ -71,6 +71,11 @@ def expected(reader):
                     row["entropy"] = float(sequence.entropy[p])
                 if sequence.writer_logprob is not None:
                     row["writer_logprob"] = float(sequence.writer_logprob[p])
+                if sequence.chosen is not None:
+                    pairs = zip(sequence.chosen.ids[p], sequence.chosen.logprobs[p], strict=True)
+                    chosen = [(int(i), float(logprob)) for i, logprob in pairs if i >= 0]
+                    row["chosen_ids"] = [i for i, _ in chosen]
+                    row["chosen_logprobs"] = [logprob for _, logprob in chosen]
                 if sequence.samples is not None:
                     sets, draws = sequence.samples.ids.shape[1:]
                     real = [(t, s) for t in range(sets) for s in range(draws)]

@@ -15,7 +15,10 @@ from logitcask.cache_format.shards.codec import Codec, ContentHash
 from logitcask.cache_format.shards.prior import TailPrior
 from logitcask.cache_format.shards.validation import validate
 
-ALL_KINDS = ["head", "ragged", "samples", "sample logprobs", "random sampling"]
+ALL_KINDS = [
+    *("head", "ragged", "samples", "sample logprobs", "random sampling"),
+    *("chosen ids", "chosen ids, draws"),
+]
 
 
 def round_trip(sequences, store, prior=None):
@@ -163,3 +166,32 @@ def test_contradictory_columns_are_damage(rng, header, sequence, kind):
         mixed = batch.set_column(index, batch.schema.field(index), other.column(index))
         with pytest.raises(DamagedCacheError):
             codec.open(mixed, "test").decode(0)
+
+
+def test_chosen_ids_that_cannot_be(rng, header, sequence):
+    """Places behind a head's end, more ids than the store has, more in the head than there are, and
+    ranks beyond the vocabulary.
+    """
+    kind, vocab_size = "chosen ids, draws", 300
+    store = header(vocab_size, kind=kind).store
+    codec = Codec(store)
+    batch = codec.encode([sequence(rng, "a", vocab_size=vocab_size, kind=kind, kept=1.0)])
+    packed = codec.open(batch, "test")
+    packed.decode(0)
+    values = packed._values
+    size, inside = values["chosen_size"], values["chosen_head_size"]
+    first = int(np.flatnonzero((inside > 0) & (size > inside))[0])
+    place = int(inside[:first].sum())
+    gap = int((size - inside)[:first].sum())
+    for name, at, value, match in [
+        ("chosen_head_plane", place, store.top_k, "is not in its head"),
+        ("chosen_size", first, store.chosen_ids + 1, "another number of chosen ids"),
+        ("chosen_head_size", first, size[first] + 1, "another number of chosen ids"),
+        ("chosen_head_size", first, -1, "another number of chosen ids"),
+        ("chosen_gap_plane_1", gap, 2, "leave the vocabulary"),
+    ]:
+        forged = values[name].copy()
+        forged[at] = value
+        packed._values = {**values, name: forged}
+        with pytest.raises(DamagedCacheError, match=match):
+            packed.decode(0)

@@ -344,10 +344,10 @@ def test_vllms_dicts_of_logprobs():
 
     steps = [{7: -0.5}, {3: -0.1, 9: -2.0}]
     dicts = [{i: SimpleNamespace(logprob=p) for i, p in each.items()} for each in steps]
-    found = _answer(SimpleNamespace(token_ids=[7, 9], logprobs=dicts), True)
+    found = _answer(SimpleNamespace(token_ids=[7, 9], logprobs=dicts), 0)
     assert found.input_ids.tolist() == [7, 9]
     assert found.logprobs.tolist() == [-0.5, -2.0]
     with pytest.raises(UserError, match="does not say the logprobs"):
-        _answer(SimpleNamespace(token_ids=[7, 8], logprobs=dicts), True)
+        _answer(SimpleNamespace(token_ids=[7, 8], logprobs=dicts), 0)
     with pytest.raises(UserError, match="does not say the logprobs"):
-        _answer(SimpleNamespace(token_ids=[7], logprobs=None), True)
+        _answer(SimpleNamespace(token_ids=[7], logprobs=None), 0)

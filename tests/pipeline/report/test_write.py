@@ -146,7 +146,12 @@ def test_who_wrote_the_text_and_its_logprobs(tmp_path, out):
 
 def test_every_column_of_a_shard_has_a_part():
     schema = shard_schema(
-        400, entropy=True, samples=True, sample_logprobs=True, writer_logprobs=True
+        400,
+        entropy=True,
+        samples=True,
+        sample_logprobs=True,
+        writer_logprobs=True,
+        chosen_ids=True,
     )
     beginnings = tuple(each for names in _PARTS.values() for each in names)
     assert [name for name in schema.names if not name.startswith(beginnings)] == []

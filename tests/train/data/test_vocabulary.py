@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from logitcask.cache_format import CachedSequence, CacheReader, TailSamples, UserError
+from logitcask.cache_format import CachedSequence, CacheReader, ChosenIds, TailSamples, UserError
 from logitcask.pipeline.builder.run import build
 from logitcask.pipeline.config import BuildConfig
 from logitcask.train.data.batch import collate, teacher_of
@@ -360,3 +360,27 @@ def test_texts_with_tokens_that_the_student_lacks_are_left_out(write_cache, scra
     )
     assert held_out.parts[0].teacher(batch).vocab_size == rows
     assert CachedDataset(cache, [0]).vocab_size == 60
+
+
+def test_chosen_ids_that_the_student_lacks_are_left_out():
+    """The others have their share of what is left, as the head has."""
+    rng = np.random.default_rng(5)
+    log_p = normalised(rng.normal(0, 3, (30, 60)))
+    targets = rng.integers(0, 50, 30)
+    sequence = cached(log_p, np.full(30, 12), targets)
+    ids = np.argsort(rng.random((30, 60)), axis=1)[:, :6].astype(np.int32)
+    logprobs = np.take_along_axis(log_p, ids, axis=1).astype(np.float32)
+    sequence = dataclasses.replace(sequence, chosen=ChosenIds(ids, logprobs))
+    found = restricted(sequence, 50, 60)
+    inside = 1 - np.exp(sequence.logprobs).sum(axis=1, where=sequence.ids >= 50)
+    for row in range(30):
+        kept = ids[row] < 50
+        count = int(kept.sum())
+        assert found.chosen.ids[row].tolist() == [*ids[row][kept], *[-1] * (6 - count)]
+        np.testing.assert_allclose(
+            found.chosen.logprobs[row, :count],
+            np.minimum(logprobs[row][kept] - np.log(inside[row]), 0),
+            atol=1e-5,
+        )
+    untouched = dataclasses.replace(sequence, chosen=ChosenIds(ids % 50, logprobs))
+    assert restricted(untouched, 60, 60) is untouched

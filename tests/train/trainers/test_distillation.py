@@ -85,7 +85,9 @@ def test_labels_are_those_of_transformers(write_cache, packing):
 
 
 @pytest.mark.parametrize("rows", [None, 50], ids=["all ids", "fewer ids"])
-@pytest.mark.parametrize("kind", ["head", "samples", "sample logprobs", "writer logprobs"])
+@pytest.mark.parametrize(
+    "kind", ["head", "samples", "sample logprobs", "writer logprobs", "chosen ids"]
+)
 def test_decoded_rows_are_batches_too(write_cache, kind, rows):
     """Also for a student that lacks some of the teacher's ids, which are left out."""
     cache = write_cache("c", kind=kind, tokens=(4, 9))
