@@ -58,7 +58,7 @@ def check(rounds: RoundsSettings, losses: Losses, *, hard_labels: bool) -> None:
             f"rounds.on_policy_fraction is {rounds.on_policy_fraction:g}, but {PAIRS} reads a text of the teacher with each one of "
             "a student; set it to 0.5"
         )
-    here = [student(1)]
+    here = [student(1)] if rounds.on_policy_fraction else []
     if rounds.on_policy_fraction < 1:
         other = teacher(1) if rounds.teacher_text else TEXT
         here.append(other)
