@@ -94,9 +94,10 @@ def assess(path: str | Path) -> list[Assessed]:
     """All prompts of a cache of answers that another model than the teacher wrote, in stored order.
     Reads one sequence at a time, and no model. Prompts without a written token are not among them.
 
-    The mean is an unbiased estimate of KL(writer || teacher) per token where the writer sampled at
-    temperature 1 and top_p 1. Elsewhere it is the mean log ratio on the text that was written, with
-    the logprobs of temperature 1.
+    Where the writer sampled at temperature 1 and top_p 1, the sum over an answer is an unbiased
+    estimate of the KL between the writer's answers and the teacher's (the chain rule), and the mean
+    is that per token. Elsewhere it is the mean log ratio on the text that was written, with the
+    logprobs of temperature 1.
     """
     gaps: dict[str, float] = {}
     tokens: Counter[str] = Counter()
@@ -150,7 +151,7 @@ def _mean(assessed: Iterable[Assessed]) -> float | None:
 
 
 def requests(
-    hard: list[Assessed], prompts: list[Row], augment: AugmentConfig, number: int
+    hard: list[Assessed], prompts: Iterable[Row], augment: AugmentConfig, number: int
 ) -> list[Row]:
     """The augmentor's prompts of round ``number``: as many as ``augment.prompts``, in turns to each
     hard one. ``prompts``: those that were assessed.
@@ -158,7 +159,7 @@ def requests(
     A chat keeps its earlier turns, and its system message is left out. Chats that do not end with a
     text of the user are passed over; empty if all of them are.
     """
-    rows = _by_id(prompts)
+    rows = _by_id(prompts, {each.row_id for each in hard})
     known = [(rows[each.row_id], each.kl) for each in hard]
     usable = [(row, kl) for row, kl in known if text_of(row) is not None]
     return [
@@ -200,9 +201,9 @@ def text_of(row: Row) -> str | None:
 
 def new_prompts(
     asked: list[Row],
-    answers: list[Row],
-    earlier: list[list[Row]],
-    drawn: list[Row],
+    answers: Iterable[Row],
+    before: Iterable[Row],
+    known: set[bytes],
     augment: AugmentConfig,
     *,
     answered: int,
@@ -210,17 +211,16 @@ def new_prompts(
     """The new prompts of a round, and their figures.
 
     asked:    the requests. answers: to them, as ``teacher-cache generations`` has them.
-    earlier:  the prompts of each round before. The flagged ones are of the last of these.
-    drawn:    the prompts that the data has for the round.
+    before:   the prompts that were assessed. known: ``key`` of each prompt that the rounds have.
     answered: the requests that were asked. The others had no room for an answer.
 
     ``dropped`` has the requests that gave none, by reason. ``empty``: no text. ``too_long``: the
     message of a chat reached the length limit, so that its end is missing. ``duplicate``: the rounds
     have such a prompt already, up to case and white space.
     """
-    by_request, flagged = _by_id(answers), _by_id(earlier[-1])
-    known = {key(row) for rows in [*earlier, drawn] for row in rows}
-    found: list[Row] = []
+    by_request = _by_id(answers, {f"{each['id']}/0" for each in asked})
+    flagged = _by_id(before, {each[_LIKE] for each in asked})
+    known, found = set(known), list[Row]()
     dropped = dict.fromkeys(_DROPPED, 0)
     for request in asked:
         answer = by_request.get(f"{request['id']}/0")
@@ -236,8 +236,7 @@ def new_prompts(
         found.append(row)
     dropped["no_room"] = len(asked) - answered
     dropped["empty"] -= dropped["no_room"]  # neither has an answer
-    figures = {"asked": len(asked), "new_prompts": len(found), "dropped": dropped}
-    return found, {"data_prompts": len(drawn), **figures}
+    return found, {"asked": len(asked), "new_prompts": len(found), "dropped": dropped}
 
 
 def _cleaned(answer: Row, like: Row, augment: AugmentConfig) -> tuple[str, str]:
@@ -323,14 +322,14 @@ def writing_of(augment: AugmentConfig, max_length: int, seed: int) -> dict[str, 
     return {f"data.{name}": value for name, value in fields.items()}
 
 
-def read_rows(file: Path) -> list[Row]:
+def rows_in(file: Path) -> Iterator[Row]:
     """The rows of a file, in order."""
     with file.open(encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
+        yield from map(json.loads, lines)
 
 
-def _by_id(rows: Iterable[Row]) -> dict[str, Row]:
-    return {row["id"]: row for row in rows}
+def _by_id(rows: Iterable[Row], wanted: set[str]) -> dict[str, Row]:
+    return {row["id"]: row for row in rows if row["id"] in wanted}
 
 
 def as_lines(rows: Iterable[Row]) -> str:

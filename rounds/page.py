@@ -304,6 +304,7 @@ def _table(rounds: list[_Round]) -> tuple[list[str], list[list[str]]]:
         "dropped: empty": lambda each: _whole(_of_prompts("empty")(each)),
         "dropped: too long": lambda each: _whole(_of_prompts("too_long")(each)),
         "dropped: duplicate": lambda each: _whole(_of_prompts("duplicate")(each)),
+        "left out": lambda each: _whole(_of_prompts("left_out")(each)),
         "own KL(student || teacher)": lambda each: _shown(_of_cache("reverse_kl")(each)),
         "own KL(teacher || student)": lambda each: _shown(_of_cache("forward_kl")(each)),
         "held-out KL(teacher || student)": lambda each: _shown(_held_out("kl")(each)),

@@ -65,6 +65,9 @@ def _round(state: State, number: int) -> dict[str, Any] | None:
     asked, prompts = state.of(f"augment-{number}"), state.of(f"prompts-{number}")
     if prompts is not None:
         found["prompts"] = {"sha256": prompts.fingerprint, **prompts.figures}
+        if written is not None:  # new ones without room for an answer
+            whole = prompts.figures["data_prompts"] + prompts.figures["new_prompts"]
+            found["prompts"]["left_out"] = whole - written.figures["prompts"]
     if asked is not None:
         found["augment"] = {"fingerprint": asked.fingerprint, **asked.figures}
     stages = {

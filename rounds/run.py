@@ -265,7 +265,7 @@ class Rounds(Places):
         if number == 1 or state.of(name) is not None:
             return
         hard = augment.flag(augment.assess(self.cache(number - 1)), settings.hard_fraction)
-        before = augment.read_rows(self.prompts(number - 1))
+        before = augment.rows_in(self.prompts(number - 1))
         requests = augment.requests(hard, before, settings, number)
         self.of_round(number).mkdir(exist_ok=True)
         _write_once(self.hard(number), augment.as_lines(requests))
@@ -288,19 +288,21 @@ class Rounds(Places):
         drawn, written = self.drawn(number), self.augmented(number).with_suffix(".jsonl")
         config = [str(self.config.teacher_config), *overrides(self._slice(number))]
         ended = self._stage(state, name, ["teacher-cache", "prompts", *config, "--out", str(drawn)])
-        rows = augment.read_rows(drawn)
+        rows = list(augment.rows_in(drawn))
         figures: dict[str, Any] = {"data_prompts": len(rows), "new_prompts": 0}
         if (asked := state.of(f"augment-{number}")) is not None:
             export = ["teacher-cache", "generations", str(self.augmented(number))]
             ended = ended.and_then(run_stage([*export, "--out", str(written)], self.options))
-            new, figures = augment.new_prompts(
-                augment.read_rows(self.hard(number)),
-                augment.read_rows(written),
-                [augment.read_rows(self.prompts(each)) for each in range(1, number)],
-                rows,
+            files = [drawn, *map(self.prompts, range(1, number))]
+            new, of_new = augment.new_prompts(
+                list(augment.rows_in(self.hard(number))),
+                augment.rows_in(written),
+                augment.rows_in(self.prompts(number - 1)),
+                {augment.key(row) for file in files for row in augment.rows_in(file)},
                 settings,
                 answered=asked.figures["prompts"],
             )
+            figures |= of_new
             log.info("round %d: %s", number, augment.in_words(figures))
             rows += new
         _write_once(self.prompts(number), augment.as_lines(rows))

@@ -71,7 +71,7 @@ def check(rounds: RoundsSettings, losses: Losses, *, hard_labels: bool) -> None:
         if not any(applies(name, options, cache) for cache in here):
             raise ConfigError(
                 f"the loss {name} has caches: {_shown(options)}, but the caches of a first round are {', '.join(sorted(here))}; "
-                "name some of them, such as round-*"
+                f"name some of them, such as {here[0].rpartition('-')[0]}-*"
             )
     for cache in here:
         if losses and not hard_labels and not any(applies(*each, cache) for each in losses):

@@ -17,7 +17,7 @@ import numpy as np
 from logitcask.cache_format import CachedSequence, CacheReader
 from logitcask.cache_format.errors import LogitcaskError
 from logitcask.cache_format.export.token_text import TokenText, printable
-from logitcask.rounds.augment import read_rows, text_of
+from logitcask.rounds.augment import rows_in, text_of
 
 SHOWN_ROUNDS = 8
 """Rounds whose texts are shown at most: the first, the last, and some between."""
@@ -93,7 +93,7 @@ def augmented(folder: Path, numbers: Sequence[int]) -> list[Hard]:
         files = [folder / f"round-{number:03d}" / f"{each}.jsonl" for each in ("hard", "prompts")]
         if not all(each.is_file() for each in files):
             continue
-        requests, prompts = (read_rows(each) for each in files)
+        requests, prompts = (rows_in(each) for each in files)
         new: dict[str, list[str]] = {}
         for row in prompts:
             if "like" in row:

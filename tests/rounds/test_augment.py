@@ -190,8 +190,8 @@ def test_answers_become_prompts():
         ("", ""),  # not asked
         ("Subtract 1", "stop"),
     )
-    drawn = [{"id": "d", "messages": [{"role": "user", "content": "subtract  1"}]}]
-    found, figures = new_prompts(asked, given, [CHATS[:1], CHATS], drawn, augment, answered=7)
+    known = {key({"messages": [{"role": "user", "content": "subtract  1"}]}), *map(key, CHATS)}
+    found, figures = new_prompts(asked, given, CHATS, known, augment, answered=7)
     assert found == [
         {
             "id": "augment-4/0",
@@ -204,14 +204,14 @@ def test_answers_become_prompts():
         }
     ]
     dropped = {"no_room": 1, "empty": 2, "too_long": 1, "duplicate": 3}
-    assert figures == {"data_prompts": 1, "asked": 8, "new_prompts": 1, "dropped": dropped}
+    assert figures == {"asked": 8, "new_prompts": 1, "dropped": dropped}
 
 
 def test_the_first_line_alone():
     augment = AugmentConfig(prompts=3, first_line=True)
     asked = requests(HARD[2:], CHATS, augment, 4)
     given = answers(("\nA b\nand so", "length"), ("A c", "length"), ("A b\nc", "stop"))
-    found, figures = new_prompts(asked, given, [CHATS], [], augment, answered=3)
+    found, figures = new_prompts(asked, given, CHATS, set(), augment, answered=3)
     assert [each["messages"][-1]["content"] for each in found] == ["A b"]
     assert figures["dropped"] == {"no_room": 0, "empty": 0, "too_long": 1, "duplicate": 1}
 
@@ -221,7 +221,7 @@ def test_texts_are_cut_at_the_longest_length():
     augment = AugmentConfig(prompts=2)
     asked = requests([Assessed("t", 1.0, 1)], texts, augment, 4)
     given = answers((" There was\ufffd", "length"), ("\ufffd", "length"))
-    found, figures = new_prompts(asked, given, [texts], [], augment, answered=2)
+    found, figures = new_prompts(asked, given, texts, set(), augment, answered=2)
     assert found == [{"id": "augment-4/0", "text": "There was", "like": "t"}]
     assert figures["dropped"]["empty"] == 1
 
@@ -280,7 +280,7 @@ def test_a_round_has_prompts_like_the_hard_ones_before(texts, tiny_llama):
         }.items()
         told = figures["prompts"]
         assert told["asked"] == told["new_prompts"] + sum(told["dropped"].values()) == 5
-        assert (told["new_prompts"], told["data_prompts"]) == (len(new), 4)
+        assert (told["new_prompts"], told["data_prompts"], told["left_out"]) == (len(new), 4, 0)
         # Of all prompts, the flagged ones may be new ones: so difficulty goes on.
         of_new = [each for each in assess(cache.path) if each.row_id.startswith("augment-")]
         assert assessed["kl_new"] == pytest.approx(
