@@ -27,10 +27,11 @@ from logitcask.rounds.augment import (
 )
 from logitcask.rounds.config import AugmentConfig
 from logitcask.rounds.page import parts_of
-from logitcask.rounds.run import Rounds, run_rounds
+from logitcask.rounds.run import Rounds, report_again, run_rounds
 from logitcask.rounds.state import State
 
 from .conftest import COMMANDS, kill_at
+from .test_page import EVIL
 from .test_run import same, state_of, weights
 
 AUGMENT = {
@@ -367,9 +368,17 @@ def test_the_page_has_hard_prompts_and_new_ones(texts):
     first = rows_of(config, 2, "hard")[0]
     assert f"Round 2: {first['kl']:.2f} nats per token" in section
     assert first["prompt"] in section
-    (config.output / "round-002" / "hard.jsonl").unlink()
-    from logitcask.rounds.run import report_again
-
+    # Hostile text is text.
+    for name, field in (("hard", "prompt"), ("prompts", "text")):
+        rows = [{**row, field: EVIL} for row in rows_of(config, 2, name)]
+        file = config.output / "round-002" / f"{name}.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report_again(config)
+    html = (config.output / "rounds.html").read_text()
+    assert "<script" not in html
+    assert "\u202e" not in html
+    assert html.count("{{ 7 * 7 }}") > 1
+    file.unlink()
     report_again(config)
     assert 'id="new"' not in (config.output / "rounds.html").read_text()
 
