@@ -116,7 +116,7 @@ def configure(folder: Path) -> None:
         "cache_config": str(folder / "text.yaml"),
         "student": {"init_from": model, "keep_layers": [1]},
         "losses": [{"name": "jsd", "beta": 0.5}],
-        "evaluation": {"max_sequences": 4},
+        "evaluation": {"held_out": 0.2, "max_sequences": 4},
         "training": {
             "output_dir": "unused",
             "per_device_train_batch_size": 4,

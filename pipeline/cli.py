@@ -19,6 +19,7 @@ from logitcask.pipeline.commands.find import find
 from logitcask.pipeline.commands.imports import import_
 from logitcask.pipeline.commands.inspect import generations, inspect
 from logitcask.pipeline.commands.model import model
+from logitcask.pipeline.commands.prompts import prompts
 from logitcask.pipeline.commands.push import push
 from logitcask.pipeline.commands.report import report
 from logitcask.pipeline.commands.serve import serve
@@ -45,6 +46,7 @@ for command in (
     catalog_commands.rm,
     catalog_commands.gc,
     inspect,
+    prompts,
     generations,
     export,
     serve,

@@ -45,6 +45,63 @@ class SkdConfig(ConfigModel):
     top_p: float = Field(0.5, gt=0, le=1, description="Of the teacher's sampling.")
 
 
+PROMPT = "{prompt}"
+"""The place of a hard prompt's text in the augmentor's instruction."""
+
+
+class AugmentConfig(ConfigModel):
+    """More prompts like the hard ones, as competitive distillation has them (arXiv 2311.08213): in
+    each round the prompts are flagged at whose answers student and teacher differ most. The teacher
+    writes new ones like them, and the next round has these, too.
+    """
+
+    prompts: int = Field(
+        ge=1,
+        description="New prompts that the teacher is asked for before each round but the first. "
+        "Empty ones, duplicates and those that are too long are dropped and counted.",
+    )
+    hard_fraction: float = Field(
+        0.25,
+        gt=0,
+        le=1,
+        description="Share of a round's prompts that are flagged: those with the largest mean, over "
+        "the tokens of the answer, of the student's logprob minus the teacher's.",
+    )
+    instruction: str | None = Field(
+        None,
+        description="The request to the teacher, with `{prompt}` in the place of the hard prompt's "
+        "text. Default: one that asks for another request of the same kind (docs/rounds.md).",
+    )
+    system_prompt: str | None = Field(
+        None,
+        description="System message of the request. That of data.generate is for answers, and is "
+        "not used.",
+    )
+    first_line: bool = Field(
+        False, description="Whether only the first line of what the teacher writes is the prompt."
+    )
+    max_prompt_tokens: int = Field(
+        128, ge=1, description="Longest new prompt, in tokens. A longer one is dropped."
+    )
+    max_length: int | None = Field(
+        None,
+        ge=1,
+        description="Of a request and the new prompt together, in tokens. It may be raised later. "
+        "Default: data.max_length.",
+    )
+    temperature: float = Field(1.0, ge=0, description="Of the teacher's sampling of prompts.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Of the teacher's sampling of prompts.")
+
+    @field_validator("instruction")
+    @classmethod
+    def _prompt_has_a_place(cls, instruction: str | None) -> str | None:
+        if instruction is not None and PROMPT not in instruction:
+            raise ValueError(
+                f"the instruction has no {PROMPT}, so the teacher would not see the hard prompt; put it where its text belongs"
+            )
+        return instruction
+
+
 class RoundsSettings(ConfigModel):
     """The rounds."""
 
@@ -67,11 +124,12 @@ class RoundsSettings(ConfigModel):
     )
     on_policy_fraction: float = Field(
         1.0,
-        gt=0,
+        ge=0,
         le=1,
         description="Share of the learnt positions that students have written (GKD's lambda). The "
         "rest is of the cache that the student config names: text of data, or of the teacher; with "
-        "teacher_text, what the teacher writes in the rounds.",
+        "teacher_text, what the teacher writes in the rounds. 0, only with augment and teacher_text: "
+        "students' text serves to find the hard prompts alone.",
     )
     teacher_text: bool = Field(
         False,
@@ -90,6 +148,9 @@ class RoundsSettings(ConfigModel):
     skd: SkdConfig | None = Field(
         None, description="Tokens of the teacher in the students' answers. Default: none."
     )
+    augment: AugmentConfig | None = Field(
+        None, description="New prompts like those that the student finds hard. Default: none."
+    )
 
     @model_validator(mode="after")
     def _teacher_text_is_learnt_from(self) -> Self:
@@ -97,6 +158,15 @@ class RoundsSettings(ConfigModel):
             raise ValueError(
                 "teacher_text is true, but on_policy_fraction is 1, which leaves the teacher's text no share; set it below 1, "
                 "such as 0.5"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _students_text_is_of_use(self) -> Self:
+        if self.on_policy_fraction == 0 and (self.augment is None or not self.teacher_text):
+            raise ValueError(
+                "on_policy_fraction is 0, so that nobody learns from what students write; set it above 0, or set augment, "
+                "which finds the hard prompts by it, and teacher_text"
             )
         return self
 

@@ -18,7 +18,7 @@ from logitcask.cache_format.pages.charts import (
     number,
 )
 from logitcask.cache_format.pages.page import render, write_page
-from logitcask.rounds.texts import BOUNDS, asked, written
+from logitcask.rounds.texts import BOUNDS, asked, augmented, written
 
 _HERE = Path(__file__).parent
 
@@ -61,6 +61,7 @@ def write_page_of_rounds(folder: Path, document: dict[str, Any], settings: dict[
         kinds=next((each["kl_kind"] for each in reversed(rounds) if each.get("kl_kind")), ""),
         asked=asked(folder, numbers),
         reference=_reference(student),
+        augmented=augmented(folder, [number for number in numbers if number > 1]),
         written=written(
             folder, {each["round"]: each["cache"]["folder"] for each in rounds if each["round"]}
         ),
@@ -77,6 +78,30 @@ def _of_cache(name: str) -> Callable[[_Round], float | None]:
 
 def _held_out(name: str) -> Callable[[_Round], float | None]:
     return lambda each: each["held_out"].get(name)
+
+
+def _assessed(name: str) -> Callable[[_Round], float | None]:
+    """A figure of the assessor; of a round without new prompts, none that compares them."""
+
+    def value(each: _Round) -> float | None:
+        found = each.get("cache", {}).get("assessed") or {}
+        if name in ("kl_new", "kl_data") and not found.get("new_prompts"):
+            return None
+        kl: float | None = found.get(name)
+        return kl
+
+    return value
+
+
+def _of_prompts(name: str) -> Callable[[_Round], float | None]:
+    """A figure of the new prompts, or the number of those dropped for a reason."""
+
+    def value(each: _Round) -> float | None:
+        found = each.get("prompts", {})
+        count: float | None = found.get(name, (found.get("dropped") or {}).get(name))
+        return count
+
+    return value
 
 
 def acceptance(found: _Round) -> float | None:
@@ -150,6 +175,18 @@ def _curves(rounds: list[_Round]) -> list[LineChart]:
             {"by themselves": _ended("stop"), "at the longest length": _ended("length"), "empty": _ended("empty")},
             "%",
         ),
+        chart(
+            "KL of hard prompts",
+            "nats per token",
+            {"flagged": _assessed("kl_flagged"), "the rest": _assessed("kl_rest")},
+            note="KL(student || teacher) on the student's own text, of the prompts that the assessor has flagged and of all others. The "
+            "flagged ones are chosen by this very estimate, so chance makes their KL larger and that of the rest smaller.",
+        ),
+        chart(
+            "KL of new prompts",
+            "nats per token",
+            {"new": _assessed("kl_new"), "of the data": _assessed("kl_data")},
+        ),
         chart("Acceptance", "share of the tokens that the teacher kept", {"accepted": acceptance}, "%"),
         chart(
             "Staleness",
@@ -163,13 +200,14 @@ def parts_of(found: _Round) -> list[float]:
     """Seconds of a round, in the order of ``_PARTS``. A stage that was started again has the seconds
     of its last start; its work is then at most these.
     """
-    texts = [found.get("cache", {}), found.get("teacher_text", {})]
+    texts = [found.get(name, {}) for name in ("cache", "teacher_text", "augment")]
     stages, train = found["stages"], found["stages"]["train"]
     work = [
         sum(each.get(name) or 0.0 for each in texts)
         for name in ("writing_seconds", "scoring_seconds")
     ]
-    whole = sum(stages[name]["seconds"] for name in ("answer", "write") if name in stages)
+    builds = ("augment", "prompts", "answer", "write")
+    whole = sum(stages[name]["seconds"] for name in builds if name in stages)
     share = min(1.0, whole / sum(work)) if sum(work) else 0.0
     work = [share * each for each in work]
     steps = min(train["seconds"], found["training_seconds"])
@@ -195,6 +233,7 @@ def _memory(rounds: list[_Round]) -> LineChart:
     """The largest process of each command: teacher and student are never in one."""
     series = []
     for stage, name in (
+        ("augment", "the teacher's prompts"),
         ("answer", "the teacher's answers"),
         ("write", "writing and scoring"),
         ("train", "training"),
@@ -256,6 +295,16 @@ def _table(rounds: list[_Round]) -> tuple[list[str], list[list[str]]]:
         "tokens per answer": lambda each: _shown(_of_cache("mean_answer_tokens")(each)),
         "repeated": lambda each: _shown(_of_cache("repetition")(each), "%"),
         "accepted": lambda each: _shown(acceptance(each), "%"),
+        "flagged prompts": lambda each: _whole(_assessed("flagged")(each)),
+        "their KL": lambda each: _shown(_assessed("kl_flagged")(each)),
+        "KL of the rest": lambda each: _shown(_assessed("kl_rest")(each)),
+        "new prompts": lambda each: _whole(_of_prompts("new_prompts")(each)),
+        "asked for": lambda each: _whole(_of_prompts("asked")(each)),
+        "dropped: no room": lambda each: _whole(_of_prompts("no_room")(each)),
+        "dropped: empty": lambda each: _whole(_of_prompts("empty")(each)),
+        "dropped: too long": lambda each: _whole(_of_prompts("too_long")(each)),
+        "dropped: duplicate": lambda each: _whole(_of_prompts("duplicate")(each)),
+        "left out": lambda each: _whole(_of_prompts("left_out")(each)),
         "own KL(student || teacher)": lambda each: _shown(_of_cache("reverse_kl")(each)),
         "own KL(teacher || student)": lambda each: _shown(_of_cache("forward_kl")(each)),
         "held-out KL(teacher || student)": lambda each: _shown(_held_out("kl")(each)),

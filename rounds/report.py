@@ -62,7 +62,21 @@ def _round(state: State, number: int) -> dict[str, Any] | None:
     answered = state.of(f"answer-{number}")
     if answered is not None:
         found["teacher_text"] = {"fingerprint": answered.fingerprint, **answered.figures}
-    stages = {"answer": answered, "write": written, "train": trained}
+    asked, prompts = state.of(f"augment-{number}"), state.of(f"prompts-{number}")
+    if prompts is not None:
+        found["prompts"] = {"sha256": prompts.fingerprint, **prompts.figures}
+        if written is not None:  # new ones without room for an answer
+            whole = prompts.figures["data_prompts"] + prompts.figures["new_prompts"]
+            found["prompts"]["left_out"] = whole - written.figures["prompts"]
+    if asked is not None:
+        found["augment"] = {"fingerprint": asked.fingerprint, **asked.figures}
+    stages = {
+        "augment": asked,
+        "prompts": prompts,
+        "answer": answered,
+        "write": written,
+        "train": trained,
+    }
     return {
         **found,
         **trained.figures,
@@ -89,6 +103,13 @@ def _table(document: dict[str, Any]) -> str:
     if spliced:  # behind the KL on the students' own text
         for row, text in zip([head, *rows], ["rejected", *_percent(rates)], strict=True):
             row.insert(5, text)
+    assessed = [each.get("cache", {}).get("assessed") for each in document["rounds"]]
+    augmented = any(each is not None for each in assessed)
+    if augmented:
+        hard = [_number((each or {}).get("kl_flagged"), ".4f") for each in assessed]
+        new = [_number(_new(each), "d") for each in document["rounds"]]
+        for row, *texts in zip([head, *rows], ["hard KL", *hard], ["new", *new], strict=True):
+            row[5:5] = texts
     widths = [max(len(row[at]) for row in [head, *rows]) for at in range(len(head))]
     lines = [
         "  ".join(text.rjust(width) for text, width in zip(row, widths, strict=True))
@@ -98,6 +119,10 @@ def _table(document: dict[str, Any]) -> str:
     if spliced:
         lines.append(
             "rejected: share of the students' tokens in whose place the teacher put another"
+        )
+    if augmented:
+        lines.append(
+            "hard KL: own KL of the prompts that were flagged as hard; new: prompts of the teacher like the hard ones of the round before"
         )
     lines += [
         "written: tokens; length: tokens per answer; repeated: share of 4-grams; own KL: KL(student || teacher) on the",
@@ -110,13 +135,26 @@ def _table(document: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _new(found: dict[str, Any]) -> int | None:
+    """The new prompts of a round; None if it has no file of prompts."""
+    prompts = found.get("prompts")
+    return None if prompts is None else prompts.get("new_prompts", 0)
+
+
 def _row(found: dict[str, Any]) -> list[str]:
-    cache, answers = found.get("cache", {}), found.get("teacher_text", {})
+    cache = found.get("cache", {})
+    figures = {
+        "augment": found.get("augment", {}),
+        "prompts": {},
+        "answer": found.get("teacher_text", {}),
+        "write": cache,
+        "train": found,
+    }
+    built = [figures[name] for name in ("augment", "answer", "write")]
     seconds = [
-        *(_both(cache, answers, name) for name in ("writing_seconds", "scoring_seconds")),
+        *(_sum(built, name) for name in ("writing_seconds", "scoring_seconds")),
         found["training_seconds"],
     ]
-    figures = {"answer": answers, "write": cache, "train": found}
     other = sum(
         each["seconds"] + each["handover_seconds"] - _useful(each["seconds"], figures[name])
         for name, each in found["stages"].items()
@@ -138,9 +176,9 @@ def _percent(rates: list[float | None]) -> list[str]:
     return [_number(rate, ".1%") for rate in rates]
 
 
-def _both(cache: dict[str, Any], answers: dict[str, Any], name: str) -> float | None:
-    """Seconds of the students' text and the teacher's together; None if there are none."""
-    found = [each[name] for each in (cache, answers) if each.get(name) is not None]
+def _sum(built: list[dict[str, Any]], name: str) -> float | None:
+    """Seconds of all builds of a round together; None if there are none."""
+    found = [each[name] for each in built if each.get(name) is not None]
     return sum(found) if found else None
 
 

@@ -3,6 +3,9 @@ be killed at any moment and started again.
 
     text                the cache of given text, if the student config says how it is built
     start               the untrained student, or one warmed up on given text
+    augment-2, ...      with ``rounds.augment``: the teacher writes prompts like the hard ones of the
+                        round before
+    prompts-1, ...      with ``rounds.augment``: the prompts of the round, new ones and the data's
     answer-1, ...       with ``rounds.teacher_text``: the teacher writes answers of its own
     write-1, write-2    the newest student writes, the teacher scores: a cache for each round
     splice-1-2, ...     with ``rounds.skd``: further passes over its answers
@@ -11,8 +14,6 @@ be killed at any moment and started again.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import shutil
 import time
@@ -22,17 +23,19 @@ from pathlib import Path
 from typing import Any
 
 import filelock
-from omegaconf import OmegaConf
 
 from logitcask.cache_format import CacheReader
 from logitcask.cache_format.cli.config_file import load_config
-from logitcask.cache_format.durable import load_state
-from logitcask.cache_format.errors import ConfigError, UserError, first_line
+from logitcask.cache_format.durable import load_state, write_durably
+from logitcask.cache_format.errors import ConfigError, UserError
 from logitcask.pipeline.config import BuildConfig
-from logitcask.rounds import skd, teacher_text
+from logitcask.rounds import augment, mixture, skd, teacher_text
+from logitcask.rounds.commands import overrides, plain, read
 from logitcask.rounds.config import RoundsConfig
 from logitcask.rounds.figures import figures_of_cache, figures_of_training
+from logitcask.rounds.places import Places
 from logitcask.rounds.report import summary_of, write_report
+from logitcask.rounds.schedule import horizon, is_over
 from logitcask.rounds.stage import Ended, run_stage
 from logitcask.rounds.state import (
     STATE,
@@ -40,7 +43,9 @@ from logitcask.rounds.state import (
     State,
     check_cache,
     check_checkpoint,
+    check_file,
     checkpoint_sha256,
+    file_sha256,
     load,
 )
 
@@ -51,17 +56,17 @@ _MISLED = ("reverse_kl", "skew_reverse_kl", "policy_gradient")
 """Losses that text of earlier students misleads (arXiv 2606.24143)."""
 
 
-class Rounds:
+class Rounds(Places):
     """A run of rounds in ``config.output``. ``options`` are given to every command.
 
     Raises UserError for configs that do not go together.
     """
 
     def __init__(self, config: RoundsConfig, options: list[str]) -> None:
+        super().__init__(config.output, config.rounds)
         self.config, self.options = config, options
-        self.folder, self.rounds = config.output, config.rounds
-        self.teacher = _read(config.teacher_config)
-        self.student = _read(config.student_config)
+        self.teacher = read(config.teacher_config)
+        self.student = read(config.student_config)
         data = self.teacher.get("data")
         if not isinstance(data, dict) or not isinstance(data.get("generate"), dict):
             raise ConfigError(
@@ -70,7 +75,7 @@ class Rounds:
             )
         # With a name in the place of the writer, which a round sets.
         build = load_config(
-            BuildConfig, config.teacher_config, _overrides({"data.generate.writer": "synthetic:0"})
+            BuildConfig, config.teacher_config, overrides({"data.generate.writer": "synthetic:0"})
         )
         generate, store = build.data.generate, build.store
         assert generate is not None
@@ -99,16 +104,25 @@ class Rounds:
             skd.check(
                 [name for name, _ in self.losses],
                 max_tokens=build.data.max_tokens,
+                writer_top_k=generate.writer_top_k,
                 shortest_head=min(store.top_k, store.min_k if store.ragged else store.top_k),
                 teacher_config=config.teacher_config,
             )
         hard_labels = self.student.get("ce_weight") not in (None, 0)
         teacher_text.check(self.rounds, self.losses, hard_labels=hard_labels)
+        self.kind, self.max_length = build.data.kind, build.data.max_length
         if self.rounds.teacher_text:
-            load_config(BuildConfig, config.teacher_config, _overrides(teacher_text.WRITES))
+            load_config(BuildConfig, config.teacher_config, overrides(teacher_text.WRITES))
+        if self.rounds.augment is not None:
+            augment.check(
+                self.rounds,
+                max_tokens=build.data.max_tokens,
+                max_length=self.max_length,
+                teacher_config=config.teacher_config,
+            )
+            load_config(BuildConfig, config.teacher_config, overrides(self._augmentor(1)))
         self.pairs = any(name == teacher_text.PAIRS for name, _ in self.losses)
         self.replay = self._replay()
-        self._passes: dict[int, int] = {}
         self._ended: float | None = None
 
     def _check(self, name: str, kind: type, expected: str) -> None:
@@ -125,7 +139,9 @@ class Rounds:
         misled = [
             name
             for name, each in self.losses
-            if _is_misled(name, each) and teacher_text.applies(name, each, teacher_text.student(1))
+            if _is_misled(name, each)
+            and self.rounds.on_policy_fraction
+            and teacher_text.applies(name, each, teacher_text.student(1))
         ]
         if self.rounds.replay is None:
             return 0.0 if misled else REPLAY
@@ -138,62 +154,42 @@ class Rounds:
             )
         return self.rounds.replay
 
-    # --- places
-
-    def of_round(self, number: int) -> Path:
-        return self.folder / f"round-{number:03d}"
-
-    def cache(self, number: int) -> Path:
-        """The cache of a round; of its newest pass, if it has several."""
-        return self._cache_of_pass(number, self._passes.get(number, 1))
-
-    def _cache_of_pass(self, number: int, pass_number: int) -> Path:
-        return self.of_round(number) / skd.cache_name(pass_number)
-
-    def answers(self, number: int) -> Path:
-        """The cache of the teacher's own answers."""
-        return self.of_round(number) / "teacher"
-
-    def model(self, number: int) -> Path:
-        """The student after a round; after round 0, the one that the first round begins with."""
-        return self.of_round(number) / "student"
-
-    def last_step(self, number: int) -> int:
-        """Steps of the whole training at the end of a round."""
-        return self.rounds.warmup_steps + number * self.rounds.steps_per_round
-
-    def checkpoint(self, number: int) -> Path:
-        return self.model(number) / f"checkpoint-{self.last_step(number)}"
-
     # --- the run
 
     def settings(self) -> dict[str, Any]:
         """Everything that may not change while rounds go on. Their number may."""
-        apart = {"count", "stop"}
+        apart: dict[str, Any] = {"count": True, "stop": True, "augment": {"max_length"}}
         if not self.rounds.teacher_text:
-            apart.add("teacher_text")  # as before there was such text
+            apart["teacher_text"] = True  # as before there was such text
         return {
             "rounds": self.rounds.model_dump(mode="json", exclude=apart),
-            "teacher_config": _plain(self.teacher, without=("output", "log", "scale")),
-            "student_config": _plain(self.student, without=("cache_config",)),
+            "teacher_config": plain(self.teacher, without=("output", "log", "scale")),
+            "student_config": plain(self.student, without=("cache_config",)),
         }
 
     def run(self) -> State:
         """Runs everything that is not done yet. Raises UserError, StageFailed and Stopped."""
         state = load(self.folder, self.settings())
         for number in range(1, state.begun + 1):
-            self._passes[number] = max(1, len(skd.passes_of(state, number)))
+            self.passes[number] = max(1, len(skd.passes_of(state, number)))
         self._check_what_is_done(state)
         for number in range(self.rounds.count + 1):
-            if number > 0 and self._stop(state):
+            if number > 0 and is_over(self.rounds.stop, state):
                 break
             if str(number) not in state.horizons:
-                state.horizons[str(number)] = self._horizon(state)
+                given = (self.student.get("training") or {}).get("max_steps")
+                steps = self.last_step(self.rounds.count)
+                state.horizons[str(number)] = horizon(
+                    given, steps, state, self.config.student_config
+                )
                 state.save(self.folder)
             if number == 0:
                 self._text(state)
                 self._train(state, 0, "start")
                 continue
+            if self.rounds.augment is not None:
+                self._augment(state, number)
+                self._prompts(state, number)
             if self.rounds.teacher_text:
                 self._answer(state, number)
             self._write(state, number)
@@ -222,51 +218,14 @@ class Rounds:
                 check_cache(newest, self.cache(int(number)), self.folder)
             elif kind == "answer":
                 check_cache(done, self.answers(int(number)), self.folder)
-        last = next((each for each in reversed(state.done) if each.content_sha256 is None), None)
+            elif kind == "augment":
+                check_cache(done, self.augmented(int(number)), self.folder)
+            elif kind == "prompts":
+                check_file(done, self.prompts(int(number)), self.folder)
+        last = next((each for each in reversed(state.done) if each.is_training), None)
         if last is not None and last.fingerprint:
             number = last.stage.partition("-")[2]
             check_checkpoint(last, self.checkpoint(int(number or 0)), self.folder)
-
-    def _horizon(self, state: State) -> int:
-        """The steps of the learning rate's schedule, for a round that begins now."""
-        given = (self.student.get("training") or {}).get("max_steps")
-        if given is not None:
-            if not isinstance(given, int) or given < self.last_step(self.rounds.count):
-                raise ConfigError(
-                    f"training.max_steps in {self.config.student_config} is {given}, but the rounds make "
-                    f"{self.last_step(self.rounds.count)} steps; raise it, or remove it"
-                )
-            return given
-        steps = self.last_step(self.rounds.count)
-        before = set(state.horizons.values()) - {steps}
-        if before:
-            log.warning(
-                "the learning rate's schedule is now %d steps long; of earlier rounds it was %d (set training.max_steps in the "
-                "student config for one length)",
-                steps,
-                max(before),
-            )
-        return steps
-
-    def _stop(self, state: State) -> bool:
-        """Whether the KL on held-out text has not improved for too long."""
-        stop, found = self.rounds.stop, _held_out_kl(state)
-        if stop is None or len(found) <= stop.patience:
-            return False
-        best = found[0]
-        waited = 0
-        for kl in found[1:]:
-            waited = 0 if kl < best - stop.min_improvement else waited + 1
-            best = min(best, kl)
-            if waited >= stop.patience:
-                break
-        if waited >= stop.patience:
-            log.info(
-                "no more rounds: the held-out KL has not improved on %.4f for %d rounds (rounds.stop)",
-                best,
-                waited,
-            )
-        return waited >= stop.patience
 
     # --- stages
 
@@ -290,13 +249,81 @@ class Rounds:
             )
         self._record_cache(state, "text", ended, self.text)
 
+    def _augmentor(self, number: int) -> dict[str, Any]:
+        """Changes of the teacher config with which the teacher writes new prompts for a round."""
+        settings = self.rounds.augment
+        assert settings is not None
+        return (
+            teacher_text.WRITES
+            | augment.data_of(self.hard(number), self.kind)
+            | augment.writing_of(settings, self.max_length, self.generate.seed + number)
+        )
+
+    def _augment(self, state: State, number: int) -> None:
+        """The teacher's prompts like those that were hard in the round before."""
+        settings, name = self.rounds.augment, f"augment-{number}"
+        assert settings is not None
+        if number == 1 or state.of(name) is not None:
+            return
+        hard = augment.flag(augment.assess(self.cache(number - 1)), settings.hard_fraction)
+        before = augment.rows_in(self.prompts(number - 1))
+        requests = augment.requests(hard, before, settings, number)
+        self.of_round(number).mkdir(exist_ok=True)
+        _write_once(self.hard(number), augment.as_lines(requests))
+        if not requests:
+            log.warning(
+                "round %d has no new prompts: none of the %d hard ones ends with a text of the user",
+                number,
+                len(hard),
+            )
+            return
+        self._build(state, number, name, self.augmented(number), self._augmentor(number))
+
+    def _prompts(self, state: State, number: int) -> None:
+        """All prompts of a round as a file: those of the data, and behind them the new ones."""
+        settings, name = self.rounds.augment, f"prompts-{number}"
+        assert settings is not None
+        if state.of(name) is not None:
+            return
+        self.of_round(number).mkdir(exist_ok=True)
+        drawn, written = self.drawn(number), self.augmented(number).with_suffix(".jsonl")
+        config = [str(self.config.teacher_config), *overrides(self._slice(number))]
+        ended = self._stage(state, name, ["teacher-cache", "prompts", *config, "--out", str(drawn)])
+        rows = list(augment.rows_in(drawn))
+        figures: dict[str, Any] = {"data_prompts": len(rows), "new_prompts": 0}
+        if (asked := state.of(f"augment-{number}")) is not None:
+            export = ["teacher-cache", "generations", str(self.augmented(number))]
+            ended = ended.and_then(run_stage([*export, "--out", str(written)], self.options))
+            files = [drawn, *map(self.prompts, range(1, number))]
+            new, of_new = augment.new_prompts(
+                list(augment.rows_in(self.hard(number))),
+                augment.rows_in(written),
+                augment.rows_in(self.prompts(number - 1)),
+                {augment.key(row) for file in files for row in augment.rows_in(file)},
+                settings,
+                answered=asked.figures["prompts"],
+            )
+            figures |= of_new
+            log.info("round %d: %s", number, augment.in_words(figures))
+            rows += new
+        _write_once(self.prompts(number), augment.as_lines(rows))
+        self._record(state, name, ended, file_sha256(self.prompts(number)), None, figures)
+
+    def _slice(self, number: int) -> dict[str, Any]:
+        """Changes of the teacher config that choose the data's prompts of a round."""
+        return {
+            "data.generate.skip_prompts": self.generate.skip_prompts
+            + (number - 1) * self.rounds.prompts,
+            "data.generate.max_prompts": self.rounds.prompts,
+        }
+
     def _answer(self, state: State, number: int) -> None:
         """The teacher's own answers to the prompts of a round."""
         self._build(state, number, f"answer-{number}", self.answers(number), teacher_text.WRITES)
 
     def _write(self, state: State, number: int) -> None:
         """What the newest student answers."""
-        output = self._cache_of_pass(number, 1)
+        output = self.cache_of_pass(number, 1)
         self._build(state, number, f"write-{number}", output, self._by_student(number))
 
     def _splice(self, state: State, number: int) -> None:
@@ -317,10 +344,10 @@ class Rounds:
                 state,
                 number,
                 f"splice-{number}-{pass_number}",
-                self._cache_of_pass(number, pass_number),
+                self.cache_of_pass(number, pass_number),
                 self._by_student(number) | splice,
             )
-            self._passes[number] = pass_number
+            self.passes[number] = pass_number
         if left := skd.passes_of(state, number)[-1].figures["rejected"]:
             log.info(
                 "round %d: after the last pass %d answers have a token to reject (rounds.skd.passes)",
@@ -328,7 +355,7 @@ class Rounds:
                 left,
             )
         earlier = range(1, len(skd.passes_of(state, number)))
-        skd.remove([self._cache_of_pass(number, each) for each in earlier])
+        skd.remove([self.cache_of_pass(number, each) for each in earlier])
 
     def _by_student(self, number: int) -> dict[str, Any]:
         return {"data.generate.writer": str(self.model(number - 1))}
@@ -340,10 +367,11 @@ class Rounds:
         if state.of(name) is not None:
             return
         kind = name.partition("-")[0]
+        chosen = self._slice(number)
+        if self.rounds.augment is not None:
+            chosen = augment.data_of(self.prompts(number), self.kind)
         changes = {
-            "data.generate.skip_prompts": self.generate.skip_prompts
-            + (number - 1) * self.rounds.prompts,
-            "data.generate.max_prompts": self.rounds.prompts,
+            **chosen,
             "data.generate.seed": self.generate.seed
             + number
             + (teacher_text.SEED if kind == "answer" else 0),
@@ -355,12 +383,13 @@ class Rounds:
         self.of_round(number).mkdir(exist_ok=True)
         if kind != "splice":
             log.info(
-                "round %d of %d: the %s writes, the teacher scores",
+                "round %d of %d: the %s writes%s, the teacher scores",
                 number,
                 self.rounds.count,
-                "teacher" if kind == "answer" else "student",
+                "student" if kind == "write" else "teacher",
+                " new prompts" if kind == "augment" else "",
             )
-        command = ["teacher-cache", "build", str(self.config.teacher_config), *_overrides(changes)]
+        command = ["teacher-cache", "build", str(self.config.teacher_config), *overrides(changes)]
         ended = self._stage(state, name, command)
         self._record_cache(state, name, ended, output)
 
@@ -380,7 +409,7 @@ class Rounds:
         if number > 0 and self.last_step(number - 1) > 0:
             changes["part.start"] = str(self.checkpoint(number - 1))
         self.of_round(number).mkdir(exist_ok=True)
-        command = ["train-student", "train", str(self.config.student_config), *_overrides(changes)]
+        command = ["train-student", "train", str(self.config.student_config), *overrides(changes)]
         log.info(
             "%s",
             f"round {number} of {self.rounds.count}: the training goes on to step {until}"
@@ -402,31 +431,16 @@ class Rounds:
 
     def mixture(self, number: int) -> list[dict[str, Any]]:
         """The caches that a round learns from, with their shares of the positions."""
-        text = {"cache": self.text, "name": "text"}
-        if number == 0:
-            return [{**text, "weight": 1.0}]
-        given, students = 1 - self.rounds.on_policy_fraction, self.rounds.on_policy_fraction
-        replay = self.replay if number > 1 else 0.0
-        shares = {number: students * (1 - replay)}
-        if replay:
-            shares |= dict.fromkeys(range(1, number), students * replay / (number - 1))
-        found: list[dict[str, Any]] = []
-        for each in sorted(shares):
-            name, of_teacher = teacher_text.student(each), teacher_text.teacher(each)
-            entry = {"cache": str(self.cache(each)), "name": name, "weight": shares[each]}
-            if self.rounds.teacher_text:
-                # Beside every text of students, and as much of it as the fraction says.
-                weight = shares[each] / students * given
-                own = {"cache": str(self.answers(each)), "name": of_teacher, "weight": weight}
-                found.append({**own, "held_out": 0.0})
-            if self.pairs:
-                entry["preferred"] = of_teacher
-            found.append({**entry, "held_out": 0.0})
-        if self.rounds.teacher_text:
-            given = 0.0
-        if given or (self.student.get("evaluation") or {}).get("cache") is None:
-            found.insert(0, {**text, "weight": given})
-        return found
+        return mixture.of_round(
+            number,
+            self.rounds,
+            text=self.text,
+            students=self.cache,
+            teachers=self.answers,
+            replay=self.replay,
+            pairs=self.pairs,
+            evaluates_on_text=(self.student.get("evaluation") or {}).get("cache") is None,
+        )
 
     def _caches(self, number: int) -> dict[str, str]:
         """The names of a round's caches, by fingerprint."""
@@ -450,6 +464,9 @@ class Rounds:
         if self.rounds.skd is not None and name != "text":
             figures |= skd.figures_of_ranks(path, self.rounds.skd.top_k)
             figures["splices_cut"] = manifest.data.counters.get("splices_cut", 0)
+        if self.rounds.augment is not None and name.startswith("write-"):
+            assessed = augment.assess(path)
+            figures["assessed"] = augment.figures_of(assessed, self.rounds.augment.hard_fraction)
         self._record(state, name, ended, manifest.fingerprint, manifest.content_sha256, figures)
 
     def _record(
@@ -529,33 +546,12 @@ def _remove(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """A config of a command, as far as it is needed here. The command checks it."""
-    try:
-        found = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-    except Exception as error:  # of the file system, of YAML, of OmegaConf
-        raise ConfigError(f"{path} cannot be read as a config: {first_line(error)}") from error
-    if not isinstance(found, dict):
-        raise ConfigError(f"{path} is not a config: expected keys and values at the top level")
-    return {str(name): value for name, value in found.items()}
-
-
-def _plain(config: dict[str, Any], without: tuple[str, ...]) -> dict[str, Any]:
-    """A config in JSON's terms, and the content of a template file as its hash."""
-    plain: dict[str, Any] = json.loads(json.dumps(config, default=str))
-    for name in without:
-        plain.pop(name, None)
-    template = (plain.get("data") or {}).get("chat_template")
-    if template and Path(template).expanduser().is_file():
-        content = Path(template).expanduser().read_bytes()
-        plain["data"]["chat_template"] = hashlib.sha256(content).hexdigest()
-    return plain
-
-
-def _overrides(changes: dict[str, Any]) -> list[str]:
-    """KEY=VALUE of a command; JSON is YAML of one line."""
-    # YAML reads no escapes of two halves, as JSON has them for emoji.
-    return [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in changes.items()]
+def _write_once(file: Path, content: str) -> None:
+    """A file that is there with this content is left alone: a build may have read it, and would see
+    that it is newer.
+    """
+    if not file.is_file() or file.read_bytes() != content.encode():
+        write_durably(file, content)
 
 
 def _is_misled(name: str, options: dict[str, Any]) -> bool:
@@ -563,12 +559,3 @@ def _is_misled(name: str, options: dict[str, Any]) -> bool:
     beta = options.get("beta")
     above = isinstance(beta, int | float) and beta > 0.5  # if it is no number, the command says so
     return name in _MISLED or (name == "jsd" and above)
-
-
-def _held_out_kl(state: State) -> list[float]:
-    """The held-out KL at the start and after each round."""
-    return [
-        each.figures["held_out"]["kl"]
-        for each in state.done
-        if each.stage == "start" or each.stage.startswith("train-")
-    ]

@@ -31,7 +31,12 @@ _SUMS = ("writing_seconds", "scoring_seconds")
 
 
 def check(
-    losses: list[str], *, max_tokens: int | None, shortest_head: int, teacher_config: Path
+    losses: list[str],
+    *,
+    max_tokens: int | None,
+    writer_top_k: int | None,
+    shortest_head: int,
+    teacher_config: Path,
 ) -> None:
     """Raises ConfigError for a loss or a teacher config that does not go with passes.
 
@@ -46,6 +51,11 @@ def check(
         raise ConfigError(
             f"{teacher_config}: data.max_tokens is {max_tokens}, but with rounds.skd the student goes on with every answer; remove "
             "it: rounds.prompts limits a round"
+        )
+    if writer_top_k is not None:
+        raise ConfigError(
+            f"{teacher_config}: data.generate.writer_top_k is {writer_top_k}, but with rounds.skd some tokens were written in an "
+            "earlier pass, where the student's most probable ids were not kept; remove one of the two"
         )
     if shortest_head < 1:
         raise ConfigError(

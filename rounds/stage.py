@@ -36,6 +36,11 @@ class Ended:
     seconds: float
     peak_bytes: int
 
+    def and_then(self, other: Ended) -> Ended:
+        """This command and the one after it as one, with the document of this one."""
+        seconds = self.seconds + other.seconds
+        return Ended(self.document, seconds, max(self.peak_bytes, other.peak_bytes))
+
 
 def run_stage(command: list[str], options: list[str]) -> Ended:
     """Runs ``command`` with ``--json`` and ``options``, and waits for its end. Its log goes to

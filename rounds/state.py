@@ -35,7 +35,7 @@ class Done(BaseModel):
 
     stage:       ``text``, ``start``, ``write-1``, ``splice-1-2``, ``train-1``, ...
     fingerprint: of its cache, and content_sha256 of that; or, of a training, the sha256 of the
-                 last checkpoint's trainer_state.json.
+                 last checkpoint's trainer_state.json; or of the prompts, that of their file.
     seconds:     of its command. handover: from the end of the command before. starts: how often the
                  command was started. figures: of the report.
     """
@@ -50,6 +50,10 @@ class Done(BaseModel):
     starts: int
     peak_bytes: int
     figures: dict[str, Any]
+
+    @property
+    def is_training(self) -> bool:
+        return self.stage == "start" or self.stage.startswith("train-")
 
 
 class State(BaseModel):
@@ -141,9 +145,24 @@ def check_cache(done: Done, path: str | Path, folder: Path) -> None:
         raise UserError(f"{path} is another cache than {done.stage} has made: {what}; {ways_out}")
 
 
+def file_sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def check_file(done: Done, file: Path, folder: Path) -> None:
+    """Raises UserError if the file of a finished stage is gone, or another one is in its place."""
+    ways_out = f"put it back, or begin afresh with --restart ({folder})"
+    if not file.is_file():
+        raise UserError(f"the file of {done.stage}, {file}, is gone; {ways_out}")
+    if (found := file_sha256(file)) != done.fingerprint:
+        raise UserError(
+            f"{file} is not as {done.stage} has written it: its sha256 is {found[:16]}, expected {done.fingerprint[:16]}; {ways_out}"
+        )
+
+
 def checkpoint_sha256(checkpoint: Path) -> str:
     """What a checkpoint is recognised by: the sha256 of its log and counters."""
-    return hashlib.sha256((checkpoint / "trainer_state.json").read_bytes()).hexdigest()
+    return file_sha256(checkpoint / "trainer_state.json")
 
 
 def check_checkpoint(done: Done, checkpoint: Path, folder: Path) -> None:

@@ -32,7 +32,11 @@ def student(number: int) -> str:
     return f"round-{number}"
 
 
-WRITES = {"data.generate.writer": None, "data.generate.writer_engine": None}
+WRITES = {
+    "data.generate.writer": None,
+    "data.generate.writer_engine": None,
+    "data.generate.writer_top_k": None,
+}
 """Changes of the teacher config with which the teacher itself writes."""
 
 
@@ -58,7 +62,7 @@ def check(rounds: RoundsSettings, losses: Losses, *, hard_labels: bool) -> None:
             f"rounds.on_policy_fraction is {rounds.on_policy_fraction:g}, but {PAIRS} reads a text of the teacher with each one of "
             "a student; set it to 0.5"
         )
-    here = [student(1)]
+    here = [student(1)] if rounds.on_policy_fraction else []
     if rounds.on_policy_fraction < 1:
         other = teacher(1) if rounds.teacher_text else TEXT
         here.append(other)
@@ -71,7 +75,7 @@ def check(rounds: RoundsSettings, losses: Losses, *, hard_labels: bool) -> None:
         if not any(applies(name, options, cache) for cache in here):
             raise ConfigError(
                 f"the loss {name} has caches: {_shown(options)}, but the caches of a first round are {', '.join(sorted(here))}; "
-                "name some of them, such as round-*"
+                f"name some of them, such as {here[0].rpartition('-')[0]}-*"
             )
     for cache in here:
         if losses and not hard_labels and not any(applies(*each, cache) for each in losses):

@@ -17,6 +17,7 @@ import numpy as np
 from logitcask.cache_format import CachedSequence, CacheReader
 from logitcask.cache_format.errors import LogitcaskError
 from logitcask.cache_format.export.token_text import TokenText, printable
+from logitcask.rounds.augment import rows_in, text_of
 
 SHOWN_ROUNDS = 8
 """Rounds whose texts are shown at most: the first, the last, and some between."""
@@ -25,6 +26,9 @@ _PROMPTS = 4
 _TOKENS = 300
 """Tokens of an answer that are shown."""
 _PROMPT_LETTERS = 400
+_HARD = 3
+"""Hard prompts of a round that are shown with the new ones like them."""
+_NEW = 3
 
 BOUNDS = (0.1, 0.5, 1, 2, 3, 5, 7, 10)
 """Surprises in nats at which the colour of a token changes, as in the token view."""
@@ -68,6 +72,41 @@ class Asked:
     prompt: str
     reference: str
     answers: list[tuple[int, str]]
+
+
+@dataclass(frozen=True)
+class Hard:
+    """A prompt that was hard in the round before ``round``, with its KL in nats per token, and the
+    new prompts that the teacher wrote like it.
+    """
+
+    round: int
+    prompt: str
+    kl: float
+    new: list[str]
+
+
+def augmented(folder: Path, numbers: Sequence[int]) -> list[Hard]:
+    """The hardest prompts of the shown rounds that new ones came from."""
+    found = []
+    for number in spread(numbers):
+        files = [folder / f"round-{number:03d}" / f"{each}.jsonl" for each in ("hard", "prompts")]
+        if not all(each.is_file() for each in files):
+            continue
+        requests, prompts = (rows_in(each) for each in files)
+        new: dict[str, list[str]] = {}
+        for row in prompts:
+            if "like" in row:
+                new.setdefault(row["like"], []).append(seen(text_of(row) or "")[:_PROMPT_LETTERS])
+        hard: dict[str, dict[str, Any]] = {}
+        for each in requests:  # the hardest first, and each several times
+            hard.setdefault(each["like"], each)
+        found += [
+            Hard(number, seen(each["prompt"])[-_PROMPT_LETTERS:], each["kl"], new[name][:_NEW])
+            for name, each in hard.items()
+            if name in new
+        ][:_HARD]
+    return found
 
 
 def spread(numbers: Sequence[int], most: int = SHOWN_ROUNDS) -> list[int]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from logitcask.cache_format.cli.result import as_json, print_result, result_file
+from logitcask.cache_format.cli.result import as_json, print_result
 
 
 def inspect(
@@ -62,23 +61,8 @@ def generations(
     """Exports the answers that the teacher wrote (data.generate) as JSON lines: id, prompt,
     answer, tokens, finish. With --json they are one list, or with --out their number.
     """
-    import json
-
     from logitcask.cache_format import CacheReader
-    from logitcask.cache_format.durable import writing_to
+    from logitcask.pipeline.commands.json_lines import write_lines
     from logitcask.pipeline.commands.sequence_table import generations as answers
 
-    rows = answers(CacheReader(cache), tokenizer)
-    one_list = as_json() and out is None
-    written = 0
-    with (
-        writing_to(out or Path("standard output")),
-        out.open("w", encoding="utf-8") if out else nullcontext(result_file()) as file,
-    ):
-        for written, row in enumerate(rows, start=1):
-            before = ("[\n" if written == 1 else ",\n") if one_list else ""
-            file.write(before + json.dumps(row, ensure_ascii=False) + "\n" * (not one_list))
-        if one_list:
-            file.write("\n]\n" if written else "[]\n")
-    if as_json() and out:
-        print_result({"out": out, "answers": written}, "")
+    write_lines(answers(CacheReader(cache), tokenizer), out, "answers")

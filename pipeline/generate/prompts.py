@@ -56,6 +56,17 @@ class CountedOnce:
         return self._source.counters if self._counted is None else self._counted
 
 
+def asked(row: Row) -> list[dict[str, Any]]:
+    """The messages of a chat up to the last one that is not of the assistant. A text is the one
+    message of the user.
+    """
+    messages = row.messages or [{"role": "user", "content": row.text}]
+    end = len(messages)
+    while end and messages[end - 1]["role"] == "assistant":
+        end -= 1
+    return messages[:end]
+
+
 class Prompts:
     """Turns the rows of one source into prompts.
 
@@ -197,14 +208,11 @@ class Prompts:
         return AddedTokens(self.tokenizer, self._config.add_special_tokens)
 
     def _rendered(self, row: Row, template: ChatTemplate) -> str | None:
-        messages = row.messages or [{"role": "user", "content": row.text}]
-        asked = len(messages)
-        while asked and messages[asked - 1]["role"] == "assistant":
-            asked -= 1
-        if not asked or messages[asked - 1]["role"] in SYSTEM_ROLES:
+        messages = asked(row)
+        if not messages or messages[-1]["role"] in SYSTEM_ROLES:
             self._leave_out(row.row_id, "without_prompt")
             return None
-        replaced, messages = asked < len(messages), messages[:asked]
+        replaced = row.messages is not None and len(messages) < len(row.messages)
         if self._settings.system_prompt is not None and messages[0]["role"] not in SYSTEM_ROLES:
             messages = [{"role": "system", "content": self._settings.system_prompt}, *messages]
         messages = template.prepared(messages, row.tools)
@@ -229,3 +237,32 @@ class Prompts:
             f"no prompt came out of {self._config.where}: {reasons}{first}; "
             "look at data.max_length and the chat template"
         )
+
+
+def as_rows(prompts: Prompts, rows: Iterable[Row]) -> Iterator[dict[str, Any]]:
+    """The prompts that the config chooses, in order, as rows of a JSON file: ``id``, and ``text`` of
+    a text that is continued, or ``messages`` of a chat up to the answer, with ``tools`` if it has
+    some. ``id_field: id`` and ``messages_field: messages``, or ``text_field: text``, read them as
+    the same prompts.
+
+    ``rows`` are read twice. Raises UserError if they change between the two, and as
+    ``Prompts.prompts`` does.
+    """
+    chosen: dict[str, Row | None] = {each.row_id: None for each in prompts.prompts(rows)}
+    missing = len(chosen)
+    for row in rows:
+        if chosen.get(row.row_id, row) is None:
+            chosen[row.row_id] = row
+            missing -= 1
+            if not missing:
+                break
+    for row_id, found in chosen.items():
+        if found is None:
+            raise UserError(
+                f"the data changed while it was read: its row {row_id} is gone; run again"
+            )
+        if prompts.template is None:
+            yield {"id": row_id, "text": found.text}
+            continue
+        tools = {} if found.tools is None else {"tools": found.tools}
+        yield {"id": row_id, "messages": asked(found), **tools}

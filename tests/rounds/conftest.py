@@ -14,6 +14,7 @@ import yaml
 import logitcask.rounds.run as rounds_run
 from logitcask.cache_format.cli.config_file import load_config
 from logitcask.pipeline.builder.run import build
+from logitcask.pipeline.cli import app
 from logitcask.pipeline.config import BuildConfig
 from logitcask.rounds.config import RoundsConfig
 from logitcask.rounds.stage import Ended
@@ -28,7 +29,10 @@ COMMANDS: list[list[str]] = []
 def in_process(command: list[str], options: list[str]) -> Ended:
     """As ``run_stage``, without processes, which need 10 seconds each to import torch."""
     COMMANDS.append(command)
-    program, _, config, *overrides = command
+    program, name, config, *overrides = command
+    if name in ("prompts", "generations"):
+        app([name, config, *overrides], standalone_mode=False)
+        return Ended({}, 1.0, 1)
     if program == "teacher-cache":
         result = build(load_config(BuildConfig, Path(config), overrides))
         output = load_config(BuildConfig, Path(config), overrides).output

@@ -5,10 +5,11 @@ config.
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from logitcask.cache_format import CacheReader, verify
+from logitcask.cache_format import CacheReader, ConfigError, verify
 from logitcask.rounds.run import run_rounds
 
 
@@ -44,3 +45,23 @@ def test_every_round_has_the_ids_of_the_student_that_wrote(rounds, tiny_llama):
             found = log_p.gather(1, chosen).numpy()
             rounding = cache.manifest.store.rounding
             assert np.abs(found - sequence.chosen.logprobs).max() <= rounding + 1e-4
+
+
+def test_the_teachers_own_answers_have_none(rounds):
+    config = rounds(
+        student={"losses": [{"name": "reverse_kl"}]},
+        generate={"writer_top_k": 4},
+        count=1,
+        teacher_text=True,
+        on_policy_fraction=0.5,
+    )
+    run_rounds(config, [])
+    of_round = config.output / "round-001"
+    assert CacheReader(of_round / "teacher").manifest.store.chosen_ids == 0
+    assert CacheReader(of_round / "cache").manifest.store.chosen_ids == 4
+
+
+def test_passes_of_skd_have_none(rounds):
+    config = rounds(generate={"writer_top_k": 4}, skd={"top_k": 3}, on_policy_fraction=0.5)
+    with pytest.raises(ConfigError, match=r"writer_top_k is 4, but with rounds.skd"):
+        run_rounds(config, [])

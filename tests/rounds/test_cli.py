@@ -11,8 +11,9 @@ import yaml
 
 from logitcask.cache_format.cli.config_file import load_config
 from logitcask.rounds import cli
+from logitcask.rounds.commands import overrides
 from logitcask.rounds.config import RoundsConfig
-from logitcask.rounds.run import Rounds, _overrides
+from logitcask.rounds.run import Rounds
 
 ROOT = Path(__file__).parents[2]
 
@@ -67,7 +68,8 @@ def test_mistakes_are_one_line(command):
         (("rounds.count=0",), "rounds.count"),
         (("rounds.conut=2",), "did you mean count?"),
         (("teacher_config=nowhere.yaml",), "there is no such file"),
-        (("rounds.on_policy_fraction=0",), "rounds.on_policy_fraction"),
+        (("rounds.on_policy_fraction=-1",), "rounds.on_policy_fraction"),
+        (("rounds.on_policy_fraction=0",), "rounds: on_policy_fraction is 0"),
     ]:
         code, out, err = command(*arguments)
         assert code == 2
@@ -77,7 +79,9 @@ def test_mistakes_are_one_line(command):
         assert said in err
 
 
-@pytest.mark.parametrize("name", ["quickstart", "policy-gradient", "skd", "distillm-2", "dpkd"])
+@pytest.mark.parametrize(
+    "name", ["quickstart", "policy-gradient", "skd", "distillm-2", "dpkd", "comd"]
+)
 def test_the_configs_that_come_along(name, monkeypatch):
     from logitcask.pipeline.config import BuildConfig
     from logitcask.train.config import TrainConfig
@@ -93,7 +97,10 @@ def test_the_configs_that_come_along(name, monkeypatch):
         "part.until": 1,
         "training.max_steps": 1,
     }
-    student = load_config(TrainConfig, config.student_config, _overrides(of_round))
-    assert {"text", "round-1"} <= {entry.label for entry in student.caches}
+    student = load_config(TrainConfig, config.student_config, overrides(of_round))
+    assert {entry.label for entry in student.caches} >= {
+        "text",
+        "teacher-1" if name == "comd" else "round-1",
+    }
     text = load_config(BuildConfig, Path(rounds.student["cache_config"]), [])
     assert str(text.output) == rounds.text

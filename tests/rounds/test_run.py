@@ -17,9 +17,10 @@ from logitcask.cache_format import CacheReader
 from logitcask.cache_format.cli.config_file import load_config
 from logitcask.cache_format.cli.config_model import ConfigModel
 from logitcask.cache_format.errors import ConfigError, UserError
+from logitcask.rounds.commands import overrides
 from logitcask.rounds.figures import repetition
 from logitcask.rounds.report import _useful
-from logitcask.rounds.run import Rounds, _overrides, run_rounds
+from logitcask.rounds.run import Rounds, run_rounds
 from logitcask.rounds.state import State
 
 from .conftest import COMMANDS, kill_at
@@ -292,7 +293,7 @@ class _Folder(ConfigModel):
 @pytest.mark.parametrize("name", ["run-😀", "é", 'a"b', "a\\b", "a: b # c", "\u2028"])
 def test_paths_of_any_characters_reach_the_commands(tmp_path, name):
     (tmp_path / "config.yaml").write_text("folder: x\n")
-    found = load_config(_Folder, tmp_path / "config.yaml", _overrides({"folder": name}))
+    found = load_config(_Folder, tmp_path / "config.yaml", overrides({"folder": name}))
     assert found.folder == name
 
 

@@ -10,15 +10,17 @@ import os
 import re
 import sys
 from dataclasses import fields
+from datetime import date
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
 
-from logitcask.cache_format import CacheReader, Manifest
+from logitcask.cache_format import CacheReader, Manifest, UserError
 from logitcask.pipeline.audit.result import Audit
 from logitcask.pipeline.cli import app, main
+from logitcask.pipeline.commands.json_lines import write_lines
 from logitcask.pipeline.estimate.run import Estimate
 
 DOCS = Path(__file__).parents[3] / "docs" / "scripts.md"
@@ -201,6 +203,28 @@ def test_generations(run, document, tmp_path, monkeypatch):
     assert out.read_text(encoding="utf-8") == text
     rows.clear()
     assert document("generations", cache)[0] == []
+
+
+def test_prompts(run, document, config, tmp_path):
+    """The chosen prompts of a config; to stdout or a file."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"q": f"é {n}"}) + "\n" for n in range(3)))
+    fields = [f"data={{path: '{rows}', prompt_field: q, generate: {{max_prompts: 2}}}}"]
+    found, text = document("prompts", config, *fields)
+    assert found == [json.loads(line) for line in text.splitlines()]
+    assert [list(row) for row in found] == [["id", "messages"]] * 2
+    assert found[1]["messages"] == [{"role": "user", "content": "é 1"}]
+    out = tmp_path / "prompts.jsonl"
+    assert document("prompts", config, *fields, "--out", out)[0] == {"out": str(out), "prompts": 2}
+    assert out.read_text(encoding="utf-8") == text
+    code, stdout, stderr = run("prompts", config)
+    assert (code, stdout) == (2, "")
+    assert "has no data.generate, so its build answers no prompts" in stderr
+
+
+def test_values_that_json_does_not_have(capsys):
+    with pytest.raises(UserError, match="row a holds a value that JSON does not have"):
+        write_lines([{"id": "a", "messages": [{"day": date(2024, 1, 2)}]}], None, "rows")
 
 
 def test_model(document, monkeypatch, tmp_path):
