@@ -40,6 +40,7 @@ import logitcask.rounds.run as rounds_run
 from logitcask.cache_format import CacheReader
 from logitcask.cache_format.cli.config_file import load_config
 from logitcask.pipeline.builder.run import build
+from logitcask.pipeline.cli import app
 from logitcask.pipeline.config import BuildConfig
 from logitcask.pipeline.teachers.model import resolve_model
 from logitcask.rounds.config import RoundsConfig
@@ -68,7 +69,7 @@ SCALES = {
         vocab=400,
         prompt=6,
         length=16,
-        rounds=1,
+        rounds=2,
         prompts=8,
         steps=2,
         batch=2,
@@ -240,9 +241,12 @@ class Stages:
         self.tokens = 0
 
     def __call__(self, command: list[str], options: list[str]) -> Ended:
-        program, _, file, *overrides = command
+        program, name, file, *overrides = command
         if program == "train-student":
             train(load_config(TrainConfig, Path(file), overrides))
+            return Ended({}, 0.0, 0)
+        if name != "build":  # prompts, generations: no model reads anything
+            app([name, file, *overrides], standalone_mode=False)
             return Ended({}, 0.0, 0)
         config = load_config(BuildConfig, Path(file), overrides)
         result = build(config)

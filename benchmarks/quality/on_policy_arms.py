@@ -76,4 +76,15 @@ ARMS = (
         rounds={"on_policy_fraction": 0.5, "teacher_text": True},
         pairs=True,
     ),
+    Arm(
+        "CoMD",
+        "rounds",
+        (KL,),
+        0.375,
+        rounds={
+            "on_policy_fraction": 0,
+            "teacher_text": True,
+            "augment": {"prompts": 8, "max_length": 120, "max_prompt_tokens": 12},
+        },
+    ),
 )

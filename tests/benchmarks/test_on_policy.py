@@ -17,7 +17,7 @@ from logitcask.pipeline.teachers.model import resolve_model
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "quality"
 MODULES = ("on_policy", "on_policy_arms", "on_policy_judge", "on_policy_material")
-WANTED = ("KL, documents", "KL, teacher's answers", "SKD, 4 passes", "DPKD")
+WANTED = ("KL, documents", "KL, teacher's answers", "SKD, 4 passes", "DPKD", "CoMD")
 OTHERS = ("arms", "student", "teachers", "text")
 
 
