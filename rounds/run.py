@@ -44,9 +44,11 @@ from logitcask.rounds.state import (
     check_cache,
     check_checkpoint,
     check_file,
+    check_student,
     checkpoint_sha256,
     file_sha256,
     load,
+    weights_sha256,
 )
 
 log = logging.getLogger(__name__)
@@ -367,6 +369,10 @@ class Rounds(Places):
         if state.of(name) is not None:
             return
         kind = name.partition("-")[0]
+        if kind in ("write", "splice"):
+            trained = state.of(f"train-{number - 1}" if number > 1 else "start")
+            assert trained is not None
+            check_student(trained, self.model(number - 1), self.folder)
         chosen = self._slice(number)
         if self.rounds.augment is not None:
             chosen = augment.data_of(self.prompts(number), self.kind)
@@ -424,7 +430,8 @@ class Rounds(Places):
             self._caches(number),
             number,
         )
-        self._record(state, name, ended, known, None, figures)
+        weights = weights_sha256(self.model(number))
+        self._record(state, name, ended, known, None, figures, weights)
         for earlier in range(number):  # nothing goes on from there any more
             for each in self.model(earlier).glob("checkpoint-*"):
                 shutil.rmtree(each, ignore_errors=True)
@@ -477,6 +484,7 @@ class Rounds(Places):
         fingerprint: str,
         content_sha256: str | None,
         figures: dict[str, Any],
+        weights: str | None = None,
     ) -> None:
         """Puts a finished stage on disk. From here on it is never run again."""
         handover = 0.0 if self._ended is None else self._began - self._ended
@@ -491,6 +499,7 @@ class Rounds(Places):
                 starts=state.starts.pop(name),
                 peak_bytes=ended.peak_bytes,
                 figures=figures,
+                weights_sha256=weights,
             )
         )
         state.save(self.folder)

@@ -38,6 +38,7 @@ class Done(BaseModel):
                  last checkpoint's trainer_state.json; or of the prompts, that of their file.
     seconds:     of its command. handover: from the end of the command before. starts: how often the
                  command was started. figures: of the report.
+    weights_sha256: of the student that a training has left; None in a state of an earlier version.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -50,6 +51,7 @@ class Done(BaseModel):
     starts: int
     peak_bytes: int
     figures: dict[str, Any]
+    weights_sha256: str | None = None
 
     @property
     def is_training(self) -> bool:
@@ -146,7 +148,8 @@ def check_cache(done: Done, path: str | Path, folder: Path) -> None:
 
 
 def file_sha256(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def check_file(done: Done, file: Path, folder: Path) -> None:
@@ -175,4 +178,20 @@ def check_checkpoint(done: Done, checkpoint: Path, folder: Path) -> None:
     if checkpoint_sha256(checkpoint) != done.fingerprint:
         raise UserError(
             f"{checkpoint} is not the checkpoint in which {done.stage} has ended: its trainer_state.json differs; {ways_out}"
+        )
+
+
+def weights_sha256(model: Path) -> str:
+    """sha256 over the names and the hashes of a student's weight files and its config."""
+    files = sorted([*model.glob("*.safetensors"), *model.glob("config.json")])
+    names = "".join(f"{each.name} {file_sha256(each)}\n" for each in files)
+    return hashlib.sha256(names.encode()).hexdigest()
+
+
+def check_student(done: Done, model: Path, folder: Path) -> None:
+    """Raises UserError if the student of a finished training has other weights now."""
+    if done.weights_sha256 is not None and weights_sha256(model) != done.weights_sha256:
+        raise UserError(
+            f"{model} has other weights than those that {done.stage} has left; put them back, or begin afresh with --restart "
+            f"({folder})"
         )

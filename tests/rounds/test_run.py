@@ -195,6 +195,23 @@ def test_a_checkpoint_exchanged(rounds):
         run_rounds(config, [])
 
 
+def test_a_student_exchanged_before_it_writes(rounds):
+    run_rounds(rounds(count=1), [])
+    config = rounds(count=2)
+    stored = config.output / "round-001" / "student" / "model.safetensors"
+    held = load_file(stored)
+    before = stored.read_bytes()
+    name = next(each for each in held if each.endswith("q_proj.weight"))
+    save_file({**held, name: torch.zeros_like(held[name])}, stored, {"format": "pt"})
+    with pytest.raises(UserError, match="has other weights than those that train-1 has left"):
+        run_rounds(config, [])
+    stored.write_bytes(before)
+    run_rounds(config, [])
+    # Nobody writes with an earlier student any more.
+    (config.output / "round-000" / "student" / "model.safetensors").unlink()
+    run_rounds(config, [])
+
+
 def test_an_early_stop(rounds):
     """A learning rate of nothing improves nothing."""
     still = {"training": {"learning_rate": 1e-12, "weight_decay": 0.0}}
