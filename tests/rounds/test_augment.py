@@ -419,16 +419,8 @@ def test_files_that_are_exchanged(texts):
         run_rounds(more, [])
 
 
-def test_a_run_of_a_version_without_new_prompts_goes_on(rounds):
-    config = rounds(count=1)
-    run_rounds(config, [])
-    file = config.output / "state.json"
-    state = json.loads(file.read_text())
-    del state["settings"]["rounds"]["augment"]
-    file.write_text(json.dumps(state))
-    COMMANDS.clear()
-    run_rounds(config, [])
-    assert COMMANDS == []
+def test_new_prompts_are_no_more_of_the_same_rounds(rounds):
+    run_rounds(rounds(count=1), [])
     with pytest.raises(UserError, match=r"rounds\.augment"):
         run_rounds(rounds(count=2, augment=AUGMENT), [])
 

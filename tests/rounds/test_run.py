@@ -132,6 +132,19 @@ def test_fewer_rounds_later(rounds):
         run_rounds(rounds(count=1), [])
 
 
+@pytest.mark.parametrize("name", ["augment", "skd", "teacher_text"])
+def test_a_run_of_a_version_without_a_setting_goes_on(rounds, name):
+    config = rounds(count=1)
+    run_rounds(config, [])
+    file = config.output / "state.json"
+    state = json.loads(file.read_text())
+    state["settings"]["rounds"].pop(name, None)
+    file.write_text(json.dumps(state))
+    COMMANDS.clear()
+    run_rounds(config, [])
+    assert COMMANDS == []
+
+
 def test_other_settings_are_named(rounds):
     run_rounds(rounds(count=1), [])
     with pytest.raises(UserError, match=r"rounds.prompts: 4 -> 5"):

@@ -203,15 +203,3 @@ def test_other_passes_are_other_rounds(rounds):
     run_rounds(rounds(count=1, skd=SKD), [])
     with pytest.raises(UserError, match=r"rounds\.skd\.top_k: 60 -> 50"):
         run_rounds(rounds(count=1, skd={**SKD, "top_k": 50}), [])
-
-
-def test_a_run_of_a_version_without_skd_goes_on(rounds):
-    config = rounds(count=1)
-    run_rounds(config, [])
-    file = config.output / "state.json"
-    state = json.loads(file.read_text())
-    del state["settings"]["rounds"]["skd"]
-    file.write_text(json.dumps(state))
-    COMMANDS.clear()
-    run_rounds(config, [])
-    assert COMMANDS == []
