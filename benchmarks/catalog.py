@@ -203,6 +203,7 @@ def main() -> None:
             found["kills"] = {
                 **kill_many(Path(folder), options.kills, random),
                 "seed": options.seed,
+                "machine": machine(),
             }
     text = json.dumps(found, indent=2)
     print(text)
