@@ -1,5 +1,5 @@
-"""Bytes of the writer's most probable ids in a cache, and how much of the true reverse KL they bring
-back.
+"""The writer's most probable ids in a cache: their bytes, and the share of the true reverse KL that
+they bring back.
 
     python benchmarks/chosen_ids.py TEACHER WRITER PROMPTS.jsonl --later STUDENT
 
@@ -7,8 +7,9 @@ TEACHER and WRITER are models with one tokenizer. The writer answers the prompts
 ``text``, and the teacher scores the answers, with several stores and values of
 ``data.generate.writer_top_k``. The truth is the KL of the two whole distributions in float64, at
 every position that is stored. ``--later``: a student that was trained on since; its KL is bounded
-from the ids of the writer. The committed figures are of a teacher and two students of the toy study on
-policy in ``benchmarks/quality``: a student after two rounds of GKD, and after three.
+from the ids of the writer. The committed figures are of the teacher of
+``benchmarks/quality/on_policy.py`` and two of its students: after two rounds of GKD, and after
+three.
 """
 
 from __future__ import annotations
@@ -167,10 +168,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         "| --- | --- | --- |" + " --- |" * len(names),
     ]
     for row in sorted(rows, key=lambda row: row["store"]):
-        cells = [
-            f"{row['students'][name]['mass_of_known_ids']:.1%}, {row['students'][name]['recovered']:.1%}"
-            for name in names
-        ]
+        students = [row["students"][name] for name in names]
+        cells = [f"{each['mass_of_known_ids']:.1%}, {each['recovered']:.1%}" for each in students]
         count = row["writer_top_k"] or "-"
         bytes_ = f"{row['bytes_per_token']:.1f}"
         lines.append(f"| {row['store']} | {count} | {bytes_} | {' | '.join(cells)} |")

@@ -1,4 +1,4 @@
-"""Pages in a browser: weight, first paint and Lighthouse's scores of reports and of the site, and the
+"""Pages in a browser: weight, first paint and Lighthouse's scores of reports and of the site; the
 token view of a large cache.
 
     python benchmarks/pages.py run=runs/quickstart/report.html site=build/docs
@@ -7,8 +7,8 @@ token view of a large cache.
 A page is an HTML file, or the folder of a site, whose index.html is opened. Results are merged into
 --out, so that each command can be run alone; the tables of docs/report.md are printed.
 
-First paint is of the file itself, as people open it, the median of five; "phone" has a screen of 390
-pixels and a processor of a quarter of the speed. Lighthouse reads the page from a server on this
+First paint is of the file itself, as people open it, the median of five; "phone" has a screen of
+390 pixels and a processor of a quarter of the speed. Lighthouse reads the page from a server on this
 machine and adds the network that its presets assume (desktop: 10 Mbit/s, 40 ms; mobile: 1.6 Mbit/s,
 150 ms, a quarter of the speed). It is installed by npm in a temporary folder.
 
@@ -211,7 +211,8 @@ def measure_pages(pages: dict[str, Path]) -> dict[str, Any]:
 def pages_table(found: dict[str, Any]) -> str:
     """Figures of pages in Markdown."""
     lines = [
-        "| page | bytes | first paint, desktop and phone | accessibility | best practices | performance, desktop and mobile |",
+        "| page | bytes | first paint, desktop and phone | accessibility | best practices "
+        "| performance, desktop and mobile |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for name, each in found.items():
